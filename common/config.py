@@ -1,0 +1,552 @@
+"""Every setting of a run: pydantic models, one YAML file and dotted command-line overrides.
+
+Imports neither torch, Ray nor transformers, so `latent-grpo validate` answers in a second. The key names are a
+public interface: profiles, the resolved `config.json` of a run and the documentation use them.
+
+A setting that the algorithm decides (METHOD §9) is `None` until :meth:`RunConfig.resolved` fills it in; a user's
+explicit value wins, which is how every ablation is one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from common.types import NoiseMode
+
+Algorithm = Literal["latent_grpo", "soft_grpo", "grpo"]
+Dtype = Literal["float32", "bfloat16"]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message says what was received, what is allowed and what to change."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class Columns(Section):
+    """Column names of a problem file. verl's `prompt` + `reward_model.ground_truth` are found by themselves."""
+
+    problem: str = "problem"
+    answer: str = "answer"
+    cot: str = "cot"
+
+
+class PromptConfig(Section):
+    """How a problem becomes a prompt (METHOD §8). The rendered prompt ends with the start-of-thinking text."""
+
+    system: str | None = None
+    """System message, if any."""
+    user: str = "{problem}"
+    """User message; `{problem}` is replaced."""
+    format: str | None = None
+    """Plain-text prompt with `{problem}`, used instead of the chat template if given."""
+    think_start: str = "<think>"
+    """Appended unless the rendered prompt already ends with it (for `grpo` too: its explicit chain is thinking)."""
+    think_end: str = "</think>"
+    """The text whose first token id is the latent-end token, resolved from the tokenizer at start."""
+
+
+class TaskConfig(Section):
+    """A source of problems. Named benchmarks (`common.tasks.BENCHMARKS`) give defaults for verifier and prompt."""
+
+    name: str
+    path: str | None = None
+    """`.parquet`, `.jsonl`, `hf:owner/dataset[:split]`, or `builtin:NAME` for a generated task."""
+    options: dict[str, int | float | str | bool] = {}
+    """Options of a generated task (see `common.tasks`)."""
+    columns: Columns = Columns()
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the run's prompts relative to the other tasks."""
+    limit: PositiveInt | None = None
+    """At most this many rows (the first ones)."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are dropped, counted and listed in the summary."""
+    max_response_tokens: PositiveInt = 1024
+    """Response steps, latent and hard together."""
+    verifier: str = "math"
+    """`math`, `number`, `choice`, another registered name, or an import path `package.module:Name`."""
+    prompt: PromptConfig | None = None
+    """Overrides `model.prompt` for this task."""
+
+
+class NewModelConfig(Section):
+    """A small randomly initialised model, made on the spot (quickstart, demonstrations, tests)."""
+
+    architecture: Literal["llama", "qwen2", "qwen3", "gpt2"] = "llama"
+    tokenizer: Literal["arithmetic", "bpe"] = "arithmetic"
+    """`arithmetic`: the fixed vocabulary of the generated task; `bpe`: trained on the first task's text."""
+    vocab_size: PositiveInt = 2048
+    """Of the BPE tokenizer."""
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 384
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    max_positions: PositiveInt = 512
+    tie_embeddings: bool = False
+    initializer_range: Annotated[float, Field(gt=0)] = 0.05
+
+
+class ModelConfig(Section):
+    """The policy. Exactly one of `path` and `new`."""
+
+    path: str | None = None
+    """Folder or hub id of a Hugging Face causal LM with its tokenizer."""
+    new: NewModelConfig | None = None
+    dtype: Dtype = "float32"
+    """Of the forward pass; master weights are float32 always."""
+    prompt: PromptConfig = PromptConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.path is None) == (self.new is None):
+            given = "both" if self.path else "neither"
+            raise ValueError(f"model: exactly one of `path` and `new` must be given, got {given}; set model.path")
+        return self
+
+
+class NoiseConfig(Section):
+    mode: NoiseMode | None = None
+    """Gumbel noise of latent steps in training. Default by algorithm."""
+    scale: Annotated[float, Field(ge=0)] = 1.0
+
+
+class ClipConfig(Section):
+    low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    high: Annotated[float, Field(gt=0)] = 0.2
+    dual: Annotated[float, Field(gt=1)] = 3.0
+
+
+class OptimizerConfig(Section):
+    """AdamW with float32 master weights; the schedule counts steps of the run, not updates (METHOD symbols)."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: constant, or decay to zero at `decay_steps`."""
+    decay_steps: PositiveInt | None = None
+    """Default: `steps` of the run."""
+    max_bad_updates: PositiveInt = 3
+    """So many non-finite updates in a row stop the run; each single one is skipped, dumped and counted."""
+
+
+class ActorResources(Section):
+    """What Ray reserves for one actor. Fractions share a device."""
+
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    threads: PositiveInt = 1
+    """Torch threads; fixed so that results do not depend on the machine."""
+    custom: dict[str, float] = {}
+    """Custom Ray resources."""
+
+
+class VerifierConfig(Section):
+    processes: PositiveInt = 1
+    """Grader processes per rollout worker."""
+    time_limit_s: Annotated[float, Field(gt=0)] = 5.0
+    memory_limit_bytes: PositiveInt = 2**30
+    fallback: Literal["none", "last_number"] = "none"
+    """What counts as the answer when the response has no box."""
+    max_ungraded_share: Share = 0.1
+    """Above this share of ungraded samples in a step the run stops (infrastructure failure is never reward 0)."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    workers: PositiveInt = 1
+    resources: ActorResources = ActorResources()
+    device: str = "auto"
+    """`auto`: cuda where the actor has a GPU, else cpu."""
+    max_rows: PositiveInt = 256
+    """Samples decoded side by side in one worker."""
+    max_restarts: Annotated[int, Field(ge=0)] = 10
+    """Worker deaths over the whole run before it stops."""
+    verifier: VerifierConfig = VerifierConfig()
+
+
+class LearnerConfig(Section):
+    ranks: PositiveInt = 1
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    resources: ActorResources = ActorResources()
+    device: str = "auto"
+    tokens_per_microbatch: PositiveInt = 16384
+    """Padded tokens (prompt and response) of one forward pass."""
+    logprob_chunk_tokens: PositiveInt = 2048
+    """Positions whose [.., V] float32 logits exist at once."""
+    gradient_checkpointing: bool = False
+    weight_bucket_bytes: PositiveInt = 64 * 2**20
+    """Size of a bucket of published weights."""
+
+
+class EvaluationConfig(Section):
+    """pass@1, noise off (METHOD §8)."""
+
+    tasks: list[TaskConfig] = []
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate after every so many steps; 0: only before and after training."""
+    runs: PositiveInt = 5
+    """Repetitions averaged."""
+    at_start: bool = True
+    at_end: bool = True
+
+
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 10
+    """Steps between checkpoints; 0: only at the end and at an interrupt."""
+    keep: PositiveInt = 2
+
+
+class DumpConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 1
+    """Dump the trajectories of every so many steps; 0: none."""
+    evaluation: bool = False
+    """Dump evaluation trajectories too."""
+
+
+class MetricsConfig(Section):
+    sinks: list[Literal["console", "tensorboard", "wandb", "prometheus"]] = ["console"]
+    """JSONL is always written."""
+
+
+class DeadlineConfig(Section):
+    """Every wait has one; seconds. A component that misses its deadline is restarted or the run stops and says so."""
+
+    start_s: Annotated[float, Field(gt=0)] = 300.0
+    """Until an actor is scheduled, has its model loaded and answers."""
+    rollout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Without any progress of a worker that has work."""
+    learner_s: Annotated[float, Field(gt=0)] = 1800.0
+    """For one step of the learner."""
+    weights_s: Annotated[float, Field(gt=0)] = 300.0
+    """For fetching and verifying one publication on a worker."""
+
+
+class LatentSFTConfig(Section):
+    """The initialisation latent RL needs (METHOD §7)."""
+
+    chain: Literal["latent", "explicit"] = "latent"
+    """`explicit`: the same data with hard CoT tokens, the baseline's start."""
+    compression: PositiveInt = 2
+    """c: CoT tokens per latent step."""
+    max_steps: PositiveInt = 400
+    batch_size: PositiveInt = 192
+    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-3, betas=(0.9, 0.98), warmup_steps=50)
+    perturb_share: Share = 0.5
+    """Share of rows whose input mixtures are perturbed with Gumbel noise."""
+    perturb_scale: Annotated[float, Field(ge=0)] = 1.0
+    self_feeding: Share = 0.5
+    """Probability that a step's input is the model's own mixture at that step."""
+    evaluate_every: PositiveInt = 10
+    evaluation_problems: PositiveInt = 512
+    stop_at: Share | None = None
+    """Held-out pass@1 at which it stops; None: after max_steps."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    algorithm: Algorithm = "latent_grpo"
+    seed: int = 0
+    deterministic: bool = False
+    """CPU only: each group is decoded alone at a fixed shape; runs repeat bit for bit at any number of workers."""
+    steps: PositiveInt = 100
+
+    # the policy's record (METHOD §2)
+    k: PositiveInt = 10
+    tau: Annotated[float, Field(gt=0)] = 1.0
+    noise: NoiseConfig = NoiseConfig()
+    temperature: Annotated[float, Field(gt=0)] = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    top_k: PositiveInt = 30
+
+    # density and advantages (METHOD §3, §4)
+    component_weighting: Literal["mixture", "uniform"] | None = None
+    flip: Literal["reference", "sign", "off"] | None = None
+    first_token: bool | None = None
+    masking: Literal["exclude", "include", "off"] | None = None
+    scale_by_std: bool = True
+
+    # the batch (METHOD symbols, §4.3, §6)
+    group_size: Annotated[int, Field(ge=2)] = 8
+    prompts_per_step: PositiveInt = 64
+    minibatch_prompts: PositiveInt = 16
+    dynamic_sampling: Literal["refill", "drop"] = "refill"
+    max_dispatch_factor: PositiveInt = 50
+    """More groups than this times `prompts_per_step` dispatched for one batch is an error (METHOD §4.3)."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Cap of the truncated importance weight, used when max_staleness > 0 (METHOD §6)."""
+
+    # objective (METHOD §5)
+    clip: ClipConfig = ClipConfig()
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    freeze_embeddings: bool = True
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    model: ModelConfig
+    warm_start: LatentSFTConfig | None = None
+    """Latent-SFT before the RL steps; the quickstart's model starts from nothing."""
+    tasks: list[TaskConfig]
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    dump: DumpConfig = DumpConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+    runs_folder: str = "runs"
+    """Where run folders are made. On a cluster: shared storage."""
+    self_test_groups: Annotated[int, Field(ge=0)] = 2
+    """Groups replayed in the learner before training (METHOD §6's tolerance); 0 turns the self-test off."""
+
+    @model_validator(mode="after")
+    def _fill_and_check(self):
+        for key, value in ALGORITHM_DEFAULTS[self.algorithm].items():
+            owner, leaf = (self.noise, "mode") if key == "noise.mode" else (self, key)
+            if getattr(owner, leaf) is None:
+                object.__setattr__(owner, leaf, value)
+        _check(self)
+        return self
+
+    @property
+    def latent(self) -> bool:
+        """Whether responses start with latent steps."""
+        return self.algorithm != "grpo"
+
+    @property
+    def schema_k(self) -> int:
+        """K of the Arrow schema: 0 for `grpo`, whose records have no latent steps."""
+        return self.k if self.latent else 0
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.group_size
+
+
+ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
+    "latent_grpo": {
+        "noise.mode": "one_sided",
+        "component_weighting": "mixture",
+        "flip": "reference",
+        "first_token": True,
+        "masking": "exclude",
+    },
+    "soft_grpo": {
+        "noise.mode": "two_sided",
+        "component_weighting": "uniform",
+        "flip": "off",
+        "first_token": False,
+        "masking": "off",
+    },
+    "grpo": {
+        "noise.mode": "off",
+        "component_weighting": "uniform",
+        "flip": "off",
+        "first_token": False,
+        "masking": "off",
+    },
+}
+"""METHOD §9: an algorithm is nothing but these defaults (and, for `grpo`, a response that starts visible)."""
+
+LATENT_ONLY_KEYS = ("k", "tau", "noise", "component_weighting", "flip")
+
+
+def _check(config: RunConfig) -> None:
+    """Cross-field checks; each message names the keys, the values received and the nearest valid ones."""
+    problems: list[str] = []
+    prompts, mini = config.prompts_per_step, config.minibatch_prompts
+    if prompts % mini:
+        near = sorted({d for d in range(1, prompts + 1) if prompts % d == 0}, key=lambda d: abs(d - mini))[:3]
+        problems.append(
+            f"prompts_per_step ({prompts}) is not divisible by minibatch_prompts ({mini}); "
+            f"set minibatch_prompts to one of {sorted(near)} or prompts_per_step to {prompts // mini * mini or mini}"
+        )
+    if not config.tasks:
+        problems.append("tasks: at least one task is needed; add one with `name` and `path`")
+    names = [t.name for t in config.tasks]
+    if len(set(names)) != len(names):
+        problems.append(f"tasks: names must be distinct, got {names}; a problem's identity is task name + row")
+    if config.algorithm == "grpo":
+        set_here = [key for key in LATENT_ONLY_KEYS if _differs_from_default(config, key)]
+        if set_here:
+            problems.append(
+                f"algorithm grpo has no latent steps: {', '.join(set_here)} would have no effect; remove the key(s)"
+            )
+        if config.warm_start is not None and config.warm_start.chain == "latent":
+            problems.append("algorithm grpo with a latent warm start: set warm_start.chain to explicit")
+    elif config.warm_start is not None and config.warm_start.chain == "explicit":
+        problems.append(f"algorithm {config.algorithm} with an explicit warm start: set warm_start.chain to latent")
+    if config.warm_start is not None and config.latent and config.k < config.warm_start.compression:
+        problems.append(
+            f"k ({config.k}) is smaller than warm_start.compression ({config.warm_start.compression}): a latent step "
+            "could not hold its tokens; raise k or lower the compression"
+        )
+    if config.deterministic and (config.learner.resources.num_gpus or config.rollout.resources.num_gpus):
+        problems.append("deterministic: true is a CPU guarantee; set num_gpus of rollout and learner to 0")
+    if config.deterministic and config.max_staleness:
+        problems.append(f"deterministic: true needs max_staleness 0, got {config.max_staleness}")
+    if config.optimizer.schedule == "constant" and config.optimizer.decay_steps is not None:
+        problems.append("optimizer.decay_steps has no effect with optimizer.schedule constant; remove it")
+    longest = max((t.max_prompt_tokens + t.max_response_tokens for t in config.tasks), default=0)
+    if config.model.new is not None and longest > config.model.new.max_positions:
+        problems.append(
+            f"model.new.max_positions ({config.model.new.max_positions}) is smaller than the longest prompt plus "
+            f"response ({longest}); raise it or lower the tasks' budgets"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _differs_from_default(config: RunConfig, key: str) -> bool:
+    if key == "noise":
+        return (config.noise.mode, config.noise.scale) != ("off", 1.0)
+    default = ALGORITHM_DEFAULTS[config.algorithm].get(key, RunConfig.model_fields[key].default)
+    return getattr(config, key) != default
+
+
+# --- loading -----------------------------------------------------------------------------------------------------
+
+
+def load_config(source: str | Path | dict, overrides: list[str] = ()) -> RunConfig:
+    """Reads a profile (name, path or mapping), applies dotted overrides and validates.
+
+    `overrides`: `key.sub=value`, value in YAML; list items by index (`tasks.0.path=x`). When an override changes
+    `algorithm` to `grpo`, latent-only keys of the file are left out (they would have no effect), while the same keys
+    given as overrides are refused. Raises :class:`ConfigError` with one line per fault.
+    """
+    data = dict(source) if isinstance(source, dict) else read_profile(source)
+    changed = [parse_override(o) for o in overrides]
+    if any(path == ["algorithm"] and value == "grpo" for path, value in changed):
+        data = {key: value for key, value in data.items() if key not in LATENT_ONLY_KEYS}
+        if isinstance(data.get("warm_start"), dict):
+            data["warm_start"] = {**data["warm_start"], "chain": "explicit"}
+    for path, value in changed:
+        data = _with(data, path, value, ".".join(path))
+    return parse_config(data)
+
+
+def parse_config(data: dict) -> RunConfig:
+    """Validates a mapping; :class:`ConfigError` names every faulty key."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+
+
+def profiles_folder() -> Path:
+    return Path(__file__).resolve().parent.parent / "deploy" / "profiles"
+
+
+def read_profile(source: str | Path) -> dict:
+    """The mapping of a profile given by name (`quickstart`) or by path. `extends: NAME` starts from another profile."""
+    path = Path(source)
+    if path.suffix not in {".yaml", ".yml", ".json"}:
+        path = profiles_folder() / f"{source}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in profiles_folder().glob("*.yaml"))
+        raise ConfigError(f"no profile {str(source)!r}: give a YAML file or one of {', '.join(known)}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(data).__name__}")
+    base = data.pop("extends", None)
+    return _merge(read_profile(base), data) if base else data
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=1` -> (["a", "b"], 1)."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {text!r}: expected key=value, for example rollout.workers=4")
+    try:
+        parsed = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-6 as a string
+        with contextlib.suppress(ValueError):
+            parsed = float(parsed)
+    return key.strip().split("."), parsed
+
+
+def _with(node: Any, path: list[str], value: Any, whole: str) -> Any:
+    """A copy of `node` with the value at `path` set."""
+    if not path:
+        return value
+    head, rest = path[0], path[1:]
+    if isinstance(node, list):
+        if not head.isdigit() or int(head) >= len(node):
+            raise ConfigError(f"override {whole}: expected an index below {len(node)} at {head!r}")
+        return [_with(v, rest, value, whole) if i == int(head) else v for i, v in enumerate(node)]
+    if node is None:
+        node = {}
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {whole}: {head!r} lies below a plain value ({node!r})")
+    return {**node, head: _with(node.get(head), rest, value, whole)}
+
+
+def _merge(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(error: dict) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(error['loc'])}"
+    if error["type"] == "value_error":
+        return f"{where}: {error['ctx']['error']}"
+    if error["type"] == "missing":
+        return f"{where}: missing; it has no default"
+    return f"{where}: {error['msg']}, got {error['input']!r}"
+
+
+def _nearest(loc: tuple) -> str:
+    import difflib
+
+    model: Any = RunConfig
+    for part in loc[:-1]:
+        model = _section_of(model, part)
+        if model is None:
+            return ""
+    close = difflib.get_close_matches(str(loc[-1]), list(model.model_fields), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(model.model_fields)}"
+
+
+def _section_of(model: Any, part: str | int) -> Any:
+    from typing import get_args
+
+    if isinstance(part, int):
+        return model
+    info = model.model_fields.get(part)
+    if info is None:
+        return None
+    pending = [info.annotation]
+    while pending:
+        kind = pending.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        pending.extend(get_args(kind))
+    return None
+
+
+def config_as_json(config: RunConfig) -> str:
+    """The resolved configuration, every effective default included."""
+    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
