@@ -39,13 +39,13 @@ _PLAIN_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
 _SAMPLING_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("mode", pa.string()),
     ("max_tokens", pa.int32()),
-    ("temperature", pa.float32()),
-    ("top_p", pa.float32()),
+    ("temperature", pa.float64()),
+    ("top_p", pa.float64()),
     ("top_k", pa.int32()),
     ("k", pa.int32()),
-    ("tau", pa.float32()),
+    ("tau", pa.float64()),
     ("noise_mode", pa.string()),
-    ("noise_scale", pa.float32()),
+    ("noise_scale", pa.float64()),
 )
 _GRADE_COLUMNS: tuple[tuple[str, pa.DataType, bool], ...] = (
     ("finish_reason", pa.string(), False),

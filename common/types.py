@@ -32,6 +32,17 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenFacts:
+    """What the pipeline needs to know of a tokenizer, resolved and checked once at start (`common.prompts`)."""
+
+    vocab_size: int  # V: rows of the model's output, padding rows included
+    allowed: np.ndarray  # [V] bool: ids that the tokenizer has; others are never sampled (METHOD §2.1)
+    latent_end_id: int | None  # first token of `</think>`; None only for `grpo` with a tokenizer that lacks it
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
     """How the samples of one group are drawn (METHOD §2). Settings travel with each request, never with a batch."""
 

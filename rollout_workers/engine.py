@@ -1,0 +1,63 @@
+"""The face of a rollout engine. Workers know nothing else of it.
+
+An engine decodes many samples side by side: groups are added at any time, `step` advances every running sample by
+one response step, and a group comes back once, when its last sample has finished. Which samples share a batch must
+not change what any of them is (METHOD §2.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+
+from common.types import GroupRequest, PolicyVersion, Trajectory
+
+
+class EngineError(RuntimeError):
+    """The engine cannot do what was asked; the message says what and what to change."""
+
+
+class LatentEngine(Protocol):
+    """Implemented by :class:`~rollout_workers.transformers_engine.TransformersEngine` and the vLLM engine."""
+
+    name: str
+
+    @property
+    def version(self) -> PolicyVersion | None:
+        """The weights it samples with; None until the first `load_weights`: it refuses to sample before."""
+
+    @property
+    def pending(self) -> int:
+        """Samples added and not finished."""
+
+    def add(self, request: GroupRequest) -> None:
+        """Queues a group. Raises :class:`EngineError` for settings it cannot serve; nothing is queued then."""
+
+    def step(self) -> list[tuple[Trajectory, ...]]:
+        """Advances all running samples by one response step; returns the groups that this completed.
+
+        Trajectories carry everything but text and grade, in the order of `request.sample_indices`.
+        """
+
+    def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replaces all parameters in place, then verifies the checksum of what it now holds.
+
+        Raises :class:`EngineError` while samples are pending, when a parameter is missing, unknown or of another shape,
+        and when the checksum differs; after a failure the engine has no version and refuses to sample.
+        """
+
+    def abort(self) -> None:
+        """Forgets all pending samples (their groups are never returned)."""
+
+    def close(self) -> None:
+        """Frees memory and processes. Idempotent."""
+
+
+def generate(engine: LatentEngine, requests: Iterable[GroupRequest]) -> Iterator[tuple[Trajectory, ...]]:
+    """All groups of `requests`, in order of completion."""
+    for request in requests:
+        engine.add(request)
+    while engine.pending:
+        yield from engine.step()
