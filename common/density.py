@@ -1,0 +1,65 @@
+"""METHOD §3: the surrogate log-density of a latent step, its straight-through flip, and the log-prob of a hard step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Flip = Literal["reference", "sign", "off"]
+FLIPS = ("reference", "sign", "off")
+
+
+def surrogate_log_prob(
+    log_probs: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    advantages: torch.Tensor | None = None,
+    component_weights: torch.Tensor | None = None,
+    flip: str = "reference",
+) -> torch.Tensor:
+    """log pi of latent steps from their components (METHOD §3.1): [N].
+
+    `log_probs` [N, K]: log p_theta(s_k) at temperature 1; `scores` [N, K]: the recorded r_k, constant in the gradient.
+    With d_k = r_k - log p_theta(s_k), the surrogate is the standard Gumbel log-density -d_k - exp(-d_k).
+    `component_weights` [N, K]: c_k, constant in the gradient; None: uniform 1/K.
+    `advantages` [N] turns on the straight-through flip (METHOD §3.2) for components with A <= 0 and d_k < 0: the value
+    stays, the gradient is that of the proxy named by `flip`. None: no flip (old, reference and KL log-probs).
+    Raises ValueError for an unknown `flip`.
+    """
+    if flip not in FLIPS:
+        raise ValueError(f"flip must be one of {', '.join(FLIPS)}, got {flip!r}")
+    d = scores.detach().float() - log_probs.float()
+    value = -d - torch.exp(-d)
+    if advantages is not None and flip != "off":
+        proxy = d - torch.exp(d) if flip == "reference" else torch.exp(d) - d
+        turned = (advantages.unsqueeze(-1) <= 0) & (d < 0)
+        safe = torch.where(turned, d, 0.0)  # exp(d) overflows for a large d that is not turned; inf * 0 would be NaN
+        proxy = safe - torch.exp(safe) if flip == "reference" else torch.exp(safe) - safe
+        value = torch.where(turned, value.detach() + (proxy - proxy.detach()), value)
+    if component_weights is None:
+        return value.mean(-1)
+    return (value * component_weights.detach().float()).sum(-1)
+
+
+def latent_log_prob(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    advantages: torch.Tensor | None = None,
+    component_weights: torch.Tensor | None = None,
+    flip: str = "reference",
+) -> torch.Tensor:
+    """:func:`surrogate_log_prob` from `logits` [N, V] and selected `ids` [N, K] (log p at temperature 1): [N]."""
+    logits = logits.float()
+    log_probs = logits.gather(-1, ids.long()) - logits.logsumexp(-1, keepdim=True)
+    return surrogate_log_prob(log_probs, scores, advantages=advantages, component_weights=component_weights, flip=flip)
+
+
+def hard_log_prob(logits: torch.Tensor, ids: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """log_softmax(logits / temperature)[id] over all V (METHOD §3.3): `logits` [N, V], `ids` [N] -> [N]."""
+    if isinstance(temperature, torch.Tensor) and temperature.ndim == 1:
+        temperature = temperature.unsqueeze(-1)
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
