@@ -1,0 +1,41 @@
+"""Reading a multiple-choice answer: exactly one option letter, however it is dressed.
+
+The article "A" is the trap: in "A cat" it is no answer, in "A." and "(A) a cat" it is.
+"""
+
+from __future__ import annotations
+
+import re
+
+from reward.latex import unwrapped
+
+_DRESS = re.compile(
+    r"\\(?:left|right|displaystyle|bf|rm|it|Large|large|boldsymbol)(?![A-Za-z])|[*$`]|\\[(){}\[\],;:! ]|~"
+)
+_FONT = re.compile(
+    r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf|bb|cal)|mbox|boldsymbol|operatorname)\s*(?=\{)"
+)
+_PREFIX = re.compile(
+    r"^(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)\s*(?:is)?\s*:?\s*(?:option|choice)?\s*"
+    r"(?=[A-Za-z(\[])",
+    re.I,
+)
+_ALONE = re.compile(r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?\s*[.:,;]*")
+_LABELLED = re.compile(r"(?:[(\[{]\s*([A-Z])\s*[)\]}]|([A-Z])\s*[.:)\]])\s*[.:,-]?\s+(.*)", re.DOTALL)
+_ANOTHER = re.compile(
+    r"[(\[]\s*[A-Z]\s*[)\]]|(?:^|\s)[A-Z]\s*[.:)](?=\s|$)|(?:^|[\s,;/&])(?:and|or|,|/|;|&)\s*[A-Z](?![A-Za-z])", re.M
+)
+
+
+def read_choice(content: str) -> str | None:
+    """The one option letter that `content` states, upper case; else None. B: "B", "(b)", "B.", "B) 5 m", "option B"."""
+    text = _FONT.sub(r"\\text", content.replace("\\{", "(").replace("\\}", ")"))
+    text, _ = unwrapped(_DRESS.sub(" ", text))
+    text = _PREFIX.sub("", " ".join(text.split())).strip()
+    while text.startswith("{") and text.endswith("}"):
+        text = text[1:-1].strip()
+    if match := _ALONE.fullmatch(text):
+        return match[1].upper()
+    if (match := _LABELLED.fullmatch(text)) and not _ANOTHER.search(match[3]):
+        return match[1] or match[2]
+    return None

@@ -1,0 +1,202 @@
+"""Normalising LaTeX answers, and cutting them at their top level.
+
+Purely textual, no algebra: what is dressing (sizes, fonts, spacing, currency, degrees, units) goes, what math-verify
+does not read (`√5`, `\\lbrace`, `1\\,234`, `0.\\overline{3}`) is spelled in a way that it does. Every pattern is
+linear in the text, which `reward.extraction` has already bounded.
+"""
+
+from __future__ import annotations
+
+import re
+
+_UNICODE = str.maketrans(
+    {
+        "−": "-", "–": "-", "—": "-", "－": "-", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "％": "\\%",
+        "，": ",", "；": ";", "（": "(", "）": ")", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/",
+        "π": "\\pi ", "∞": "\\infty ",
+        "°": "^\\circ ", "º": "^\\circ ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ",
+        "∈": "\\in ", "±": "\\pm ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "θ": "\\theta ", "≈": " ", "’": "'",
+        "⁄": "/", "²": "^{2}", "³": "^{3}", "⁴": "^{4}", "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}",
+        "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
+    }
+    | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
+)  # fmt: skip
+
+_CURRENCY_SIGNS = "€£¥₹₩₽₪₫฿¢"
+_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr|middle)(?![A-Za-z])\.?", ""),
+        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|bf|rm|it)(?![A-Za-z])", " "),
+        (r"\\(?:lbrace|lcurly)(?![A-Za-z])", r"\\{"),
+        (r"\\(?:rbrace|rcurly)(?![A-Za-z])", r"\\}"),
+        (r"\\lbrack(?![A-Za-z])", "["),
+        (r"\\rbrack(?![A-Za-z])", "]"),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|-)", ""),
+        (r"\\frac\s*(\\[a-z]+)\s*([0-9A-Za-z])(?![A-Za-z])", r"\\frac{\1}{\2}"),
+        (r"\\leq?(?:slant)?(?![A-Za-z])|<=", r"\\le "),
+        (r"\\geq?(?:slant)?(?![A-Za-z])|>=", r"\\ge "),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\\colon(?![A-Za-z])", ":"),
+        (r"\\(?:math(?:rm|bf|it|sf|normal)|text(?:bf|it|rm|normal|sf)?|mbox|hbox|operatorname)\s*(?=\{)", r"\\text"),
+        (r"\\(?:boldsymbol|bm|mathbf|ensuremath)\s*\{([^{}]*)\}", r"\1"),
+        (r"\{\s*,\s*\}", ","),
+        (r"(?<=[0-9])\\[,!;: ]\s*(?=[0-9]{3}(?![0-9]))", ""),
+        (r"(?<!\\)\\!", ""),
+        (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
+        (r"(?<!\\)\\[()\[\]]|\*\*(?=[^*]*\*\*$)|(?<=[^*])\*\*$", " "),
+        (r"\\(?:euro|pounds|pound|yen|textdollar|texteuro|textsterling)(?![A-Za-z])(?:\{\})?", " "),
+        (rf"\\?\$|[{_CURRENCY_SIGNS}]", " "),
+        (r"\b(?:USD|EUR|GBP|CNY|RMB|INR|Rs\.?)(?![A-Za-z])", " "),
+        (r"\\(?:approx|sim|simeq)(?![A-Za-z])", " "),
+        (r"(?<=[0-9A-Za-z)}])\s*\*\*\s*(?=[-0-9A-Za-z({])", "^"),
+        (r"\\(?:underline|textcolor\s*\{\w+\}|color\s*\{\w+\})\s*\{([^{}]*)\}", r"\1"),
+        (r"\\(?:checkmark|square|blacksquare)(?![A-Za-z])|✓|✅", " "),
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+        (r"√\s*\{", r"\\sqrt{"),
+        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"(?<![A-Za-z\\])sqrt\s*(?=\{)", r"\\sqrt"),
+        (r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![A-Za-z\\])(?:pi|Pi)(?![A-Za-z])", r"\\pi "),
+        (r"(?<![A-Za-z\\])(?:infty|infinity|inf)(?![A-Za-z])", r"\\infty "),
+        (r"\\text\{[\s,]*(?:and|or)[\s,]*\}", " , "),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])", r"^\\circ "),
+    )
+)
+_REPEATING = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{([0-9]+)\}")
+_TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
+_DEGREES = re.compile(r"(?<![0-9.])([0-9]+(?:\.[0-9]+)?)\s*\^\\circ ")
+_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])")
+_TRAILING_TEXT = re.compile(r"\\text\{[^{}]*\}\s*(?:\^\s*(?:\{\s*-?[0-9]\s*\}|[0-9]))?\s*$")
+_UNIT = (
+    r"(?:square|sq|cubic|cu)?\.?\s*(?:units?|inch(?:es)?|in|feet|foot|ft|yards?|yd|miles?|mi|mph|kilomet(?:er|re)s?|km|met(?:er|re)s?|"
+    r"centimet(?:er|re)s?|cm|millimet(?:er|re)s?|mm|grams?|kilograms?|kg|mg|pounds?|lbs?|ounces?|oz|lit(?:er|re)s?|ml|gallons?|"
+    r"seconds?|secs?|minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|yrs?|degrees?|deg|radians?|rad|dollars?|cents?|euros?|"
+    r"rupees?|percent|points?|people|students?|ways?)"
+)
+_TRAILING_UNIT = re.compile(
+    rf"(?<=[0-9}})\s])\s*{_UNIT}(?:\s*(?:per|/)\s*[a-z]+)?\s*(?:\^\s*\{{?\s*[0-9]\s*\}}?)?\s*\.?$"
+)
+_TRAILING_WORDS = re.compile(
+    r"(?<=[0-9})])\s+(?!(?:sin|cos|tan|log|exp|mod|sqrt|and)\b)[A-Za-z]{3,}\.?(?:\s+[A-Za-z]+\.?)*$"
+)
+_SINGLE_LETTER_UNIT = re.compile(r"(?<=[0-9}])\s+[mgshLVWJN](?:\s*\^\s*\{?\s*[23]\s*\}?)?$")
+_MIXED = re.compile(r"(?<![0-9.}\w)])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
+_TOKEN = re.compile(
+    r"\\begin\s*\{[^{}]*\}|\\end\s*\{[^{}]*\}|\\[A-Za-z]+|\\.|[()\[\]{},;=<>!:]|(?<=\s)(?:and|or)(?=\s)"
+)
+_OPENING = {"(", "[", "{", "\\{"}
+_CLOSING = {")", "]", "}", "\\}"}
+
+
+def normalise(text: str) -> str:
+    """One spelling for many: the same answer with its dressing removed, ready to be cut and parsed."""
+    text = text.translate(_UNICODE)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _REPEATING.sub(_repeating_decimal, text)
+    if _TRIGONOMETRIC.search(text):
+        text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", text)
+    text = text.replace("^\\circ", "")
+    text = _join_thousands(text)
+    return re.sub(r"\s+", " ", text).rstrip(" .,;:").strip()
+
+
+def without_units(text: str) -> str:
+    """A single value without the unit after it: `\\text{...}`, a known unit, or words after a number."""
+    for pattern in (_TRAILING_TEXT, _TRAILING_UNIT, _TRAILING_WORDS, _SINGLE_LETTER_UNIT):
+        shorter = pattern.sub("", text).rstrip(" .,;")
+        if shorter != text and re.search(r"[0-9]|\\(?:pi|sqrt|frac)|[a-z]$", shorter):
+            return shorter
+    return text
+
+
+def with_mixed_numbers(text: str) -> str:
+    """`2\\frac{1}{2}` spelled as a sum: LaTeX parsers differ over whether it is a product."""
+    return _MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
+
+
+def unwrapped(text: str) -> tuple[str, bool]:
+    """The text with `\\text{...}` replaced by its content, and whether there was any."""
+    plain, count = re.subn(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+    return re.sub(r"\s+", " ", plain).strip(), count > 0
+
+
+def split_top_level(text: str, separators: frozenset[str]) -> list[str]:
+    """The parts between separators that stand outside every bracket and environment; blank parts are dropped."""
+    parts, start = [], 0
+    for match in _top_level_tokens(text):
+        if match.group() in separators:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    parts.append(text[start:])
+    return [part.strip() for part in parts if part.strip()]
+
+
+def enclosing_brackets(text: str) -> tuple[str, str, str] | None:
+    """(opening, inside, closing) when one pair of brackets encloses the whole text; `(1,2]` is such a pair too."""
+    first = next((o for o in ("\\{", "(", "[") if text.startswith(o)), None)
+    last = next((c for c in ("\\}", ")", "]") if text.endswith(c)), None)
+    if first is None or last is None or len(text) < len(first) + len(last):
+        return None
+    depth = 0
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        depth += (token in _OPENING) - (token in _CLOSING)
+        if depth == 0:
+            return (first, text[len(first) : -len(last)], last) if match.end() == len(text) else None
+    return None
+
+
+def matrix_rows(text: str) -> list[list[str]] | None:
+    """The entries of a text that is one matrix environment, row by row; None for anything else and for determinants."""
+    match = re.fullmatch(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text, re.DOTALL)
+    if match is None or "\\begin" in match.group(2):
+        return None
+    rows = [[cell.strip() for cell in row.split("&")] for row in re.split(r"\\\\", match.group(2)) if row.strip()]
+    return rows if rows and all(len(row) == len(rows[0]) and all(row) for row in rows) else None
+
+
+def bracket_depth(text: str) -> int:
+    """The deepest nesting of brackets of any kind."""
+    depth = deepest = 0
+    for match in re.finditer(r"[()\[\]{}]", text):
+        depth += 1 if match.group() in "([{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _top_level_tokens(text: str) -> list[re.Match[str]]:
+    tokens, depth = [], 0
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token in _OPENING or token.startswith("\\begin"):
+            depth += 1
+        elif token in _CLOSING or token.startswith("\\end"):
+            depth -= 1
+        elif depth == 0:
+            tokens.append(match)
+    return tokens
+
+
+def _join_thousands(text: str) -> str:
+    """`1,234` as one number, except inside brackets, where it is a pair."""
+    pieces, end = [], 0
+    for match in _THOUSANDS.finditer(text):
+        before = re.sub(r"\\frac\s*\{|\\sqrt\s*\{", "", text[: match.start()])
+        depth = len(re.findall(r"[(\[]|\\\{", before)) - len(re.findall(r"[)\]]|\\\}", before))
+        if depth == 0:
+            pieces += [text[end : match.start()], match.group().replace(",", "")]
+            end = match.end()
+    return "".join([*pieces, text[end:]])
+
+
+def _repeating_decimal(match: re.Match[str]) -> str:
+    whole, fixed, repeated = match.group(1) or "0", match.group(2), match.group(3)
+    top = int(whole + fixed + repeated) - int(whole + fixed)
+    return rf"\frac{{{top}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"

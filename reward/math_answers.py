@@ -1,0 +1,237 @@
+"""The structure of a mathematical answer, and when two answers are the same.
+
+An answer is one value, words ("Sunday"), a numeral in a base (`204_6`), a time or ratio (`1:4`), or a sequence of
+answers: a list, set, tuple, interval or matrix. Sequences are compared item by item, so that every item has the same
+rules. Numbers, words and identical spellings need no algebra; only what is left over goes to `reward.algebra`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from reward import latex
+from reward.extraction import balanced
+from reward.numbers import Number, read_number, same_number
+
+_MAX_DEPTH = 30
+_SEPARATORS = frozenset({",", ";", "and", "or"})
+_NUMERAL = re.compile(r"(-?)\(?([0-9][0-9A-Za-z]*)\)?\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))")
+_COLON = re.compile(r"([0-9]+)\s*((?::\s*[0-9]+\s*)+)(a\.?\s?m\.?|p\.?\s?m\.?)?", re.IGNORECASE)
+_WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 ,.'()/-]*|\([A-Za-z]\)")
+_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|neq|in|cup|cap)(?![A-Za-z])")
+_MEMBER = re.compile(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*")
+_LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+|\\text|\\(?:theta|alpha|beta|lambda|mu|phi|angle)(?![A-Za-z])")
+_ASSIGNED = re.compile(r"(?:[A-Za-z]|\\[a-z]+|\\text\{[^{}]*\})(?:_\{?\w+\}?)?\s*(?:\([A-Za-z, ]*\))?")
+
+AlgebraicEquality = Callable[[str, str], bool]
+"""`reward.algebra.equal`: (gold, given) -> equal; raises ValueError when one has no meaning."""
+
+
+class AlgebraNeeded(Exception):  # a question, not an error
+    """Spelling and arithmetic do not decide; raised where no algebra is at hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One answer that is not a sequence. `number`, `words`, `numeral` and `clock` are readings it has; often none."""
+
+    text: str
+    number: Number | None = None
+    words: str | None = None
+    is_text: bool = False  # written as `\\text{...}`: a word and not a product of variables
+    numeral: tuple[str, int] | None = None
+    clock: tuple[tuple[int, ...], str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Several answers. `brackets`: ("", "") for a bare list, ("matrix", "2x2") for a matrix, else the signs."""
+
+    text: str
+    brackets: tuple[str, str]
+    items: tuple[Answer, ...]
+
+
+Answer = Value | Sequence
+
+
+@lru_cache(maxsize=4096)
+def read_answer(content: str) -> Answer | None:
+    """The answer that a box's content (or a gold) states; None when nothing is left after removing dressing."""
+    if not balanced(content) or latex.bracket_depth(content) > _MAX_DEPTH:
+        return None
+    return _read(latex.normalise(content))
+
+
+def same_answer(gold: Answer, given: Answer, algebra: AlgebraicEquality | None) -> bool:
+    """Whether `given` states what `gold` states.
+
+    Raises AlgebraNeeded when `algebra` is None and would be needed, and ValueError when an answer has no meaning.
+    """
+    if _spelling(gold.text) == _spelling(given.text):
+        return True
+    if isinstance(gold, Sequence):
+        if isinstance(given, Sequence):
+            return _same_sequence(gold, given, algebra)
+        if len(gold.items) == 2 and _RELATION.search(given.text):
+            return _algebraic(gold.text, given.text, algebra)  # an interval, answered as an inequality
+        named, *rest = latex.split_top_level(given.text, frozenset({"="}))
+        stated = _read(rest[0]) if len(rest) == 1 and _LETTERS.search(named) else None  # "(x, y) = (1, 2)"
+        return isinstance(stated, Sequence) and _same_sequence(gold, stated, algebra)
+    if isinstance(given, Sequence):
+        if given.brackets[0] and _RELATION.search(gold.text) and "=" not in gold.text:
+            return _algebraic(gold.text, given.text, algebra)
+        return False  # several values against one
+    return _same_value(gold, given, algebra)
+
+
+def _read(text: str) -> Answer | None:
+    text = _MEMBER.sub("", text)
+    if not text or not re.search(r"[A-Za-z0-9\\]", text):
+        return None
+    value = _simple_value(text)
+    if value is not None:
+        return value
+    if (rows := latex.matrix_rows(text)) is not None:
+        cells = tuple(_read(cell) for row in rows for cell in row)
+        if all(cells):
+            return Sequence(text, ("matrix", f"{len(rows)}x{len(rows[0])}"), cells)
+    if (brackets := latex.enclosing_brackets(text)) is not None:
+        opening, inside, closing = brackets
+        parts = latex.split_top_level(inside, _SEPARATORS)
+        if len(parts) > 1:
+            return _sequence(text, (opening, closing), parts)
+        if (opening, closing) in (("(", ")"), ("\\{", "\\}")) and "\\mid" not in inside and ":" not in inside:
+            return _read(inside.strip())
+    parts = latex.split_top_level(text, _SEPARATORS)
+    if len(parts) > 1:
+        return _sequence(text, ("", ""), parts)
+    if text.count("\\pm") == 1 and latex.split_top_level(text, frozenset({"\\pm"})) != [text]:
+        left = text.rsplit("=", 1)[-1]
+        return _sequence(text, ("", ""), [left.replace("\\pm", sign).strip().lstrip("+").strip() for sign in "+-"])
+    shorter = latex.without_units(text)
+    if shorter != text:
+        return _read(shorter)
+    return Value(text)
+
+
+def _simple_value(text: str) -> Value | None:
+    """The reading of a text that is a number, words, a numeral in a base, or a time or ratio; else None."""
+    for candidate in (text, latex.without_units(text)):
+        number = read_number(candidate, words=False)
+        if number is not None:
+            return Value(candidate, number=number)
+    if (match := _NUMERAL.fullmatch(text)) and len(text) < 200:
+        digits, base = match[1] + match[2].upper(), int(match[3] or match[4])
+        decimal = read_number(digits, words=False) if base == 10 else None
+        return Value(text, number=decimal) if decimal is not None else Value(text, numeral=(digits, base))
+    plain, is_text = latex.unwrapped(text)
+    if match := _COLON.fullmatch(plain):
+        fields = (int(match[1]), *(int(field) for field in match[2].split(":")[1:]))
+        return Value(text, clock=(fields, (match[3] or "")[:1].lower()))
+    if _WORDS.fullmatch(plain) and (is_text or re.fullmatch(r"\(?[A-Za-z]\)?|[A-Za-z]{3,}(?:[ -][A-Za-z]+)*", plain)):
+        if not is_text and re.search(r"\b(?:and|or)\b", plain):
+            return None
+        return Value(text, words=_word_key(plain), is_text=is_text)
+    return None
+
+
+def _sequence(text: str, brackets: tuple[str, str], parts: list[str]) -> Sequence | None:
+    items = tuple(_read(part) for part in parts)
+    return Sequence(text, brackets, items) if all(items) else None
+
+
+def _same_sequence(gold: Sequence, given: Sequence, algebra: AlgebraicEquality | None) -> bool:
+    if len(gold.items) != len(given.items) or (
+        "matrix" in (gold.brackets[0], given.brackets[0]) and (gold.brackets != given.brackets)
+    ):
+        return False
+    bare, braces, tuple_ = ("", ""), ("\\{", "\\}"), ("(", ")")
+    brackets = {gold.brackets, given.brackets}
+    if brackets <= {bare, braces}:
+        return _same_unordered(list(gold.items), list(given.items), algebra)
+    if len(brackets) == 1 or brackets == {bare, tuple_}:
+        return all(same_answer(a, b, algebra) for a, b in zip(gold.items, given.items, strict=True))
+    return False
+
+
+def _same_unordered(gold: list[Answer], given: list[Answer], algebra: AlgebraicEquality | None) -> bool:
+    for item in gold:
+        match = next((i for i, candidate in enumerate(given) if same_answer(item, candidate, algebra)), None)
+        if match is None:
+            return False
+        del given[match]
+    return True
+
+
+def _same_value(gold: Value, given: Value, algebra: AlgebraicEquality | None) -> bool:
+    if gold.number is not None and given.number is not None:
+        return same_number(given.number, gold.number)
+    if gold.numeral is not None or given.numeral is not None:
+        return gold.numeral == given.numeral
+    if gold.clock is not None or given.clock is not None:
+        return _same_clock(gold, given)
+    if gold.is_text:
+        return gold.words == (given.words or _word_key(latex.unwrapped(given.text)[0]))
+    if gold.words is not None and given.words is not None:
+        return gold.words == given.words
+    if gold.number is not None and given.words is not None:
+        return False
+    return _same_relation(gold.text, given.text, algebra)
+
+
+def _same_relation(gold: str, given: str, algebra: AlgebraicEquality | None) -> bool:
+    """Two values or relations in text: an assignment `x = 5` may stand for its value on either side."""
+    gold_parts = latex.split_top_level(gold, frozenset({"="}))
+    given_parts = latex.split_top_level(given, frozenset({"="}))
+    if len(given_parts) > 1 and len(gold_parts) == 1 and not _RELATION.search(given):
+        # In "3+4 = 7" every number must be the gold: "5 = 6 = 7" hedges, it does not derive.
+        numeric = [part for part in given_parts[:-1] if not _LETTERS.search(part)]
+        return all(_same_part(gold, part, algebra) for part in [given_parts[-1], *numeric])
+    if len(gold_parts) == 2 and _ASSIGNED.fullmatch(gold_parts[0]):
+        if len(given_parts) == 1 and not _RELATION.search(given):
+            return _same_part(gold_parts[1], given, algebra)
+        if len(given_parts) == 2 and _spelling(given_parts[0]) == _spelling(gold_parts[0]):
+            return _same_part(gold_parts[1], given_parts[1], algebra)
+    return _algebraic(gold, given, algebra)
+
+
+def _same_part(gold: str, given: str, algebra: AlgebraicEquality | None) -> bool:
+    gold_answer, given_answer = _read(gold), _read(given)
+    if gold_answer is None or given_answer is None:
+        return False
+    if gold_answer == Value(gold) and given_answer == Value(given):
+        return _spelling(gold) == _spelling(given) or _algebraic(gold, given, algebra)
+    return same_answer(gold_answer, given_answer, algebra)
+
+
+def _same_clock(gold: Value, given: Value) -> bool:
+    """Times and ratios agree in every field, "a.m." and "p.m." where both say it. 1:4 may be written 1/4."""
+    if gold.clock is not None and given.clock is not None:
+        suffixes = {gold.clock[1], given.clock[1]} - {""}
+        return gold.clock[0] == given.clock[0] and len(suffixes) < 2
+    clock, other = (gold.clock, given) if gold.clock is not None else (given.clock, gold)
+    fields, suffix = clock
+    if other.number is None or len(fields) != 2 or suffix or fields[1] == 0:
+        return False
+    return other.number.value * fields[1] == fields[0]
+
+
+def _algebraic(gold: str, given: str, algebra: AlgebraicEquality | None) -> bool:
+    if algebra is None:
+        raise AlgebraNeeded
+    return algebra(latex.with_mixed_numbers(gold), latex.with_mixed_numbers(given))
+
+
+def _spelling(text: str) -> str:
+    """The text without spaces that mean nothing: those not between two letters."""
+    return re.sub(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])", "", text)
+
+
+def _word_key(text: str) -> str:
+    key = re.sub(r"[^A-Za-z0-9]+", " ", text).strip()
+    key = re.sub(r"^(?:the|an?)\s+(?=\w)", "", key, flags=re.IGNORECASE)
+    return key if len(key) == 1 else key.casefold()

@@ -1,0 +1,150 @@
+"""What a verifier is, what it answers with, and how one is found by name.
+
+A verifier decides whether a response text answers a problem. It is named in a configuration by its *kind*: a registered
+name (`math`, `number`, `choice`) or the import path of a class (`my_package.my_module:MyVerifier`). A registered
+name is itself only a short form of an import path, because grader processes share no memory with the process that
+registers.
+
+    >>> load_verifier("number").grade(r"So the answer is \\boxed{18 dollars}.", "18")
+    Grade(reward=1.0, reason='correct', parsed='18')
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+Reason = Literal["correct", "wrong", "no_answer", "timeout", "out_of_memory", "ungraded"]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+_MAX_PARSED_CHARS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """The verdict on one response.
+
+    `reward` is None exactly when `reason` is `ungraded`: the verifier itself failed, and the sample must stay out of
+    group statistics. `timeout` and `out_of_memory` are the response's own fault and carry reward 0. `parsed` is what
+    was taken to be the answer, for people to look at; None when nothing was.
+    """
+
+    reward: float | None
+    reason: Reason
+    parsed: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reason not in REASONS:
+            raise ValueError(f"Grade.reason is {self.reason!r}; it must be one of {', '.join(REASONS)}.")
+        if (self.reward is None) != (self.reason == "ungraded"):
+            raise ValueError(
+                f"Grade has reward {self.reward!r} with reason {self.reason!r}; it is None for `ungraded` only."
+            )
+        if self.reward is not None and not abs(self.reward) < float("inf"):
+            raise ValueError(f"Grade.reward is {self.reward!r}; it must be a finite number.")
+        if self.parsed is not None and len(self.parsed) > _MAX_PARSED_CHARS:
+            object.__setattr__(self, "parsed", self.parsed[:_MAX_PARSED_CHARS] + "…")
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Grades responses of one kind. Built once in each grader process, then called for one response after another.
+
+    `grade` may be an ordinary or an `async` method. It may raise: the pool tries once more and then reports `ungraded`.
+    It needs no time or memory limit of its own: the pool ends the process that exceeds them.
+    A verifier may also have `parses_gold(gold) -> bool`, which the task loader asks before a run starts.
+    """
+
+    def grade(self, response_text: str, gold: str) -> Grade | Awaitable[Grade]:
+        """The verdict on `response_text`, the decoded visible tokens, given the reference answer `gold`."""
+        ...
+
+
+class UnknownVerifierError(ValueError):
+    """The kind in a configuration names no verifier that can be imported and built; the message says what to write."""
+
+
+class UnreadableGoldError(ValueError):
+    """A gold answer that its verifier cannot grade against: the data is at fault, not the response."""
+
+
+_REGISTERED: dict[str, str] = {
+    "choice": "reward.answers:ChoiceVerifier",
+    "math": "reward.answers:MathVerifier",
+    "number": "reward.answers:NumberVerifier",
+}
+
+
+def register(name: str, import_path: str) -> None:
+    """Make `name` a short form of `import_path` (`package.module:Class`) in this process and in pools it starts.
+
+    Raises ValueError when the name is taken by another path or either argument has the wrong form.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"A verifier's registered name is {name!r}; it must be an identifier such as 'my_verifier'.")
+    if not _is_import_path(import_path):
+        raise ValueError(f"Verifier {name!r} is registered with {import_path!r}; expected 'package.module:Class'.")
+    taken = _REGISTERED.setdefault(name, import_path)
+    if taken != import_path:
+        raise ValueError(
+            f"Verifier {name!r} is already registered as {taken!r}; choose another name for {import_path!r}."
+        )
+
+
+def registered_kinds() -> tuple[str, ...]:
+    """The names that may be written instead of an import path, sorted."""
+    return tuple(sorted(_REGISTERED))
+
+
+def import_path_of(kind: str) -> str:
+    """The import path behind `kind`, without importing it. Raises UnknownVerifierError for an unregistered name."""
+    if kind in _REGISTERED:
+        return _REGISTERED[kind]
+    if _is_import_path(kind):
+        return kind
+    raise UnknownVerifierError(
+        f"Unknown verifier {kind!r}. Allowed: {', '.join(registered_kinds())}, "
+        "or the import path of a class such as 'my_package.my_module:MyVerifier'."
+    )
+
+
+def load_verifier(kind: str, **options: Any) -> Verifier:
+    """Import and build the verifier of a kind; `options` go to its constructor.
+
+    Raises UnknownVerifierError when the name is not registered, the import fails, the attribute is missing or cannot be
+    built with these options, or the result has no `grade` method.
+    """
+    path = import_path_of(kind)
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UnknownVerifierError(
+            f"Verifier {kind!r}: module {module_name!r} cannot be imported ({error}). "
+            "Install its package, or put its folder on PYTHONPATH of every rollout worker."
+        ) from error
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise UnknownVerifierError(f"Verifier {kind!r}: module {module_name!r} has no attribute {attribute!r}.")
+    if inspect.isclass(factory) or options:
+        try:
+            verifier = factory(**options)
+        except TypeError as error:
+            raise UnknownVerifierError(
+                f"Verifier {kind!r} cannot be built with options {options!r}: {error}."
+            ) from error
+    else:
+        verifier = factory
+    if not isinstance(verifier, Verifier):
+        raise UnknownVerifierError(
+            f"Verifier {kind!r} is a {type(verifier).__name__} without a `grade(response_text, gold)` method."
+        )
+    return verifier
+
+
+def _is_import_path(text: str) -> bool:
+    module, colon, attribute = text.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in [*module.split("."), attribute])
