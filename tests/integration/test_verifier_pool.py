@@ -1,0 +1,325 @@
+"""The pool under attack: hangs, memory bombs, deaths, threads; full strength afterwards, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from reward.answers import grade
+from reward.dispatcher import GraderStartError
+from reward.pool import VerifierPool
+from reward.verifier import Grade, UnknownVerifierError
+
+pytestmark = pytest.mark.integration
+
+BAD = "verifiers_under_test:Misbehaving"
+MIB = 2**20
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def pool() -> Iterator[VerifierPool]:
+    with VerifierPool(processes=2, time_limit_s=0.5, memory_limit_bytes=512 * MIB) as pool:
+        yield pool
+
+
+def reasons(pool: VerifierPool, *responses: str) -> list[str]:
+    return [verdict.reason for verdict in pool.grade_many([(BAD, response, "") for response in responses])]
+
+
+def wait_until(condition, seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def zombies() -> list[int]:
+    return [p.pid for p in psutil.Process().children(recursive=True) if p.status() == psutil.STATUS_ZOMBIE]
+
+
+def hang_many(hangs: int) -> None:
+    gc.collect()
+    descriptors, children = open_descriptors(), len(psutil.Process().children())
+    with VerifierPool(processes=2, time_limit_s=0.2) as pool:
+        assert reasons(pool, "ok ", "ok2 ") == ["correct", "correct"]
+        memory = psutil.Process().memory_info().rss
+        verdicts = pool.grade_many([(BAD, f"hang {i}", "") for i in range(hangs)])
+        assert verdicts == [Grade(0.0, "timeout")] * hangs
+        assert wait_until(lambda: len(pool.process_ids()) == 2 and not zombies())
+        assert all(psutil.pid_exists(pid) for pid in pool.process_ids())
+        assert reasons(pool, "ok3 ", "ok4 ") == ["correct", "correct"]
+        assert pool.counts()["timeout"] == hangs
+        assert psutil.Process().memory_info().rss - memory < 30 * MIB
+    assert wait_until(lambda: open_descriptors() <= descriptors)
+    assert wait_until(lambda: len(psutil.Process().children()) == children)
+
+
+def test_after_50_hangs_the_pool_is_at_full_strength_without_zombies_or_leaked_descriptors() -> None:
+    hang_many(50)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_after_1000_hangs_the_pool_is_at_full_strength_without_zombies_or_leaked_descriptors() -> None:
+    hang_many(1_000)
+
+
+def test_a_hang_inside_c_code_is_ended_too(pool: VerifierPool) -> None:
+    assert reasons(pool, "hang-in-c ", "ok ") == ["timeout", "correct"]
+
+
+def test_a_hang_costs_the_other_cases_of_its_request_nothing(pool: VerifierPool) -> None:
+    responses = [f"ok{i} " for i in range(100)]
+    responses[7] = responses[70] = "hang "
+    assert reasons(pool, *responses) == ["timeout" if r == "hang " else "correct" for r in responses]
+
+
+def test_many_slow_cases_do_not_share_one_time_limit(pool: VerifierPool) -> None:
+    assert reasons(pool, *(f"sleep 0.{i:02d}" for i in range(10, 26))) == ["wrong"] * 16
+
+
+def test_a_memory_bomb_ends_alone(pool: VerifierPool) -> None:
+    assert reasons(pool, "ok ", "eat ", "ok2 ") == ["correct", "out_of_memory", "correct"]
+    assert pool.grade_many([(BAD, "eat ", "")]) == [Grade(0.0, "out_of_memory")]
+
+
+def test_memory_that_earlier_cases_kept_is_not_held_against_a_case() -> None:
+    with VerifierPool(processes=1, time_limit_s=10, memory_limit_bytes=512 * MIB) as pool:
+        verdicts = [pool.grade_many([(BAD, f"keep {200 * MIB} {i}", "")])[0].reason for i in range(4)]
+    assert verdicts == ["wrong"] * 4
+
+
+def test_a_process_that_dies_is_replaced_and_its_case_tried_once_more(pool: VerifierPool, tmp_path: Path) -> None:
+    verdicts = pool.grade_many([(BAD, f"die-once {tmp_path / 'died'}", str(tmp_path / "died")), (BAD, "ok ", "")])
+    assert [verdict.reason for verdict in verdicts] == ["correct", "correct"]
+    assert pool.counts()["processes_lost"] == 1
+
+
+def test_a_case_that_kills_its_process_twice_stays_ungraded(pool: VerifierPool) -> None:
+    verdicts = pool.grade_many([(BAD, "ok ", ""), (BAD, "die ", ""), (BAD, "die 2", ""), (BAD, "ok2 ", "")])
+    assert verdicts[1] == verdicts[2] == Grade(None, "ungraded")
+    assert [verdicts[0].reason, verdicts[3].reason] == ["correct", "correct"]
+    assert pool.counts()["processes_lost"] == 4
+
+
+def test_killing_every_grader_from_outside_loses_no_verdict() -> None:
+    with VerifierPool(processes=2, time_limit_s=5) as pool:
+        assert reasons(pool, "ok ") == ["correct"]
+        killer = threading.Timer(0.3, lambda: [os.kill(pid, signal.SIGKILL) for pid in pool.process_ids()])
+        killer.start()
+        assert reasons(pool, *(f"sleep 0.2{i}" for i in range(4))) == ["wrong"] * 4
+        killer.join()
+
+
+def test_killing_idle_graders_goes_unnoticed(pool: VerifierPool) -> None:
+    assert reasons(pool, "ok ") == ["correct"]
+    for pid in pool.process_ids():
+        os.kill(pid, signal.SIGKILL)
+    assert reasons(pool, "ok2 ", "ok3 ") == ["correct", "correct"]
+
+
+def test_a_verifier_that_raises_or_answers_nonsense_gives_ungraded_and_never_zero(pool: VerifierPool) -> None:
+    assert reasons(pool, "raise ", "nonsense ", "ok ") == ["ungraded", "ungraded", "correct"]
+
+
+def test_what_a_verifier_prints_does_not_disturb_the_pool(pool: VerifierPool) -> None:
+    assert reasons(pool, "print ", "ok ") == ["correct", "correct"]
+
+
+def test_the_order_is_kept_and_equal_cases_are_graded_once(pool: VerifierPool) -> None:
+    cases = [(BAD, f"x {i % 40}", str(i % 3)) for i in range(400)]
+    random.Random(0).shuffle(cases)
+    verdicts = pool.grade_many(cases)
+    assert [v.reward for v in verdicts] == [float(text == f"x {gold}") for _, text, gold in cases]
+    assert [v.parsed for v in verdicts] == [text for _, text, _ in cases]
+    (first, second) = pool.grade_many([(BAD, "pid ", "a"), (BAD, "pid ", "a")])
+    assert first is second
+
+
+def test_processes_are_started_once_and_stay(pool: VerifierPool) -> None:
+    seen = {pool.grade_many([(BAD, "pid ", str(i))])[0].parsed for i in range(20)}
+    assert len(seen) <= 2
+    assert pool.counts()["processes_started"] == 2
+
+
+def test_threads_share_a_pool(pool: VerifierPool) -> None:
+    wrong: list[object] = []
+
+    def work(thread: int) -> None:
+        for round_ in range(5):
+            cases = [(BAD, f"x {thread}.{round_}.{i}", f"{thread}.{round_}.{i}") for i in range(20)]
+            cases.append(("number", rf"\boxed{{{thread}}}", str(thread)))
+            wrong.extend(v for v in pool.grade_many(cases) if v.reward != 1.0)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert wrong == []
+
+
+def test_asynchronous_verifiers_and_options_work() -> None:
+    kind = "verifiers_under_test:Asynchronous"
+    with VerifierPool(processes=1, options={kind: {"bonus": 0.5}}) as pool:
+        assert [v.reward for v in pool.grade_many([(kind, "a", "a"), (kind, "a", "b")])] == [1.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("maths", "Allowed: choice, math, number"),
+        ("no_such_module:Verifier", "cannot be imported"),
+        ("verifiers_under_test:Nothing", "no attribute 'Nothing'"),
+        ("verifiers_under_test:NoGrade", "without a `grade"),
+    ],
+)
+def test_an_unknown_verifier_is_an_error_and_the_pool_goes_on(pool: VerifierPool, kind: str, message: str) -> None:
+    with pytest.raises(UnknownVerifierError, match=message):
+        pool.grade_many([(kind, "x", "y")])
+    assert reasons(pool, "ok ") == ["correct"]
+
+
+def test_a_wrong_setting_is_an_error_that_names_it() -> None:
+    with pytest.raises(ValueError, match="processes is 0"):
+        VerifierPool(processes=0)
+    with pytest.raises(ValueError, match="last_nubmer"):
+        VerifierPool(options={"number": {"fallback": "last_nubmer"}})
+    with VerifierPool() as pool, pytest.raises(TypeError, match="Case 1"):
+        pool.grade_many([("number", "1", "1"), ("number", None, "1")])
+
+
+def test_processes_that_cannot_start_are_an_error_within_bounds() -> None:
+    with VerifierPool(processes=1, start_limit_s=0.3) as pool, pytest.raises(GraderStartError, match="did not load"):
+        pool.grade_many([("verifiers_under_test:Slow", "x", "y")])
+
+
+def test_plain_answers_need_no_process() -> None:
+    with VerifierPool() as pool:
+        verdicts = pool.grade_many(
+            [("number", r"\boxed{18}", "18"), ("choice", r"\boxed{B}", "B"), ("math", r"\boxed{1{,}234}", "1234")]
+        )
+        assert [verdict.reason for verdict in verdicts] == ["correct"] * 3
+        assert pool.process_ids() == []
+
+
+def test_an_unreadable_gold_leaves_its_samples_ungraded() -> None:
+    with VerifierPool() as pool:
+        assert pool.grade_many([("number", r"\boxed{18}", "eighteen")]) == [Grade(None, "ungraded")]
+
+
+def test_only_the_end_of_an_overlong_response_is_graded() -> None:
+    with VerifierPool(max_response_chars=1_000) as pool:
+        cases = [("number", r"\boxed{18}" + "x" * 2_000, "18"), ("number", "x" * 2_000 + r"\boxed{18}", "18")]
+        assert [verdict.reason for verdict in pool.grade_many(cases)] == ["no_answer", "correct"]
+
+
+def test_the_pool_agrees_with_grading_here_and_bounds_hostile_mathematics() -> None:
+    cases = [
+        ("math", r"\boxed{(x+1)^2}", "x^2+2x+1"),
+        ("math", r"\boxed{(x+1)^3}", "x^2+2x+1"),
+        ("math", r"\boxed{\frac{1}{\sqrt2}}", r"\frac{\sqrt{2}}{2}"),
+        ("math", r"\boxed{\frac{}{}}", r"\sqrt{2}"),
+    ]
+    bombs = [
+        r"\boxed{9^{9^{9^{9^9}}}}",
+        r"\boxed{(10^{10})!}",
+        r"\boxed{\sum_{k=1}^{10^{12}} \frac{1}{k^{1/3}}}",
+        r"\boxed{(x+y+z+w)^{4000}}",
+        r"\boxed{" + r"\sqrt{" * 38 + "2" + "}" * 38 + "}",
+        r"\boxed{__import__('os').system('touch /tmp/never')}",
+    ]
+    with VerifierPool(processes=1, time_limit_s=1.5) as pool:
+        pool.start()
+        assert pool.grade_many(cases) == [grade(*case) for case in cases]
+        start = time.monotonic()
+        verdicts = pool.grade_many([("math", bomb, r"x+\sqrt{2}") for bomb in bombs])
+        assert time.monotonic() - start < 60
+        assert [verdict.reward for verdict in verdicts] == [0.0] * len(bombs), verdicts
+
+
+def test_closing_ends_waiting_calls_and_later_ones() -> None:
+    pool = VerifierPool(processes=1, time_limit_s=30)
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            pool.grade_many([(BAD, "hang ", "")])
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert wait_until(lambda: len(pool.process_ids()) == 1)
+    start = time.monotonic()
+    pool.close()
+    pool.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert time.monotonic() - start < 5
+    assert "closed" in str(errors[0])
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.grade_many([(BAD, "ok ", "")])
+
+
+def test_a_pool_that_is_forgotten_frees_its_processes() -> None:
+    pool = VerifierPool(processes=1)
+    assert reasons(pool, "ok ") == ["correct"]
+    (pid,) = pool.process_ids()
+    del pool
+    gc.collect()
+    assert wait_until(lambda: not psutil.pid_exists(pid))
+
+
+PARENT = """
+import sys, time, threading
+sys.path.insert(0, {here!r})
+from reward.pool import VerifierPool
+pool = VerifierPool(processes=2, time_limit_s=1.0)
+pool.grade_many([({bad!r}, "ok ", "")])
+threading.Thread(target=pool.grade_many, args=([({bad!r}, {action!r}, "")],), daemon=True).start()
+time.sleep(0.3)
+print(*pool.process_ids(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("action", ["ok2 ", "sleep 0.9"])
+def test_graders_end_when_their_parent_is_killed(action: str) -> None:
+    program = PARENT.format(here=str(Path(__file__).parent), bad=BAD, action=action)
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert parent.stdout is not None
+    graders = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(graders) == 2
+    parent.kill()
+    parent.wait(10)
+    parent.stdout.close()
+    assert wait_until(lambda: not any(psutil.pid_exists(pid) for pid in graders))
+
+
+def test_a_grader_process_imports_neither_torch_nor_ray() -> None:
+    program = (
+        "import sys; import reward.grader_process, reward.answers; from reward.verifier import load_verifier; "
+        "load_verifier('math').warm_up(); "
+        "assert not {'torch', 'ray', 'numpy', 'transformers'} & set(sys.modules), 'heavy imports'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=ROOT)
