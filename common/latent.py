@@ -240,7 +240,7 @@ def latent_step(
 
 
 def mix_embeddings(embedded: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum_k w_k E[s_k]: `embedded` [..., K, D], `weights` [..., K] -> [..., D]. Summed in float32, input's dtype out."""
+    """sum_k w_k E[s_k]: `embedded` [..., K, D], `weights` [..., K] -> [..., D]; float32 sum, input's dtype out."""
     mixed = torch.einsum("...kd,...k->...d", embedded.float(), weights.float())
     return mixed.to(embedded.dtype)
 

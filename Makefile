@@ -1,0 +1,32 @@
+# `make demo` and `make test` do all their own set-up in ./.venv (about 2 GB with the CPU build of torch).
+# pip's own settings (environment, pip.conf) decide where packages come from.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: install test test-all lint clean
+.DEFAULT_GOAL := install
+
+install: $(STAMP)
+	@$(BIN)/python deploy/torch_build.py
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, got {v[0]}.{v[1]}; run make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: install
+	$(PYTEST) -m "not slow and not gpu and not vllm"
+
+test-all: install
+	$(PYTEST)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,158 @@
+"""METHOD §2 against a loop-by-loop float64 reference, and the keyed form against the plain one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.latent import (
+    gumbel_noise,
+    latent_step,
+    mix_embeddings,
+    sample_mixture,
+    sample_mixture_keyed,
+    sample_visible,
+    sample_visible_keyed,
+    trajectory_key,
+)
+
+
+def reference_mixture(row, gumbel, k, top_p, scale, tau, one_sided):
+    """One row in float64, step by step as METHOD §2.1 says it."""
+    log_p = np.array(row) - math.log(sum(math.exp(x) for x in row))
+    order = sorted(range(len(row)), key=lambda i: (-log_p[i], i))
+    candidates, cumulative = [], 0.0
+    for rank, i in enumerate(order):
+        if rank < k or cumulative < top_p:
+            candidates.append(i)
+        cumulative += math.exp(log_p[i])
+    score = {}
+    for i in candidates:
+        g = min(max(gumbel[i], -1.5), 3.0) + (1.5 if one_sided else 0.0)
+        score[i] = log_p[i] + scale * g
+    best = sorted(candidates, key=lambda i: (-score[i], i))[:k]
+    scores = np.array([score[i] for i in best])
+    weights = np.exp((scores - scores.max()) / tau)
+    return best, scores, weights / weights.sum()
+
+
+def draws(rows, vocabulary, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocabulary, generator=generator) * 3
+    exponential = torch.empty(rows, vocabulary).exponential_(generator=generator)
+    return logits, -torch.log(exponential)
+
+
+@pytest.mark.parametrize("one_sided", [True, False])
+@pytest.mark.parametrize(("k", "top_p", "scale", "tau"), [(3, 0.95, 1.0, 1.0), (10, 0.5, 0.3, 0.7), (1, 1.0, 2.0, 2.0)])
+def test_sample_mixture_equals_a_float64_reference(k, top_p, scale, tau, one_sided):
+    logits, gumbel = draws(16, 40)
+    ids, scores, weights = sample_mixture(
+        logits, gumbel, k=k, top_p=top_p, noise_scale=scale, tau=tau, one_sided=one_sided
+    )
+    for row in range(16):
+        want = reference_mixture(logits[row].double().tolist(), gumbel[row].tolist(), k, top_p, scale, tau, one_sided)
+        assert ids[row].tolist() == want[0]
+        np.testing.assert_allclose(scores[row], want[1], atol=1e-5)
+        np.testing.assert_allclose(weights[row], want[2], atol=1e-5)
+
+
+def adversarial(vocabulary):
+    logits, _ = draws(12, vocabulary, seed=1)
+    logits[0] = 0.0  # flat: the nucleus is the whole vocabulary
+    logits[1] = logits[1] * 20  # peaked
+    logits[2, ::2] = 1.0  # many ties
+    logits[3, 5:] = -1e4
+    return logits
+
+
+@pytest.mark.parametrize(("vocabulary", "top_m"), [(23, 256), (900, 32), (900, 256)])
+def test_the_engines_fast_path_equals_the_full_one_exactly(vocabulary, top_m):
+    logits = adversarial(vocabulary)
+    rows = len(logits)
+    keys, steps = torch.arange(rows) * 7919 + 2**40, torch.arange(rows)
+    allowed = torch.ones(vocabulary, dtype=torch.bool)
+    allowed[-4:] = False
+    noise = gumbel_noise(keys, steps, torch.arange(vocabulary).expand(rows, -1))
+    top_p = torch.linspace(0.3, 1.0, rows)
+    full = sample_mixture(logits, noise, k=5, top_p=top_p, noise_scale=1.0, tau=1.0, allowed=allowed)
+    fast = sample_mixture_keyed(
+        logits, keys, steps, k=5, top_p=top_p, noise_scale=1.0, tau=1.0, allowed=allowed, top_m=top_m
+    )
+    for a, b in zip(full, fast, strict=False):
+        assert torch.equal(a, b)
+    assert (full[0] < vocabulary - 4).all()
+    settings = {"temperature": 0.6, "top_p": 0.95, "top_k": 30, "allowed": allowed}
+    for a, b in zip(sample_visible(logits, noise, **settings), sample_visible_keyed(logits, keys, steps, **settings)):
+        assert torch.equal(a, b)
+
+
+def test_one_sided_noise_never_lowers_a_score():
+    logits, _ = draws(64, 50)
+    keys = torch.arange(64)
+    _, scores, _, log_probs = sample_mixture_keyed(
+        logits, keys, keys, k=8, top_p=0.95, noise_scale=1.0, tau=1.0, one_sided=True
+    )
+    assert (scores >= log_probs).all()
+    assert (scores - log_probs).max() <= 4.5 + 1e-5
+
+
+def test_visible_sampling_follows_the_truncated_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -6.0]]).expand(20000, -1)
+    keys = torch.arange(20000)
+    ids, log_probs = sample_visible_keyed(logits, keys, keys * 0, temperature=0.6, top_p=0.95, top_k=3)
+    p = torch.softmax(logits[0, :3] / 0.6, -1)
+    kept = p[: int(((p.cumsum(0) - p) < 0.95).sum())]
+    share = torch.bincount(ids, minlength=5)[: len(kept)] / 20000
+    assert torch.allclose(share, kept / kept.sum(), atol=0.015)
+    assert ids.max() < len(kept)
+    assert torch.allclose(log_probs, torch.log_softmax(logits / 0.6, -1).gather(-1, ids[:, None])[:, 0], atol=1e-6)
+
+
+def test_noise_is_gumbel_finite_and_independent_between_neighbours():
+    n = 1000
+    g = gumbel_noise(torch.arange(n), torch.zeros(n, dtype=torch.int64), torch.arange(n).expand(n, n)).double()
+    assert g.isfinite().all()
+    u = torch.exp(-torch.exp(-g)).flatten().sort().values
+    distance = (u - torch.linspace(0, 1, len(u), dtype=torch.float64)).abs().max()
+    assert distance < 1.95 / math.sqrt(len(u))  # Kolmogorov-Smirnov, p = 0.001
+    bound = 5 / math.sqrt(n * (n - 1))
+    centred = (g - g.mean()) / g.std()
+    assert abs((centred[1:] * centred[:-1]).mean()) < bound
+    assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < bound
+    steps = gumbel_noise(torch.full((n,), 5), torch.arange(n), torch.arange(n).expand(n, n)).double()
+    assert abs(((steps - steps.mean())[1:] * (steps - steps.mean())[:-1]).mean() / steps.var()) < bound
+
+
+def test_a_draw_depends_on_its_identity_only():
+    ids = torch.arange(30).expand(8, -1)
+    keys, steps = torch.arange(8) * 2**35 + 11, torch.arange(8)
+    whole = gumbel_noise(keys, steps, ids)
+    assert torch.equal(whole[3:4, 7:9], gumbel_noise(keys[3:4], steps[3:4], ids[3:4, 7:9]))
+    identity = {"run_seed": 1, "purpose": "training", "problem_uid": "a/1", "epoch": 0, "sample_index": 0}
+    a = trajectory_key(**identity, policy_version=0)
+    assert a == trajectory_key(**identity, policy_version=0)
+    assert a != trajectory_key(**identity, policy_version=1)
+    assert 0 <= a < 2**63
+
+
+def test_a_row_leaves_latent_mode_when_argmax_or_first_id_is_the_end_token():
+    logits = torch.full((2, 6), -5.0)
+    logits[0, 4] = 3.0  # argmax is the end token
+    logits[1, 2] = 3.0
+    keys = torch.arange(2)
+    result = latent_step(
+        logits, keys, keys, k=2, top_p=0.95, noise_scale=0.0, tau=1.0,
+        noisy=torch.tensor([True, False]), one_sided=torch.tensor([True, True]), end_id=4,
+    )  # fmt: skip
+    assert result.leaves.tolist() == [True, False]
+    assert torch.equal(result.scores[1], result.log_probs[1])  # noise off: r is log p (METHOD §2.2)
+
+
+def test_mix_embeddings_sums_in_float32_and_keeps_the_dtype():
+    embedded, weights = torch.randn(4, 3, 8).bfloat16(), torch.softmax(torch.randn(4, 3), -1)
+    mixed = mix_embeddings(embedded, weights)
+    assert mixed.dtype == torch.bfloat16
+    want = (embedded.double() * weights.double().unsqueeze(-1)).sum(-2)
+    assert torch.allclose(mixed.double(), want, atol=2e-2)
