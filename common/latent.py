@@ -183,6 +183,18 @@ def sample_mixture_keyed(
 
     Returns ids, scores, weights and behaviour log-probs, each [N, k].
     """
+    top, order = _candidates(logits, k, top_p, allowed, top_m)
+    ids, scores, log_probs = _noisy(top, order, gumbel_noise(keys, steps, order), k, top_p, noise_scale, one_sided)
+    return ids, scores, torch.softmax(scores / _column(tau, scores), dim=-1), log_probs
+
+
+def _candidates(
+    logits: torch.Tensor, k: int, top_p: Setting, allowed: torch.Tensor | None, top_m: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """At least every id that METHOD §2.1.2 keeps, most likely first: log-probs and ids [N, M].
+
+    M is `top_m`, or V when some row's nucleus (or a tie at the boundary) reaches beyond it.
+    """
     _check_k(k, logits.shape[-1])
     logits = logits.float()
     log_p = _masked(logits - logits.logsumexp(-1, keepdim=True), allowed)
@@ -191,10 +203,8 @@ def sample_mixture_keyed(
         p = top.exp()  # the nucleus is all here iff the last one looked at is outside of it
         exact = exact & ~((p.cumsum(-1) - p)[:, -1] < torch.as_tensor(top_p, device=logits.device))
         if not bool(exact.all()):
-            top, order = _sorted(log_p)
-    noise = gumbel_noise(keys, steps, order)
-    ids, scores, log_probs = _noisy(top, order, noise, k, top_p, noise_scale, one_sided)
-    return ids, scores, torch.softmax(scores / _column(tau, scores), dim=-1), log_probs
+            return _sorted(log_p)
+    return top, order
 
 
 class LatentStep(NamedTuple):
@@ -218,24 +228,23 @@ def latent_step(
     tau: Setting,
     noisy: torch.Tensor,
     one_sided: torch.Tensor,
-    end_id: int,
+    end_id: int | torch.Tensor,
     allowed: torch.Tensor | None = None,
 ) -> LatentStep:
     """METHOD §2.1-§2.3 for rows of mixed noise modes: `noisy` [N] bool, `one_sided` [N] bool."""
-    settings = {"k": k, "top_p": top_p, "tau": tau, "allowed": allowed}
-    ids, scores, weights, log_probs = sample_mixture_keyed(
-        logits, keys, steps, noise_scale=noise_scale, one_sided=one_sided, **settings
+    top, order = _candidates(logits, k, top_p, allowed, TOP_M)
+    drawn, drawn_scores, drawn_log_probs = _noisy(
+        top, order, gumbel_noise(keys, steps, order), k, top_p, noise_scale, one_sided
     )
-    quiet_ids, quiet_scores, quiet_weights = greedy_mixture(logits, k=k, tau=tau, allowed=allowed)
     pick = noisy.unsqueeze(-1)
-    ids = torch.where(pick, ids, quiet_ids)
-    leaves = (quiet_ids[:, 0] == end_id) | (ids[:, 0] == end_id)
+    ids = torch.where(pick, drawn, order[:, :k])
+    scores = torch.where(pick, drawn_scores, top[:, :k])
     return LatentStep(
-        ids,
-        torch.where(pick, scores, quiet_scores),
-        torch.where(pick, weights, quiet_weights),
-        torch.where(pick, log_probs, quiet_scores),
-        leaves,
+        ids=ids,
+        scores=scores,
+        weights=torch.softmax(scores / _column(tau, scores), dim=-1),
+        log_probs=torch.where(pick, drawn_log_probs, top[:, :k]),
+        leaves=(order[:, 0] == end_id) | (ids[:, 0] == end_id),
     )
 
 

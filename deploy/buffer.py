@@ -1,0 +1,165 @@
+"""The group buffer: admission, filtering and order. Pure bookkeeping; no Ray, no clock, no threads.
+
+A *slot* is the right to hold one group that is not trained on yet. There are (max_staleness + 1) x prompts_per_step of
+them; one is taken when a prompt is dispatched and freed when its group is trained on, filtered or dropped. Work is only
+dispatched while slots are free, which is all that bounds staleness: with as many slots as a batch has groups, nothing
+can be generated while the learner trains (synchronous training is `max_staleness: 0` of the one loop).
+
+Batches are formed in prompt order, not arrival order: slow (long) rollouts are not discriminated, and which prompts a
+batch holds depends on the content of the groups alone::
+
+    ordinal   0     1     2     3     4        batch of 2, refill:
+    state     kept  drop  kept  ----  kept     {0, 2} now; {3, 4} once 3 has arrived
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from common.types import GroupRequest
+
+
+class TooManyDispatched(RuntimeError):
+    """Dynamic sampling found too few groups with signal (METHOD §4.3)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadyBatch:
+    """Groups to train on, in prompt order; `filtered` are the ones that made way, for the dump."""
+
+    ordinals: tuple[int, ...]
+    groups: tuple[pa.RecordBatch, ...]  # rows in sample order
+    next_ordinal: int  # the first prompt that no batch has consumed: the state a checkpoint keeps
+    dropped: Counter  # reason -> groups, since the previous batch
+
+
+@dataclass(slots=True)
+class _Entry:
+    request: GroupRequest
+    group: pa.RecordBatch | None = None
+    dropped: str | None = None
+
+    @property
+    def settled(self) -> bool:
+        return self.group is not None or self.dropped is not None
+
+
+@dataclass(slots=True)
+class GroupBuffer:
+    """Holds the groups between dispatch and training.
+
+    `drop_reason` says of a complete group why it teaches nothing (None: keep), e.g. by
+    :func:`learner.advantages.drop_reason`. `refill` False is `dynamic_sampling: drop`: a batch is what has signal among
+    `prompts_per_step` prompts, and may be empty.
+    """
+
+    prompts_per_step: int
+    max_staleness: int
+    refill: bool
+    max_dispatch_factor: int
+    drop_reason: Callable[[pa.RecordBatch], str | None]
+    next_ordinal: int = 0  # of the next prompt to dispatch
+    _entries: dict[int, _Entry] = field(default_factory=dict)  # by ordinal, dispatched and not consumed
+    _by_uid: dict[str, int] = field(default_factory=dict)
+    _training: int = 0  # slots held by the batch at the learner
+    _settled_since_batch: int = 0
+    _dropped: Counter = field(default_factory=Counter)
+    duplicates: int = 0
+
+    @property
+    def slots(self) -> int:
+        return (self.max_staleness + 1) * self.prompts_per_step
+
+    @property
+    def free_slots(self) -> int:
+        """How many more prompts may be dispatched now."""
+        held = sum(1 for e in self._entries.values() if e.dropped is None or not self.refill)
+        return self.slots - held - self._training
+
+    @property
+    def outstanding(self) -> list[GroupRequest]:
+        """Dispatched groups that have not arrived, in prompt order."""
+        return [e.request for _, e in sorted(self._entries.items()) if not e.settled]
+
+    def dispatched(self, request: GroupRequest) -> int:
+        """Takes a slot for the next prompt; returns its ordinal. Raises :class:`TooManyDispatched`."""
+        if self.free_slots <= 0:
+            raise RuntimeError(f"no free slot: {self.slots} slots are held; dispatch only while free_slots > 0")
+        limit = self.max_dispatch_factor * self.prompts_per_step
+        if self._settled_since_batch >= limit:
+            raise TooManyDispatched(
+                f"{self._settled_since_batch} groups were generated for one batch of {self.prompts_per_step} "
+                f"(limit {limit} = max_dispatch_factor x prompts_per_step) and too few had signal; dropped: "
+                f"{dict(self._dropped)}. The task is too easy or too hard for the model, or its answers are never "
+                "graded correct; look at the dumped trajectories, or raise group_size"
+            )
+        ordinal = self.next_ordinal
+        self._entries[ordinal] = _Entry(request)
+        self._by_uid[request.group_uid] = ordinal
+        self.next_ordinal += 1
+        return ordinal
+
+    def arrived(self, group_uid: str, group: pa.RecordBatch) -> str | None:
+        """Takes a complete, graded group; returns why it was dropped. A group that is not awaited is a duplicate
+        (its worker was given up and came back, or it was generated before a restart): counted and ignored."""
+        ordinal = self._by_uid.get(group_uid)
+        entry = self._entries.get(ordinal) if ordinal is not None else None
+        if entry is None or entry.settled:
+            self.duplicates += 1
+            return "duplicate"
+        self._settled_since_batch += 1
+        reason = self.drop_reason(group)
+        if reason is None:
+            entry.group = group
+        else:
+            self._drop(entry, reason)
+        return reason
+
+    def drop(self, group_uid: str, reason: str) -> None:
+        """Gives up a group that cannot be had (malformed records, for example); its slot is freed."""
+        self._drop(self._entries[self._by_uid[group_uid]], reason)
+
+    def _drop(self, entry: _Entry, reason: str) -> None:
+        entry.dropped = reason
+        entry.group = None
+        self._dropped[reason] += 1
+
+    def take_batch(self) -> ReadyBatch | None:
+        """The next batch if it is settled which groups it holds, else None. Its slots stay held until `trained`."""
+        chosen: list[int] = []
+        consumed: list[int] = []
+        for ordinal in sorted(self._entries):
+            entry = self._entries[ordinal]
+            if not entry.settled:
+                break
+            consumed.append(ordinal)
+            if entry.dropped is None:
+                chosen.append(ordinal)
+            if self._complete(len(chosen), len(consumed)):
+                return self._take(chosen, consumed)
+        return None
+
+    def _complete(self, chosen: int, consumed: int) -> bool:
+        return (chosen if self.refill else consumed) == self.prompts_per_step
+
+    def _take(self, chosen: list[int], consumed: list[int]) -> ReadyBatch:
+        batch = ReadyBatch(
+            ordinals=tuple(chosen),
+            groups=tuple(self._entries[o].group for o in chosen),
+            next_ordinal=consumed[-1] + 1,
+            dropped=self._dropped,
+        )
+        for ordinal in consumed:
+            del self._by_uid[self._entries.pop(ordinal).request.group_uid]
+        self._training += len(chosen) if self.refill else len(consumed)
+        self._settled_since_batch = sum(1 for e in self._entries.values() if e.settled)
+        self._dropped = Counter()
+        return batch
+
+    def trained(self, batch: ReadyBatch) -> None:
+        """Frees the slots of a batch that the learner has finished (or skipped)."""
+        self._training -= len(batch.ordinals) if self.refill else self.prompts_per_step

@@ -1,0 +1,136 @@
+"""The group buffer's invariants: slots bound staleness, batches come in prompt order, nothing is used twice."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from common.types import GroupRequest, SamplingSettings
+from deploy.buffer import GroupBuffer, TooManyDispatched
+
+
+def request(ordinal):
+    return GroupRequest(
+        group_uid=f"g{ordinal}",
+        problem_uid=f"t/{ordinal}",
+        task="t",
+        prompt_ids=np.zeros(1, np.int32),
+        sample_indices=(0, 1),
+        sampling=SamplingSettings(mode="latent", max_tokens=4),
+        purpose="training",
+        epoch=0,
+        run_seed=0,
+        verifier="math",
+        gold_answer="1",
+    )
+
+
+def buffer(prompts=4, staleness=0, refill=True, keeps=lambda group: True, factor=50):
+    """Groups are plain ordinals here: the buffer never looks inside."""
+    return GroupBuffer(
+        prompts_per_step=prompts,
+        max_staleness=staleness,
+        refill=refill,
+        max_dispatch_factor=factor,
+        drop_reason=lambda group: None if keeps(group) else "all_equal",
+    )
+
+
+def fill(b):
+    return [b.dispatched(request(b.next_ordinal)) for _ in range(b.free_slots)]
+
+
+def run(b, batches, order):
+    """Dispatches while slots are free, lets groups arrive in an arbitrary order, trains each batch at once."""
+    taken, waiting = [], []
+    while len(taken) < batches:
+        waiting += fill(b)
+        batch = b.take_batch()
+        if batch is not None:
+            taken.append(batch)
+            b.trained(batch)
+            continue
+        ordinal = waiting.pop(order.randrange(len(waiting)))
+        b.arrived(f"g{ordinal}", ordinal)
+    return taken
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+@pytest.mark.parametrize("refill", [True, False])
+def test_batches_do_not_depend_on_arrival_order(staleness, refill):
+    results = {
+        tuple(
+            (batch.ordinals, batch.next_ordinal)
+            for batch in run(buffer(4, staleness, refill, lambda g: g % 3 != 1), 5, random.Random(seed))
+        )
+        for seed in range(5)
+    }
+    assert len(results) == 1
+
+
+def test_refill_takes_the_first_groups_with_signal_and_wastes_none():
+    batches = run(buffer(4, 0, True, lambda g: g % 2 == 0), 3, random.Random(0))
+    kept = list(itertools.chain.from_iterable(b.ordinals for b in batches))
+    assert kept == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]
+    assert batches[0].dropped == {"all_equal": 3}
+
+
+def test_drop_trains_on_what_has_signal_and_may_be_empty():
+    batches = run(buffer(4, 0, False, lambda g: g >= 4), 2, random.Random(0))
+    assert batches[0].ordinals == ()
+    assert batches[1].ordinals == (4, 5, 6, 7)
+
+
+def test_synchronous_training_dispatches_nothing_while_the_learner_trains():
+    b = buffer(4, 0)
+    for ordinal in fill(b):
+        b.arrived(f"g{ordinal}", ordinal)
+    batch = b.take_batch()
+    assert b.free_slots == 0
+    b.trained(batch)
+    assert b.free_slots == 4
+
+
+def test_one_step_of_staleness_allows_one_more_batch_in_flight():
+    b = buffer(4, 1)
+    ordinals = fill(b)
+    assert len(ordinals) == 8
+    for ordinal in ordinals[:4]:
+        b.arrived(f"g{ordinal}", ordinal)
+    batch = b.take_batch()
+    assert b.free_slots == 0  # 4 in training, 4 in flight
+    b.trained(batch)
+    assert b.free_slots == 4
+
+
+def test_a_slow_group_holds_its_batch_and_is_not_overtaken():
+    b = buffer(2, 1)
+    fill(b)
+    for ordinal in (1, 2, 3):
+        b.arrived(f"g{ordinal}", ordinal)
+    assert b.take_batch() is None
+    b.arrived("g0", 0)
+    assert b.take_batch().ordinals == (0, 1)
+
+
+def test_a_duplicate_is_recognised_and_dropped():
+    b = buffer(2)
+    fill(b)
+    assert b.arrived("g0", 0) is None
+    assert b.arrived("g0", 0) == "duplicate"
+    assert b.arrived("unknown", 9) == "duplicate"
+    assert b.duplicates == 2
+
+
+def test_outstanding_groups_can_be_dispatched_again_after_a_worker_died():
+    b = buffer(3)
+    fill(b)
+    b.arrived("g1", 1)
+    assert [r.group_uid for r in b.outstanding] == ["g0", "g2"]
+
+
+def test_a_task_without_signal_ends_in_a_clear_error():
+    b = buffer(2, keeps=lambda g: False, factor=3)
+    with pytest.raises(TooManyDispatched, match=r"6 groups .*all_equal"):
+        run(b, 1, random.Random(0))
