@@ -76,7 +76,7 @@ class BoxedVerifier:
             return ""
         if extraction.content is None:
             return r"\boxed{}"
-        return extraction.content if extraction.source == "last_number" else rf"\boxed{{{extraction.content}}}"
+        return extraction.content if extraction.source == "last_number" else rf"\boxed{{{extraction.raw}}}"
 
     def _extract(self, response_text: str) -> Extraction:
         return extract(response_text, fallback=self._fallback)

@@ -205,7 +205,11 @@ class Dispatcher:
         if time.monotonic() < self._not_before:
             return
         while len(self._graders) < self._processes:
-            grader = Grader(time_limit_s=self._time_limit_s, memory_limit_bytes=self._memory_limit_bytes)
+            try:
+                grader = Grader(time_limit_s=self._time_limit_s, memory_limit_bytes=self._memory_limit_bytes)
+            except OSError as error:  # no memory, processes or descriptors left; that may pass
+                self._start_failed(str(error))
+                return
             self._graders.append(grader)
             self.counters["processes_started"] += 1
             self._selector.register(grader.replies_fd, selectors.EVENT_READ, grader)
@@ -327,17 +331,25 @@ class Dispatcher:
         if case is not None:
             self._failed(case, cause, retry_on=self._retries)
         elif starting:
-            self._failed_starts += 1
-            self._not_before = time.monotonic() + 0.1 * 2**self._failed_starts
-            if self._failed_starts >= _MAX_FAILED_STARTS:
-                self._failed_starts, self._not_before = 0, _NEVER  # until there is new work
-                error = GraderStartError(
-                    f"{_MAX_FAILED_STARTS} grader processes in a row ended before they could grade: {cause}. "
-                    "Their output is on this process's standard error; if it says MemoryError, raise "
-                    f"memory_limit_bytes (now {self._memory_limit_bytes})."
-                )
-                for waiting in [*self._queue, *self._retries]:
-                    waiting.job.fail(error)
+            self._start_failed(cause)
+
+    def _start_failed(self, cause: str) -> None:
+        """Wait before the next start, longer each time; after some in a row fail the callers instead."""
+        if self._not_before == _NEVER:
+            return
+        self._failed_starts += 1
+        self._not_before = time.monotonic() + 0.1 * 2 ** min(self._failed_starts, 8)
+        if self._failed_starts >= _MAX_FAILED_STARTS and not any(grader.loaded for grader in self._graders):
+            self._failed_starts, self._not_before = 0, _NEVER  # until there is new work
+            error = GraderStartError(
+                f"{_MAX_FAILED_STARTS} grader processes in a row ended before they could grade: {cause}. "
+                "Their output is on this process's standard error; if it says MemoryError, raise "
+                f"memory_limit_bytes (now {self._memory_limit_bytes})."
+            )
+            for waiting in [*self._queue, *self._retries]:
+                waiting.job.fail(error)
+            self._queue.clear()
+            self._retries.clear()
 
     def _failed(self, case: _Case, cause: str, *, retry_on: deque[_Case]) -> None:
         case.failures += 1

@@ -23,6 +23,7 @@ class Extraction:
     """What a response offers as its answer: the text inside the last box, or None and why there is none."""
 
     content: str | None
+    raw: str | None  # the content as the response has it, unprintable characters included
     source: Literal["box", "malformed_box", "last_number", "none"]
 
 
@@ -35,16 +36,14 @@ def extract(response_text: str, *, fallback: Literal["none", "last_number"] = "n
     """
     opening = _last_box(response_text)
     if opening is not None:
-        content = _braced(response_text, opening)
-        if content is None:
-            return Extraction(None, "malformed_box")
-        content = readable(content).strip()
-        return Extraction(content, "box") if content else Extraction(None, "malformed_box")
+        raw = _braced(response_text, opening)
+        content = "" if raw is None else readable(raw).strip()
+        return Extraction(content, raw, "box") if content else Extraction(None, None, "malformed_box")
     if fallback == "last_number":
         numbers = _LAST_NUMBER.findall(readable(response_text[-_FALLBACK_TAIL_CHARS:]))
         if numbers:
-            return Extraction(numbers[-1], "last_number")
-    return Extraction(None, "none")
+            return Extraction(numbers[-1], numbers[-1], "last_number")
+    return Extraction(None, None, "none")
 
 
 def readable(text: str) -> str:

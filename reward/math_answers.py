@@ -88,7 +88,9 @@ def same_answer(gold: Answer, given: Answer, algebra: AlgebraicEquality | None) 
     return _same_value(gold, given, algebra)
 
 
-def _read(text: str) -> Answer | None:
+def _read(text: str, depth: int = 0) -> Answer | None:
+    if depth > _MAX_DEPTH:
+        return Value(text)
     text = _MEMBER.sub("", text)
     if not text or not re.search(r"[A-Za-z0-9\\]", text):
         return None
@@ -96,25 +98,26 @@ def _read(text: str) -> Answer | None:
     if value is not None:
         return value
     if (rows := latex.matrix_rows(text)) is not None:
-        cells = tuple(_read(cell) for row in rows for cell in row)
+        cells = tuple(_read(cell, depth + 1) for row in rows for cell in row)
         if all(cells):
             return Sequence(text, ("matrix", f"{len(rows)}x{len(rows[0])}"), cells)
     if (brackets := latex.enclosing_brackets(text)) is not None:
         opening, inside, closing = brackets
         parts = latex.split_top_level(inside, _SEPARATORS)
         if len(parts) > 1:
-            return _sequence(text, (opening, closing), parts)
+            return _sequence(text, (opening, closing), parts, depth)
         if (opening, closing) in (("(", ")"), ("\\{", "\\}")) and "\\mid" not in inside and ":" not in inside:
-            return _read(inside.strip())
+            return _read(inside.strip(), depth + 1)
     parts = latex.split_top_level(text, _SEPARATORS)
     if len(parts) > 1:
-        return _sequence(text, ("", ""), parts)
+        return _sequence(text, ("", ""), parts, depth)
     if text.count("\\pm") == 1 and latex.split_top_level(text, frozenset({"\\pm"})) != [text]:
         left = text.rsplit("=", 1)[-1]
-        return _sequence(text, ("", ""), [left.replace("\\pm", sign).strip().lstrip("+").strip() for sign in "+-"])
+        both = [left.replace("\\pm", sign).strip().lstrip("+").strip() for sign in "+-"]
+        return _sequence(text, ("", ""), both, depth)
     shorter = latex.without_units(text)
     if shorter != text:
-        return _read(shorter)
+        return _read(shorter, depth + 1)
     return Value(text)
 
 
@@ -139,8 +142,8 @@ def _simple_value(text: str) -> Value | None:
     return None
 
 
-def _sequence(text: str, brackets: tuple[str, str], parts: list[str]) -> Sequence | None:
-    items = tuple(_read(part) for part in parts)
+def _sequence(text: str, brackets: tuple[str, str], parts: list[str], depth: int) -> Sequence | None:
+    items = tuple(_read(part, depth + 1) for part in parts)
     return Sequence(text, brackets, items) if all(items) else None
 
 

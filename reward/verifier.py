@@ -55,7 +55,8 @@ class Verifier(Protocol):
 
     `grade` may be an ordinary or an `async` method. It may raise: the pool tries once more and then reports `ungraded`.
     It needs no time or memory limit of its own: the pool ends the process that exceeds them.
-    A verifier may also have `parses_gold(gold) -> bool`, which the task loader asks before a run starts.
+    A verifier may also have `parses_gold(gold) -> bool`, which the task loader asks before a run starts, and
+    `warm_up()`, which a grader process calls once before time limits count.
     """
 
     def grade(self, response_text: str, gold: str) -> Grade | Awaitable[Grade]:

@@ -62,7 +62,7 @@ class Moody:
 @pytest.mark.parametrize("kind", sorted(EXAMPLES))
 def test_built_in_verifiers_keep_the_contract(kind: str) -> None:
     correct, wrong = EXAMPLES[kind]
-    check_verifier(kind, correct=correct, wrong=wrong, time_limit_s=2.0)
+    check_verifier(kind, correct=correct, wrong=wrong, time_limit_s=1.0)
     assert isinstance(load_verifier(kind), Verifier)
 
 

@@ -213,6 +213,18 @@ def test_processes_that_cannot_start_are_an_error_within_bounds() -> None:
         pool.grade_many([("verifiers_under_test:Slow", "x", "y")])
 
 
+def test_processes_that_cannot_start_are_not_started_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with VerifierPool(processes=2) as pool:
+        with pytest.raises(GraderStartError, match="exit status 1"):
+            reasons(pool, "ok ")
+        started = pool.counts()["processes_started"]
+        time.sleep(0.5)
+        assert pool.counts()["processes_started"] == started
+        monkeypatch.undo()
+        assert reasons(pool, "ok ") == ["correct"]
+
+
 def test_plain_answers_need_no_process() -> None:
     with VerifierPool() as pool:
         verdicts = pool.grade_many(
@@ -248,7 +260,7 @@ def test_the_pool_agrees_with_grading_here_and_bounds_hostile_mathematics() -> N
         r"\boxed{" + r"\sqrt{" * 38 + "2" + "}" * 38 + "}",
         r"\boxed{__import__('os').system('touch /tmp/never')}",
     ]
-    with VerifierPool(processes=1, time_limit_s=1.5) as pool:
+    with VerifierPool(processes=1, time_limit_s=1.0) as pool:
         pool.start()
         assert pool.grade_many(cases) == [grade(*case) for case in cases]
         start = time.monotonic()
@@ -323,3 +335,23 @@ def test_a_grader_process_imports_neither_torch_nor_ray() -> None:
         "assert not {'torch', 'ray', 'numpy', 'transformers'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=ROOT)
+
+
+def test_a_pool_works_inside_a_ray_actor() -> None:
+    ray = pytest.importorskip("ray")
+
+    class Worker:
+        def __init__(self) -> None:
+            self.pool = VerifierPool(processes=1, time_limit_s=2)
+
+        def grade(self) -> list[str]:
+            cases = [(BAD, "hang ", ""), (BAD, "ok ", ""), ("math", r"\boxed{1+x}", "x+1"), ("number", "", "1")]
+            return [verdict.reason for verdict in self.pool.grade_many(cases)]
+
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    try:
+        worker = ray.remote(Worker).remote()
+        assert ray.get(worker.grade.remote(), timeout=120) == ["timeout", "correct", "correct", "no_answer"]
+    finally:
+        ray.shutdown()

@@ -187,6 +187,12 @@ MATH_CORRECT = [
     (r"\frac\pi 2", r"\frac{\pi}{2}", "a fraction without braces round a command"),
     ("6", r"3!", "a factorial"),
     ("10", r"\binom{5}{2}", "a binomial"),
+    ("11", "11_{10}", "base ten is no other base"),
+    ("27", "3**3", "a programmer's power"),
+    (r"\emptyset", r"\varnothing", "the other empty set"),
+    ("(1,2)", "(x,y) = (1,2)", "a named tuple"),
+    (r"\text{June 20}", "June 20", "words with a number"),
+    ("13", r"13 \quad \checkmark", "decoration"),
 ]
 MATH_WRONG = [
     ("18", "19", "off by one"),
@@ -239,6 +245,9 @@ MATH_WRONG = [
     ("5", "\\infty", "infinity"),
     (r"40\%", "41", "near per cent"),
     ("(1,3)", "1 < x < 4", "another inequality"),
+    ("-37", "-37_8", "a negative numeral in another base"),
+    (r"\text{June 20}", "June 21", "another day"),
+    ("2,4", r"2, 4 \text{ and } 6", "one value too many, in words"),
 ]
 CHOICE_CORRECT = [
     ("A", "A", "the plain case"),
