@@ -21,6 +21,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _DIGITS = 50
 _SAME = sympy.Rational(1, 10**35)  # relative; with 50 digits, constants that agree this well are the same number
+_ROUNDING = sympy.Rational(1, 10**6)
 _RELATIVE, _ABSOLUTE = (sympy.Rational(t.numerator, t.denominator) for t in (RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE))
 _SAMPLE_POINTS = tuple(sympy.Rational(*pair) for pair in ((1237, 719), (2591, 1103), (353, 811), (4057, 2203)))
 
@@ -98,7 +99,8 @@ def _equal_constants(gold: sympy.Basic, given: sympy.Basic) -> bool | None:
     if not (difference.is_Float or difference.is_Integer) or not (size.is_Float or size.is_Integer):
         return None
     if gold.has(sympy.Float) or given.has(sympy.Float):
-        tolerance = size / 10**12 if gold.is_Integer else min(size * _RELATIVE, _ABSOLUTE)
+        # Against a whole gold only the rounding of decimals in a formula is forgiven, never a step of one.
+        tolerance = min(size / 10**12, _ROUNDING) if gold.is_Integer else min(size * _RELATIVE, _ABSOLUTE)
         return bool(difference <= tolerance)
     if size == 0 or sympy.N(sympy.Abs(given), _DIGITS) == 0:
         return bool(sympy.simplify(gold - given) == 0)
