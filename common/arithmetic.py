@@ -1,0 +1,109 @@
+"""The generated task of the quickstart: left-to-right arithmetic modulo 11, and its tokenizer of one token per number.
+
+A problem is `3+4*2-5*...?`; its explicit chain of thought is `3+4=7;7*2=3;...` (six tokens per operation), its answer
+the last result. A problem is a function of (seed, split, index), so training never runs out and nothing is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from common.types import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Split = Literal["training", "evaluation"]
+
+MODULUS = 11
+OPERATORS = ("+", "-", "*")
+TOKENS = (
+    "<pad>",
+    "<eos>",
+    *(str(n) for n in range(MODULUS)),
+    *OPERATORS,
+    "=",
+    ";",
+    "?",
+    "<think>",
+    "</think>",
+    "\\boxed{",
+    "}",
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+)
+EVALUATION_SHARE = 8  # one expression in eight is held out
+
+
+def solve(numbers: list[int], operators: list[str]) -> tuple[str, int]:
+    """The explicit chain of thought and the answer of an expression read from left to right."""
+    value, chain = numbers[0], []
+    for operator, number in zip(operators, numbers[1:], strict=True):
+        result = {"+": value + number, "-": value - number, "*": value * number}[operator] % MODULUS
+        chain.append(f"{value}{operator}{number}={result};")
+        value = result
+    return "".join(chain), value
+
+
+def split_of(expression: str) -> Split:
+    """Which split an expression belongs to, whatever the seed: no problem is ever in both."""
+    digest = hashlib.blake2b(expression.encode(), digest_size=4).digest()
+    return "evaluation" if int.from_bytes(digest, "big") % EVALUATION_SHARE == 0 else "training"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainArithmetic:
+    """`source.problem(index)` for any index; the same (seed, split, index) is the same problem on every machine."""
+
+    name: str
+    operations: int = 6
+    seed: int = 0
+    split: Split = "training"
+
+    def __post_init__(self) -> None:
+        if self.operations < 1:
+            raise ValueError(f"task {self.name}: operations must be at least 1, got {self.operations}")
+        if self.split not in ("training", "evaluation"):
+            raise ValueError(f"task {self.name}: split must be training or evaluation, got {self.split!r}")
+
+    def problem(self, index: int) -> Problem:
+        draw = random.Random(f"chain_arithmetic/{self.seed}/{self.split}/{self.operations}/{index}")
+        while True:
+            numbers = [draw.randrange(MODULUS) for _ in range(self.operations + 1)]
+            operators = [draw.choice(OPERATORS) for _ in range(self.operations)]
+            expression = str(numbers[0]) + "".join(o + str(n) for o, n in zip(operators, numbers[1:], strict=True))
+            if split_of(expression) == self.split:
+                break
+        chain, answer = solve(numbers, operators)
+        return Problem(
+            uid=f"{self.name}/{index}",
+            task=self.name,
+            messages=(("user", expression + "?"),),
+            answer=str(answer),
+            cot=chain,
+        )
+
+
+def make_arithmetic_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per number, operator and mark; decoding puts no spaces between them (`\\boxed{7}`).
+
+    There is no unknown token: a text outside the vocabulary is an error of the tokenizer, not silently another text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}))
+    pieces = Regex(r"</?think>|\\boxed\{|10|[\s\S]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

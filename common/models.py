@@ -1,0 +1,145 @@
+"""Making, loading and saving the policy and its tokenizer (Hugging Face format, safetensors)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from common.arithmetic import make_arithmetic_tokenizer
+from common.config import ConfigError, NewModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+BPE_SPECIAL_TOKENS = ("<pad>", "<eos>", "<think>", "</think>")
+BPE_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<think>{% endif %}"
+)
+
+
+def make_model(config: NewModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A randomly initialised causal LM in float32 whose vocabulary is the tokenizer's; equal seeds, equal weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.hidden_size % config.num_heads:
+        raise ConfigError(
+            f"model.new.hidden_size ({config.hidden_size}) is not divisible by num_heads ({config.num_heads})"
+        )
+    shared: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if config.architecture == "gpt2":
+        sizes: dict[str, Any] = {
+            "n_embd": config.hidden_size,
+            "n_inner": config.intermediate_size,
+            "n_layer": config.num_layers,
+            "n_head": config.num_heads,
+            "n_positions": config.max_positions,
+            # the learner replays what the engine sampled: dropout would make the two differ
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
+    else:
+        sizes = {
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_heads,
+            "head_dim": config.hidden_size // config.num_heads,
+            "max_position_embeddings": config.max_positions,
+        }
+    if config.architecture == "qwen2":
+        sizes.pop("head_dim")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config.architecture, **shared, **sizes), dtype=torch.float32
+        )
+    return model.eval()
+
+
+def make_tokenizer(config: NewModelConfig, texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer of a new model: the arithmetic one, or a byte-level BPE trained on `texts`."""
+    if config.tokenizer == "arithmetic":
+        return make_arithmetic_tokenizer()
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + len(BPE_SPECIAL_TOKENS)
+    if config.vocab_size < least:
+        raise ConfigError(f"model.new.vocab_size must be at least {least} for a bpe tokenizer, got {config.vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    # single digits: the model sees numbers, not the frequent numbers of its training text
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=list(BPE_SPECIAL_TOKENS),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template=BPE_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
+    """A causal LM from a folder or the hub, in `dtype` (`float32`, `bfloat16`), in evaluation mode (no dropout)."""
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    _check_folder(path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]).eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    _check_folder(path)
+    settings = Path(path) / "tokenizer_config.json"
+    if settings.is_file() and (Path(path) / "tokenizer.json").is_file():
+        # For some architectures (qwen2) AutoTokenizer puts the family's tokenizer round another one's vocabulary, and
+        # its normaliser and decoder change the text; a folder that names the general class means its file as it is.
+        if json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") in GENERAL_TOKENIZERS:
+            return PreTrainedTokenizerFast.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path)
+
+
+def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes what :func:`load_model` and :func:`load_tokenizer` (and any Hugging Face tool) read."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _check_folder(path: str | Path) -> None:
+    """A mistyped folder must not become a search for a hub repository of that name."""
+    folder = Path(path)
+    looks_local = folder.is_absolute() or str(path).startswith((".", "~")) or folder.is_dir()
+    if looks_local and not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path {str(path)!r}: no config.json there; expected a Hugging Face model folder")

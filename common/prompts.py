@@ -1,0 +1,135 @@
+"""From a problem to prompt ids, and what must be known of a tokenizer, checked once at start (METHOD §1, §8)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.config import ConfigError, PromptConfig
+from common.types import Problem, TokenFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class PromptRenderer:
+    """Renders problems for one tokenizer and one prompt setting.
+
+    A problem of one user message goes through `config.user` and `config.system`; a chat of several messages (verl's
+    `prompt` column) is taken as it is, with the system message put before it if the chat has none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        for key, template in (("user", config.user), ("format", config.format)):
+            if template is not None and "{problem}" not in template:
+                raise ConfigError(f"prompt.{key} must contain {{problem}}, got {template!r}")
+        if config.format is None and not tokenizer.chat_template:
+            raise ConfigError(
+                "this tokenizer has no chat template: set prompt.format to a plain-text prompt with {problem}"
+            )
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """The chat that goes through the tokenizer's template."""
+        chat = [{"role": role, "content": content} for role, content in problem.messages]
+        if len(chat) == 1:
+            chat[0]["content"] = self.config.user.replace("{problem}", chat[0]["content"])
+        if self.config.system is not None and all(message["role"] != "system" for message in chat):
+            chat.insert(0, {"role": "system", "content": self.config.system})
+        return chat
+
+    def render(self, problem: Problem) -> str:
+        """The prompt's text, ending in reasoning mode (METHOD §1)."""
+        if self.config.format is not None:
+            question = "\n\n".join(content for _, content in problem.messages)
+            text = self.config.format.replace("{problem}", question)
+        else:
+            text = self.tokenizer.apply_chat_template(
+                self.messages(problem), tokenize=False, add_generation_prompt=True
+            )
+        # templates of reasoning models end with "<think>\n": already there, white space or not
+        return text if text.rstrip().endswith(self.config.think_start) else text + self.config.think_start
+
+    def encode(self, problem: Problem) -> np.ndarray:
+        """The prompt's ids, int32 [P]. A chat template has its special tokens; plain text gets the default ones."""
+        text = self.render(problem)
+        plain = self.config.format is not None
+        ids = self.tokenizer.encode(text, add_special_tokens=plain)
+        if plain and ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]  # tokenizers that close every text would end the response before it starts
+        if not ids:
+            raise ConfigError(f"problem {problem.uid}: its prompt has no tokens")
+        return np.asarray(ids, dtype=np.int32)
+
+
+def resolve_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    latent: bool,
+    think_end: str = "</think>",
+    extra_eos_ids: Sequence[int] = (),
+) -> TokenFacts:
+    """The token facts of a run, or a :class:`ConfigError` that says what to change.
+
+    `vocab_size`: rows of the model's output. `extra_eos_ids`: further ids of the model's generation config that end a
+    response. The latent-end token is the first id of `think_end` under this tokenizer (METHOD §1).
+    """
+    ids = np.fromiter(tokenizer.get_vocab().values(), dtype=np.int64)
+    if ids.max() >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer has ids up to {ids.max()}, but the model's vocabulary has {vocab_size} rows; "
+            "give the tokenizer that the model was made with, or resize the model's embeddings and save it"
+        )
+    allowed = np.zeros(vocab_size, dtype=bool)
+    allowed[ids] = True
+
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token: a response could never finish; set eos_token")
+    eos_ids = tuple(dict.fromkeys((int(eos), *(int(i) for i in extra_eos_ids))))
+    if any(not 0 <= i < vocab_size for i in eos_ids):
+        raise ConfigError(f"end-of-sequence ids {eos_ids} are not all below the model's vocabulary of {vocab_size}")
+    pad = tokenizer.pad_token_id
+    if pad is None or pad in eos_ids:
+        # harmless here: every mask is made from lengths, never by comparing ids with the padding id
+        logger.info("padding uses the end-of-sequence id %d: masks are explicit, so nothing depends on it", eos)
+        pad = eos
+    return TokenFacts(
+        vocab_size=vocab_size,
+        allowed=allowed,
+        latent_end_id=_latent_end(tokenizer, think_end, eos_ids, required=latent),
+        eos_ids=eos_ids,
+        pad_id=int(pad),
+    )
+
+
+def _latent_end(
+    tokenizer: PreTrainedTokenizerBase, think_end: str, eos_ids: tuple[int, ...], *, required: bool
+) -> int | None:
+    fault = None
+    try:
+        ids = tokenizer.encode(think_end, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises bare Exception for a text outside a vocabulary without <unk>
+        ids, fault = [], f"cannot encode it ({error})"
+    if not ids:
+        fault = fault or "gives no tokens for it"
+    elif ids[0] == tokenizer.unk_token_id:
+        fault = "gives the unknown token for it"
+    elif ids[0] in eos_ids:
+        fault = f"gives the end-of-sequence id {ids[0]} first: leaving latent mode would end the response"
+    elif not tokenizer.decode([ids[0]]).strip():
+        fault = f"gives white space first (id {ids[0]}): any space would end latent mode"
+    if fault is None:
+        return int(ids[0])
+    if required:
+        raise ConfigError(
+            f"prompt.think_end {think_end!r}: this tokenizer {fault}; set prompt.think_end to a text that the "
+            "tokenizer knows (it marks the end of thinking), or use algorithm grpo"
+        )
+    return None
