@@ -1,0 +1,95 @@
+"""Keys and values of running samples: one slot per row, rows of different length side by side.
+
+Row r of every layer holds its sample's past at columns 0 .. length_r - 1, so a prompt's length shifts nothing and no
+padding is ever inside a sample. A decode step writes one column per row, each at its own place, and attends to a view
+up to the longest row; what lies beyond a row's own length is masked. Rows 0 .. n - 1 are the running ones: when
+samples finish, the last rows move into the holes.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache
+
+GROW_LENGTH = 64  # columns: growth in steps of this, so that slightly longer requests do not reallocate
+
+
+class SlotCache(Cache):
+    """Per layer keys and values [rows, heads, capacity, head_dim] in one tensor; grows as requests need it."""
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(layers=[])
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._kv = torch.zeros(config.num_hidden_layers, 2, 0, heads, 0, head_dim, dtype=dtype, device=device)
+        self._row_index = torch.empty(0, dtype=torch.int64, device=device)
+        self._positions = self._row_index
+        self._extent = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._kv.numel() * self._kv.element_size()
+
+    def reserve(self, rows: int, length: int, keep: int) -> None:
+        """Room for `rows` samples of `length` steps; the first `keep` rows' content stays."""
+        have_rows, have_length = self._kv.shape[2], self._kv.shape[4]
+        if rows <= have_rows and length <= have_length:
+            return
+        if length > have_length:
+            length = -(-length // GROW_LENGTH) * GROW_LENGTH
+        if rows > have_rows:
+            rows = max(rows, min(2 * have_rows, 64))
+        self._allocate(max(rows, have_rows), max(length, have_length), keep)
+
+    def fit(self, rows: int, length: int) -> None:
+        """Exactly this room, empty: memory layout becomes a function of the group alone (deterministic engines)."""
+        self._allocate(rows, length, 0)
+
+    def _allocate(self, rows: int, length: int, keep: int) -> None:
+        # zeros, not empty: masked columns get weight 0, and 0 * NaN would still be NaN
+        old, shape = self._kv, list(self._kv.shape)
+        shape[2], shape[4] = rows, length
+        if keep == 0:
+            self._kv = old = old.new_zeros(0)  # free before allocating: the cache may be most of the device's memory
+        self._kv = old.new_zeros(shape)
+        if keep:
+            self._kv[:, :, :keep, :, : old.shape[4]] = old[:, :, :keep]
+
+    def clear(self) -> None:
+        """Zeroes everything: what a diverged model left behind must not reach the next one through masked columns."""
+        self._kv.zero_()
+
+    def insert(self, prefill: DynamicCache, owners: torch.Tensor, first: int) -> None:
+        """Copies prompts into rows `first`...: row first + i gets prompt `owners[i]` of the prefill's batch.
+
+        Prompts are right-padded to the longest; the padding's keys land beyond the row's length and are overwritten.
+        """
+        last = first + owners.shape[0]
+        for layer, prompt in zip(self._kv, prefill.layers):
+            length = prompt.keys.shape[2]
+            layer[0, first:last, :, :length] = prompt.keys[owners]
+            layer[1, first:last, :, :length] = prompt.values[owners]
+
+    def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
+        """Row sources[i] becomes row targets[i], up to column `length`."""
+        self._kv[:, :, targets, :, :length] = self._kv[:, :, sources, :, :length]
+
+    def begin_step(self, positions: torch.Tensor, extent: int) -> None:
+        """The next forward pass writes row r (0 .. n - 1) at column positions[r] [n] and sees `extent` columns."""
+        if self._row_index.shape != positions.shape:
+            self._row_index = torch.arange(positions.shape[0], device=positions.device)
+        self._positions, self._extent = positions, extent
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by each attention layer with [n, heads, 1, head_dim]; returns views [n, heads, extent, head_dim]."""
+        keys, values = self._kv[layer_idx, 0], self._kv[layer_idx, 1]
+        keys[self._row_index, :, self._positions] = key_states[:, :, 0]
+        values[self._row_index, :, self._positions] = value_states[:, :, 0]
+        rows = self._positions.shape[0]
+        return keys[:rows, :, : self._extent], values[:rows, :, : self._extent]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._extent

@@ -1,0 +1,514 @@
+"""A rollout engine on a Transformers causal language model: our own decode loop over its KV cache (METHOD §2).
+
+Each `step` of the engine::
+
+    running rows --one forward, [n, 1, D] embeddings in--> logits [n, V] -\
+                                                                            +-> sample -> record -> finished rows leave
+    queued groups that fit --one prefill per prompt, shared by G samples--/
+
+Latent and visible samples run side by side; every row carries its own settings. The state of the rows is one
+structured array on the host (`ROW`), uploaded in one piece per step; records stay on the device until a sample ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from common.latent import latent_step, mix_embeddings, sample_visible_keyed, trajectory_key
+from common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
+from common.weights import checksum
+from rollout_workers.engine import EngineError
+from rollout_workers.kv_cache import SlotCache
+
+PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass: bounds its memory, not what is admitted
+
+INTEGERS = ("key", "slot", "length", "step", "budget", "k", "latent", "noisy", "one_sided", "top_k")
+REALS = ("temperature", "top_p", "noise_scale", "tau")
+ROW = np.dtype([(name, np.int64) for name in INTEGERS] + [(name, np.float64) for name in REALS])
+"""A running sample. `slot`: where its record is; `length`: columns of its KV; `step`: response steps done;
+`budget`: max_tokens; `latent`: 1 while in latent mode; the rest are its settings."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """A request in the engine and what has come of its samples."""
+
+    request: GroupRequest
+    started: float = 0.0
+    done: dict[int, Trajectory] = field(default_factory=dict)  # by position in request.sample_indices
+
+    @property
+    def size(self) -> int:
+        return len(self.request.sample_indices)
+
+    @property
+    def length(self) -> int:
+        """KV columns that a sample can come to need."""
+        return len(self.request.prompt_ids) + self.request.sampling.max_tokens
+
+
+class _Records:
+    """What running samples have drawn, by slot, on the device; grows as requests need it.
+
+    `latent_ids`, `scores`, `log_probs` [slots, steps, K]; `hard_ids`, `hard_log_probs` [slots, steps].
+    """
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self._slots, self._device = slots, device
+        self._steps = self._width = 0
+        self.latent_until = np.zeros(slots, dtype=np.int64)  # [slots] number of latent steps, once known
+
+    def reserve(self, steps: int, width: int) -> None:
+        if steps <= self._steps and width <= self._width:
+            return
+        old_steps, old_width = self._steps, self._width
+        self._steps, self._width = max(steps, old_steps), max(width, old_width)
+        for name, dtype in (("latent_ids", torch.int32), ("scores", torch.float32), ("log_probs", torch.float32)):
+            new = torch.zeros(self._slots, self._steps, self._width, dtype=dtype, device=self._device)
+            if old_steps:
+                new[:, :old_steps, :old_width] = getattr(self, name)
+            setattr(self, name, new)
+        for name, dtype in (("hard_ids", torch.int32), ("hard_log_probs", torch.float32)):
+            new = torch.zeros(self._slots, self._steps, dtype=dtype, device=self._device)
+            if old_steps:
+                new[:, :old_steps] = getattr(self, name)
+            setattr(self, name, new)
+
+    def take(self, slot: int, steps: int, latent: int, k: int) -> dict[str, np.ndarray]:
+        """A finished sample's arrays, copied to the host: the first `latent` of `steps` steps are latent."""
+        return {
+            "latent_ids": _host(self.latent_ids[slot, :latent, :k]),
+            "latent_scores": _host(self.scores[slot, :latent, :k]),
+            "latent_log_probs": _host(self.log_probs[slot, :latent, :k]),
+            "hard_ids": _host(self.hard_ids[slot, latent:steps]),
+            "hard_log_probs": _host(self.hard_log_probs[slot, latent:steps]),
+        }
+
+
+def _host(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy().copy()
+
+
+class TransformersEngine:
+    """Implements :class:`~rollout_workers.engine.LatentEngine` on any Llama-, Qwen2-, Qwen3- or GPT-2-like model.
+
+    `max_rows`: samples decoded side by side; more wait in a queue, by whole groups. `deterministic`: one group at a
+    time, alone in its own memory, so that its arithmetic depends on itself only and repeats bit for bit.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        facts: TokenFacts,
+        *,
+        max_rows: int = 256,
+        deterministic: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        _check_model(model, facts, max_rows)
+        self._device = torch.device(device)
+        self._model = model.to(self._device).eval()
+        self._facts, self._max_rows, self._deterministic = facts, max_rows, deterministic
+        self._embed, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        self._additive_mask = model.config._attn_implementation == "eager"
+        allowed = torch.as_tensor(np.asarray(facts.allowed, dtype=bool))
+        self._num_allowed = int(allowed.sum())
+        self._allowed = None if bool(allowed.all()) else allowed.to(self._device)
+        self._eos = np.asarray(facts.eos_ids, dtype=np.int64)
+        self._version: PolicyVersion | None = None
+        with torch.inference_mode():
+            self._cache = SlotCache(model.config, model.dtype, self._device)
+            self._records = _Records(max_rows, self._device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._queue: deque[_Group] = deque()
+        self._rows = np.zeros(self._max_rows, dtype=ROW)  # the first `_running` are in use
+        self._running = self._queued = 0
+        self._inputs = torch.empty(0, device=self._device)  # [running, D]: what the next forward pass reads
+        self._free_slots = list(range(self._max_rows))
+        self._owner: dict[int, tuple[_Group, int]] = {}  # slot -> group and position in it
+
+    @property
+    def version(self) -> PolicyVersion | None:
+        return self._version
+
+    @property
+    def pending(self) -> int:
+        return self._running + self._queued
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def add(self, request: GroupRequest) -> None:
+        """Queues a group; see :meth:`LatentEngine.add`."""
+        problem = self._refusal(request)
+        if problem:
+            raise EngineError(f"group {request.group_uid!r}: {problem}")
+        self._queue.append(_Group(request))
+        self._queued += len(request.sample_indices)
+
+    def _refusal(self, request: GroupRequest) -> str | None:
+        settings, prompt = request.sampling, np.asarray(request.prompt_ids)
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        if self._version is None:
+            return "the engine holds no verified weights; call load_weights first"
+        if not request.sample_indices or len(request.sample_indices) > self._max_rows:
+            return f"expected 1 to max_rows={self._max_rows} samples, got {len(request.sample_indices)}"
+        if prompt.size == 0 or prompt.min() < 0 or prompt.max() >= self._facts.vocab_size:
+            return f"expected prompt ids in [0, {self._facts.vocab_size}), got {prompt.size} ids"
+        if settings.max_tokens < 1 or (limit is not None and prompt.size + settings.max_tokens > limit):
+            return (
+                f"a prompt of {prompt.size} tokens and max_tokens={settings.max_tokens} do not fit into the model's "
+                f"max_position_embeddings={limit}; shorten the prompt or lower max_tokens"
+            )
+        if settings.temperature <= 0 or settings.tau <= 0 or settings.top_k < 1:
+            return (
+                f"expected temperature > 0, tau > 0 and top_k >= 1, got {settings.temperature}, {settings.tau} and "
+                f"{settings.top_k}; for greedy visible steps use top_k=1"
+            )
+        if settings.mode == "latent":
+            if self._facts.latent_end_id is None:
+                return "latent mode needs a latent-end token and this tokenizer has none; use mode 'visible'"
+            if not 1 <= settings.k <= self._num_allowed:
+                return f"expected k between 1 and the {self._num_allowed} allowed ids, got {settings.k}"
+        return None
+
+    def abort(self) -> None:
+        """Forgets all pending samples."""
+        self._reset()
+
+    def close(self) -> None:
+        """Frees the cache and the records; the engine then holds no version."""
+        self._reset()
+        self._version = None
+        with torch.inference_mode():
+            self._cache.fit(0, 0)
+            self._records = _Records(self._max_rows, self._device)
+
+    # --- weights -------------------------------------------------------------------------------------------------
+
+    def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replaces all parameters in place and verifies them; see :meth:`LatentEngine.load_weights`."""
+        if self.pending:
+            raise EngineError(
+                f"cannot load version {version.version} while {self.pending} samples are pending: a sample never mixes "
+                "versions; finish or abort them first"
+            )
+        self._version = None  # before the first byte changes: any failure below leaves an engine that refuses
+        parameters = dict(self._model.named_parameters())  # aliases of tied parameters come once
+        loaded = set()
+        with torch.no_grad():
+            for name, tensor in tensors:
+                target = parameters.get(name)
+                if target is None:
+                    raise EngineError(f"version {version.version} holds {name!r}, which the model does not have")
+                if tensor.shape != target.shape or tensor.dtype != target.dtype:
+                    raise EngineError(
+                        f"version {version.version}: {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                        f"{target.dtype} {tuple(target.shape)}"
+                    )
+                target.copy_(tensor)
+                loaded.add(name)
+        missing = sorted(parameters.keys() - loaded)
+        if missing:
+            raise EngineError(f"version {version.version} lacks {len(missing)} parameters, the first {missing[0]!r}")
+        found = checksum(parameters.items())
+        if found != version.checksum:
+            raise EngineError(
+                f"version {version.version}: expected checksum {version.checksum}, hold {found}; publish again"
+            )
+        with torch.inference_mode():
+            self._cache.clear()
+        self._version = version
+
+    # --- the decode loop -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Trajectory, ...]]:
+        """Advances all running samples by one response step; see :meth:`LatentEngine.step`."""
+        logits = [self._decode()] if self._running else []
+        logits += self._admit()
+        if not logits:
+            return []
+        hard = self._sample(logits[0] if len(logits) == 1 else torch.cat(logits))
+        return self._retire(hard)
+
+    def _decode(self) -> torch.Tensor:
+        """One forward pass of the running rows: logits [n, V]."""
+        rows = self._rows[: self._running]
+        extent = int(rows["length"].max()) + 1
+        positions = torch.from_numpy(rows["length"].copy()).to(self._device)
+        mask = (torch.arange(extent, device=self._device) <= positions.unsqueeze(-1))[:, None, None]
+        if self._additive_mask:
+            mask = torch.zeros_like(mask, dtype=self._model.dtype).masked_fill(
+                ~mask, torch.finfo(self._model.dtype).min
+            )
+        self._cache.begin_step(positions, extent)
+        hidden = self._model.base_model(
+            inputs_embeds=self._inputs.unsqueeze(1),
+            position_ids=positions.unsqueeze(-1),
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        rows["length"] += 1
+        return self._head(hidden[:, -1]).float()
+
+    def _admit(self) -> list[torch.Tensor]:
+        """Queued groups that fit become rows, first come first served; the logits of their prompts [rows, V] each."""
+        admitted: list[_Group] = []
+        room = self._max_rows - self._running
+        if self._deterministic and self._running:
+            return []
+        while self._queue and self._queue[0].size <= room and not (self._deterministic and admitted):
+            admitted.append(self._queue.popleft())
+            room -= admitted[-1].size
+        if not admitted:
+            return []
+        rows, length = sum(g.size for g in admitted), max(g.length for g in admitted)
+        if self._deterministic:
+            self._cache.fit(rows, length)
+        else:
+            self._cache.reserve(self._running + rows, length, keep=self._running)
+        sampling = [g.request.sampling for g in admitted]
+        self._records.reserve(max(s.max_tokens for s in sampling), max(s.k for s in sampling))
+        admitted.sort(key=lambda g: len(g.request.prompt_ids))  # neighbours in length: little padding in a prefill
+        logits, first = [], 0
+        for i, group in enumerate(admitted):
+            following = len(admitted[i + 1].request.prompt_ids) if i + 1 < len(admitted) else PREFILL_TOKENS + 1
+            if (i + 2 - first) * following > PREFILL_TOKENS:
+                logits.append(self._prefill(admitted[first : i + 1]))
+                first = i + 1
+            self._queued -= group.size
+        return logits
+
+    def _prefill(self, groups: list[_Group]) -> torch.Tensor:
+        """One pass over the groups' prompts, right-padded (a causal model's padding reaches no earlier position).
+
+        Writes each prompt's keys and values into its G rows and returns their next-step logits [rows, V].
+        """
+        lengths = np.array([len(g.request.prompt_ids) for g in groups])
+        ids = np.full((len(groups), lengths.max()), self._facts.pad_id, dtype=np.int64)
+        for line, group in zip(ids, groups):
+            line[: len(group.request.prompt_ids)] = group.request.prompt_ids
+        embedded = self._embed(torch.from_numpy(ids).to(self._device))
+        output = self._model.base_model(inputs_embeds=embedded, use_cache=True)
+        last = torch.from_numpy(lengths - 1).to(self._device)
+        hidden = output.last_hidden_state[torch.arange(len(groups), device=self._device), last]
+        owners = torch.from_numpy(np.repeat(np.arange(len(groups)), [g.size for g in groups])).to(self._device)
+        self._cache.insert(output.past_key_values, owners, self._running)
+        for group in groups:
+            self._start(group)
+        return self._head(hidden).float()[owners]
+
+    def _start(self, group: _Group) -> None:
+        """Fills the rows of a group whose prompt is in the cache."""
+        request, settings = group.request, group.request.sampling
+        rows = self._rows[self._running : self._running + group.size]
+        rows["length"], rows["step"], rows["budget"] = len(request.prompt_ids), 0, settings.max_tokens
+        rows["latent"], rows["noisy"] = settings.mode == "latent", settings.noise_mode != "off"
+        rows["one_sided"] = settings.noise_mode == "one_sided"
+        for name in ("k", "top_k", *REALS):
+            rows[name] = getattr(settings, name)
+        version = 0 if request.purpose == "evaluation" else self._version.version
+        for position, sample_index in enumerate(request.sample_indices):
+            slot = self._free_slots.pop()
+            self._owner[slot] = (group, position)
+            self._records.latent_until[slot] = 0
+            rows["slot"][position] = slot
+            rows["key"][position] = trajectory_key(
+                run_seed=request.run_seed,
+                purpose=request.purpose,
+                problem_uid=request.problem_uid,
+                epoch=request.epoch,
+                sample_index=sample_index,
+                policy_version=version,
+            )
+        group.started = time.perf_counter()
+        self._running += group.size
+
+    # --- sampling ------------------------------------------------------------------------------------------------
+
+    def _sample(self, logits: torch.Tensor) -> np.ndarray:
+        """Draws one step of every row from `logits` [n, V] and records it; leaves the next inputs in `_inputs`.
+
+        Returns the sampled visible ids [n] int64, -1 for rows that took a latent step or left latent mode.
+        """
+        rows = self._rows[: self._running]
+        table = torch.from_numpy(rows.view(np.int64).reshape(len(rows), -1).copy()).to(self._device)
+        sampled = np.full(len(rows), -1, dtype=np.int64)
+        widths = np.where(rows["latent"] == 1, rows["k"], 0)  # 0: visible
+        kinds = np.unique(widths)
+        parts = []
+        for kind in kinds:
+            index = np.nonzero(widths == kind)[0]
+            draw = _Draw(rows, table, logits) if len(kinds) == 1 else _Draw(rows, table, logits, index)
+            if kind:
+                parts.append((index, self._latent_rows(draw, int(kind), index)))
+            else:
+                inputs, sampled[index] = self._visible_rows(draw)
+                parts.append((index, inputs))
+        if len(parts) == 1:
+            self._inputs = parts[0][1]
+        else:
+            self._inputs = parts[0][1].new_empty(len(rows), parts[0][1].shape[-1])
+            for index, inputs in parts:
+                self._inputs[torch.from_numpy(index).to(self._device)] = inputs
+        return sampled
+
+    def _latent_rows(self, draw: _Draw, k: int, index: np.ndarray) -> torch.Tensor:
+        """METHOD §2.1-§2.3 for rows in latent mode: their next inputs [n, D]."""
+        end_id, slots, steps = self._facts.latent_end_id, draw.column("slot"), draw.column("step")
+        taken = latent_step(
+            draw.logits,
+            draw.column("key"),
+            steps,
+            k=k,
+            top_p=draw.setting("top_p"),
+            noise_scale=draw.setting("noise_scale"),
+            tau=draw.setting("tau"),
+            noisy=draw.column("noisy").bool(),
+            one_sided=draw.column("one_sided").bool(),
+            end_id=end_id,
+            allowed=self._allowed,
+        )
+        self._records.latent_ids[slots, steps, :k] = taken.ids.int()
+        self._records.scores[slots, steps, :k] = taken.scores
+        self._records.log_probs[slots, steps, :k] = taken.log_probs
+        inputs = mix_embeddings(self._embed(taken.ids), taken.weights)
+        leaving = np.nonzero(taken.leaves.cpu().numpy())[0]
+        if len(leaving):
+            which = torch.from_numpy(leaving).to(self._device)
+            scaled = draw.logits[which] / draw.real("temperature")[which].unsqueeze(-1)
+            self._records.hard_ids[slots[which], steps[which]] = end_id
+            self._records.hard_log_probs[slots[which], steps[which]] = scaled.log_softmax(-1)[:, end_id]
+            inputs[which] = self._embed(torch.tensor(end_id, device=self._device))
+            self._rows["latent"][index[leaving]] = 0
+        staying = self._rows[: self._running][index]
+        staying = staying[staying["latent"] == 1]
+        self._records.latent_until[staying["slot"]] = staying["step"] + 1
+        return inputs
+
+    def _visible_rows(self, draw: _Draw) -> tuple[torch.Tensor, np.ndarray]:
+        """METHOD §2.4 for rows in visible mode: their next inputs [n, D] and the ids [n]."""
+        slots, steps = draw.column("slot"), draw.column("step")
+        ids, log_probs = sample_visible_keyed(
+            draw.logits,
+            draw.column("key"),
+            steps,
+            temperature=draw.setting("temperature"),
+            top_p=draw.setting("top_p"),
+            top_k=draw.setting("top_k"),
+            allowed=self._allowed,
+        )
+        self._records.hard_ids[slots, steps] = ids.int()
+        self._records.hard_log_probs[slots, steps] = log_probs
+        return self._embed(ids), ids.cpu().numpy()
+
+    # --- finishing -----------------------------------------------------------------------------------------------
+
+    def _retire(self, sampled: np.ndarray) -> list[tuple[Trajectory, ...]]:
+        """Takes finished samples (METHOD §2.6) out of the rows; the groups that this completed."""
+        rows = self._rows[: self._running]
+        rows["step"] += 1
+        stopped = np.isin(sampled, self._eos) & (sampled >= 0)
+        over = stopped | (rows["step"] >= rows["budget"])
+        finished = np.nonzero(over)[0]
+        if not len(finished):
+            return []
+        completed = []
+        for row in finished:
+            group = self._close_sample(rows[row], "stop" if stopped[row] else "length")
+            if len(group.done) == group.size:
+                completed.append(tuple(group.done[i] for i in range(group.size)))
+        remaining = len(rows) - len(finished)
+        holes, tails = finished[finished < remaining], remaining + np.nonzero(~over[remaining:])[0]
+        if len(holes):
+            sources, targets = (torch.from_numpy(i).to(self._device) for i in (tails, holes))
+            self._cache.move(sources, targets, int(rows["length"][tails].max()))
+            self._inputs[targets] = self._inputs[sources]
+            rows[holes] = rows[tails]
+        self._inputs = self._inputs[:remaining]
+        self._running = remaining
+        return completed
+
+    def _close_sample(self, row: np.void, reason: FinishReason) -> _Group:
+        slot = int(row["slot"])
+        group, position = self._owner.pop(slot)
+        self._free_slots.append(slot)
+        request = group.request
+        group.done[position] = Trajectory(
+            purpose=request.purpose,
+            task=request.task,
+            problem_uid=request.problem_uid,
+            group_uid=request.group_uid,
+            sample_index=request.sample_indices[position],
+            epoch=request.epoch,
+            run_seed=request.run_seed,
+            policy_version_min=self._version.version,
+            policy_version_max=self._version.version,
+            engine=self.name,
+            sampling=request.sampling,
+            prompt_ids=np.asarray(request.prompt_ids, dtype=np.int32),
+            finish_reason=reason,
+            gold_answer=request.gold_answer,
+            generation_seconds=time.perf_counter() - group.started,
+            **self._records.take(slot, int(row["step"]), int(self._records.latent_until[slot]), int(row["k"])),
+        )
+        return group
+
+
+class _Draw:
+    """What the samplers read of some rows: logits [n, V] and columns of `ROW` as tensors or, where equal, scalars."""
+
+    def __init__(
+        self, rows: np.ndarray, table: torch.Tensor, logits: torch.Tensor, index: np.ndarray | None = None
+    ) -> None:
+        self.logits, self._rows, self._table = logits, rows, table
+        if index is not None:
+            which = torch.from_numpy(index).to(logits.device)
+            self.logits, self._rows, self._table = logits[which], rows[index], table[which]
+
+    def column(self, name: str) -> torch.Tensor:
+        """An integer column [n] int64."""
+        return self._table[:, ROW.names.index(name)]
+
+    def real(self, name: str) -> torch.Tensor:
+        """A real column [n] float32."""
+        return self.column(name).view(torch.float64).float()
+
+    def setting(self, name: str) -> float | torch.Tensor:
+        """A scalar where all rows agree (the usual case, and cheaper), else [n]."""
+        values = self._rows[name]
+        if (values == values[0]).all():
+            return values[0].item()
+        return self.real(name) if name in REALS else self.column(name)
+
+
+def _check_model(model: PreTrainedModel, facts: TokenFacts, max_rows: int) -> None:
+    """Refuses what the decode loop cannot serve exactly."""
+    head = model.get_output_embeddings()
+    if head is None or head.weight.shape[0] != facts.vocab_size or len(facts.allowed) != facts.vocab_size:
+        rows = None if head is None else head.weight.shape[0]
+        raise EngineError(
+            f"the model's output has {rows} rows, the token facts {facts.vocab_size} with {len(facts.allowed)} flags"
+        )
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise EngineError(
+            f"expected attention 'sdpa' or 'eager' (rows of different length need a mask), got "
+            f"{model.config._attn_implementation!r}; load the model with attn_implementation='sdpa'"
+        )
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise EngineError(f"expected full attention in every layer, got {sorted(kinds)}; set use_sliding_window=false")
+    if max_rows < 1:
+        raise EngineError(f"max_rows must be >= 1, got {max_rows}")
