@@ -120,12 +120,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     _check_folder(path)
+    # For some architectures (qwen2) AutoTokenizer puts the family's tokenizer round another one's vocabulary, and its
+    # normaliser and decoder change the text; a folder that names the general class means its file as it is.
     settings = Path(path) / "tokenizer_config.json"
-    if settings.is_file() and (Path(path) / "tokenizer.json").is_file():
-        # For some architectures (qwen2) AutoTokenizer puts the family's tokenizer round another one's vocabulary, and
-        # its normaliser and decoder change the text; a folder that names the general class means its file as it is.
-        if json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") in GENERAL_TOKENIZERS:
-            return PreTrainedTokenizerFast.from_pretrained(path)
+    named = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
+    if named in GENERAL_TOKENIZERS and (Path(path) / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(path)
     return AutoTokenizer.from_pretrained(path)
 
 
