@@ -1,0 +1,309 @@
+"""Metrics of a run: one JSON line per step, always, and the sinks that the user chose.
+
+`metrics.jsonl` is the record that reports are made from; it is flushed line by line and survives a kill. The other
+sinks are for looking at: one that fails while the run goes on is switched off with a warning, because hours of
+training must not end with a dashboard.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import numbers
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+FILE = "metrics.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+class MetricsError(RuntimeError):
+    """A sink that cannot work, or the record that cannot be written; the message says what to do."""
+
+
+class MetricSink(Protocol):
+    """Somewhere to show metrics. Made once per run with the run's folder.
+
+    `values` are finite floats; names have the form `section/name` (`rollout/reward_mean`).
+    """
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+SinkFactory = Callable[[Path], MetricSink]
+_SINKS: dict[str, SinkFactory] = {}
+
+
+def register_sink(name: str) -> Callable[[SinkFactory], SinkFactory]:
+    """Class decorator: makes a sink available as `metrics.sinks: [name]`."""
+
+    def add(factory: SinkFactory) -> SinkFactory:
+        _SINKS[name] = factory
+        return factory
+
+    return add
+
+
+def make_sink(name: str, run_folder: Path) -> MetricSink:
+    """The sink registered as `name`, or of an import path `package.module:Name`."""
+    if name in _SINKS:
+        return _SINKS[name](run_folder)
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise MetricsError(f"no metric sink {name!r}; known: {', '.join(sorted(_SINKS))}, or package.module:Name")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise MetricsError(f"metric sink {name!r} cannot be imported: {error}") from error
+    return factory(run_folder)
+
+
+class MetricsWriter:
+    """Writes the metrics of one run. A context manager; `close` closes every sink.
+
+    Example::
+
+        with MetricsWriter(run_folder, ["console"]) as metrics:
+            metrics.write(step, {"rollout/reward_mean": 0.4}, lineage=0)
+    """
+
+    def __init__(self, run_folder: str | Path, sinks: Sequence[str] = ()):
+        folder = Path(run_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._record = JSONLSink(folder / FILE)
+        self._sinks: dict[str, MetricSink] = {}
+        try:
+            for name in sinks:
+                self._sinks[name] = make_sink(name, folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, step: int, values: Mapping[str, Any], *, kind: str = "train", lineage: int = 0) -> None:
+        """One line of the record, then every sink. Numbers only; a non-finite one is recorded as null and named."""
+        numeric = {name: _as_number(name, value) for name, value in values.items()}
+        self._record.write(step, numeric, kind=kind, lineage=lineage)
+        finite = {name: value for name, value in numeric.items() if math.isfinite(value)}
+        shown = finite if kind == "train" else {f"{kind}/{name}": value for name, value in finite.items()}
+        for name in list(self._sinks):
+            self._guarded(name, lambda sink: sink.write(step, shown))
+
+    def close(self) -> None:
+        self._record.close()
+        for name in list(self._sinks):
+            self._guarded(name, lambda sink: sink.close())
+        self._sinks.clear()
+
+    def _guarded(self, name: str, action: Callable[[MetricSink], None]) -> None:
+        try:
+            action(self._sinks[name])
+        except Exception as error:  # third-party code (network, file formats): any failure of it is only a lost view
+            log.warning("metric sink %s switched off: %s: %s", name, type(error).__name__, error)
+            del self._sinks[name]
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _as_number(name: str, value: Any) -> float:
+    if hasattr(value, "item"):  # NumPy and torch scalars
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"metric {name}: expected a number, got {type(value).__name__} ({value!r})")
+    return float(value)
+
+
+def read_metrics(
+    path: str | Path, *, kind: str | None = "train", lineage: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The lines of a record, oldest first; `path` is a run folder or the file. `lineage` None: the live history.
+
+    A torn last line (the run was killed while writing it) is left out. A step that a restart repeated counts once.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    rows = [row for row in _lines(path) if kind is None or row["kind"] == kind]
+    if lineage is not None:
+        yield from (row for row in rows if row["lineage"] == lineage)
+        return
+    newest: dict[tuple[str, int], int] = {}  # (kind, lineage) -> first step of that lineage
+    for row in rows:
+        newest.setdefault((row["kind"], row["lineage"]), row["step"])
+    for row in rows:
+        overtaken = (k == row["kind"] and a > row["lineage"] and s <= row["step"] for (k, a), s in newest.items())
+        if not any(overtaken):
+            yield row
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                log.warning("%s: line %d is torn and left out", path, number)
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise MetricsError(f"{path}, line {number}: not JSON: {error}") from error
+
+
+# --- sinks ---------------------------------------------------------------------------------------------------------
+
+
+class JSONLSink:
+    """`{"step": 3, "kind": "train", "lineage": 0, "time": ..., "metrics": {...}}` per line, flushed at once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._file = path.open("ab+")
+            self._cut_torn_line()
+        except OSError as error:
+            raise MetricsError(f"{path}: the run's metrics cannot be recorded: {error.strerror or error}") from error
+
+    def _cut_torn_line(self) -> None:
+        """What a killed run left of its last line would corrupt the next one."""
+        end = self._file.seek(0, os.SEEK_END)
+        position = end
+        while position > 0:
+            start = max(0, position - 65536)
+            self._file.seek(start)
+            newline = self._file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position < end:
+            self._file.truncate(position)
+
+    def write(self, step: int, values: Mapping[str, float], *, kind: str = "train", lineage: int = 0) -> None:
+        row: dict[str, Any] = {"step": step, "kind": kind, "lineage": lineage, "time": round(time.time(), 3)}
+        row["metrics"] = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+            row["non_finite"] = bad
+        try:
+            self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+            self._file.flush()
+        except OSError as error:
+            raise MetricsError(
+                f"{self._path}: metrics of step {step} not recorded: {error.strerror or error}"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@register_sink("console")
+class ConsoleSink:
+    """One line per step: the figures that tell whether a run is healthy, then the rest if the terminal is wide."""
+
+    FIRST = ("reward_mean", "pass_at_1", "accuracy", "loss", "grad_norm", "step_seconds")
+
+    def __init__(self, run_folder: Path):
+        from rich.console import Console
+
+        self._console = Console(soft_wrap=False, highlight=False)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        ranked = sorted(values, key=self._rank)
+        line, width = f"step {step:>5}", max(self._console.width, 80)
+        for name in ranked:
+            figure = f"  {name} {_short(values[name])}"
+            if len(line) + len(figure) > width:
+                break
+            line += figure
+        self._console.print(line, markup=False, overflow="crop", no_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+    @classmethod
+    def _rank(cls, name: str) -> int:
+        leaf = name.rpartition("/")[2]
+        return cls.FIRST.index(leaf) if leaf in cls.FIRST else len(cls.FIRST)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
+
+
+def _needs(module: str, sink: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MetricsError(
+            f"metric sink {sink} needs the package {package}: pip install {package}, or drop it from metrics.sinks"
+        ) from error
+
+
+@register_sink("tensorboard")
+class TensorBoardSink:
+    def __init__(self, run_folder: Path):
+        _needs("tensorboard", "tensorboard", "tensorboard")
+        self._writer = _needs("torch.utils.tensorboard", "tensorboard", "tensorboard").SummaryWriter(
+            str(run_folder / "tensorboard")
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@register_sink("wandb")
+class WandbSink:
+    """Project, entity and key come from wandb's own settings (WANDB_PROJECT, WANDB_API_KEY, ...)."""
+
+    def __init__(self, run_folder: Path):
+        wandb = _needs("wandb", "wandb", "wandb")
+        self._run = wandb.init(dir=str(run_folder), name=run_folder.name, resume="allow", id=run_folder.name)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@register_sink("prometheus")
+class PrometheusSink:
+    """Gauges on 127.0.0.1; LATENT_GRPO_PROMETHEUS_PORT chooses the port (default 9464)."""
+
+    def __init__(self, run_folder: Path):
+        self._client = _needs("prometheus_client", "prometheus", "prometheus-client")
+        port = int(os.environ.get("LATENT_GRPO_PROMETHEUS_PORT", "9464"))
+        self._registry = self._client.CollectorRegistry()
+        self._gauges: dict[str, Any] = {}
+        try:
+            self._server, self._thread = self._client.start_http_server(port, "127.0.0.1", registry=self._registry)
+        except OSError as error:
+            raise MetricsError(
+                f"metric sink prometheus: port {port} of 127.0.0.1 cannot be opened ({error.strerror or error}); "
+                "set LATENT_GRPO_PROMETHEUS_PORT to a free one"
+            ) from error
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in {"step": float(step), **values}.items():
+            key = "latent_grpo_" + "".join(c if c.isalnum() else "_" for c in name)
+            if key not in self._gauges:
+                self._gauges[key] = self._client.Gauge(key, name, registry=self._registry)
+            self._gauges[key].set(value)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=5)

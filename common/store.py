@@ -1,0 +1,238 @@
+"""Trajectory dumps: Parquet files that can be read while the run goes on.
+
+Layout below the store's folder, one file per write::
+
+    purpose=training/step=000010/lineage-0000-part-0000.parquet
+
+A file appears whole or not at all (temporary name, fsync, rename), so a reader never needs a lock. The lineage rises
+by one with every restart from a checkpoint: steps that a restart repeats get files of their own, and a read without
+a lineage follows the run's live history and leaves the abandoned steps out.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.schema import SchemaError, TrajectoryBatch
+
+_STEP_FOLDER = re.compile(r"step=(\d+)")
+_FILE = re.compile(r"lineage-(\d+)-part-(\d+)\.parquet")
+_TEMPORARY = ".tmp-"
+
+
+class DumpError(OSError):
+    """A dump that could not be written or read. The message names the file, the reason and what to do."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class DumpFile:
+    """One file of the store. Sorts in the order of the run."""
+
+    step: int
+    lineage: int
+    part: int
+    purpose: str
+    path: Path
+
+
+class TrajectoryStore:
+    """Writes and reads the dumps of one run. One process writes; any number may read meanwhile.
+
+    Example::
+
+        store = TrajectoryStore(run_folder / "trajectories")
+        store.write(10, batch, purpose="training", lineage=0)
+        store.read(10)  # -> pa.RecordBatch
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    # --- write -----------------------------------------------------------------------------------------------------
+
+    def write(self, step: int, batch: pa.RecordBatch, purpose: str = "training", lineage: int = 0) -> Path:
+        """Dumps one batch and returns its file. Raises :class:`DumpError` (disk full, ...) and leaves nothing.
+
+        A second batch of the same step, purpose and lineage becomes the next part; it never overwrites the first.
+        """
+        if step < 0 or lineage < 0:
+            raise ValueError(f"step and lineage must be >= 0, got step {step}, lineage {lineage}")
+        TrajectoryBatch(batch)  # a malformed record must fail here and not when somebody needs the dump
+        target = self._step_folder(purpose, step)
+        temporary: Path | None = None
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            path = target / f"lineage-{lineage:04d}-part-{self._next_part(target, lineage):04d}.parquet"
+            temporary = target / f"{_TEMPORARY}{os.getpid()}-{path.name}"
+            with temporary.open("wb") as file:
+                file.write(_parquet_bytes(batch))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+            _fsync_folder(target)
+        except OSError as error:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            raise _explained(error, target) from error
+        return path
+
+    def _step_folder(self, purpose: str, step: int) -> Path:
+        if not re.fullmatch(r"[\w-]+", purpose):
+            raise ValueError(f"purpose must be one word (it names a folder), got {purpose!r}")
+        return self.folder / f"purpose={purpose}" / f"step={step:06d}"
+
+    @staticmethod
+    def _next_part(folder: Path, lineage: int) -> int:
+        parts = [int(m[2]) for p in folder.iterdir() if (m := _FILE.fullmatch(p.name)) and int(m[1]) == lineage]
+        return max(parts, default=-1) + 1
+
+    # --- read ------------------------------------------------------------------------------------------------------
+
+    def files(
+        self, step: int | None = None, purpose: str | None = "training", lineage: int | None = None
+    ) -> list[DumpFile]:
+        """The complete files, in the order of the run. `purpose` None: all purposes.
+
+        `lineage` None: the live history. A step of lineage a is abandoned once a later lineage has written that step
+        or an earlier one of the same purpose, because a restart had rewound the run to before it.
+        """
+        found = sorted(self._scan())
+        if purpose is not None:
+            found = [f for f in found if f.purpose == purpose]
+        if lineage is not None:
+            found = [f for f in found if f.lineage == lineage]
+        else:
+            first: dict[tuple[str, int], int] = {}  # (purpose, lineage) -> its first step
+            for file in found:
+                key = (file.purpose, file.lineage)
+                first[key] = min(file.step, first.get(key, file.step))
+            found = [
+                file
+                for file in found
+                if not any(
+                    p == file.purpose and a > file.lineage and start <= file.step for (p, a), start in first.items()
+                )
+            ]
+        return [f for f in found if step is None or f.step == step]
+
+    def steps(self, purpose: str = "training", lineage: int | None = None) -> list[int]:
+        """Steps that have a dump, ascending."""
+        return sorted({f.step for f in self.files(purpose=purpose, lineage=lineage)})
+
+    def batches(
+        self, step: int | None = None, purpose: str | None = "training", lineage: int | None = None
+    ) -> Iterator[tuple[DumpFile, pa.RecordBatch]]:
+        """File by file, so that a long run need not fit into memory."""
+        for file in self.files(step, purpose, lineage):
+            yield file, read_dump(file.path)
+
+    def read(
+        self, step: int | None = None, purpose: str | None = "training", lineage: int | None = None
+    ) -> pa.RecordBatch:
+        """All rows of a step (or of all steps) as one batch. Raises :class:`DumpError` if there are none."""
+        batches = [batch for _, batch in self.batches(step, purpose, lineage)]
+        if not batches:
+            have = self.steps(purpose) if purpose else []
+            known = f"steps with dumps: {_ranges(have)}" if have else "it has no dumps"
+            wanted = "any step" if step is None else f"step {step}"
+            raise DumpError(
+                f"{self.folder}: no trajectories of {wanted}, purpose {purpose}, lineage "
+                f"{'live' if lineage is None else lineage}; {known}. Which steps are dumped is set by dump.every"
+            )
+        return pa.concat_batches(batches) if len(batches) > 1 else batches[0]
+
+    def _scan(self) -> Iterator[DumpFile]:
+        for purpose in self.folder.glob("purpose=*"):
+            for step in purpose.iterdir():
+                number = _STEP_FOLDER.fullmatch(step.name)
+                if number is None:
+                    continue
+                for path in step.iterdir():
+                    if name := _FILE.fullmatch(path.name):
+                        yield DumpFile(
+                            step=int(number[1]),
+                            lineage=int(name[1]),
+                            part=int(name[2]),
+                            purpose=purpose.name.partition("=")[2],
+                            path=path,
+                        )
+
+
+def _abandoned(file: DumpFile, first: dict[tuple[str, int], int]) -> bool:
+    """Whether a later lineage started at or before the file's step."""
+    return any(
+        purpose == file.purpose and lineage > file.lineage and start <= file.step
+        for (purpose, lineage), start in first.items()
+    )
+
+
+def read_dump(path: str | Path) -> pa.RecordBatch:
+    """The batch of one dump file, checked against the schema and the pages' checksums.
+
+    Raises :class:`DumpError` for a file that is missing, truncated, damaged or not ours.
+    """
+    path = Path(path)
+    try:
+        # ParquetFile, not read_table: the latter adds columns for the `purpose=` and `step=` folders
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read(use_threads=False).combine_chunks()
+    except FileNotFoundError as error:
+        raise DumpError(f"{path}: no such trajectory dump") from error
+    except (pa.ArrowException, OSError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise DumpError(
+            f"{path}: not a readable Parquet file ({size} bytes): it is truncated, damaged or foreign; delete it, or "
+            f"copy it again from the run's machine ({error})"
+        ) from error
+    try:
+        batches = table.to_batches()
+        batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+        TrajectoryBatch(batch)
+    except SchemaError as error:
+        raise DumpError(f"{path}: a Parquet file, but not a trajectory dump that can be read: {error}") from error
+    return batch
+
+
+def _parquet_bytes(batch: pa.RecordBatch) -> pa.Buffer:
+    # In memory first: the file system then sees plain writes, whose errors carry their errno.
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_batches([batch]), sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def _fsync_folder(folder: Path) -> None:
+    """A rename is durable only once its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _explained(error: OSError, folder: Path) -> DumpError:
+    reason = {
+        errno.ENOSPC: "the disk is full; free space there, or dump less often (dump.every; 0 turns dumps off)",
+        errno.EDQUOT: "the disk quota is used up; free space there, or dump less often (dump.every)",
+        errno.EACCES: "no permission to write there; choose another runs_folder",
+        errno.EROFS: "the file system is read-only; choose another runs_folder",
+    }.get(error.errno, str(error))
+    return DumpError(error.errno, f"trajectories not dumped: {reason}", str(folder))
+
+
+def _ranges(steps: list[int]) -> str:
+    """`[1, 2, 3, 7]` -> `1-3, 7`."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and step == spans[-1][1] + 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
