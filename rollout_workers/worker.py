@@ -1,0 +1,178 @@
+"""The rollout worker: an engine, a verifier pool and a queue, as one Ray actor.
+
+Two loops meet in it. The controller calls `submit` and `update_weights`, which only append to the queue; the actor's
+one long-lived `results` generator works the queue off in order: generate -> grade -> yield a record batch.
+
+A weight update is an item of the queue. Groups submitted before it are finished on the old weights, groups after it
+start on the new ones: no trajectory ever mixes versions, and which version a group is made with is decided by the
+order of the controller's calls, never by timing.
+
+Results are yielded, not put: what an actor yields is owned by the caller and survives the actor's death.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from common.schema import encode
+from common.types import GroupRequest, PolicyVersion, Trajectory
+from common.weights import WeightManifest, unpack
+from reward.pool import VerifierPool
+from rollout_workers.engine import LatentEngine
+
+IDLE_WAIT_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """A worker's heartbeat. `progress` rises with every decode step, grade and update: a watchdog compares it."""
+
+    name: str
+    version: PolicyVersion | None
+    progress: int
+    pending_samples: int
+    queued: int
+    last_event: str
+
+
+@dataclass(slots=True)
+class _WeightUpdate:
+    manifest: WeightManifest
+    tensors: list
+    applied: Future = field(default_factory=Future)
+
+
+class RolloutWorker:
+    """The actor's body; plain Python, so tests drive it without Ray. `decode` turns token ids into text."""
+
+    def __init__(self, name: str, engine: LatentEngine, verifiers: VerifierPool, decode, *, k: int, run_id: str):
+        self.name, self.k, self.run_id = name, k, run_id
+        self._engine, self._verifiers, self._decode = engine, verifiers, decode
+        self._queue: deque[GroupRequest | _WeightUpdate] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._verifier_of: dict[str, str] = {}  # by group uid, from submission to grading
+        self._progress, self._last_event = 0, "started"
+
+    # --- called by the controller, from other threads ------------------------------------------------------------
+
+    def submit(self, requests: list[GroupRequest]) -> None:
+        """Queues groups. They are generated with the weights that are current at their place in the queue."""
+        with self._changed:
+            self._verifier_of.update((r.group_uid, r.verifier) for r in requests)
+            self._queue.extend(requests)
+            self._changed.notify_all()
+
+    def update_weights(self, manifest: WeightManifest, buckets: list, timeout_s: float) -> PolicyVersion:
+        """Verifies the buckets at once, applies them when the groups before are done; returns the version now held.
+
+        `buckets`: uint8 arrays. Raises :class:`common.weights.WeightsCorrupt` before anything is applied, EngineError
+        if the engine's own checksum differs, and TimeoutError after `timeout_s`.
+        """
+        tensors = [
+            item for bucket, data in zip(manifest.buckets, buckets, strict=True) for item in unpack(bucket, data)
+        ]
+        update = _WeightUpdate(manifest, tensors)
+        with self._changed:
+            self._queue.append(update)
+            self._changed.notify_all()
+        return update.applied.result(timeout=timeout_s)
+
+    def status(self) -> WorkerStatus:
+        return WorkerStatus(
+            name=self.name,
+            version=self._engine.version,
+            progress=self._progress,
+            pending_samples=self._engine.pending,
+            queued=len(self._queue),
+            last_event=self._last_event,
+        )
+
+    def stop(self) -> None:
+        """Ends `results` after the running decode step; what is unfinished is not delivered."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    # --- the working loop ----------------------------------------------------------------------------------------
+
+    def results(self) -> Iterator[pa.RecordBatch]:
+        """Yields one record batch a group, graded, until `stop`. Called once."""
+        graded: deque[Future] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="grading") as grader:
+            try:
+                while not self._closing:
+                    self._admit()
+                    if self._engine.pending:
+                        graded.extend(grader.submit(self._finish, group) for group in self._engine.step())
+                        self._event("decoded a step")
+                    elif graded:
+                        graded[0].exception(timeout=None)  # nothing to decode: wait for the oldest grade
+                    else:
+                        self._wait_for_work()
+                    while graded and graded[0].done():
+                        yield graded.popleft().result()
+                        self._event("delivered a group")
+            finally:
+                self._engine.close()
+                self._verifiers.close()
+
+    def _admit(self) -> None:
+        """Gives queued groups to the engine, up to the next weight update; applies that once the engine is empty."""
+        while self._queue:
+            if isinstance(self._queue[0], _WeightUpdate):
+                if self._engine.pending:
+                    return
+                self._apply(self._queue.popleft())
+            else:
+                self._engine.add(self._queue.popleft())
+
+    def _apply(self, update: _WeightUpdate) -> None:
+        try:
+            self._engine.load_weights(update.manifest.version, update.tensors)
+        except Exception as error:  # handed to the caller of update_weights; the engine refuses to sample meanwhile
+            update.applied.set_exception(error)
+        else:
+            self._event(f"loaded weights of version {update.manifest.version.version}")
+            update.applied.set_result(update.manifest.version)
+
+    def _wait_for_work(self) -> None:
+        with self._changed:
+            if not self._queue and not self._closing:
+                self._changed.wait(IDLE_WAIT_S)
+
+    def _finish(self, group: tuple[Trajectory, ...]) -> pa.RecordBatch:
+        """Text and grade of a group's samples; runs beside the decode loop."""
+        started = time.perf_counter()
+        texts = [self._decode(t.hard_ids, t.finish_reason) for t in group]
+        verifier = self._verifier_of.pop(group[0].group_uid)
+        grades = self._verifiers.grade_many(
+            [(verifier, text, t.gold_answer) for t, text in zip(group, texts, strict=True)]
+        )
+        seconds = (time.perf_counter() - started) / len(group)
+        complete = [
+            dataclasses.replace(
+                trajectory,
+                run_id=self.run_id,
+                worker=self.name,
+                response_text=text,
+                parsed_answer=grade.parsed,
+                reward=grade.reward,
+                grade_reason=grade.reason,
+                grading_seconds=seconds,
+            )
+            for trajectory, text, grade in zip(group, texts, grades, strict=True)
+        ]
+        return encode(complete, self.k)
+
+    def _event(self, text: str) -> None:
+        self._progress += 1
+        self._last_event = text

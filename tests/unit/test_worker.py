@@ -1,0 +1,164 @@
+"""The worker's invariants, with a scripted engine in place of a model: no Ray, no torch model, no waiting."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from common.schema import decode
+from common.types import GroupRequest, PolicyVersion, SamplingSettings, Trajectory
+from common.weights import WeightManifest, WeightsCorrupt, checksum, pack
+from reward.pool import VerifierPool
+from rollout_workers.engine import EngineError
+from rollout_workers.worker import RolloutWorker
+
+SAMPLING = SamplingSettings(mode="visible", max_tokens=4, k=2)
+
+
+class ScriptedEngine:
+    """Finishes the oldest group at every second step; `answer` is the version it samples with."""
+
+    name = "scripted"
+
+    def __init__(self):
+        self.version, self.groups, self.steps = PolicyVersion(version=0, checksum=""), [], 0
+        self.closed = False
+
+    @property
+    def pending(self):
+        return sum(len(g.sample_indices) for g in self.groups)
+
+    def add(self, request):
+        self.groups.append(request)
+
+    def step(self):
+        self.steps += 1
+        return [self.finish(self.groups.pop(0))] if self.steps % 2 == 0 else []
+
+    def finish(self, r):
+        return tuple(
+            Trajectory(
+                purpose=r.purpose, task=r.task, problem_uid=r.problem_uid, group_uid=r.group_uid, sample_index=i,
+                epoch=0, run_seed=0, policy_version_min=self.version.version, policy_version_max=self.version.version,
+                engine=self.name, sampling=r.sampling, prompt_ids=r.prompt_ids, gold_answer=r.gold_answer,
+                latent_ids=np.zeros((0, 2), np.int32), latent_scores=np.zeros((0, 2), np.float32),
+                latent_log_probs=np.zeros((0, 2), np.float32), hard_ids=np.array([i], np.int32),
+                hard_log_probs=np.zeros(1, np.float32), finish_reason="stop",
+            )
+            for i in r.sample_indices
+        )  # fmt: skip
+
+    def load_weights(self, version, tensors):
+        if self.pending:
+            raise EngineError("running")
+        if version.checksum != checksum(tensors):
+            raise EngineError("checksum")
+        self.version = version
+
+    def close(self):
+        self.closed = True
+
+
+def request(uid, samples=2):
+    return GroupRequest(
+        group_uid=uid, problem_uid=f"t/{uid}", task="t", prompt_ids=np.array([1], np.int32),
+        sample_indices=tuple(range(samples)), sampling=SAMPLING, purpose="training", epoch=0, run_seed=0,
+        verifier="number", gold_answer="1",
+    )  # fmt: skip
+
+
+def publication(version, value=1.0):
+    weights = [("w", torch.full((4,), value))]
+    buckets = list(pack(weights, 1024))
+    policy = PolicyVersion(version=version, checksum=checksum(weights))
+    return WeightManifest(version=policy, buckets=tuple(m for m, _ in buckets)), [data for _, data in buckets]
+
+
+@pytest.fixture
+def worker():
+    made = RolloutWorker(
+        "w0", ScriptedEngine(), VerifierPool(processes=1), lambda ids, reason: rf"\boxed{{{ids[0]}}}", k=2, run_id="r"
+    )
+    yield made
+    made.stop()
+
+
+def take(worker, count):
+    results = worker.results()
+    return [decode(next(results)) for _ in range(count)]
+
+
+def test_groups_come_back_whole_graded_and_signed(worker):
+    worker.submit([request("a"), request("b", samples=3)])
+    a, b = take(worker, 2)
+    assert [t.group_uid for t in (*a, *b)] == ["a", "a", "b", "b", "b"]
+    assert [t.reward for t in b] == [0.0, 1.0, 0.0]  # the text is the sample's index, the gold answer 1
+    assert {(t.worker, t.run_id, t.grade_reason) for t in a} == {
+        ("w0", "r", "wrong"),
+        ("w0", "r", "correct"),
+    }
+
+
+def update_beside(worker, manifest, buckets):
+    outcome = {}
+
+    def call():
+        try:
+            outcome["version"] = worker.update_weights(manifest, buckets, 10.0)
+        except Exception as error:  # handed to the test
+            outcome["error"] = error
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    while not any(not isinstance(item, GroupRequest) for item in worker._queue) and thread.is_alive():
+        pass
+    return thread, outcome
+
+
+def test_a_weight_update_takes_its_turn_in_the_queue(worker):
+    worker.submit([request("a"), request("b")])
+    thread, outcome = update_beside(worker, *publication(7))
+    worker.submit([request("c"), request("d")])
+    groups = take(worker, 4)
+    thread.join()
+    assert outcome["version"].version == 7
+    assert {t.group_uid: t.policy_version_min for g in groups for t in g} == {"a": 0, "b": 0, "c": 7, "d": 7}
+
+
+def test_damaged_buckets_are_refused_before_they_are_queued(worker):
+    manifest, (data,) = publication(1)
+    damaged = data.copy()
+    damaged[0] ^= 1
+    with pytest.raises(WeightsCorrupt, match="expected checksum"):
+        worker.update_weights(manifest, [damaged], 1.0)
+    assert worker.status().version.version == 0
+
+
+def test_an_engine_that_disagrees_about_the_checksum_tells_the_caller(worker):
+    manifest, buckets = publication(1)
+    other = WeightManifest(version=PolicyVersion(version=1, checksum="wrong"), buckets=manifest.buckets)
+    thread, outcome = update_beside(worker, other, buckets)
+    worker.submit([request("a")])
+    take(worker, 1)
+    thread.join()
+    assert isinstance(outcome["error"], EngineError)
+
+
+def test_status_shows_progress_and_work_left(worker):
+    worker.submit([request("a"), request("b")])
+    before = worker.status()
+    assert (before.queued, before.progress) == (2, 0)
+    take(worker, 2)
+    after = worker.status()
+    assert after.queued == after.pending_samples == 0
+    assert after.progress > before.progress
+
+
+def test_stop_ends_the_stream_and_closes_engine_and_graders(worker):
+    worker.submit([request("a")])
+    results = worker.results()
+    next(results)
+    worker.stop()
+    assert list(results) == []
+    assert worker._engine.closed
