@@ -16,9 +16,9 @@ from common.weights import checksum
 from rollout_workers.engine import EngineError, generate
 from rollout_workers.transformers_engine import TransformersEngine
 
-VOCAB, END, EOS = 48, 5, 1
+VOCAB, END, EOS = 48, 5, (1, 7, 12, 20, 33, 41)
 ALLOWED = np.arange(VOCAB) < 45
-FACTS = TokenFacts(vocab_size=VOCAB, allowed=ALLOWED, latent_end_id=END, eos_ids=(EOS,), pad_id=0)
+FACTS = TokenFacts(vocab_size=VOCAB, allowed=ALLOWED, latent_end_id=END, eos_ids=EOS, pad_id=0)
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 
 
@@ -28,14 +28,17 @@ def make_model(architecture: str, seed: int = 0, attention: str = "sdpa") -> tor
     grouped = {**common, **sizes, "num_key_value_heads": 2}
     config = {
         "llama": lambda: LlamaConfig(**grouped),
-        "qwen2": lambda: Qwen2Config(**grouped, tie_word_embeddings=True),
+        "qwen2": lambda: Qwen2Config(**grouped),
         "qwen3": lambda: Qwen3Config(**grouped, head_dim=16),
-        "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
+        ),
     }[architecture]()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    with torch.no_grad():  # a sharper head: peaked enough that samples leave latent mode and reach EOS
+    with torch.no_grad():  # a sharper head, and sharper still where samples leave latent mode and stop
         model.get_output_embeddings().weight.mul_(4.0)
+        model.get_output_embeddings().weight[[END, *EOS]] *= 2.0
     return model
 
 
@@ -82,6 +85,8 @@ def mixed_requests() -> list[GroupRequest]:
         make_request(3, 30, mode="visible", temperature=0.6, top_k=7),
         make_request(4, 5, k=2, tau=0.5, max_tokens=20, samples=3),
         make_request(5, 12, purpose="evaluation", max_tokens=3),
+        make_request(6, 4, samples=4, max_tokens=40, k=3),
+        make_request(7, 11, samples=4, max_tokens=40, temperature=1.5, top_p=1.0, top_k=48),
     ]
 
 
@@ -130,7 +135,7 @@ def naive(model: torch.nn.Module, request: GroupRequest, sample_index: int, vers
                 logits, gumbel, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, allowed=allowed
             )
             token = int(drawn[0])
-            reason = "stop" if token == EOS else reason
+            reason = "stop" if token in EOS else reason
         out["hard_ids"].append(token)
         out["hard_log_probs"].append(float((logits / s.temperature).log_softmax(-1)[0, token]))
         if reason == "stop":
@@ -164,7 +169,8 @@ def test_samples_equal_the_plain_loop(architecture: str) -> None:
             assert sample.sample_index == index
             assert_same(sample, naive(model, request, index, version=3))
             reasons.add((sample.finish_reason, len(sample.latent_ids) > 0, len(sample.hard_ids) > 0))
-    assert len(reasons) >= 2, f"the models should reach several ends, got {reasons}"
+    assert ("stop", True, True) in reasons, f"no sample went from latent mode to EOS: {reasons}"
+    assert ("length", True, False) in reasons, f"no sample used its budget up in latent mode: {reasons}"
     assert engine.pending == 0
 
 
@@ -226,7 +232,7 @@ def test_greedy_visible_equals_generate(architecture: str) -> None:
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=14,
-            eos_token_id=EOS,
+            eos_token_id=list(EOS),
             pad_token_id=0,
         )
         assert sample.hard_ids.tolist() == reference[0, length:].tolist()
