@@ -1,0 +1,65 @@
+"""Skip rules and the one local Ray that tests share."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+
+import pytest
+
+RAY_CPUS = 4  # logical: more actors than the machine has cores may run side by side
+
+
+def pytest_collection_modifyitems(items):
+    missing = {}
+    if any(item.get_closest_marker("gpu") for item in items) and not _has_cuda():
+        missing["gpu"] = "needs CUDA; torch sees no GPU"
+    if importlib.util.find_spec("vllm") is None:
+        missing["vllm"] = "needs vLLM: pip install -e .[vllm]"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """A private local Ray: own home (for the authentication token), own folder, free ports, gone afterwards."""
+    import ray
+
+    home = tempfile.mkdtemp(prefix="lgt-")  # short: Unix socket paths end at 107 bytes
+    changed = {"HOME": home, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": None}
+    before = {name: os.environ.get(name) for name in changed}
+    _set_environment(changed)
+    try:
+        ray.init(
+            address="local",  # never an address that a Ray of somebody else has left on this machine
+            num_cpus=RAY_CPUS,
+            num_gpus=0,
+            include_dashboard=False,
+            object_store_memory=256 * 2**20,
+            log_to_driver=True,
+            logging_level="warning",
+            _temp_dir=os.path.join(home, "r"),
+        )
+        yield ray
+    finally:
+        ray.shutdown()
+        _set_environment(before)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
