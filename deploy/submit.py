@@ -35,10 +35,10 @@ def submit(
     environment: dict[str, str] | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Runs `python -m deploy ARGUMENTS` on the cluster and returns the driver's exit code (0 at once without `follow`).
+    """Runs `python -m deploy ARGUMENTS` on the cluster and returns the driver's exit code (without `follow` 0).
 
-    `address`: the job server, `http://head:8265`; default RAY_API_SERVER_ADDRESS or RAY_ADDRESS. `environment`: variables
-    for the job, never printed. The authentication token is found by Ray itself (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH).
+    `address`: the job server, `http://head:8265`; default RAY_API_SERVER_ADDRESS or RAY_ADDRESS. `environment`:
+    variables for the job, never printed. The authentication token is found by Ray itself (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH).
     While following, Ctrl-C stops the job and returns 130. Raises :class:`SubmitError` if there is no cluster.
     """
     from ray.job_submission import JobSubmissionClient
@@ -59,8 +59,8 @@ def submit(
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise SubmitError(
-                f"{address} did not take the job: {error}. Is the head running, is 8265 reachable (kubectl port-forward, "
-                "ssh -L), and is RAY_AUTH_TOKEN the cluster's token?"
+                f"{address} did not take the job: {error}. Is the head running, is 8265 reachable (kubectl "
+                "port-forward, ssh -L), and is RAY_AUTH_TOKEN the cluster's token?"
             ) from error
     say(f"job {job} submitted to {address}")
     if not follow:
@@ -97,8 +97,8 @@ def stage(folder: Path, arguments: Sequence[str]) -> list[str]:
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     if size > UPLOAD_LIMIT_BYTES:
         raise SubmitError(
-            f"the upload would be {size / 2**20:.0f} MiB, at most {UPLOAD_LIMIT_BYTES / 2**20:.0f} are allowed: keep data "
-            f"and runs out of {root} ({', '.join(PACKAGES)})"
+            f"the upload would be {size / 2**20:.0f} MiB, at most {UPLOAD_LIMIT_BYTES / 2**20:.0f} are allowed: keep "
+            f"data and runs out of {root} ({', '.join(PACKAGES)})"
         )
     return staged
 

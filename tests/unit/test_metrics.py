@@ -1,0 +1,126 @@
+"""Metrics: the record survives kills and bad sinks; a missing package is refused with what to install."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from common import metrics as metrics_module
+from common.metrics import FILE, MetricsError, MetricsWriter, make_sink, read_metrics, register_sink
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+
+
+def test_every_step_is_one_flushed_line(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"rollout/reward_mean": np.float32(0.5), "learner/updates": 4})
+        assert lines(tmp_path)[0]["metrics"] == {"rollout/reward_mean": 0.5, "learner/updates": 4.0}
+        writer.write(2, {"rollout/reward_mean": 0.75})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_non_finite_value_is_recorded_as_null_and_named(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": float("nan"), "grad_norm": 1.0})
+    row = lines(tmp_path)[0]
+    assert row["metrics"] == {"loss": None, "grad_norm": 1.0}
+    assert row["non_finite"] == ["loss"]
+
+
+def test_a_value_that_is_no_number_is_refused(tmp_path):
+    with MetricsWriter(tmp_path) as writer, pytest.raises(TypeError, match="metric text: expected a number, got str"):
+        writer.write(1, {"text": "hello"})
+
+
+def test_a_torn_last_line_is_cut_when_the_run_goes_on(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"step": 2, "kind": "tr')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(2, {"loss": 0.5})
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2]
+
+
+def test_repeated_steps_of_a_restart_count_once(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 1.0})
+        writer.write(2, {"loss": 0.5}, lineage=1)
+    assert [(r["step"], r["lineage"]) for r in read_metrics(tmp_path)] == [(1, 0), (2, 1)]
+    assert len(list(read_metrics(tmp_path, lineage=0))) == 3
+
+
+def test_a_sink_that_fails_is_switched_off_and_the_record_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(metrics_module, "_SINKS", {})
+    calls = []
+
+    @register_sink("broken")
+    class Broken:
+        def __init__(self, run_folder):
+            pass
+
+        def write(self, step, values):
+            calls.append(step)
+            raise OSError("the network is down")
+
+        def close(self):
+            pass
+
+    with caplog.at_level(logging.WARNING), MetricsWriter(tmp_path, ["broken"]) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.write(2, {"loss": 1.0})
+    assert calls == [1]
+    assert "broken switched off" in caplog.text
+    assert len(lines(tmp_path)) == 2
+
+
+def test_sinks_get_finite_values_only(tmp_path, monkeypatch):
+    seen = []
+
+    class Recorder:
+        def __init__(self, run_folder):
+            pass
+
+        def write(self, step, values):
+            seen.append(dict(values))
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setattr(metrics_module, "_SINKS", {"recorder": Recorder})
+    with MetricsWriter(tmp_path, ["recorder"]) as writer:
+        writer.write(1, {"a": 1.0, "b": float("inf")})
+        writer.write(1, {"a": 1.0}, kind="evaluation")
+    assert seen == [{"a": 1.0}, {"evaluation/a": 1.0}, "closed"]
+
+
+def test_an_unknown_sink_names_the_known_ones(tmp_path):
+    with pytest.raises(MetricsError, match="console, prometheus, tensorboard, wandb"):
+        make_sink("tensorbord", tmp_path)
+
+
+@pytest.mark.parametrize(("sink", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
+def test_a_missing_package_is_refused_with_what_to_install(tmp_path, monkeypatch, sink, module):
+    monkeypatch.setitem(metrics_module.importlib.sys.modules, module, None)
+    with pytest.raises(MetricsError, match=f"pip install {sink}"):
+        MetricsWriter(tmp_path, [sink])
+
+
+def test_a_sink_of_the_users_own_is_found_by_import_path(tmp_path):
+    assert type(make_sink("common.metrics:ConsoleSink", tmp_path)).__name__ == "ConsoleSink"
+    with pytest.raises(MetricsError, match="cannot be imported"):
+        make_sink("common.metrics:Nope", tmp_path)
+
+
+def test_the_console_shows_the_important_figures_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with MetricsWriter(tmp_path, ["console"]) as writer:
+        writer.write(7, {**{f"a/filler_{i}": i for i in range(30)}, "rollout/reward_mean": 0.25})
+    shown = capsys.readouterr().out
+    assert shown.startswith("step     7  rollout/reward_mean 0.25")
+    assert len(shown.splitlines()) == 1
