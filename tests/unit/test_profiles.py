@@ -1,0 +1,75 @@
+"""Every profile of the package is accepted, and says what the method's reference settings say (METHOD §5)."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.arithmetic import make_arithmetic_tokenizer
+from common.config import load_config, profiles_folder
+from common.models import make_model
+from common.prompts import PromptRenderer
+from common.tasks import BENCHMARKS, load_task, with_benchmark_defaults
+
+PROFILES = sorted(path.stem for path in profiles_folder().glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profile_is_valid(name):
+    assert load_config(name).tasks
+
+
+def test_each_benchmark_has_a_profile_that_evaluates_it_alone():
+    for name in BENCHMARKS:
+        assert [task.name for task in load_config(name).evaluation.tasks] == [name]
+
+
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_benchmark_profile_agrees_with_the_benchmark(name):
+    config = load_config(name)
+    (task,) = config.evaluation.tasks
+    default = BENCHMARKS[name]
+    assert (task.verifier, task.max_prompt_tokens, task.max_response_tokens) == (
+        default.verifier,
+        default.max_prompt_tokens,
+        default.max_response_tokens,
+    )
+    assert with_benchmark_defaults(task).prompt == default.prompt
+    assert (task.prompt or config.model.prompt) == default.prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "mini", "kl", "masking", "budgets"),
+    [("paper-low", 64, 16, 0.0, "include", (192, 128)), ("paper-high", 32, 32, 0.001, "exclude", (1024, 4096))],
+)
+def test_paper_settings(name, prompts, mini, kl, masking, budgets):
+    config = load_config(name)
+    assert (config.prompts_per_step, config.minibatch_prompts, config.group_size) == (prompts, mini, 8)
+    assert (config.kl_coefficient, config.masking, config.component_weighting) == (kl, masking, "uniform")
+    assert (config.optimizer.lr, config.k, config.noise.scale, config.noise.mode) == (1e-6, 10, 1.0, "one_sided")
+    for task in (*config.tasks, *config.evaluation.tasks):
+        assert (task.max_prompt_tokens, task.max_response_tokens) == budgets
+
+
+def test_quickstart_fits_its_budget_and_holds_out_its_evaluation():
+    config = load_config("quickstart")
+    tokenizer = make_arithmetic_tokenizer()
+    training, held_out = (load_task(task, config.seed) for task in (config.tasks[0], config.evaluation.tasks[0]))
+    assert training.size is None
+    assert held_out.size == 1024
+    renderer = PromptRenderer(tokenizer, config.model.prompt)
+    for source in (training, held_out):
+        problem = source.problem(0)
+        assert len(renderer.encode(problem)) <= source.config.max_prompt_tokens
+        steps = -(-len(tokenizer.encode(problem.cot)) // config.warm_start.compression)
+        visible = len(tokenizer.encode(f"</think>\\boxed{{{problem.answer}}}")) + 1
+        assert steps + visible <= source.config.max_response_tokens
+    asked = {training.problem(i).messages for i in range(2000)}
+    assert not asked & {held_out.problem(i).messages for i in range(1024)}
+    parameters = sum(p.numel() for p in make_model(config.model.new, tokenizer, config.seed).parameters())
+    assert 400_000 < parameters < 450_000
+
+
+def test_quickstart_also_runs_as_its_explicit_baseline():
+    config = load_config("quickstart", ["algorithm=grpo", "tasks.0.max_response_tokens=44"])
+    assert config.warm_start.chain == "explicit"
+    assert not config.latent
