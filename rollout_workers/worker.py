@@ -5,7 +5,8 @@ one long-lived `results` generator works the queue off in order: generate -> gra
 
 A weight update is an item of the queue. Groups submitted before it are finished on the old weights, groups after it
 start on the new ones: no trajectory ever mixes versions, and which version a group is made with is decided by the
-order of the controller's calls, never by timing.
+order of the controller's calls, never by timing. Calls to a threaded actor may overtake each other, so each carries a
+ticket (0, 1, 2, ...) and the queue takes them in ticket order.
 
 Results are yielded, not put: what an actor yields is owned by the caller and survives the actor's death.
 """
@@ -46,7 +47,7 @@ class WorkerStatus:
 @dataclass(slots=True)
 class _WeightUpdate:
     manifest: WeightManifest
-    tensors: list
+    buckets: list
     applied: Future = field(default_factory=Future)
 
 
@@ -59,32 +60,35 @@ class RolloutWorker:
         self._queue: deque[GroupRequest | _WeightUpdate] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._verifier_of: dict[str, str] = {}  # by group uid, from submission to grading
+        self._early: dict[int, list] = {}  # calls that came before an earlier one, by ticket
+        self._next_ticket = 0
+        self._verifier_of: dict[str, str] = {}  # by group uid, while a group is being made
         self._progress, self._last_event = 0, "started"
 
     # --- called by the controller, from other threads ------------------------------------------------------------
 
-    def submit(self, requests: list[GroupRequest]) -> None:
+    def submit(self, ticket: int, requests: list[GroupRequest]) -> None:
         """Queues groups. They are generated with the weights that are current at their place in the queue."""
-        with self._changed:
-            self._verifier_of.update((r.group_uid, r.verifier) for r in requests)
-            self._queue.extend(requests)
-            self._changed.notify_all()
+        self._enqueue(ticket, requests)
 
-    def update_weights(self, manifest: WeightManifest, buckets: list, timeout_s: float) -> PolicyVersion:
-        """Verifies the buckets at once, applies them when the groups before are done; returns the version now held.
+    def update_weights(self, ticket: int, manifest: WeightManifest, buckets: list, timeout_s: float) -> PolicyVersion:
+        """Verifies and applies published weights when the groups before them are done; returns the version now held.
 
         `buckets`: uint8 arrays. Raises :class:`common.weights.WeightsCorrupt` before anything is applied, EngineError
-        if the engine's own checksum differs, and TimeoutError after `timeout_s`.
+        if the engine's own checksum differs (either also ends `results`: a worker without verified weights must not go
+        on), and TimeoutError after `timeout_s`.
         """
-        tensors = [
-            item for bucket, data in zip(manifest.buckets, buckets, strict=True) for item in unpack(bucket, data)
-        ]
-        update = _WeightUpdate(manifest, tensors)
-        with self._changed:
-            self._queue.append(update)
-            self._changed.notify_all()
+        update = _WeightUpdate(manifest, buckets)
+        self._enqueue(ticket, [update])
         return update.applied.result(timeout=timeout_s)
+
+    def _enqueue(self, ticket: int, items: list) -> None:
+        with self._changed:
+            self._early[ticket] = items
+            while self._next_ticket in self._early:
+                self._queue.extend(self._early.pop(self._next_ticket))
+                self._next_ticket += 1
+            self._changed.notify_all()
 
     def status(self) -> WorkerStatus:
         return WorkerStatus(
@@ -133,16 +137,20 @@ class RolloutWorker:
                     return
                 self._apply(self._queue.popleft())
             else:
-                self._engine.add(self._queue.popleft())
+                request = self._queue.popleft()
+                self._verifier_of[request.group_uid] = request.verifier
+                self._engine.add(request)
 
     def _apply(self, update: _WeightUpdate) -> None:
+        pairs = zip(update.manifest.buckets, update.buckets, strict=True)
         try:
-            self._engine.load_weights(update.manifest.version, update.tensors)
-        except Exception as error:  # handed to the caller of update_weights; the engine refuses to sample meanwhile
+            tensors = [tensor for bucket, data in pairs for tensor in unpack(bucket, data)]
+            self._engine.load_weights(update.manifest.version, tensors)
+        except Exception as error:  # for the caller of update_weights too, who waits in another thread
             update.applied.set_exception(error)
-        else:
-            self._event(f"loaded weights of version {update.manifest.version.version}")
-            update.applied.set_result(update.manifest.version)
+            raise
+        self._event(f"loaded weights of version {update.manifest.version.version}")
+        update.applied.set_result(update.manifest.version)
 
     def _wait_for_work(self) -> None:
         with self._changed:

@@ -90,7 +90,7 @@ def take(worker, count):
 
 
 def test_groups_come_back_whole_graded_and_signed(worker):
-    worker.submit([request("a"), request("b", samples=3)])
+    worker.submit(0, [request("a"), request("b", samples=3)])
     a, b = take(worker, 2)
     assert [t.group_uid for t in (*a, *b)] == ["a", "a", "b", "b", "b"]
     assert [t.reward for t in b] == [0.0, 1.0, 0.0]  # the text is the sample's index, the gold answer 1
@@ -100,53 +100,56 @@ def test_groups_come_back_whole_graded_and_signed(worker):
     }
 
 
-def update_beside(worker, manifest, buckets):
+def update_beside(worker, ticket, manifest, buckets):
     outcome = {}
 
     def call():
         try:
-            outcome["version"] = worker.update_weights(manifest, buckets, 10.0)
+            outcome["version"] = worker.update_weights(ticket, manifest, buckets, 10.0)
         except Exception as error:  # handed to the test
             outcome["error"] = error
 
     thread = threading.Thread(target=call)
     thread.start()
-    while not any(not isinstance(item, GroupRequest) for item in worker._queue) and thread.is_alive():
-        pass
     return thread, outcome
 
 
 def test_a_weight_update_takes_its_turn_in_the_queue(worker):
-    worker.submit([request("a"), request("b")])
-    thread, outcome = update_beside(worker, *publication(7))
-    worker.submit([request("c"), request("d")])
+    worker.submit(2, [request("c"), request("d")])  # calls to an actor may overtake each other
+    thread, outcome = update_beside(worker, 1, *publication(7))
+    worker.submit(0, [request("a"), request("b")])
     groups = take(worker, 4)
     thread.join()
     assert outcome["version"].version == 7
     assert {t.group_uid: t.policy_version_min for g in groups for t in g} == {"a": 0, "b": 0, "c": 7, "d": 7}
 
 
-def test_damaged_buckets_are_refused_before_they_are_queued(worker):
+def test_a_worker_that_cannot_verify_its_weights_tells_the_caller_and_stops(worker):
     manifest, (data,) = publication(1)
     damaged = data.copy()
     damaged[0] ^= 1
+    thread, outcome = update_beside(worker, 0, manifest, [damaged])
+    worker.submit(1, [request("a")])
     with pytest.raises(WeightsCorrupt, match="expected checksum"):
-        worker.update_weights(manifest, [damaged], 1.0)
+        list(worker.results())
+    thread.join()
+    assert isinstance(outcome["error"], WeightsCorrupt)
     assert worker.status().version.version == 0
 
 
-def test_an_engine_that_disagrees_about_the_checksum_tells_the_caller(worker):
+def test_an_engine_that_disagrees_about_the_checksum_never_samples(worker):
     manifest, buckets = publication(1)
     other = WeightManifest(version=PolicyVersion(version=1, checksum="wrong"), buckets=manifest.buckets)
-    thread, outcome = update_beside(worker, other, buckets)
-    worker.submit([request("a")])
-    take(worker, 1)
+    thread, outcome = update_beside(worker, 0, other, buckets)
+    worker.submit(1, [request("a")])
+    with pytest.raises(EngineError, match="checksum"):
+        list(worker.results())
     thread.join()
     assert isinstance(outcome["error"], EngineError)
 
 
 def test_status_shows_progress_and_work_left(worker):
-    worker.submit([request("a"), request("b")])
+    worker.submit(0, [request("a"), request("b")])
     before = worker.status()
     assert (before.queued, before.progress) == (2, 0)
     take(worker, 2)
@@ -156,7 +159,7 @@ def test_status_shows_progress_and_work_left(worker):
 
 
 def test_stop_ends_the_stream_and_closes_engine_and_graders(worker):
-    worker.submit([request("a")])
+    worker.submit(0, [request("a")])
     results = worker.results()
     next(results)
     worker.stop()

@@ -1,0 +1,210 @@
+"""The one loop.
+
+    dispatch ──► rollout pool ──► arrived groups ──► buffer ──► batch ──► learner ──► publish ──► dispatch ...
+       ▲              waits for      (graded)      (prompt order,           │ waits for one step, while the
+       └── free slots: a group was trained on,      filtered)               │ pool's results go on arriving
+           filtered or dropped                                              ▼
+                                                              new weights queue behind each worker's groups
+
+What each part waits for, and what unblocks it:
+
+* dispatch waits for free slots of the buffer; a finished learner step or a filtered group frees them;
+* the learner waits for a batch: the first `prompts_per_step` groups with signal, in prompt order;
+* workers wait for work; a weight update is an item of their queue, so no trajectory mixes versions;
+* the controller itself waits in exactly one place, `RolloutPool.poll`, which has a deadline for every worker.
+
+Synchronous training is `max_staleness: 0`: all slots are held by the batch at the learner, so nothing is generated
+meanwhile. Nothing else distinguishes it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from common.config import RunConfig
+from common.schema import TrajectoryBatch, concat
+from common.types import GroupRequest, Purpose, SamplingSettings
+from deploy.buffer import GroupBuffer, ReadyBatch
+from learner.advantages import drop_reason
+
+POLL_S = 0.2
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and what to do. The last checkpoint stays valid."""
+
+
+class Learner(Protocol):
+    """What the controller needs of the learner ranks (`learner.learner.LearnerGroup`)."""
+
+    def start_step(self, batch: pa.RecordBatch, step: int) -> None: ...
+
+    def finished(self) -> bool:
+        """Whether the started step is done (or failed); never waits."""
+
+    def finish_step(self) -> dict[str, float]:
+        """Metrics of the step; raises what went wrong in a rank."""
+
+    def publish(self, version: int) -> Any: ...
+
+
+class Pool(Protocol):
+    """What the controller needs of the workers (`rollout_workers.pool.RolloutPool`)."""
+
+    def submit(self, requests: list[GroupRequest]) -> None: ...
+
+    def poll(self, timeout_s: float) -> list[pa.RecordBatch]: ...
+
+    def publish(self, publication: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One step of the run, for metrics, dumps and checkpoints. `batch` is None for a step without signal."""
+
+    step: int
+    batch: pa.RecordBatch | None
+    arrived: tuple[pa.RecordBatch, ...]  # every group that came since the last step, filtered ones included
+    next_ordinal: int  # the first prompt that nothing has consumed: a resumed run begins there
+    metrics: dict[str, float]
+
+
+class Controller:
+    """Runs steps; knows neither Ray nor DeepSpeed.
+
+    `request_of(ordinal)` gives the prompt at a place of the run's prompt order. Its state is (`step`, `next_ordinal`):
+    given both, the rest of the run is decided (METHOD §2.5).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        pool: Pool,
+        learner: Learner,
+        request_of: Callable[[int], GroupRequest],
+        *,
+        step: int = 0,
+        next_ordinal: int = 0,
+    ):
+        self.config, self.pool, self.learner, self.request_of = config, pool, learner, request_of
+        self.step = step
+        self.buffer = GroupBuffer(
+            prompts_per_step=config.prompts_per_step,
+            max_staleness=config.max_staleness,
+            refill=config.dynamic_sampling == "refill",
+            max_dispatch_factor=config.max_dispatch_factor,
+            drop_reason=self._drop_reason,
+            next_ordinal=next_ordinal,
+        )
+        self._arrived: list[pa.RecordBatch] = []
+
+    @property
+    def version(self) -> int:
+        """The policy version that work is dispatched at: it rises with every step."""
+        return self.step
+
+    def begin(self) -> None:
+        """Publishes the learner's weights, before any work: a resumed run samples on its checkpoint's weights."""
+        self.pool.publish(self.learner.publish(self.version))
+
+    def run_step(self) -> StepResult:
+        """One step of the run: a batch, the learner's update on it, and the publication of the result."""
+        started = time.perf_counter()
+        batch = self._next_batch()
+        waited = time.perf_counter() - started
+        metrics: dict[str, float] = {}
+        rows = concat(batch.groups) if batch.groups else None
+        if rows is not None:
+            self.learner.start_step(rows, self.step)
+            while not self.learner.finished():
+                self._exchange()  # with staleness, work goes on while the learner trains
+            metrics = self.learner.finish_step()
+        learned = time.perf_counter() - started - waited
+        self.step += 1
+        if rows is not None:
+            self.pool.publish(self.learner.publish(self.version))
+        self.buffer.trained(batch)
+        arrived, self._arrived = tuple(self._arrived), []
+        metrics |= self._rollout_metrics(arrived, batch)
+        metrics |= {
+            "time/rollout_wait_s": waited,
+            "time/learner_s": learned,
+            "time/step_s": time.perf_counter() - started,
+        }
+        return StepResult(self.step, rows, arrived, batch.next_ordinal, metrics)
+
+    def _next_batch(self) -> ReadyBatch:
+        while (batch := self.buffer.take_batch()) is None:
+            self._exchange()
+        return batch
+
+    def _exchange(self) -> None:
+        """Fills the free slots with work, and takes what has arrived."""
+        requests = []
+        while self.buffer.free_slots > 0:
+            request = self.request_of(self.buffer.next_ordinal)
+            self.buffer.dispatched(request)
+            requests.append(request)
+        if requests:
+            self.pool.submit(requests)
+        for group in self.pool.poll(POLL_S):
+            if self.buffer.arrived(group.column("group_uid")[0].as_py(), group) != "duplicate":
+                self._arrived.append(group)
+
+    def _drop_reason(self, group: pa.RecordBatch) -> str | None:
+        view = TrajectoryBatch(group)
+        return drop_reason(view.rewards, view.valid, masking=self.config.masking)
+
+    def _rollout_metrics(self, arrived: tuple[pa.RecordBatch, ...], batch: ReadyBatch) -> dict[str, float]:
+        if not arrived:
+            return {}
+        metrics = rollout_metrics(concat(arrived))
+        limit = self.config.rollout.verifier.max_ungraded_share
+        if metrics["rollout/ungraded_share"] > limit:
+            raise TrainingStopped(
+                f"{metrics['rollout/ungraded_share']:.0%} of the step's samples could not be graded; limit {limit:.0%} "
+                "(rollout.verifier.max_ungraded_share): the verifier's infrastructure fails. See the workers' logs"
+            )
+        metrics["batch/groups"] = len(batch.groups)
+        metrics |= {f"batch/dropped_{reason}": count for reason, count in batch.dropped.items()}
+        metrics["batch/duplicates"] = self.buffer.duplicates
+        return metrics
+
+
+def rollout_metrics(rows: pa.RecordBatch) -> dict[str, float]:
+    """What a set of trajectories says by itself (METHOD §8): accuracy, lengths, invalid rate, reasons."""
+    view = TrajectoryBatch(rows)
+    rewards = view.rewards
+    graded = ~np.isnan(rewards)
+    reasons = Counter(view.strings("grade_reason"))
+    metrics = {
+        "rollout/reward": float(rewards[graded].mean()) if graded.any() else 0.0,
+        "rollout/steps": float(view.num_steps.mean()),
+        "rollout/latent_steps": float(view.num_latent_steps.mean()),
+        "rollout/invalid_share": float((~view.valid).mean()),
+        "rollout/ungraded_share": float((~graded).mean()),
+        "rollout/samples": float(len(view)),
+    }
+    return metrics | {f"rollout/reason_{reason}": count / len(view) for reason, count in sorted(reasons.items())}
+
+
+def sampling_settings(config: RunConfig, max_tokens: int, purpose: Purpose) -> SamplingSettings:
+    """How a group is sampled: with the run's noise in training, without in evaluation (METHOD §8)."""
+    return SamplingSettings(
+        mode="latent" if config.latent else "visible",
+        max_tokens=max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        k=config.k,
+        tau=config.tau,
+        noise_mode="off" if purpose == "evaluation" else config.noise.mode,
+        noise_scale=config.noise.scale,
+    )

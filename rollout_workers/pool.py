@@ -1,0 +1,296 @@
+"""The rollout pool: dispatch, weights, health, replacement and scale of the worker actors. Driver side.
+
+`poll` is the only place that waits. It returns complete groups and, on the way, notices everything that can happen to
+a worker: a finished weight update, a death, a silence. Whatever a lost worker had not delivered is dispatched again to
+the others, so losing a worker costs throughput only; a group that comes twice is recognised by the buffer.
+
+A replacement (or a joiner) gets the current publication before its first group, so it never samples on old weights.
+Every wait has a deadline; a worker that misses one is killed and replaced, and `max_restarts` bounds how often.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayError
+
+from common.config import DeadlineConfig, RolloutConfig
+from common.types import GroupRequest
+from common.weights import WeightManifest
+from rollout_workers.worker import RolloutWorker, WorkerStatus
+
+logger = logging.getLogger(__name__)
+
+STREAM_BACKPRESSURE = 16  # groups a worker may be ahead of the driver: bounds what waits in the object store
+
+
+class RolloutPoolError(RuntimeError):
+    """The pool cannot go on; the message names the stage, the worker and its last event."""
+
+
+class WorkerActor:
+    """Thin shell round :class:`RolloutWorker`: `results` occupies one thread, the other methods answer beside it."""
+
+    def __init__(self, factory: Callable[[str], RolloutWorker], name: str):
+        self._worker = factory(name)
+
+    def pid(self) -> int:
+        """Answers once the worker is made: the actor is ready."""
+        return os.getpid()
+
+    def submit(self, ticket: int, requests: list[GroupRequest]) -> None:
+        self._worker.submit(ticket, requests)
+
+    def update_weights(self, ticket: int, manifest: WeightManifest, timeout_s: float, *buckets):
+        return self._worker.update_weights(ticket, manifest, list(buckets), timeout_s)
+
+    def status(self) -> WorkerStatus:
+        return self._worker.status()
+
+    def results(self):
+        yield from self._worker.results()
+
+    def stop(self) -> None:
+        self._worker.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Published weights: the manifest and one object reference a bucket (uint8 arrays)."""
+
+    manifest: WeightManifest
+    buckets: tuple[ray.ObjectRef, ...]
+
+
+@dataclass(slots=True)
+class _Member:
+    name: str
+    actor: ray.actor.ActorHandle
+    stream: ray.ObjectRefGenerator
+    tickets: itertools.count = field(default_factory=itertools.count)  # order of the calls to it
+    groups: dict[str, GroupRequest] = field(default_factory=dict)  # dispatched, not delivered
+    updates: list[ray.ObjectRef] = field(default_factory=list)
+    heartbeat: ray.ObjectRef | None = None
+    asked_at: float = 0.0  # when the pending heartbeat was sent
+    progress: int = -1
+    progressed_at: float = field(default_factory=time.monotonic)
+    last_event: str = "started"
+    leaving: bool = False
+
+    @property
+    def load(self) -> int:
+        return sum(len(r.sample_indices) for r in self.groups.values())
+
+
+class RolloutPool:
+    """Workers made by `factory(name)`, which runs inside the actor. Use as a context manager."""
+
+    def __init__(
+        self,
+        factory: Callable[[str], RolloutWorker],
+        config: RolloutConfig,
+        deadlines: DeadlineConfig,
+        *,
+        env_vars: dict[str, str] | None = None,
+        heartbeat_s: float = 2.0,
+    ):
+        resources = config.resources
+        self._actor_class = ray.remote(WorkerActor).options(
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            resources=resources.custom or None,
+            max_concurrency=4,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads), **(env_vars or {})}},
+        )
+        self._factory, self._config, self._deadlines = factory, config, deadlines
+        self._heartbeat_s = heartbeat_s
+        self._names = (f"worker-{i}" for i in itertools.count())
+        self._members: dict[str, _Member] = {}
+        self._publication: Publication | None = None
+        self._waiting: list[GroupRequest] = []  # of lost workers, until somebody can take them
+        self.restarts = 0
+        self._join(config.workers)
+
+    def __enter__(self) -> RolloutPool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def size(self) -> int:
+        return sum(1 for m in self._members.values() if not m.leaving)
+
+    @property
+    def outstanding(self) -> int:
+        """Groups dispatched and not delivered."""
+        return len(self._waiting) + sum(len(m.groups) for m in self._members.values())
+
+    # --- what the controller says --------------------------------------------------------------------------------
+
+    def publish(self, publication: Publication) -> None:
+        """Sends weights to every worker, behind the groups it already has; returns at once. `poll` sees the outcome."""
+        self._publication = publication
+        for member in self._members.values():
+            self._send_weights(member)
+
+    def submit(self, requests: list[GroupRequest]) -> None:
+        """Spreads groups over the workers, each to the one with the fewest samples to do."""
+        shares: dict[str, list[GroupRequest]] = {}
+        active = [m for m in self._members.values() if not m.leaving]
+        if not active:
+            self._waiting.extend(requests)
+            return
+        for request in requests:
+            member = min(active, key=lambda m: m.load)
+            if not member.groups:
+                member.progressed_at = time.monotonic()  # its time to show progress begins now
+            member.groups[request.group_uid] = request
+            shares.setdefault(member.name, []).append(request)
+        for name, share in shares.items():
+            member = self._members[name]
+            member.actor.submit.remote(next(member.tickets), share)
+
+    def resize(self, workers: int) -> None:
+        """Scales to `workers`: joiners start on the current weights, leavers finish what they have."""
+        if workers < 1:
+            raise RolloutPoolError(f"the pool needs at least one worker, got {workers}")
+        active = [m for m in self._members.values() if not m.leaving]
+        for member in sorted(active, key=lambda m: m.load)[: max(0, len(active) - workers)]:
+            member.leaving = True
+        self._release_leavers()
+        self._join(workers - len(active))
+
+    def poll(self, timeout_s: float) -> list[pa.RecordBatch]:
+        """Complete groups that have arrived; waits at most `timeout_s` for the first.
+
+        Raises :class:`RolloutPoolError` when more workers were lost than `rollout.max_restarts` allows, or when new
+        weights are refused.
+        """
+        by_ref: dict = {}
+        for member in self._members.values():
+            by_ref[member.stream] = member
+            by_ref.update((r, member) for r in (*member.updates, member.heartbeat) if r is not None)
+        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s, fetch_local=False)
+        if ready:  # whatever else is there by now comes along
+            ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0, fetch_local=False)
+        arrived: list[pa.RecordBatch] = []
+        for ref in ready:
+            member = by_ref[ref]
+            if member.name not in self._members:
+                continue  # lost while handling an earlier reference
+            try:
+                self._receive(member, ref, arrived)
+            except RayError as error:
+                self._lose(member, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+            except StopIteration:
+                self._lose(member, "its stream of results ended")
+        self._watch()
+        self._release_leavers()
+        if self._waiting:
+            lost, self._waiting = self._waiting, []
+            self.submit(lost)
+        return arrived
+
+    def close(self) -> None:
+        """Stops every worker and frees its resources. Idempotent."""
+        for member in self._members.values():
+            member.actor.stop.remote()
+        for member in self._members.values():
+            ray.kill(member.actor)
+        self._members.clear()
+
+    # --- what happens to workers ---------------------------------------------------------------------------------
+
+    def _receive(self, member: _Member, ref, arrived: list[pa.RecordBatch]) -> None:
+        timeout = self._deadlines.weights_s
+        if ref is member.stream:
+            batch = ray.get(next(member.stream), timeout=timeout)
+            member.groups.pop(batch.column("group_uid")[0].as_py(), None)
+            arrived.append(batch)
+        elif ref in member.updates:
+            member.updates.remove(ref)
+            ray.get(ref, timeout=timeout)
+        elif ref is member.heartbeat:
+            status: WorkerStatus = ray.get(ref, timeout=timeout)
+            member.heartbeat, member.last_event = None, status.last_event
+            idle = not member.groups and not member.updates
+            if status.progress != member.progress or idle:
+                member.progress, member.progressed_at = status.progress, time.monotonic()
+
+    def _watch(self) -> None:
+        """Heartbeats: sends them, and gives up workers that do not answer or have work and make no progress."""
+        now, limit = time.monotonic(), self._deadlines.rollout_s
+        for member in list(self._members.values()):
+            if member.heartbeat is None and now - member.asked_at >= self._heartbeat_s:
+                member.heartbeat, member.asked_at = member.actor.status.remote(), now
+            silent = now - member.asked_at if member.heartbeat is not None else 0.0
+            stuck = now - member.progressed_at
+            if max(silent, stuck if member.groups or member.updates else 0.0) > limit:
+                self._lose(member, f"no progress for {max(silent, stuck):.0f} s (deadlines.rollout_s = {limit:g})")
+
+    def _lose(self, member: _Member, why: str) -> None:
+        """Gives a worker up, keeps its groups for the others and starts a replacement."""
+        logger.warning(
+            "rollout %s lost (%s); last event: %s; %d group(s) go to other workers",
+            member.name, why, member.last_event, len(member.groups),
+        )  # fmt: skip
+        del self._members[member.name]
+        self._waiting.extend(member.groups.values())
+        ray.kill(member.actor)
+        self.restarts += 1
+        if self.restarts > self._config.max_restarts:
+            raise RolloutPoolError(
+                f"rollout {member.name} was lost ({why}; last event: {member.last_event}), the {self.restarts}th loss "
+                f"of this run; rollout.max_restarts allows {self._config.max_restarts}. See the worker's log"
+            )
+        if not member.leaving:
+            self._join(1)
+
+    def _join(self, count: int) -> None:
+        """Starts workers, waits until they answer, and gives them the current weights."""
+        starting = {}
+        for _ in range(count):
+            name = next(self._names)
+            starting[name] = self._actor_class.remote(self._factory, name)
+        try:
+            ray.get([actor.pid.remote() for actor in starting.values()], timeout=self._deadlines.start_s)
+        except RayError as error:
+            for actor in starting.values():
+                ray.kill(actor)
+            resources = self._config.resources
+            raise RolloutPoolError(
+                f"rollout worker(s) {', '.join(starting)} did not start within {self._deadlines.start_s:g} s "
+                f"(deadlines.start_s); each needs {resources.num_cpus:g} CPU and {resources.num_gpus:g} GPU, the "
+                f"cluster has free {_free()}. {type(error).__name__}: {error}"
+            ) from error
+        for name, actor in starting.items():
+            stream = actor.results.options(
+                num_returns="streaming", _generator_backpressure_num_objects=STREAM_BACKPRESSURE
+            ).remote()
+            member = self._members[name] = _Member(name, actor, stream)
+            self._send_weights(member)
+
+    def _send_weights(self, member: _Member) -> None:
+        if self._publication is not None:
+            manifest, buckets = self._publication.manifest, self._publication.buckets
+            member.updates.append(
+                member.actor.update_weights.remote(next(member.tickets), manifest, self._deadlines.weights_s, *buckets)
+            )
+
+    def _release_leavers(self) -> None:
+        for member in [m for m in self._members.values() if m.leaving and not m.groups]:
+            del self._members[member.name]
+            ray.kill(member.actor)
+
+
+def _free() -> str:
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"

@@ -1,0 +1,146 @@
+"""The pool on a real Ray: whatever happens to workers, every group arrives, and on the right weights."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from common.config import ActorResources, DeadlineConfig, RolloutConfig
+from common.schema import decode
+from common.types import GroupRequest, PolicyVersion, SamplingSettings
+from common.weights import WeightManifest, checksum, pack
+from rollout_workers.pool import Publication, RolloutPool, RolloutPoolError
+
+pytestmark = pytest.mark.integration
+SAMPLING = SamplingSettings(mode="latent", max_tokens=6, k=2)
+HERE = {"PYTHONPATH": str(Path(__file__).parent)}  # actors import the factory below
+DEADLINES = DeadlineConfig(start_s=120, rollout_s=10, weights_s=30)
+
+
+def make_worker(name):
+    """Runs in the actor: a real engine on a tiny model."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from common.types import TokenFacts
+    from reward.pool import VerifierPool
+    from rollout_workers.transformers_engine import TransformersEngine
+    from rollout_workers.worker import RolloutWorker
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_config(tiny_config(LlamaConfig), attn_implementation="sdpa")
+    facts = TokenFacts(vocab_size=32, allowed=np.ones(32, bool), latent_end_id=5, eos_ids=(1,), pad_id=0)
+    engine = TransformersEngine(model, facts)
+    return RolloutWorker(name, engine, VerifierPool(processes=1), lambda ids, reason: str(ids), k=2, run_id="run")
+
+
+def tiny_config(llama):
+    return llama(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.05,
+    )  # fmt: skip
+
+
+def publication(version):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(version)
+    model = AutoModelForCausalLM.from_config(tiny_config(LlamaConfig))
+    weights = [(n, p.detach()) for n, p in model.named_parameters()]
+    buckets = list(pack(weights, 8192))
+    policy = PolicyVersion(version=version, checksum=checksum(weights))
+    manifest = WeightManifest(version=policy, buckets=tuple(m for m, _ in buckets))
+    return Publication(manifest, tuple(ray.put(data) for _, data in buckets))
+
+
+def requests(first, count):
+    return [
+        GroupRequest(
+            group_uid=f"g{i}", problem_uid=f"t/{i}", task="t", prompt_ids=np.full(2 + i % 5, 7, np.int32),
+            sample_indices=(0, 1, 2), sampling=SAMPLING, purpose="training", epoch=0, run_seed=0,
+            verifier="number", gold_answer="1",
+        )
+        for i in range(first, first + count)
+    ]  # fmt: skip
+
+
+def collect(pool, count, timeout=90.0):
+    groups, end = [], time.monotonic() + timeout
+    while len(groups) < count:
+        assert time.monotonic() < end, f"{len(groups)} of {count} groups after {timeout} s"
+        groups += [decode(b) for b in pool.poll(0.5)]
+    return groups
+
+
+@pytest.fixture
+def pool(ray_session):
+    config = RolloutConfig(workers=2, resources=ActorResources(num_cpus=0.5), max_restarts=2)
+    with RolloutPool(make_worker, config, DEADLINES, env_vars=HERE, heartbeat_s=0.5) as made:
+        made.publish(publication(1))
+        yield made
+
+
+def pids(pool):
+    return {name: ray.get(m.actor.pid.remote(), timeout=30) for name, m in pool._members.items()}
+
+
+def test_groups_of_a_killed_and_of_a_frozen_worker_all_arrive_once_and_on_current_weights(pool):
+    pool.submit(requests(0, 10))
+    first = collect(pool, 10)
+    assert {t.policy_version_min for g in first for t in g} == {1}
+    assert len({t.worker for g in first for t in g}) == 2
+
+    pool.publish(publication(2))
+    pool.submit(requests(10, 40))
+    os.kill(next(iter(pids(pool).values())), signal.SIGKILL)
+    second = collect(pool, 40)
+    assert sorted(g[0].group_uid for g in second) == sorted(f"g{i}" for i in range(10, 50))
+    assert {t.policy_version_max for g in second for t in g} == {2}  # the replacement too
+    assert (pool.restarts, pool.size) == (1, 2)
+
+    frozen = next(iter(pids(pool).values()))
+    pool.submit(requests(50, 20))
+    os.kill(frozen, signal.SIGSTOP)
+    third = collect(pool, 20)  # deadlines.rollout_s is 10 s
+    assert sorted(g[0].group_uid for g in third) == sorted(f"g{i}" for i in range(50, 70))
+    assert pool.restarts == 2
+
+    pool.submit(requests(70, 4))
+    os.kill(next(iter(pids(pool).values())), signal.SIGKILL)
+    with pytest.raises(RolloutPoolError, match="max_restarts allows 2"):
+        collect(pool, 100, timeout=30)
+
+
+def test_scaling_in_mid_run_loses_nothing_and_joiners_start_on_current_weights(pool):
+    pool.publish(publication(3))
+    pool.submit(requests(0, 12))
+    pool.resize(3)
+    pool.submit(requests(12, 12))
+    groups = collect(pool, 24)
+    pool.resize(1)
+    pool.submit(requests(24, 6))
+    groups += collect(pool, 6)
+    assert len({g[0].group_uid for g in groups}) == 30
+    assert {t.policy_version_min for g in groups for t in g} == {3}
+    assert len({t.worker for g in groups for t in g}) == 3
+    assert (pool.size, pool.outstanding) == (1, 0)
+
+
+def test_trajectories_do_not_depend_on_the_number_of_workers(ray_session):
+    results = []
+    for workers in (1, 3):
+        config = RolloutConfig(workers=workers, resources=ActorResources(num_cpus=0.3))
+        with RolloutPool(make_worker, config, DEADLINES, env_vars=HERE) as pool:
+            pool.publish(publication(1))
+            pool.submit(requests(0, 12))
+            results.append({(t.group_uid, t.sample_index): t for g in collect(pool, 12) for t in g})
+    one, three = results
+    assert one.keys() == three.keys()
+    for key, trajectory in one.items():
+        assert np.array_equal(trajectory.latent_ids, three[key].latent_ids)
+        assert np.array_equal(trajectory.hard_ids, three[key].hard_ids)
+        np.testing.assert_allclose(trajectory.latent_scores, three[key].latent_scores, atol=1e-4)

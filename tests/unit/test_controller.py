@@ -1,0 +1,151 @@
+"""The loop with a simulated pool and learner: order, versions and staleness, whatever the timing."""
+
+import random
+
+import numpy as np
+import pytest
+
+from common.config import load_config
+from common.schema import encode
+from common.types import GroupRequest, Trajectory
+from deploy.controller import Controller, TrainingStopped, sampling_settings
+
+BASE = {"model": {"path": "x"}, "tasks": [{"name": "t", "path": "t.jsonl"}], "k": 2, "group_size": 2}
+
+
+def config(**changes):
+    return load_config({**BASE, "prompts_per_step": 4, "minibatch_prompts": 2, **changes})
+
+
+class SimulatedPool:
+    """Returns a few groups a poll, in an arbitrary order, each at the version it was dispatched at."""
+
+    def __init__(self, reward_of, seed=0):
+        self.reward_of, self.random, self.version = reward_of, random.Random(seed), None
+        self.todo, self.published = [], []
+
+    def publish(self, publication):
+        self.version = publication
+        self.published.append(publication)
+
+    def submit(self, requests):
+        self.todo += [(r, self.version) for r in requests]
+
+    def poll(self, timeout_s):
+        self.random.shuffle(self.todo)
+        done, self.todo = self.todo[:3], self.todo[3:]
+        return [encode([self.sample(r, v, i) for i in r.sample_indices], 2) for r, v in done]
+
+    def sample(self, r, version, index):
+        reward = self.reward_of(int(r.problem_uid), index)
+        return Trajectory(
+            purpose="training", task="t", problem_uid=r.problem_uid, group_uid=r.group_uid, sample_index=index,
+            epoch=0, run_seed=0, policy_version_min=version, policy_version_max=version, engine="simulated",
+            sampling=r.sampling, prompt_ids=r.prompt_ids, latent_ids=np.zeros((1, 2), np.int32),
+            latent_scores=np.zeros((1, 2), np.float32), latent_log_probs=np.zeros((1, 2), np.float32),
+            hard_ids=np.zeros(2, np.int32), hard_log_probs=np.zeros(2, np.float32), finish_reason="stop",
+            reward=reward, grade_reason="ungraded" if reward is None else "correct" if reward else "wrong",
+        )  # fmt: skip
+
+
+class SimulatedLearner:
+    """Takes a few polls for a step; remembers what it was given."""
+
+    def __init__(self):
+        self.batches, self.left = [], 0
+
+    def start_step(self, batch, step):
+        self.batches.append((step, batch))
+        self.left = 3
+
+    def finished(self):
+        self.left -= 1
+        return self.left <= 0
+
+    def finish_step(self):
+        return {"learner/loss": 0.0}
+
+    def publish(self, version):
+        return version
+
+
+def request(ordinal, cfg):
+    return GroupRequest(
+        group_uid=f"g{ordinal}", problem_uid=str(ordinal), task="t", prompt_ids=np.zeros(2, np.int32),
+        sample_indices=(0, 1), sampling=sampling_settings(cfg, 4, "training"), purpose="training", epoch=0,
+        run_seed=0, verifier="math", gold_answer="1",
+    )  # fmt: skip
+
+
+def run(cfg, steps, reward_of, seed=0, **state):
+    pool, learner = SimulatedPool(reward_of, seed), SimulatedLearner()
+    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg), **state)
+    controller.begin()
+    return [controller.run_step() for _ in range(steps)], pool, learner
+
+
+def mixed(problem, index):
+    return float(index) if problem % 3 else 1.0  # every third group has no signal
+
+
+def trained_on(learner):
+    return [batch.column("problem_uid").to_pylist()[::2] for _, batch in learner.batches]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("sampling", ["refill", "drop"])
+def test_what_is_trained_on_does_not_depend_on_timing(staleness, sampling):
+    cfg = config(max_staleness=staleness, dynamic_sampling=sampling)
+    assert len({str(trained_on(run(cfg, 4, mixed, seed)[2])) for seed in range(4)}) == 1
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_no_group_is_older_than_max_staleness(staleness):
+    _, _, learner = run(config(max_staleness=staleness), 6, mixed)
+    ages = [step - v for step, b in learner.batches for v in b.column("policy_version_min").to_pylist()]
+    assert max(ages) == min(staleness, 5)
+    assert min(ages) >= 0
+
+
+def test_every_version_is_published_once_and_before_its_work():
+    results, pool, _ = run(config(), 3, mixed)
+    assert pool.published == [0, 1, 2, 3]
+    assert [r.step for r in results] == [1, 2, 3]
+
+
+def test_refill_fills_every_batch_and_drop_trains_on_what_has_signal():
+    _, _, refilled = run(config(), 3, mixed)
+    assert trained_on(refilled)[0] == ["1", "2", "4", "5"]
+    _, _, dropped = run(config(dynamic_sampling="drop"), 2, mixed)
+    assert trained_on(dropped) == [["1", "2"], ["4", "5", "7"]]
+
+
+def test_a_step_without_signal_is_skipped_and_counted():
+    results, pool, learner = run(config(dynamic_sampling="drop"), 2, lambda problem, index: 1.0)
+    assert learner.batches == []
+    assert results[0].batch is None
+    assert results[0].metrics["batch/dropped_all_equal"] == 4
+    assert pool.published == [0]  # the weights did not change
+
+
+@pytest.mark.parametrize("sampling", ["refill", "drop"])
+def test_a_resumed_run_goes_on_with_the_same_prompts(sampling):
+    cfg = config(dynamic_sampling=sampling)
+    whole, _, learner = run(cfg, 6, mixed)
+    first = whole[2]
+    _, pool, resumed = run(cfg, 3, mixed, seed=9, step=first.step, next_ordinal=first.next_ordinal)
+    assert trained_on(resumed) == trained_on(learner)[3:]
+    assert pool.published[0] == 3
+
+
+def test_metrics_describe_all_that_arrived_not_only_what_was_trained_on():
+    results, _, _ = run(config(dynamic_sampling="drop"), 1, mixed)
+    assert results[0].metrics["rollout/samples"] == 8
+    assert results[0].metrics["rollout/reward"] == pytest.approx(6 / 8)
+    assert results[0].metrics["rollout/latent_steps"] == 1
+    assert results[0].metrics["rollout/steps"] == 3
+
+
+def test_too_many_ungraded_samples_stop_the_run_and_are_never_reward_zero():
+    with pytest.raises(TrainingStopped, match="could not be graded"):
+        run(config(dynamic_sampling="drop"), 1, lambda problem, index: None)
