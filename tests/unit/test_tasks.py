@@ -161,7 +161,7 @@ def test_faulty_sources_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"problem": "a", "answer": "1"}\n{"problem": \n')
     with pytest.raises(TaskError, match="line 2: not valid JSON"):
         load(str(tmp_path / "bad.jsonl"))
-    with pytest.raises(TaskError, match="none of the 2 rows.*2 unreadable gold answer"):
+    with pytest.raises(TaskError, match=r"none of the 2 rows.*2 unreadable gold answer"):
         load(write_jsonl(tmp_path / "u.jsonl", [{"problem": "a", "answer": "x"}] * 2))
     with pytest.raises(TaskError, match="has no rows"):
         load(write_jsonl(tmp_path / "empty.jsonl", []))

@@ -1,0 +1,232 @@
+"""METHOD §7: chains of superposition, their losses, perturbation and self-feeding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
+from common.config import NewModelConfig, PromptConfig
+from common.models import make_model
+from common.prompts import PromptRenderer, resolve_tokens
+from learner.latent_sft import LatentSFTModule, SFTRow, build_chain, collate, combine, make_row, perturb, row_key
+
+K, C = 3, 3
+TOKENIZER = make_arithmetic_tokenizer()
+FACTS = resolve_tokens(TOKENIZER, len(TOKENIZER), latent=True)
+RENDERER = PromptRenderer(TOKENIZER, PromptConfig())
+
+
+def small_model(hidden: int = 32, architecture: str = "llama"):
+    config = NewModelConfig(architecture=architecture, hidden_size=hidden, intermediate_size=2 * hidden, num_heads=4)
+    return make_model(config, TOKENIZER, seed=0)
+
+
+def row(index: int, operations: int = 2, explicit: bool = False) -> SFTRow:
+    problem = ChainArithmetic(name="a", operations=operations).problem(index)
+    return make_row(
+        TOKENIZER,
+        RENDERER.encode(problem),
+        problem.cot,
+        problem.answer,
+        c=C,
+        k=K,
+        latent_end_id=FACTS.latent_end_id,
+        explicit=explicit,
+    )
+
+
+def batch_of(indices, operations=2, explicit=False, step=0, **shares):
+    rows = [row(i, operations, explicit) for i in indices]
+    return collate(rows, [row_key(0, step, i) for i in indices], k=K, pad_id=FACTS.pad_id, **shares)
+
+
+QUIET = {"perturb_share": 0.0, "self_feeding": 0.0}
+
+
+# --- chains
+
+
+def test_chain_is_a_uniform_superposition_with_equal_tokens_merged():
+    chain = build_chain([5, 6, 7, 8, 8, 9, 4], c=3, k=4)
+    assert chain.ids[0, :3].tolist() == [5, 6, 7]
+    np.testing.assert_allclose(chain.labels[0], [1 / 3, 1 / 3, 1 / 3, 0])
+    assert chain.ids[1, :2].tolist() == [8, 9]
+    np.testing.assert_allclose(chain.labels[1], [2 / 3, 1 / 3, 0, 0])
+    np.testing.assert_allclose(chain.labels[2], [1, 0, 0, 0])  # the last step is shorter
+    assert chain.ids[2].tolist() == [4] * 4
+
+
+def test_latent_end_token_is_never_in_a_label():
+    chain = build_chain([5, 20, 6, 20, 20, 7], c=2, k=2, latent_end_id=20)
+    assert 20 not in chain.ids
+    assert len(chain.ids) == 2
+    assert build_chain([20, 20], c=2, k=2, latent_end_id=20).ids.shape == (0, 2)
+
+
+def test_step_must_hold_its_tokens():
+    with pytest.raises(ValueError, match="k = 2 ids cannot hold c = 3"):
+        build_chain([1, 2, 3], c=3, k=2)
+
+
+def test_row_is_prompt_chain_end_of_thinking_answer_eos():
+    latent, explicit = row(0), row(0, explicit=True)
+    problem = ChainArithmetic(name="a", operations=2).problem(0)
+    assert len(latent.chain.ids) == 4
+    assert TOKENIZER.decode(latent.hard_ids) == f"</think>\\boxed{{{problem.answer}}}<eos>"
+    assert latent.hard_ids[0] == FACTS.latent_end_id
+    assert len(explicit.chain.ids) == 0
+    assert TOKENIZER.decode(explicit.hard_ids) == f"{problem.cot}</think>\\boxed{{{problem.answer}}}<eos>"
+
+
+def test_row_without_chain_of_thought_is_refused():
+    with pytest.raises(ValueError, match="empty one"):
+        make_row(TOKENIZER, np.array([1]), " ", "1", c=C, k=K, latent_end_id=FACTS.latent_end_id)
+
+
+# --- batches
+
+
+def test_batch_marks_every_response_position_once():
+    rows = [row(0, operations=2), row(1, operations=4)]
+    batch = collate(rows, [1, 2], k=K, pad_id=FACTS.pad_id)
+    for i, r in enumerate(rows):
+        response = batch.latent[i] | batch.hard_target[i]
+        assert not (batch.latent[i] & batch.hard_target[i]).any()
+        assert response.sum() == len(r) - len(r.prompt_ids)
+        assert not response[: len(r.prompt_ids)].any()
+        assert batch.attention[i].sum() == len(r)
+    assert batch.counts == (4 + 8, 5 + 5)
+    assert not (batch.feed & ~batch.latent).any()
+    torch.testing.assert_close(batch.labels.sum(-1), batch.latent.float())
+
+
+def test_a_rows_randomness_does_not_depend_on_its_batch():
+    together, alone = batch_of(range(6)), batch_of([4])
+    width = alone.feed.shape[1]
+    assert torch.equal(together.feed[4, :width], alone.feed[0])
+    assert together.perturbed[4] == alone.perturbed[0]
+    many = batch_of(range(400))
+    for share in (many.perturbed, many.feed_noisy, many.feed[many.latent]):
+        assert 0.4 < share.float().mean() < 0.6
+
+
+# --- losses
+
+
+def test_loss_is_kl_at_latent_and_cross_entropy_at_hard_positions():
+    model = small_model()
+    batch = batch_of(range(3), **QUIET)
+    parts = LatentSFTModule(model, k=K, chunk_tokens=4)(batch)
+
+    embedding = model.get_input_embeddings().weight
+    inputs = embedding[batch.hard_ids]
+    mixed = (embedding[batch.mixture_ids] * batch.labels.unsqueeze(-1)).sum(-2)
+    inputs = torch.where(batch.latent.unsqueeze(-1), mixed, inputs)
+    log_p = model(inputs_embeds=inputs, attention_mask=batch.attention.long()).logits.log_softmax(-1)
+    kl = hard = 0.0
+    for b, t in batch.latent.nonzero().tolist():
+        dense = torch.zeros(len(TOKENIZER)).index_add(0, batch.mixture_ids[b, t], batch.labels[b, t])
+        kl += (torch.xlogy(dense, dense) - dense * log_p[b, t - 1]).sum()
+    for b, t in batch.hard_target.nonzero().tolist():
+        hard -= log_p[b, t - 1, batch.hard_ids[b, t]]
+    torch.testing.assert_close(parts.latent_sum, kl, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.hard_sum, hard, rtol=1e-4, atol=1e-4)
+    assert (parts.latent_count, parts.hard_count) == batch.counts
+    torch.testing.assert_close(combine(parts), kl / parts.latent_count + hard / parts.hard_count)
+
+
+def test_sums_of_two_halves_are_the_sums_of_the_whole():
+    module = LatentSFTModule(small_model(), k=K, allowed=FACTS.allowed)
+    whole, *halves = (module(batch_of(i)) for i in (range(6), range(3), range(3, 6)))
+    torch.testing.assert_close(whole.latent_sum, halves[0].latent_sum + halves[1].latent_sum, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.hard_sum, halves[0].hard_sum + halves[1].hard_sum, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shares", [QUIET, {"perturb_share": 1.0, "self_feeding": 1.0}])
+def test_no_gradient_reaches_the_embedding_through_a_mixture(shares):
+    model = small_model()
+    batch = batch_of(range(4), **shares)
+    combine(LatentSFTModule(model, k=K, allowed=FACTS.allowed)(batch)).backward()
+    gradient = model.get_input_embeddings().weight.grad
+    hard_inputs = set(batch.hard_ids[batch.attention & ~batch.latent].tolist())
+    touched = set(gradient.abs().sum(-1).nonzero().flatten().tolist())
+    assert touched <= hard_inputs
+    only_in_chains = set(batch.mixture_ids[batch.latent].flatten().tolist()) - hard_inputs
+    assert only_in_chains  # `=` and `;` occur in the chain alone
+    assert not touched & only_in_chains
+
+
+def test_explicit_rows_are_ordinary_cross_entropy():
+    model = small_model()
+    batch = batch_of(range(3), explicit=True)
+    parts = LatentSFTModule(model, k=K)(batch)
+    logits = model(input_ids=batch.hard_ids, attention_mask=batch.attention.long()).logits
+    targets = batch.hard_ids.masked_fill(~batch.hard_target, -100)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets[:, 1:], reduction="sum")
+    torch.testing.assert_close(parts.hard_sum, expected, rtol=1e-4, atol=1e-4)
+    assert parts.latent_sum == 0
+    combine(parts).backward()
+
+
+# --- perturbation and self-feeding
+
+
+def test_perturbation_stays_on_the_support_and_is_a_distribution():
+    labels = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    gumbel = torch.tensor([[2.0, -9.0, 99.0], [0.3, 0.1, 0.2]])
+    weights = perturb(labels, gumbel, scale=1.0, tau=1.0)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2))
+    assert (weights[labels == 0] == 0).all()
+    # one-sided: 2.0 -> 3.5 and -9 -> 0
+    torch.testing.assert_close(weights[0, :2], torch.softmax(torch.tensor([3.5, 0.0]), -1))
+    torch.testing.assert_close(perturb(labels, gumbel, scale=0.0, tau=1.0), labels)
+
+
+def test_perturbed_rows_differ_from_quiet_ones_and_the_others_do_not():
+    module = LatentSFTModule(small_model(), k=K)
+    batch = batch_of(range(20), self_feeding=0.0)
+    weights = module._weights(batch)
+    changed = (weights != batch.labels).flatten(1).any(-1)
+    assert torch.equal(changed, batch.perturbed)
+    torch.testing.assert_close(weights.sum(-1), batch.latent.float())
+
+
+def test_self_feeding_replaces_fed_positions_only_and_needs_no_gradient():
+    module = LatentSFTModule(small_model(), k=K, allowed=FACTS.allowed)
+    batch = batch_of(range(12), perturb_share=0.0)
+    inputs = module._inputs(batch, batch.labels)
+    fed = module._self_fed(batch, inputs)
+    changed = (fed != inputs).any(-1)
+    assert torch.equal(changed, batch.feed)
+    assert not module._own_mixtures(batch, inputs).requires_grad
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gpt2"])
+def test_other_architectures_give_a_finite_loss(architecture):
+    module = LatentSFTModule(small_model(architecture=architecture), k=K, allowed=FACTS.allowed)
+    loss = combine(module(batch_of(range(3))))
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+# --- learning
+
+
+def test_training_teaches_the_chain():
+    """One operation, a small model: the latent loss falls far below the label's mere frequencies."""
+    torch.manual_seed(0)
+    module = LatentSFTModule(small_model(hidden=64), k=K, allowed=FACTS.allowed).train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    losses = []
+    for step in range(80):
+        batch = batch_of(range(step * 96, step * 96 + 96), operations=1, step=step)
+        loss = combine(module(batch))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < 0.3 * losses[0]
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[25:30])
