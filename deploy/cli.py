@@ -1,0 +1,99 @@
+"""`latent-grpo` = `python -m deploy`: one function a command; each says only what its module does.
+
+Settings are given as `--key.sub VALUE` or `key.sub=VALUE` after the command's own options.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.config import ConfigError, RunConfig, config_as_json, load_config
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
+
+
+def overrides(arguments: list[str]) -> list[str]:
+    """`--a.b 1`, `--a.b=1` and `a.b=1` as `a.b=1`. Raises ConfigError for an option without a value."""
+    found, pending = [], None
+    for argument in arguments:
+        if pending is not None:
+            found.append(f"{pending}={argument}")
+            pending = None
+        elif argument.startswith("--") and "=" not in argument:
+            pending = argument[2:]
+        elif "=" in argument:
+            found.append(argument.removeprefix("--"))
+        else:
+            raise ConfigError(f"unexpected argument {argument!r}; settings look like --key.sub VALUE or key.sub=VALUE")
+    if pending is not None:
+        raise ConfigError(f"--{pending} has no value; settings are given as --key.sub VALUE or key.sub=VALUE")
+    return found
+
+
+def settings(profile: str, context: typer.Context) -> RunConfig:
+    return load_config(profile, overrides(context.args))
+
+
+@app.command(context_settings=SETTINGS)
+def validate(
+    context: typer.Context,
+    profile: Profile = "quickstart",
+    files: Annotated[bool, typer.Option(help="Also require that every problem file exists.")] = False,
+) -> None:
+    """Checks a profile and prints the resolved settings and the arithmetic of a step. Needs no GPU and no weights."""
+    from deploy.preflight import arithmetic, check_files
+
+    config = settings(profile, context)
+    if files:
+        check_files(config)
+    console.print_json(config_as_json(config))
+    table = Table("", "", title=f"{profile}: {config.algorithm}", show_header=False)
+    for row in arithmetic(config):
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Checks the installation and says what to mend; exit code 1 if something must be."""
+    from deploy.doctor import run_doctor
+
+    checks = run_doctor()
+    table = Table("", "check", "found", "what to do", title="latent-grpo doctor")
+    for check in checks:
+        table.add_row("[green]ok[/]" if check.ok else "[red]![/]", check.name, check.found, check.mend)
+    console.print(table)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=SETTINGS)
+def submit(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(help="The command to run on the cluster, e.g. validate.")],
+    address: Annotated[str | None, typer.Option(help="The cluster's job server, http://head:8265.")] = None,
+    follow: Annotated[bool, typer.Option(help="Print the driver's log and return its exit code.")] = True,
+) -> None:
+    """Runs a command of this program as a Ray job: `latent-grpo submit validate --profile svamp`."""
+    from deploy.submit import submit as submit_job
+
+    raise typer.Exit(submit_job([command, *context.args], address, follow))
+
+
+def main() -> None:
+    """Entry point. A fault in what the user gave is one clear line and exit code 2, not a traceback."""
+    from deploy.submit import SubmitError
+
+    try:
+        app()
+    except (ConfigError, SubmitError) as error:
+        Console(stderr=True).print(f"[bold red]error[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(2)
