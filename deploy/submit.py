@@ -38,8 +38,9 @@ def submit(
     """Runs `python -m deploy ARGUMENTS` on the cluster and returns the driver's exit code (without `follow` 0).
 
     `address`: the job server, `http://head:8265`; default RAY_API_SERVER_ADDRESS or RAY_ADDRESS. `environment`:
-    variables for the job, never printed. The authentication token is found by Ray itself (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH).
-    While following, Ctrl-C stops the job and returns 130. Raises :class:`SubmitError` if there is no cluster.
+    variables for the job, never printed. The authentication token is found by Ray itself (RAY_AUTH_TOKEN,
+    RAY_AUTH_TOKEN_PATH). While following, Ctrl-C stops the job and returns 130. Raises :class:`SubmitError` if there
+    is no cluster.
     """
     from ray.job_submission import JobSubmissionClient
 
