@@ -42,6 +42,7 @@ def submit(
     RAY_AUTH_TOKEN_PATH). While following, Ctrl-C stops the job and returns 130. Raises :class:`SubmitError` if there
     is no cluster.
     """
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     arguments = list(arguments)
@@ -58,7 +59,7 @@ def submit(
                 entrypoint=shlex.join(["python", "-m", "deploy", *staged]),
                 runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1", **(environment or {})}},
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise SubmitError(
                 f"{address} did not take the job: {error}. Is the head running, is 8265 reachable (kubectl "
                 "port-forward, ssh -L), and is RAY_AUTH_TOKEN the cluster's token?"
@@ -126,9 +127,12 @@ async def _tail(client, job: str) -> None:
 def _exit_code(client, job: str, say: Callable[[str], None]) -> int:
     details = client.get_job_info(job)
     status = str(details.status.value)
-    say(f"job {job}: {status}{f': {details.message}' if details.message and status != 'SUCCEEDED' else ''}")
     if status == "SUCCEEDED":
+        say(f"job {job}: {status}")
         return 0
+    # Ray appends the log's end to its message; it has just been streamed
+    reason = (details.message or "no reason given").partition(", last available logs")[0]
+    say(f"job {job}: {status}: {reason}")
     return details.driver_exit_code or 1
 
 
