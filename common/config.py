@@ -9,8 +9,8 @@ explicit value wins, which is how every ablation is one line.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -450,6 +450,26 @@ def profiles_folder() -> Path:
     return Path(__file__).resolve().parent.parent / "deploy" / "profiles"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `off` is a word (a value of several settings), `1e-6` a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|nan|NaN))$"
+    ),
+    [*"-+0123456789."],
+)
+
+
 def read_profile(source: str | Path) -> dict:
     """The mapping of a profile given by name (`quickstart`) or by path. `extends: NAME` starts from another profile."""
     path = Path(source)
@@ -459,7 +479,7 @@ def read_profile(source: str | Path) -> dict:
         known = sorted(p.stem for p in profiles_folder().glob("*.yaml"))
         raise ConfigError(f"no profile {str(source)!r}: give a YAML file or one of {', '.join(known)}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -474,12 +494,9 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not key.strip():
         raise ConfigError(f"override {text!r}: expected key=value, for example rollout.workers=4")
     try:
-        parsed = yaml.safe_load(value) if value else None
+        parsed = yaml.load(value, _Loader) if value else None
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-6 as a string
-        with contextlib.suppress(ValueError):
-            parsed = float(parsed)
     return key.strip().split("."), parsed
 
 

@@ -8,6 +8,7 @@ loading (REQUIREMENTS 3). xxh3-128 runs at memory speed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -56,7 +57,8 @@ class WeightManifest:
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's bytes as a flat uint8 array; a view where it lies contiguous in host memory."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy() if len(flat) else np.empty(0, np.uint8)
 
 
 def checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -119,9 +121,10 @@ def _bucket(tensors: list[tuple[str, torch.Tensor]], size: int) -> tuple[BucketM
 
 
 def _view(slot: TensorSlot, data: np.ndarray) -> torch.Tensor:
-    import warnings
-
+    dtype = getattr(torch, slot.dtype)
+    if not slot.nbytes:
+        return torch.empty(slot.shape, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         raw = torch.from_numpy(data[slot.offset : slot.offset + slot.nbytes])
-    return raw.view(getattr(torch, slot.dtype)).reshape(slot.shape)
+    return raw.view(dtype).reshape(slot.shape)

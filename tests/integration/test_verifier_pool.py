@@ -337,7 +337,7 @@ def test_a_grader_process_imports_neither_torch_nor_ray() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=ROOT)
 
 
-def test_a_pool_works_inside_a_ray_actor() -> None:
+def test_a_pool_works_inside_a_ray_actor(ray_session) -> None:
     ray = pytest.importorskip("ray")
 
     class Worker:
@@ -349,9 +349,5 @@ def test_a_pool_works_inside_a_ray_actor() -> None:
             return [verdict.reason for verdict in self.pool.grade_many(cases)]
 
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
-    try:
-        worker = ray.remote(Worker).remote()
-        assert ray.get(worker.grade.remote(), timeout=120) == ["timeout", "correct", "correct", "no_answer"]
-    finally:
-        ray.shutdown()
+    worker = ray.remote(Worker).options(runtime_env={"env_vars": {"PYTHONPATH": path}}).remote()
+    assert ray.get(worker.grade.remote(), timeout=120) == ["timeout", "correct", "correct", "no_answer"]

@@ -47,7 +47,6 @@ def test_an_explicit_value_wins_over_the_algorithm():
     assert load_config(settings(first_token=False)).first_token is False
 
 
-@pytest.mark.xfail(reason="YAML 1.1 reads a bare off as false; the value has to be quoted until config.py maps it back")
 @pytest.mark.parametrize("key", ["flip", "masking", "noise.mode"])
 def test_off_needs_no_quotes(key):
     load_config(settings(), [f"{key}=off"])
