@@ -4,24 +4,29 @@ Every engine and the learner call these functions, so a record means the same ev
 inside, whatever the model's dtype. Two forms of each sampler give exactly the same result:
 
 * the plain form takes Gumbel draws for all V ids: the specification, and what reference vectors check;
-* the keyed form, for engines, looks at the `top_m` most likely ids and draws noise for those only. Rows whose nucleus
-  reaches beyond `top_m` (or whose boundary is tied) take the plain way.
+* the keyed form, for engines, looks at the `top_m` most likely ids and draws noise for those only. A row whose
+  candidates reach beyond them (or are tied with what lies beyond) is done again over all V ids, that row alone.
 
-Ties always go to the lower id: a result is a function of values, never of a kernel's order.
+Ties always go to the lower id: a result is a function of values, never of a kernel's order. Settings are scalars or
+[N] tensors, one per row; `allowed` is bool [V] or [N, V] and names the ids that the tokenizer has. A row that cannot
+give what is asked (fewer than k allowed ids with a finite logit, NaN) raises ValueError: nothing of it is recorded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0  # METHOD §2.1.3; the one-sided shift is -GUMBEL_LOW
-TOP_M = 256
-_M32 = 0xFFFFFFFF
+TOP_M = 256  # ids that the keyed forms look at first: wider than all but a few nuclei of a trained model
 
 Setting = float | torch.Tensor
+Switch = bool | torch.Tensor
 
 
 # --- noise (METHOD §2.5) -----------------------------------------------------------------------------------------
@@ -30,104 +35,220 @@ Setting = float | torch.Tensor
 def trajectory_key(
     *, run_seed: int, purpose: str, problem_uid: str, epoch: int, sample_index: int, policy_version: int
 ) -> int:
-    """The 63-bit key of a trajectory's randomness. `policy_version` is that of the rollout's start; 0 in evaluation."""
-    identity = repr((run_seed, purpose, problem_uid, epoch, sample_index, policy_version)).encode()
-    return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") >> 1
+    """The key of a trajectory's randomness (METHOD §2.5): an int in [0, 2**63), equal on every machine and Python.
+
+    `policy_version` is that of the rollout's start, 0 in evaluation; `sample_index` is the run or the pass@k sample
+    there. Raises TypeError for a number that is not an integer: 1 and 1.0 would be two trajectories.
+    """
+    numbers = [operator.index(n) for n in (run_seed, epoch, sample_index, policy_version)]  # NumPy's 3 is 3
+    identity = json.dumps([str(purpose), str(problem_uid), *numbers]).encode()  # quoted: no two identities read alike
+    return int.from_bytes(hashlib.blake2b(identity, digest_size=8, person=b"latent-grpo").digest(), "big") >> 1
+
+
+def _signed(word: int) -> int:
+    """A uint64 as the int64 of the same bits."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+_STRIDE = _signed(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: no two steps or ids of nearby keys meet
+_MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Bijective 32-bit finaliser ("lowbias32") on uint32 values kept in int64: the same integers on CPU and CUDA."""
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _M32
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & _M32
-    return x ^ (x >> 15)
+    """SplitMix64's finaliser, a bijection of 64-bit words kept in int64, in place.
+
+    Products wrap modulo 2**64 in int64 as in uint64 (two's complement, CPU and CUDA alike); the shifts of a uint64 are
+    those of int64 with the copies of the sign cut off.
+    """
+    for shift, multiplier in zip((30, 27), _MULTIPLIERS):
+        x ^= (x >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+        x *= multiplier
+    x ^= (x >> 31).bitwise_and_((1 << 33) - 1)
+    return x
 
 
 def gumbel_noise(keys: torch.Tensor, step: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel draws, a function of (trajectory key, step, token id) only (METHOD §2.5).
 
-    `keys` [N] int64 (:func:`trajectory_key`), `step` [N] int64, `ids` [N, M] int64 -> float32 [N, M], always finite.
+    `keys` [N] int64 (:func:`trajectory_key`), `step` [N] int64, `ids` [N, M] int64 -> float32 [N, M] in [-3.61, 36.8].
+    The integers behind the draws are the same on every device. All 63 bits of a key count.
     """
-    low, high = keys & _M32, (keys >> 32) & _M32
-    row = _mix(_mix(low ^ 0x9E3779B9) ^ high)
-    row = _mix((row + step * 0x85EBCA6B) & _M32)
-    row2 = _mix(row ^ _mix(high ^ 0x7F4A7C15) ^ low)  # a second word: rows that collide in one differ in the other
-    bits = _mix((_mix(row.unsqueeze(-1) ^ _mix((ids * 0x27D4EB2F + 0x165667B1) & _M32)) + row2.unsqueeze(-1)) & _M32)
-    # e = -log(u), u in (0, 1): 32 bits in float64, so that the top value does not round to u = 1 (noise +inf)
-    exponential = -torch.log((bits.double() + 0.5) * 2.0**-32)
-    return (-torch.log(exponential)).float()
+    row = _mix((step + 1) * _STRIDE + keys)
+    bits = _mix(ids * _STRIDE + row.unsqueeze(-1))
+    # u in (0, 1): 52 bits and a half, exact in float64, so that the top word does not round to u = 1 (noise +inf)
+    uniform = (bits >> 11).bitwise_and_((1 << 53) - 1).bitwise_or_(1).double().mul_(2.0**-53)
+    return uniform.log_().neg_().log_().neg_().float()
 
 
-# --- ordering ----------------------------------------------------------------------------------------------------
+# --- candidates --------------------------------------------------------------------------------------------------
 
 
-def _column(value: Setting, like: torch.Tensor) -> Setting:
-    """A setting as something that broadcasts over [N, M]."""
-    if isinstance(value, torch.Tensor) and value.ndim == 1:
-        return value.to(like.device).unsqueeze(-1)
-    return value
+class _Table(NamedTuple):
+    """Ids of N rows among which to choose, in ascending order, so that a stable sort breaks ties to the lower id."""
+
+    ids: torch.Tensor  # [N, M] int64
+    logits: torch.Tensor  # [N, M] float32; -inf where not allowed
+    floor: torch.Tensor | None  # [N]: no id outside of the table has a larger logit. None: all V ids are here
 
 
-def _masked(logits: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-    return logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
+def _table(logits: torch.Tensor, allowed: torch.Tensor | None, top_m: int) -> _Table:
+    rows, vocabulary = logits.shape
+    if vocabulary <= top_m:
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        return _Table(torch.arange(vocabulary, device=logits.device).expand(rows, -1), logits, None)
+    top, ids = logits.topk(top_m, dim=-1)
+    floor = top[:, -1]
+    ids, order = ids.sort(dim=-1)
+    top = top.gather(-1, order)
+    if allowed is not None:
+        here = allowed[ids] if allowed.ndim == 1 else allowed.gather(-1, ids)
+        top = top.masked_fill(~here, float("-inf"))
+    return _Table(ids, top, floor)
 
 
-def _sorted(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _ranked(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Descending, ties to the lower position."""
     return torch.sort(values, dim=-1, descending=True, stable=True)
 
 
-def _most_likely(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The `count` largest of each row, sorted, ties to the lower id: values, ids [N, count]; and [N] bool: exact.
+def _column(value: Setting, dtype: torch.dtype) -> Setting:
+    """A setting as something that broadcasts over [N, M]; a number stays one."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.to(dtype)
+    return value.unsqueeze(-1) if value.ndim == 1 else value
 
-    `torch.topk` breaks ties as it likes; a tie that straddles the boundary makes a row inexact.
+
+def _rows_of(value: Setting | None, rows: torch.Tensor) -> Setting | None:
+    return value[rows] if isinstance(value, torch.Tensor) and value.ndim == 1 else value
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: Setting, total: Setting = 1.0) -> torch.Tensor:
+    """METHOD §2.1.2: which of the float64 `probabilities` [N, M], in descending order, the nucleus keeps: [N, M] bool.
+
+    float64, so that neither the table's width nor a parallel scan's order of addition shows in the result. A `top_p`
+    of 1 keeps everything, whatever the sum of the rounded probabilities is.
     """
-    size = values.shape[-1]
-    if count >= size:
-        top, ids = _sorted(values)
-        return top, ids, torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
-    top, ids = torch.topk(values, count + 1, dim=-1)
-    exact = (top[:, count - 1] > top[:, count]) | torch.isneginf(top[:, count - 1])
-    ids, order = torch.sort(ids[:, :count], dim=-1)
-    top, by_value = _sorted(top[:, :count].gather(-1, order))
-    return top, ids.gather(-1, by_value), exact
+    top_p = _column(top_p, torch.float64)
+    inside = (probabilities.cumsum(-1) - probabilities) < top_p * total
+    if isinstance(top_p, torch.Tensor):
+        return inside | (top_p >= 1.0)
+    return inside if top_p < 1.0 else torch.ones_like(inside)
 
 
-def _select(scores: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k best of `scores` [N, M], descending, ties to the lower id: scores, ids and positions, each [N, k]."""
-    ids, by_id = torch.sort(ids, dim=-1)
-    best, order = _sorted(scores.gather(-1, by_id))
-    order = order[:, :k]
-    return best[:, :k], ids.gather(-1, order), by_id.gather(-1, order)
+def _last(ranked: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The smallest of the `ranked` [N, M] values that the prefix `keep` holds: [N]."""
+    return ranked.gather(-1, keep.sum(-1, keepdim=True) - 1).squeeze(-1)
 
 
-def _check_k(k: int, vocabulary: int) -> None:
+def _keyed(
+    draw: Callable,
+    logits: torch.Tensor,
+    normaliser: torch.Tensor,
+    keys: torch.Tensor,
+    steps: torch.Tensor,
+    allowed: torch.Tensor | None,
+    top_m: int,
+    settings: tuple[Setting, ...],
+) -> tuple[torch.Tensor, ...]:
+    """`draw` on the `top_m` most likely ids, and again on all V for the rows that say that this was not enough."""
+    table = _table(logits, allowed, top_m)
+    drawn, exact = draw(table, normaliser, lambda: gumbel_noise(keys, steps, table.ids), *settings)
+    if bool(exact.all()):
+        return drawn
+    if table.floor is None:
+        raise _unusable(exact)
+    rows = (~exact).nonzero().squeeze(-1)
+    wide = _keyed(
+        draw,
+        logits[rows],
+        normaliser[rows],
+        keys[rows],
+        steps[rows],
+        allowed[rows] if allowed is not None and allowed.ndim == 2 else allowed,
+        logits.shape[-1],
+        tuple(_rows_of(setting, rows) for setting in settings),
+    )
+    return tuple(narrow.index_copy(0, rows, again) for narrow, again in zip(drawn, wide, strict=True))
+
+
+def _unusable(exact: torch.Tensor) -> ValueError:
+    rows = (~exact).nonzero().squeeze(-1).tolist()
+    return ValueError(
+        f"logits of rows {rows[:8]} ({len(rows)} in all) allow no choice: fewer allowed ids with a finite logit than "
+        "are to be selected, or NaN or +inf among the logits or settings. Check the model's output, `allowed` (the "
+        "tokenizer's ids) and the sampling settings"
+    )
+
+
+def _check(k: int, vocabulary: int, **positive: Setting) -> None:
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k must be between 1 and the vocabulary's {vocabulary} rows, got {k}")
+    for name, value in positive.items():
+        if not isinstance(value, torch.Tensor) and not value > 0:
+            raise ValueError(f"{name} must be > 0, got {value}")
 
 
 # --- latent steps (METHOD §2.1, §2.2) ----------------------------------------------------------------------------
 
 
-def _noisy(
-    log_p: torch.Tensor,
-    ids: torch.Tensor,
-    gumbel: torch.Tensor,
+def _mixture(
+    table: _Table,
+    normaliser: torch.Tensor,
+    gumbel: Callable[[], torch.Tensor],
     k: int,
     top_p: Setting,
     noise_scale: Setting,
-    one_sided: bool | torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """METHOD §2.1.2-4 on candidates sorted by `log_p` [N, M]: ids, scores and log-probs of the K selected."""
-    p = log_p.exp()
-    keep = (p.cumsum(-1) - p) < _column(top_p, log_p)
-    keep[:, :k] = True
-    keep &= ~torch.isneginf(log_p)
-    shift = _column(one_sided, log_p)
-    shift = shift.float() * -GUMBEL_LOW if isinstance(shift, torch.Tensor) else (-GUMBEL_LOW if shift else 0.0)
-    noise = (gumbel.float().clamp(GUMBEL_LOW, GUMBEL_HIGH) + shift) * _column(noise_scale, log_p)
-    scores = torch.where(keep, log_p + noise, float("-inf"))
-    best, selected, position = _select(scores, ids, k)
-    return selected, best, log_p.gather(-1, position)
+    noisy: Switch,
+    one_sided: Switch,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """METHOD §2.1.1-4 and §2.2: (ids, scores, log-probs [N, k], most likely id [N]), and [N] bool: the row is exact."""
+    ranked, order = _ranked(table.logits)
+    log_p = table.logits - normaliser
+    if noisy is False:
+        position = order[:, :k]
+        scores = log_probs = log_p.gather(-1, position)
+        last = ranked[:, k - 1]
+    else:
+        mixed = isinstance(noisy, torch.Tensor)
+        pick = _column(noisy, torch.bool)
+        # without noise nothing but the k most likely can be selected: an empty nucleus says so
+        keep = _nucleus((ranked - normaliser).double().exp(), _per_row(pick, top_p, 0.0) if mixed else top_p)
+        keep[:, :k] = True
+        last = _last(ranked, keep)
+        keep = torch.zeros_like(keep).scatter(-1, order, keep)  # from rank order to id order
+        shift = _column(one_sided, torch.float32)
+        noise = gumbel().clamp(GUMBEL_LOW, GUMBEL_HIGH) + shift * -GUMBEL_LOW
+        score = log_p + noise * _column(noise_scale, torch.float32)
+        if mixed:
+            score = torch.where(pick, score, log_p)
+        # noise off selects by logit: log p can tie where logits do not
+        by = torch.where(pick, score, table.logits) if mixed else score
+        position = _ranked(by.masked_fill(~keep, float("-inf")))[1][:, :k]
+        scores, log_probs = score.gather(-1, position), log_p.gather(-1, position)
+    exact = scores.isfinite().all(-1)
+    if table.floor is not None:
+        exact &= last > table.floor
+    return (table.ids.gather(-1, position), scores, log_probs, table.ids.gather(-1, order[:, :1]).squeeze(-1)), exact
+
+
+def _per_row(pick: torch.Tensor, if_true: Setting, if_false: float) -> torch.Tensor:
+    """[N] float64: a setting where `pick` [N, 1], else `if_false`."""
+    value = torch.as_tensor(if_true, dtype=torch.float64, device=pick.device)
+    return torch.where(pick.squeeze(-1), value, if_false)
+
+
+def _weights(scores: torch.Tensor, tau: Setting) -> torch.Tensor:
+    return torch.softmax(scores / _column(tau, torch.float32), dim=-1)
+
+
+def _plain(logits: torch.Tensor, draw: Callable, allowed: torch.Tensor | None, *settings: Setting):
+    table = _table(logits, allowed, logits.shape[-1])
+    drawn, exact = draw(table, logits.logsumexp(-1, keepdim=True), *settings)
+    if not bool(exact.all()):
+        raise _unusable(exact)
+    return drawn
 
 
 def sample_mixture(
@@ -138,32 +259,33 @@ def sample_mixture(
     top_p: Setting,
     noise_scale: Setting,
     tau: Setting,
-    one_sided: bool | torch.Tensor = True,
+    one_sided: Switch = True,
     allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A latent step with noise (METHOD §2.1), from raw standard Gumbel draws for every id.
 
-    `logits` [N, V], `gumbel` [N, V] before the clamp; settings scalar or [N]; `allowed` bool [V] or [N, V].
-    Returns ids [N, k] int64, scores [N, k] float32 in descending order, weights [N, k] = softmax(scores / tau).
+    `logits` [N, V], `gumbel` [N, V] before the clamp. Returns ids [N, k] int64, scores [N, k] float32 in descending
+    order, weights [N, k] = softmax(scores / tau). log p is over all V rows; the nucleus counts allowed ids only.
     """
-    _check_k(k, logits.shape[-1])
-    logits = logits.float()
-    log_p, order = _sorted(_masked(logits - logits.logsumexp(-1, keepdim=True), allowed))
-    ids, scores, _ = _noisy(log_p, order, gumbel.gather(-1, order), k, top_p, noise_scale, one_sided)
-    return ids, scores, torch.softmax(scores / _column(tau, scores), dim=-1)
+    _check(k, logits.shape[-1], tau=tau)
+    ids, scores, _, _ = _plain(
+        logits.float(), _mixture, allowed, gumbel.float, k, top_p, noise_scale, True, one_sided
+    )  # fmt: skip
+    return ids, scores, _weights(scores, tau)
 
 
 def greedy_mixture(
     logits: torch.Tensor, *, k: int, tau: Setting = 1.0, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A latent step without noise (METHOD §2.2): the k best by logit; scores are their log-probs."""
-    _check_k(k, logits.shape[-1])
+    """A latent step without noise (METHOD §2.2): the k best by logit; scores are their log-probs. All [N, k]."""
+    _check(k, logits.shape[-1], tau=tau)
     logits = logits.float()
-    log_p = _masked(logits - logits.logsumexp(-1, keepdim=True), allowed)
-    scores, ids, exact = _most_likely(log_p, k)
-    if not bool(exact.all()):
-        scores, ids = (t[:, :k] for t in _sorted(log_p))
-    return ids, scores, torch.softmax(scores / _column(tau, scores), dim=-1)
+    nothing = logits.new_zeros(len(logits), dtype=torch.int64)  # no draws, no keys
+    ids, scores, _, _ = _keyed(
+        _mixture, logits, logits.logsumexp(-1, keepdim=True), nothing, nothing, allowed, max(TOP_M, k + 1),
+        (k, 1.0, 0.0, False, False),
+    )  # fmt: skip
+    return ids, scores, _weights(scores, tau)
 
 
 def sample_mixture_keyed(
@@ -175,43 +297,26 @@ def sample_mixture_keyed(
     top_p: Setting,
     noise_scale: Setting,
     tau: Setting,
-    one_sided: bool | torch.Tensor = True,
+    one_sided: Switch = True,
     allowed: torch.Tensor | None = None,
     top_m: int = TOP_M,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`sample_mixture` on the draws of :func:`gumbel_noise`, looking at `top_m` candidates where they suffice.
 
-    Returns ids, scores, weights and behaviour log-probs, each [N, k].
+    `logits` [N, V], `keys` and `steps` [N] int64. Returns ids, scores, weights and behaviour log-probs, each [N, k].
     """
-    top, order = _candidates(logits, k, top_p, allowed, top_m)
-    ids, scores, log_probs = _noisy(top, order, gumbel_noise(keys, steps, order), k, top_p, noise_scale, one_sided)
-    return ids, scores, torch.softmax(scores / _column(tau, scores), dim=-1), log_probs
-
-
-def _candidates(
-    logits: torch.Tensor, k: int, top_p: Setting, allowed: torch.Tensor | None, top_m: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """At least every id that METHOD §2.1.2 keeps, most likely first: log-probs and ids [N, M].
-
-    M is `top_m`, or V when some row's nucleus (or a tie at the boundary) reaches beyond it.
-    """
-    _check_k(k, logits.shape[-1])
-    logits = logits.float()
-    log_p = _masked(logits - logits.logsumexp(-1, keepdim=True), allowed)
-    top, order, exact = _most_likely(log_p, max(top_m, k))
-    if order.shape[-1] < log_p.shape[-1]:
-        p = top.exp()  # the nucleus is all here iff the last one looked at is outside of it
-        exact = exact & ~((p.cumsum(-1) - p)[:, -1] < torch.as_tensor(top_p, device=logits.device))
-        if not bool(exact.all()):
-            return _sorted(log_p)
-    return top, order
+    step = latent_step(
+        logits, keys, steps, k=k, top_p=top_p, noise_scale=noise_scale, tau=tau, noisy=True, one_sided=one_sided,
+        end_id=-1, allowed=allowed, top_m=top_m,
+    )  # fmt: skip
+    return step.ids, step.scores, step.weights, step.log_probs
 
 
 class LatentStep(NamedTuple):
     """One latent step of N rows. Where `leaves`, the step is the hard latent-end token instead (METHOD §2.3)."""
 
     ids: torch.Tensor  # [N, k] int64
-    scores: torch.Tensor  # [N, k] float32
+    scores: torch.Tensor  # [N, k] float32, descending
     weights: torch.Tensor  # [N, k] float32
     log_probs: torch.Tensor  # [N, k] float32: behaviour log p
     leaves: torch.Tensor  # [N] bool
@@ -226,48 +331,62 @@ def latent_step(
     top_p: Setting,
     noise_scale: Setting,
     tau: Setting,
-    noisy: torch.Tensor,
-    one_sided: torch.Tensor,
+    noisy: Switch,
+    one_sided: Switch,
     end_id: int | torch.Tensor,
     allowed: torch.Tensor | None = None,
+    top_m: int = TOP_M,
 ) -> LatentStep:
-    """METHOD §2.1-§2.3 for rows of mixed noise modes: `noisy` [N] bool, `one_sided` [N] bool."""
-    top, order = _candidates(logits, k, top_p, allowed, TOP_M)
-    drawn, drawn_scores, drawn_log_probs = _noisy(
-        top, order, gumbel_noise(keys, steps, order), k, top_p, noise_scale, one_sided
-    )
-    pick = noisy.unsqueeze(-1)
-    ids = torch.where(pick, drawn, order[:, :k])
-    scores = torch.where(pick, drawn_scores, top[:, :k])
-    return LatentStep(
-        ids=ids,
-        scores=scores,
-        weights=torch.softmax(scores / _column(tau, scores), dim=-1),
-        log_probs=torch.where(pick, drawn_log_probs, top[:, :k]),
-        leaves=(order[:, 0] == end_id) | (ids[:, 0] == end_id),
-    )
+    """METHOD §2.1-§2.3 for rows of mixed noise modes: an engine's latent step.
+
+    `logits` [N, V], `keys` and `steps` [N] int64. `noisy`: §2.1 where True, §2.2 where False (a `noise_scale` of 0 is
+    not the same: it selects in the nucleus by log p). A row leaves latent mode where the most likely allowed id or the
+    first selected one is `end_id`; its record is then :func:`common.density.hard_log_prob` of `end_id`.
+    """
+    _check(k, logits.shape[-1], tau=tau)
+    logits = logits.float()
+    ids, scores, log_probs, likeliest = _keyed(
+        _mixture, logits, logits.logsumexp(-1, keepdim=True), keys, steps, allowed, max(top_m, k + 1),
+        (k, top_p, noise_scale, noisy, one_sided),
+    )  # fmt: skip
+    leaves = (likeliest == end_id) | (ids[:, 0] == end_id)
+    return LatentStep(ids, scores, _weights(scores, tau), log_probs, leaves)
 
 
 def mix_embeddings(embedded: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum_k w_k E[s_k]: `embedded` [..., K, D], `weights` [..., K] -> [..., D]; float32 sum, input's dtype out."""
-    mixed = torch.einsum("...kd,...k->...d", embedded.float(), weights.float())
-    return mixed.to(embedded.dtype)
+    """sum_k w_k E[s_k]: `embedded` [..., K, D], `weights` [..., K] -> [..., D]; float32 sum, input's dtype out.
+
+    Not a matrix product: that could run in TF32, and in another order for another batch shape.
+    """
+    return (embedded.float() * weights.float().unsqueeze(-1)).sum(-2).to(embedded.dtype)
 
 
 # --- visible steps (METHOD §2.4) ---------------------------------------------------------------------------------
 
 
 def _visible(
-    scaled: torch.Tensor, ids: torch.Tensor, gumbel: torch.Tensor, top_p: Setting, top_k: Setting
-) -> torch.Tensor:
-    """One draw per row from candidates sorted by `scaled` [N, M], already temperature-divided: ids [N]."""
-    position = torch.arange(scaled.shape[-1], device=scaled.device)
-    within = (position < _column(top_k, scaled)) & ~torch.isneginf(scaled)
-    p = torch.softmax(scaled.masked_fill(~within, float("-inf")), dim=-1)
-    keep = within & ((p.cumsum(-1) - p) < _column(top_p, scaled))
+    table: _Table, normaliser: torch.Tensor, gumbel: Callable[[], torch.Tensor], top_p: Setting, top_k: Setting
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """METHOD §2.4 on temperature-divided logits: (ids, log-probs), each [N], and [N] bool: the row is exact."""
+    ranked, order = _ranked(table.logits)
+    top_k = _column(top_k, torch.int64)
+    position = torch.arange(ranked.shape[-1], device=ranked.device)
+    within = (position < top_k) if isinstance(top_k, torch.Tensor) else (position < (top_k or len(position)))
+    if isinstance(top_k, torch.Tensor):
+        within = within | (top_k == 0)
+    within = within.expand(ranked.shape)
+    p = (ranked - ranked[:, :1]).double().exp() * within
+    keep = within & _nucleus(p, top_p, p.sum(-1, keepdim=True))
     keep[:, 0] = True
-    scores = torch.where(keep, scaled + gumbel.float(), float("-inf"))
-    return _select(scores, ids, 1)[1][:, 0]
+    keep = torch.zeros_like(keep).scatter(-1, order, keep)  # from rank order to id order
+    log_p = table.logits - normaliser
+    scores = (log_p + gumbel()).masked_fill(~keep, float("-inf"))
+    chosen = scores.argmax(-1, keepdim=True)  # the first of equals: the lower id
+    log_probs = log_p.gather(-1, chosen).squeeze(-1)
+    exact = log_probs.isfinite()
+    if table.floor is not None:
+        exact &= _last(ranked, within) > table.floor
+    return (table.ids.gather(-1, chosen).squeeze(-1), log_probs), exact
 
 
 def sample_visible(
@@ -281,12 +400,12 @@ def sample_visible(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A hard step (METHOD §2.4) by Gumbel-max: `logits` [N, V], `gumbel` [N, V] -> ids [N], log-probs [N].
 
-    The log-prob is log_softmax(logits / temperature)[id] over all V, not renormalised over the nucleus.
+    `temperature` > 0; `top_k` 0 keeps every id. The log-prob is log_softmax(logits / temperature)[id] over all V, not
+    renormalised over the nucleus.
     """
-    scaled = logits.float() / _column(temperature, logits)
-    top, order = _sorted(_masked(scaled, allowed))
-    ids = _visible(top, order, gumbel.gather(-1, order), top_p, top_k)
-    return ids, _log_prob(scaled, ids)
+    _check(1, logits.shape[-1], temperature=temperature)
+    scaled = logits.float() / _column(temperature, torch.float32)
+    return _plain(scaled, _visible, allowed, gumbel.float, top_p, top_k)
 
 
 def sample_visible_keyed(
@@ -298,17 +417,16 @@ def sample_visible_keyed(
     top_p: Setting,
     top_k: Setting,
     allowed: torch.Tensor | None = None,
+    top_m: int = TOP_M,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`sample_visible` on the draws of :func:`gumbel_noise`, computed for the top_k candidates only."""
-    scaled = logits.float() / _column(temperature, logits)
-    masked = _masked(scaled, allowed)
-    widest = int(top_k.max()) if isinstance(top_k, torch.Tensor) else top_k
-    top, order, exact = _most_likely(masked, min(widest, masked.shape[-1]))
-    if not bool(exact.all()):
-        top, order = _sorted(masked)
-    ids = _visible(top, order, gumbel_noise(keys, steps, order), top_p, top_k)
-    return ids, _log_prob(scaled, ids)
+    """:func:`sample_visible` on the draws of :func:`gumbel_noise`: `keys` and `steps` [N] int64.
 
-
-def _log_prob(scaled: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+    Looks at no more than `top_m` ids where they hold the `top_k`; with `top_k` 0 at all of them.
+    """
+    _check(1, logits.shape[-1], temperature=temperature)
+    scaled = logits.float() / _column(temperature, torch.float32)
+    if not isinstance(top_k, torch.Tensor):
+        top_m = min(top_m, top_k + 1) if top_k else logits.shape[-1]  # one more than top_k, to see a tie at its edge
+    return _keyed(
+        _visible, scaled, scaled.logsumexp(-1, keepdim=True), keys, steps, allowed, max(top_m, 2), (top_p, top_k)
+    )
