@@ -1,31 +1,67 @@
-"""Log-probs of selected ids without the [T, V] matrix (METHOD §3; REQUIREMENTS 19).
+"""Log-probs of selected ids without the [positions, V] matrix (METHOD §3).
 
-The vocabulary head is applied to `chunk` positions at a time. With gradients on, each chunk is a checkpoint: its logits
-are made again in the backward pass, so at no time does more than one chunk of float32 logits exist.
+Only one chunk of float32 logits is alive at a time: with a gradient, each chunk is a checkpoint that is computed again
+in the backward pass.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from common.density import surrogate_log_prob
+
+if TYPE_CHECKING:
+    from learner.batching import ReplayInputs
+
 
 def selected_log_probs(
-    head: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, temperature: torch.Tensor, chunk: int
+    head: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, temperatures: torch.Tensor, chunks: int
 ) -> torch.Tensor:
-    """log_softmax(head(hidden) / temperature)[ids]: [N, D], `ids` [N, M], `temperature` [N] -> float32 [N, M]."""
-    pieces = []
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
-        arguments = (head, hidden[part], ids[part], temperature[part])
+    """log_softmax(head(hidden) / temperature)[ids] over all V, float32: [N, W].
+
+    `hidden` [N, D], `ids` [N, W], `temperatures` [N]. The head is called exactly `chunks` times, on nothing if need be:
+    with ZeRO-3 each call is a collective.
+    """
+    size = max(-(-len(hidden) // chunks), 1)
+    parts = []
+    for index in range(chunks):
+        piece = slice(index * size, (index + 1) * size)
+        arguments = (head, hidden[piece], ids[piece], temperatures[piece])
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(_chunk, *arguments, use_reentrant=False))
         else:
-            pieces.append(_chunk(*arguments))
-    return torch.cat(pieces) if pieces else hidden.new_zeros(ids.shape, dtype=torch.float32)
+            parts.append(_chunk(*arguments))
+    return torch.cat(parts)
 
 
-def _chunk(head: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    logits = head(hidden).float() / temperature.unsqueeze(-1)
+def _chunk(head: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    logits = head(hidden).float().div_(temperatures.unsqueeze(-1))  # in place: a second copy would double the peak
     return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+
+
+def step_log_probs(
+    log_probs: torch.Tensor,
+    inputs: ReplayInputs,
+    *,
+    weighting: str,
+    advantages: torch.Tensor | None = None,
+    flip: str = "off",
+) -> torch.Tensor:
+    """log pi of every response step: [N] (METHOD §3.1 for latent steps, §3.3 for hard ones).
+
+    `log_probs` [N, W]: components (:func:`selected_log_probs`, or the recorded ones). `weighting`: `mixture` or
+    `uniform`. `advantages` [N] with `flip` turn on METHOD §3.2.
+    """
+    latent = inputs.latent
+    surrogate = surrogate_log_prob(
+        log_probs[latent],
+        inputs.scores[latent],
+        advantages=None if advantages is None else advantages[latent],
+        component_weights=inputs.weights[latent] if weighting == "mixture" else None,
+        flip=flip,
+    )
+    return log_probs[:, 0].float().masked_scatter(latent, surrogate)

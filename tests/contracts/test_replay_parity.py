@@ -6,7 +6,9 @@ from test_engine import ARCHITECTURES, make_engine, make_request
 
 from common.density import hard_log_prob, latent_log_prob
 from common.schema import TrajectoryBatch, encode
-from learner.policy import PolicyModule, collate, step_log_probs
+from learner.batching import collate
+from learner.logprobs import step_log_probs
+from learner.policy import PolicyModule
 from rollout_workers.engine import generate
 
 SETTINGS = {
@@ -25,52 +27,56 @@ def rollouts(architecture):
     return engine._model, TrajectoryBatch(encode(trajectories, 4))
 
 
+def policy(model):
+    return PolicyModule(model, freeze_embeddings=False)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_replayed_log_probs_equal_the_rollouts_at_every_noise_and_temperature(architecture):
     model, batch = rollouts(architecture)
-    inputs = collate(batch, range(len(batch)))
+    inputs = collate(batch, range(len(batch)), chunks=7)
     with torch.no_grad():
-        latent, hard = PolicyModule(model, chunk_tokens=7)(inputs)
-    assert len(latent) > 20
-    assert len(hard) >= 4
-    assert (latent - inputs.latent_behaviour).abs().max() < 1e-4  # METHOD §6 allows 1e-3
-    assert (hard - inputs.hard_behaviour).abs().max() < 1e-4
+        gap = (policy(model)(inputs) - inputs.behaviour).abs()
+    assert inputs.latent.sum() > 20
+    assert (~inputs.latent).sum() >= 4
+    assert gap[inputs.latent].max() < 1e-4  # METHOD §6 allows 1e-3
+    assert gap[~inputs.latent, 0].max() < 1e-4
 
 
 def test_the_result_does_not_depend_on_which_rows_share_a_microbatch_or_on_the_chunk():
     model, batch = rollouts("llama")
     together = collate(batch, range(len(batch)))
-    log_probs = step_log_probs(together, *PolicyModule(model)(together), component_weighting="mixture")
+    whole = step_log_probs(policy(model)(together), together, weighting="mixture")
     for row in range(len(batch)):
-        alone = collate(batch, [row])
-        one = step_log_probs(alone, *PolicyModule(model, chunk_tokens=3)(alone), component_weighting="mixture")
-        assert torch.allclose(one[0], log_probs[row, : one.shape[1]], atol=1e-5)
-        assert (log_probs[row, one.shape[1] :] == 0).all()
+        alone = collate(batch, [row], chunks=3)
+        one = step_log_probs(policy(model)(alone), alone, weighting="mixture")
+        assert torch.allclose(one, whole[together.batch_rows == row], atol=1e-5)
 
 
 def test_chunked_gradients_equal_those_of_the_whole_logits_matrix():
     model, batch = rollouts("llama")
-    inputs = collate(batch, range(6))
+    inputs = collate(batch, range(6), chunks=5)
     model.requires_grad_(True)
-    policy = PolicyModule(model, chunk_tokens=5)
 
-    def gradients(latent_log_pi, hard_log_pi):
+    def gradients(log_pi):
         model.zero_grad()
-        (latent_log_pi.sum() + hard_log_pi.sum()).backward()
+        log_pi.sum().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    latent, hard = policy(inputs)
-    flat = step_log_probs(inputs, latent, hard, component_weighting="uniform").reshape(-1)
-    chunked = gradients(flat[inputs.latent_step], flat[inputs.hard_step])
-
+    chunked = gradients(step_log_probs(policy(model)(inputs), inputs, weighting="uniform"))
     captured = {}
     handle = model.base_model.register_forward_hook(lambda m, a, out: captured.update(h=out.last_hidden_state))
-    policy(inputs)
+    policy(model)(inputs)
     handle.remove()
-    logits = model.get_output_embeddings()(captured["h"]).flatten(0, 1)
+    logits = model.get_output_embeddings()(captured["h"])[inputs.rows, inputs.positions]
+    latent, ids = inputs.latent, inputs.selected
     whole = gradients(
-        latent_log_prob(logits[inputs.latent_source], inputs.latent_ids, inputs.latent_scores),
-        hard_log_prob(logits[inputs.hard_source], inputs.hard_ids, inputs.hard_temperature),
+        torch.cat(
+            [
+                latent_log_prob(logits[latent], ids[latent], inputs.scores[latent]),
+                hard_log_prob(logits[~latent], ids[~latent, 0], inputs.temperatures[~latent]),
+            ]
+        )
     )
     assert chunked.keys() == whole.keys()
     for name, gradient in chunked.items():
@@ -81,14 +87,14 @@ def test_no_gradient_runs_into_the_embedding_through_a_mixture():
     model, batch = rollouts("qwen3")  # untied head
     inputs = collate(batch, [0])
     model.requires_grad_(True)
-    latent, hard = PolicyModule(model)(inputs)
-    (latent.sum() + hard.sum()).backward()
-    fed = set(inputs.token_ids[inputs.attention_mask.bool()].tolist())
+    policy(model)(inputs).sum().backward()
+    fed = set(inputs.ids.flatten().tolist())
     touched = set(model.get_input_embeddings().weight.grad.abs().sum(-1).nonzero().flatten().tolist())
     assert touched <= fed
 
 
 def test_a_framework_cannot_turn_dropout_on():
-    policy = PolicyModule(make_engine()._model)
-    policy.train()
-    assert not any(m.training for m in policy.modules())
+    module = policy(make_engine()._model)
+    module.train()
+    assert not any(m.training for m in module.modules() if isinstance(m, torch.nn.Dropout))
+    assert not module.training

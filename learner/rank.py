@@ -1,0 +1,318 @@
+"""One rank of the learner: a step of the method on a batch (METHOD §3-§6). A plain class; `learner.learner` puts it
+into a Ray actor.
+
+    replay without gradient ──► old log-probs ──► all ranks: mean per row ──► advantages, first-token winners
+                                                                                     │
+    per mini-batch:  forward, backward per micro-batch ──► one optimizer update  ◄───┘
+
+Every rank is given the whole batch and computes advantages and the plan for all of it; it replays its own rows only.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from common.config import RunConfig
+from common.schema import TrajectoryBatch
+from learner.advantages import first_token_mask, group_advantages
+from learner.batching import MiniBatch, ReplayInputs, collate, group_indices, plan
+from learner.logprobs import step_log_probs
+from learner.objective import k3_kl, policy_loss
+from learner.policy import PolicyModule, load_policy_model
+from learner.weights import Publication, publish
+from learner.zero_engine import ZeroEngine, init_distributed, learning_rate
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """One optimizer update; sums are this rank's share of the update's."""
+
+    loss: float
+    kl: float
+    grad_norm: float  # of all ranks
+    applied: bool
+    clipped_low: int
+    clipped_high: int
+    clipped_dual: int
+    ratios: np.ndarray  # [counted steps of the rank] float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """What a rank says of a step. The first three are of the whole batch and equal on all ranks."""
+
+    advantages: np.ndarray  # [B] float32
+    mean_old_log_probs: np.ndarray  # [B] float64
+    first_token: np.ndarray  # [B] bool: keeps its advantage at the first step
+    updates: tuple[UpdateReport, ...]
+    drift: np.ndarray  # [steps of the rank] float32: |log pi_old - log pi_behaviour| (METHOD §6)
+    latent_mass: np.ndarray  # [latent steps of the rank] float32: probability of the K components together
+    hard_log_probs: np.ndarray  # [hard steps of the rank] float32
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGaps:
+    """|learner - engine| of the recorded log-probs of a rank's rows."""
+
+    latent: np.ndarray  # [latent steps * K] float32
+    hard: np.ndarray  # [hard steps] float32
+
+
+@dataclass(slots=True)
+class _Replayed:
+    """A micro-batch with what is constant during the step."""
+
+    inputs: ReplayInputs
+    old: torch.Tensor  # [N] log pi_old
+    reference: torch.Tensor | None  # [N] log pi of the initial model (METHOD §5)
+    importance: torch.Tensor | None  # [N] truncated weight (METHOD §6)
+
+
+class LearnerRank:
+    def address(self) -> tuple[str, int]:
+        """Where rank 0's process group listens: this node, a free port."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def setup(self, rank: int, world: int, address: str, port: int, config: str, model_folder: str) -> None:
+        """Joins the group and loads the model. `config`: the run's, as JSON."""
+        self.config = config = RunConfig.model_validate_json(config)
+        self.rank, self.world, self.model_folder = rank, world, model_folder
+        self.device = config.learner.device
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(config.learner.resources.threads)
+        init_distributed(rank=rank, world=world, address=address, port=port, device=self.device)
+        module = PolicyModule(
+            load_policy_model(model_folder),
+            freeze_embeddings=config.freeze_embeddings,
+            gradient_checkpointing=config.learner.gradient_checkpointing,
+        )
+        self.engine = ZeroEngine(module, config.optimizer, config.learner, config.model.dtype, self.device)
+        self.reference = None
+        if config.kl_coefficient > 0:
+            dtype = getattr(torch, config.model.dtype)
+            self.reference = PolicyModule(load_policy_model(model_folder)).to(self.device, dtype).requires_grad_(False)
+
+    # -- the step
+
+    def train_step(self, batch: pa.RecordBatch, step: int) -> RankReport:
+        """All updates of one step of the run on `batch` (rows in prompt order, then sample order)."""
+        started = time.perf_counter()
+        view = TrajectoryBatch(batch)
+        groups = group_indices(view.strings("group_uid"))
+        graded = ~np.isnan(view.rewards) & np.array([r != "aborted" for r in view.strings("finish_reason")], dtype=bool)
+        minibatches = self._plan(view, groups, self.config.minibatch_prompts)
+        replayed = [[self._replay(inputs) for inputs in self._inputs(view, mini)] for mini in minibatches]
+        pieces = [piece for mini in replayed for piece in mini]
+        mean_old = self._row_means(pieces, view.num_steps)
+        advantages = group_advantages(
+            view.rewards,
+            groups,
+            view.valid,
+            graded=graded,
+            masking=self.config.masking,
+            scale_by_std=self.config.scale_by_std,
+        )
+        keeps_first = np.ones(len(view), dtype=bool)
+        if self.config.first_token:
+            keeps_first = first_token_mask(advantages, groups, view.valid & graded, mean_old)
+        lr = learning_rate(self.config.optimizer, step, self.config.steps)
+        constants = tuple(torch.from_numpy(a).to(self.device) for a in (advantages, keeps_first, graded))
+        updates = []
+        for mini, parts in zip(minibatches, replayed, strict=True):
+            rows = np.asarray(mini.rows)
+            counted_steps = int(view.num_steps[rows][graded[rows]].sum())  # global: every rank has the whole batch
+            updates.append(self._update(parts, constants, max(counted_steps, 1), lr))
+        return RankReport(
+            advantages=advantages,
+            mean_old_log_probs=mean_old,
+            first_token=keeps_first,
+            updates=tuple(updates),
+            drift=_joined([(p.old - self._behaviour(p.inputs)).abs() for p in pieces]),
+            latent_mass=_joined([self._mass(p) for p in pieces]),
+            hard_log_probs=_joined([p.old[~p.inputs.latent] for p in pieces]),
+            learning_rate=lr,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _update(
+        self, parts: list[_Replayed], constants: tuple[torch.Tensor, ...], denominator: int, lr: float
+    ) -> UpdateReport:
+        """One optimizer step over this rank's micro-batches (METHOD §5)."""
+        config, (advantages, keeps_first, graded) = self.config, constants
+        loss_sum, kl_sum, clipped, ratios = 0.0, 0.0, np.zeros(3, dtype=int), []
+        for part in parts:
+            inputs, rows = part.inputs, part.inputs.batch_rows
+            step_advantages = torch.where((inputs.steps == 0) & ~keeps_first[rows], 0.0, advantages[rows])
+            counted = graded[rows]
+            components = self.engine.forward(inputs)
+            log_probs = self._steps(components, inputs, advantages=step_advantages, flip=config.flip)
+            loss, diagnostics = policy_loss(
+                log_probs,
+                part.old,
+                step_advantages,
+                counted,
+                clip_low=config.clip.low,
+                clip_high=config.clip.high,
+                dual_clip=config.clip.dual,
+                weights=part.importance,
+                denominator=denominator,
+            )
+            if part.reference is not None:
+                divergence = k3_kl(self._steps(components, inputs), part.reference)
+                divergence = torch.where(counted, divergence, 0.0).sum() / denominator
+                loss = loss + config.kl_coefficient * divergence
+                kl_sum += float(divergence.detach())
+            self.engine.backward(loss)
+            loss_sum += float(loss.detach())
+            clipped += [int(diagnostics.clipped_low), int(diagnostics.clipped_high), int(diagnostics.clipped_dual)]
+            ratios.append((log_probs.detach() - part.old).exp()[counted])
+        result = self.engine.step(lr)
+        return UpdateReport(
+            loss=loss_sum,
+            kl=kl_sum,
+            grad_norm=result.grad_norm,
+            applied=result.applied,
+            clipped_low=int(clipped[0]),
+            clipped_high=int(clipped[1]),
+            clipped_dual=int(clipped[2]),
+            ratios=_joined(ratios),
+        )
+
+    @torch.no_grad()
+    def _replay(self, inputs: ReplayInputs) -> _Replayed:
+        old = self._steps(self.engine.forward(inputs), inputs)
+        reference = None if self.reference is None else self._steps(self.reference(inputs), inputs)
+        importance = None
+        if self.config.max_staleness > 0:
+            importance = torch.exp(old - self._behaviour(inputs)).clamp(max=self.config.importance_cap)
+        return _Replayed(inputs, old, reference, importance)
+
+    def _plan(self, view: TrajectoryBatch, groups: np.ndarray, minibatch_prompts: int) -> tuple[MiniBatch, ...]:
+        return plan(
+            view.prompt_ids.lengths,
+            view.num_steps,
+            groups,
+            minibatch_prompts=minibatch_prompts,
+            ranks=self.world,
+            tokens_per_microbatch=self.config.learner.tokens_per_microbatch,
+            chunk_tokens=self.config.learner.logprob_chunk_tokens,
+        )
+
+    def _inputs(self, view: TrajectoryBatch, mini: MiniBatch) -> Iterator[ReplayInputs]:
+        for micro in mini.ranks[self.rank]:
+            yield collate(view, micro.rows, micro.chunks).to(self.device)
+
+    def _steps(
+        self,
+        components: torch.Tensor,
+        inputs: ReplayInputs,
+        *,
+        advantages: torch.Tensor | None = None,
+        flip: str = "off",
+    ) -> torch.Tensor:
+        return step_log_probs(
+            components, inputs, weighting=self.config.component_weighting, advantages=advantages, flip=flip
+        )
+
+    def _behaviour(self, inputs: ReplayInputs) -> torch.Tensor:
+        """log pi_behaviour of each step: [N] (METHOD §6)."""
+        return self._steps(inputs.behaviour, inputs)
+
+    def _mass(self, part: _Replayed) -> torch.Tensor:
+        """Probability that the behaviour policy gave to the K components together: [latent steps]."""
+        return part.inputs.behaviour[part.inputs.latent].exp().sum(-1)
+
+    def _row_means(self, pieces: list[_Replayed], num_steps: np.ndarray) -> np.ndarray:
+        """Mean old log-prob over the response steps of every row of the batch, on every rank: [B] (METHOD §4.2)."""
+        sums = torch.zeros(len(num_steps), dtype=torch.float64)
+        for piece in pieces:
+            sums.index_add_(0, piece.inputs.batch_rows.cpu(), piece.old.double().cpu())
+        sums = sums.to(self.device)
+        torch.distributed.all_reduce(sums)  # each row lies on one rank, the others add zero
+        return sums.cpu().numpy() / np.maximum(num_steps, 1)
+
+    # -- self-test, weights, state
+
+    @torch.no_grad()
+    def replay(self, batch: pa.RecordBatch) -> RankGaps:
+        """How far the learner's component log-probs are from the recorded ones; nothing is updated (METHOD §6)."""
+        view = TrajectoryBatch(batch)
+        groups = group_indices(view.strings("group_uid"))
+        latent, hard = [], []
+        for mini in self._plan(view, groups, int(groups.max(initial=0)) + 1):
+            for inputs in self._inputs(view, mini):
+                gap = (self.engine.forward(inputs) - inputs.behaviour).abs()
+                latent.append(gap[inputs.latent].reshape(-1))
+                hard.append(gap[~inputs.latent, 0])
+        return RankGaps(latent=_joined(latent), hard=_joined(hard))
+
+    def publish(self, version: int) -> Publication | None:
+        """The weights as buckets in the object store, from rank 0; the other ranks help to gather."""
+        size = self.config.learner.weight_bucket_bytes
+        parameters = self.engine.full_parameters(size)
+        if self.rank == 0:
+            return publish(parameters, version, size)
+        for _ in parameters:
+            pass
+        return None
+
+    def save(self, folder: str) -> None:
+        self.engine.save(folder)
+
+    def load(self, folder: str) -> None:
+        self.engine.load(folder)
+
+    def export(self, folder: str) -> None:
+        """The model in Hugging Face format with the tokenizer it came with."""
+        parameters = dict(self.engine.full_parameters(self.config.learner.weight_bucket_bytes))
+        if self.rank:
+            return
+        model = load_policy_model(self.model_folder).to(getattr(torch, self.config.model.dtype))
+        names = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in parameters.items():
+                names[name].copy_(tensor)
+        model.save_pretrained(folder)
+        source = Path(self.model_folder)
+        if source.is_dir():
+            for pattern in TOKENIZER_FILES:
+                for path in source.glob(pattern):
+                    shutil.copy(path, Path(folder, path.name))
+        else:
+            from common.models import load_tokenizer
+
+            load_tokenizer(self.model_folder).save_pretrained(folder)
+
+
+def _joined(parts: list[torch.Tensor]) -> np.ndarray:
+    """One flat float32 array."""
+    if not parts:
+        return np.zeros(0, dtype=np.float32)
+    return torch.cat([p.detach().float().reshape(-1).cpu() for p in parts]).numpy()

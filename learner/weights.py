@@ -1,0 +1,37 @@
+"""Publishing a policy: full weights as checksummed byte buckets in Ray's object store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from common.types import PolicyVersion
+from common.weights import WeightManifest, combine_checksums, pack, tensor_checksum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """One policy version: what the buckets hold, and where they lie. The bytes live as long as a reference does."""
+
+    manifest: WeightManifest
+    buckets: tuple[ray.ObjectRef, ...]  # uint8 arrays, in the manifest's order
+
+
+def publish(tensors: Iterable[tuple[str, torch.Tensor]], version: int, bucket_bytes: int) -> Publication:
+    """Packs and puts; called on rank 0. NumPy arrays, since Ray copies those once and serves them without a copy."""
+    parts: list[str] = []
+
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            parts.append(tensor_checksum(name, tensor))
+            yield name, tensor
+
+    manifests, refs = [], []
+    for manifest, data in pack(counted(), bucket_bytes):
+        manifests.append(manifest)
+        refs.append(ray.put(data))
+    policy = PolicyVersion(version=version, checksum=combine_checksums(parts))
+    return Publication(manifest=WeightManifest(version=policy, buckets=tuple(manifests)), buckets=tuple(refs))

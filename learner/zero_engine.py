@@ -1,0 +1,254 @@
+"""DeepSpeed ZeRO round a module: the update of one rank, its guard against non-finite values, and full weights.
+
+Gradients are normalised by the caller: the loss of a micro-batch is already divided by the update's global count, and
+DeepSpeed's averaging over ranks is undone here. A parameter's gradient is therefore the sum over all micro-batches of
+all ranks, whatever the number of ranks, the stage and the packing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.config import LearnerConfig, OptimizerConfig
+
+TAG = "zero"
+FACTS = "learner.json"
+COMMUNICATION_BUCKET = 5_000_000  # elements
+log = logging.getLogger(__name__)
+
+
+class LearnerDiverged(RuntimeError):
+    """Too many non-finite updates in a row."""
+
+
+class LearnerStateMismatch(ValueError):
+    """A saved state that another arrangement of ranks wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    grad_norm: float  # before clipping; NaN for an update that was not applied
+    applied: bool
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Of the run's step `step` (from 0): linear warm-up, then constant, or decay to zero at `decay_steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    end = config.decay_steps or total_steps
+    done = min(max(step - config.warmup_steps, 0) / max(end - config.warmup_steps, 1), 1.0)
+    return config.lr * ((1.0 - done) if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that can be told to let a step pass.
+
+    ZeRO calls it for every partition; doing nothing here leaves parameters and moments as they were while DeepSpeed
+    clears gradients and buffers as usual, at every stage. `max_norm` is for stage 0, where DeepSpeed reports no norm.
+    """
+
+    skip = False
+    max_norm: float | None = None
+    grad_norm = math.nan
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.skip:
+            return None
+        if self.max_norm is not None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.max_norm))
+        return super().step(closure)
+
+
+def init_distributed(*, rank: int, world: int, address: str, port: int, device: str) -> None:
+    """Joins the ranks' process group. Must run before anything imports deepspeed."""
+    settings = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "MASTER_ADDR": address, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in settings.items()})  # one missing: DeepSpeed looks for MPI
+    os.environ["DS_ACCELERATOR"] = device
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    if device == "cpu":
+        __compatible_ops__["deepspeed_shm_comm"] = False  # else compiled at start, a minute
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+
+
+class ZeroEngine:
+    """`module` under ZeRO. All methods are collective: every rank calls them in the same order."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: OptimizerConfig, learner: LearnerConfig, dtype: str, device: str = "cpu"
+    ):
+        import deepspeed
+
+        if dtype == "bfloat16" and learner.zero_stage == 0:
+            raise ValueError(
+                "learner.zero_stage 0 with model.dtype bfloat16 has no float32 master weights; set learner.zero_stage "
+                "to 1 (the same memory with one rank) or model.dtype to float32"
+            )
+        self.stage, self.dtype, self.device = learner.zero_stage, dtype, torch.device(device)
+        self._max_bad, self._bad_in_a_row = optimizer.max_bad_updates, 0
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        for parameter in trainable:
+            parameter.register_hook(self._watch)
+        self._optimizer = GuardedAdamW(
+            trainable,
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        if self.stage == 0:
+            self._optimizer.max_norm = optimizer.grad_clip
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self._optimizer,
+            model_parameters=trainable,
+            config=_deepspeed_config(self.stage, dtype, optimizer.grad_clip),
+        )
+        module.train(False)
+        self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def forward(self, inputs: Any) -> Any:
+        return self._engine(inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of this rank's share of the update's loss; shares add up over ranks and calls."""
+        self._bad.logical_or_(~torch.isfinite(loss.detach()))
+        self._engine.backward(loss * self.world, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> UpdateResult:
+        """The optimizer's step, unless any rank has seen a non-finite value: then no rank's parameters change.
+
+        Raises :class:`LearnerDiverged` after `max_bad_updates` such updates in a row.
+        """
+        bad = self._bad.int()
+        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+        skipped = bool(bad)
+        self._bad.zero_()
+        self._optimizer.skip = skipped
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        self._optimizer.skip = False
+        if not skipped:
+            self._bad_in_a_row = 0
+            norm = self._optimizer.grad_norm if self.stage == 0 else self._engine.get_global_grad_norm()
+            return UpdateResult(float(norm), True)
+        self._bad_in_a_row += 1
+        log.warning("a non-finite loss or gradient: update not applied (%d in a row)", self._bad_in_a_row)
+        if self._bad_in_a_row >= self._max_bad:
+            raise LearnerDiverged(
+                f"{self._bad_in_a_row} non-finite updates in a row (optimizer.max_bad_updates {self._max_bad}); the "
+                "parameters are those before them. Lower optimizer.lr, or resume from an earlier checkpoint"
+            )
+        return UpdateResult(math.nan, False)
+
+    def _watch(self, gradient: torch.Tensor) -> None:
+        self._bad.logical_or_(~torch.isfinite(gradient).all())
+
+    # -- full weights
+
+    def full_parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, CPU tensor) of every parameter of `module.model`, tied ones once, in the model's dtype.
+
+        With ZeRO-3 all ranks gather, bucket by bucket, and only rank 0 gets copies; the others iterate in vain.
+        """
+        named = [(name.removeprefix("model."), p) for name, p in self.module.named_parameters()]
+        if self.stage < 3:
+            yield from ((name, p.detach().cpu()) for name, p in named)
+            return
+        import deepspeed
+
+        for bucket in _by_size(named, bucket_bytes):
+            with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
+                copies = [(name, p.detach().to("cpu", copy=True)) for name, p in bucket] if self.rank == 0 else []
+            yield from copies
+
+    # -- state
+
+    def save(self, folder: str | Path) -> None:
+        """Parameters, float32 masters and moments; every rank writes its part below `folder`."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={"bad_in_a_row": self._bad_in_a_row})
+        if self.rank == 0:
+            Path(folder, FACTS).write_text(json.dumps(self._facts()), encoding="utf-8")
+        torch.distributed.barrier()
+
+    def load(self, folder: str | Path) -> None:
+        """What :meth:`save` wrote with the same ranks, stage and dtype; bit-equal."""
+        facts = Path(folder, FACTS)
+        if not facts.is_file():
+            raise LearnerStateMismatch(f"{folder}: no {FACTS} there; expected a folder written by the learner")
+        saved = json.loads(facts.read_text(encoding="utf-8"))
+        if saved != self._facts():
+            raise LearnerStateMismatch(
+                f"{folder} was written with {saved}, this learner has {self._facts()}; resume with the same "
+                "learner.ranks, learner.zero_stage and model.dtype"
+            )
+        path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise LearnerStateMismatch(f"{folder}: DeepSpeed found no state {TAG!r} there")
+        self._bad_in_a_row = int(state["bad_in_a_row"])
+
+    def _facts(self) -> dict[str, int | str]:
+        return {"ranks": self.world, "zero_stage": self.stage, "dtype": self.dtype}
+
+
+def _by_size(named: list[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    bucket, size = [], 0
+    for name, parameter in named:
+        need = parameter.ds_numel * parameter.element_size()
+        if bucket and size + need > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += need
+    if bucket:
+        yield bucket
+
+
+def _deepspeed_config(stage: int, dtype: str, grad_clip: float) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": COMMUNICATION_BUCKET,
+        "allgather_bucket_size": COMMUNICATION_BUCKET,
+    }
+    if stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": COMMUNICATION_BUCKET,
+            "stage3_max_live_parameters": 100_000_000,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # step() is the boundary, however many backward passes came before
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": grad_clip if stage else 0.0,  # at stage 0 GuardedAdamW clips
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+    }
+    if dtype == "bfloat16":
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return config
