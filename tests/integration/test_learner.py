@@ -1,0 +1,206 @@
+"""The learner on a real Ray and a real DeepSpeed: ranks, stages and packing change nothing but the time."""
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from common.config import parse_config
+from common.density import surrogate_log_prob
+from common.schema import decode, encode
+from common.types import SamplingSettings, Trajectory
+from common.weights import checksum, unpack
+from learner.advantages import first_token_mask, group_advantages
+from learner.learner import LearnerGroup
+from learner.objective import k3_kl, policy_loss
+
+pytestmark = pytest.mark.integration
+K, VOCABULARY, GROUPS, SAMPLES = 3, 48, 4, 4
+SAMPLING = SamplingSettings(mode="latent", max_tokens=12, k=K, temperature=0.7)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, initializer_range=0.08, tie_word_embeddings=False,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return str(path)
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def settings(**changes):
+    learner = {"ranks": 1, "zero_stage": 2, "resources": {"num_cpus": 0.5}} | changes.pop("learner", {})
+    optimizer = {"lr": 1e-2, "eps": 1e-3, "grad_clip": 0.05} | changes.pop("optimizer", {})
+    return parse_config(
+        {
+            "k": K, "group_size": SAMPLES, "prompts_per_step": GROUPS, "minibatch_prompts": 2,
+            "kl_coefficient": 0.05, "max_staleness": 1, "model": {"path": "unused", "dtype": "float32"},
+            "tasks": [{"name": "t", "path": "builtin:arithmetic"}], "learner": learner, "optimizer": optimizer,
+            "deadlines": {"start_s": 120, "learner_s": 120, "weights_s": 60},
+        } | changes
+    )  # fmt: skip
+
+
+def components(model, row):
+    """Plain replay of one trajectory: component log-probs of latent steps [L, K] and log-probs of hard ones [H]."""
+    ids = torch.from_numpy(row.latent_ids).long()
+    embed = model.get_input_embeddings()
+    weights = torch.softmax(torch.from_numpy(row.latent_scores), -1)
+    hard = torch.from_numpy(row.hard_ids).long()
+    mixed = (embed(ids).detach() * weights.unsqueeze(-1)).sum(-2)
+    fed = torch.cat([embed(torch.from_numpy(row.prompt_ids).long()), mixed, embed(hard)])[:-1]
+    logits = model(inputs_embeds=fed.unsqueeze(0)).logits[0, len(row.prompt_ids) - 1 :]
+    latents = len(ids)
+    log_p = torch.log_softmax(logits[:latents], -1).gather(-1, ids)
+    hard_log_p = torch.log_softmax(logits[latents:] / SAMPLING.temperature, -1).gather(-1, hard.unsqueeze(-1))
+    return log_p, hard_log_p.squeeze(-1)
+
+
+def log_pi(model, row, advantages=None, flip="off", recorded=False):
+    scores = torch.from_numpy(row.latent_scores)
+    if recorded:
+        log_p, hard = torch.from_numpy(row.latent_log_probs), torch.from_numpy(row.hard_log_probs)
+    else:
+        log_p, hard = components(model, row)
+    latent = surrogate_log_prob(
+        log_p,
+        scores,
+        advantages=None if advantages is None else advantages[: len(log_p)],
+        component_weights=torch.softmax(scores, -1),
+        flip=flip,
+    )
+    return torch.cat([latent, hard])
+
+
+@pytest.fixture(scope="module")
+def batch(folder):
+    """Trajectories with the log-probs that the model has: lengths of 1 to 9 steps, one cut off in latent mode."""
+    import dataclasses
+
+    model, draw, rows = load(folder), np.random.default_rng(1), []
+    for group in range(GROUPS):
+        prompt = draw.integers(0, VOCABULARY, draw.integers(2, 7)).astype(np.int32)
+        for sample in range(SAMPLES):
+            cut = (group, sample) == (1, 2)
+            latents, hard = int(draw.integers(1, 6)), 0 if cut else int(draw.integers(1, 5))
+            shape = (latents, K)
+            row = Trajectory(
+                purpose="training", task="t", problem_uid=f"t{group}", group_uid=f"g{group}", sample_index=sample,
+                epoch=0, run_seed=0, policy_version_min=0, policy_version_max=0, engine="test", sampling=SAMPLING,
+                prompt_ids=prompt, latent_ids=draw.integers(0, VOCABULARY, shape).astype(np.int32),
+                latent_scores=-np.sort(-draw.uniform(-4, 0, shape).astype(np.float32), axis=-1),
+                latent_log_probs=np.zeros(shape, np.float32),
+                hard_ids=draw.integers(0, VOCABULARY, hard).astype(np.int32),
+                hard_log_probs=np.zeros(hard, np.float32), finish_reason="length" if cut else "stop",
+                reward=None if (group, sample) == (2, 3) else float(sample % 2 == group % 2), grade_reason="x",
+            )  # fmt: skip
+            with torch.no_grad():
+                log_p, hard_log_p = components(model, row)
+            rows.append(dataclasses.replace(row, latent_log_probs=log_p.numpy(), hard_log_probs=hard_log_p.numpy()))
+    return encode(rows, K)
+
+
+def plain_step(folder, config, batch):
+    """The step in plain torch, one row at a time: parameters by name, and mean old log-probs."""
+    model, rows = load(folder), decode(batch)
+    model.get_input_embeddings().weight.requires_grad_(not config.freeze_embeddings)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.optimizer.lr, eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay,
+    )  # fmt: skip
+    with torch.no_grad():
+        old = [log_pi(model, r) for r in rows]
+    behaviour = [log_pi(model, r, recorded=True) for r in rows]
+    rewards = np.array([np.nan if r.reward is None else r.reward for r in rows], dtype=np.float32)
+    valid = np.array([r.finish_reason == "stop" for r in rows])
+    groups = np.repeat(np.arange(GROUPS), SAMPLES)
+    graded = ~np.isnan(rewards)
+    mean_old = np.array([float(o.double().mean()) for o in old])
+    advantages = group_advantages(rewards, groups, valid, graded=graded)
+    keep = first_token_mask(advantages, groups, valid & graded, mean_old)
+    per_update = config.minibatch_prompts * SAMPLES
+    for start in range(0, len(rows), per_update):
+        members = range(start, start + per_update)
+        denominator = sum(rows[i].num_steps for i in members if graded[i])
+        for i in members:
+            step_advantages = torch.full((rows[i].num_steps,), float(advantages[i]))
+            step_advantages[0] *= float(keep[i])
+            mask = torch.full((rows[i].num_steps,), bool(graded[i]))
+            loss, _ = policy_loss(
+                log_pi(model, rows[i], step_advantages, config.flip), old[i], step_advantages, mask,
+                weights=(old[i] - behaviour[i]).exp().clamp(max=config.importance_cap), denominator=denominator,
+            )  # fmt: skip
+            kl = torch.where(mask, k3_kl(log_pi(model, rows[i]), old[i]), 0.0).sum() / denominator
+            (loss + config.kl_coefficient * kl).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: p.detach() for n, p in model.named_parameters()}, mean_old
+
+
+def published(group, version=1):
+    publication = group.publish(version)
+    pairs = zip(publication.manifest.buckets, ray.get(list(publication.buckets), timeout=60), strict=True)
+    tensors = {name: tensor.clone() for manifest, data in pairs for name, tensor in unpack(manifest, data)}
+    assert publication.manifest.version.checksum == checksum(tensors.items())
+    assert publication.manifest.version.version == version
+    return tensors
+
+
+def moved(after, before):
+    return torch.cat([(after[n].double() - p.detach().double()).reshape(-1) for n, p in before.named_parameters()])
+
+
+ONE_RANK = [(1, 2, 10_000, 2048), (1, 0, 24, 5), (1, 3, 40, 7)]  # ranks, stage, tokens, chunk
+TWO_RANKS = [(2, 0, 40, 7), (2, 1, 24, 3), (2, 2, 40, 4), (2, 3, 24, 3)]
+SHAPES = ONE_RANK + TWO_RANKS
+    (1, 2, 10_000, 2048),
+    (1, 0, 24, 5),
+    (1, 3, 40, 7),
+    (2, 0, 40, 7),
+    (2, 1, 24, 3),
+    (2, 2, 40, 4),
+    (2, 3, 24, 3),
+]
+
+
+@pytest.mark.parametrize(("ranks", "stage", "tokens", "chunk"), SHAPES)
+def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
+    ray_session, folder, batch, ranks, stage, tokens, chunk
+):
+    config = settings(
+        learner={
+            "ranks": ranks, "zero_stage": stage, "tokens_per_microbatch": tokens, "logprob_chunk_tokens": chunk,
+            "gradient_checkpointing": ranks == 2, "weight_bucket_bytes": 8192,
+        },
+        freeze_embeddings=stage != 1,
+    )  # fmt: skip
+    expected, mean_old = plain_step(folder, config, batch)
+    group = LearnerGroup(config, folder)
+    try:
+        gaps = group.replay(batch)
+        assert max(gaps.latent.max, gaps.hard.max) < 1e-5
+        report = group.train(batch, 0)
+        after = published(group)
+    finally:
+        group.close()
+    np.testing.assert_allclose(report.mean_old_log_probs, mean_old, atol=1e-5)
+    assert report.metrics["learner/updates"] == GROUPS / config.minibatch_prompts
+    assert report.metrics["learner/skipped_updates"] == 0
+    before = load(folder)
+    assert after.keys() == expected.keys()
+    want, got = moved(expected, before), moved(after, before)
+    error = float((want - got).norm() / want.norm())
+    print(f"ranks {ranks} stage {stage}: relative error of the update {error:.2e}")
+    assert error < 1e-5
