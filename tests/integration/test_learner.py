@@ -165,14 +165,6 @@ def moved(after, before):
 ONE_RANK = [(1, 2, 10_000, 2048), (1, 0, 24, 5), (1, 3, 40, 7)]  # ranks, stage, tokens, chunk
 TWO_RANKS = [(2, 0, 40, 7), (2, 1, 24, 3), (2, 2, 40, 4), (2, 3, 24, 3)]
 SHAPES = ONE_RANK + TWO_RANKS
-    (1, 2, 10_000, 2048),
-    (1, 0, 24, 5),
-    (1, 3, 40, 7),
-    (2, 0, 40, 7),
-    (2, 1, 24, 3),
-    (2, 2, 40, 4),
-    (2, 3, 24, 3),
-]
 
 
 @pytest.mark.parametrize(("ranks", "stage", "tokens", "chunk"), SHAPES)

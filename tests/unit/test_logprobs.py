@@ -1,0 +1,62 @@
+"""Chunking the output layer changes neither values nor gradients, and never holds more than a chunk of logits."""
+
+import pytest
+import torch
+from torch import nn
+
+from learner.logprobs import selected_log_probs
+
+N, D, V, W = 11, 6, 40, 3
+
+
+class Head(nn.Linear):
+    """An output layer that keeps the sizes of its calls."""
+
+    def __init__(self):
+        super().__init__(D, V, bias=False)
+        self.calls = []
+
+    def forward(self, hidden):
+        self.calls.append(len(hidden))
+        return super().forward(hidden)
+
+
+def full(head, hidden, ids, temperatures):
+    return torch.log_softmax(head(hidden) / temperatures.unsqueeze(-1), -1).gather(-1, ids)
+
+
+def example():
+    torch.manual_seed(0)
+    temperatures = torch.where(torch.arange(N) % 2 == 0, 1.0, 0.6)
+    return Head(), torch.randn(N, D, requires_grad=True), torch.randint(0, V, (N, W)), temperatures
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4, 11, 20])
+def test_chunked_equals_full_in_value_and_gradient(chunks):
+    head, hidden, ids, temperatures = example()
+    direction = torch.randn(N, W)
+    found = []
+    for compute in (full, lambda *a: selected_log_probs(*a, chunks)):
+        value = compute(head, hidden, ids, temperatures)
+        found.append((value, *torch.autograd.grad((value * direction).sum(), (hidden, head.weight))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 20])
+def test_the_head_is_called_exactly_as_often_as_asked(chunks):
+    head, hidden, ids, temperatures = example()
+    with torch.no_grad():
+        selected_log_probs(head, hidden, ids, temperatures, chunks)
+    assert len(head.calls) == chunks
+    assert max(head.calls) <= -(-N // chunks)
+    assert sum(head.calls) == N
+
+
+def test_nothing_selected_still_reaches_every_parameter():
+    head, hidden, ids, temperatures = example()
+    value = selected_log_probs(head, hidden[:0], ids[:0], temperatures[:0], 2)
+    value.sum().backward()
+    assert value.shape == (0, W)
+    assert head.weight.grad is not None
+    assert not head.weight.grad.any()
