@@ -19,7 +19,7 @@ from rollout_workers.pool import Publication, RolloutPool, RolloutPoolError
 pytestmark = pytest.mark.integration
 SAMPLING = SamplingSettings(mode="latent", max_tokens=6, k=2)
 HERE = {"PYTHONPATH": str(Path(__file__).parent)}  # actors import the factory below
-DEADLINES = DeadlineConfig(start_s=120, rollout_s=20, weights_s=30)
+DEADLINES = DeadlineConfig(start_s=120, rollout_s=40, weights_s=30)
 
 
 def make_worker(name):
@@ -105,7 +105,7 @@ def test_groups_of_a_killed_and_of_a_frozen_worker_all_arrive_once_and_on_curren
     frozen = next(iter(pids(pool).values()))
     pool.submit(requests(50, 20))
     os.kill(frozen, signal.SIGSTOP)
-    third = collect(pool, 20)  # deadlines.rollout_s is 20 s
+    third = collect(pool, 20)  # deadlines.rollout_s is 40 s
     assert sorted(g[0].group_uid for g in third) == sorted(f"g{i}" for i in range(50, 70))
     assert pool.restarts == 2
 
