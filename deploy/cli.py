@@ -16,6 +16,7 @@ from common.config import ConfigError, RunConfig, config_as_json, load_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
+STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
 
@@ -69,7 +70,7 @@ def doctor() -> None:
     checks = run_doctor()
     table = Table("", "check", "found", "what to do", title="latent-grpo doctor")
     for check in checks:
-        table.add_row("[green]ok[/]" if check.ok else "[red]![/]", check.name, check.found, check.mend)
+        table.add_row(STATUS[check.status], check.name, check.found, check.mend)
     console.print(table)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
