@@ -141,7 +141,9 @@ class LearnerRank:
         )
         keeps_first = np.ones(len(view), dtype=bool)
         if self.config.first_token:
-            keeps_first = first_token_mask(advantages, groups, view.valid & graded, mean_old)
+            # a row whose log-probs are not numbers never wins; its loss is caught where updates are guarded
+            ranking = np.where(np.isnan(mean_old), -np.inf, mean_old)
+            keeps_first = first_token_mask(advantages, groups, view.valid & graded, ranking)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         constants = tuple(torch.from_numpy(a).to(self.device) for a in (advantages, keeps_first, graded))
         updates = []

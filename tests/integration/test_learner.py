@@ -1,5 +1,9 @@
 """The learner on a real Ray and a real DeepSpeed: ranks, stages and packing change nothing but the time."""
 
+import dataclasses
+import os
+import signal
+
 import numpy as np
 import pytest
 import ray
@@ -11,7 +15,7 @@ from common.schema import decode, encode
 from common.types import SamplingSettings, Trajectory
 from common.weights import checksum, unpack
 from learner.advantages import first_token_mask, group_advantages
-from learner.learner import LearnerGroup
+from learner.learner import LearnerError, LearnerGroup
 from learner.objective import k3_kl, policy_loss
 
 pytestmark = pytest.mark.integration
@@ -86,8 +90,6 @@ def log_pi(model, row, advantages=None, flip="off", recorded=False):
 @pytest.fixture(scope="module")
 def batch(folder):
     """Trajectories with the log-probs that the model has: lengths of 1 to 9 steps, one cut off in latent mode."""
-    import dataclasses
-
     model, draw, rows = load(folder), np.random.default_rng(1), []
     for group in range(GROUPS):
         prompt = draw.integers(0, VOCABULARY, draw.integers(2, 7)).astype(np.int32)
@@ -162,9 +164,9 @@ def moved(after, before):
     return torch.cat([(after[n].double() - p.detach().double()).reshape(-1) for n, p in before.named_parameters()])
 
 
-ONE_RANK = [(1, 2, 10_000, 2048), (1, 0, 24, 5), (1, 3, 40, 7)]  # ranks, stage, tokens, chunk
-TWO_RANKS = [(2, 0, 40, 7), (2, 1, 24, 3), (2, 2, 40, 4), (2, 3, 24, 3)]
-SHAPES = ONE_RANK + TWO_RANKS
+QUICK = [(1, 0, 24, 5), (2, 2, 40, 4), (2, 3, 24, 3)]  # ranks, stage, tokens, chunk
+MORE = [(1, 2, 10_000, 2048), (1, 3, 40, 7), (2, 0, 40, 7), (2, 1, 24, 3)]
+SHAPES = QUICK + [pytest.param(*shape, marks=pytest.mark.slow) for shape in MORE]
 
 
 @pytest.mark.parametrize(("ranks", "stage", "tokens", "chunk"), SHAPES)
@@ -196,3 +198,61 @@ def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
     error = float((want - got).norm() / want.norm())
     print(f"ranks {ranks} stage {stage}: relative error of the update {error:.2e}")
     assert error < 1e-5
+
+
+@pytest.mark.parametrize(("ranks", "stage", "dtype"), [(2, 3, "float32"), (2, 2, "bfloat16")])
+def test_state_survives_saving_and_non_finite_updates(ray_session, folder, batch, tmp_path, ranks, stage, dtype):
+    config = settings(
+        learner={"ranks": ranks, "zero_stage": stage, "tokens_per_microbatch": 40},
+        model={"path": "unused", "dtype": dtype},
+        optimizer={"max_bad_updates": 2},
+    )
+    group = LearnerGroup(config, folder)
+    try:
+        start = published(group, 0)
+        group.train(batch, 0)
+        group.save(tmp_path / "state")
+        one = published(group)
+        group.train(batch, 1)
+        two = published(group)
+        group.load(tmp_path / "state")
+        assert checksum(published(group).items()) == checksum(one.items())
+        group.train(batch, 1)
+        assert checksum(published(group).items()) == checksum(two.items()), "the resumed step differs"
+        assert checksum(one.items()) not in (checksum(start.items()), checksum(two.items()))
+
+        group.export(tmp_path / "model")
+        exported = load(tmp_path / "model")
+        assert all(torch.equal(p.detach(), two[n].float()) for n, p in exported.named_parameters())
+
+        poisoned = poison(batch)
+        report = group.train(poisoned, 2)
+        assert report.metrics["learner/skipped_updates"] == 1
+        assert checksum(published(group).items()) == checksum(two.items())
+        group.load(tmp_path / "state")
+        group.train(batch, 1)
+        assert checksum(published(group).items()) == checksum(two.items()), "a skipped update left something behind"
+        group.train(poisoned, 2)
+        with pytest.raises(LearnerError, match="2 non-finite updates in a row"):
+            group.train(poisoned, 3)
+    finally:
+        group.close()
+
+
+def poison(batch):
+    """One group with a row, so one rank, whose surrogate is not a number: a score far below every log-prob."""
+    first, *others = decode(batch)[:SAMPLES]
+    scores = first.latent_scores.copy()
+    scores[:, -1] = -1000.0
+    return encode([dataclasses.replace(first, latent_scores=scores), *others], K)
+
+
+def test_the_death_of_a_rank_is_named(ray_session, folder, batch):
+    group = LearnerGroup(settings(learner={"ranks": 2}), folder)
+    try:
+        pid = ray.get(group._ranks[1].__ray_call__.remote(lambda self: os.getpid()), timeout=60)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(LearnerError, match="learner rank 1 died"):
+            group.train(batch, 0)
+    finally:
+        group.close()
