@@ -16,9 +16,9 @@ def surrogate_log_prob(
     *,
     advantages: torch.Tensor | None = None,
     component_weights: torch.Tensor | None = None,
-    flip: str = "reference",
+    flip: Flip = "reference",
 ) -> torch.Tensor:
-    """log pi of latent steps from their components (METHOD §3.1): [N].
+    """log pi of latent steps from their components (METHOD §3.1): [N] float32.
 
     `log_probs` [N, K]: log p_theta(s_k) at temperature 1; `scores` [N, K]: the recorded r_k, constant in the gradient.
     With d_k = r_k - log p_theta(s_k), the surrogate is the standard Gumbel log-density -d_k - exp(-d_k).
@@ -30,16 +30,18 @@ def surrogate_log_prob(
     if flip not in FLIPS:
         raise ValueError(f"flip must be one of {', '.join(FLIPS)}, got {flip!r}")
     d = scores.detach().float() - log_probs.float()
-    value = -d - torch.exp(-d)
-    if advantages is not None and flip != "off":
-        proxy = d - torch.exp(d) if flip == "reference" else torch.exp(d) - d
+    if advantages is None or flip == "off":
+        surrogate = -d - torch.exp(-d)
+    else:
         turned = (advantages.unsqueeze(-1) <= 0) & (d < 0)
-        safe = torch.where(turned, d, 0.0)  # exp(d) overflows for a large d that is not turned; inf * 0 would be NaN
-        proxy = safe - torch.exp(safe) if flip == "reference" else torch.exp(safe) - safe
-        value = torch.where(turned, value.detach() + (proxy - proxy.detach()), value)
+        # Each formula sees only the d that it is for: the other's exp could overflow, and inf * 0 is NaN in a gradient
+        straight = torch.where(turned, d.detach(), d)
+        negative = torch.where(turned, d, 0.0)
+        proxy = negative - torch.exp(negative) if flip == "reference" else torch.exp(negative) - negative
+        surrogate = -straight - torch.exp(-straight) + (proxy - proxy.detach())
     if component_weights is None:
-        return value.mean(-1)
-    return (value * component_weights.detach().float()).sum(-1)
+        return surrogate.mean(-1)
+    return (surrogate * component_weights.detach().float()).sum(-1)
 
 
 def latent_log_prob(
@@ -49,7 +51,7 @@ def latent_log_prob(
     *,
     advantages: torch.Tensor | None = None,
     component_weights: torch.Tensor | None = None,
-    flip: str = "reference",
+    flip: Flip = "reference",
 ) -> torch.Tensor:
     """:func:`surrogate_log_prob` from `logits` [N, V] and selected `ids` [N, K] (log p at temperature 1): [N]."""
     logits = logits.float()
@@ -58,8 +60,11 @@ def latent_log_prob(
 
 
 def hard_log_prob(logits: torch.Tensor, ids: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    """log_softmax(logits / temperature)[id] over all V (METHOD §3.3): `logits` [N, V], `ids` [N] -> [N]."""
-    if isinstance(temperature, torch.Tensor) and temperature.ndim == 1:
-        temperature = temperature.unsqueeze(-1)
+    """log_softmax(logits / temperature)[id] over all V (METHOD §3.3): `logits` [N, V], `ids` [N] -> [N] float32.
+
+    `temperature`: the rollout's, a number or [N].
+    """
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.float().unsqueeze(-1) if temperature.ndim == 1 else temperature.float()
     scaled = logits.float() / temperature
     return scaled.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)

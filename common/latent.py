@@ -24,9 +24,11 @@ import torch
 
 GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0  # METHOD §2.1.3; the one-sided shift is -GUMBEL_LOW
 TOP_M = 256  # ids that the keyed forms look at first: wider than all but a few nuclei of a trained model
+WIDEN = 16  # how much further they look where that was too few
 
 Setting = float | torch.Tensor
 Switch = bool | torch.Tensor
+Noise = Callable[[torch.Tensor], torch.Tensor]  # draws [N, M] for ids [N, M]
 
 
 # --- noise (METHOD §2.5) -----------------------------------------------------------------------------------------
@@ -84,32 +86,36 @@ def gumbel_noise(keys: torch.Tensor, step: torch.Tensor, ids: torch.Tensor) -> t
 
 
 class _Table(NamedTuple):
-    """Ids of N rows among which to choose, in ascending order, so that a stable sort breaks ties to the lower id."""
+    """The ids of N rows among which to choose, most likely first, ties to the lower id."""
 
     ids: torch.Tensor  # [N, M] int64
-    logits: torch.Tensor  # [N, M] float32; -inf where not allowed
+    logits: torch.Tensor  # [N, M] float32, descending; -inf where not allowed
     floor: torch.Tensor | None  # [N]: no id outside of the table has a larger logit. None: all V ids are here
 
 
 def _table(logits: torch.Tensor, allowed: torch.Tensor | None, top_m: int) -> _Table:
     rows, vocabulary = logits.shape
-    if vocabulary <= top_m:
+    ids, floor = torch.arange(vocabulary, device=logits.device).expand(rows, -1), None
+    if vocabulary > top_m:
+        logits, ids = logits.topk(top_m, dim=-1)
+        floor = logits[:, -1]
         if allowed is not None:
-            logits = logits.masked_fill(~allowed, float("-inf"))
-        return _Table(torch.arange(vocabulary, device=logits.device).expand(rows, -1), logits, None)
-    top, ids = logits.topk(top_m, dim=-1)
-    floor = top[:, -1]
-    ids, order = ids.sort(dim=-1)
-    top = top.gather(-1, order)
+            allowed = allowed[ids] if allowed.ndim == 1 else allowed.gather(-1, ids)
     if allowed is not None:
-        here = allowed[ids] if allowed.ndim == 1 else allowed.gather(-1, ids)
-        top = top.masked_fill(~here, float("-inf"))
-    return _Table(ids, top, floor)
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    order = _order_key(logits, ids).sort(dim=-1, descending=True).indices
+    return _Table(order if floor is None else ids.gather(-1, order), logits.gather(-1, order), floor)
 
 
-def _ranked(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Descending, ties to the lower position."""
-    return torch.sort(values, dim=-1, descending=True, stable=True)
+def _order_key(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """int64 keys, all different, that order as float32 `values` do and equal values from higher to lower id.
+
+    One sort or topk of them is exact, where that of the floats breaks ties as the kernel likes. A float's bits order
+    as an integer once those below the sign of a negative are inverted; + 0.0 turns -0.0 into its equal.
+    """
+    bits = (values + 0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.long() << 32) | (0x7FFFFFFF - ids)
 
 
 def _column(value: Setting, dtype: torch.dtype) -> Setting:
@@ -137,9 +143,25 @@ def _nucleus(probabilities: torch.Tensor, top_p: Setting, total: Setting = 1.0) 
     return inside if top_p < 1.0 else torch.ones_like(inside)
 
 
-def _last(ranked: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The smallest of the `ranked` [N, M] values that the prefix `keep` holds: [N]."""
-    return ranked.gather(-1, keep.sum(-1, keepdim=True) - 1).squeeze(-1)
+def _inside(table: _Table, keep: torch.Tensor) -> torch.Tensor:
+    """Whether the prefix `keep` [N, M] of the table is sure to hold the same ids whatever lies outside: [N] bool."""
+    return table.logits.gather(-1, keep.sum(-1, keepdim=True) - 1).squeeze(-1) > table.floor
+
+
+def _plain(
+    draw: Callable,
+    logits: torch.Tensor,
+    gumbel: torch.Tensor,
+    allowed: torch.Tensor | None,
+    settings: tuple[Setting, ...],
+) -> tuple[torch.Tensor, ...]:
+    """`draw` on all V ids with the given noise."""
+    table = _table(logits, allowed, logits.shape[-1])
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    drawn, exact = draw(table, normaliser, lambda ids: gumbel.float().gather(-1, ids), *settings)
+    if not bool(exact.all()):
+        raise _unusable(exact)
+    return drawn
 
 
 def _keyed(
@@ -152,9 +174,9 @@ def _keyed(
     top_m: int,
     settings: tuple[Setting, ...],
 ) -> tuple[torch.Tensor, ...]:
-    """`draw` on the `top_m` most likely ids, and again on all V for the rows that say that this was not enough."""
+    """`draw` on the `top_m` most likely ids, and on ever more for the rows that say that this was not enough."""
     table = _table(logits, allowed, top_m)
-    drawn, exact = draw(table, normaliser, lambda: gumbel_noise(keys, steps, table.ids), *settings)
+    drawn, exact = draw(table, normaliser, lambda ids: gumbel_noise(keys, steps, ids), *settings)
     if bool(exact.all()):
         return drawn
     if table.floor is None:
@@ -167,18 +189,17 @@ def _keyed(
         keys[rows],
         steps[rows],
         allowed[rows] if allowed is not None and allowed.ndim == 2 else allowed,
-        logits.shape[-1],
+        WIDEN * top_m,
         tuple(_rows_of(setting, rows) for setting in settings),
     )
     return tuple(narrow.index_copy(0, rows, again) for narrow, again in zip(drawn, wide, strict=True))
 
 
 def _unusable(exact: torch.Tensor) -> ValueError:
-    rows = (~exact).nonzero().squeeze(-1).tolist()
     return ValueError(
-        f"logits of rows {rows[:8]} ({len(rows)} in all) allow no choice: fewer allowed ids with a finite logit than "
-        "are to be selected, or NaN or +inf among the logits or settings. Check the model's output, `allowed` (the "
-        "tokenizer's ids) and the sampling settings"
+        f"the logits of {int((~exact).sum())} rows leave nothing to select: fewer allowed ids with a finite logit than "
+        "asked for, or NaN or +inf among logits or settings. Check the model's output, `allowed` (the tokenizer's ids) "
+        "and the sampling settings"
     )
 
 
@@ -196,7 +217,7 @@ def _check(k: int, vocabulary: int, **positive: Setting) -> None:
 def _mixture(
     table: _Table,
     normaliser: torch.Tensor,
-    gumbel: Callable[[], torch.Tensor],
+    gumbel: Noise,
     k: int,
     top_p: Setting,
     noise_scale: Setting,
@@ -204,33 +225,28 @@ def _mixture(
     one_sided: Switch,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """METHOD §2.1.1-4 and §2.2: (ids, scores, log-probs [N, k], most likely id [N]), and [N] bool: the row is exact."""
-    ranked, order = _ranked(table.logits)
     log_p = table.logits - normaliser
     if noisy is False:
-        position = order[:, :k]
-        scores = log_probs = log_p.gather(-1, position)
-        last = ranked[:, k - 1]
+        ids, scores = table.ids[:, :k], log_p[:, :k]
+        drawn = (ids, scores, scores, table.ids[:, 0])
+        keep = torch.ones_like(ids, dtype=torch.bool)
     else:
         mixed = isinstance(noisy, torch.Tensor)
         pick = _column(noisy, torch.bool)
         # without noise nothing but the k most likely can be selected: an empty nucleus says so
-        keep = _nucleus((ranked - normaliser).double().exp(), _per_row(pick, top_p, 0.0) if mixed else top_p)
+        keep = _nucleus(log_p.double().exp(), _per_row(pick, top_p, 0.0) if mixed else top_p)
         keep[:, :k] = True
-        last = _last(ranked, keep)
-        keep = torch.zeros_like(keep).scatter(-1, order, keep)  # from rank order to id order
-        shift = _column(one_sided, torch.float32)
-        noise = gumbel().clamp(GUMBEL_LOW, GUMBEL_HIGH) + shift * -GUMBEL_LOW
+        noise = gumbel(table.ids).clamp(GUMBEL_LOW, GUMBEL_HIGH) + _column(one_sided, torch.float32) * -GUMBEL_LOW
         score = log_p + noise * _column(noise_scale, torch.float32)
+        by = score
         if mixed:
             score = torch.where(pick, score, log_p)
-        # noise off selects by logit: log p can tie where logits do not
-        by = torch.where(pick, score, table.logits) if mixed else score
-        position = _ranked(by.masked_fill(~keep, float("-inf")))[1][:, :k]
-        scores, log_probs = score.gather(-1, position), log_p.gather(-1, position)
-    exact = scores.isfinite().all(-1)
-    if table.floor is not None:
-        exact &= last > table.floor
-    return (table.ids.gather(-1, position), scores, log_probs, table.ids.gather(-1, order[:, :1]).squeeze(-1)), exact
+            by = torch.where(pick, score, table.logits)  # not log p, which can tie where logits do not
+        by = by.masked_fill(~keep, float("-inf"))
+        best = _order_key(by, table.ids).topk(k, dim=-1).indices
+        drawn = (table.ids.gather(-1, best), score.gather(-1, best), log_p.gather(-1, best), table.ids[:, 0])
+    exact = drawn[1].isfinite().all(-1)
+    return drawn, exact if table.floor is None else exact & _inside(table, keep)
 
 
 def _per_row(pick: torch.Tensor, if_true: Setting, if_false: float) -> torch.Tensor:
@@ -241,14 +257,6 @@ def _per_row(pick: torch.Tensor, if_true: Setting, if_false: float) -> torch.Ten
 
 def _weights(scores: torch.Tensor, tau: Setting) -> torch.Tensor:
     return torch.softmax(scores / _column(tau, torch.float32), dim=-1)
-
-
-def _plain(logits: torch.Tensor, draw: Callable, allowed: torch.Tensor | None, *settings: Setting):
-    table = _table(logits, allowed, logits.shape[-1])
-    drawn, exact = draw(table, logits.logsumexp(-1, keepdim=True), *settings)
-    if not bool(exact.all()):
-        raise _unusable(exact)
-    return drawn
 
 
 def sample_mixture(
@@ -268,9 +276,8 @@ def sample_mixture(
     order, weights [N, k] = softmax(scores / tau). log p is over all V rows; the nucleus counts allowed ids only.
     """
     _check(k, logits.shape[-1], tau=tau)
-    ids, scores, _, _ = _plain(
-        logits.float(), _mixture, allowed, gumbel.float, k, top_p, noise_scale, True, one_sided
-    )  # fmt: skip
+    settings = (k, top_p, noise_scale, True, one_sided)
+    ids, scores, _, _ = _plain(_mixture, logits.float(), gumbel, allowed, settings)
     return ids, scores, _weights(scores, tau)
 
 
@@ -278,14 +285,12 @@ def greedy_mixture(
     logits: torch.Tensor, *, k: int, tau: Setting = 1.0, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A latent step without noise (METHOD §2.2): the k best by logit; scores are their log-probs. All [N, k]."""
-    _check(k, logits.shape[-1], tau=tau)
-    logits = logits.float()
-    nothing = logits.new_zeros(len(logits), dtype=torch.int64)  # no draws, no keys
-    ids, scores, _, _ = _keyed(
-        _mixture, logits, logits.logsumexp(-1, keepdim=True), nothing, nothing, allowed, max(TOP_M, k + 1),
-        (k, 1.0, 0.0, False, False),
+    no_draws = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    step = latent_step(
+        logits, no_draws, no_draws, k=k, top_p=1.0, noise_scale=0.0, tau=tau, noisy=False, one_sided=False, end_id=-1,
+        allowed=allowed,
     )  # fmt: skip
-    return ids, scores, _weights(scores, tau)
+    return step.ids, step.scores, step.weights
 
 
 def sample_mixture_keyed(
@@ -340,15 +345,16 @@ def latent_step(
     """METHOD §2.1-§2.3 for rows of mixed noise modes: an engine's latent step.
 
     `logits` [N, V], `keys` and `steps` [N] int64. `noisy`: §2.1 where True, §2.2 where False (a `noise_scale` of 0 is
-    not the same: it selects in the nucleus by log p). A row leaves latent mode where the most likely allowed id or the
-    first selected one is `end_id`; its record is then :func:`common.density.hard_log_prob` of `end_id`.
+    §2.1 still: it draws, and adds nothing). Plain booleans save work over [N] tensors that are all alike. A row leaves
+    latent mode where the most likely allowed id or the first selected one is `end_id`; what is recorded of it then is
+    :func:`common.density.hard_log_prob` of `end_id`.
     """
     _check(k, logits.shape[-1], tau=tau)
     logits = logits.float()
-    ids, scores, log_probs, likeliest = _keyed(
-        _mixture, logits, logits.logsumexp(-1, keepdim=True), keys, steps, allowed, max(top_m, k + 1),
-        (k, top_p, noise_scale, noisy, one_sided),
-    )  # fmt: skip
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    top_m = k + 1 if noisy is False else max(top_m, k + 1)  # one more than k, to see a tie at its edge
+    settings = (k, top_p, noise_scale, noisy, one_sided)
+    ids, scores, log_probs, likeliest = _keyed(_mixture, logits, normaliser, keys, steps, allowed, top_m, settings)
     leaves = (likeliest == end_id) | (ids[:, 0] == end_id)
     return LatentStep(ids, scores, _weights(scores, tau), log_probs, leaves)
 
@@ -365,28 +371,30 @@ def mix_embeddings(embedded: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
 
 
 def _visible(
-    table: _Table, normaliser: torch.Tensor, gumbel: Callable[[], torch.Tensor], top_p: Setting, top_k: Setting
+    table: _Table,
+    normaliser: torch.Tensor,
+    gumbel: Noise,
+    top_p: Setting,
+    top_k: Setting,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """METHOD §2.4 on temperature-divided logits: (ids, log-probs), each [N], and [N] bool: the row is exact."""
-    ranked, order = _ranked(table.logits)
+    width = table.ids.shape[-1]
+    position = torch.arange(width, device=table.ids.device)
     top_k = _column(top_k, torch.int64)
-    position = torch.arange(ranked.shape[-1], device=ranked.device)
-    within = (position < top_k) if isinstance(top_k, torch.Tensor) else (position < (top_k or len(position)))
     if isinstance(top_k, torch.Tensor):
-        within = within | (top_k == 0)
-    within = within.expand(ranked.shape)
-    p = (ranked - ranked[:, :1]).double().exp() * within
+        within = ((position < top_k) | (top_k == 0)).expand(table.ids.shape)
+    else:
+        within = (position < (top_k or width)).expand(table.ids.shape)
+    p = (table.logits - table.logits[:, :1]).double().exp() * within
     keep = within & _nucleus(p, top_p, p.sum(-1, keepdim=True))
     keep[:, 0] = True
-    keep = torch.zeros_like(keep).scatter(-1, order, keep)  # from rank order to id order
     log_p = table.logits - normaliser
-    scores = (log_p + gumbel()).masked_fill(~keep, float("-inf"))
-    chosen = scores.argmax(-1, keepdim=True)  # the first of equals: the lower id
-    log_probs = log_p.gather(-1, chosen).squeeze(-1)
+    scores = (log_p + gumbel(table.ids)).masked_fill(~keep, float("-inf"))
+    best = _order_key(scores, table.ids).argmax(-1, keepdim=True)
+    log_probs = log_p.gather(-1, best).squeeze(-1)
     exact = log_probs.isfinite()
-    if table.floor is not None:
-        exact &= _last(ranked, within) > table.floor
-    return (table.ids.gather(-1, chosen).squeeze(-1), log_probs), exact
+    drawn = (table.ids.gather(-1, best).squeeze(-1), log_probs)
+    return drawn, exact if table.floor is None else exact & _inside(table, within)
 
 
 def sample_visible(
@@ -405,7 +413,7 @@ def sample_visible(
     """
     _check(1, logits.shape[-1], temperature=temperature)
     scaled = logits.float() / _column(temperature, torch.float32)
-    return _plain(scaled, _visible, allowed, gumbel.float, top_p, top_k)
+    return _plain(_visible, scaled, gumbel, allowed, (top_p, top_k))
 
 
 def sample_visible_keyed(
@@ -427,6 +435,5 @@ def sample_visible_keyed(
     scaled = logits.float() / _column(temperature, torch.float32)
     if not isinstance(top_k, torch.Tensor):
         top_m = min(top_m, top_k + 1) if top_k else logits.shape[-1]  # one more than top_k, to see a tie at its edge
-    return _keyed(
-        _visible, scaled, scaled.logsumexp(-1, keepdim=True), keys, steps, allowed, max(top_m, 2), (top_p, top_k)
-    )
+    normaliser = scaled.logsumexp(-1, keepdim=True)
+    return _keyed(_visible, scaled, normaliser, keys, steps, allowed, max(top_m, 2), (top_p, top_k))

@@ -9,15 +9,17 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossDiagnostics:
-    """Sums over the counted steps (so that micro-batches and ranks add up), and maxima; detached scalars."""
+    """Sums over the counted steps (so that micro-batches and ranks add up) and extrema; detached scalars."""
 
     steps: torch.Tensor  # counted steps
     ratio_sum: torch.Tensor
+    ratio_min: torch.Tensor  # 1 without any counted step, like the maximum
     ratio_max: torch.Tensor
-    clipped_low: torch.Tensor  # steps where the lower clip is active
-    clipped_high: torch.Tensor
-    clipped_dual: torch.Tensor
+    clipped_low: torch.Tensor  # steps with A < 0 whose gradient the lower clip holds back
+    clipped_high: torch.Tensor  # steps with A > 0 whose gradient the upper clip holds back
+    clipped_dual: torch.Tensor  # steps with A < 0 whose loss the dual clip bounds
     approx_kl_sum: torch.Tensor  # old - new, k1 estimator
+    weight_sum: torch.Tensor  # importance weights; the number of steps without any
 
 
 def policy_loss(
@@ -32,40 +34,61 @@ def policy_loss(
     weights: torch.Tensor | None = None,
     denominator: float | torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, PolicyLossDiagnostics]:
-    """PPO with dual clip, token mean (METHOD §5). All tensors [B, T] or flat; `mask` bool.
+    """PPO with dual clip, token mean (METHOD §5). All tensors of one shape, [B, T] or flat; `mask` bool.
 
-    ratio = exp(log_probs - old_log_probs), not clamped. `weights`: truncated importance weight per step (METHOD §6).
-    `denominator`: the global number of counted steps; None: `mask.sum()`. Returns the scalar loss and diagnostics.
+    Per step, with ratio = exp(log_probs - old_log_probs), not clamped: max(-A ratio, -A clip(ratio, 1 - clip_low,
+    1 + clip_high)), and for A < 0 at most -A dual_clip. `weights`: truncated importance weight per step (METHOD §6).
+    `denominator`: the global number of counted steps; None: `mask.sum()`. Steps outside of `mask` may hold anything.
+    Returns the scalar loss and diagnostics. Raises ValueError for clip bounds that contradict each other.
     """
-    mask = mask.bool()
-    gap = torch.where(mask, log_probs.float() - old_log_probs.detach().float(), 0.0)
-    ratio = torch.exp(gap)
-    advantages = advantages.detach().float()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    pessimistic = torch.maximum(plain, clipped)
-    bounded = torch.minimum(pessimistic, -advantages * dual_clip)
-    losses = torch.where(advantages < 0, bounded, pessimistic)
-    if weights is not None:
-        losses = losses * weights.detach().float()
-    if denominator is None:
-        denominator = mask.sum().clamp(min=1)
-    loss = torch.where(mask, losses, 0.0).sum() / denominator
-    with torch.no_grad():
-        negative = mask & (advantages < 0)
-        diagnostics = PolicyLossDiagnostics(
-            steps=mask.sum(),
-            ratio_sum=torch.where(mask, ratio, 0.0).sum(),
-            ratio_max=torch.where(mask, ratio, 0.0).max() if ratio.numel() else ratio.new_zeros(()),
-            clipped_low=(negative & (ratio < 1.0 - clip_low)).sum(),
-            clipped_high=(mask & (advantages > 0) & (ratio > 1.0 + clip_high)).sum(),
-            clipped_dual=(negative & (ratio > dual_clip)).sum(),
-            approx_kl_sum=-gap.sum(),
+    if not (0 <= clip_low < 1 and clip_high >= 0 and dual_clip >= 1 + clip_high):
+        raise ValueError(
+            f"clipping must have 0 <= clip_low < 1, clip_high >= 0 and dual_clip >= 1 + clip_high, "
+            f"got {clip_low}, {clip_high}, {dual_clip}"
         )
+    mask = mask.bool()
+    advantages = torch.where(mask, advantages.detach().float(), 0.0)
+    gap = torch.where(mask, log_probs.float() - old_log_probs.detach().float(), 0.0)
+    with torch.no_grad():
+        ratio = torch.exp(gap)
+        low = (advantages < 0) & (ratio < 1.0 - clip_low)
+        high = (advantages > 0) & (ratio > 1.0 + clip_high)
+        dual = (advantages < 0) & (ratio > dual_clip)
+        bound = torch.where(low, 1.0 - clip_low, torch.where(high, 1.0 + clip_high, dual_clip))
+        constant = low | high | dual | (advantages == 0)
+        bound = torch.where(advantages == 0, 1.0, bound)
+    # A step without gradient never reaches the exponential: a ratio that overflows there would turn 0 * inf into NaN
+    losses = -advantages * torch.where(constant, bound, torch.exp(torch.where(constant, 0.0, gap)))
+    if weights is not None:
+        weights = torch.where(mask, weights.detach().float(), 0.0)
+        losses = losses * weights
+    steps = mask.sum()
+    loss = losses.sum() / (steps.clamp(min=1) if denominator is None else denominator)
+    detached, counted = gap.detach(), mask.any()
+    diagnostics = PolicyLossDiagnostics(
+        steps=steps,
+        ratio_sum=torch.where(mask, ratio, 0.0).sum(),
+        ratio_min=_extremum(ratio, mask, counted, torch.inf, torch.Tensor.amin),
+        ratio_max=_extremum(ratio, mask, counted, -torch.inf, torch.Tensor.amax),
+        clipped_low=low.sum(),
+        clipped_high=high.sum(),
+        clipped_dual=dual.sum(),
+        approx_kl_sum=-detached.sum(),
+        weight_sum=steps.float() if weights is None else weights.sum(),
+    )
     return loss, diagnostics
 
 
+def _extremum(ratio: torch.Tensor, mask: torch.Tensor, counted: torch.Tensor, neutral: float, reduce) -> torch.Tensor:
+    if not ratio.numel():
+        return ratio.new_ones(())
+    return torch.where(counted, reduce(torch.where(mask, ratio, neutral)), 1.0)
+
+
 def k3_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
-    """KL to the reference per step, k3 estimator: exp(q - p) - (q - p) - 1 >= 0, same shape (METHOD §5)."""
+    """KL to the reference per step, k3 estimator: exp(q - p) - (q - p) - 1 >= 0, same shape (METHOD §5).
+
+    p = `log_probs` of the policy, which gets the gradient 1 - exp(q - p); q = `ref_log_probs`.
+    """
     gap = ref_log_probs.detach().float() - log_probs.float()
-    return torch.exp(gap) - gap - 1.0
+    return torch.expm1(gap) - gap
