@@ -166,14 +166,6 @@ class TrajectoryStore:
                         )
 
 
-def _abandoned(file: DumpFile, first: dict[tuple[str, int], int]) -> bool:
-    """Whether a later lineage started at or before the file's step."""
-    return any(
-        purpose == file.purpose and lineage > file.lineage and start <= file.step
-        for (purpose, lineage), start in first.items()
-    )
-
-
 def read_dump(path: str | Path) -> pa.RecordBatch:
     """The batch of one dump file, checked against the schema and the pages' checksums.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,14 @@ class WeightManifest:
     @property
     def nbytes(self) -> int:
         return sum(b.nbytes for b in self.buckets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """One policy version: what the buckets hold, and where they lie. The bytes live as long as a reference does."""
+
+    manifest: WeightManifest
+    buckets: tuple[Any, ...]  # Ray object references to uint8 arrays [nbytes], in the manifest's order
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:

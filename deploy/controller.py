@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,11 +30,12 @@ import pyarrow as pa
 
 from common.config import RunConfig
 from common.schema import TrajectoryBatch, concat
-from common.types import GroupRequest, Purpose, SamplingSettings
+from common.types import GroupRequest
 from deploy.buffer import GroupBuffer, ReadyBatch
 from learner.advantages import drop_reason
 
 POLL_S = 0.2
+LEARNING_POLL_S = 0.02  # nothing wakes the loop when the learner is done, so it looks often
 
 
 class TrainingStopped(RuntimeError):
@@ -72,15 +73,14 @@ class StepResult:
     step: int
     batch: pa.RecordBatch | None
     arrived: tuple[pa.RecordBatch, ...]  # every group that came since the last step, filtered ones included
-    next_ordinal: int  # the first prompt that nothing has consumed: a resumed run begins there
     metrics: dict[str, float]
 
 
 class Controller:
     """Runs steps; knows neither Ray nor DeepSpeed.
 
-    `request_of(ordinal)` gives the prompt at a place of the run's prompt order. Its state is (`step`, `next_ordinal`):
-    given both, the rest of the run is decided (METHOD §2.5).
+    `request_of(ordinal)` gives the prompt at a place of the run's prompt order. The state is (`step`, `next_ordinal`: the
+    first prompt that nothing has consumed); given both, the rest of the run is decided (METHOD §2.5).
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Controller:
         next_ordinal: int = 0,
     ):
         self.config, self.pool, self.learner, self.request_of = config, pool, learner, request_of
-        self.step = step
+        self.step, self.next_ordinal = step, next_ordinal
         self.buffer = GroupBuffer(
             prompts_per_step=config.prompts_per_step,
             max_staleness=config.max_staleness,
@@ -104,10 +104,11 @@ class Controller:
             next_ordinal=next_ordinal,
         )
         self._arrived: list[pa.RecordBatch] = []
+        self._learning: ReadyBatch | None = None  # at the learner now
 
     @property
     def version(self) -> int:
-        """The policy version that work is dispatched at: it rises with every step."""
+        """The policy version that work is dispatched at: it rises with every step, whether the step updated or not."""
         return self.step
 
     def begin(self) -> None:
@@ -119,18 +120,11 @@ class Controller:
         started = time.perf_counter()
         batch = self._next_batch()
         waited = time.perf_counter() - started
-        metrics: dict[str, float] = {}
         rows = concat(batch.groups) if batch.groups else None
-        if rows is not None:
-            self.learner.start_step(rows, self.step)
-            while not self.learner.finished():
-                self._exchange()  # with staleness, work goes on while the learner trains
-            metrics = self.learner.finish_step()
+        metrics = self._learn(batch, rows) if rows is not None else {}
         learned = time.perf_counter() - started - waited
-        self.step += 1
-        if rows is not None:
-            self.pool.publish(self.learner.publish(self.version))
-        self.buffer.trained(batch)
+        self._advance(batch)
+        self.begin()
         arrived, self._arrived = tuple(self._arrived), []
         metrics |= self._rollout_metrics(arrived, batch)
         metrics |= {
@@ -138,14 +132,44 @@ class Controller:
             "time/learner_s": learned,
             "time/step_s": time.perf_counter() - started,
         }
-        return StepResult(self.step, rows, arrived, batch.next_ordinal, metrics)
+        return StepResult(self.step, rows, arrived, metrics)
+
+    def gather(self, requests: Iterable[GroupRequest], on_arrival: Callable[[int], None] = lambda done: None):
+        """Groups that are not for training (evaluation, self-test), in the order of `requests`; training's own
+        results go on arriving meanwhile. `on_arrival` is told how many are there."""
+        return gather(self.pool, requests, on_arrival, self._take)
+
+    def settle(self, timeout_s: float) -> None:
+        """After an interrupt: finishes a step that the learner has begun, so that its state is that of a step."""
+        if self._learning is None:
+            return
+        deadline = time.monotonic() + timeout_s
+        while not self.learner.finished():
+            if time.monotonic() > deadline:
+                raise TrainingStopped(f"the learner's step did not end within {timeout_s:g} s of the interrupt")
+            time.sleep(POLL_S)
+        self.learner.finish_step()
+        self._advance(self._learning)
+
+    def _learn(self, batch: ReadyBatch, rows: pa.RecordBatch) -> dict[str, float]:
+        self._learning = batch
+        self.learner.start_step(rows, self.step)
+        while not self.learner.finished():
+            self._exchange(LEARNING_POLL_S)  # with staleness, work goes on while the learner trains
+        return self.learner.finish_step()
+
+    def _advance(self, batch: ReadyBatch) -> None:
+        self._learning = None
+        self.step += 1
+        self.next_ordinal = batch.next_ordinal
+        self.buffer.trained(batch)
 
     def _next_batch(self) -> ReadyBatch:
         while (batch := self.buffer.take_batch()) is None:
             self._exchange()
         return batch
 
-    def _exchange(self) -> None:
+    def _exchange(self, timeout_s: float = POLL_S) -> None:
         """Fills the free slots with work, and takes what has arrived."""
         requests = []
         while self.buffer.free_slots > 0:
@@ -154,9 +178,12 @@ class Controller:
             requests.append(request)
         if requests:
             self.pool.submit(requests)
-        for group in self.pool.poll(POLL_S):
-            if self.buffer.arrived(group.column("group_uid")[0].as_py(), group) != "duplicate":
-                self._arrived.append(group)
+        for group in self.pool.poll(timeout_s):
+            self._take(group)
+
+    def _take(self, group: pa.RecordBatch) -> None:
+        if self.buffer.arrived(_group_uid(group), group) != "duplicate":
+            self._arrived.append(group)
 
     def _drop_reason(self, group: pa.RecordBatch) -> str | None:
         view = TrajectoryBatch(group)
@@ -178,6 +205,35 @@ class Controller:
         return metrics
 
 
+def gather(
+    pool: Pool,
+    requests: Iterable[GroupRequest],
+    on_arrival: Callable[[int], None] = lambda done: None,
+    on_other: Callable[[pa.RecordBatch], None] = lambda group: None,
+) -> list[pa.RecordBatch]:
+    """Generates groups on the pool's current weights and waits for all, in the order of `requests`.
+
+    `on_other` gets what arrives without having been asked for here.
+    """
+    wanted = list(requests)
+    pool.submit(wanted)
+    order = {request.group_uid: i for i, request in enumerate(wanted)}
+    groups: dict[int, pa.RecordBatch] = {}
+    while len(groups) < len(wanted):
+        for group in pool.poll(POLL_S):
+            place = order.get(_group_uid(group))
+            if place is None:
+                on_other(group)
+            else:
+                groups[place] = group
+        on_arrival(len(groups))
+    return [groups[i] for i in range(len(wanted))]
+
+
+def _group_uid(group: pa.RecordBatch) -> str:
+    return group.column("group_uid")[0].as_py()
+
+
 def rollout_metrics(rows: pa.RecordBatch) -> dict[str, float]:
     """What a set of trajectories says by itself (METHOD §8): accuracy, lengths, invalid rate, reasons."""
     view = TrajectoryBatch(rows)
@@ -193,18 +249,3 @@ def rollout_metrics(rows: pa.RecordBatch) -> dict[str, float]:
         "rollout/samples": float(len(view)),
     }
     return metrics | {f"rollout/reason_{reason}": count / len(view) for reason, count in sorted(reasons.items())}
-
-
-def sampling_settings(config: RunConfig, max_tokens: int, purpose: Purpose) -> SamplingSettings:
-    """How a group is sampled: with the run's noise in training, without in evaluation (METHOD §8)."""
-    return SamplingSettings(
-        mode="latent" if config.latent else "visible",
-        max_tokens=max_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        k=config.k,
-        tau=config.tau,
-        noise_mode="off" if purpose == "evaluation" else config.noise.mode,
-        noise_scale=config.noise.scale,
-    )

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from common.config import RunConfig, config_as_json
 from learner.rank import LearnerRank, RankGaps, RankReport
-from learner.weights import Publication
+from common.weights import Publication
 
 PEER_DEATH_S = 3.0  # a survivor's broken collective is often reported before the death that caused it
 

@@ -29,7 +29,8 @@ from learner.batching import MiniBatch, ReplayInputs, collate, group_indices, pl
 from learner.logprobs import step_log_probs
 from learner.objective import k3_kl, policy_loss
 from learner.policy import PolicyModule, load_policy_model
-from learner.weights import Publication, publish
+from common.weights import Publication
+from learner.weights import publish
 from learner.zero_engine import ZeroEngine, init_distributed, learning_rate
 
 TOKENIZER_FILES = (

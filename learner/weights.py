@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import ray
 import torch
 
 from common.types import PolicyVersion
-from common.weights import WeightManifest, combine_checksums, pack, tensor_checksum
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """One policy version: what the buckets hold, and where they lie. The bytes live as long as a reference does."""
-
-    manifest: WeightManifest
-    buckets: tuple[ray.ObjectRef, ...]  # uint8 arrays, in the manifest's order
+from common.weights import Publication, WeightManifest, combine_checksums, pack, tensor_checksum
 
 
 def publish(tensors: Iterable[tuple[str, torch.Tensor]], version: int, bucket_bytes: int) -> Publication:

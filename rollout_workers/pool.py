@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 
 from common.config import DeadlineConfig, RolloutConfig
 from common.types import GroupRequest
-from common.weights import WeightManifest
+from common.weights import Publication, WeightManifest
 from rollout_workers.worker import RolloutWorker, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -59,14 +59,6 @@ class WorkerActor:
 
     def stop(self) -> None:
         self._worker.stop()
-
-
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """Published weights: the manifest and one object reference a bucket (uint8 arrays)."""
-
-    manifest: WeightManifest
-    buckets: tuple[ray.ObjectRef, ...]
 
 
 @dataclass(slots=True)

@@ -13,8 +13,8 @@ import torch
 from common.config import ActorResources, DeadlineConfig, RolloutConfig
 from common.schema import decode
 from common.types import GroupRequest, PolicyVersion, SamplingSettings
-from common.weights import WeightManifest, checksum, pack
-from rollout_workers.pool import Publication, RolloutPool, RolloutPoolError
+from common.weights import Publication, WeightManifest, checksum, pack
+from rollout_workers.pool import RolloutPool, RolloutPoolError
 
 pytestmark = pytest.mark.integration
 SAMPLING = SamplingSettings(mode="latent", max_tokens=6, k=2)
@@ -54,7 +54,7 @@ def publication(version):
     buckets = list(pack(weights, 8192))
     policy = PolicyVersion(version=version, checksum=checksum(weights))
     manifest = WeightManifest(version=policy, buckets=tuple(m for m, _ in buckets))
-    return Publication(manifest, tuple(ray.put(data) for _, data in buckets))
+    return Publication(manifest=manifest, buckets=tuple(ray.put(data) for _, data in buckets))
 
 
 def requests(first, count):

@@ -8,7 +8,8 @@ import pytest
 from common.config import load_config
 from common.schema import encode
 from common.types import GroupRequest, Trajectory
-from deploy.controller import Controller, TrainingStopped, sampling_settings
+from deploy.controller import Controller, TrainingStopped, gather
+from deploy.problems import sampling_settings
 
 BASE = {"model": {"path": "x"}, "tasks": [{"name": "t", "path": "t.jsonl"}], "k": 2, "group_size": 2}
 
@@ -72,7 +73,7 @@ class SimulatedLearner:
 def request(ordinal, cfg):
     return GroupRequest(
         group_uid=f"g{ordinal}", problem_uid=str(ordinal), task="t", prompt_ids=np.zeros(2, np.int32),
-        sample_indices=(0, 1), sampling=sampling_settings(cfg, 4, "training"), purpose="training", epoch=0,
+        sample_indices=(0, 1), sampling=sampling_settings(cfg, 4), purpose="training", epoch=0,
         run_seed=0, verifier="math", gold_answer="1",
     )  # fmt: skip
 
@@ -81,7 +82,8 @@ def run(cfg, steps, reward_of, seed=0, **state):
     pool, learner = SimulatedPool(reward_of, seed), SimulatedLearner()
     controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg), **state)
     controller.begin()
-    return [controller.run_step() for _ in range(steps)], pool, learner
+    results = [controller.run_step() for _ in range(steps)]
+    return results, pool, learner, controller
 
 
 def mixed(problem, index):
@@ -101,45 +103,45 @@ def test_what_is_trained_on_does_not_depend_on_timing(staleness, sampling):
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_no_group_is_older_than_max_staleness(staleness):
-    _, _, learner = run(config(max_staleness=staleness), 6, mixed)
+    _, _, learner, _ = run(config(max_staleness=staleness), 6, mixed)
     ages = [step - v for step, b in learner.batches for v in b.column("policy_version_min").to_pylist()]
     assert max(ages) == min(staleness, 5)
     assert min(ages) >= 0
 
 
 def test_every_version_is_published_once_and_before_its_work():
-    results, pool, _ = run(config(), 3, mixed)
+    results, pool, _, _ = run(config(), 3, mixed)
     assert pool.published == [0, 1, 2, 3]
     assert [r.step for r in results] == [1, 2, 3]
 
 
 def test_refill_fills_every_batch_and_drop_trains_on_what_has_signal():
-    _, _, refilled = run(config(), 3, mixed)
+    _, _, refilled, _ = run(config(), 3, mixed)
     assert trained_on(refilled)[0] == ["1", "2", "4", "5"]
-    _, _, dropped = run(config(dynamic_sampling="drop"), 2, mixed)
+    _, _, dropped, _ = run(config(dynamic_sampling="drop"), 2, mixed)
     assert trained_on(dropped) == [["1", "2"], ["4", "5", "7"]]
 
 
 def test_a_step_without_signal_is_skipped_and_counted():
-    results, pool, learner = run(config(dynamic_sampling="drop"), 2, lambda problem, index: 1.0)
+    results, pool, learner, _ = run(config(dynamic_sampling="drop"), 2, lambda problem, index: 1.0)
     assert learner.batches == []
     assert results[0].batch is None
     assert results[0].metrics["batch/dropped_all_equal"] == 4
-    assert pool.published == [0]  # the weights did not change
+    assert pool.published == [0, 1, 2]  # a version a step: the key of a draw names it (METHOD §2.5)
 
 
 @pytest.mark.parametrize("sampling", ["refill", "drop"])
 def test_a_resumed_run_goes_on_with_the_same_prompts(sampling):
     cfg = config(dynamic_sampling=sampling)
-    whole, _, learner = run(cfg, 6, mixed)
-    first = whole[2]
-    _, pool, resumed = run(cfg, 3, mixed, seed=9, step=first.step, next_ordinal=first.next_ordinal)
+    _, _, learner, _ = run(cfg, 6, mixed)
+    first = run(cfg, 3, mixed, seed=5)[3]
+    _, pool, resumed, _ = run(cfg, 3, mixed, seed=9, step=first.step, next_ordinal=first.next_ordinal)
     assert trained_on(resumed) == trained_on(learner)[3:]
     assert pool.published[0] == 3
 
 
 def test_metrics_describe_all_that_arrived_not_only_what_was_trained_on():
-    results, _, _ = run(config(dynamic_sampling="drop"), 1, mixed)
+    results, _, _, _ = run(config(dynamic_sampling="drop"), 1, mixed)
     assert results[0].metrics["rollout/samples"] == 8
     assert results[0].metrics["rollout/reward"] == pytest.approx(6 / 8)
     assert results[0].metrics["rollout/latent_steps"] == 1
@@ -149,3 +151,39 @@ def test_metrics_describe_all_that_arrived_not_only_what_was_trained_on():
 def test_too_many_ungraded_samples_stop_the_run_and_are_never_reward_zero():
     with pytest.raises(TrainingStopped, match="could not be graded"):
         run(config(dynamic_sampling="drop"), 1, lambda problem, index: None)
+
+
+def test_gather_returns_groups_in_order_and_hands_on_what_was_not_asked_for():
+    cfg = config()
+    pool = SimulatedPool(mixed)
+    pool.publish(0)
+    pool.submit([request(99, cfg)])
+    others = []
+    groups = gather(pool, [request(i, cfg) for i in (5, 3, 8)], on_other=others.append)
+    assert [g.column("group_uid")[0].as_py() for g in groups] == ["g5", "g3", "g8"]
+    assert [g.column("group_uid")[0].as_py() for g in others] == ["g99"]
+
+
+def test_an_interrupt_in_the_learners_step_settles_to_the_state_after_it():
+    cfg = config()
+    pool, learner = SimulatedPool(mixed), SimulatedLearner()
+    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
+    controller.begin()
+    pool.poll, poll = interrupted(learner, pool.poll), pool.poll
+    with pytest.raises(KeyboardInterrupt):
+        controller.run_step()
+    assert controller.step == 0
+    controller.settle(5.0)
+    pool.poll = poll
+    assert (controller.step, controller.next_ordinal) == (1, 6)
+    controller.settle(5.0)  # nothing to settle any more
+    assert controller.step == 1
+
+
+def interrupted(learner, poll):
+    def poll_until_learning(timeout_s):
+        if learner.batches:
+            raise KeyboardInterrupt
+        return poll(timeout_s)
+
+    return poll_until_learning

@@ -1,0 +1,168 @@
+"""From a run's tasks to the groups that workers generate: what the controller asks at every place of the prompt order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from common.config import ConfigError, RunConfig, TaskConfig
+from common.prompts import PromptRenderer
+from common.tasks import PromptStream, StoredTask, TaskError, TaskSource, describe_dropped, load_task
+from common.types import GroupRequest, NoiseMode, Problem, Purpose, SamplingSettings
+from reward.answers import gold_is_parsable
+
+TOO_LONG = "prompt over max_prompt_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedTask:
+    """A task whose problems all have an encoded prompt that fits; dropped ones are counted in `source.dropped`."""
+
+    source: TaskSource
+    renderer: PromptRenderer
+
+    @property
+    def name(self) -> str:
+        return self.source.config.name
+
+    @property
+    def summary(self) -> str:
+        size = "generated without end" if self.source.size is None else f"{self.source.size:,} problems"
+        dropped = describe_dropped(self.source.dropped)
+        return f"{self.name}: {size}" + (f"; {dropped}" if dropped else "")
+
+    def prompt_ids(self, problem: Problem):
+        """int32 [P]. Raises TaskError for a generated problem that breaks the limit."""
+        ids = self.renderer.encode(problem)
+        limit = self.source.config.max_prompt_tokens
+        if len(ids) > limit:
+            raise TaskError(
+                f"task {self.name}: the prompt of {problem.uid} has {len(ids)} tokens, max_prompt_tokens is {limit}; "
+                "raise it (a generated task cannot drop problems)"
+            )
+        return ids
+
+
+def prepare_task(task: TaskConfig, config: RunConfig, tokenizer) -> PreparedTask:
+    """Loads a task and drops, with a count, what cannot be asked: empty, ungradable, too long.
+
+    Raises TaskError when nothing is left.
+    """
+    source = load_task(task, config.seed, lambda gold: gold_is_parsable(task.verifier, gold))
+    renderer = PromptRenderer(tokenizer, source.config.prompt or config.model.prompt)
+    if isinstance(source, StoredTask):
+        limit = source.config.max_prompt_tokens
+        source = source.filtered(lambda problem: len(renderer.encode(problem)) <= limit, TOO_LONG)
+    return PreparedTask(source, renderer)
+
+
+class Problems:
+    """The run's prompts: the endless training order and the evaluation sets."""
+
+    def __init__(self, config: RunConfig, tokenizer) -> None:
+        self.config = config
+        self.training = [prepare_task(task, config, tokenizer) for task in config.tasks]
+        self.evaluation = [prepare_task(task, config, tokenizer) for task in config.evaluation.tasks]
+        self._stream = PromptStream([t.source for t in self.training], [t.weight for t in config.tasks], config.seed)
+
+    @property
+    def summaries(self) -> list[str]:
+        return [f"training {t.summary}" for t in self.training] + [f"evaluation {t.summary}" for t in self.evaluation]
+
+    def request(self, ordinal: int, purpose: Purpose = "training") -> GroupRequest:
+        """The group at a place of the training order."""
+        draw = self._stream[ordinal]
+        return group_request(
+            self.config,
+            self.training[draw.task],
+            draw.problem,
+            samples=self.config.group_size,
+            purpose=purpose,
+            uid=f"{purpose}/{ordinal}/{draw.problem.uid}",
+            epoch=draw.epoch,
+        )
+
+    def evaluation_requests(self, tag: str) -> Iterator[GroupRequest]:
+        """Every problem of every evaluation task, `evaluation.runs` samples each; `tag` keeps evaluations apart."""
+        for task in self.evaluation:
+            yield from evaluation_requests(self.config, task, self.config.evaluation.runs, tag)
+
+
+def evaluation_requests(
+    config: RunConfig,
+    task: PreparedTask,
+    samples: int,
+    tag: str,
+    *,
+    noise: NoiseMode = "off",
+    limit: int | None = None,
+) -> Iterator[GroupRequest]:
+    """Groups of `samples` per problem, with noise off unless given (pass@k, METHOD §8)."""
+    size = task.source.size
+    if size is None and limit is None:
+        raise ConfigError(f"task {task.name} never ends: give options.size (or `limit`) to evaluate on it")
+    count = min(n for n in (size, limit) if n is not None)
+    for index in range(count):
+        problem = task.source.problem(index)
+        yield group_request(
+            config,
+            task,
+            problem,
+            samples=samples,
+            purpose="evaluation",
+            uid=f"evaluation/{tag}/{problem.uid}",
+            noise=noise,
+        )
+
+
+def group_request(
+    config: RunConfig,
+    task: PreparedTask,
+    problem: Problem,
+    *,
+    samples: int,
+    purpose: Purpose,
+    uid: str,
+    epoch: int = 0,
+    noise: NoiseMode | None = None,
+) -> GroupRequest:
+    """`noise` None: the run's own."""
+    return GroupRequest(
+        group_uid=uid,
+        problem_uid=problem.uid,
+        task=task.name,
+        prompt_ids=task.prompt_ids(problem),
+        sample_indices=tuple(range(samples)),
+        sampling=sampling_settings(config, task.source.config.max_response_tokens, noise),
+        purpose=purpose,
+        epoch=epoch,
+        run_seed=config.seed,
+        verifier=task.source.config.verifier,
+        gold_answer=problem.answer,
+    )
+
+
+def sampling_settings(config: RunConfig, max_tokens: int, noise: NoiseMode | None = None) -> SamplingSettings:
+    """How a group is sampled: the run's record settings, with `noise` instead of its own if given (METHOD §8)."""
+    return SamplingSettings(
+        mode="latent" if config.latent else "visible",
+        max_tokens=max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        k=config.k,
+        tau=config.tau,
+        noise_mode=noise or config.noise.mode,
+        noise_scale=config.noise.scale,
+    )
+
+
+def sft_sources(tasks: Sequence[PreparedTask]) -> list[PreparedTask]:
+    """The tasks that Latent-SFT can learn from: those whose problems carry a chain of thought (METHOD §7)."""
+    found = [task for task in tasks if task.source.problem(0).cot.strip()]
+    if not found:
+        raise ConfigError(
+            "warm_start needs an explicit chain of thought and no training task has one; set the task's columns.cot, "
+            "or start from a model that thinks in latent steps already (model.path, no warm_start)"
+        )
+    return found
