@@ -115,6 +115,19 @@ def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]).eval()
 
 
+def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:
+    """Rows of the model's output, and the ids that its configuration says end a text; reads no weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    _check_folder(path)
+    config = AutoConfig.from_pretrained(path)
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a model without generation_config.json
+        ends = config.eos_token_id
+    return config.vocab_size, tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

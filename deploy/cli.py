@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from common.config import ConfigError, RunConfig, config_as_json, load_config
@@ -17,6 +19,17 @@ from common.config import ConfigError, RunConfig, config_as_json, load_config
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+RUN_ERRORS = {
+    "TrainingStopped",
+    "SelfTestFailed",
+    "TooManyDispatched",
+    "LearnerError",
+    "RolloutPoolError",
+    "DumpError",
+    "MetricsError",
+    "CheckpointError",
+}
+"""By name: importing their modules would load torch and Ray for every command."""
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
 
@@ -62,6 +75,21 @@ def validate(
     console.print(table)
 
 
+@app.command(context_settings=SETTINGS)
+def train(
+    context: typer.Context,
+    profile: Profile = "quickstart",
+    resume: Annotated[str | None, typer.Option(help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Trains. A new run from a profile, or (`--resume RUN`) a stopped one from its last checkpoint."""
+    from deploy import train as training
+
+    if resume:
+        training.resume(resume, overrides(context.args))
+    else:
+        training.train(settings(profile, context), profile)
+
+
 @app.command()
 def doctor() -> None:
     """Checks the installation and says what to mend; exit code 1 if something must be."""
@@ -90,11 +118,25 @@ def submit(
 
 
 def main() -> None:
-    """Entry point. A fault in what the user gave is one clear line and exit code 2, not a traceback."""
-    from deploy.submit import SubmitError
-
+    """Entry point. A fault in what the user gave is one clear line and exit code 2, one of the run exit code 1."""
     try:
-        app()
-    except (ConfigError, SubmitError) as error:
-        Console(stderr=True).print(f"[bold red]error[/] {error}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (click.ClickException, click.exceptions.Exit, click.Abort) as error:
+        if isinstance(error, click.ClickException):
+            error.show()
+        sys.exit(getattr(error, "exit_code", 1))
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2: what the user gave; 1: what happened to the run; None: a fault of this program, with its traceback."""
+    if isinstance(error, ConfigError) or type(error).__name__ == "SubmitError":
+        return 2
+    return 1 if type(error).__name__ in RUN_ERRORS else None

@@ -79,8 +79,8 @@ class StepResult:
 class Controller:
     """Runs steps; knows neither Ray nor DeepSpeed.
 
-    `request_of(ordinal)` gives the prompt at a place of the run's prompt order. The state is (`step`, `next_ordinal`: the
-    first prompt that nothing has consumed); given both, the rest of the run is decided (METHOD §2.5).
+    `request_of(ordinal)` gives the prompt at a place of the run's prompt order. The state is `step` and
+    `next_ordinal`, the first prompt that nothing has consumed; they decide the rest of the run (METHOD §2.5).
     """
 
     def __init__(

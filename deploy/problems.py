@@ -1,8 +1,8 @@
-"""From a run's tasks to the groups that workers generate: what the controller asks at every place of the prompt order."""
+"""From a run's tasks to the groups that workers generate: what is asked at every place of the prompt order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.config import ConfigError, RunConfig, TaskConfig
@@ -155,14 +155,3 @@ def sampling_settings(config: RunConfig, max_tokens: int, noise: NoiseMode | Non
         noise_mode=noise or config.noise.mode,
         noise_scale=config.noise.scale,
     )
-
-
-def sft_sources(tasks: Sequence[PreparedTask]) -> list[PreparedTask]:
-    """The tasks that Latent-SFT can learn from: those whose problems carry a chain of thought (METHOD §7)."""
-    found = [task for task in tasks if task.source.problem(0).cot.strip()]
-    if not found:
-        raise ConfigError(
-            "warm_start needs an explicit chain of thought and no training task has one; set the task's columns.cot, "
-            "or start from a model that thinks in latent steps already (model.path, no warm_start)"
-        )
-    return found

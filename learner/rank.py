@@ -11,36 +11,25 @@ Every rank is given the whole batch and computes advantages and the plan for all
 from __future__ import annotations
 
 import logging
-import shutil
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
-from common.config import RunConfig
+from common.config import OptimizerConfig
 from common.schema import TrajectoryBatch
+from learner.actor import RankActor
 from learner.advantages import first_token_mask, group_advantages
 from learner.batching import MiniBatch, ReplayInputs, collate, group_indices, plan
 from learner.logprobs import step_log_probs
 from learner.objective import k3_kl, policy_loss
 from learner.policy import PolicyModule, load_policy_model
-from common.weights import Publication
-from learner.weights import publish
-from learner.zero_engine import ZeroEngine, init_distributed, learning_rate
+from learner.zero_engine import learning_rate
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-)
 log = logging.getLogger(__name__)
 
 
@@ -56,6 +45,7 @@ class UpdateReport:
     clipped_high: int
     clipped_dual: int
     ratios: np.ndarray  # [counted steps of the rank] float32
+    bad_rows: tuple[int, ...]  # of the batch: a log-prob of theirs is not a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,34 +81,20 @@ class _Replayed:
     importance: torch.Tensor | None  # [N] truncated weight (METHOD §6)
 
 
-class LearnerRank:
-    def address(self) -> tuple[str, int]:
-        """Where rank 0's process group listens: this node, a free port."""
-        import ray
-
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
-
-    def setup(self, rank: int, world: int, address: str, port: int, config: str, model_folder: str) -> None:
-        """Joins the group and loads the model. `config`: the run's, as JSON."""
-        self.config = config = RunConfig.model_validate_json(config)
-        self.rank, self.world, self.model_folder = rank, world, model_folder
-        self.device = config.learner.device
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.set_num_threads(config.learner.resources.threads)
-        init_distributed(rank=rank, world=world, address=address, port=port, device=self.device)
-        module = PolicyModule(
-            load_policy_model(model_folder),
-            freeze_embeddings=config.freeze_embeddings,
-            gradient_checkpointing=config.learner.gradient_checkpointing,
-        )
-        self.engine = ZeroEngine(module, config.optimizer, config.learner, config.model.dtype, self.device)
+class LearnerRank(RankActor):
+    def build(self, model: nn.Module) -> tuple[nn.Module, OptimizerConfig]:
+        config = self.config
         self.reference = None
         if config.kl_coefficient > 0:
             dtype = getattr(torch, config.model.dtype)
-            self.reference = PolicyModule(load_policy_model(model_folder)).to(self.device, dtype).requires_grad_(False)
+            frozen = PolicyModule(load_policy_model(self.model_folder))
+            self.reference = frozen.to(self.device, dtype).requires_grad_(False)
+        module = PolicyModule(
+            model,
+            freeze_embeddings=config.freeze_embeddings,
+            gradient_checkpointing=config.learner.gradient_checkpointing,
+        )
+        return module, config.optimizer
 
     # -- the step
 
@@ -169,7 +145,7 @@ class LearnerRank:
     ) -> UpdateReport:
         """One optimizer step over this rank's micro-batches (METHOD §5)."""
         config, (advantages, keeps_first, graded) = self.config, constants
-        loss_sum, kl_sum, clipped, ratios = 0.0, 0.0, np.zeros(3, dtype=int), []
+        loss_sum, kl_sum, clipped, ratios, bad = 0.0, 0.0, np.zeros(3, dtype=int), [], set()
         for part in parts:
             inputs, rows = part.inputs, part.inputs.batch_rows
             step_advantages = torch.where((inputs.steps == 0) & ~keeps_first[rows], 0.0, advantages[rows])
@@ -196,6 +172,7 @@ class LearnerRank:
             loss_sum += float(loss.detach())
             clipped += [int(diagnostics.clipped_low), int(diagnostics.clipped_high), int(diagnostics.clipped_dual)]
             ratios.append((log_probs.detach() - part.old).exp()[counted])
+            bad.update(rows[~torch.isfinite(log_probs.detach() + part.old)].tolist())
         result = self.engine.step(lr)
         return UpdateReport(
             loss=loss_sum,
@@ -206,6 +183,7 @@ class LearnerRank:
             clipped_high=int(clipped[1]),
             clipped_dual=int(clipped[2]),
             ratios=_joined(ratios),
+            bad_rows=tuple(sorted(bad)),
         )
 
     @torch.no_grad()
@@ -261,7 +239,7 @@ class LearnerRank:
         torch.distributed.all_reduce(sums)  # each row lies on one rank, the others add zero
         return sums.cpu().numpy() / np.maximum(num_steps, 1)
 
-    # -- self-test, weights, state
+    # -- self-test
 
     @torch.no_grad()
     def replay(self, batch: pa.RecordBatch) -> RankGaps:
@@ -275,43 +253,6 @@ class LearnerRank:
                 latent.append(gap[inputs.latent].reshape(-1))
                 hard.append(gap[~inputs.latent, 0])
         return RankGaps(latent=_joined(latent), hard=_joined(hard))
-
-    def publish(self, version: int) -> Publication | None:
-        """The weights as buckets in the object store, from rank 0; the other ranks help to gather."""
-        size = self.config.learner.weight_bucket_bytes
-        parameters = self.engine.full_parameters(size)
-        if self.rank == 0:
-            return publish(parameters, version, size)
-        for _ in parameters:
-            pass
-        return None
-
-    def save(self, folder: str) -> None:
-        self.engine.save(folder)
-
-    def load(self, folder: str) -> None:
-        self.engine.load(folder)
-
-    def export(self, folder: str) -> None:
-        """The model in Hugging Face format with the tokenizer it came with."""
-        parameters = dict(self.engine.full_parameters(self.config.learner.weight_bucket_bytes))
-        if self.rank:
-            return
-        model = load_policy_model(self.model_folder).to(getattr(torch, self.config.model.dtype))
-        names = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in parameters.items():
-                names[name].copy_(tensor)
-        model.save_pretrained(folder)
-        source = Path(self.model_folder)
-        if source.is_dir():
-            for pattern in TOKENIZER_FILES:
-                for path in source.glob(pattern):
-                    shutil.copy(path, Path(folder, path.name))
-        else:
-            from common.models import load_tokenizer
-
-            load_tokenizer(self.model_folder).save_pretrained(folder)
 
 
 def _joined(parts: list[torch.Tensor]) -> np.ndarray:

@@ -1,0 +1,185 @@
+"""A run's folder: its layout, its identity, and what may change when the run goes on.
+
+runs/NAME/
+    config.json        the resolved settings
+    run.json           lineage, program and package versions
+    metrics.jsonl      one line per step
+    base/              the model RL started from, where the run made it (absent with model.path)
+    trajectories/      dumps (common.store)
+    checkpoints/       complete states (learner.checkpoint)
+    model/             the trained policy, Hugging Face format
+    summary.json       the final table
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import ConfigError, RunConfig, config_as_json, parse_config
+
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
+
+HARMLESS = (
+    "rollout.workers",
+    "rollout.resources",
+    "rollout.max_rows",
+    "rollout.max_restarts",
+    "rollout.device",
+    "rollout.verifier.processes",
+    "rollout.verifier.max_ungraded_share",
+    "learner.resources",
+    "learner.device",
+    "learner.tokens_per_microbatch",
+    "learner.logprob_chunk_tokens",
+    "learner.gradient_checkpointing",
+    "learner.weight_bucket_bytes",
+    "evaluation",
+    "checkpoint",
+    "dump",
+    "metrics",
+    "deadlines",
+    "runs_folder",
+    "self_test_groups",
+    "max_dispatch_factor",
+)
+"""Keys (with all below them) that a resumed run may change: they decide where and how fast, not what is computed."""
+
+
+class ResumeError(ConfigError):
+    """A run that cannot go on as asked; the message names the keys or the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def base_model(self) -> Path:
+        return self.path / "base"
+
+    @property
+    def trajectories(self) -> Path:
+        return self.path / "trajectories"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def config(self) -> RunConfig:
+        return parse_config(json.loads((self.path / "config.json").read_text(encoding="utf-8")))
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+def create_run(config: RunConfig, profile: str) -> RunFolder:
+    """A new folder `PROFILE-DATE-TIME` below `runs_folder`; a number is added where that name is taken."""
+    root = Path(config.runs_folder)
+    stem = re.sub(r"[^\w.-]+", "-", Path(profile).stem) or "run"
+    stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1000):
+        path = root / (stem if not number else f"{stem}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"runs_folder {root}: {error.strerror}; choose a folder that can be written") from error
+        folder = RunFolder(path)
+        _write_identity(folder, config, lineage=0)
+        return folder
+    raise ConfigError(f"runs_folder {root}: no free name for {stem}")
+
+
+def reopen_run(path: str | Path, wanted: RunConfig | None, overrides: list[str]) -> tuple[RunFolder, RunConfig, int]:
+    """A run to go on with: its folder, its settings with the harmless changes, and its new lineage.
+
+    `wanted`: settings that the user gave anew (None: the run's own). Raises :class:`ResumeError`.
+    """
+    from common.config import load_config
+
+    folder = RunFolder(Path(path))
+    if not (folder.path / "config.json").is_file():
+        raise ResumeError(f"--resume {path}: no config.json there; expected a run folder such as runs/quickstart-...")
+    stored = folder.config()
+    config = wanted or load_config(stored.model_dump(mode="json"), overrides)
+    refused = refused_changes(stored, config)
+    if refused:
+        raise ResumeError(
+            f"{folder.path} cannot go on with other settings: {'; '.join(refused)}. They decide what is computed; "
+            "start a new run for them, or leave them out"
+        )
+    lineage = int(folder.read_json("run.json")["lineage"]) + 1
+    _write_identity(folder, config, lineage)
+    return folder, config, lineage
+
+
+def refused_changes(stored: RunConfig, wanted: RunConfig) -> list[str]:
+    """`key: old -> new` of every change that is not harmless."""
+    before, after = _flat(stored.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(changed)
+        if not any(key == h or key.startswith(f"{h}.") for h in HARMLESS) and not _more_steps(key, stored)
+    ]
+
+
+def _more_steps(key: str, config: RunConfig) -> bool:
+    """`steps` may change where the learning rate's schedule does not depend on it."""
+    return key == "steps" and (config.optimizer.schedule == "constant" or config.optimizer.decay_steps is not None)
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        pairs = node.items()
+    elif isinstance(node, list) and any(isinstance(v, dict) for v in node):
+        pairs = enumerate(node)
+    else:
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in pairs:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _write_identity(folder: RunFolder, config: RunConfig, lineage: int) -> None:
+    versions = {"python": platform.python_version(), "latent-grpo": program_version()}
+    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    folder.write_json("run.json", {"lineage": lineage, "started": time.strftime("%FT%T%z"), "versions": versions})
+    write_atomically(folder.path / "config.json", config_as_json(config))
+
+
+def program_version() -> str:
+    try:
+        return importlib.metadata.version("latent-grpo")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

@@ -1,0 +1,119 @@
+"""Latent-SFT on the learner's ranks (METHOD §7): the actor of a rank, and the group of ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+from torch import nn
+
+from common.config import OptimizerConfig, RunConfig
+from learner.actor import RankActor
+from learner.group import RankGroup
+from learner.latent_sft import LatentSFTModule, SFTRow, collate, combine, row_key
+from learner.zero_engine import learning_rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTReport:
+    """A step on one rank; the loss is its share of the step's."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SFTPiece:
+    """Rows of one forward pass of one rank. `counts` False: repeats a row so that ranks have equally many passes."""
+
+    rows: tuple[int, ...]
+    counts: bool = True
+
+
+def plan_rows(lengths: Sequence[int], ranks: int, tokens_per_microbatch: int) -> tuple[tuple[SFTPiece, ...], ...]:
+    """[ranks][micro-batches]: rows dealt longest first, cut where the padded size would break the token budget."""
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    packed = []
+    for rank in range(ranks):
+        pieces: list[list[int]] = []
+        for row in order[rank::ranks]:
+            if not pieces or (len(pieces[-1]) + 1) * lengths[pieces[-1][0]] > tokens_per_microbatch:
+                pieces.append([])
+            pieces[-1].append(row)
+        packed.append([SFTPiece(tuple(piece)) for piece in pieces])
+    count = max(len(pieces) for pieces in packed)
+    filler = SFTPiece((order[-1],), counts=False)
+    return tuple(tuple(pieces + [filler] * (count - len(pieces))) for pieces in packed)
+
+
+class SFTRank(RankActor):
+    def build(self, model: nn.Module) -> tuple[nn.Module, OptimizerConfig]:
+        from common.models import load_tokenizer
+        from common.prompts import resolve_tokens
+
+        config, settings = self.config, self.config.warm_start
+        rows = model.get_output_embeddings().weight.shape[0]
+        facts = resolve_tokens(load_tokenizer(self.model_folder), rows, config.latent, config.model.prompt.think_end)
+        self.pad_id = facts.pad_id
+        module = LatentSFTModule(
+            model,
+            k=config.k,
+            tau=config.tau,
+            perturb_scale=settings.perturb_scale,
+            allowed=np.asarray(facts.allowed),
+            chunk_tokens=config.learner.logprob_chunk_tokens,
+        )
+        return module, settings.optimizer
+
+    def sft_step(self, rows: list[SFTRow], step: int) -> SFTReport:
+        """One update on `rows` (the whole step's, on every rank)."""
+        started = time.perf_counter()
+        config, settings = self.config, self.config.warm_start
+        mine = plan_rows([len(r) for r in rows], self.world, config.learner.tokens_per_microbatch)[self.rank]
+        latent = sum(len(r.chain.ids) for r in rows)
+        hard = sum(len(r.hard_ids) for r in rows)
+        total = 0.0
+        for piece in mine:
+            batch = collate(
+                [rows[i] for i in piece.rows],
+                [row_key(config.seed, step, i) for i in piece.rows],
+                k=config.k,
+                pad_id=self.pad_id,
+                perturb_share=settings.perturb_share,
+                self_feeding=settings.self_feeding,
+            )
+            loss = combine(self.engine.forward(batch.to(self.device)), latent, hard) * float(piece.counts)
+            self.engine.backward(loss)
+            total += float(loss.detach())
+        result = self.engine.step(learning_rate(settings.optimizer, step, settings.max_steps))
+        return SFTReport(
+            loss=total,
+            grad_norm=result.grad_norm,
+            applied=result.applied,
+            seconds=time.perf_counter() - started,
+        )
+
+
+class SFTLearner(RankGroup):
+    """The ranks of a Latent-SFT; one step at a time."""
+
+    def __init__(self, config: RunConfig, model_folder: str | Path):
+        super().__init__(SFTRank, config, model_folder)
+
+    def start_step(self, rows: list[SFTRow], step: int) -> None:
+        self._begin("sft_step", ray.put(rows), step)
+
+    def finish_step(self) -> dict[str, float]:
+        reports: list[SFTReport] = self._finish()
+        return {
+            "sft/loss": sum(r.loss for r in reports),
+            "sft/grad_norm": reports[0].grad_norm,
+            "sft/seconds": max(r.seconds for r in reports),
+            "sft/skipped_updates": float(not reports[0].applied),
+        }
