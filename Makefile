@@ -1,11 +1,11 @@
-# `make install` and `make test` do all their own set-up in ./.venv (about 2 GB with the CPU build of torch).
+# `make demo` and `make test` do all their own set-up in ./.venv (about 2 GB with the CPU build of torch).
 # pip's own settings (environment, pip.conf) decide where packages come from.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install test test-all lint clean
+.PHONY: install demo test test-all lint clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+demo: install
+	$(BIN)/latent-grpo train --profile quickstart
 
 test: install
 	$(PYTEST) -m "not slow and not gpu and not vllm"

@@ -30,7 +30,7 @@ class MetricsError(RuntimeError):
 class MetricSink(Protocol):
     """Somewhere to show metrics. Made once per run with the run's folder.
 
-    `values` are finite floats; names have the form `section/name` (`rollout/reward_mean`).
+    `values` are finite floats; names have the form `section/name` (`rollout/reward`).
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -72,7 +72,7 @@ class MetricsWriter:
     Example::
 
         with MetricsWriter(run_folder, ["console"]) as metrics:
-            metrics.write(step, {"rollout/reward_mean": 0.4}, lineage=0)
+            metrics.write(step, {"rollout/reward": 0.4}, lineage=0)
     """
 
     def __init__(self, run_folder: str | Path, sinks: Sequence[str] = ()):
@@ -208,7 +208,7 @@ class JSONLSink:
 class ConsoleSink:
     """One line per step: the figures that tell whether a run is healthy, then the rest if the terminal is wide."""
 
-    FIRST = ("reward_mean", "pass_at_1", "accuracy", "loss", "grad_norm", "step_seconds")
+    FIRST = ("reward", "pass_at_1", "loss", "grad_norm", "steps", "latent_steps", "invalid_share", "step_s")
 
     def __init__(self, run_folder: Path):
         from rich.console import Console

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from common.arithmetic import make_arithmetic_tokenizer
 from common.config import ConfigError, NewModelConfig
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+transformers_logging.disable_progress_bar()  # every actor would draw its own
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 BPE_SPECIAL_TOKENS = ("<pad>", "<eos>", "<think>", "</think>")
 BPE_CHAT_TEMPLATE = (
@@ -112,7 +114,7 @@ def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     _check_folder(path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
 
 
 def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import ConfigError, RunConfig, config_as_json, parse_config
+from common.config import ConfigError, RunConfig, config_as_json, load_config, parse_config
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
 
@@ -110,18 +110,16 @@ def create_run(config: RunConfig, profile: str) -> RunFolder:
     raise ConfigError(f"runs_folder {root}: no free name for {stem}")
 
 
-def reopen_run(path: str | Path, wanted: RunConfig | None, overrides: list[str]) -> tuple[RunFolder, RunConfig, int]:
+def reopen_run(path: str | Path, overrides: list[str]) -> tuple[RunFolder, RunConfig, int]:
     """A run to go on with: its folder, its settings with the harmless changes, and its new lineage.
 
-    `wanted`: settings that the user gave anew (None: the run's own). Raises :class:`ResumeError`.
+    Raises :class:`ResumeError`.
     """
-    from common.config import load_config
-
     folder = RunFolder(Path(path))
     if not (folder.path / "config.json").is_file():
         raise ResumeError(f"--resume {path}: no config.json there; expected a run folder such as runs/quickstart-...")
     stored = folder.config()
-    config = wanted or load_config(stored.model_dump(mode="json"), overrides)
+    config = load_config(stored.model_dump(mode="json"), overrides)
     refused = refused_changes(stored, config)
     if refused:
         raise ResumeError(

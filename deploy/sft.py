@@ -95,10 +95,10 @@ def run_latent_sft(
             done += 1
             if done % settings.evaluate_every == 0 or done == settings.max_steps:
                 result = _evaluate(config, data, learner, pool, done)
-                values |= {"sft/pass_at_1": result.pass_at_1, "sft/invalid_rate": result.invalid_rate}
+                values |= {"pass_at_1": result.pass_at_1, "invalid_rate": result.invalid_rate}
                 reached = settings.stop_at is not None and result.pass_at_1 >= settings.stop_at
             metrics.write(done, values, kind="sft")
-            note = f"loss {values['sft/loss']:.3f}" + (f" · held-out pass@1 {result.pass_at_1:.3f}" if result else "")
+            note = f"loss {values['loss']:.3f}" + (f" · held-out pass@1 {result.pass_at_1:.3f}" if result else "")
             advance(done, note)
     return SFTOutcome(done, result, reached or settings.stop_at is None)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -40,6 +41,9 @@ from learner.learner import LearnerGroup, ReplayReport
 from learner.sft_learner import SFTLearner
 from rollout_workers.pool import RolloutPool
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SETTLE_S = 15.0  # of the 30 s that an interrupt may take
 TEXTS_FOR_TOKENIZER = 20_000
 TOLERANCE = {"float32": ("max", 1e-3), "bfloat16": ("p99", 0.2)}  # METHOD §6, component log-probs
@@ -52,13 +56,18 @@ class SelfTestFailed(TrainingStopped):
 
 @dataclass(slots=True)
 class Run:
-    """What the parts of a run share."""
+    """What the parts of a run share, once its workers are there."""
 
     folder: RunFolder
     config: RunConfig
     lineage: int
     reporter: Reporter
     metrics: MetricsWriter
+    initial: str | Path  # folder or hub id of the model that the run starts from
+    tokenizer: PreTrainedTokenizerBase
+    facts: TokenFacts
+    problems: Problems
+    pool: RolloutPool
     summary: dict = field(default_factory=dict)
 
     @property
@@ -77,12 +86,40 @@ def train(config: RunConfig, profile: str, reporter: Reporter | None = None) -> 
 
 def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
     """Goes on with a run from its last complete checkpoint (from the beginning if there is none)."""
-    folder, config, lineage = reopen_run(path, None, overrides)
+    folder, config, lineage = reopen_run(path, overrides)
     return _run(folder, config, lineage, reporter or Reporter())
 
 
+def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> RunFolder:
+    """Latent-SFT alone (METHOD §7): its model is in the run's `base/`, for `model.path` of later runs."""
+    folder, reporter = create_run(config, profile), reporter or Reporter()
+    if config.warm_start is None:
+        raise ConfigError(f"profile {profile} has no section warm_start; add it (an empty one takes the defaults)")
+    with started(folder, config, 0, reporter) as run:
+        model = warm_start(run)
+    reporter.say(f"model {model}; train it with model.path={model}")
+    return folder
+
+
 def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> RunFolder:
-    started = time.monotonic()
+    began = time.monotonic()
+    with started(folder, config, lineage, reporter) as run:
+        base = run.initial if config.warm_start is None else warm_start(run)
+        reporter.say(f"starting {config.learner.ranks} learner rank(s)")
+        learner = LearnerGroup(config, base)
+        try:
+            _train(run, learner)
+        finally:
+            learner.close()
+        run.record(minutes=round((time.monotonic() - began) / 60, 2))
+    reporter.console.print(final_table(run))
+    reporter.say(f"model {run.folder.model} · dumps, metrics and checkpoints in {run.folder.path}")
+    return run.folder
+
+
+@contextlib.contextmanager
+def started(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> Iterator[Run]:
+    """Ray, the model, the problems and the workers of a run; all of it gone afterwards."""
     folder = RunFolder(folder.path.resolve())
     reporter.say(f"run folder {folder.path}")
     with (
@@ -90,10 +127,7 @@ def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter)
         ray_session(config),
         terminated_is_interrupted(),
     ):
-        run = Run(folder, config, lineage, reporter, metrics)
-        if lineage and (folder.path / "summary.json").is_file():
-            run.summary = folder.read_json("summary.json")
-        initial = initial_model(run)
+        initial = initial_model(config, folder, reporter)
         tokenizer = load_tokenizer(initial)
         facts = token_facts(config, initial, tokenizer)
         problems = Problems(config, tokenizer)
@@ -102,25 +136,17 @@ def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter)
         reporter.say(f"starting {config.rollout.workers} rollout worker(s)")
         factory = WorkerFactory(config_as_json(config), str(initial), folder.name)
         with RolloutPool(factory, config.rollout, config.deadlines) as pool:
-            base = initial if config.warm_start is None else warm_start(run, initial, problems, facts, pool, tokenizer)
-            reporter.say(f"starting {config.learner.ranks} learner rank(s)")
-            learner = LearnerGroup(config, base)
-            try:
-                _train(run, problems, pool, learner)
-            finally:
-                learner.close()
-    run.record(minutes=round((time.monotonic() - started) / 60, 2))
-    reporter.console.print(final_table(run))
-    reporter.say(f"model {folder.model} · dumps, metrics and checkpoints in {folder.path}")
-    return folder
+            run = Run(folder, config, lineage, reporter, metrics, initial, tokenizer, facts, problems, pool)
+            if lineage and (folder.path / "summary.json").is_file():
+                run.summary = folder.read_json("summary.json")
+            yield run
 
 
 # --- before the loop -----------------------------------------------------------------------------------------------
 
 
-def initial_model(run: Run) -> str | Path:
+def initial_model(config: RunConfig, folder: RunFolder, reporter: Reporter) -> str | Path:
     """The folder or hub id that the run starts from; a `model.new` is made once, below the run's folder."""
-    config, folder = run.config, run.folder
     if config.model.new is None:
         return config.model.path
     target = folder.base_model if config.warm_start is None else folder.path / "initial"
@@ -128,7 +154,7 @@ def initial_model(run: Run) -> str | Path:
         return target
     tokenizer = make_tokenizer(config.model.new, _texts(config))
     model = make_model(config.model.new, tokenizer, config.seed)
-    run.reporter.say(f"made a new {config.model.new.architecture} of {model.num_parameters():,} parameters")
+    reporter.say(f"made a new {config.model.new.architecture} of {model.num_parameters():,} parameters")
     _save_whole(target, lambda unfinished: save_model(unfinished, model, tokenizer))
     return target
 
@@ -152,7 +178,7 @@ def token_facts(config: RunConfig, model: str | Path, tokenizer) -> TokenFacts:
     return resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
 
 
-def warm_start(run: Run, initial, problems: Problems, facts: TokenFacts, pool: RolloutPool, tokenizer) -> Path:
+def warm_start(run: Run) -> Path:
     """Latent-SFT of the initial model into `base/` (METHOD §7); a resumed run has it already."""
     config, base = run.config, run.folder.base_model
     if (base / "config.json").is_file():
@@ -161,10 +187,10 @@ def warm_start(run: Run, initial, problems: Problems, facts: TokenFacts, pool: R
     if stage != config.learner.zero_stage:
         run.reporter.say(f"Latent-SFT runs at ZeRO stage {stage}; the RL steps at {config.learner.zero_stage}")
     sft_config = config.model_copy(update={"learner": config.learner.model_copy(update={"zero_stage": stage})})
-    data = prepare_sft(sft_config, problems.training, tokenizer, facts)
-    learner = SFTLearner(sft_config, initial)
+    data = prepare_sft(sft_config, run.problems.training, run.tokenizer, run.facts)
+    learner = SFTLearner(sft_config, run.initial)
     try:
-        outcome = run_latent_sft(sft_config, data, learner, pool, run.metrics, run.reporter)
+        outcome = run_latent_sft(sft_config, data, learner, run.pool, run.metrics, run.reporter)
         _save_whole(base, learner.export)
     finally:
         learner.close()
@@ -189,7 +215,7 @@ def _save_whole(target: Path, write) -> None:
 # --- the loop ------------------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, problems: Problems, pool: RolloutPool, learner: LearnerGroup) -> None:
+def _train(run: Run, learner: LearnerGroup) -> None:
     config, checkpoint = run.config, latest_checkpoint(run.folder.checkpoints)
     position = {"step": 0, "next_ordinal": 0}
     if checkpoint is not None:
@@ -198,11 +224,11 @@ def _train(run: Run, problems: Problems, pool: RolloutPool, learner: LearnerGrou
         learner.load(checkpoint.path / "learner")
         position = {key: checkpoint.state[key] for key in position}
         run.reporter.say(f"going on from {checkpoint.path.name}, lineage {run.lineage}")
-    controller = Controller(config, pool, learner, problems.request, **position)
+    controller = Controller(config, run.pool, learner, run.problems.request, **position)
     controller.begin()
-    self_test(run, problems, pool, learner)
+    self_test(run, learner)
     if config.evaluation.at_start and "before" not in run.summary:
-        evaluate(run, problems, controller, "before")
+        evaluate(run, controller, "before")
     saved = controller.step
     try:
         with run.reporter.phase(config.algorithm, config.steps) as advance:
@@ -215,7 +241,7 @@ def _train(run: Run, problems: Problems, pool: RolloutPool, learner: LearnerGrou
                 if _due(config.checkpoint.every, result.step) or result.step == config.steps:
                     saved = save(run, controller, learner)
                 if _due(config.evaluation.every, result.step) and result.step < config.steps:
-                    evaluate(run, problems, controller, f"step-{result.step}")
+                    evaluate(run, controller, f"step-{result.step}")
                 advance(result.step, f"reward {rewards[-1]:.3f} {sparkline(rewards)}")
     except KeyboardInterrupt:
         controller.settle(SETTLE_S)
@@ -224,7 +250,7 @@ def _train(run: Run, problems: Problems, pool: RolloutPool, learner: LearnerGrou
         run.reporter.say(f"interrupted; the checkpoint of step {saved} is complete")
         raise
     if config.evaluation.at_end:
-        evaluate(run, problems, controller, "after")
+        evaluate(run, controller, "after")
     _save_whole(run.folder.model, learner.export)
 
 
@@ -232,12 +258,12 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def self_test(run: Run, problems: Problems, pool: RolloutPool, learner: LearnerGroup) -> None:
+def self_test(run: Run, learner: LearnerGroup) -> None:
     """Replays a few rollouts in the learner; refuses to train on log-probs that differ (METHOD §6)."""
     if not run.config.self_test_groups:
         return
-    requests = [problems.request(i, "self_test") for i in range(run.config.self_test_groups)]
-    report = learner.replay(concat(gather(pool, requests)))
+    requests = [run.problems.request(i, "self_test") for i in range(run.config.self_test_groups)]
+    report = learner.replay(concat(gather(run.pool, requests)))
     run.metrics.write(0, _gaps(report), kind="self_test", lineage=run.lineage)
     dtype = run.config.model.dtype
     statistic, limit = TOLERANCE[dtype]
@@ -257,12 +283,12 @@ def self_test(run: Run, problems: Problems, pool: RolloutPool, learner: LearnerG
 
 def _gaps(report: ReplayReport) -> dict[str, float]:
     pairs = (("latent", report.latent), ("hard", report.hard))
-    return {f"self_test/{kind}_{s}": getattr(gap, s) for kind, gap in pairs for s in ("mean", "p99", "max", "count")}
+    return {f"{kind}_{s}": getattr(gap, s) for kind, gap in pairs for s in ("mean", "p99", "max", "count")}
 
 
-def evaluate(run: Run, problems: Problems, controller: Controller, tag: str) -> list[TaskResult]:
+def evaluate(run: Run, controller: Controller, tag: str) -> list[TaskResult]:
     """Every evaluation task on the current weights; into the metrics and the summary."""
-    requests = list(problems.evaluation_requests(tag))
+    requests = list(run.problems.evaluation_requests(tag))
     if not requests:
         return []
     with run.reporter.phase(f"evaluate {tag}", len(requests), "problems") as advance:

@@ -75,6 +75,6 @@ def freeze_input_embeddings(model: nn.Module) -> None:
 
 def load_policy_model(folder: str) -> nn.Module:
     """The model in float32 (DeepSpeed keeps float32 master weights and casts by itself)."""
-    from transformers import AutoModelForCausalLM
+    from common.models import load_model
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return load_model(folder, "float32")

@@ -110,10 +110,11 @@ class SFTLearner(RankGroup):
         self._begin("sft_step", ray.put(rows), step)
 
     def finish_step(self) -> dict[str, float]:
+        """Waits for the step and gives its metrics."""
         reports: list[SFTReport] = self._finish()
         return {
-            "sft/loss": sum(r.loss for r in reports),
-            "sft/grad_norm": reports[0].grad_norm,
-            "sft/seconds": max(r.seconds for r in reports),
-            "sft/skipped_updates": float(not reports[0].applied),
+            "loss": sum(r.loss for r in reports),
+            "grad_norm": reports[0].grad_norm,
+            "seconds": max(r.seconds for r in reports),
+            "skipped_updates": float(not reports[0].applied),
         }

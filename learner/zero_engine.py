@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,10 @@ def init_distributed(*, rank: int, world: int, address: str, port: int, device: 
     os.environ["DS_ACCELERATOR"] = device
     import deepspeed
     from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import logger as deepspeed_log
 
+    deepspeed_log.setLevel(logging.ERROR)  # its warnings are about what is decided here: the optimizer, the guard
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     if device == "cpu":
         __compatible_ops__["deepspeed_shm_comm"] = False  # else compiled at start, a minute
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)

@@ -16,9 +16,9 @@ def lines(folder):
 
 def test_every_step_is_one_flushed_line(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        writer.write(1, {"rollout/reward_mean": np.float32(0.5), "learner/updates": 4})
-        assert lines(tmp_path)[0]["metrics"] == {"rollout/reward_mean": 0.5, "learner/updates": 4.0}
-        writer.write(2, {"rollout/reward_mean": 0.75})
+        writer.write(1, {"rollout/reward": np.float32(0.5), "learner/updates": 4})
+        assert lines(tmp_path)[0]["metrics"] == {"rollout/reward": 0.5, "learner/updates": 4.0}
+        writer.write(2, {"rollout/reward": 0.75})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
@@ -120,7 +120,7 @@ def test_a_sink_of_the_users_own_is_found_by_import_path(tmp_path):
 def test_the_console_shows_the_important_figures_first(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with MetricsWriter(tmp_path, ["console"]) as writer:
-        writer.write(7, {**{f"a/filler_{i}": i for i in range(30)}, "rollout/reward_mean": 0.25})
+        writer.write(7, {**{f"a/filler_{i}": i for i in range(30)}, "rollout/reward": 0.25})
     shown = capsys.readouterr().out
-    assert shown.startswith("step     7  rollout/reward_mean 0.25")
+    assert shown.startswith("step     7  rollout/reward 0.25")
     assert len(shown.splitlines()) == 1
