@@ -29,10 +29,11 @@ class TooManyDispatched(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadyBatch:
-    """Groups to train on, in prompt order; `filtered` are the ones that made way, for the dump."""
+    """Groups to train on, and all that were generated for it, filtered ones too; both in prompt order."""
 
     ordinals: tuple[int, ...]
     groups: tuple[pa.RecordBatch, ...]  # rows in sample order
+    generated: tuple[pa.RecordBatch, ...]
     next_ordinal: int  # the first prompt that no batch has consumed: the state a checkpoint keeps
     dropped: Counter  # reason -> groups, since the previous batch
 
@@ -112,10 +113,9 @@ class GroupBuffer:
             self.duplicates += 1
             return "duplicate"
         self._settled_since_batch += 1
+        entry.group = group
         reason = self.drop_reason(group)
-        if reason is None:
-            entry.group = group
-        else:
+        if reason is not None:
             self._drop(entry, reason)
         return reason
 
@@ -125,7 +125,6 @@ class GroupBuffer:
 
     def _drop(self, entry: _Entry, reason: str) -> None:
         entry.dropped = reason
-        entry.group = None
         self._dropped[reason] += 1
 
     def take_batch(self) -> ReadyBatch | None:
@@ -150,6 +149,7 @@ class GroupBuffer:
         batch = ReadyBatch(
             ordinals=tuple(chosen),
             groups=tuple(self._entries[o].group for o in chosen),
+            generated=tuple(self._entries[o].group for o in consumed if self._entries[o].group is not None),
             next_ordinal=consumed[-1] + 1,
             dropped=self._dropped,
         )

@@ -6,9 +6,10 @@ Settings are given as `--key.sub VALUE` or `key.sub=VALUE` after the command's o
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -56,22 +57,39 @@ def settings(profile: str, context: typer.Context) -> RunConfig:
     return load_config(profile, overrides(context.args))
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """An interrupted command ends with the shell's exit code for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def of_model(path: str) -> list[str]:
+    """Overrides that replace a profile's model by a finished one."""
+    return [f"model.path={path}", "model.new=null", "warm_start=null"]
+
+
 @app.command(context_settings=SETTINGS)
 def validate(
     context: typer.Context,
     profile: Profile = "quickstart",
     files: Annotated[bool, typer.Option(help="Also require that every problem file exists.")] = False,
+    cpus: Annotated[float | None, typer.Option(help="CPUs of the cluster it will run on.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="GPUs of the cluster it will run on.")] = None,
 ) -> None:
     """Checks a profile and prints the resolved settings and the arithmetic of a step. Needs no GPU and no weights."""
-    from deploy.preflight import arithmetic, check_files
+    from deploy.preflight import arithmetic, check_files, resource_rows, token_rows
 
     config = settings(profile, context)
     if files:
         check_files(config)
+    rows = [*arithmetic(config), *resource_rows(config, cpus, gpus), *token_rows(config)]
     console.print_json(config_as_json(config))
     table = Table("", "", title=f"{profile}: {config.algorithm}", show_header=False)
-    for row in arithmetic(config):
-        table.add_row(*row)
+    for name, found in rows:
+        table.add_row(name, escape(found))
     console.print(table)
 
 
@@ -84,10 +102,33 @@ def train(
     """Trains. A new run from a profile, or (`--resume RUN`) a stopped one from its last checkpoint."""
     from deploy import train as training
 
-    if resume:
-        training.resume(resume, overrides(context.args))
-    else:
-        training.train(settings(profile, context), profile)
+    with interruptible():
+        if resume:
+            training.resume(resume, overrides(context.args))
+        else:
+            training.train(settings(profile, context), profile)
+
+
+@app.command(context_settings=SETTINGS)
+def sft(context: typer.Context, profile: Profile = "quickstart") -> None:
+    """Latent-SFT alone: gives the profile's model the latent initialisation that RL needs."""
+    from deploy.sft import sft as latent_sft
+
+    with interruptible():
+        latent_sft(settings(profile, context), profile)
+
+
+@app.command(context_settings=SETTINGS)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Folder or hub id of a Hugging Face model.")],
+    profile: Profile = "quickstart",
+) -> None:
+    """pass@1 (noise off), chain length and invalid rate of a model on the profile's evaluation tasks."""
+    from deploy.evaluate import evaluate_model
+
+    with interruptible():
+        evaluate_model(load_config(profile, [*overrides(context.args), *of_model(model)]), profile)
 
 
 @app.command()
@@ -120,13 +161,7 @@ def submit(
 def main() -> None:
     """Entry point. A fault in what the user gave is one clear line and exit code 2, one of the run exit code 1."""
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (click.ClickException, click.exceptions.Exit, click.Abort) as error:
-        if isinstance(error, click.ClickException):
-            error.show()
-        sys.exit(getattr(error, "exit_code", 1))
+        app()
     except Exception as error:
         code = _exit_code(error)
         if code is None:

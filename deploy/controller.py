@@ -72,7 +72,7 @@ class StepResult:
 
     step: int
     batch: pa.RecordBatch | None
-    arrived: tuple[pa.RecordBatch, ...]  # every group that came since the last step, filtered ones included
+    generated: tuple[pa.RecordBatch, ...]  # all groups of the step in prompt order, filtered ones included
     metrics: dict[str, float]
 
 
@@ -103,7 +103,6 @@ class Controller:
             drop_reason=self._drop_reason,
             next_ordinal=next_ordinal,
         )
-        self._arrived: list[pa.RecordBatch] = []
         self._learning: ReadyBatch | None = None  # at the learner now
 
     @property
@@ -125,14 +124,13 @@ class Controller:
         learned = time.perf_counter() - started - waited
         self._advance(batch)
         self.begin()
-        arrived, self._arrived = tuple(self._arrived), []
-        metrics |= self._rollout_metrics(arrived, batch)
+        metrics |= self._rollout_metrics(batch)
         metrics |= {
             "time/rollout_wait_s": waited,
             "time/learner_s": learned,
             "time/step_s": time.perf_counter() - started,
         }
-        return StepResult(self.step, rows, arrived, metrics)
+        return StepResult(self.step, rows, batch.generated, metrics)
 
     def gather(self, requests: Iterable[GroupRequest], on_arrival: Callable[[int], None] = lambda done: None):
         """Groups that are not for training (evaluation, self-test), in the order of `requests`; training's own
@@ -182,17 +180,14 @@ class Controller:
             self._take(group)
 
     def _take(self, group: pa.RecordBatch) -> None:
-        if self.buffer.arrived(_group_uid(group), group) != "duplicate":
-            self._arrived.append(group)
+        self.buffer.arrived(_group_uid(group), group)
 
     def _drop_reason(self, group: pa.RecordBatch) -> str | None:
         view = TrajectoryBatch(group)
         return drop_reason(view.rewards, view.valid, masking=self.config.masking)
 
-    def _rollout_metrics(self, arrived: tuple[pa.RecordBatch, ...], batch: ReadyBatch) -> dict[str, float]:
-        if not arrived:
-            return {}
-        metrics = rollout_metrics(concat(arrived))
+    def _rollout_metrics(self, batch: ReadyBatch) -> dict[str, float]:
+        metrics = rollout_metrics(concat(batch.generated))
         limit = self.config.rollout.verifier.max_ungraded_share
         if metrics["rollout/ungraded_share"] > limit:
             raise TrainingStopped(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
+from common.config import ConfigError, RunConfig
+from common.models import load_model
 from common.schema import TrajectoryBatch, concat
+from common.types import GroupRequest
+from deploy.controller import gather
+from deploy.progress import Reporter
+from deploy.run import Run, started
+from deploy.run_folder import create_run
+from learner.weights import publish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,3 +74,42 @@ def _result(task: str, groups: list[pa.RecordBatch]) -> TaskResult:
         invalid_rate=float((~view.valid).mean()),
         ungraded=int((~graded).sum()),
     )
+
+
+Gather = Callable[[list[GroupRequest], Callable[[int], None]], list[pa.RecordBatch]]
+
+
+def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
+    """Every evaluation task on the workers' weights; into the metrics and the summary. `gather` generates groups."""
+    requests = list(run.problems.evaluation_requests(tag))
+    if not requests:
+        return []
+    with run.reporter.phase(f"evaluate {tag}", len(requests), "problems") as advance:
+        groups = gather(requests, advance)
+    found = results(groups)
+    values = {name: value for result in found for name, value in result.metrics().items()}
+    run.metrics.write(step, values, kind="evaluation", lineage=run.lineage)
+    if run.config.dump.evaluation:
+        run.store.write(step, concat(groups), "evaluation", run.lineage)
+    if tag in ("before", "after"):
+        run.record(**{tag: values})
+    for result in found:
+        run.reporter.say(
+            f"{result.task}: pass@1 {result.pass_at_1:.3f} ± {result.standard_error:.3f}, chain length "
+            f"{result.chain_length:.1f} ({result.latent_length:.1f} latent), invalid {result.invalid_rate:.1%}"
+        )
+    return found
+
+
+def evaluate_model(config: RunConfig, profile: str, reporter: Reporter | None = None) -> list[TaskResult]:
+    """A finished model on a profile's evaluation tasks, in a run folder of its own."""
+    if not config.evaluation.tasks:
+        raise ConfigError(f"profile {profile} has no evaluation.tasks; add one with `name` and `path`")
+    reporter = reporter or Reporter()
+    folder = create_run(config, f"evaluate-{profile}")
+    with started(folder, config, 0, reporter) as run:
+        model = load_model(run.initial, config.model.dtype)
+        weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+        run.pool.publish(publish(weights, 0, config.learner.weight_bucket_bytes))
+        del model
+        return evaluate(run, partial(gather, run.pool), 0, "evaluation")

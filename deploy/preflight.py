@@ -1,6 +1,6 @@
 """What `latent-grpo validate` says: the resolved settings, the arithmetic of a step, and what would go wrong.
 
-Needs no GPU, no Ray and no weights: a tokenizer is read where the profile names one, tables and problem files are not.
+Needs no GPU, no Ray, no network and no weights: of a model on this machine its tokenizer and its configuration.
 """
 
 from __future__ import annotations
@@ -42,3 +42,51 @@ def check_files(config: RunConfig) -> None:
             raise ConfigError(f"task {task.name}: set its `path` (.parquet, .jsonl, hf:... or builtin:...)")
         if not path.startswith(("hf:", "builtin:")) and not Path(path).is_file():
             raise ConfigError(f"task {task.name}: {path} does not exist; set its `path` to a .parquet or .jsonl file")
+
+
+def token_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """(what, found) of the tokenizer: vocabulary, end of thinking, EOS, a rendered prompt.
+
+    Raises ConfigError where the run could not start: k over the vocabulary, no token for the end of thinking, no EOS.
+    A model that is not on this machine is not looked for; the rows say so.
+    """
+    from common.models import load_tokenizer, make_tokenizer, output_facts
+    from common.prompts import PromptRenderer, resolve_tokens
+    from common.types import Problem
+
+    new = config.model.new
+    if new is None and not Path(config.model.path).is_dir():
+        return [("tokenizer", f"not checked: {config.model.path} is not a folder on this machine")]
+    if new is not None:
+        tokenizer = make_tokenizer(new)
+        vocab_size, eos_ids = len(tokenizer) if new.tokenizer == "arithmetic" else new.vocab_size, ()
+    else:
+        tokenizer = load_tokenizer(config.model.path)
+        vocab_size, eos_ids = output_facts(config.model.path)
+    if config.latent and config.k > vocab_size:
+        raise ConfigError(f"k ({config.k}) is larger than the model's vocabulary of {vocab_size}; lower k")
+    facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
+    problem = Problem(uid="0", task="", messages=(("user", "(problem)"),), answer="")
+    settings = config.tasks[0].prompt or config.model.prompt
+    prompt = PromptRenderer(tokenizer, settings).render(problem)
+    end = facts.latent_end_id
+    pad = " (an EOS id; masks are made from lengths)" if facts.pad_id in facts.eos_ids else ""
+    return [
+        ("vocabulary", f"{vocab_size:,} rows, {int(facts.allowed.sum()):,} of them tokens"),
+        ("latent-end token", "none" if end is None else f"{end} ({tokenizer.decode([end])!r})"),
+        ("end of sequence, padding", f"{', '.join(map(str, facts.eos_ids))}; {facts.pad_id}{pad}"),
+        ("rendered prompt", repr(prompt)),
+    ]
+
+
+def resource_rows(config: RunConfig, cpus: float | None, gpus: float | None) -> list[tuple[str, str]]:
+    """Whether a cluster of that size can hold the run's actors. Raises ConfigError if not."""
+    from deploy.ray_session import check_resources, needed_resources
+
+    needed = needed_resources(config)
+    given = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount is not None}
+    unknown = {name: amount for name, amount in needed.items() if name not in given}
+    check_resources(config, given | unknown, "a cluster of the given size")
+    if unknown:
+        return [("resources", f"not checked for {', '.join(unknown)}: give the cluster's --cpus and --gpus")]
+    return [("resources", "the given cluster can hold all actors")]

@@ -51,6 +51,10 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     """
     import ray
 
+    if ray.is_initialized():  # a notebook, a test, a program round this one: its Ray is used and left
+        check_resources(config, ray.cluster_resources(), "this Ray")
+        yield
+        return
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     temporary = None

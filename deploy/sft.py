@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.config import ConfigError, LatentSFTConfig, RunConfig
 from common.metrics import MetricsWriter
@@ -16,6 +17,8 @@ from deploy.controller import Pool, gather
 from deploy.evaluate import TaskResult, results
 from deploy.problems import PreparedTask, group_request
 from deploy.progress import Reporter
+from deploy.run import Run, save_whole, started
+from deploy.run_folder import RunFolder, create_run
 from learner.latent_sft import SFTRow, make_row
 from learner.sft_learner import SFTLearner
 
@@ -140,3 +143,42 @@ def _split(
     held_out = [usable.problem(i) for i in range(usable.size - count, usable.size)]
     names = {problem.uid for problem in held_out}
     return PreparedTask(usable.filtered(lambda p: p.uid not in names, "held out"), task.renderer), held_out
+
+
+# --- as a command, and as the start of a run -----------------------------------------------------------------------
+
+
+def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> RunFolder:
+    """Latent-SFT alone (METHOD §7): its model is in the run's `base/`, for `model.path` of later runs."""
+    folder, reporter = create_run(config, profile), reporter or Reporter()
+    if config.warm_start is None:
+        raise ConfigError(f"profile {profile} has no section warm_start; add it (an empty one takes the defaults)")
+    with started(folder, config, 0, reporter) as run:
+        model = warm_start(run)
+    reporter.say(f"model {model}; train it with model.path={model}")
+    return folder
+
+
+def warm_start(run: Run) -> Path:
+    """Latent-SFT of the initial model into `base/` (METHOD §7); a resumed run has it already."""
+    config, base = run.config, run.folder.base_model
+    if (base / "config.json").is_file():
+        return base
+    stage = min(config.learner.zero_stage, 2)
+    if stage != config.learner.zero_stage:
+        run.reporter.say(f"Latent-SFT runs at ZeRO stage {stage}; the RL steps at {config.learner.zero_stage}")
+    sft_config = config.model_copy(update={"learner": config.learner.model_copy(update={"zero_stage": stage})})
+    data = prepare_sft(sft_config, run.problems.training, run.tokenizer, run.facts)
+    learner = SFTLearner(sft_config, run.initial)
+    try:
+        outcome = run_latent_sft(sft_config, data, learner, run.pool, run.metrics, run.reporter)
+        save_whole(base, learner.export)
+    finally:
+        learner.close()
+    run.record(sft={"steps": outcome.steps, "held_out_pass_at_1": outcome.held_out.pass_at_1})
+    if not outcome.reached:
+        run.reporter.say(
+            f"[yellow]Latent-SFT stopped at warm_start.max_steps ({outcome.steps}) with a held-out pass@1 of "
+            f"{outcome.held_out.pass_at_1:.3f}, below stop_at {config.warm_start.stop_at}; RL begins from there[/]"
+        )
+    return base

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,8 @@ def ray_session():
     import ray
 
     home = tempfile.mkdtemp(prefix="lgt-")  # short: Unix socket paths end at 107 bytes
-    changed = {"HOME": home, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": None}
+    path = os.pathsep.join([str(Path(__file__).parent / "integration"), os.environ.get("PYTHONPATH", "")])
+    changed = {"HOME": home, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": None, "PYTHONPATH": path}
     before = {name: os.environ.get(name) for name in changed}
     _set_environment(changed)
     try:

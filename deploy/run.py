@@ -1,0 +1,136 @@
+"""What every command that generates needs: Ray, a model with its tokenizer, problems, and workers; and their end."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.config import ConfigError, RunConfig, config_as_json
+from common.metrics import MetricsWriter
+from common.models import load_tokenizer, make_model, make_tokenizer, output_facts, save_model
+from common.prompts import resolve_tokens
+from common.store import TrajectoryStore
+from common.tasks import load_task
+from common.types import TokenFacts
+from deploy.problems import Problems
+from deploy.progress import Reporter
+from deploy.ray_session import ray_session
+from deploy.run_folder import RunFolder
+from deploy.workers import WorkerFactory
+from rollout_workers.pool import RolloutPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEXTS_FOR_TOKENIZER = 20_000
+
+
+@dataclass(slots=True)
+class Run:
+    """What the parts of a run share, once its workers are there."""
+
+    folder: RunFolder
+    config: RunConfig
+    lineage: int
+    reporter: Reporter
+    metrics: MetricsWriter
+    initial: str | Path  # folder or hub id of the model that the run starts from
+    tokenizer: PreTrainedTokenizerBase
+    facts: TokenFacts
+    problems: Problems
+    pool: RolloutPool
+    summary: dict = field(default_factory=dict)
+
+    @property
+    def store(self) -> TrajectoryStore:
+        return TrajectoryStore(self.folder.trajectories)
+
+    def record(self, **entries) -> None:
+        self.summary |= entries
+        self.folder.write_json("summary.json", self.summary)
+
+
+@contextlib.contextmanager
+def started(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> Iterator[Run]:
+    """Ray, the model, the problems and the workers of a run; all of it gone afterwards."""
+    folder = RunFolder(folder.path.resolve())
+    reporter.say(f"run folder {folder.path}")
+    with (
+        MetricsWriter(folder.path, config.metrics.sinks) as metrics,
+        ray_session(config),
+        terminated_is_interrupted(),
+    ):
+        initial = initial_model(config, folder, reporter)
+        tokenizer = load_tokenizer(initial)
+        facts = token_facts(config, initial, tokenizer)
+        problems = Problems(config, tokenizer)
+        for line in problems.summaries:
+            reporter.say(line)
+        reporter.say(f"starting {config.rollout.workers} rollout worker(s)")
+        factory = WorkerFactory(config_as_json(config), str(initial), folder.name)
+        with RolloutPool(factory, config.rollout, config.deadlines) as pool:
+            run = Run(folder, config, lineage, reporter, metrics, initial, tokenizer, facts, problems, pool)
+            if lineage and (folder.path / "summary.json").is_file():
+                run.summary = folder.read_json("summary.json")
+            yield run
+
+
+def initial_model(config: RunConfig, folder: RunFolder, reporter: Reporter) -> str | Path:
+    """The folder or hub id that the run starts from; a `model.new` is made once, below the run's folder."""
+    if config.model.new is None:
+        return config.model.path
+    target = folder.base_model if config.warm_start is None else folder.path / "initial"
+    if (target / "config.json").is_file():
+        return target
+    tokenizer = make_tokenizer(config.model.new, _texts(config))
+    model = make_model(config.model.new, tokenizer, config.seed)
+    reporter.say(f"made a new {config.model.new.architecture} of {model.num_parameters():,} parameters")
+    save_whole(target, lambda unfinished: save_model(unfinished, model, tokenizer))
+    return target
+
+
+def _texts(config: RunConfig) -> Iterator[str]:
+    """What a new model's tokenizer is trained on: the first task's problems, chains and answers."""
+    if config.model.new.tokenizer == "arithmetic":
+        return
+    source = load_task(config.tasks[0], config.seed)
+    for index in range(min(source.size or TEXTS_FOR_TOKENIZER, TEXTS_FOR_TOKENIZER)):
+        problem = source.problem(index)
+        yield from (content for _, content in problem.messages)
+        yield problem.cot
+        yield f"\\boxed{{{problem.answer}}}"
+
+
+def token_facts(config: RunConfig, model: str | Path, tokenizer) -> TokenFacts:
+    vocab_size, eos_ids = output_facts(model)
+    if config.latent and config.k > vocab_size:
+        raise ConfigError(f"k ({config.k}) is larger than the model's vocabulary of {vocab_size}; lower k")
+    return resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
+
+
+def save_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """`write(folder)`, and only then the name: a killed run leaves no half a model under it."""
+    unfinished = target.with_name(f".unfinished-{target.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write(unfinished)
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)
+
+
+@contextlib.contextmanager
+def terminated_is_interrupted() -> Iterator[None]:
+    """SIGTERM (a job that is stopped, a pod that is evicted) ends a run as Ctrl-C does: with a checkpoint."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

@@ -1,0 +1,119 @@
+"""Whole runs on a real Ray with a real DeepSpeed: what a run leaves, and that it repeats and resumes bit for bit."""
+
+import errno
+import json
+
+import numpy as np
+import pytest
+import torch
+from training import tiny
+
+from common.metrics import read_metrics
+from common.models import load_model, load_tokenizer
+from common.schema import TrajectoryBatch, decode
+from common.store import DumpError, TrajectoryStore
+from deploy.evaluate import evaluate_model
+from deploy.run_folder import ResumeError
+from deploy.train import SelfTestFailed, resume, train
+from learner.checkpoint import latest_checkpoint
+
+pytestmark = pytest.mark.integration
+SAME = ("group_uid", "sample_index", "policy_version_min", "latent_ids", "latent_scores", "latent_log_probs")
+SAME += ("hard_ids", "hard_log_probs", "reward", "epoch", "finish_reason")
+
+
+def rows_of(folder, steps):
+    """What was generated, step by step, in prompt order."""
+    store = TrajectoryStore(folder.trajectories)
+    return [store.read(step).select(SAME).to_pylist() for step in steps]
+
+
+def weights_of(folder):
+    return dict(load_model(folder.model).named_parameters())
+
+
+def test_three_steps_and_three_more_are_six_bit_for_bit_at_any_number_of_workers(ray_session, tmp_path):
+    common = (f"runs_folder={tmp_path}", "deterministic=true")
+    whole = train(tiny(*common, "steps=6", "rollout.workers=2", "checkpoint.every=0"), "whole")
+    half = train(tiny(*common, "steps=3", "rollout.workers=1"), "half")
+    resumed = resume(half.path, ["steps=6", "rollout.workers=3"])
+
+    for first, second in zip(rows_of(whole, range(1, 7)), rows_of(resumed, range(1, 7)), strict=True):
+        assert first == second
+    expected, found = weights_of(whole), weights_of(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+    lines = [(row["step"], row["lineage"]) for row in read_metrics(resumed.path)]
+    assert lines == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
+    losses = [[row["metrics"]["learner/loss"] for row in read_metrics(f.path)] for f in (whole, resumed)]
+    assert losses[0] == losses[1]
+    # the first rollout after the resume is on the checkpoint's weights
+    view = TrajectoryBatch(TrajectoryStore(resumed.trajectories).read(4))
+    assert set(view.numbers("policy_version_min")) == set(view.numbers("policy_version_max")) == {3}
+    with pytest.raises(ResumeError, match=r"group_size: 4 -> 8"):
+        resume(half.path, ["group_size=8"])
+
+
+def test_what_a_run_leaves(ray_session, tmp_path):
+    folder = train(tiny(f"runs_folder={tmp_path}", "evaluation.every=2", "dump.evaluation=true"), "left")
+    assert folder.config() == tiny(f"runs_folder={tmp_path}", "evaluation.every=2", "dump.evaluation=true")
+    assert set(folder.read_json("run.json")["versions"]) >= {"torch", "ray", "deepspeed", "transformers", "python"}
+    summary = folder.read_json("summary.json")
+    assert summary["before"].keys() == summary["after"].keys()
+    assert "held-out/pass_at_1" in summary["after"]
+
+    steps = [row["metrics"] for row in read_metrics(folder.path)]
+    assert [m["learner/updates"] for m in steps] == [2, 2, 2]
+    assert all(0 < m["rollout/reward"] < 1 and m["learner/grad_norm"] > 0 for m in steps)
+    assert all(m["learner/drift_max"] < 1e-3 for m in steps)
+    kinds = [row["kind"] for row in map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())]
+    assert kinds == ["self_test", "evaluation", "train", "train", "evaluation", "train", "evaluation"]
+
+    trained = decode(TrajectoryStore(folder.trajectories).read(2))
+    assert {t.policy_version_min for t in trained} == {1}
+    assert all(t.run_id == folder.name and t.reward in (0.0, 1.0) and t.gold_answer for t in trained)
+    evaluated = decode(TrajectoryStore(folder.trajectories).read(2, "evaluation"))
+    assert {t.sampling.noise_mode for t in evaluated} == {"off"}
+
+    # the model is an ordinary Hugging Face one, the last checkpoint's, and what the last evaluation judged
+    assert latest_checkpoint(folder.checkpoints).step == 3
+    load_tokenizer(folder.model)
+    before, after = (dict(load_model(p).named_parameters()) for p in (folder.base_model, folder.model))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(before[embedding], after[embedding]), "embeddings are frozen"
+    config = tiny(f"runs_folder={tmp_path}", f"model.path={folder.model}", "model.new=null")
+    (result,) = evaluate_model(config, "left")
+    assert result.pass_at_1 == pytest.approx(summary["after"]["held-out/pass_at_1"])
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "soft_grpo"])
+def test_the_baselines_run_through_the_same_path(ray_session, tmp_path, algorithm):
+    folder = train(tiny(f"runs_folder={tmp_path}", f"algorithm={algorithm}", "steps=2", "max_staleness=1"), algorithm)
+    rows = decode(TrajectoryStore(folder.trajectories).read(2))
+    assert all((len(t.latent_ids) == 0) == (algorithm == "grpo") for t in rows if t.finish_reason == "stop")
+    metrics = [row["metrics"] for row in read_metrics(folder.path)]
+    assert all(np.isfinite(m["learner/loss"]) and m["learner/updates"] == 2 for m in metrics)
+
+
+def test_a_full_disk_stops_the_run_with_the_reason_and_leaves_the_last_checkpoint(ray_session, tmp_path, monkeypatch):
+    write, written = TrajectoryStore.write, []
+
+    def until_full(self, step, *arguments, **options):
+        if step == 3:
+            raise DumpError(errno.ENOSPC, "trajectories not dumped: the disk is full", str(self.folder))
+        written.append(step)
+        return write(self, step, *arguments, **options)
+
+    monkeypatch.setattr(TrajectoryStore, "write", until_full)
+    with pytest.raises(DumpError, match="the disk is full"):
+        train(tiny(f"runs_folder={tmp_path}", "evaluation.at_start=false"), "full")
+    (folder,) = tmp_path.iterdir()
+    assert written == [1, 2]
+    assert latest_checkpoint(folder / "checkpoints").step == 2
+
+
+def test_a_learner_that_computes_something_else_is_not_trained(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr("deploy.train.TOLERANCE", {"float32": ("max", -1.0)})
+    with pytest.raises(SelfTestFailed, match="latent components differ"):
+        train(tiny(f"runs_folder={tmp_path}"), "self-test")

@@ -1,0 +1,45 @@
+"""A tiny run for tests: random weights, rewards that depend on the text alone, so that every step has signal."""
+
+from __future__ import annotations
+
+import zlib
+
+from common.config import load_config
+from reward.verifier import Grade
+
+
+class Parity:
+    """Reward 1 for half of all texts; stands for a task with signal, whatever the model says."""
+
+    def grade(self, response_text: str, gold: str) -> Grade:
+        good = zlib.crc32(response_text.encode()) % 2
+        return Grade(reward=float(good), reason="correct" if good else "wrong", parsed=response_text[:10])
+
+
+TASK = {
+    "name": "chains", "path": "builtin:chain_arithmetic", "verifier": "training:Parity",
+    "max_prompt_tokens": 10, "max_response_tokens": 22,
+}  # fmt: skip
+PROFILE = {
+    "steps": 3, "k": 3, "group_size": 4, "prompts_per_step": 4, "minibatch_prompts": 2, "noise": {"scale": 1.0},
+    "temperature": 1.0, "masking": "off", "optimizer": {"lr": 1e-3},
+    "model": {
+        "new": {
+            "hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 32,
+        }
+    },
+    "tasks": [{**TASK, "options": {"operations": 2}}],
+    "rollout": {"workers": 2, "resources": {"num_cpus": 0.25}},
+    "learner": {"resources": {"num_cpus": 0.25}},
+    "evaluation": {
+        "runs": 1,
+        "tasks": [{**TASK, "name": "held-out", "options": {"operations": 2, "split": "evaluation", "size": 8}}],
+    },
+    "checkpoint": {"every": 1}, "metrics": {"sinks": []},
+    "deadlines": {"start_s": 120, "rollout_s": 60, "learner_s": 60, "weights_s": 60},
+}  # fmt: skip
+
+
+def tiny(*overrides):
+    """The run's settings with dotted overrides."""
+    return load_config(PROFILE, list(overrides))
