@@ -1,0 +1,95 @@
+"""The command as a user runs it: killed, interrupted, resumed. Each run is a process of its own with its own Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from training import PROFILE
+
+from common.metrics import read_metrics
+from learner.checkpoint import latest_checkpoint
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).resolve().parents[2]
+INTERRUPT_S = 30
+
+
+@pytest.fixture
+def environment():
+    """A private home (Ray's token lies there) and no Ray of anybody else."""
+    with tempfile.TemporaryDirectory(prefix="lgt-") as home:
+        changed = {"HOME": home, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+        yield {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | changed
+
+
+def start(environment, log, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy", "train", *arguments],
+        cwd=ROOT, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(condition, what, process, log, timeout=120):
+    end = time.monotonic() + timeout
+    while not (found := condition()):
+        assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text()}"
+        assert time.monotonic() < end, f"{what} not seen after {timeout} s:\n{log.read_text()}"
+        time.sleep(0.1)
+    return found
+
+
+def family(process):
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def gone(processes, timeout):
+    _, alive = psutil.wait_procs(processes, timeout)
+    return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def steps_done(folder):
+    path = folder / "metrics.jsonl"
+    return len([line for line in path.read_text().splitlines() if '"train"' in line]) if path.exists() else 0
+
+
+def test_a_killed_learner_is_named_and_an_interrupt_keeps_its_checkpoint(environment, tmp_path):
+    profile, runs, log = tmp_path / "tiny.yaml", tmp_path / "runs", tmp_path / "log"
+    profile.write_text(yaml.safe_dump({**PROFILE, "steps": 100_000, "runs_folder": str(runs)}))
+
+    process = start(environment, log, "--profile", str(profile))
+    wait_for(lambda: list(runs.glob("tiny-*")), "run folder", process, log)
+    (folder,) = runs.iterdir()
+    wait_for(lambda: steps_done(folder) >= 3, "three steps", process, log)
+    processes = family(process)
+    (learner,) = [p for p in processes if "LearnerRank" in " ".join(p.cmdline())]
+    learner.send_signal(signal.SIGKILL)
+    assert process.wait(60) == 1, log.read_text()
+    assert "learner rank 0 died" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not gone(processes, INTERRUPT_S)
+    kept = latest_checkpoint(folder / "checkpoints")
+    assert kept.step >= 2
+
+    process = start(environment, log, "--resume", str(folder), "checkpoint.every=0")
+    wait_for(lambda: steps_done(folder) >= kept.step + 3, "more steps", process, log)
+    processes = family(process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(INTERRUPT_S) == 130, log.read_text()
+    assert not gone(processes, INTERRUPT_S - (time.monotonic() - began))
+    last = latest_checkpoint(folder / "checkpoints")
+    live = [row for row in read_metrics(folder)]
+    assert last.step >= live[-1]["step"] > kept.step, "the interrupt saved what was trained"
+    assert f"the checkpoint of step {last.step} is complete" in log.read_text()
+
+    assert {row["lineage"] for row in live} == {0, 1}
+    assert [row["step"] for row in live] == list(range(1, len(live) + 1))
+    assert json.loads((folder / "run.json").read_text())["lineage"] == 1
