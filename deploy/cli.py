@@ -16,8 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.config import ConfigError, RunConfig, config_as_json, load_config
+from deploy.bench import bench
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(bench, name="bench")
 console = Console()
 STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 RUN_ERRORS = {

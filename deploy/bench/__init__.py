@@ -1,0 +1,30 @@
+"""`latent-grpo bench ...`: one command a benchmark, one module of this package each.
+
+A benchmark prints what it measured on this machine; it passes no verdict.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(no_args_is_help=True, help="Measures a part of the pipeline on this machine.")
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+
+@bench.command("reward")
+def bench_reward(
+    cases: Annotated[int, typer.Option(min=1, help="Gradings of each workload.")] = 4000,
+    processes: Annotated[int, typer.Option(min=1, help="Grader processes of the pool.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the generated answers.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Gradings per second and core, and the time of single gradings, on GSM8K-like and MATH-like answers."""
+    from deploy.bench.reward import measure, show, write_json
+
+    results = measure(cases, processes, seed)
+    show(results)
+    if json_file is not None:
+        write_json(results, json_file)

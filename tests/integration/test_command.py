@@ -86,7 +86,7 @@ def test_a_killed_learner_is_named_and_an_interrupt_keeps_its_checkpoint(environ
     assert process.wait(INTERRUPT_S) == 130, log.read_text()
     assert not gone(processes, INTERRUPT_S - (time.monotonic() - began))
     last = latest_checkpoint(folder / "checkpoints")
-    live = [row for row in read_metrics(folder)]
+    live = list(read_metrics(folder))
     assert last.step >= live[-1]["step"] > kept.step, "the interrupt saved what was trained"
     assert f"the checkpoint of step {last.step} is complete" in log.read_text()
 
