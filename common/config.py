@@ -191,16 +191,36 @@ class LearnerConfig(Section):
     """Size of a bucket of published weights."""
 
 
+PASS_AT_K = (1, 4, 8, 16, 32, 64)
+
+
 class EvaluationConfig(Section):
-    """pass@1, noise off (METHOD §8)."""
+    """pass@1 with noise off, and pass@k with the run's noise (METHOD §8)."""
 
     tasks: list[TaskConfig] = []
     every: Annotated[int, Field(ge=0)] = 0
     """Evaluate after every so many steps; 0: only before and after training."""
     runs: PositiveInt = 5
-    """Repetitions averaged."""
+    """Repetitions of pass@1 averaged."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Samples a problem for pass@k, with the run's noise; 0: no pass@k. In training: before and after only."""
+    pass_at_k: list[PositiveInt] | None = None
+    """k of pass@k; default: those of 1, 4, 8, 16, 32, 64 that `samples` allows."""
+    sampled_problems: PositiveInt | None = None
+    """pass@k on the first so many problems of each task only."""
     at_start: bool = True
     at_end: bool = True
+
+    @model_validator(mode="after")
+    def _fill_pass_at_k(self):
+        if self.pass_at_k is None:
+            self.pass_at_k = [k for k in PASS_AT_K if k <= self.samples]
+        elif self.pass_at_k and max(self.pass_at_k) > self.samples:
+            raise ValueError(
+                f"pass@{max(self.pass_at_k)} needs at least {max(self.pass_at_k)} samples a problem, "
+                f"evaluation.samples is {self.samples}; raise it or leave that k out of evaluation.pass_at_k"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

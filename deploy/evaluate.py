@@ -1,115 +1,151 @@
-"""Evaluation (METHOD §8): accuracy, lengths and the invalid rate of a set of groups, per task."""
+"""Evaluation (METHOD §8) on a rollout pool: pass@1 with noise off, pass@k with the run's noise, per task and averaged.
+
+problems ─► groups of `runs` samples, noise off ─────► pass@1, lengths, invalid rate ─┐
+        └─► groups of `samples`, the run's noise ────► pass@k ────────────────────────┴─► macro average
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
-import numpy as np
 import pyarrow as pa
 
-from common.config import ConfigError, RunConfig
+from common.config import ConfigError, EvaluationConfig, RunConfig
 from common.models import load_model
-from common.schema import TrajectoryBatch, concat
+from common.schema import concat
 from common.types import GroupRequest
 from deploy.controller import gather
+from deploy.problems import PreparedTask, evaluation_requests
 from deploy.progress import Reporter
 from deploy.run import Run, started
-from deploy.run_folder import create_run
+from deploy.run_folder import RunFolder, create_run
+from deploy.scores import TaskResult, macro_average, pass_at_k_results, results
 from learner.weights import publish
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskResult:
-    """One task's figures. Standard error over problems; lengths in response steps, invalid samples included."""
-
-    task: str
-    problems: int
-    samples: int
-    pass_at_1: float
-    standard_error: float
-    chain_length: float
-    latent_length: float
-    invalid_rate: float
-    ungraded: int  # samples left out of pass@1: their grading failed
-
-    def metrics(self) -> dict[str, float]:
-        names = ("pass_at_1", "standard_error", "chain_length", "latent_length", "invalid_rate", "ungraded")
-        return {f"{self.task}/{name}": float(getattr(self, name)) for name in names}
-
-
-def results(groups: Iterable[pa.RecordBatch], together: str | None = None) -> list[TaskResult]:
-    """Figures per task, in order of first appearance; `together` names one result of all tasks instead.
-
-    pass@1 is the mean over problems of their samples' mean.
-    """
-    by_task: dict[str, list[pa.RecordBatch]] = {}
-    for group in groups:
-        by_task.setdefault(together or group.column("task")[0].as_py(), []).append(group)
-    return [_result(task, of_task) for task, of_task in by_task.items()]
-
-
-def _result(task: str, groups: list[pa.RecordBatch]) -> TaskResult:
-    view = TrajectoryBatch(concat(groups))
-    rewards = view.rewards
-    graded = ~np.isnan(rewards)
-    sizes = [group.num_rows for group in groups]
-    ends = np.cumsum(sizes)
-    means = np.array(
-        [
-            rewards[end - size : end][graded[end - size : end]].mean()
-            for end, size in zip(ends, sizes, strict=True)
-            if graded[end - size : end].any()
-        ]
-    )
-    return TaskResult(
-        task=task,
-        problems=len(groups),
-        samples=len(view),
-        pass_at_1=float(means.mean()) if len(means) else 0.0,
-        standard_error=float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0,
-        chain_length=float(view.num_steps.mean()),
-        latent_length=float(view.num_latent_steps.mean()),
-        invalid_rate=float((~view.valid).mean()),
-        ungraded=int((~graded).sum()),
-    )
-
+SAMPLES_AT_ONCE = 8192  # asked of the pool together; bounds the trajectories in memory
 
 Gather = Callable[[list[GroupRequest], Callable[[int], None]], list[pa.RecordBatch]]
+"""Generates groups on the pool's current weights and waits for all (`Controller.gather`, `controller.gather`)."""
+Keep = Callable[[list[pa.RecordBatch]], None]
+"""What is done with trajectories as they come: dumped, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model can do, task by task."""
+
+    tasks: tuple[TaskResult, ...]
+
+    @property
+    def macro(self) -> TaskResult:
+        return macro_average(self.tasks)
+
+    def metrics(self) -> dict[str, float]:
+        return {name: value for result in self.tasks for name, value in result.metrics().items()}
+
+
+def measure(
+    config: RunConfig,
+    gather: Gather,
+    tasks: Sequence[PreparedTask],
+    tag: str,
+    *,
+    settings: EvaluationConfig | None = None,
+    reporter: Reporter | None = None,
+    keep: Keep = lambda groups: None,
+) -> Evaluation:
+    """Evaluates the weights that the pool behind `gather` holds.
+
+    `settings` (the run's own by default): `runs` samples a problem with noise off for pass@1; where `samples` is above
+    0, so many more with the run's noise for pass@k. `tag` is part of the groups' identity and must be new for each
+    evaluation of a run, while the draws depend on problem and sample index only (METHOD §2.5).
+    """
+    settings, reporter = settings or config.evaluation, reporter or Reporter()
+    if not tasks:
+        return Evaluation(())
+    quiet = _requests(config, tasks, tag, settings.runs)
+    found = results(_generated(gather, quiet, f"evaluate {tag}", reporter, keep))
+    if settings.samples:
+        noisy = _requests(
+            config, tasks, f"{tag}-sampled", settings.samples, noise=config.noise.mode, limit=settings.sampled_problems
+        )
+        groups = _generated(gather, noisy, f"pass@k {tag}", reporter, keep)
+        at_k = pass_at_k_results(groups, settings.pass_at_k)
+        found = [dataclasses.replace(result, pass_at_k=at_k[result.task]) for result in found]
+    return Evaluation(tuple(found))
+
+
+def _requests(
+    config: RunConfig, tasks: Iterable[PreparedTask], tag: str, samples: int, **options
+) -> list[GroupRequest]:
+    return list(chain.from_iterable(evaluation_requests(config, task, samples, tag, **options) for task in tasks))
+
+
+def _generated(
+    gather: Gather, requests: list[GroupRequest], name: str, reporter: Reporter, keep: Keep
+) -> Iterator[pa.RecordBatch]:
+    """The groups in the order of `requests`, a part at a time."""
+    size = max(SAMPLES_AT_ONCE // len(requests[0].sample_indices), 1)
+    with reporter.phase(name, len(requests), "problems") as advance:
+        for start in range(0, len(requests), size):
+            groups = gather(requests[start : start + size], lambda done, start=start: advance(start + done))
+            keep(groups)
+            yield from groups
 
 
 def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
-    """Every evaluation task on the workers' weights; into the metrics and the summary. `gather` generates groups."""
-    requests = list(run.problems.evaluation_requests(tag))
-    if not requests:
-        return []
-    with run.reporter.phase(f"evaluate {tag}", len(requests), "problems") as advance:
-        groups = gather(requests, advance)
-    found = results(groups)
-    values = {name: value for result in found for name, value in result.metrics().items()}
-    run.metrics.write(step, values, kind="evaluation", lineage=run.lineage)
-    if run.config.dump.evaluation:
+    """Every evaluation task on the workers' weights; into the metrics and the summary. pass@k before and after only."""
+    ends = tag in ("before", "after")
+    settings = run.config.evaluation
+    if not ends:
+        settings = settings.model_copy(update={"samples": 0})
+
+    def keep(groups: list[pa.RecordBatch]) -> None:
         run.store.write(step, concat(groups), "evaluation", run.lineage)
-    if tag in ("before", "after"):
-        run.record(**{tag: values})
-    for result in found:
+
+    options = {"keep": keep} if run.config.dump.evaluation else {}
+    found = measure(
+        run.config, gather, run.problems.evaluation, tag, settings=settings, reporter=run.reporter, **options
+    )
+    if not found.tasks:
+        return []
+    run.metrics.write(step, found.metrics(), kind="evaluation", lineage=run.lineage)
+    if ends:
+        run.record(**{tag: found.metrics()})
+    for result in found.tasks:
+        low, high = result.interval
         run.reporter.say(
-            f"{result.task}: pass@1 {result.pass_at_1:.3f} ± {result.standard_error:.3f}, chain length "
+            f"{result.task}: pass@1 {result.pass_at_1:.3f} (95 % {low:.3f} to {high:.3f}), chain length "
             f"{result.chain_length:.1f} ({result.latent_length:.1f} latent), invalid {result.invalid_rate:.1%}"
+            + "".join(f", pass@{at.k} {at.value:.3f}" for at in result.pass_at_k)
         )
-    return found
+    return list(found.tasks)
 
 
-def evaluate_model(config: RunConfig, profile: str, reporter: Reporter | None = None) -> list[TaskResult]:
+# --- as a command --------------------------------------------------------------------------------------------------
+
+
+def evaluate_model(config: RunConfig, name: str, reporter: Reporter | None = None) -> Evaluation:
     """A finished model on a profile's evaluation tasks, in a run folder of its own."""
     if not config.evaluation.tasks:
-        raise ConfigError(f"profile {profile} has no evaluation.tasks; add one with `name` and `path`")
+        raise ConfigError(f"{name} has no evaluation.tasks; add one with `name` and `path`")
     reporter = reporter or Reporter()
-    folder = create_run(config, f"evaluate-{profile}")
+    folder: RunFolder = create_run(config, f"evaluate-{name}")
     with started(folder, config, 0, reporter) as run:
         model = load_model(run.initial, config.model.dtype)
         weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
         run.pool.publish(publish(weights, 0, config.learner.weight_bucket_bytes))
-        del model
-        return evaluate(run, partial(gather, run.pool), 0, "evaluation")
+        del model, weights
+
+        def keep(groups: list[pa.RecordBatch]) -> None:
+            run.store.write(0, concat(groups), "evaluation", run.lineage)
+
+        found = measure(
+            config, partial(gather, run.pool), run.problems.evaluation, "model", reporter=reporter, keep=keep
+        )
+        run.metrics.write(0, found.metrics(), kind="evaluation")
+    return found

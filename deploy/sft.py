@@ -14,11 +14,11 @@ from common.metrics import MetricsWriter
 from common.tasks import PromptStream, StoredTask, load_task
 from common.types import Problem, TokenFacts
 from deploy.controller import Pool, gather
-from deploy.evaluate import TaskResult, results
 from deploy.problems import PreparedTask, group_request
 from deploy.progress import Reporter
 from deploy.run import Run, save_whole, started
 from deploy.run_folder import RunFolder, create_run
+from deploy.scores import TaskResult, results
 from learner.latent_sft import SFTRow, make_row
 from learner.sft_learner import SFTLearner
 

@@ -83,7 +83,7 @@ def test_what_a_run_leaves(ray_session, tmp_path):
     embedding = "model.embed_tokens.weight"
     assert torch.equal(before[embedding], after[embedding]), "embeddings are frozen"
     config = tiny(f"runs_folder={tmp_path}", f"model.path={folder.model}", "model.new=null")
-    (result,) = evaluate_model(config, "left")
+    (result,) = evaluate_model(config, "left").tasks
     assert result.pass_at_1 == pytest.approx(summary["after"]["held-out/pass_at_1"])
 
 
