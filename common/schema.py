@@ -95,7 +95,10 @@ def schema_k(schema: pa.Schema) -> int:
     if version is None:
         raise SchemaError("not a trajectory batch: its schema has no latent_grpo.schema_version; was it written by us?")
     if int(version) != SCHEMA_VERSION:
-        raise SchemaError(f"trajectory schema version {int(version)}, this program reads version {SCHEMA_VERSION}")
+        raise SchemaError(
+            f"trajectory schema version {int(version)}, this program reads version {SCHEMA_VERSION}; read it with the "
+            "program that wrote it (the run's manifest.json names it)"
+        )
     return int(metadata[b"latent_grpo.k"])
 
 

@@ -1,6 +1,7 @@
-"""Trajectory dumps: Parquet files that can be read while the run goes on.
+"""Dumps: Parquet files that can be read while the run goes on.
 
-Layout below the store's folder, one file per write::
+Two stores of the same layout: the trajectories (`common.schema`), and what the learner made of them
+(`common.learner_record`). Below a store's folder, one file per write::
 
     purpose=training/step=000010/lineage-0000-part-0000.parquet
 
@@ -14,13 +15,14 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.learner_record import LearnerBatch
 from common.schema import SchemaError, TrajectoryBatch
 
 _STEP_FOLDER = re.compile(r"step=(\d+)")
@@ -43,8 +45,8 @@ class DumpFile:
     path: Path
 
 
-class TrajectoryStore:
-    """Writes and reads the dumps of one run. One process writes; any number may read meanwhile.
+class DumpStore:
+    """Writes and reads one kind of a run's dumps. One process writes; any number may read meanwhile.
 
     Example::
 
@@ -52,6 +54,11 @@ class TrajectoryStore:
         store.write(10, batch, purpose="training", lineage=0)
         store.read(10)  # -> pa.RecordBatch
     """
+
+    what: str
+    """The rows, for messages."""
+    check: Callable[[pa.RecordBatch], object]
+    """Raises SchemaError for a batch that is not of the store's schema."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -65,7 +72,7 @@ class TrajectoryStore:
         """
         if step < 0 or lineage < 0:
             raise ValueError(f"step and lineage must be >= 0, got step {step}, lineage {lineage}")
-        TrajectoryBatch(batch)  # a malformed record must fail here and not when somebody needs the dump
+        self.check(batch)  # a malformed record must fail here and not when somebody needs the dump
         target = self._step_folder(purpose, step)
         temporary: Path | None = None
         try:
@@ -81,7 +88,7 @@ class TrajectoryStore:
         except OSError as error:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
-            raise _explained(error, target) from error
+            raise _explained(error, target, self.what) from error
         return path
 
     def _step_folder(self, purpose: str, step: int) -> Path:
@@ -132,7 +139,7 @@ class TrajectoryStore:
     ) -> Iterator[tuple[DumpFile, pa.RecordBatch]]:
         """File by file, so that a long run need not fit into memory."""
         for file in self.files(step, purpose, lineage):
-            yield file, read_dump(file.path)
+            yield file, read_dump(file.path, type(self))
 
     def read(
         self, step: int | None = None, purpose: str | None = "training", lineage: int | None = None
@@ -144,8 +151,9 @@ class TrajectoryStore:
             known = f"steps with dumps: {_ranges(have)}" if have else "it has no dumps"
             wanted = "any step" if step is None else f"step {step}"
             raise DumpError(
-                f"{self.folder}: no trajectories of {wanted}, purpose {purpose}, lineage "
-                f"{'live' if lineage is None else lineage}; {known}. Which steps are dumped is set by dump.every"
+                f"{self.folder}: no {self.what} of {wanted}, purpose {purpose}, lineage "
+                f"{'live' if lineage is None else lineage}; {known}. Which steps are dumped, and how "
+                "long dumps are kept, is set by the section dump of the run's settings"
             )
         return pa.concat_batches(batches) if len(batches) > 1 else batches[0]
 
@@ -166,8 +174,20 @@ class TrajectoryStore:
                         )
 
 
-def read_dump(path: str | Path) -> pa.RecordBatch:
-    """The batch of one dump file, checked against the schema and the pages' checksums.
+class TrajectoryStore(DumpStore):
+    what = "trajectories"
+    check = TrajectoryBatch
+
+
+class LearnerStore(DumpStore):
+    """What the learner made of the trajectories in the :class:`TrajectoryStore`'s file of the same relative path."""
+
+    what = "learner records"
+    check = LearnerBatch
+
+
+def read_dump(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> pa.RecordBatch:
+    """The batch of one dump file, checked against its store's schema and the pages' checksums.
 
     Raises :class:`DumpError` for a file that is missing, truncated, damaged or not ours.
     """
@@ -177,7 +197,7 @@ def read_dump(path: str | Path) -> pa.RecordBatch:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read(use_threads=False).combine_chunks()
     except FileNotFoundError as error:
-        raise DumpError(f"{path}: no such trajectory dump") from error
+        raise DumpError(f"{path}: no such dump") from error
     except (pa.ArrowException, OSError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise DumpError(
@@ -187,9 +207,9 @@ def read_dump(path: str | Path) -> pa.RecordBatch:
     try:
         batches = table.to_batches()
         batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
-        TrajectoryBatch(batch)
+        kind.check(batch)
     except SchemaError as error:
-        raise DumpError(f"{path}: a Parquet file, but not a trajectory dump that can be read: {error}") from error
+        raise DumpError(f"{path}: a Parquet file, but no {kind.what} that can be read: {error}") from error
     return batch
 
 
@@ -209,14 +229,14 @@ def _fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _explained(error: OSError, folder: Path) -> DumpError:
+def _explained(error: OSError, folder: Path, what: str) -> DumpError:
     reason = {
         errno.ENOSPC: "the disk is full; free space there, or dump less often (dump.every; 0 turns dumps off)",
         errno.EDQUOT: "the disk quota is used up; free space there, or dump less often (dump.every)",
         errno.EACCES: "no permission to write there; choose another runs_folder",
         errno.EROFS: "the file system is read-only; choose another runs_folder",
     }.get(error.errno, str(error))
-    return DumpError(error.errno, f"trajectories not dumped: {reason}", str(folder))
+    return DumpError(error.errno, f"{what} not dumped: {reason}", str(folder))
 
 
 def _ranges(steps: list[int]) -> str:

@@ -6,6 +6,7 @@ runs/NAME/
     metrics.jsonl      one line per step
     base/              the model RL started from, where the run made it (absent with model.path)
     trajectories/      dumps (common.store)
+    learner_records/   what the learner made of them, files of the same relative paths
     checkpoints/       complete states (learner.checkpoint)
     model/             the trained policy, Hugging Face format
     summary.json       the final table
@@ -72,6 +73,10 @@ class RunFolder:
     @property
     def trajectories(self) -> Path:
         return self.path / "trajectories"
+
+    @property
+    def learner_records(self) -> Path:
+        return self.path / "learner_records"
 
     @property
     def checkpoints(self) -> Path:

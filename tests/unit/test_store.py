@@ -113,7 +113,7 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 def test_a_foreign_parquet_file_is_refused(tmp_path):
     path = tmp_path / "lineage-0000-part-0000.parquet"
     pq.write_table(pa.table({"x": [1, 2]}), path)
-    with pytest.raises(DumpError, match="not a trajectory dump"):
+    with pytest.raises(DumpError, match="no trajectories that can be read"):
         read_dump(path)
 
 
