@@ -15,15 +15,15 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.learner_record import LearnerBatch
-from common.schema import SchemaError, TrajectoryBatch
+from common.learner_record import LearnerBatch, check_version
+from common.schema import SchemaError, TrajectoryBatch, schema_k
 
 _STEP_FOLDER = re.compile(r"step=(\d+)")
 _FILE = re.compile(r"lineage-(\d+)-part-(\d+)\.parquet")
@@ -59,6 +59,8 @@ class DumpStore:
     """The rows, for messages."""
     check: Callable[[pa.RecordBatch], object]
     """Raises SchemaError for a batch that is not of the store's schema."""
+    check_version: Callable[[pa.Schema], object]
+    """Raises SchemaError for the schema of foreign data or of another version."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -148,7 +150,7 @@ class DumpStore:
         batches = [batch for _, batch in self.batches(step, purpose, lineage)]
         if not batches:
             have = self.steps(purpose) if purpose else []
-            known = f"steps with dumps: {_ranges(have)}" if have else "it has no dumps"
+            known = f"steps with dumps: {step_ranges(have)}" if have else "it has no dumps"
             wanted = "any step" if step is None else f"step {step}"
             raise DumpError(
                 f"{self.folder}: no {self.what} of {wanted}, purpose {purpose}, lineage "
@@ -177,6 +179,7 @@ class DumpStore:
 class TrajectoryStore(DumpStore):
     what = "trajectories"
     check = TrajectoryBatch
+    check_version = staticmethod(schema_k)
 
 
 class LearnerStore(DumpStore):
@@ -184,6 +187,7 @@ class LearnerStore(DumpStore):
 
     what = "learner records"
     check = LearnerBatch
+    check_version = staticmethod(check_version)
 
 
 def read_dump(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> pa.RecordBatch:
@@ -192,10 +196,43 @@ def read_dump(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> pa.R
     Raises :class:`DumpError` for a file that is missing, truncated, damaged or not ours.
     """
     path = Path(path)
+    table = _read_table(path, None, kind)
+    try:
+        batches = table.to_batches()
+        batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+        kind.check(batch)
+    except SchemaError as error:
+        raise DumpError(f"{path}: a Parquet file, but no {kind.what} that can be read: {error}") from error
+    return batch
+
+
+def read_columns(path: str | Path, names: Sequence[str], kind: type[DumpStore] = TrajectoryStore) -> pa.Table:
+    """Some columns of a dump: what a search over a long run reads. The schema's version is checked, the rows are not.
+
+    Raises :class:`DumpError` as :func:`read_dump` does.
+    """
+    path = Path(path)
+    try:
+        return _read_table(path, names, kind)
+    except SchemaError as error:
+        raise DumpError(f"{path}: a Parquet file, but no {kind.what} that can be read: {error}") from error
+
+
+def count_rows(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> int:
+    """The number of rows of a dump, from its footer alone. Raises :class:`DumpError` as :func:`read_columns` does."""
+    return read_columns(path, [], kind).num_rows
+
+
+def _read_table(path: Path, names: Sequence[str] | None, kind: type[DumpStore]) -> pa.Table:
+    """`names` None: every column, unchecked."""
     try:
         # ParquetFile, not read_table: the latter adds columns for the `purpose=` and `step=` folders
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read(use_threads=False).combine_chunks()
+            if names is not None:
+                kind.check_version(file.schema_arrow)
+                if missing := [name for name in names if name not in file.schema_arrow.names]:
+                    raise SchemaError(f"it has no column {', '.join(missing)}")
+            return file.read(columns=names, use_threads=False).combine_chunks()
     except FileNotFoundError as error:
         raise DumpError(f"{path}: no such dump") from error
     except (pa.ArrowException, OSError) as error:
@@ -204,13 +241,6 @@ def read_dump(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> pa.R
             f"{path}: not a readable Parquet file ({size} bytes): it is truncated, damaged or foreign; delete it, or "
             f"copy it again from the run's machine ({error})"
         ) from error
-    try:
-        batches = table.to_batches()
-        batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
-        kind.check(batch)
-    except SchemaError as error:
-        raise DumpError(f"{path}: a Parquet file, but no {kind.what} that can be read: {error}") from error
-    return batch
 
 
 def _parquet_bytes(batch: pa.RecordBatch) -> pa.Buffer:
@@ -239,7 +269,7 @@ def _explained(error: OSError, folder: Path, what: str) -> DumpError:
     return DumpError(error.errno, f"{what} not dumped: {reason}", str(folder))
 
 
-def _ranges(steps: list[int]) -> str:
+def step_ranges(steps: list[int]) -> str:
     """`[1, 2, 3, 7]` -> `1-3, 7`."""
     spans: list[list[int]] = []
     for step in steps:

@@ -1,0 +1,28 @@
+"""Text that a model or a data set wrote, made safe to print: a terminal obeys control characters."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def visible(text: str) -> str:
+    """A model's text made safe for a terminal and readable in one line: control characters and those that reorder
+    text are shown as symbols, never sent."""
+    return "".join(_visible_character(c) for c in text)
+
+
+def visible_token(text: str) -> str:
+    """A token by itself: spaces are seen too."""
+    return visible(text).replace(" ", "␣") or "∅"
+
+
+def _visible_character(c: str) -> str:
+    if c == "\n":
+        return "⏎"
+    if c == "\t":
+        return "⇥"
+    if ord(c) < 0x20:
+        return chr(0x2400 + ord(c))
+    if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return f"⟨{ord(c):04X}⟩"
+    return c
