@@ -2,6 +2,9 @@
 
 A problem is `3+4*2-5*...?`; its explicit chain of thought is `3+4=7;7*2=3;...` (six tokens per operation), its answer
 the last result. A problem is a function of (seed, split, index), so training never runs out and nothing is stored.
+
+Options make it harder in ways that a study needs: `shortest` gives chains of different length, `modulus` other numbers,
+`named` a name before the expression (`Rosuki: 3+4*2?`) that means nothing but fills a BPE vocabulary of thousands.
 """
 
 from __future__ import annotations
@@ -39,11 +42,14 @@ CHAT_TEMPLATE = (
 EVALUATION_SHARE = 8  # one expression in eight is held out
 
 
-def solve(numbers: list[int], operators: list[str]) -> tuple[str, int]:
+SYLLABLES = tuple(c + v for c in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z") for v in "aeiou")
+
+
+def solve(numbers: list[int], operators: list[str], modulus: int = MODULUS) -> tuple[str, int]:
     """The explicit chain of thought and the answer of an expression read from left to right."""
     value, chain = numbers[0], []
     for operator, number in zip(operators, numbers[1:], strict=True):
-        result = {"+": value + number, "-": value - number, "*": value * number}[operator] % MODULUS
+        result = {"+": value + number, "-": value - number, "*": value * number}[operator] % modulus
         chain.append(f"{value}{operator}{number}={result};")
         value = result
     return "".join(chain), value
@@ -61,31 +67,50 @@ class ChainArithmetic:
 
     name: str
     operations: int = 6
+    shortest: int = 0  # operations are drawn from shortest to `operations`; 0: always `operations`
+    modulus: int = MODULUS  # 10: every number is one digit, one token of a BPE tokenizer
+    named: bool = False
     seed: int = 0
     split: Split = "training"
 
     def __post_init__(self) -> None:
         if self.operations < 1:
             raise ValueError(f"task {self.name}: operations must be at least 1, got {self.operations}")
+        if not 0 <= self.shortest <= self.operations:
+            raise ValueError(
+                f"task {self.name}: shortest must be between 1 and operations ({self.operations}), or 0 for one length; "
+                f"got {self.shortest}"
+            )
+        if not 2 <= self.modulus <= MODULUS:
+            raise ValueError(f"task {self.name}: modulus must be between 2 and {MODULUS}, got {self.modulus}")
         if self.split not in ("training", "evaluation"):
             raise ValueError(f"task {self.name}: split must be training or evaluation, got {self.split!r}")
 
     def problem(self, index: int) -> Problem:
-        draw = random.Random(f"chain_arithmetic/{self.seed}/{self.split}/{self.operations}/{index}")
+        draw = random.Random(self._identity(index))
+        count = draw.randint(self.shortest, self.operations) if self.shortest else self.operations
         while True:
-            numbers = [draw.randrange(MODULUS) for _ in range(self.operations + 1)]
-            operators = [draw.choice(OPERATORS) for _ in range(self.operations)]
+            numbers = [draw.randrange(self.modulus) for _ in range(count + 1)]
+            operators = [draw.choice(OPERATORS) for _ in range(count)]
             expression = str(numbers[0]) + "".join(o + str(n) for o, n in zip(operators, numbers[1:], strict=True))
             if split_of(expression) == self.split:
                 break
-        chain, answer = solve(numbers, operators)
+        chain, answer = solve(numbers, operators, self.modulus)
+        name = "".join(draw.choice(SYLLABLES) for _ in range(3)).capitalize() + ": " if self.named else ""
         return Problem(
             uid=f"{self.name}/{index}",
             task=self.name,
-            messages=(("user", expression + "?"),),
+            messages=(("user", name + expression + "?"),),
             answer=str(answer),
             cot=chain,
         )
+
+    def _identity(self, index: int) -> str:
+        """What a problem is drawn from; options that are left alone leave it as it was without them."""
+        parts = ["chain_arithmetic", self.seed, self.split, self.operations, index]
+        parts += [f"from {self.shortest}"] if self.shortest else []
+        parts += [f"modulo {self.modulus}"] if self.modulus != MODULUS else []
+        return "/".join(map(str, parts))
 
 
 def make_arithmetic_tokenizer() -> PreTrainedTokenizerFast:

@@ -159,8 +159,11 @@ def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> Ru
     return folder
 
 
-def warm_start(run: Run) -> Path:
-    """Latent-SFT of the initial model into `base/` (METHOD §7); a resumed run has it already."""
+def warm_start(run: Run, make_learner: Callable[..., SFTLearner] = SFTLearner) -> Path:
+    """Latent-SFT of the initial model into `base/` (METHOD §7); a resumed run has it already.
+
+    `make_learner(config, model)`: what trains, with the face of :class:`SFTLearner`.
+    """
     config, base = run.config, run.folder.base_model
     if (base / "config.json").is_file():
         return base
@@ -169,7 +172,7 @@ def warm_start(run: Run) -> Path:
         run.reporter.say(f"Latent-SFT runs at ZeRO stage {stage}; the RL steps at {config.learner.zero_stage}")
     sft_config = config.model_copy(update={"learner": config.learner.model_copy(update={"zero_stage": stage})})
     data = prepare_sft(sft_config, run.problems.training, run.tokenizer, run.facts)
-    learner = SFTLearner(sft_config, run.initial)
+    learner = make_learner(sft_config, run.initial)
     try:
         outcome = run_latent_sft(sft_config, data, learner, run.pool, run.metrics, run.reporter)
         save_whole(base, learner.export)
