@@ -42,7 +42,9 @@ CHAT_TEMPLATE = (
 EVALUATION_SHARE = 8  # one expression in eight is held out
 
 
-SYLLABLES = tuple(c + v for c in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z") for v in "aeiou")
+SYLLABLES = tuple(
+    c + v for c in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z") for v in "aeiou"
+)
 
 
 def solve(numbers: list[int], operators: list[str], modulus: int = MODULUS) -> tuple[str, int]:
@@ -78,7 +80,7 @@ class ChainArithmetic:
             raise ValueError(f"task {self.name}: operations must be at least 1, got {self.operations}")
         if not 0 <= self.shortest <= self.operations:
             raise ValueError(
-                f"task {self.name}: shortest must be between 1 and operations ({self.operations}), or 0 for one length; "
+                f"task {self.name}: shortest must be between 1 and operations ({self.operations}), or 0 (one length), "
                 f"got {self.shortest}"
             )
         if not 2 <= self.modulus <= MODULUS:

@@ -492,12 +492,17 @@ _Loader.add_implicit_resolver(
 
 def read_profile(source: str | Path) -> dict:
     """The mapping of a profile given by name (`quickstart`) or by path. `extends: NAME` starts from another profile."""
+    return read_mapping(source, profiles_folder(), "profile")
+
+
+def read_mapping(source: str | Path, folder: Path, what: str) -> dict:
+    """A YAML file given by its name in `folder` or by path; `what` is it called in errors."""
     path = Path(source)
     if path.suffix not in {".yaml", ".yml", ".json"}:
-        path = profiles_folder() / f"{source}.yaml"
+        path = folder / f"{source}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in profiles_folder().glob("*.yaml"))
-        raise ConfigError(f"no profile {str(source)!r}: give a YAML file or one of {', '.join(known)}")
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise ConfigError(f"no {what} {str(source)!r}: give a YAML file or one of {', '.join(known)}")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
@@ -505,7 +510,7 @@ def read_profile(source: str | Path) -> dict:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(data).__name__}")
     base = data.pop("extends", None)
-    return _merge(read_profile(base), data) if base else data
+    return _merge(read_mapping(base, folder, what), data) if base else data
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

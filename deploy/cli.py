@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,7 @@ RUN_ERRORS = {
     "DumpError",
     "MetricsError",
     "CheckpointError",
+    "SuiteFailed",
 }
 """By name: importing their modules would load torch and Ray for every command."""
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -132,6 +134,37 @@ def evaluate(
 
     with interruptible():
         evaluate_model(load_config(profile, [*overrides(context.args), *of_model(model)]), profile)
+
+
+@app.command(context_settings=SETTINGS)
+def reproduce(
+    context: typer.Context,
+    suite: Annotated[str, typer.Argument(help="Name of a shipped suite, or the path of a YAML file.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The suite's short form.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where it is kept, and goes on. Default: runs/reproduce-SUITE.")
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Units side by side; default: what there is room for.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check every unit's settings and list the units.")
+    ] = False,
+    unit: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Runs the arms of a suite over its seeds and writes one report; goes on where it was stopped."""
+    from deploy import reproduce as suites
+
+    chosen = folder or suites.default_folder(suite, quick)
+    request = suites.Request(source=suite, folder=chosen, quick=quick, overrides=overrides(context.args))
+    with interruptible():
+        if check:
+            for line in suites.check(request):
+                console.print(line, soft_wrap=True, highlight=False)
+        elif unit is not None:
+            suites.run_unit(request, unit)
+        else:
+            suites.reproduce(request, parallel)
 
 
 @app.command()

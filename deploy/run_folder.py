@@ -96,8 +96,15 @@ class RunFolder:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
-def create_run(config: RunConfig, profile: str) -> RunFolder:
-    """A new folder `PROFILE-DATE-TIME` below `runs_folder`; a number is added where that name is taken."""
+def create_run(config: RunConfig, profile: str, path: Path | None = None) -> RunFolder:
+    """A new folder `PROFILE-DATE-TIME` below `runs_folder`; a number is added where that name is taken.
+
+    `path`: this very folder instead, which may exist and holds no run yet.
+    """
+    if path is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_identity(RunFolder(path), config, lineage=0)
+        return RunFolder(path)
     root = Path(config.runs_folder)
     stem = re.sub(r"[^\w.-]+", "-", Path(profile).stem) or "run"
     stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"

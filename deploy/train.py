@@ -34,9 +34,9 @@ class SelfTestFailed(TrainingStopped):
     """The learner does not compute what the engine sampled from; training on it would be wrong in silence."""
 
 
-def train(config: RunConfig, profile: str, reporter: Reporter | None = None) -> RunFolder:
-    """A new run. Returns its folder; raises what stopped it."""
-    return _run(create_run(config, profile), config, 0, reporter or Reporter())
+def train(config: RunConfig, profile: str, reporter: Reporter | None = None, path: Path | None = None) -> RunFolder:
+    """A new run (in the folder `path` if given). Returns its folder; raises what stopped it."""
+    return _run(create_run(config, profile, path), config, 0, reporter or Reporter())
 
 
 def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:

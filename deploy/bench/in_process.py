@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from common.models import load_model, load_tokenizer
 from common.schema import encode
 from common.types import GroupRequest, PolicyVersion, Trajectory
 from common.weights import checksum
-from deploy.controller import Controller
+from deploy.controller import Controller, gather
 from deploy.evaluate import evaluate
 from deploy.problems import Problems
 from deploy.progress import Reporter
@@ -48,6 +49,12 @@ from rollout_workers.engine import generate
 from rollout_workers.transformers_engine import TransformersEngine
 
 Weights = tuple[PolicyVersion, list[tuple[str, torch.Tensor]]]
+
+
+def versioned(version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> Weights:
+    """What the pool is given as a publication."""
+    tensors = [(name, parameter.detach()) for name, parameter in parameters]
+    return PolicyVersion(version=version, checksum=checksum(tensors)), tensors
 
 
 class InProcessPool:
@@ -127,7 +134,7 @@ class PlainEngine:
 
     def full_parameters(self, bucket_bytes: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.module.named_parameters():
-            yield name.removeprefix("model."), parameter.detach()
+            yield name.removeprefix("model."), parameter
 
 
 class _InProcessRank(RankActor):
@@ -138,8 +145,7 @@ class _InProcessRank(RankActor):
         self.engine = PlainEngine(*self.build(load_policy_model(str(model))))
 
     def publish(self, version: int) -> Weights:
-        tensors = list(self.engine.full_parameters())
-        return PolicyVersion(version=version, checksum=checksum(tensors)), tensors
+        return versioned(version, self.engine.full_parameters())
 
     def finished(self) -> bool:
         return True
@@ -218,7 +224,9 @@ def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -
         run.record(minutes=round((time.monotonic() - began) / 60, 2))
 
 
-def sft_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Path:
-    """Latent-SFT alone, in this process; returns the model's folder."""
+def start_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
+    """The warm start of a suite (if the model has none yet) and its evaluation, in this process."""
     with started_in_process(folder, config, reporter) as run:
-        return warm_start(run, InProcessSFT)
+        base = run.initial if config.warm_start is None else warm_start(run, InProcessSFT)
+        run.pool.publish(versioned(0, load_model(base, config.model.dtype).named_parameters()))
+        evaluate(run, partial(gather, run.pool), 0, "after")

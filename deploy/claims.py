@@ -1,0 +1,169 @@
+"""Verdicts on a suite's claims, from its results. Pure.
+
+A difference is taken seed by seed (both sides at one seed share model, data order and problems), then averaged. Its
+95 % interval is Student's over seeds. With one seed it is the normal one of the two errors over problems, which knows
+nothing of the spread between seeds; the report says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from deploy.results import UnitResult
+from deploy.suite import Claim, Difference, MassMoves, NoDecline, Ratio, Suite, Untestable, named_in
+
+Verdict = Literal["reproduced", "not reproduced", "not testable here"]
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile at 1, 2, ... 9 degrees
+NORMAL = 1.960
+Results = dict[tuple[str, int], UnitResult]
+"""(start or arm, seed) -> result, finished ones only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval (None: nothing to estimate it from)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    def text(self, form: str = "{:+.3f}") -> str:
+        shown = form.format(self.mean)
+        if self.low is not None:
+            shown += f" [{form.format(self.low)}, {form.format(self.high)}]"
+        return f"{shown} ({self.seeds} seed{'s' if self.seeds > 1 else ''})"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    claim: str
+    text: str
+    source: str
+    verdict: Verdict
+    numbers: str
+
+
+def estimate(values: list[float], errors: list[float] | None = None) -> Estimate:
+    """`errors`: each value's standard error over problems; used where there is one seed only."""
+    mean, n = sum(values) / len(values), len(values)
+    if n > 1:
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+        half = spread * (STUDENT[n - 2] if n - 2 < len(STUDENT) else NORMAL)
+    elif errors:
+        half = NORMAL * errors[0]
+    else:
+        return Estimate(mean, None, None, n)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def judge_all(suite: Suite, results: Results) -> list[Judged]:
+    return [
+        Judged(name, claim.text, claim.source, *judge(suite, claim, results)) for name, claim in suite.claims.items()
+    ]
+
+
+def judge(suite: Suite, claim: Claim, results: Results) -> tuple[Verdict, str]:
+    """The verdict and its numbers in one sentence."""
+    test = claim.test
+    if isinstance(test, Untestable):
+        return "not testable here", test.reason
+    seeds = [seed for seed in suite.seeds if all((name, seed) in results for name in _needed(suite, claim))]
+    if not seeds:
+        missing = [name for name in _needed(suite, claim) if not any((name, seed) in results for seed in suite.seeds)]
+        return "not testable here", f"not run: {', '.join(missing) or 'these arms at a common seed'}"
+    if isinstance(test, Difference):
+        return _difference(suite, test, results, seeds)
+    if isinstance(test, Ratio):
+        return _ratio(test, results, seeds)
+    if isinstance(test, NoDecline):
+        return _no_decline(test, results, seeds)
+    return _mass_moves(suite, test, results, seeds)
+
+
+def _needed(suite: Suite, claim: Claim) -> list[str]:
+    names = named_in(claim)
+    if getattr(claim.test, "gain", False):
+        names += [suite.arms[name].start for name in names if name in suite.arms]
+    return list(dict.fromkeys(names))
+
+
+def _difference(suite: Suite, test: Difference, results: Results, seeds: list[int]) -> tuple[Verdict, str]:
+    def side(name: str, seed: int) -> tuple[float, float]:
+        """The metric, or its gain over the start, and its squared standard error."""
+        found = _metric(results[name, seed], test.metric)
+        if test.gain and name in suite.arms:
+            start = _metric(results[suite.arms[name].start, seed], test.metric)
+            return found[0] - start[0], found[1] + start[1]
+        return found
+
+    try:
+        pairs = [(side(test.arm, seed), side(test.than, seed)) for seed in seeds]
+    except KeyError as error:
+        return "not testable here", f"the results have no {error.args[0]}"
+    values = [a[0] - b[0] for a, b in pairs]
+    # without an error over problems (lengths, pass@k) a single seed has no interval
+    known = all(a[1] > 0 and b[1] > 0 for a, b in pairs)
+    found = estimate(values, [math.sqrt(a[1] + b[1]) for a, b in pairs] if known else None)
+    what = f"{'gain in ' if test.gain else ''}{test.metric}"
+    numbers = f"{test.arm} - {test.than}, {what}: {found.text()}"
+    if test.equal_will_do:
+        holds = (found.high if found.high is not None else found.mean) >= test.at_least
+    else:
+        holds = found.mean >= test.at_least and (found.mean if found.low is None else found.low) > 0
+    if test.at_least:
+        numbers += f"; wanted at least {test.at_least:+g}"
+    if not holds and found.low is not None and found.mean >= test.at_least:
+        numbers += "; the interval includes 0"
+    return ("reproduced" if holds else "not reproduced"), numbers
+
+
+def _metric(result: UnitResult, name: str) -> tuple[float, float]:
+    """Value and squared standard error over problems (0: not known)."""
+    error = result.metrics.get("standard_error", 0.0) if name == "pass_at_1" else 0.0
+    return result.metrics[name], error**2
+
+
+def _ratio(test: Ratio, results: Results, seeds: list[int]) -> tuple[Verdict, str]:
+    pairs = [
+        (_metric(results[test.arm, s], test.metric)[0], _metric(results[test.than, s], test.metric)[0]) for s in seeds
+    ]
+    if any(b == 0 for _, b in pairs):
+        return "not testable here", f"{test.than} has {test.metric} 0"
+    found = estimate([a / b for a, b in pairs])
+    shown = ", ".join(f"{a:.1f} / {b:.1f}" for a, b in pairs)
+    numbers = (
+        f"{test.metric} {test.arm} / {test.than} = {found.text('{:.2f}')}: {shown}; wanted at least {test.at_least:g}"
+    )
+    return ("reproduced" if found.mean >= test.at_least else "not reproduced"), numbers
+
+
+def _no_decline(test: NoDecline, results: Results, seeds: list[int]) -> tuple[Verdict, str]:
+    parts, holds = [], True
+    for seed in seeds:
+        curve = [(point["step"], point["pass_at_1"]) for point in results[test.arm, seed].evaluations]
+        if len(curve) < 2:
+            return "not testable here", f"{test.arm} was evaluated {len(curve)} time(s); set evaluation.every"
+        best_step, best = max(curve, key=lambda point: point[1])
+        last_step, last = curve[-1]
+        holds &= last >= best - test.drop
+        parts.append(f"seed {seed}: best {best:.3f} at step {best_step:g}, last {last:.3f} at step {last_step:g}")
+    return ("reproduced" if holds else "not reproduced"), "; ".join(parts) + f"; allowed drop {test.drop:g}"
+
+
+def _mass_moves(suite: Suite, test: MassMoves, results: Results, seeds: list[int]) -> tuple[Verdict, str]:
+    parts, holds = [], True
+    for seed in seeds:
+        start = results.get((suite.arms[test.arm].start, seed)) if test.arm in suite.arms else None
+        probe = [*(start.probe if start else []), *results[test.arm, seed].probe]
+        if len(probe) < 2:
+            return "not testable here", f"{test.arm} has no probed evaluations (several steps, answers of one token)"
+        first, last = probe[0], probe[-1]
+        holds &= last["answer"] < first["answer"] and last["fillers"] > first["fillers"]
+        parts.append(
+            f"seed {seed}, step {first['step']:g} to {last['step']:g}: answer {first['answer']:.3f} -> "
+            f"{last['answer']:.3f}, fillers {first['fillers']:.3f} -> {last['fillers']:.3f}"
+        )
+    return ("reproduced" if holds else "not reproduced"), "; ".join(parts)

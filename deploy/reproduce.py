@@ -1,0 +1,287 @@
+"""`latent-grpo reproduce SUITE`: runs a suite's starts and arms over its seeds, and writes one report.
+
+    suite ─► units (start or arm, seed) ─► child processes, side by side where resources allow ─► result.json each
+                     │ finished ones are skipped, interrupted ones go on                               │
+                     └────────────────────── report.md, report.html, report.json ◄─────────────────────┘
+
+    FOLDER/
+        suite.json        the definition and every unit's resolved settings: what may not change when it goes on
+        manifest.json     commit, versions, hashes of grader and data, seeds, machine (`deploy.manifest`)
+        starts/, runs/    one run folder a unit, with its result.json and log.txt
+        report.*          rewritten after every unit
+
+A unit is a process of its own (`--unit KEY`): what it leaves in memory, and how it ends, is its own affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.config import RunConfig
+from deploy.manifest import make_manifest, provenance
+from deploy.progress import Reporter
+from deploy.ray_session import needed_resources
+from deploy.results import UnitResult, read_result, write_result
+from deploy.run_folder import RunFolder, create_run, reopen_run, write_atomically
+from deploy.suite import (
+    Suite,
+    SuiteError,
+    Unit,
+    changes,
+    load_suite,
+    resolved,
+    start_of,
+    unit_config,
+    unit_folder,
+    units,
+)
+from deploy.suite_report import write_report
+
+POLL_S = 0.3
+STOP_S = 30.0
+LOG_LINES = 12
+
+
+class SuiteFailed(RuntimeError):
+    """Units that did not finish; the others did, and the report has them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked for; a unit's process is started with the same."""
+
+    source: str
+    folder: Path
+    quick: bool = False
+    overrides: list[str] = field(default_factory=list)
+
+    def load(self) -> Suite:
+        return load_suite(self.source, quick=self.quick, overrides=self.overrides)
+
+
+def default_folder(source: str, quick: bool) -> Path:
+    return Path("runs") / (f"reproduce-{Path(source).stem}" + ("-quick" if quick else ""))
+
+
+def reproduce(request: Request, parallel: int | None = None, reporter: Reporter | None = None) -> Path:
+    """Runs what is missing of the suite and writes the report; returns the suite's folder.
+
+    `parallel`: units side by side; None: as many as the machine (or the Ray cluster that RAY_ADDRESS names) holds.
+    Raises :class:`SuiteError` for another configuration than the folder's, :class:`SuiteFailed` for failed units.
+    """
+    reporter = reporter or Reporter()
+    suite = request.load()
+    open_folder(request, suite)
+    todo = [unit for unit in units(suite) if read_result(unit_folder(request.folder, unit)) is None]
+    total = len(list(units(suite)))
+    if parallel is None:
+        parallel = side_by_side([unit_config(suite, unit, request.folder) for unit in todo], suite.runner)
+    reporter.say(
+        f"suite {suite.title}: {total} units, {total - len(todo)} finished before, {parallel} side by side · "
+        f"{request.folder}"
+    )
+    try:
+        failed = _run_all(request, suite, todo, parallel, reporter)
+    finally:
+        paths = write_report(suite, request.folder)
+    reporter.say(f"report {paths[0]} · {paths[1]} · {paths[2]}")
+    if failed:
+        raise SuiteFailed("; ".join(f"{unit.key}: {reason}" for unit, reason in failed.items()))
+    return request.folder
+
+
+def check(request: Request) -> list[str]:
+    """What the suite would run, one line a unit; raises :class:`SuiteError` for settings that cannot work."""
+    suite = request.load()
+    resolved(suite, request.folder)
+    configs = [(unit, unit_config(suite, unit, request.folder)) for unit in units(suite)]
+    lines = [f"suite {suite.title}: {len(configs)} units, all settings valid"]
+    for unit, config in configs:
+        work = "start" if unit.is_start else f"{config.steps} steps of {config.algorithm}"
+        tasks = ", ".join(task.name for task in config.evaluation.tasks)
+        lines.append(f"  {unit.key}: {work}, evaluated on {tasks}")
+    return lines
+
+
+def open_folder(request: Request, suite: Suite) -> None:
+    """Creates the suite's folder, or checks that it holds this very suite."""
+    wanted = resolved(suite, request.folder)
+    known = request.folder / "suite.json"
+    if known.is_file():
+        differing = list(changes(json.loads(known.read_text(encoding="utf-8")), wanted))
+        if differing:
+            shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
+            raise SuiteError(
+                f"{request.folder} holds the suite with another configuration: {shown}. Its finished units would not "
+                "be comparable with new ones; go on with the same configuration, or give another --folder"
+            )
+    elif request.folder.exists() and any(request.folder.iterdir()):
+        raise SuiteError(f"{request.folder} is not empty and holds no suite; give another --folder")
+    else:
+        request.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, json.dumps(wanted, indent=2) + "\n")
+    make_manifest(request.folder, suite, [unit_config(suite, unit, request.folder) for unit in units(suite)])
+
+
+def side_by_side(configs: list[RunConfig], runner: str) -> int:
+    """How many units fit at once, by the most demanding of them."""
+    there = _resources()
+    fits = [max(len(configs), 1)]
+    for config in configs:
+        needs = {"CPU": 1.0} if runner == "in_process" else needed_resources(config)
+        fits += [math.floor(there.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items()]
+    return max(min(fits), 1)
+
+
+def _resources() -> dict[str, float]:
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        if not ray.is_initialized():
+            ray.init(address=os.environ["RAY_ADDRESS"], logging_level="warning")
+        return ray.cluster_resources()
+    import torch
+
+    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+
+
+# --- scheduling ----------------------------------------------------------------------------------------------------
+
+
+def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, reporter: Reporter) -> dict[Unit, str]:
+    """Runs the units, starts before their arms. Returns those that failed, with the reason."""
+    waiting, running, failed = list(todo), {}, {}
+    began, finished = time.monotonic(), 0
+    try:
+        while waiting or running:
+            for unit in [u for u in waiting if not u.is_start and start_of(suite, u) in failed]:
+                waiting.remove(unit)
+                failed[unit] = f"its start {start_of(suite, unit).key} failed"
+            while len(running) < parallel and (unit := _next(suite, waiting, running)) is not None:
+                waiting.remove(unit)
+                running[unit] = _start(request, unit)
+                reporter.say(f"{unit.key}: started")
+            for unit in [u for u, process in running.items() if process.poll() is not None]:
+                running.pop(unit)
+                result = read_result(unit_folder(request.folder, unit))
+                finished += 1
+                if result is None:
+                    failed[unit] = f"see {unit_folder(request.folder, unit) / 'log.txt'}: {_tail(request, unit)}"
+                    reporter.say(f"[red]{unit.key}: failed[/]")
+                    continue
+                left = (time.monotonic() - began) / finished * (len(waiting) + len(running))
+                reporter.say(
+                    f"{unit.key}: {result.headline} · {result.minutes:.1f} min · about {left / 60:.0f} min left"
+                )
+                write_report(suite, request.folder)
+            time.sleep(POLL_S)
+    finally:
+        _stop(running)
+    return failed
+
+
+def _next(suite: Suite, waiting: list[Unit], running: dict[Unit, subprocess.Popen]) -> Unit | None:
+    """The first unit whose start is there."""
+    blocked = {*waiting, *running}
+    return next((unit for unit in waiting if unit.is_start or start_of(suite, unit) not in blocked), None)
+
+
+def _start(request: Request, unit: Unit) -> subprocess.Popen:
+    folder = unit_folder(request.folder, unit)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "deploy", "reproduce", request.source, "--folder", str(request.folder)]
+    command += ["--unit", unit.key, *(["--quick"] if request.quick else []), *request.overrides]
+    with (folder / "log.txt").open("ab") as log:
+        # a session of its own: Ctrl-C reaches the suite first, which passes it on once
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def _stop(running: dict[Unit, subprocess.Popen]) -> None:
+    """Interrupts what still runs, so that it keeps a checkpoint; kills what does not end in time."""
+    for process in running.values():
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + STOP_S
+    for process in running.values():
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _tail(request: Request, unit: Unit) -> str:
+    log = unit_folder(request.folder, unit) / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    wanted = [line for line in lines if line.startswith("error ")] or lines[-LOG_LINES:]
+    return " ".join(wanted[-LOG_LINES:]) or "no output"
+
+
+# --- one unit ------------------------------------------------------------------------------------------------------
+
+
+def run_unit(request: Request, key: str, reporter: Reporter | None = None) -> UnitResult:
+    """One unit in this process, with its result in its folder. A finished one is left as it is."""
+    suite, reporter = request.load(), reporter or Reporter()
+    unit = next((u for u in units(suite) if u.key == key), None)
+    if unit is None:
+        raise SuiteError(f"--unit {key}: the suite has {', '.join(u.key for u in units(suite))}")
+    path = unit_folder(request.folder, unit)
+    if (result := read_result(path)) is not None:
+        return result
+    config = unit_config(suite, unit, request.folder)
+    began = time.monotonic()
+    run = _in_process if suite.runner == "in_process" else _pipeline
+    run(unit, config, path, reporter)
+    return write_result(path, unit, config, (time.monotonic() - began) / 60, provenance(), probe=suite.probe_every)
+
+
+def _in_process(unit: Unit, config: RunConfig, path: Path, reporter: Reporter) -> None:
+    from deploy.bench.in_process import start_in_process, train_in_process
+
+    for left in (p for p in path.iterdir() if p.name != "log.txt"):  # it has no checkpoints: it begins anew
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    folder = create_run(config, unit.name, path)
+    (start_in_process if unit.is_start else train_in_process)(folder, config, reporter)
+
+
+def _pipeline(unit: Unit, config: RunConfig, path: Path, reporter: Reporter) -> None:
+    from deploy import train as training
+
+    begun = (path / "config.json").is_file()
+    if unit.is_start:
+        folder, _, lineage = reopen_run(path, []) if begun else (create_run(config, unit.name, path), config, 0)
+        _make_start(folder, config, lineage, reporter)
+    elif begun:
+        training.resume(path, [], reporter)
+    else:
+        training.train(config, unit.name, reporter, path)
+
+
+def _make_start(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> None:
+    """The warm start, if the start has one, and the evaluation that its arms are compared with."""
+    from functools import partial
+
+    from common.models import load_model
+    from deploy.controller import gather
+    from deploy.evaluate import evaluate
+    from deploy.run import started
+    from deploy.sft import warm_start
+    from learner.weights import publish
+
+    with started(folder, config, lineage, reporter) as run:
+        base = run.initial if config.warm_start is None else warm_start(run)
+        model = load_model(base, config.model.dtype)
+        weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+        run.pool.publish(publish(weights, 10**6, config.learner.weight_bucket_bytes))
+        evaluate(run, partial(gather, run.pool), 0, "after")
