@@ -28,3 +28,23 @@ def bench_reward(
     show(results)
     if json_file is not None:
         write_json(results, json_file)
+
+
+@bench.command("loop", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_loop(
+    context: typer.Context,
+    profile: Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")] = "quickstart",
+    model: Annotated[str | None, typer.Option(help="A model to begin from, instead of the profile's start.")] = None,
+    steps: Annotated[int, typer.Option(min=6, help="Steps of each loop; the first three are not counted.")] = 20,
+    json_file: JsonFile = None,
+) -> None:
+    """A step of the pipeline (Ray, DeepSpeed) beside a step of the same loop in one process."""
+    from common.config import load_config
+    from deploy.bench.loop import compare, show, write_json
+    from deploy.cli import of_model, overrides
+
+    config = load_config(profile, [*overrides(context.args), *(of_model(model) if model else [])])
+    found = compare(config, steps)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)

@@ -1,0 +1,136 @@
+"""What the distributed loop costs: a step through Ray and DeepSpeed beside a step of the same loop in one process.
+
+Both run the same steps from the same model in turn, so a busy machine disturbs both; CPU seconds are given besides
+wall seconds because it disturbs those less. The first steps of each (compilation, caches) are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from common.config import RunConfig
+from deploy.bench.in_process import InProcessLearner, InProcessSFT, started_in_process
+from deploy.controller import Controller
+from deploy.progress import Reporter
+from deploy.run import Run, started
+from deploy.run_folder import create_run
+from deploy.sft import warm_start
+from learner.learner import LearnerGroup
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopCost:
+    """Medians over counted steps; `cpu_s` is the mean, of all processes together."""
+
+    wall_s: float
+    rollout_s: float
+    learner_s: float
+    cpu_s: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    pipeline: LoopCost
+    in_process: LoopCost
+    prompts: int
+    samples: int
+
+    @property
+    def wall_ratio(self) -> float:
+        return self.pipeline.wall_s / self.in_process.wall_s
+
+    @property
+    def cpu_ratio(self) -> float:
+        return self.pipeline.cpu_s / self.in_process.cpu_s
+
+
+def compare(config: RunConfig, steps: int, reporter: Reporter | None = None) -> Comparison:
+    """`config`: a training run; its warm start, if any, is made once, in this process."""
+    reporter = reporter or Reporter()
+    with tempfile.TemporaryDirectory(prefix="lg-bench-") as scratch:
+        root = Path(scratch)
+        if config.warm_start is not None:
+            folder = create_run(config, "start", root / "start")
+            with started_in_process(folder, config, reporter) as run:
+                base = warm_start(run, InProcessSFT)
+            model = config.model.model_copy(update={"path": str(base), "new": None})
+            config = config.model_copy(update={"model": model, "warm_start": None})
+        folder = create_run(config, "in-process", root / "in-process")
+        with started_in_process(folder, config, reporter) as run:
+            alone = _timed(run, InProcessLearner(config, run.initial), steps)
+        folder = create_run(config, "pipeline", root / "pipeline")
+        with started(folder, config, 0, reporter) as run:
+            learner = LearnerGroup(config, run.initial)
+            try:
+                pipeline = _timed(run, learner, steps)
+            finally:
+                learner.close()
+    return Comparison(
+        pipeline=pipeline, in_process=alone, prompts=config.prompts_per_step, samples=config.samples_per_step
+    )
+
+
+def _timed(run: Run, learner, steps: int) -> LoopCost:
+    controller = Controller(run.config, run.pool, learner, run.problems.request)
+    controller.begin()
+    walls, waits, learns, cpu = [], [], [], 0.0
+    with run.reporter.phase(f"{type(run.pool).__name__}", steps) as advance:
+        for step in range(steps):
+            if step == WARM_UP:
+                cpu = cpu_seconds()
+            began = time.perf_counter()
+            result = controller.run_step()
+            run.metrics.write(result.step, result.metrics)
+            if step >= WARM_UP:
+                walls.append(time.perf_counter() - began)
+                waits.append(result.metrics["time/rollout_wait_s"])
+                learns.append(result.metrics["time/learner_s"])
+            advance(step + 1)
+    return LoopCost(
+        wall_s=statistics.median(walls),
+        rollout_s=statistics.median(waits),
+        learner_s=statistics.median(learns),
+        cpu_s=(cpu_seconds() - cpu) / len(walls),
+        steps=len(walls),
+    )
+
+
+def cpu_seconds() -> float:
+    """Of this process and everything it has started that still runs."""
+    me = psutil.Process()
+    total = 0.0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def show(found: Comparison, console: Console | None = None) -> None:
+    table = Table(title=f"one step of {found.prompts} prompts, {found.samples} samples")
+    for column in ("", "wall s", "rollout s", "learner s", "CPU s", "steps"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, cost in (("in one process", found.in_process), ("pipeline", found.pipeline)):
+        figures = (cost.wall_s, cost.rollout_s, cost.learner_s, cost.cpu_s)
+        table.add_row(name, *(f"{value:.3f}" for value in figures), str(cost.steps))
+    table.add_row("pipeline / in one process", f"{found.wall_ratio:.2f}", "", "", f"{found.cpu_ratio:.2f}", "")
+    (console or Console()).print(table)
+
+
+def write_json(found: Comparison, path: Path) -> None:
+    ratios = {"wall_ratio": found.wall_ratio, "cpu_ratio": found.cpu_ratio}
+    path.write_text(json.dumps(asdict(found) | ratios, indent=2) + "\n", encoding="utf-8")
