@@ -65,6 +65,20 @@ def test_training_and_evaluation_never_share_a_problem(operations):
     assert all(split_of(messages[0][1].removesuffix("?")) == "evaluation" for messages in held_out)
 
 
+def test_chains_of_varied_length_other_numbers_and_names():
+    problems = [
+        ChainArithmetic(name="a", operations=5, shortest=2, modulus=10, named=True).problem(i) for i in range(80)
+    ]
+    assert {p.cot.count(";") for p in problems} == {2, 3, 4, 5}
+    assert all(len(number) == 1 for p in problems for number in [p.answer, *p.cot.replace(";", "=").split("=")[1::2]])
+    names = {p.messages[0][1].partition(": ")[0] for p in problems}
+    assert len(names) > 70
+    assert all(name.isalpha() for name in names)
+    for option in ({"shortest": 7}, {"shortest": -1}, {"modulus": 12}):
+        with pytest.raises(TaskError, match=next(iter(option))):
+            load_task(TaskConfig(name="a", path="builtin:chain_arithmetic", options=option), seed=0)
+
+
 def test_generated_task_is_endless_unless_sized():
     endless = load_task(TaskConfig(name="a", path="builtin:chain_arithmetic"), seed=1)
     assert endless.size is None

@@ -1,0 +1,131 @@
+"""Verdicts follow from the numbers, and from nothing else."""
+
+import math
+
+import pytest
+
+from deploy.claims import STUDENT, estimate, judge
+from deploy.results import UnitResult, macro
+from deploy.suite import Claim, Suite
+
+SUITE = Suite.model_validate({
+    "title": "s", "profile": "p", "seeds": [0, 1, 2],
+    "starts": {"latent": {"title": "l"}, "explicit": {"title": "e"}},
+    "arms": {
+        "mixture": {"title": "m", "start": "latent"},
+        "uniform": {"title": "u", "start": "latent"},
+        "grpo": {"title": "g", "start": "explicit"},
+    },
+})  # fmt: skip
+
+
+def results(**of_units):
+    """name=[pass@1 of seed 0, 1, ...]; keywords `metric` by (value, {metrics})."""
+    found = {}
+    for name, values in of_units.items():
+        for seed, value in enumerate(values):
+            metrics = value if isinstance(value, dict) else {"pass_at_1": value, "standard_error": 0.015}
+            found[name, seed] = UnitResult(unit=name, seed=seed, is_start=name in SUITE.starts, metrics=metrics)
+    return found
+
+
+def verdict(test, found, suite=SUITE):
+    return judge(suite, Claim(text="c", test=test), found)
+
+
+GAIN = {"kind": "difference", "arm": "mixture", "than": "latent", "at_least": 0.25}
+
+
+def test_an_interval_over_seeds_is_students():
+    found = estimate([0.1, 0.2, 0.6])
+    spread = math.sqrt(((0.2) ** 2 + 0.1**2 + 0.3**2) / 2 / 3)
+    assert found.mean == pytest.approx(0.3)
+    assert found.high - found.mean == pytest.approx(STUDENT[1] * spread)
+    alone = estimate([0.5], [0.02])
+    assert (alone.low, alone.high) == pytest.approx((0.5 - 1.96 * 0.02, 0.5 + 1.96 * 0.02))
+    assert estimate([0.5]).low is None
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ([0.75, 0.76, 0.77], "reproduced"),
+        ([0.65, 0.66, 0.67], "not reproduced"),  # a gain, but below 25 points
+        ([0.99, 0.95, 0.30], "not reproduced"),  # the mean would do, the seeds disagree
+        ([0.10, 0.10, 0.10], "not reproduced"),
+    ],
+)
+def test_a_gain_needs_its_size_and_an_interval_above_zero(after, expected):
+    assert verdict(GAIN, results(latent=[0.45, 0.46, 0.44], mixture=after))[0] == expected
+
+
+def test_differences_are_taken_seed_by_seed():
+    """Starts that differ more than the gain do not hide it."""
+    kind, numbers = verdict({**GAIN, "at_least": 0.0}, results(latent=[0.2, 0.5, 0.8], mixture=[0.25, 0.56, 0.84]))
+    assert kind == "reproduced"
+    assert "+0.050" in numbers
+
+
+def test_a_gain_over_its_own_start_is_not_a_difference_of_results():
+    found = results(latent=[0.4] * 3, mixture=[0.7, 0.71, 0.69], explicit=[0.6] * 3, grpo=[0.8, 0.81, 0.79])
+    test = {"kind": "difference", "arm": "mixture", "than": "grpo"}
+    assert verdict(test, found)[0] == "not reproduced"
+    assert verdict({**test, "gain": True}, found)[0] == "reproduced"
+
+
+def test_equal_is_told_from_better():
+    found = results(mixture=[0.70, 0.72, 0.71], uniform=[0.71, 0.71, 0.71])
+    test = {"kind": "difference", "arm": "mixture", "than": "uniform"}
+    assert verdict(test, found)[0] == "not reproduced"
+    assert verdict({**test, "equal_will_do": True}, found)[0] == "reproduced"
+    same = results(mixture=[{"chain_length": 3.0}], uniform=[{"chain_length": 3.0}])
+    assert verdict({**test, "metric": "chain_length"}, same)[0] == "not reproduced"
+
+
+def test_what_was_not_run_is_not_testable_and_named():
+    kind, numbers = verdict(GAIN, results(mixture=[0.9]))
+    assert kind == "not testable here"
+    assert "latent" in numbers
+    kind, numbers = verdict({**GAIN, "metric": "sampled_pass_at_32"}, results(mixture=[0.9], latent=[0.4]))
+    assert kind == "not testable here"
+    assert "sampled_pass_at_32" in numbers
+    assert verdict({"kind": "untestable", "reason": "no data"}, {}) == ("not testable here", "no data")
+
+
+def test_a_ratio_of_lengths():
+    found = results(grpo=[{"chain_length": 40.0}], mixture=[{"chain_length": 16.0}])
+    test = {"kind": "ratio", "arm": "grpo", "than": "mixture", "at_least": 2.2}
+    assert verdict(test, found)[0] == "reproduced"
+    assert verdict({**test, "at_least": 2.6}, found)[0] == "not reproduced"
+
+
+def test_a_decline_in_any_seed_counts():
+    def run(seed, curve):
+        points = [{"step": 20.0 * i, "pass_at_1": value} for i, value in enumerate(curve)]
+        return UnitResult(unit="mixture", seed=seed, is_start=False, metrics={}, evaluations=points)
+
+    test = {"kind": "no_decline", "arm": "mixture", "drop": 0.03}
+    rising = {("mixture", 0): run(0, [0.5, 0.8, 0.79])}
+    assert verdict(test, rising)[0] == "reproduced"
+    kind, numbers = verdict(test, rising | {("mixture", 1): run(1, [0.5, 0.8, 0.6])})
+    assert kind == "not reproduced"
+    assert "best 0.800 at step 20, last 0.600 at step 40" in numbers
+
+
+def test_mass_must_leave_the_answer_and_reach_the_fillers():
+    def unit(name, answer, fillers):
+        probe = [
+            {"step": 0.0 if name == "latent" else 160.0, "answer": answer, "other_numbers": 0.1, "fillers": fillers}
+        ]
+        return UnitResult(unit=name, seed=0, is_start=name == "latent", metrics={}, probe=probe)
+
+    test = {"kind": "mass_moves", "arm": "uniform"}
+    start = {("latent", 0): unit("latent", 0.3, 0.5)}
+    assert verdict(test, start | {("uniform", 0): unit("uniform", 0.1, 0.8)})[0] == "reproduced"
+    assert verdict(test, start | {("uniform", 0): unit("uniform", 0.1, 0.4)})[0] == "not reproduced"
+    assert verdict(test, {("uniform", 0): unit("uniform", 0.1, 0.8)})[0] == "not testable here"
+
+
+def test_every_task_weighs_the_same():
+    values = {"a/pass_at_1": 0.2, "b/pass_at_1": 0.6, "a/standard_error": 0.03, "b/standard_error": 0.04, "a/only": 1.0}
+    assert macro(values) == pytest.approx({"pass_at_1": 0.4, "standard_error": 0.025})

@@ -1,0 +1,149 @@
+"""Suites: what is refused before anything runs, who starts from what, and the shipped ones."""
+
+import pytest
+import yaml
+
+from deploy.reproduce import Request, _next, open_folder, side_by_side
+from deploy.suite import SuiteError, Unit, changes, load_suite, resolved, suites_folder, unit_config, units
+
+PROFILE = {
+    "steps": 3, "k": 3, "group_size": 2, "prompts_per_step": 4, "minibatch_prompts": 2,
+    "model": {"new": {}}, "warm_start": {"compression": 3},
+    "tasks": [{"name": "t", "path": "builtin:chain_arithmetic", "max_prompt_tokens": 20, "max_response_tokens": 18}],
+    "evaluation": {"tasks": [{"name": "e", "path": "builtin:chain_arithmetic", "options": {"size": 4}}]},
+}  # fmt: skip
+SUITE = {
+    "title": "a suite", "seeds": [3, 5],
+    "starts": {"latent": {"title": "latent"}, "explicit": {"title": "explicit", "overrides": ["algorithm=grpo"]}},
+    "arms": {
+        "mixture": {"title": "mixture", "start": "latent"},
+        "uniform": {"title": "uniform", "start": "latent", "overrides": ["component_weighting=uniform"]},
+        "grpo": {"title": "explicit GRPO", "start": "explicit", "overrides": ["steps=9"]},
+    },
+    "claims": {"gain": {"text": "it gains", "test": {"kind": "difference", "arm": "mixture", "than": "latent"}}},
+    "quick": {"seeds": [3], "arms": ["grpo"]},
+}  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path):
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(PROFILE, sort_keys=False))
+
+    def written(**changed):
+        path = tmp_path / "s.yaml"
+        path.write_text(yaml.safe_dump({**SUITE, "profile": str(tmp_path / "p.yaml"), **changed}, sort_keys=False))
+        return path
+
+    return written
+
+
+def config_of(suite, name, seed, folder):
+    return unit_config(suite, next(u for u in units(suite) if (u.name, u.seed) == (name, seed)), folder)
+
+
+def test_arms_of_a_seed_begin_from_that_seeds_start(write, tmp_path):
+    suite = load_suite(write())
+    assert [u.key for u in units(suite)][:5] == [
+        "latent-seed3", "explicit-seed3", "mixture-seed3", "uniform-seed3", "grpo-seed3",
+    ]  # fmt: skip
+    uniform = config_of(suite, "uniform", 5, tmp_path)
+    assert uniform.model.path == str(tmp_path / "starts" / "latent-seed5" / "base")
+    assert (uniform.seed, uniform.component_weighting, uniform.warm_start) == (5, "uniform", None)
+    grpo = config_of(suite, "grpo", 3, tmp_path)
+    assert (grpo.algorithm, grpo.steps) == ("grpo", 9)
+    assert grpo.model.path.endswith("explicit-seed3/base")
+    start = config_of(suite, "explicit", 3, tmp_path)
+    assert start.warm_start.chain == "explicit"
+    assert start.model.path is None
+
+
+def test_a_finished_model_needs_no_warm_start(write, tmp_path):
+    suite = load_suite(write(starts={**SUITE["starts"], "latent": {"title": "released", "path": "/models/released"}}))
+    assert config_of(suite, "mixture", 3, tmp_path).model.path == "/models/released"
+    assert config_of(suite, "latent", 3, tmp_path).warm_start is None
+    bare = load_suite(write(overrides=["warm_start=null"]))
+    with pytest.raises(SuiteError, match=r"latent-seed3: a start needs a warm start .*starts.latent.path"):
+        resolved(bare, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"arms": {"a": {"title": "a", "start": "nowhere"}}, "quick": None}, r"no start 'nowhere'; there is"),
+        (
+            {"claims": {"c": {"text": "c", "test": {"kind": "no_decline", "arm": "gone"}}}},
+            r"no start or arm \['gone'\]",
+        ),
+        ({"quick": {"arms": ["gone"]}}, r"quick.arms: no arm \['gone'\]"),
+        ({"seeds": [1, 1]}, "seeds must be distinct"),
+        ({"seeds": []}, "seeds"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_suite_that_contradicts_itself_is_refused(write, changed, message):
+    with pytest.raises(SuiteError, match=message):
+        load_suite(write(**changed))
+
+
+def test_settings_that_cannot_work_are_named_with_their_unit_before_anything_runs(write, tmp_path):
+    suite = load_suite(write(), overrides=["minibatch_prompts=3"])
+    with pytest.raises(SuiteError, match=r"latent-seed3: .*minibatch_prompts"):
+        resolved(suite, tmp_path)
+    narrow = load_suite(write(), overrides=["warm_start.compression=4"])
+    with pytest.raises(SuiteError, match=r"k \(3\) is smaller than warm_start.compression \(4\)"):
+        resolved(narrow, tmp_path)
+
+
+def test_another_configuration_is_refused_and_the_same_one_goes_on(write, tmp_path):
+    request = Request(source=str(write()), folder=tmp_path / "out")
+    open_folder(request, request.load())
+    open_folder(request, request.load())
+    other = Request(source=request.source, folder=request.folder, overrides=["temperature=0.5"])
+    with pytest.raises(SuiteError, match=r"another configuration: .*temperature: 0.6 -> 0.5"):
+        open_folder(other, other.load())
+    quick = Request(source=request.source, folder=request.folder, quick=True)
+    with pytest.raises(SuiteError, match="another configuration"):
+        open_folder(quick, quick.load())
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    with pytest.raises(SuiteError, match="not empty and holds no suite"):
+        open_folder(Request(source=request.source, folder=tmp_path / "foreign"), request.load())
+
+
+def test_quick_keeps_the_starts_that_its_arms_need(write):
+    quick = load_suite(write(), quick=True)
+    assert (quick.seeds, list(quick.arms), list(quick.starts)) == ([3], ["grpo"], ["explicit"])
+    with pytest.raises(SuiteError, match="no section quick"):
+        load_suite(write(quick=None), quick=True)
+
+
+def test_an_arm_waits_for_its_start_only(write):
+    suite = load_suite(write(seeds=[3]))
+    latent, explicit = Unit("latent", 3, True), Unit("explicit", 3, True)
+    mixture, grpo = Unit("mixture", 3, False), Unit("grpo", 3, False)
+    assert _next(suite, [latent, explicit, mixture], {}) == latent
+    assert _next(suite, [mixture, grpo], {latent: None}) == grpo
+    assert _next(suite, [mixture], {latent: None}) is None
+
+
+def test_units_run_side_by_side_as_far_as_the_neediest_allows(write, tmp_path, monkeypatch):
+    suite = load_suite(write(), overrides=["rollout.resources.num_cpus=0.5", "learner.resources.num_cpus=0.5"])
+    configs = [unit_config(suite, unit, tmp_path) for unit in units(suite)]
+    monkeypatch.setattr("deploy.reproduce._resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    assert side_by_side(configs, "pipeline") == 2
+    needy = [c.model_copy(update={"rollout": c.rollout.model_copy(update={"workers": 9})}) for c in configs[:1]]
+    assert side_by_side([*configs, *needy], "pipeline") == 1
+
+
+def test_changes_name_the_key_and_both_values():
+    before, after = {"a": {"b": 1, "c": [1]}}, {"a": {"b": 2, "c": [1]}, "d": 3}
+    assert list(changes(before, after)) == ["a.b: 1 -> 2", "d: None -> 3"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in suites_folder().glob("*.yaml")))
+def test_every_shipped_suite_is_valid(name, tmp_path):
+    for quick in (False, True):
+        suite = load_suite(name)
+        if quick and suite.quick is None:
+            continue
+        resolved(load_suite(name, quick=quick), tmp_path)
