@@ -73,7 +73,8 @@ class TaskConfig(Section):
     max_response_tokens: PositiveInt = 1024
     """Response steps, latent and hard together."""
     verifier: str = "math"
-    """`math`, `number`, `choice`, another registered name, or an import path `package.module:Name`."""
+    """`math`, `number`, `choice`, another registered name, a name of `verifiers`, or an import path
+    `package.module:Name`."""
     prompt: PromptConfig | None = None
     """Overrides `model.prompt` for this task."""
 
@@ -162,6 +163,15 @@ class VerifierConfig(Section):
     """What counts as the answer when the response has no box."""
     max_ungraded_share: Share = 0.1
     """Above this share of ungraded samples in a step the run stops (infrastructure failure is never reward 0)."""
+
+
+class VerifierDefinition(Section):
+    """A verifier under a name that tasks can use: a plug-in with options, or a composition (docs/verifiers.md)."""
+
+    kind: str
+    """`weighted_sum`, `format`, `length_penalty`, `gate`, any other registered name, or an import path."""
+    options: dict[str, Any] = {}
+    """Arguments of its constructor. A verifier inside is a mapping with `kind` and `options` again."""
 
 
 class RolloutConfig(Section):
@@ -320,6 +330,8 @@ class RunConfig(Section):
     warm_start: LatentSFTConfig | None = None
     """Latent-SFT before the RL steps; the quickstart's model starts from nothing."""
     tasks: list[TaskConfig]
+    verifiers: dict[str, VerifierDefinition] = {}
+    """Verifiers that `tasks.verifier` may name besides the registered ones."""
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

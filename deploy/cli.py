@@ -86,11 +86,17 @@ def validate(
 ) -> None:
     """Checks a profile and prints the resolved settings and the arithmetic of a step. Needs no GPU and no weights."""
     from deploy.preflight import arithmetic, check_files, resource_rows, token_rows
+    from deploy.verifiers import verifier_rows
 
     config = settings(profile, context)
     if files:
         check_files(config)
-    rows = [*arithmetic(config), *resource_rows(config, cpus, gpus), *token_rows(config)]
+    rows = [
+        *arithmetic(config),
+        *resource_rows(config, cpus, gpus),
+        *verifier_rows(config),
+        *token_rows(config),
+    ]
     console.print_json(config_as_json(config))
     table = Table("", "", title=f"{profile}: {config.algorithm}", show_header=False)
     for name, found in rows:

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 from common.config import ConfigError, RunConfig, TaskConfig
 from common.prompts import PromptRenderer
-from common.tasks import PromptStream, StoredTask, TaskError, TaskSource, describe_dropped, load_task
+from common.tasks import (
+    PromptStream,
+    StoredTask,
+    TaskError,
+    TaskSource,
+    describe_dropped,
+    load_task,
+    with_benchmark_defaults,
+)
 from common.types import GroupRequest, NoiseMode, Problem, Purpose, SamplingSettings
+from deploy.verifiers import build_verifier
 from reward.answers import gold_is_parsable
 
 TOO_LONG = "prompt over max_prompt_tokens"
@@ -48,7 +57,8 @@ def prepare_task(task: TaskConfig, config: RunConfig, tokenizer) -> PreparedTask
 
     Raises TaskError when nothing is left.
     """
-    source = load_task(task, config.seed, lambda gold: gold_is_parsable(task.verifier, gold))
+    verifier = build_verifier(config, with_benchmark_defaults(task).verifier)
+    source = load_task(task, config.seed, lambda gold: gold_is_parsable(verifier, gold))
     renderer = PromptRenderer(tokenizer, source.config.prompt or config.model.prompt)
     if isinstance(source, StoredTask):
         limit = source.config.max_prompt_tokens

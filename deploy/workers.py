@@ -8,6 +8,7 @@ import numpy as np
 
 from common.config import RunConfig
 from common.types import FinishReason
+from deploy.verifiers import verifier_pool
 from rollout_workers.worker import RolloutWorker
 
 
@@ -62,17 +63,3 @@ class ResponseText:
     def __call__(self, hard_ids: np.ndarray, finish_reason: FinishReason) -> str:
         ids = hard_ids[:-1] if finish_reason == "stop" and len(hard_ids) and hard_ids[-1] in self.eos_ids else hard_ids
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-
-
-def verifier_pool(config: RunConfig):
-    """The graders of one worker, with the run's limits."""
-    from reward.pool import VerifierPool
-
-    settings = config.rollout.verifier
-    kinds = {task.verifier for task in (*config.tasks, *config.evaluation.tasks)} & {"math", "number"}
-    return VerifierPool(
-        settings.processes,
-        settings.time_limit_s,
-        settings.memory_limit_bytes,
-        options={kind: {"fallback": settings.fallback} for kind in kinds},
-    )

@@ -22,6 +22,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 _DIGITS = 50
 _SAME = sympy.Rational(1, 10**35)  # relative; with 50 digits, constants that agree this well are the same number
 _ROUNDING = sympy.Rational(1, 10**6)
+_SIX_PLACES = sympy.Rational(1, 2 * 10**6)
 _RELATIVE, _ABSOLUTE = (sympy.Rational(t.numerator, t.denominator) for t in (RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE))
 _SAMPLE_POINTS = tuple(sympy.Rational(*pair) for pair in ((1237, 719), (2591, 1103), (353, 811), (4057, 2203)))
 
@@ -100,7 +101,12 @@ def _equal_constants(gold: sympy.Basic, given: sympy.Basic) -> bool | None:
         return None
     if gold.has(sympy.Float) or given.has(sympy.Float):
         # Against a whole gold only the rounding of decimals in a formula is forgiven, never a step of one.
-        tolerance = min(size / 10**12, _ROUNDING) if gold.is_Integer else min(size * _RELATIVE, _ABSOLUTE)
+        if gold.is_Integer:
+            tolerance = min(size / 10**12, _ROUNDING)
+        elif gold.has(sympy.Float) or gold.is_Rational:
+            tolerance = min(size * _RELATIVE, _ABSOLUTE)
+        else:  # an exact root or multiple of pi: six places, and as many digits in large numbers
+            tolerance = min(_SIX_PLACES * max(size, 1), size / 10**4, _ABSOLUTE)
         return bool(difference <= tolerance)
     if size == 0 or sympy.N(sympy.Abs(given), _DIGITS) == 0:
         return bool(sympy.simplify(gold - given) == 0)

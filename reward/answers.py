@@ -13,6 +13,7 @@ or take all memory on hostile input, so calls that are not under your control be
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from reward.choice import read_choice
 from reward.extraction import Extraction, balanced, extract
 from reward.math_answers import AlgebraicEquality, AlgebraNeeded, Answer, Sequence, read_answer, same_answer
 from reward.numbers import Number, read_number, same_number
-from reward.verifier import Grade, UnreadableGoldError, Verifier, load_verifier
+from reward.verifier import Grade, UnreadableGoldError, Verifier, load_verifier, settled
 
 Fallback = Literal["none", "last_number"]
 
@@ -28,24 +29,19 @@ Fallback = Literal["none", "last_number"]
 def grade(kind: str, response_text: str, gold: str, **options: Any) -> Grade:
     """The verdict of the verifier `kind` on one response. Pure, in this process, without any limit of time or memory.
 
-    `options` go to the verifier's constructor (`fallback` for `math` and `number`). Raises UnknownVerifierError for an
-    unknown kind, and UnreadableGoldError when a built-in kind cannot read `gold`.
+    `options`, JSON values, go to the verifier's constructor (`fallback` for `math` and `number`). Raises
+    UnknownVerifierError for an unknown kind, and UnreadableGoldError when a built-in kind cannot read `gold`.
     """
-    verdict = _cached_verifier(kind, tuple(sorted(options.items()))).grade(response_text, gold)
-    if not isinstance(verdict, Grade):
-        raise TypeError(
-            f"Verifier {kind!r} answered with {type(verdict).__name__}; expected a Grade. "
-            "Asynchronous verifiers run in a VerifierPool only."
-        )
-    return verdict
+    return settled(_cached_verifier(kind, json.dumps(options, sort_keys=True)).grade(response_text, gold))
 
 
-def gold_is_parsable(kind: str, gold: str) -> bool:
-    """Whether the verifier `kind` can grade against this gold answer. May import the computer algebra (about a second).
+def gold_is_parsable(kind: str | Verifier, gold: str) -> bool:
+    """Whether a verifier can grade against this gold answer. May import the computer algebra (about a second).
 
     A user's verifier without a `parses_gold` method accepts every gold.
     """
-    parses_gold = getattr(_cached_verifier(kind, ()), "parses_gold", None)
+    verifier = _cached_verifier(kind, "{}") if isinstance(kind, str) else kind
+    parses_gold = getattr(verifier, "parses_gold", None)
     return True if parses_gold is None else bool(parses_gold(gold))
 
 
@@ -209,5 +205,5 @@ def _has_meaning(answer: Answer) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _cached_verifier(kind: str, options: tuple[tuple[str, Any], ...]) -> Verifier:
-    return load_verifier(kind, **dict(options))
+def _cached_verifier(kind: str, options_json: str) -> Verifier:
+    return load_verifier(kind, **json.loads(options_json))

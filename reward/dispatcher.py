@@ -24,7 +24,7 @@ from typing import Any
 
 from reward.framing import FrameError
 from reward.grader import Grader
-from reward.verifier import Grade, UnknownVerifierError
+from reward.verifier import Definitions, Grade, UnknownVerifierError
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +77,13 @@ class Dispatcher:
         time_limit_s: float,
         memory_limit_bytes: int,
         start_limit_s: float,
-        options: dict[str, dict[str, Any]],
+        definitions: Definitions,
     ) -> None:
         self._processes = processes
         self._time_limit_s = time_limit_s
         self._memory_limit_bytes = memory_limit_bytes
         self._start_limit_s = start_limit_s
-        self._options = options
+        self._definitions = definitions
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._inbox: deque[_Case] = deque()
@@ -250,7 +250,7 @@ class Dispatcher:
     def _load(self, grader: Grader, kind: str) -> None:
         if kind not in self._kinds:
             self._kinds.append(kind)
-        grader.load(kind, self._options.get(kind, {}), time.monotonic() + self._start_limit_s)
+        grader.load(kind, *self._definitions.resolve(kind), time.monotonic() + self._start_limit_s)
         self._watch(grader)
 
     def _watch(self, grader: Grader) -> None:

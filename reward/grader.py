@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from reward.framing import FrameReader, encode
-from reward.verifier import import_path_of
 
 # The child takes over this process's import path, so that a user's verifier is found there too. An own program text
 # instead of `-m` keeps the working directory and the module search of the parent.
@@ -67,10 +66,10 @@ class Grader:
         """Whether a request has not wholly left."""
         return bool(self._unsent)
 
-    def load(self, kind: str, options: dict[str, Any], deadline: float) -> None:
-        """Ask for a verifier to be imported and built. Names registered here are unknown there: the path travels."""
+    def load(self, kind: str, import_path: str, options: dict[str, Any], deadline: float) -> None:
+        """Ask for a verifier to be imported and built. Names known here are unknown there: the path travels."""
         self.loading, self.deadline = kind, deadline
-        self._send({"op": "load", "kind": kind, "import_path": import_path_of(kind), "options": options})
+        self._send({"op": "load", "kind": kind, "import_path": import_path, "options": options})
 
     def grade(self, cases: Iterable[Any], deadline: float) -> None:
         """Ask for verdicts, one after another; `deadline` is that of the first."""

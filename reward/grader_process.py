@@ -11,8 +11,6 @@ A case that runs out of memory is answered and the process ends: its heap is not
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import os
 import resource
 import signal
@@ -20,7 +18,7 @@ import sys
 from typing import Any
 
 from reward.framing import FrameReader, encode
-from reward.verifier import Grade, UnknownVerifierError, Verifier, load_verifier
+from reward.verifier import UnknownVerifierError, Verifier, load_verifier, settled
 
 _READ_BYTES = 1 << 16
 _ORPHAN_GRACE_S = 10.0
@@ -76,11 +74,7 @@ class _Grader:
         signal.setitimer(signal.ITIMER_REAL, 2 * self._time_limit_s + _ORPHAN_GRACE_S)
         exhausted = False
         try:
-            verdict = self._verifiers[kind].grade(response_text, gold)
-            if inspect.isawaitable(verdict):
-                verdict = asyncio.run(_awaited(verdict))
-            if not isinstance(verdict, Grade):
-                raise TypeError(f"the verifier answered with {type(verdict).__name__}; expected a Grade")
+            verdict = settled(self._verifiers[kind].grade(response_text, gold))
             reply: dict[str, Any] = {"grade": [verdict.reward, verdict.reason, verdict.parsed]}
         except MemoryError:
             exhausted = True
@@ -96,10 +90,6 @@ class _Grader:
         data = memoryview(encode(message))
         while data:
             data = data[os.write(self._replies, data) :]
-
-
-async def _awaited(verdict: Any) -> Any:
-    return await verdict
 
 
 def _private_pipes() -> tuple[int, int]:

@@ -16,7 +16,8 @@ _UNICODE = str.maketrans(
         "π": "\\pi ", "∞": "\\infty ",
         "°": "^\\circ ", "º": "^\\circ ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ",
         "∈": "\\in ", "±": "\\pm ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "θ": "\\theta ", "≈": " ", "’": "'",
-        "⁄": "/", "²": "^{2}", "³": "^{3}", "⁴": "^{4}", "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}",
+        "⁄": "/", "∖": "\\setminus ", "…": "\\ldots ", "∨": "\\lor ", "∧": "\\land ",
+        "²": "^{2}", "³": "^{3}", "⁴": "^{4}", "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}",
         "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
     }
     | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
@@ -34,6 +35,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\rbrack(?![A-Za-z])", "]"),
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),
+        (r"\{\s*([^{}\\]*)\\choose(?![A-Za-z])\s*([^{}\\]*)\}", r"\\binom{\1}{\2}"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|-)", ""),
         (r"\\frac\s*(\\[a-z]+)\s*([0-9A-Za-z])(?![A-Za-z])", r"\\frac{\1}{\2}"),
@@ -41,9 +43,17 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\geq?(?:slant)?(?![A-Za-z])|>=", r"\\ge "),
         (r"\\lt(?![A-Za-z])", "<"),
         (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\colon(?![A-Za-z])", ":"),
-        (r"\\(?:math(?:rm|bf|it|sf|normal)|text(?:bf|it|rm|normal|sf)?|mbox|hbox|operatorname)\s*(?=\{)", r"\\text"),
-        (r"\\(?:boldsymbol|bm|mathbf|ensuremath)\s*\{([^{}]*)\}", r"\1"),
+        (r"\\colon(?![A-Za-z])|\{\s*:\s*\}", ":"),
+        (r"\\math(?:rm|it)\s*\{\s*([ied])\s*\}", r"\1"),
+        (r"\\(?:text)?color\s*\{[^{}]*\}(?!\s*\{)", " "),
+        (r"\\\\\[-?[0-9.]+\s*(?:pt|em|ex|mm|cm|in)\]", r"\\\\"),
+        (r"\\log\s*_\s*\{?\s*e\s*\}?", r"\\ln "),
+        (r"∛\s*", r"\\sqrt[3]"),
+        (r"∜\s*", r"\\sqrt[4]"),
+        (r"(\\sqrt\[[34]\])([0-9]+|[A-Za-z])", r"\1{\2}"),
+        (r"(\\sqrt\[[34]\])\(([^()]*)\)", r"\1{\2}"),
+        (r"\\(?:math(?:bf|it|sf|normal)|boldsymbol|bm|ensuremath)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
+        (r"\\(?:mathrm|text(?:bf|it|rm|normal|sf)?|mbox|hbox|operatorname)\s*(?=\{)", r"\\text"),
         (r"\{\s*,\s*\}", ","),
         (r"(?<=[0-9])\\[,!;: ]\s*(?=[0-9]{3}(?![0-9]))", ""),
         (r"(?<!\\)\\!", ""),
@@ -64,15 +74,32 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![A-Za-z\\])(?:pi|Pi)(?![A-Za-z])", r"\\pi "),
         (r"(?<![A-Za-z\\])(?:infty|infinity|inf)(?![A-Za-z])", r"\\infty "),
-        (r"\\text\{[\s,]*(?:and|or)[\s,]*\}", " , "),
+        (r"\\text\{[\s,]*(and|or)[\s,]*\}", r" , \1 "),
+        (r"\\l?or(?![A-Za-z])", " or "),
+        (r"\\l?and(?![A-Za-z])", " and "),
+        (r"\\\{\s*\\\}", r"\\emptyset "),
+        (r"\\(?:Reals?|R)(?![A-Za-z])|\\text(?:bb)?\{R\}|\\mathbb\s*R(?![A-Za-z])", r"\\mathbb{R}"),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])", r"^\\circ "),
     )
 )
 _REPEATING = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{([0-9]+)\}")
+_ENDLESS = re.compile(
+    r"(?<![0-9.])([0-9]{0,20})\.([0-9]{0,20}?)([0-9]{1,6}?)\3{2,6}(?:\.\.\.+|\\[lc]?dots(?![A-Za-z]))\s*$"
+)
+_SCALE = re.compile(r"(?<=[0-9])\s*(\\text\{\s*)?(hundred|thousand|million|billion|trillion)s?(?![A-Za-z])\s*")
+_ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"(?<![0-9.])([0-9]+(?:\.[0-9]+)?)\s*\^\\circ ")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])")
-_TRAILING_TEXT = re.compile(r"\\text\{[^{}]*\}\s*(?:\^\s*(?:\{\s*-?[0-9]\s*\}|[0-9]))?\s*$")
+_UNIT_POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
+# A text command behind a value is its unit unless it says more: a digit, an alternative, a scale, a denial.
+_UNIT_TEXT = (
+    r"\\text\{(?![^{}]*(?:[0-9]|\b(?:or|nor|not|and|either|neither|if|when|than|least|most|base|mod|dozen)\b))[^{}]*\}"
+    rf"{_UNIT_POWER}"
+)
+_TRAILING_TEXT = re.compile(
+    rf"(?:\\frac\s*\{{\s*{_UNIT_TEXT}\s*\}}\s*\{{\s*{_UNIT_TEXT}\s*\}}|{_UNIT_TEXT}(?:\s*(?:/|\\cdot)\s*{_UNIT_TEXT})*)\s*$"
+)
 _UNIT = (
     r"(?:square|sq|cubic|cu)?\.?\s*(?:units?|inch(?:es)?|in|feet|foot|ft|yards?|yd|miles?|mi|mph|kilomet(?:er|re)s?|km|met(?:er|re)s?|"
     r"centimet(?:er|re)s?|cm|millimet(?:er|re)s?|mm|grams?|kilograms?|kg|mg|pounds?|lbs?|ounces?|oz|lit(?:er|re)s?|ml|gallons?|"
@@ -85,7 +112,9 @@ _TRAILING_UNIT = re.compile(
 _TRAILING_WORDS = re.compile(
     r"(?<=[0-9})])\s+(?!(?:sin|cos|tan|log|exp|mod|sqrt|and)\b)[A-Za-z]{3,}\.?(?:\s+[A-Za-z]+\.?)*$"
 )
-_SINGLE_LETTER_UNIT = re.compile(r"(?<=[0-9}])\s+[mgshLVWJN](?:\s*\^\s*\{?\s*[23]\s*\}?)?$")
+_SINGLE_LETTER_UNIT = re.compile(
+    rf"(?<=[0-9}}])\s+[mgshLVWJN]{_UNIT_POWER}(?:\s*/\s*(?:[smhL]|sec|min|hr|cm|kg){_UNIT_POWER})?$"
+)
 _MIXED = re.compile(r"(?<![0-9.}\w)])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
 _TOKEN = re.compile(
     r"\\begin\s*\{[^{}]*\}|\\end\s*\{[^{}]*\}|\\[A-Za-z]+|\\.|[()\[\]{},;=<>!:]|(?<=\s)(?:and|or)(?=\s)"
@@ -99,7 +128,8 @@ def normalise(text: str) -> str:
     text = text.translate(_UNICODE)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _REPEATING.sub(_repeating_decimal, text)
+    text = _REPEATING.sub(_repeating_decimal, _ENDLESS.sub(r"\1.\2\\overline{\3}", text))
+    text = _SCALE.sub(lambda match: rf" \times 10^{{{_ZEROS[match[2]]}}} {match[1] or ''}", text)
     if _TRIGONOMETRIC.search(text):
         text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", text)
     text = text.replace("^\\circ", "")
@@ -111,6 +141,8 @@ def without_units(text: str) -> str:
     """A single value without the unit after it: `\\text{...}`, a known unit, or words after a number."""
     for pattern in (_TRAILING_TEXT, _TRAILING_UNIT, _TRAILING_WORDS, _SINGLE_LETTER_UNIT):
         shorter = pattern.sub("", text).rstrip(" .,;")
+        if shorter[-1:] in ("_", "^", "=", "+", "-", "/", "*", "<", ">"):
+            continue  # what follows is a part of the value
         if shorter != text and re.search(r"[0-9]|\\(?:pi|sqrt|frac)|[a-z]$", shorter):
             return shorter
     return text
@@ -155,11 +187,31 @@ def enclosing_brackets(text: str) -> tuple[str, str, str] | None:
 
 def matrix_rows(text: str) -> list[list[str]] | None:
     """The entries of a text that is one matrix environment, row by row; None for anything else and for determinants."""
+    brackets = enclosing_brackets(text)
+    if brackets is not None and brackets[0] in ("(", "["):
+        text = brackets[1].strip()
     match = re.fullmatch(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text, re.DOTALL)
     if match is None or "\\begin" in match.group(2):
         return None
     rows = [[cell.strip() for cell in row.split("&")] for row in re.split(r"\\\\", match.group(2)) if row.strip()]
     return rows if rows and all(len(row) == len(rows[0]) and all(row) for row in rows) else None
+
+
+def ungrouped(text: str) -> str:
+    """The text without braces that enclose all of it and only group."""
+    text = text.strip()
+    while text.startswith("{") and text.endswith("}") and _closes_at_end(text):
+        text = text[1:-1].strip()
+    return text
+
+
+def _closes_at_end(text: str) -> bool:
+    depth = 0
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.end() == len(text)
+    return False
 
 
 def bracket_depth(text: str) -> int:

@@ -13,17 +13,26 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from reward import latex
+from reward.choice import read_choice
 from reward.extraction import balanced
+from reward.inequalities import stated_set
 from reward.numbers import Number, read_number, same_number
 
 _MAX_DEPTH = 30
 _SEPARATORS = frozenset({",", ";", "and", "or"})
-_NUMERAL = re.compile(r"(-?)\(?([0-9][0-9A-Za-z]*)\)?\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))")
+_NUMERAL = re.compile(
+    r"(-?)\(?([0-9A-Z][0-9A-Za-z]*)\)?\s*_\s*(?:([0-9]+)|\{?\s*\(?(?:base\s+)?([0-9]+|[a-z]+)\)?\s*\}?)", re.IGNORECASE
+)
 _COLON = re.compile(r"([0-9]+)\s*((?::\s*[0-9]+\s*)+)(a\.?\s?m\.?|p\.?\s?m\.?)?", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 ,.'()/-]*|\([A-Za-z]\)")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|neq|in|cup|cap)(?![A-Za-z])")
+_SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus)(?![A-Za-z])")
+_SET_BUILDER = re.compile(
+    r"\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid(?![A-Za-z])|\\vert(?![A-Za-z])|[:|])(.*)", re.DOTALL
+)
 _MEMBER = re.compile(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*")
 _LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+|\\text|\\(?:theta|alpha|beta|lambda|mu|phi|angle)(?![A-Za-z])")
+_OPTION = re.compile(r"[A-H]")
 _ASSIGNED = re.compile(r"(?:[A-Za-z]|\\[a-z]+|\\text\{[^{}]*\})(?:_\{?\w+\}?)?\s*(?:\([A-Za-z, ]*\))?")
 
 AlgebraicEquality = Callable[[str, str], bool]
@@ -73,6 +82,11 @@ def same_answer(gold: Answer, given: Answer, algebra: AlgebraicEquality | None) 
     """
     if _spelling(gold.text) == _spelling(given.text):
         return True
+    gold_set, given_set = stated_set(gold.text), stated_set(given.text)
+    if (gold_set is None) != (given_set is None):
+        as_sets = _read(gold_set or gold.text), _read(given_set or given.text)
+        if all(as_sets) and (_is_set(as_sets[0]) and _is_set(as_sets[1])):
+            return same_answer(*as_sets, algebra)
     if isinstance(gold, Sequence):
         if isinstance(given, Sequence):
             return _same_sequence(gold, given, algebra)
@@ -88,10 +102,17 @@ def same_answer(gold: Answer, given: Answer, algebra: AlgebraicEquality | None) 
     return _same_value(gold, given, algebra)
 
 
+def _is_set(answer: Answer) -> bool:
+    """Whether an answer is an interval or made of sets; `(1, 2)` may be one."""
+    if isinstance(answer, Sequence):
+        return len(answer.items) == 2 and answer.brackets[0] in ("(", "[")
+    return bool(_SET_OPERATION.search(answer.text))
+
+
 def _read(text: str, depth: int = 0) -> Answer | None:
     if depth > _MAX_DEPTH:
         return Value(text)
-    text = _MEMBER.sub("", text)
+    text = latex.ungrouped(_MEMBER.sub("", text))
     if not text or not re.search(r"[A-Za-z0-9\\]", text):
         return None
     value = _simple_value(text)
@@ -106,14 +127,18 @@ def _read(text: str, depth: int = 0) -> Answer | None:
         parts = latex.split_top_level(inside, _SEPARATORS)
         if len(parts) > 1:
             return _sequence(text, (opening, closing), parts, depth)
+        if opening == "\\{" and (builder := _SET_BUILDER.fullmatch(inside)):
+            return _read(builder[1].strip(), depth + 1)
         if (opening, closing) in (("(", ")"), ("\\{", "\\}")) and "\\mid" not in inside and ":" not in inside:
             return _read(inside.strip(), depth + 1)
     parts = latex.split_top_level(text, _SEPARATORS)
     if len(parts) > 1:
         return _sequence(text, ("", ""), parts, depth)
-    if text.count("\\pm") == 1 and latex.split_top_level(text, frozenset({"\\pm"})) != [text]:
-        left = text.rsplit("=", 1)[-1]
-        both = [left.replace("\\pm", sign).strip().lstrip("+").strip() for sign in "+-"]
+    if text == "\\mathbb{R}":
+        return _read("(-\\infty,\\infty)", depth + 1)
+    if text.count("\\pm") == 1:
+        value = text.rsplit("=", 1)[-1]
+        both = [re.sub(r"^[+\s]+|(?<=[{(])\s*\+", "", value.replace("\\pm", sign)) for sign in "+-"]
         return _sequence(text, ("", ""), both, depth)
     shorter = latex.without_units(text)
     if shorter != text:
@@ -124,14 +149,14 @@ def _read(text: str, depth: int = 0) -> Answer | None:
 def _simple_value(text: str) -> Value | None:
     """The reading of a text that is a number, words, a numeral in a base, or a time or ratio; else None."""
     for candidate in (text, latex.without_units(text)):
-        number = read_number(candidate, words=False)
+        pair = candidate[:1] in ("(", "[") and "," in candidate
+        number = None if pair else read_number(candidate, words=False)
         if number is not None:
             return Value(candidate, number=number)
-    if (match := _NUMERAL.fullmatch(text)) and len(text) < 200:
-        digits, base = match[1] + match[2].upper(), int(match[3] or match[4])
-        decimal = read_number(digits, words=False) if base == 10 else None
-        return Value(text, number=decimal) if decimal is not None else Value(text, numeral=(digits, base))
     plain, is_text = latex.unwrapped(text)
+    if (numeral := _numeral(plain)) is not None:
+        decimal = read_number(numeral[0], words=False) if numeral[1] == 10 else None
+        return Value(text, number=decimal) if decimal is not None else Value(text, numeral=numeral)
     if match := _COLON.fullmatch(plain):
         fields = (int(match[1]), *(int(field) for field in match[2].split(":")[1:]))
         return Value(text, clock=(fields, (match[3] or "")[:1].lower()))
@@ -142,9 +167,29 @@ def _simple_value(text: str) -> Value | None:
     return None
 
 
+def _numeral(text: str) -> tuple[str, int] | None:
+    """(digits, base) of a numeral in a base such as `2021_3`, `(1A)_{16}` or `204_{six}`."""
+    match = _NUMERAL.fullmatch(text)
+    if match is None or len(text) > 200:
+        return None
+    base = read_number(match[3] or match[4], words=False)
+    if base is None or not 2 <= base.value <= 36:
+        return None
+    digits = match[2].upper()
+    if any(int(digit, 36) >= base.value for digit in digits):
+        return None
+    return match[1] + digits, int(base.value)
+
+
 def _sequence(text: str, brackets: tuple[str, str], parts: list[str], depth: int) -> Sequence | None:
-    items = tuple(_read(part, depth + 1) for part in parts)
-    return Sequence(text, brackets, items) if all(items) else None
+    items: list[Answer] = []
+    for part in parts:
+        item = _read(part, depth + 1)
+        if item is None:
+            return None
+        bare = isinstance(item, Sequence) and item.brackets == ("", "")  # of a `\\pm`: two of the values
+        items += item.items if bare and brackets[0] in ("", "\\{") else (item,)
+    return Sequence(text, brackets, tuple(items))
 
 
 def _same_sequence(gold: Sequence, given: Sequence, algebra: AlgebraicEquality | None) -> bool:
@@ -173,17 +218,28 @@ def _same_unordered(gold: list[Answer], given: list[Answer], algebra: AlgebraicE
 def _same_value(gold: Value, given: Value, algebra: AlgebraicEquality | None) -> bool:
     if gold.number is not None and given.number is not None:
         return same_number(given.number, gold.number)
+    if gold.numeral is not None or gold.clock is not None:
+        given = _without_name(given)
     if gold.numeral is not None or given.numeral is not None:
         return gold.numeral == given.numeral
     if gold.clock is not None or given.clock is not None:
         return _same_clock(gold, given)
-    if gold.is_text:
+    if gold.is_text and not _OPTION.fullmatch(gold.words or ""):
         return gold.words == (given.words or _word_key(latex.unwrapped(given.text)[0]))
+    if gold.words is not None and _OPTION.fullmatch(gold.words):
+        return gold.words in (given.words, read_choice(given.text))
     if gold.words is not None and given.words is not None:
         return gold.words == given.words
     if gold.number is not None and given.words is not None:
         return False
     return _same_relation(gold.text, given.text, algebra)
+
+
+def _without_name(answer: Value) -> Value:
+    """`x = 204_5` as `204_5`."""
+    name, *rest = latex.split_top_level(answer.text, frozenset({"="}))
+    value = _simple_value(rest[0]) if len(rest) == 1 and _ASSIGNED.fullmatch(name) else None
+    return answer if value is None else value
 
 
 def _same_relation(gold: str, given: str, algebra: AlgebraicEquality | None) -> bool:

@@ -21,34 +21,37 @@ ABSOLUTE_TOLERANCE = Fraction(1, 200)
 """Cap of the accepted error (half a cent): off by one is wrong however large the gold."""
 
 _CURRENCY = r"(?:\\?\$|[€£¥₹₩₽₪₫฿¢]|\\(?:euro|pounds|pound|yen|textdollar|texteuro|textsterling)(?![A-Za-z])(?:\{\})?)"
-_UNSIGNED = r"(?:[0-9]{1,3}(?:[,' ][0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+_UNSIGNED = (
+    r"[0-9]{1,3}(?:\.[0-9]{3}){2,}"  # 1.234.567, which can be nothing else
+    r"|(?:[0-9]{1,3}(?:[,' ][0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+)
 _POWER_OF_TEN = (
     r"\s*(?:\\times|\\cdot|[×·*x])\s*10\s*(?:\^|\*\*)\s*\{?(?P<power>[-+]?[0-9]{1,4})\}?"
     r"|[eE](?P<exponent>[-+]?[0-9]{1,4})"
 )
 _FRACTION = (
     r"\\[dtc]?frac\s*(?:\{\s*(?P<top>[-+]?(?:UNSIGNED))\s*\}|(?P<top1>[0-9]))"
-    r"\s*(?:\{\s*(?P<bottom>UNSIGNED)\s*\}|(?P<bottom1>[0-9]))"
+    r"\s*(?:\{\s*(?P<bottom>[-+]?(?:UNSIGNED))\s*\}|(?P<bottom1>[0-9]))"
 )
 _NUMBER = re.compile(
     (
         rf"(?P<sign>(?:(?<![0-9A-Za-z.)}}])|^)[-+]\s*)?(?:{_CURRENCY}\s*)*(?P<inner_sign>[-+])?"
-        rf"(?:(?:(?P<whole>[0-9]+)\s*)?{_FRACTION}"
-        rf"|(?:(?P<mixed>[0-9]+)\s+)?(?P<numerator>[0-9]+)\s*/\s*(?P<denominator>[0-9]+)(?![0-9.,])"
+        rf"(?:(?:(?P<whole>[0-9]+)\s*(?:(?:\+|and)\s*)?)?{_FRACTION}"
+        rf"|(?:(?P<mixed>[0-9]+)(?:\s*\+\s*|\s+and\s+|\s+))?(?P<numerator>[0-9]+)\s*/\s*(?P<denominator>[0-9]+)"
+        rf"(?![0-9.,])"
         rf"|(?P<plain>UNSIGNED)(?:{_POWER_OF_TEN})?)"
     ).replace("UNSIGNED", _UNSIGNED)
 )
 _PERCENT = re.compile(r"\s*(?:\\?%|(?:percent(?:age)?|pct)\b)", re.IGNORECASE)
-_SCALES = {
-    "hundred": 10**2,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-    "dozen": 12,
-    "k": 10**3,
-}
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "k": 10**3}
 _SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
+_DOZEN = re.compile(r"\s*dozens?\b", re.IGNORECASE)
+_WORDS_TO_TWENTY = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_IN_WORDS = {word: Fraction(value) for value, word in enumerate(_WORDS_TO_TWENTY.split())}
+_DOLLARS_AND_CENTS = re.compile(r"\b([0-9][0-9,]*)(?: dollars?)? and ([0-9]{1,2}) cents?\b", re.IGNORECASE)
 _NEGATIVE_WORD = re.compile(r"\b(?:minus|negative)\s+(?=[0-9.$\\])", re.IGNORECASE)
 
 # LaTeX that only dresses a number. Unicode forms are mapped first, so that one grammar suffices.
@@ -64,6 +67,11 @@ _UNICODE = str.maketrans(
         "\u2009": " ",
         "\u202f": " ",
         "％": "%",
+        "²": "^2",
+        "³": "^3",
+        "⁴": "^4",
+        "⁻": "^-",
+        "`": " ",
     }
     | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
 )
@@ -71,25 +79,46 @@ _VULGAR = {"½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4
 _THIN_SPACE = re.compile(r"(?<=[0-9])(?:\\[,!;: ]|\{\s*,\s*\}|~)\s*(?=[0-9]{3}(?![0-9]))")
 _SPACE = re.compile(r"\\[,!;: ]|\\q?quad\b|~|\s+")
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf|bb)|mbox|hbox|operatorname)\s*\{([^{}]*)\}")
-_DRESS = re.compile(r"\\(?:left|right|displaystyle|textstyle|bf|rm|it|approx|sim)(?![A-Za-z])|\\[()\[\]]|\*\*|≈")
+_DRESS = re.compile(
+    r"\\(?:left|right|displaystyle|textstyle|bf|rm|it|[Ll]arge|LARGE|[Hh]uge|small|checkmark|square|approx|sim)(?![A-Za-z])"
+    r"|\\(?:text)?color\s*\{[^{}]*\}|\\underline(?![A-Za-z])|\\[()\[\]]|\*\*|≈|\\\\$"
+    "|[\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f000-\U0001faff]"  # pictures
+)
+_OVER = re.compile(
+    r"\{\s*([^{}]*?)\s*\\over(?![A-Za-z])\s*([^{}]*?)\s*\}|^\s*([^{}]*?)\s*\\over(?![A-Za-z])\s*([^{}]*?)\s*$"
+)
+_BRACED_QUOTIENT = re.compile(r"\{\s*([0-9]+)\s*\}\s*/\s*\{\s*([0-9]+)\s*\}")
 _DEGREE = re.compile(r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|°|º|\\degrees?(?![A-Za-z])")
-_UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*(?:\^\s*\{?\s*-?[0-9]\s*\}?|[²³])")
+_UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*\{?\s*-?[0-9]\s*\}?")
 _ATTACHED_DIGITS = re.compile(r"(?<![A-Za-z0-9\\])[A-Za-z]+[0-9]+(?![0-9.,]*[0-9])(?=[\s.,;/)]|$)")
 # What may stand round the number: with words, also letters, unit slashes and hyphens ("7-day", "km/h"). No nested
 # repeats: each character has one way to match, so a failure costs one pass.
 _AROUND = {
-    True: re.compile(r"(?:[^\W\d_]|[\s.,;:/()\[\]{}'\"!?&$€£¥₹₩₽₪₫฿¢-])*"),
+    True: re.compile(r"(?:[^\W\d_]|[\s.,;:/()\[\]{}'\"!?&*$€£¥₹₩₽₪₫฿¢-])*"),
     False: re.compile(r"[\s.,;(){}$€£¥₹₩₽₪₫฿¢]*"),
 }
-# A letter that multiplies the number is a variable and not a unit.
-_VARIABLE = re.compile(r"[xyznabij](?![A-Za-z])|\s*[xyzn](?![A-Za-z])")
+# A letter that multiplies the number is a variable, unless it is a unit's sign (or, behind a space, "a" or "I").
+_VARIABLE = re.compile(r"(?![mgshlLWVNJCFK])[A-Za-z](?![A-Za-z])|\s+(?![mgshlLWVNJCFKaAI])[A-Za-z](?![A-Za-z/])")
+_FUNCTION = re.compile(r"[A-Za-z]\s*\(\s*$")
+# Words that change which number is meant.
+_OTHER_BEFORE = re.compile(
+    r"\b(?:not|never|or|either|neither|nor|than|at\s+(?:least|most)|up\s+to|roots?\s+of|base|log|"
+    r"(?:half|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\s+of)\b|n't\b"
+    r"|\b(?:over|under|above|below|beyond|between|except|twice|thrice|double|triple|plus|minus|times)\s*\W?$",
+    re.IGNORECASE,
+)
+_OTHER_AFTER = re.compile(
+    r"\b(?:squared|cubed|factorial|plus|minus|divided|multiplied|to\s+the\s+power|or|nor|not|base|"
+    r"is\s+(?:wrong|incorrect|false))\b|n't\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
     """A number that an answer states: `value`, and `other`, its second reading when it has one.
 
-    "36%" reads 36 (a question that asks for per cent) and 9/25; "3 million" reads 3 and 3,000,000.
+    "36%" reads 36 (a question that asks for per cent) and 9/25; "2 dozen" reads 2 (asked for dozens) and 24.
     """
 
     value: Fraction
@@ -110,8 +139,9 @@ class Number:
 def read_number(text: str, *, words: bool = True) -> Number | None:
     """The one number that `text` states, or None when it states none, several, or an expression.
 
-    With `words` the number may stand among words and units ("about 18 dollars a day"); without, only currency, per
-    cent and punctuation may surround it, as letters in a formula are variables.
+    A word up to twenty that stands alone ("four") is a number too. With `words` the number may stand among words and
+    units ("about 18 dollars a day"); without, only currency, per cent and punctuation may surround it, as letters in
+    a formula are variables.
     """
     if len(text) > MAX_NUMBER_CHARS:
         return None
@@ -125,7 +155,8 @@ def read_number(text: str, *, words: bool = True) -> Number | None:
         found = match
         position = match.end()
     if found is None:
-        return None
+        value = _IN_WORDS.get(text.strip(" .").casefold())
+        return None if value is None else Number(value)
     value = _value(found)
     if value is None:
         return None
@@ -136,15 +167,22 @@ def read_number(text: str, *, words: bool = True) -> Number | None:
         other = value / 100
     elif words and (scale := _SCALE.match(after)):
         after = after[scale.end() :]
-        other = value * _SCALES[scale.group(1).lower()]
+        value *= _SCALES[scale.group(1).lower()]
+    elif words and (dozen := _DOZEN.match(after)):
+        after = after[dozen.end() :]
+        other = value * 12
     if before[-1:].isalpha() and found.group()[0].isdigit():
         return None  # "x5": part of a name
-    if after[:1] in ("!", "_", "'") or _VARIABLE.match(after):
-        return None  # a factorial, another base, a derivative, a variable
+    if after[:1] in ("!", "_", "^") or (after[:1] == "'" and before[-1:] != "'") or _VARIABLE.match(after):
+        return None  # a factorial, another base, a power, a derivative, a variable
+    if before.count("(") - before.count(")") != after.count(")") - after.count("("):
+        return None
+    if words and (_FUNCTION.search(before) or _OTHER_BEFORE.search(before) or _OTHER_AFTER.search(after)):
+        return None
     around = _AROUND[words]
     if not (around.fullmatch(before) and around.fullmatch(after)):
         return None
-    if before.rstrip()[-1:] in ("/", "-", ":") or after.lstrip()[:1] == ":":
+    if before.rstrip()[-1:] in ("/", "-") or before[-1:] == ":" or after.lstrip()[:1] == ":":
         return None  # half of an expression, a ratio or a time of day
     return Number(value, other)
 
@@ -168,14 +206,17 @@ def _plain(text: str) -> str:
         if character in text:
             text = text.replace(character, rf"\frac{{{top}}}{{{bottom}}}")
     text = _TEXT.sub(r" \1 ", text)
-    text = _DRESS.sub(" ", text)
+    text = _DRESS.sub(" ", text.strip())
+    text = _OVER.sub(lambda m: rf"\frac{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}", text)
+    text = _BRACED_QUOTIENT.sub(r"\1/\2", text)
     text = _THIN_SPACE.sub("", text)
     text = _SPACE.sub(" ", text)
     text = _DEGREE.sub(" ", text)
     text = _UNIT_POWER.sub("", text)
     text = _ATTACHED_DIGITS.sub(" unit ", text) if any(c.isalpha() for c in text) else text
     text = _NEGATIVE_WORD.sub("-", text)
-    return text.strip().lstrip("~").strip().strip("$").strip()
+    text = _DOLLARS_AND_CENTS.sub(lambda m: f"{m[1]}.{int(m[2]):02} dollars", text)
+    return text.strip().lstrip("~").strip().strip("_").removesuffix("\\$").strip("$").strip()
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -196,16 +237,19 @@ def _value(match: re.Match[str]) -> Fraction | None:
         value = int(group["mixed"] or 0) + Fraction(int(group["numerator"]), int(group["denominator"]))
     else:
         top = (group["top"] or group["top1"]).strip()
-        bottom = _decimal(group["bottom"] or group["bottom1"])
-        if bottom == 0 or (group["whole"] and top[0] in "+-"):
+        below = (group["bottom"] or group["bottom1"]).strip()
+        bottom = _decimal(below.lstrip("+-")) * (-1 if below[0] == "-" else 1)
+        if bottom == 0 or (group["whole"] and (top[0] in "+-" or below[0] in "+-")):
             return None
-        magnitude = _decimal(top.lstrip("+-"))
-        value = int(group["whole"] or 0) + (-magnitude if top[0] == "-" else magnitude) / bottom
+        magnitude = _decimal(top.lstrip("+-")) / bottom
+        value = int(group["whole"] or 0) + (-magnitude if top[0] == "-" else magnitude)
     return -value if signs == ["-"] else value
 
 
 def _decimal(text: str) -> Fraction:
     digits = re.sub(r"[,' ]", "", text)
+    if digits.count(".") > 1:
+        digits = digits.replace(".", "")
     return Fraction(("0" + digits).rstrip("."))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from reward.answers import BoxedVerifier
 from reward.dispatcher import Dispatcher, Key
-from reward.verifier import REASONS, Grade, UnreadableGoldError, import_path_of, load_verifier
+from reward.verifier import REASONS, Definitions, Grade, UnreadableGoldError, load_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class VerifierPool:
     start_limit_s: how long a process may take to start and import a verifier.
     options: per kind, keyword arguments for the verifier's constructor, e.g. {"number": {"fallback": "last_number"}};
         they must be JSON values.
+    definitions: further kinds by name, each {"kind": ..., "options": {...}}; see `reward.verifier.Definitions`.
 
     A process that ends for another reason than these limits, or a verifier that raises, gets the case once more
     (after a death on a fresh process); if that fails too the verdict is `ungraded` with reward None.
@@ -53,6 +54,7 @@ class VerifierPool:
         max_response_chars: int = 200_000,
         start_limit_s: float = 120.0,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        definitions: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         for name, value, least in (
             ("processes", processes, 1),
@@ -64,16 +66,16 @@ class VerifierPool:
             if not value >= least:
                 raise ValueError(f"VerifierPool: {name} is {value!r}; it must be at least {least}.")
         self._max_response_chars = max_response_chars
-        self._options = {kind: dict(given) for kind, given in (options or {}).items()}
+        self._definitions = Definitions(definitions, options)
         self._built_in: dict[str, BoxedVerifier | None] = {}
-        for kind in self._options:
+        for kind in [*(options or {}), *(definitions or {})]:
             self._built_in_verifier(kind)  # a wrong kind or option is an error now, and not in the middle of a run
         self._dispatcher = Dispatcher(
             processes=processes,
             time_limit_s=time_limit_s,
             memory_limit_bytes=memory_limit_bytes,
             start_limit_s=start_limit_s,
-            options=self._options,
+            definitions=self._definitions,
         )
         self._owner = os.getpid()
         self._reasons: Counter[str] = Counter()
@@ -84,7 +86,7 @@ class VerifierPool:
         self._check_owner()
         wanted = list(kinds)
         for kind in wanted:
-            import_path_of(kind)
+            self._definitions.resolve(kind)
         self._dispatcher.start(wanted)
 
     def grade_many(self, cases: Iterable[tuple[str, str, str]]) -> list[Grade]:
@@ -164,8 +166,8 @@ class VerifierPool:
     def _built_in_verifier(self, kind: str) -> BoxedVerifier | None:
         """The verifier in this process, for a kind that is safe here; None for a user's."""
         if kind not in self._built_in:
-            built_in = import_path_of(kind).startswith(_BUILT_IN_MODULE)
-            verifier = load_verifier(kind, **self._options.get(kind, {})) if built_in else None
+            path, options = self._definitions.resolve(kind)
+            verifier = load_verifier(path, **options) if path.startswith(_BUILT_IN_MODULE) else None
             self._built_in[kind] = verifier if isinstance(verifier, BoxedVerifier) else None
         return self._built_in[kind]
 

@@ -1,9 +1,9 @@
 """What a verifier is, what it answers with, and how one is found by name.
 
 A verifier decides whether a response text answers a problem. It is named in a configuration by its *kind*: a registered
-name (`math`, `number`, `choice`) or the import path of a class (`my_package.my_module:MyVerifier`). A registered
-name is itself only a short form of an import path, because grader processes share no memory with the process that
-registers.
+name (`math`, `number`, `choice`, ...), the import path of a class (`my_package.my_module:MyVerifier`), or a name that
+the configuration itself defines as a kind with options (`Definitions`). A registered name is only a short form of an
+import path, because grader processes share no memory with the process that registers.
 
     >>> load_verifier("number").grade(r"So the answer is \\boxed{18 dollars}.", "18")
     Grade(reward=1.0, reason='correct', parsed='18')
@@ -11,9 +11,11 @@ registers.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
-from collections.abc import Awaitable
+import threading
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -53,8 +55,9 @@ class Grade:
 class Verifier(Protocol):
     """Grades responses of one kind. Built once in each grader process, then called for one response after another.
 
-    `grade` may be an ordinary or an `async` method. It may raise: the pool tries once more and then reports `ungraded`.
-    It needs no time or memory limit of its own: the pool ends the process that exceeds them.
+    `grade` may be an ordinary or an `async` method; all `async` calls of a process run in one event loop, so that a
+    client or session made in one call serves in the next. It may raise: the pool tries once more and then reports
+    `ungraded`. It needs no time or memory limit of its own: the pool ends the process that exceeds them.
     A verifier may also have `parses_gold(gold) -> bool`, which the task loader asks before a run starts, and
     `warm_up()`, which a grader process calls once before time limits count.
     """
@@ -74,9 +77,14 @@ class UnreadableGoldError(ValueError):
 
 _REGISTERED: dict[str, str] = {
     "choice": "reward.answers:ChoiceVerifier",
+    "format": "reward.composition:Format",
+    "gate": "reward.composition:Gate",
+    "length_penalty": "reward.composition:LengthPenalty",
     "math": "reward.answers:MathVerifier",
     "number": "reward.answers:NumberVerifier",
+    "weighted_sum": "reward.composition:WeightedSum",
 }
+_MAX_NESTING = 20
 
 
 def register(name: str, import_path: str) -> None:
@@ -100,19 +108,22 @@ def registered_kinds() -> tuple[str, ...]:
     return tuple(sorted(_REGISTERED))
 
 
-def import_path_of(kind: str) -> str:
-    """The import path behind `kind`, without importing it. Raises UnknownVerifierError for an unregistered name."""
+def import_path_of(kind: str, defined: Iterable[str] = ()) -> str:
+    """The import path behind `kind`, without importing it. Raises UnknownVerifierError for an unregistered name.
+
+    `defined`: further names that the message lists.
+    """
     if kind in _REGISTERED:
         return _REGISTERED[kind]
     if _is_import_path(kind):
         return kind
     raise UnknownVerifierError(
-        f"Unknown verifier {kind!r}. Allowed: {', '.join(registered_kinds())}, "
+        f"Unknown verifier {kind!r}. Allowed: {', '.join([*registered_kinds(), *defined])}, "
         "or the import path of a class such as 'my_package.my_module:MyVerifier'."
     )
 
 
-def load_verifier(kind: str, **options: Any) -> Verifier:
+def load_verifier(kind: str, /, **options: Any) -> Verifier:
     """Import and build the verifier of a kind; `options` go to its constructor.
 
     Raises UnknownVerifierError when the name is not registered, the import fails, the attribute is missing or cannot be
@@ -133,7 +144,9 @@ def load_verifier(kind: str, **options: Any) -> Verifier:
     if inspect.isclass(factory) or options:
         try:
             verifier = factory(**options)
-        except TypeError as error:
+        except UnknownVerifierError:
+            raise
+        except (TypeError, ValueError) as error:
             raise UnknownVerifierError(
                 f"Verifier {kind!r} cannot be built with options {options!r}: {error}."
             ) from error
@@ -144,6 +157,94 @@ def load_verifier(kind: str, **options: Any) -> Verifier:
             f"Verifier {kind!r} is a {type(verifier).__name__} without a `grade(response_text, gold)` method."
         )
     return verifier
+
+
+class Definitions:
+    """Verifiers that a configuration defines: name -> {"kind": ..., "options": {...}}.
+
+    The options of a composition hold verifiers again, each a mapping with `kind` (and `options`); their kinds may be
+    names defined here too. `defaults`: options of a kind wherever it occurs and does not give them itself.
+
+    >>> Definitions({"mine": {"kind": "number", "options": {"fallback": "last_number"}}}).resolve("mine")
+    ('reward.answers:NumberVerifier', {'fallback': 'last_number'})
+    """
+
+    def __init__(
+        self,
+        definitions: Mapping[str, Mapping[str, Any]] | None = None,
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._definitions = dict(definitions or {})
+        self._defaults = {kind: dict(options) for kind, options in (defaults or {}).items()}
+        for name, definition in self._definitions.items():
+            if name in _REGISTERED or not name.replace("-", "_").isidentifier():
+                raise UnknownVerifierError(
+                    f"A verifier is defined with the name {name!r}; it must be an identifier other than "
+                    f"{', '.join(registered_kinds())}."
+                )
+            _check_definition(definition, f"Verifier {name!r}")
+
+    def resolve(self, kind: str) -> tuple[str, dict[str, Any]]:
+        """(import path, options) of a kind, with every name inside the options replaced by what it stands for.
+
+        Raises UnknownVerifierError for a name that is neither defined nor registered, or defined by itself.
+        """
+        resolved = self._resolved({"kind": kind}, 0)
+        return resolved["kind"], resolved.get("options", {})
+
+    def build(self, kind: str) -> Verifier:
+        """The verifier of a kind, imported and built. Raises UnknownVerifierError."""
+        path, options = self.resolve(kind)
+        return load_verifier(path, **options)
+
+    def _resolved(self, definition: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        """The definition with an import path as its kind; other keys (such as a weight) stay."""
+        _check_definition(definition, "A verifier")
+        kind, options = definition["kind"], dict(definition.get("options") or {})
+        if depth > _MAX_NESTING:
+            raise UnknownVerifierError(f"Verifier {kind!r} is defined by itself, or more than {_MAX_NESTING} deep.")
+        if kind in self._definitions:
+            own = self._definitions[kind]
+            merged = {**(own.get("options") or {}), **options}
+            return self._resolved({**definition, "kind": own["kind"], "options": merged}, depth + 1)
+        path = import_path_of(kind, self._definitions)
+        options = {**self._defaults.get(kind, {}), **options}
+        inside = {key: self._resolved_inside(value, depth + 1) for key, value in options.items()}
+        return {**definition, "kind": path, "options": inside}
+
+    def _resolved_inside(self, value: Any, depth: int) -> Any:
+        if isinstance(value, Mapping):
+            return self._resolved(value, depth) if "kind" in value else dict(value)
+        return [self._resolved_inside(item, depth) for item in value] if isinstance(value, list | tuple) else value
+
+
+def settled(verdict: Grade | Awaitable[Grade]) -> Grade:
+    """The verdict that a verifier's `grade` gave, waited for if it is `async`. Raises TypeError for anything else."""
+    if inspect.isawaitable(verdict):
+        runner = getattr(_loops, "runner", None)
+        if runner is None:
+            runner = _loops.runner = asyncio.Runner()
+        verdict = runner.run(_awaited(verdict))
+    if not isinstance(verdict, Grade):
+        raise TypeError(f"the verifier answered with {type(verdict).__name__}; expected a Grade")
+    return verdict
+
+
+_loops = threading.local()
+
+
+async def _awaited(verdict: Awaitable[Grade]) -> Grade:
+    return await verdict
+
+
+def _check_definition(definition: Any, what: str) -> None:
+    known = isinstance(definition, Mapping) and isinstance(definition.get("kind"), str)
+    options = definition.get("options") if known else None
+    if not known or not isinstance(options or {}, Mapping):
+        raise UnknownVerifierError(
+            f"{what} is defined as {definition!r:.200}; expected a mapping with `kind` (a name or import path) and, "
+            "if it needs any, `options` (a mapping)."
+        )
 
 
 def _is_import_path(text: str) -> bool:

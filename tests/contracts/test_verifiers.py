@@ -18,7 +18,18 @@ from reward.verifier import (
 
 pytestmark = pytest.mark.integration
 
+ANSWER_TAG = {"kind": "format", "options": {"pattern": r"<answer>.*</answer>"}}
+OPTIONS = {
+    "format": ANSWER_TAG["options"],
+    "gate": {"condition": ANSWER_TAG, "then": {"kind": "number"}},
+    "length_penalty": {"verifier": {"kind": "number"}, "free_chars": 20, "max_chars": 60, "penalty": 0.5},
+    "weighted_sum": {"parts": [{"kind": "math", "weight": 1.0}, {**ANSWER_TAG, "weight": 0.2}]},
+}
 EXAMPLES = {
+    "format": ([("<answer>\n5</answer>", "")], [("5", "5"), ("<answer>5", "5")]),
+    "gate": ([(r"<answer>\boxed{5}</answer>", "5")], [(r"\boxed{5}", "5"), (r"<answer>\boxed{6}</answer>", "5")]),
+    "length_penalty": ([(r"\boxed{5}", "5"), ("so it is" * 9 + r"\boxed{5}", "5")], [(r"\boxed{6}", "5")]),
+    "weighted_sum": ([(r"\boxed{x+1}", "1+x")], [(r"<answer>\boxed{x}</answer>", "1+x"), ("x+1", "1+x")]),
     "math": ([(r"\boxed{\frac12}", "0.5"), (r"\boxed{(x+1)^2}", "x^2+2x+1")], [(r"\boxed{2}", "0.5"), ("none", "0.5")]),
     "number": ([(r"\boxed{\$1,234}", "1234")], [(r"\boxed{1235}", "1234"), ("1234", "1234")]),
     "choice": ([(r"\boxed{(B)}", "B")], [(r"\boxed{C}", "B"), (r"\boxed{}", "B")]),
@@ -62,8 +73,8 @@ class Moody:
 @pytest.mark.parametrize("kind", sorted(EXAMPLES))
 def test_built_in_verifiers_keep_the_contract(kind: str) -> None:
     correct, wrong = EXAMPLES[kind]
-    check_verifier(kind, correct=correct, wrong=wrong, time_limit_s=1.0)
-    assert isinstance(load_verifier(kind), Verifier)
+    check_verifier(kind, correct=correct, wrong=wrong, options=OPTIONS.get(kind), time_limit_s=1.0)
+    assert isinstance(load_verifier(kind, **OPTIONS.get(kind, {})), Verifier)
 
 
 def test_every_registered_kind_has_examples_here() -> None:
@@ -97,7 +108,7 @@ def test_a_verifier_can_be_registered_under_a_name(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_unknown_kind_is_an_error_that_lists_the_allowed_ones() -> None:
-    with pytest.raises(UnknownVerifierError, match=r"'maths'\. Allowed: choice, math, number, or the import"):
+    with pytest.raises(UnknownVerifierError, match=r"'maths'\. Allowed: choice, format, .* number, .*, or the import"):
         load_verifier("maths")
     with pytest.raises(UnknownVerifierError, match="cannot be built with options"):
         load_verifier("choice", colour="red")
