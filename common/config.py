@@ -143,6 +143,23 @@ class OptimizerConfig(Section):
     """So many non-finite updates in a row stop the run; each single one is skipped, dumped and counted."""
 
 
+class SFTOptimizerConfig(OptimizerConfig):
+    """Of Latent-SFT: its own defaults, so that setting one key leaves the others."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    decay_steps: PositiveInt | None = None
+    """Default: `max_steps` of the Latent-SFT."""
+
+
+class InductionOptimizerConfig(SFTOptimizerConfig):
+    """Of the three steps of stage 1."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+
+
 class ActorResources(Section):
     """What Ray reserves for one actor. Fractions share a device."""
 
@@ -264,16 +281,33 @@ class DeadlineConfig(Section):
     """For fetching and verifying one publication on a worker."""
 
 
+class InductionConfig(Section):
+    """Stage 1 of Latent-SFT with induced labels (METHOD §7b): an encoder learns to compress the chain of thought."""
+
+    encoder_steps: PositiveInt = 200
+    """First the encoder alone, against the initial model as decoder."""
+    decoder_steps: PositiveInt = 200
+    """Then the decoder alone."""
+    union_steps: PositiveInt = 200
+    """Then both."""
+    batch_size: PositiveInt = 192
+    optimizer: InductionOptimizerConfig = InductionOptimizerConfig()
+
+
 class LatentSFTConfig(Section):
     """The initialisation latent RL needs (METHOD §7)."""
 
     chain: Literal["latent", "explicit"] = "latent"
     """`explicit`: the same data with hard CoT tokens, the baseline's start."""
+    source: Literal["uniform", "induced"] = "uniform"
+    """Of the soft labels: uniform over a step's tokens (METHOD §7a), or an encoder's (§7b, see `induction`)."""
+    induction: InductionConfig = InductionConfig()
+    """Used with source `induced`."""
     compression: PositiveInt = 2
     """c: CoT tokens per latent step."""
     max_steps: PositiveInt = 400
     batch_size: PositiveInt = 192
-    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-3, betas=(0.9, 0.98), warmup_steps=50)
+    optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
     perturb_share: Share = 0.5
     """Share of rows whose input mixtures are perturbed with Gumbel noise."""
     perturb_scale: Annotated[float, Field(ge=0)] = 1.0
@@ -421,6 +455,14 @@ def _check(config: RunConfig) -> None:
             problems.append("algorithm grpo with a latent warm start: set warm_start.chain to explicit")
     elif config.warm_start is not None and config.warm_start.chain == "explicit":
         problems.append(f"algorithm {config.algorithm} with an explicit warm start: set warm_start.chain to latent")
+    if (
+        config.warm_start is not None
+        and config.warm_start.chain == "explicit"
+        and config.warm_start.source != "uniform"
+    ):
+        problems.append(
+            "warm_start.source induced has no effect with warm_start.chain explicit (no soft labels); remove it"
+        )
     if config.warm_start is not None and config.latent and config.k < config.warm_start.compression:
         problems.append(
             f"k ({config.k}) is smaller than warm_start.compression ({config.warm_start.compression}): a latent step "

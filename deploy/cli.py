@@ -121,12 +121,20 @@ def train(
 
 
 @app.command(context_settings=SETTINGS)
-def sft(context: typer.Context, profile: Profile = "quickstart") -> None:
-    """Latent-SFT alone: gives the profile's model the latent initialisation that RL needs."""
+def sft(
+    context: typer.Context,
+    profile: Profile = "quickstart",
+    resume: Annotated[str | None, typer.Option(help="Go on with the stopped Latent-SFT in this folder.")] = None,
+) -> None:
+    """Latent-SFT alone: the latent start that RL needs, or (algorithm=grpo) the explicit one of its baseline."""
+    from deploy.sft import resume_sft
     from deploy.sft import sft as latent_sft
 
     with interruptible():
-        latent_sft(settings(profile, context), profile)
+        if resume:
+            resume_sft(resume, overrides(context.args))
+        else:
+            latent_sft(settings(profile, context), profile)
 
 
 @app.command(context_settings=SETTINGS)

@@ -50,6 +50,7 @@ def token_rows(config: RunConfig) -> list[tuple[str, str]]:
     Raises ConfigError where the run could not start: k over the vocabulary, no token for the end of thinking, no EOS.
     A model that is not on this machine is not looked for; the rows say so.
     """
+    from common.chain import check_chain, read_chain
     from common.models import load_tokenizer, make_tokenizer, output_facts
     from common.prompts import PromptRenderer, resolve_tokens
     from common.types import Problem
@@ -66,6 +67,8 @@ def token_rows(config: RunConfig) -> list[tuple[str, str]]:
     if config.latent and config.k > vocab_size:
         raise ConfigError(f"k ({config.k}) is larger than the model's vocabulary of {vocab_size}; lower k")
     facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
+    chain = None if new is not None else read_chain(config.model.path)
+    warnings = [] if chain is None else check_chain(chain, config.model.path, config, tokenizer)
     problem = Problem(uid="0", task="", messages=(("user", "(problem)"),), answer="")
     settings = config.tasks[0].prompt or config.model.prompt
     prompt = PromptRenderer(tokenizer, settings).render(problem)
@@ -76,6 +79,8 @@ def token_rows(config: RunConfig) -> list[tuple[str, str]]:
         ("latent-end token", "none" if end is None else f"{end} ({tokenizer.decode([end])!r})"),
         ("end of sequence, padding", f"{', '.join(map(str, facts.eos_ids))}; {facts.pad_id}{pad}"),
         ("rendered prompt", repr(prompt)),
+        ("the model's chain", chain.describe() if chain else "not said by the model (no latent_chain.json)"),
+        *(("warning", line) for line in warnings),
     ]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.chain import ChainSettings, chain_of, check_chain, read_chain, write_chain
 from common.config import ConfigError, RunConfig, config_as_json
 from common.metrics import MetricsWriter
 from common.models import load_tokenizer, make_model, make_tokenizer, output_facts, save_model
@@ -44,11 +45,21 @@ class Run:
     facts: TokenFacts
     problems: Problems
     pool: RolloutPool
+    chain: ChainSettings | None = None  # of the initial model, where it says so
     summary: dict = field(default_factory=dict)
 
     @property
     def store(self) -> TrajectoryStore:
         return TrajectoryStore(self.folder.trajectories)
+
+    def export(self, target: Path, write: Callable[[Path], None]) -> None:
+        """A model folder that appears whole, with the chain's settings in it (`common.chain`)."""
+
+        def all_of_it(folder: Path) -> None:
+            write(folder)
+            write_chain(folder, chain_of(self.config, self.tokenizer, self.chain))
+
+        save_whole(target, all_of_it)
 
     def record(self, **entries) -> None:
         self.summary |= entries
@@ -68,13 +79,17 @@ def started(folder: RunFolder, config: RunConfig, lineage: int, reporter: Report
         initial = initial_model(config, folder, reporter)
         tokenizer = load_tokenizer(initial)
         facts = token_facts(config, initial, tokenizer)
+        chain = read_chain(initial)
+        if chain is not None:
+            for line in check_chain(chain, initial, config, tokenizer):
+                reporter.say(f"[yellow]{line}[/]")
         problems = Problems(config, tokenizer)
         for line in problems.summaries:
             reporter.say(line)
         reporter.say(f"starting {config.rollout.workers} rollout worker(s)")
         factory = WorkerFactory(config_as_json(config), str(initial), folder.name)
         with RolloutPool(factory, config.rollout, config.deadlines) as pool:
-            run = Run(folder, config, lineage, reporter, metrics, initial, tokenizer, facts, problems, pool)
+            run = Run(folder, config, lineage, reporter, metrics, initial, tokenizer, facts, problems, pool, chain)
             if lineage and (folder.path / "summary.json").is_file():
                 run.summary = folder.read_json("summary.json")
             yield run

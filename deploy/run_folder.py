@@ -5,6 +5,7 @@ runs/NAME/
     run.json           lineage, program and package versions
     metrics.jsonl      one line per step
     base/              the model RL started from, where the run made it (absent with model.path)
+    sft/               states of a Latent-SFT that is not finished
     trajectories/      dumps (common.store)
     learner_records/   what the learner made of them, files of the same relative paths
     checkpoints/       complete states (learner.checkpoint)
@@ -69,6 +70,10 @@ class RunFolder:
     @property
     def base_model(self) -> Path:
         return self.path / "base"
+
+    @property
+    def sft(self) -> Path:
+        return self.path / "sft"
 
     @property
     def trajectories(self) -> Path:

@@ -1,37 +1,50 @@
 """The loop of Latent-SFT (METHOD §7): train on chains, watch held-out pass@1, stop where RL can begin.
 
 rows of the next step are made here ──► ranks train ──► every `evaluate_every` steps: publish, generate, grade
+
+A step is a function of its number: rows, perturbation and self-feeding come from (seed, step). So the state of a
+stopped Latent-SFT is the learner's and a :class:`Progress`, and going on repeats nothing and skips nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import ConfigError, LatentSFTConfig, RunConfig
 from common.metrics import MetricsWriter
-from common.tasks import PromptStream, StoredTask, load_task
+from common.tasks import PromptStream, StoredTask, TaskError, TaskSource, load_task
 from common.types import Problem, TokenFacts
 from deploy.controller import Pool, gather
 from deploy.problems import PreparedTask, group_request
 from deploy.progress import Reporter
-from deploy.run import Run, save_whole, started
-from deploy.run_folder import RunFolder, create_run
+from deploy.run import Run, started
+from deploy.run_folder import RunFolder, create_run, reopen_run
 from deploy.scores import TaskResult, results
-from learner.latent_sft import SFTRow, make_row
+from learner.checkpoint import latest_checkpoint, write_checkpoint
+from learner.latent_sft import ChainTooShort, SFTRow, make_row
 from learner.sft_learner import SFTLearner
 
 HELD_OUT_SEED = 7919  # added to the run's: other problems than the evaluation's, which must not choose anything
 HELD_OUT_SHARE = 0.1
+SETTLE_S = 15.0  # of the 30 s that an interrupt may take
+NO_CHAIN = "no chain of thought"
+TOO_SHORT = "chain of thought under warm_start.compression"
 TOO_LONG = "chain over max_response_tokens"
 
 
 @dataclass(frozen=True, slots=True)
-class SFTOutcome:
-    steps: int
-    held_out: TaskResult
-    reached: bool  # stop_at was reached, or was not asked for
+class Progress:
+    """Where a Latent-SFT is."""
+
+    steps: int = 0
+    evaluated_at: int = 0
+    held_out_pass_at_1: float | None = None  # of the last evaluation
+    reached: bool = False  # stop_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +61,30 @@ class SFTData:
         return [self.row(self.tasks[draw.task], draw.problem) for draw in draws]
 
 
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
 def prepare_sft(config: RunConfig, tasks: list[PreparedTask], tokenizer, facts: TokenFacts) -> SFTData:
     """Splits the tasks that have a chain of thought. Raises ConfigError if none has."""
     settings = _settings(config)
 
     def row(task: PreparedTask, problem: Problem) -> SFTRow:
-        return make_row(
-            tokenizer,
-            task.prompt_ids(problem),
-            problem.cot,
-            problem.answer,
-            c=settings.compression,
-            k=config.k,
-            latent_end_id=facts.latent_end_id,
-            think_end=(task.source.config.prompt or config.model.prompt).think_end,
-            explicit=settings.chain == "explicit",
-        )
+        try:
+            return make_row(
+                tokenizer,
+                task.prompt_ids(problem),
+                problem.cot,
+                problem.answer,
+                c=settings.compression,
+                k=config.k,
+                latent_end_id=facts.latent_end_id,
+                think_end=(task.source.config.prompt or config.model.prompt).think_end,
+                explicit=settings.chain == "explicit",
+            )
+        except ConfigError as error:
+            raise type(error)(f"problem {problem.uid}: {error}") from error
 
-    found = [task for task in tasks if task.source.problem(0).cot.strip()]
+    found = [task for task in tasks if _has_chain(task.source)]
     if not found:
         raise ConfigError(
             "warm_start needs an explicit chain of thought and no training task has one; set the task's columns.cot, "
@@ -74,7 +93,7 @@ def prepare_sft(config: RunConfig, tasks: list[PreparedTask], tokenizer, facts: 
     share = -(-settings.evaluation_problems // len(found))
     training, held_out = [], []
     for task in found:
-        rest, problems = _split(task, share, config, lambda t, p: _fits(row(t, p), t))
+        rest, problems = _split(task, share, config, row)
         training.append(rest)
         held_out += [(task, problem) for problem in problems]
     stream = PromptStream(
@@ -83,27 +102,130 @@ def prepare_sft(config: RunConfig, tasks: list[PreparedTask], tokenizer, facts: 
     return SFTData(stream, training, held_out, row)
 
 
+def _has_chain(source: TaskSource) -> bool:
+    stored = isinstance(source, StoredTask)
+    return any(source.problem(i).cot.strip() for i in range(source.size if stored else 1))
+
+
+def _split(
+    task: PreparedTask, count: int, config: RunConfig, row: Callable[[PreparedTask, Problem], SFTRow]
+) -> tuple[PreparedTask, list[Problem]]:
+    """What to train on, and up to `count` held-out problems: of a generated task the other split, of a stored one
+    its last problems. A stored task's unusable problems are dropped and counted; a generated one cannot drop any."""
+    source = task.source
+    if not isinstance(source, StoredTask):
+        options = {**source.config.options, "split": "evaluation", "seed": config.seed + HELD_OUT_SEED, "size": count}
+        other = load_task(source.config.model_copy(update={"options": options}), config.seed)
+        return task, [other.problem(i) for i in range(count)]
+    problems = (source.problem(i) for i in range(source.size))
+    faults = {problem.uid: _fault(task, problem, row) for problem in problems}
+    for reason in (NO_CHAIN, TOO_SHORT, TOO_LONG):
+        source = source.filtered(lambda p, reason=reason: faults[p.uid] != reason, reason)
+    count = min(count, max(int(source.size * HELD_OUT_SHARE), 1))
+    if source.size <= count:
+        raise TaskError(
+            f"task {task.name}: {source.size} usable problem(s) are too few for Latent-SFT, which keeps {count} "
+            "apart to be judged on; give it more"
+        )
+    held_out = [source.problem(i) for i in range(source.size - count, source.size)]
+    names = {problem.uid for problem in held_out}
+    return PreparedTask(source.filtered(lambda p: p.uid not in names, "held out"), task.renderer), held_out
+
+
+def _fault(task: PreparedTask, problem: Problem, row: Callable[[PreparedTask, Problem], SFTRow]) -> str | None:
+    """Why a stored problem cannot be learned from."""
+    if not problem.cot.strip():
+        return NO_CHAIN
+    try:
+        made = row(task, problem)
+    except ChainTooShort:
+        return TOO_SHORT
+    return TOO_LONG if len(made.chain.ids) + len(made.hard_ids) > task.source.config.max_response_tokens else None
+
+
+def _settings(config: RunConfig) -> LatentSFTConfig:
+    if config.warm_start is None:
+        raise ConfigError("Latent-SFT needs the section warm_start; add it (an empty one takes the defaults)")
+    return config.warm_start
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------
+
+
 def run_latent_sft(
-    config: RunConfig, data: SFTData, learner: SFTLearner, pool: Pool, metrics: MetricsWriter, reporter: Reporter
-) -> SFTOutcome:
-    """Trains until the held-out pass@1 is `stop_at`, or for `max_steps`. The learner holds the result."""
-    settings = _settings(config)
-    result, done, reached = None, 0, False
-    with reporter.phase("Latent-SFT", settings.max_steps) as advance:
-        rows = data.rows(0, settings.batch_size)
-        while done < settings.max_steps and not reached:
-            learner.start_step(rows, done)
-            rows = data.rows(done + 1, settings.batch_size)  # while the ranks train
-            values = learner.finish_step()
-            done += 1
-            if done % settings.evaluate_every == 0 or done == settings.max_steps:
-                result = _evaluate(config, data, learner, pool, done)
-                values |= {"pass_at_1": result.pass_at_1, "invalid_rate": result.invalid_rate}
-                reached = settings.stop_at is not None and result.pass_at_1 >= settings.stop_at
-            metrics.write(done, values, kind="sft")
-            note = f"loss {values['loss']:.3f}" + (f" · held-out pass@1 {result.pass_at_1:.3f}" if result else "")
-            advance(done, note)
-    return SFTOutcome(done, result, reached or settings.stop_at is None)
+    config: RunConfig,
+    data: SFTData,
+    learner: SFTLearner,
+    pool: Pool,
+    metrics: MetricsWriter,
+    reporter: Reporter,
+    *,
+    lineage: int = 0,
+    progress: Progress = Progress(),
+    keep: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """Trains until the held-out pass@1 is `stop_at`, or for `max_steps`. The learner holds the result.
+
+    `keep` writes the learner's state with the progress: every `checkpoint.every` steps, and at an interrupt.
+    """
+    settings, saved, running = _settings(config), progress.steps, False
+    try:
+        with reporter.phase("Latent-SFT", settings.max_steps) as advance:
+            advance(progress.steps)
+            rows = data.rows(progress.steps, settings.batch_size)
+            while True:
+                due = progress.steps % settings.evaluate_every == 0 or progress.steps == settings.max_steps
+                if progress.steps and due and progress.evaluated_at != progress.steps:
+                    result = _evaluate(config, data, learner, pool, progress.steps)
+                    reached = settings.stop_at is not None and result.pass_at_1 >= settings.stop_at
+                    progress = Progress(progress.steps, progress.steps, result.pass_at_1, reached)
+                    metrics.write(progress.steps, _figures(result), kind="sft_evaluation", lineage=lineage)
+                if progress.reached or progress.steps >= settings.max_steps:
+                    return progress
+                if _due(config.checkpoint.every, progress.steps) and progress.steps != saved:
+                    keep(progress)
+                    saved = progress.steps
+                learner.start_step(rows, progress.steps)
+                running = True
+                rows = data.rows(progress.steps + 1, settings.batch_size)  # while the ranks train
+                values = learner.finish_step()
+                running, progress = False, dataclasses.replace(progress, steps=progress.steps + 1)
+                metrics.write(progress.steps, values, kind="sft", lineage=lineage)
+                advance(progress.steps, _note(values["loss"], progress))
+    except KeyboardInterrupt:
+        if running and _settled(learner):
+            progress = dataclasses.replace(progress, steps=progress.steps + 1)
+            running = False
+        if not running and progress.steps != saved:
+            keep(progress)
+            saved = progress.steps
+        reporter.say(f"interrupted; the state of Latent-SFT step {saved} is complete" if saved else "interrupted")
+        raise
+
+
+def _settled(learner: SFTLearner) -> bool:
+    """Waits for the running step, so that the ranks' state is that of a step; False: it took too long."""
+    deadline = time.monotonic() + SETTLE_S
+    while not learner.finished():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    learner.finish_step()
+    return True
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+def _figures(result: TaskResult) -> dict[str, float]:
+    names = ("pass_at_1", "standard_error", "chain_length", "latent_length", "invalid_rate")
+    return {name: getattr(result, name) for name in names}
+
+
+def _note(loss: float, progress: Progress) -> str:
+    held_out = progress.held_out_pass_at_1
+    return f"loss {loss:.3f}" + ("" if held_out is None else f" · held-out pass@1 {held_out:.3f}")
 
 
 def _evaluate(config: RunConfig, data: SFTData, learner: SFTLearner, pool: Pool, step: int) -> TaskResult:
@@ -117,71 +239,90 @@ def _evaluate(config: RunConfig, data: SFTData, learner: SFTLearner, pool: Pool,
     return results(gather(pool, requests), together="held-out")[0]
 
 
-def _settings(config: RunConfig) -> LatentSFTConfig:
-    if config.warm_start is None:
-        raise ConfigError("Latent-SFT needs the section warm_start; add it (an empty one takes the defaults)")
-    return config.warm_start
-
-
-def _fits(row: SFTRow, task: PreparedTask) -> bool:
-    return len(row.chain.ids) + len(row.hard_ids) <= task.source.config.max_response_tokens
-
-
-def _split(
-    task: PreparedTask, count: int, config: RunConfig, fits: Callable[[PreparedTask, Problem], bool]
-) -> tuple[PreparedTask, list[Problem]]:
-    """What to train on, and up to `count` held-out problems: of a generated task the other split, of a stored one
-    its last problems."""
-    source = task.source
-    if not isinstance(source, StoredTask):
-        options = {**source.config.options, "split": "evaluation", "seed": config.seed + HELD_OUT_SEED, "size": count}
-        other = load_task(source.config.model_copy(update={"options": options}), config.seed)
-        return task, [other.problem(i) for i in range(count)]
-    usable = source.filtered(lambda p: bool(p.cot.strip()), "no chain of thought")
-    usable = usable.filtered(lambda p: fits(task, p), TOO_LONG)
-    count = min(count, max(int(usable.size * HELD_OUT_SHARE), 1))
-    held_out = [usable.problem(i) for i in range(usable.size - count, usable.size)]
-    names = {problem.uid for problem in held_out}
-    return PreparedTask(usable.filtered(lambda p: p.uid not in names, "held out"), task.renderer), held_out
-
-
 # --- as a command, and as the start of a run -----------------------------------------------------------------------
 
 
 def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> RunFolder:
     """Latent-SFT alone (METHOD §7): its model is in the run's `base/`, for `model.path` of later runs."""
-    folder, reporter = create_run(config, profile), reporter or Reporter()
     if config.warm_start is None:
         raise ConfigError(f"profile {profile} has no section warm_start; add it (an empty one takes the defaults)")
-    with started(folder, config, 0, reporter) as run:
+    return _alone(create_run(config, profile), config, 0, reporter or Reporter())
+
+
+def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
+    """Goes on with a stopped `sft` from its last complete state; a finished one is only reported."""
+    reporter = reporter or Reporter()
+    folder = RunFolder(Path(path))
+    if (folder.base_model / "config.json").is_file() and (folder.path / "config.json").is_file():
+        reporter.say(f"{folder.path} is finished: model {folder.base_model}")
+        return folder
+    folder, config, lineage = reopen_run(path, overrides)
+    if config.warm_start is None:
+        raise ConfigError(f"{folder.path} has no warm_start: it is not a Latent-SFT; use `latent-grpo train --resume`")
+    return _alone(folder, config, lineage, reporter)
+
+
+def _alone(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> RunFolder:
+    with started(folder, config, lineage, reporter) as run:
         model = warm_start(run)
-    reporter.say(f"model {model}; train it with model.path={model}")
+    reporter.say(f"model {model}; train it with model.path={model} warm_start=null")
     return folder
 
 
 def warm_start(run: Run, make_learner: Callable[..., SFTLearner] = SFTLearner) -> Path:
-    """Latent-SFT of the initial model into `base/` (METHOD §7); a resumed run has it already.
+    """Latent-SFT of the initial model into `base/` (METHOD §7); a resumed run goes on with it, or has it already.
 
     `make_learner(config, model)`: what trains, with the face of :class:`SFTLearner`.
     """
     config, base = run.config, run.folder.base_model
     if (base / "config.json").is_file():
         return base
-    stage = min(config.learner.zero_stage, 2)
-    if stage != config.learner.zero_stage:
-        run.reporter.say(f"Latent-SFT runs at ZeRO stage {stage}; the RL steps at {config.learner.zero_stage}")
-    sft_config = config.model_copy(update={"learner": config.learner.model_copy(update={"zero_stage": stage})})
-    data = prepare_sft(sft_config, run.problems.training, run.tokenizer, run.facts)
-    learner = make_learner(sft_config, run.initial)
+    data = prepare_sft(config, run.problems.training, run.tokenizer, run.facts)
+    for task in data.tasks:
+        run.reporter.say(f"Latent-SFT on {task.summary}")
+    learner = make_learner(config, run.initial)
     try:
-        outcome = run_latent_sft(sft_config, data, learner, run.pool, run.metrics, run.reporter)
-        save_whole(base, learner.export)
+        outcome = run_latent_sft(
+            config,
+            data,
+            learner,
+            run.pool,
+            run.metrics,
+            run.reporter,
+            lineage=run.lineage,
+            progress=_restored(run, learner),
+            keep=lambda progress: _keep(run, learner, progress),
+        )
+        run.export(base, learner.export)
     finally:
         learner.close()
-    run.record(sft={"steps": outcome.steps, "held_out_pass_at_1": outcome.held_out.pass_at_1})
-    if not outcome.reached:
+    shutil.rmtree(run.folder.sft, ignore_errors=True)
+    run.record(sft={"steps": outcome.steps, "held_out_pass_at_1": outcome.held_out_pass_at_1})
+    stop_at = config.warm_start.stop_at
+    if stop_at is not None and not outcome.reached:
         run.reporter.say(
             f"[yellow]Latent-SFT stopped at warm_start.max_steps ({outcome.steps}) with a held-out pass@1 of "
-            f"{outcome.held_out.pass_at_1:.3f}, below stop_at {config.warm_start.stop_at}; RL begins from there[/]"
+            f"{outcome.held_out_pass_at_1:.3f}, below stop_at {stop_at}; RL begins from there[/]"
         )
     return base
+
+
+def _restored(run: Run, learner: SFTLearner) -> Progress:
+    checkpoint = latest_checkpoint(run.folder.sft)
+    if checkpoint is None:
+        return Progress()
+    for skipped in checkpoint.skipped:
+        run.reporter.say(f"[yellow]state {skipped.path.name} of Latent-SFT skipped: {skipped.reason}[/]")
+    learner.load(checkpoint.path / "learner")
+    run.reporter.say(f"Latent-SFT goes on from {checkpoint.path.name}, lineage {run.lineage}")
+    return Progress(**checkpoint.state)
+
+
+def _keep(run: Run, learner: SFTLearner, progress: Progress) -> None:
+    write_checkpoint(
+        run.folder.sft,
+        progress.steps,
+        lambda folder: learner.save(folder / "learner"),
+        dataclasses.asdict(progress),
+        run.config.checkpoint.keep,
+    )

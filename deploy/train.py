@@ -19,7 +19,7 @@ from common.schema import concat
 from deploy.controller import Controller, StepResult, TrainingStopped, gather
 from deploy.evaluate import evaluate
 from deploy.progress import Reporter
-from deploy.run import Run, save_whole, started
+from deploy.run import Run, started
 from deploy.run_folder import RunFolder, create_run, reopen_run
 from deploy.sft import warm_start
 from learner.checkpoint import latest_checkpoint, write_checkpoint
@@ -100,7 +100,7 @@ def _train(run: Run, learner: LearnerGroup) -> None:
         raise
     if config.evaluation.at_end:
         evaluate(run, controller.gather, controller.step, "after")
-    save_whole(run.folder.model, learner.export)
+    run.export(run.folder.model, learner.export)
 
 
 def _due(every: int, step: int) -> bool:

@@ -1,6 +1,6 @@
 """METHOD §7: Latent-SFT, the initialisation that latent RL needs. Pure torch: no Ray, no DeepSpeed, no I/O.
 
-An explicit chain of thought becomes a chain of soft labels (:func:`build_chain`), a problem a row (:func:`make_row`),
+An explicit chain of thought becomes a chain of soft labels (`learner.chains`), a problem a row (:func:`make_row`),
 rows a batch (:func:`collate`), and :class:`LatentSFTModule` gives the sums of its loss::
 
     prompt ids ... <think> | q_1 q_2 ... q_L | </think> \\boxed{7} <eos>
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from common.config import ConfigError
 from common.latent import (
     GUMBEL_HIGH,
     GUMBEL_LOW,
@@ -29,18 +30,13 @@ from common.latent import (
     sample_mixture_keyed,
     trajectory_key,
 )
+from learner.chains import Chain, build_chain
 
 SELF_FEEDING_TOP_P = 0.95  # the rollout's nucleus (METHOD §2.1)
+EMPTY = Chain(np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1), dtype=np.float32))
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
-
-
-class Chain(NamedTuple):
-    """L latent steps. Unused slots of a step have label 0 and repeat its first id."""
-
-    ids: np.ndarray  # [L, K] int64
-    labels: np.ndarray  # [L, K] float32: q, rows sum to 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,30 +44,16 @@ class SFTRow:
     """One problem: prompt, then either a latent or an explicit chain, then the visible part."""
 
     prompt_ids: np.ndarray  # [P] int64
-    chain: Chain  # L = 0 in explicit mode
+    cot_ids: np.ndarray  # [N] int64: what the latent steps stand for, without the latent-end token; N = 0 if explicit
+    chain: Chain  # uniform labels (METHOD §7a); L = 0 in explicit mode
     hard_ids: np.ndarray  # [H] int64: (explicit chain,) end of thinking, boxed answer, EOS
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.chain.ids) + len(self.hard_ids)
 
 
-def build_chain(cot_ids: Sequence[int], c: int, k: int, latent_end_id: int | None = None) -> Chain:
-    """METHOD §7a: every c consecutive tokens become one step, q uniform over them (equal tokens merged).
-
-    The last step may be shorter. The latent-end token is never in a label: as a proxy it would end the chain.
-    """
-    if c < 1 or k < c:
-        raise ValueError(f"a latent step of k = {k} ids cannot hold c = {c} tokens; need 1 <= c <= k")
-    tokens = [int(i) for i in cot_ids if i != latent_end_id]
-    steps = [tokens[start : start + c] for start in range(0, len(tokens), c)]
-    ids = np.zeros((len(steps), k), dtype=np.int64)
-    labels = np.zeros((len(steps), k), dtype=np.float32)
-    for row, step in enumerate(steps):
-        distinct = list(dict.fromkeys(step))
-        ids[row] = distinct[0]
-        ids[row, : len(distinct)] = distinct
-        labels[row, : len(distinct)] = [step.count(i) / len(step) for i in distinct]
-    return Chain(ids, labels)
+class ChainTooShort(ConfigError):
+    """A chain of thought that does not fill one latent step."""
 
 
 def make_row(
@@ -86,25 +68,48 @@ def make_row(
     think_end: str = "</think>",
     explicit: bool = False,
 ) -> SFTRow:
-    """The training row of a problem; `explicit` keeps the chain as hard tokens (the baseline's start)."""
+    """The training row of a problem; `explicit` keeps the chain as hard tokens (the baseline's start).
+
+    Raises ConfigError for an empty chain, for an end of thinking that the tokenizer merges with the answer, and
+    (:class:`ChainTooShort`) for a chain of fewer than c tokens.
+    """
     if not cot.strip():
-        raise ValueError("Latent-SFT needs an explicit chain of thought, got an empty one")
+        raise ConfigError("Latent-SFT needs an explicit chain of thought, got an empty one; set the task's columns.cot")
     cot_ids = tokenizer.encode(cot, add_special_tokens=False)
     visible = tokenizer.encode(f"{think_end}\\boxed{{{answer}}}", add_special_tokens=False)
     if latent_end_id is not None and visible[0] != latent_end_id:
-        raise ValueError(
+        raise ConfigError(
             f"{think_end!r} starts with token {visible[0]} before the answer and with {latent_end_id} alone: the "
             "tokenizer merges it with what follows; use another prompt.think_end"
+        )
+    compressed = [] if explicit else [i for i in cot_ids if i != latent_end_id]
+    if not explicit and len(compressed) < c:
+        raise ChainTooShort(
+            f"the chain of thought {cot!r} has {len(compressed)} token(s), fewer than one latent step stands for "
+            f"(warm_start.compression {c}); lower it or leave the problem out"
         )
     hard = [*(cot_ids if explicit else ()), *visible, tokenizer.eos_token_id]
     return SFTRow(
         prompt_ids=np.asarray(prompt_ids, dtype=np.int64),
-        chain=build_chain(() if explicit else cot_ids, c, k, latent_end_id),
+        cot_ids=np.asarray(compressed, dtype=np.int64),
+        chain=EMPTY if explicit else build_chain(compressed, c, k),
         hard_ids=np.asarray(hard, dtype=np.int64),
     )
 
 
 # --- batches -----------------------------------------------------------------------------------------------------
+
+
+class Calls(NamedTuple):
+    """How often the output layer is called at least, on nothing if need be: with ZeRO-3 each call is a collective, so
+    all ranks must make equally many."""
+
+    latent: int = 0  # for the KL, and for the self-feeding pass
+    hard: int = 0
+    feed: bool = False  # the self-feeding pass is made
+
+
+NO_CALLS = Calls()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +126,11 @@ class SFTBatch:
     perturbed: torch.Tensor  # [B] bool: inputs are perturbed
     feed: torch.Tensor  # [B, T] bool: a latent step fed by the model's own mixture
     feed_noisy: torch.Tensor  # [B] bool: that mixture is drawn with noise
+    calls: Calls = NO_CALLS
 
     def to(self, device: torch.device | str) -> SFTBatch:
-        return SFTBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SFTBatch(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in values.items()})
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -146,6 +153,7 @@ def collate(
     pad_id: int,
     perturb_share: float = 0.5,
     self_feeding: float = 0.5,
+    calls: Calls = NO_CALLS,
 ) -> SFTBatch:
     """A batch of rows; `keys` from :func:`row_key`, one per row."""
     if len(rows) != len(keys):
@@ -160,8 +168,9 @@ def collate(
         start = len(row.prompt_ids)
         end = start + len(row.chain.ids)
         hard_ids[i, :start] = row.prompt_ids
-        mixture_ids[i, start:end] = row.chain.ids
-        labels[i, start:end] = row.chain.labels
+        if end > start:
+            mixture_ids[i, start:end] = row.chain.ids
+            labels[i, start:end] = row.chain.labels
         hard_ids[i, end : len(row)] = row.hard_ids
         attention[i, : len(row)] = True
         latent[i, start:end] = True
@@ -181,7 +190,7 @@ def collate(
         "feed": feed,
         "feed_noisy": noisy,
     }
-    return SFTBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    return SFTBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()}, calls=calls)
 
 
 # --- loss --------------------------------------------------------------------------------------------------------
@@ -240,11 +249,12 @@ class LatentSFTModule(nn.Module):
     def forward(self, batch: SFTBatch) -> LossParts:
         """The loss's sums over the batch."""
         inputs = self._inputs(batch, self._weights(batch))
-        if bool(batch.feed.any()):
+        if batch.calls.feed or bool(batch.feed.any()):
             inputs = self._self_fed(batch, inputs)
         hidden = self._hidden(batch, inputs)
-        latent_sum = self._summed(_latent_losses, hidden, batch.latent, batch.mixture_ids, batch.labels)
-        hard_sum = self._summed(_hard_losses, hidden, batch.hard_target, batch.hard_ids)
+        calls = batch.calls
+        latent_sum = self._summed(_latent_losses, hidden, batch.latent, calls.latent, batch.mixture_ids, batch.labels)
+        hard_sum = self._summed(_hard_losses, hidden, batch.hard_target, calls.hard, batch.hard_ids)
         return LossParts(latent_sum, batch.latent.sum(), hard_sum, batch.hard_target.sum())
 
     # -- inputs
@@ -276,8 +286,11 @@ class LatentSFTModule(nn.Module):
         rows, positions = batch.feed.nonzero(as_tuple=True)
         embed, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         mixed = []
-        for row, position in zip(rows.split(self.chunk_tokens), positions.split(self.chunk_tokens), strict=True):
+        for row, position in self._chunks(rows, positions, batch.calls.latent):
             logits = head(hidden[row, position - 1]).float()
+            if not len(row):
+                mixed.append(embed(row))
+                continue
             # the other half of the key space: perturbation and self-feeding never share a draw
             ids, _, weights, _ = sample_mixture_keyed(
                 logits,
@@ -306,14 +319,19 @@ class LatentSFTModule(nn.Module):
             inputs_embeds=inputs, attention_mask=batch.attention.long(), use_cache=False
         ).last_hidden_state
 
-    def _summed(self, losses, hidden: torch.Tensor, mask: torch.Tensor, *targets: torch.Tensor) -> torch.Tensor:
+    def _chunks(self, rows: torch.Tensor, positions: torch.Tensor, least: int):
+        """Pairs of at most `chunk_tokens` positions; at least `least` of them, and one, even if empty."""
+        count = max(-(-len(rows) // self.chunk_tokens), least, 1)
+        return zip(rows.tensor_split(count), positions.tensor_split(count), strict=True)
+
+    def _summed(
+        self, losses, hidden: torch.Tensor, mask: torch.Tensor, least: int, *targets: torch.Tensor
+    ) -> torch.Tensor:
         """Sum of `losses` over the positions of `mask`; at most `chunk_tokens` rows of logits exist at once."""
         rows, positions = mask.nonzero(as_tuple=True)
         total = hidden.sum() * 0.0  # a part without positions still belongs to the graph
         head = self.model.get_output_embeddings()
-        for row, position in zip(rows.split(self.chunk_tokens), positions.split(self.chunk_tokens), strict=True):
-            if not len(row):
-                break
+        for row, position in self._chunks(rows, positions, least):
             here = (t[row, position] for t in targets)
             states = hidden[row, position - 1]
             total = total + checkpoint(losses, head, states, *here, use_reentrant=False)

@@ -14,7 +14,7 @@ from torch import nn
 from common.config import OptimizerConfig, RunConfig
 from learner.actor import RankActor
 from learner.group import RankGroup
-from learner.latent_sft import LatentSFTModule, SFTRow, collate, combine, row_key
+from learner.latent_sft import Calls, LatentSFTModule, SFTRow, collate, combine, row_key
 from learner.zero_engine import learning_rate
 
 
@@ -52,6 +52,24 @@ def plan_rows(lengths: Sequence[int], ranks: int, tokens_per_microbatch: int) ->
     return tuple(tuple(pieces + [filler] * (count - len(pieces))) for pieces in packed)
 
 
+def least_calls(
+    plan: Sequence[Sequence[SFTPiece]], rows: Sequence[SFTRow], chunk_tokens: int, feed: bool
+) -> list[Calls]:
+    """For each micro-batch, the calls of the output layer that all ranks make in it."""
+
+    def most(pieces: Sequence[SFTPiece], size) -> int:
+        return max(-(-sum(size(rows[i]) for i in piece.rows) // chunk_tokens) for piece in pieces)
+
+    return [
+        Calls(
+            latent=most(pieces, lambda row: len(row.chain.ids)),
+            hard=most(pieces, lambda row: len(row.hard_ids)),
+            feed=feed,
+        )
+        for pieces in zip(*plan, strict=True)
+    ]
+
+
 class SFTRank(RankActor):
     def build(self, model: nn.Module) -> tuple[nn.Module, OptimizerConfig]:
         from common.models import load_tokenizer
@@ -75,11 +93,13 @@ class SFTRank(RankActor):
         """One update on `rows` (the whole step's, on every rank)."""
         started = time.perf_counter()
         config, settings = self.config, self.config.warm_start
-        mine = plan_rows([len(r) for r in rows], self.world, config.learner.tokens_per_microbatch)[self.rank]
+        plan = plan_rows([len(r) for r in rows], self.world, config.learner.tokens_per_microbatch)
         latent = sum(len(r.chain.ids) for r in rows)
         hard = sum(len(r.hard_ids) for r in rows)
+        feed = latent > 0 and settings.self_feeding > 0
+        calls = least_calls(plan, rows, config.learner.logprob_chunk_tokens, feed)
         total = 0.0
-        for piece in mine:
+        for piece, least in zip(plan[self.rank], calls, strict=True):
             batch = collate(
                 [rows[i] for i in piece.rows],
                 [row_key(config.seed, step, i) for i in piece.rows],
@@ -87,6 +107,7 @@ class SFTRank(RankActor):
                 pad_id=self.pad_id,
                 perturb_share=settings.perturb_share,
                 self_feeding=settings.self_feeding,
+                calls=least,
             )
             loss = combine(self.engine.forward(batch.to(self.device)), latent, hard) * float(piece.counts)
             self.engine.backward(loss)

@@ -1,0 +1,106 @@
+"""Latent-SFT as a command, on real ranks: it stops and goes on bit for bit, at any ZeRO stage, latent and explicit."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from training import tiny
+
+from common.chain import read_chain
+from common.config import ConfigError
+from common.metrics import read_metrics
+from common.models import load_model
+from common.schema import decode
+from common.store import TrajectoryStore
+from deploy.progress import Reporter
+from deploy.sft import resume_sft, sft
+from deploy.train import train
+
+pytestmark = pytest.mark.integration
+SFT = (
+    "warm_start.compression=3",
+    "warm_start.max_steps=6",
+    "warm_start.batch_size=8",
+    "warm_start.evaluate_every=4",
+    "warm_start.evaluation_problems=8",
+    "warm_start.optimizer.warmup_steps=2",
+    "deterministic=true",
+)
+
+
+class InterruptedAt(Reporter):
+    """Ctrl-C while the progress of a step is shown."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    @contextlib.contextmanager
+    def phase(self, name, total, unit="steps"):
+        def advance(completed, note=""):
+            if name == "Latent-SFT" and completed == self.step:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+def losses(folder):
+    return [row["metrics"]["loss"] for row in read_metrics(folder.path, kind="sft")]
+
+
+def weights(folder):
+    return dict(load_model(folder.base_model).named_parameters())
+
+
+def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(ray_session, tmp_path):
+    common = (f"runs_folder={tmp_path}", *SFT)
+    whole = sft(tiny(*common), "whole")
+    with pytest.raises(KeyboardInterrupt):
+        sft(tiny(*common), "half", InterruptedAt(3))
+    (half,) = tmp_path.glob("half-*")
+    assert not (half / "base").exists()
+    resumed = resume_sft(half, ["rollout.workers=1"])
+
+    expected, found = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert losses(resumed) == losses(whole)
+    rows = list(read_metrics(resumed.path, kind="sft"))
+    assert [(row["step"], row["lineage"]) for row in rows] == [(s, int(s > 3)) for s in range(1, 7)]
+    evaluated = [row["step"] for row in read_metrics(whole.path, kind="sft_evaluation")]
+    assert evaluated == [4, 6]
+    assert not resumed.sft.exists(), "a finished Latent-SFT keeps no states"
+    assert resume_sft(half, []).base_model.is_dir()  # finished: nothing to do, and no second base
+
+    chain = read_chain(whole.base_model)
+    assert (chain.chain, chain.source, chain.k, chain.compression) == ("latent", "uniform", 3, 3)
+
+
+@pytest.mark.slow
+def test_zero_3_on_two_ranks_computes_what_zero_1_on_one_does(ray_session, tmp_path):
+    """Unequal rows a rank, and an output layer that is called equally often on both."""
+    common = (f"runs_folder={tmp_path}", *SFT)
+    sharded = sft(
+        tiny(*common, "learner.zero_stage=3", "learner.ranks=2", "learner.tokens_per_microbatch=96",
+             "learner.logprob_chunk_tokens=8", "warm_start.batch_size=7", "warm_start.max_steps=3"), "sharded"
+    )  # fmt: skip
+    single = sft(tiny(*common, "learner.zero_stage=1", "warm_start.batch_size=7", "warm_start.max_steps=3"), "single")
+    np.testing.assert_allclose(losses(sharded), losses(single), rtol=1e-4)
+    expected, found = weights(single), weights(sharded)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=2e-4, rtol=1e-3)
+
+
+def test_explicit_sft_is_the_start_of_explicit_grpo_and_of_nothing_else(ray_session, tmp_path):
+    explicit = ("algorithm=grpo", f"runs_folder={tmp_path}", "tasks.0.max_response_tokens=22")
+    config = tiny("warm_start.chain=explicit", *SFT, *explicit, "learner.zero_stage=0", "warm_start.max_steps=30")
+    folder = sft(config, "explicit")
+    assert read_chain(folder.base_model).chain == "explicit"
+    assert np.mean(losses(folder)[-5:]) < 0.95 * losses(folder)[0]
+
+    on_it = (f"model.path={folder.base_model}", "model.new=null", f"runs_folder={tmp_path}")
+    trained = train(tiny(*on_it, "algorithm=grpo", "steps=1"), "grpo")
+    assert all(len(t.latent_ids) == 0 for t in decode(TrajectoryStore(trained.trajectories).read(1)))
+    assert read_chain(trained.model).chain == "explicit"
+    with pytest.raises(ConfigError, match="has an explicit chain"):
+        train(tiny(*on_it, "steps=1"), "latent")

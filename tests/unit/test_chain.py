@@ -1,0 +1,102 @@
+"""A model's chain settings: what a run leaves, and what another run on that model is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.arithmetic import make_arithmetic_tokenizer
+from common.chain import CHAIN_FILE, ChainSettings, chain_of, check_chain, read_chain, write_chain
+from common.config import ConfigError, load_config
+
+TOKENIZER = make_arithmetic_tokenizer()
+END = TOKENIZER.encode("</think>", add_special_tokens=False)
+
+
+class SplitsTheEnd:
+    """A tokenizer that writes the end of thinking in two tokens."""
+
+    def encode(self, text, add_special_tokens):
+        return [4, 5]
+
+
+def quickstart(*overrides):
+    return load_config("quickstart", list(overrides))
+
+
+def on_a_model(*overrides):
+    return quickstart("model.path=somewhere", "model.new=null", "warm_start=null", *overrides)
+
+
+def latent(**changes):
+    base = {"chain": "latent", "source": "uniform", "k": 3, "compression": 3, "tau": 1.0}
+    return ChainSettings(**{**base, "think_end": "</think>", "think_end_ids": END, **changes})
+
+
+def explicit():
+    return ChainSettings(chain="explicit", think_end="</think>", think_end_ids=END)
+
+
+def test_latent_sft_leaves_its_chain_and_rl_keeps_its_compression(tmp_path):
+    settings = chain_of(quickstart(), TOKENIZER)
+    assert settings == latent()
+    write_chain(tmp_path, settings)
+    assert read_chain(tmp_path) == settings
+    after = chain_of(on_a_model("k=4"), TOKENIZER, before=settings)
+    assert (after.k, after.compression, after.source) == (4, 3, "uniform")
+    assert chain_of(on_a_model(), TOKENIZER).compression is None
+
+
+def test_an_explicit_start_leaves_an_explicit_chain():
+    settings = chain_of(quickstart("algorithm=grpo", "tasks.0.max_response_tokens=44"), TOKENIZER)
+    assert settings == explicit()
+
+
+def test_a_fitting_run_is_not_warned():
+    assert check_chain(latent(), "m", on_a_model(), TOKENIZER) == []
+    assert check_chain(explicit(), "m", on_a_model("algorithm=grpo"), TOKENIZER) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides", "tokenizer", "message"),
+    [
+        (explicit(), [], TOKENIZER, "has an explicit chain .* Set algorithm to grpo"),
+        (latent(), ["algorithm=grpo"], TOKENIZER, "has a latent chain .* Set algorithm to latent_grpo"),
+        (latent(), ["k=2"], TOKENIZER, r"k \(2\) is smaller than the model's compression \(3 tokens"),
+        (latent(), [], SplitsTheEnd(), r"splits '</think>' into \[4, 5\], the model was trained with \[20\]"),
+        (
+            latent(think_end="<end>"),
+            [],
+            TOKENIZER,
+            "ends its thinking with '<end>'.*model.prompt.think_end is '</think>'",
+        ),
+    ],
+)
+def test_what_cannot_fit_is_refused(settings, overrides, tokenizer, message):
+    with pytest.raises(ConfigError, match=message):
+        check_chain(settings, "m", on_a_model(*overrides), tokenizer)
+
+
+def test_another_width_or_tau_is_a_warning():
+    (line,) = check_chain(latent(), "m", on_a_model("k=5"), TOKENIZER)
+    assert "k is 5, the model was trained with 3" in line
+    (line,) = check_chain(latent(), "m", on_a_model("tau=0.5"), TOKENIZER)
+    assert "tau is 0.5" in line
+
+
+def test_a_warm_start_changes_the_chain_so_only_the_tokenizer_is_compared():
+    config = quickstart("model.path=somewhere", "model.new=null")
+    assert check_chain(explicit(), "m", config, TOKENIZER) == []
+    with pytest.raises(ConfigError, match="splits"):
+        check_chain(explicit(), "m", config, SplitsTheEnd())
+
+
+def test_a_model_without_the_file_says_nothing_and_a_damaged_one_is_named(tmp_path):
+    assert read_chain(tmp_path) is None
+    for text in (
+        "{",
+        '{"chain": "latent"}',
+        '{"format": 2, "chain": "explicit", "think_end": "x", "think_end_ids": []}',
+    ):
+        (tmp_path / CHAIN_FILE).write_text(text)
+        with pytest.raises(ConfigError, match=f"{CHAIN_FILE} is damaged or of another version"):
+            read_chain(tmp_path)

@@ -1,0 +1,92 @@
+"""What Latent-SFT learns from: unusable problems are dropped with a count, bad settings are named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from common.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
+from common.config import ConfigError, TaskConfig, load_config
+from common.prompts import resolve_tokens
+from deploy.problems import prepare_task
+from deploy.sft import NO_CHAIN, TOO_LONG, TOO_SHORT, prepare_sft
+from learner.latent_sft import make_row
+
+TOKENIZER = make_arithmetic_tokenizer()
+FACTS = resolve_tokens(TOKENIZER, len(TOKENIZER), latent=True)
+
+
+def stored(tmp_path, cots: list[str], *overrides: str):
+    """A quickstart on a file whose rows have these chains of thought."""
+    rows = [{"problem": f"{i % 11}+1?", "answer": "7", "cot": cot} for i, cot in enumerate(cots)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = TaskConfig(name="rows", path=str(path), max_prompt_tokens=32, max_response_tokens=12, verifier="number")
+    config = load_config("quickstart", list(overrides)).model_copy(update={"tasks": [task]})
+    return config, [prepare_task(task, config, TOKENIZER)]
+
+
+def test_unusable_chains_are_dropped_and_counted_by_reason(tmp_path):
+    good = "1+2=3;"
+    config, tasks = stored(tmp_path, ["", "3", good * 9, *[good] * 12])
+    (task,) = prepare_sft(config, tasks, TOKENIZER, FACTS).tasks
+    dropped = task.source.dropped
+    assert (dropped[NO_CHAIN], dropped[TOO_SHORT], dropped[TOO_LONG]) == ([0], [1], [2])
+    assert task.source.size == 11  # twelve good ones, one of them held out
+
+
+def test_chains_shorter_than_a_latent_step_alone_are_an_error(tmp_path):
+    config, tasks = stored(tmp_path, ["1+", "3", "1"])
+    with pytest.raises(
+        ConfigError, match=r"no problem is left; dropped 3 chain of thought under warm_start\.compression"
+    ):
+        prepare_sft(config, tasks, TOKENIZER, FACTS)
+
+
+def test_a_generated_chain_that_is_too_short_names_the_problem_and_the_setting():
+    config = load_config("quickstart", ["warm_start.compression=7", "k=7", "tasks.0.options.operations=1"])
+    data = prepare_sft(config, [prepare_task(config.tasks[0], config, TOKENIZER)], TOKENIZER, FACTS)
+    with pytest.raises(ConfigError, match=r"problem chain-arithmetic/0: .* has 6 token\(s\).*compression 7"):
+        data.rows(0, 4)
+
+
+def test_too_few_problems_to_hold_any_out_is_an_error(tmp_path):
+    config, tasks = stored(tmp_path, ["1+2=3;"])
+    with pytest.raises(ConfigError, match=r"1 usable problem\(s\) are too few"):
+        prepare_sft(config, tasks, TOKENIZER, FACTS)
+
+
+def test_no_task_with_a_chain_is_an_error(tmp_path):
+    config, tasks = stored(tmp_path, ["", ""])
+    with pytest.raises(ConfigError, match="needs an explicit chain of thought"):
+        prepare_sft(config, tasks, TOKENIZER, FACTS)
+
+
+def test_k_must_hold_the_tokens_of_a_step_but_an_explicit_chain_does_not_care():
+    with pytest.raises(ConfigError, match=r"k \(3\) is smaller than warm_start.compression \(4\)"):
+        load_config("quickstart", ["warm_start.compression=4"])
+    problem = ChainArithmetic(name="a", operations=2).problem(0)
+    row = make_row(
+        TOKENIZER, TOKENIZER.encode("1?"), problem.cot, problem.answer, c=12, k=3, latent_end_id=20, explicit=True
+    )
+    assert len(row.chain.ids) == 0
+
+
+def test_soft_labels_are_not_chosen_for_an_explicit_chain():
+    with pytest.raises(ConfigError, match="induced has no effect"):
+        load_config("quickstart", ["algorithm=grpo", "tasks.0.max_response_tokens=44", "warm_start.source=induced"])
+
+
+def test_held_out_problems_are_never_learned_from(tmp_path):
+    config, tasks = stored(tmp_path, [f"1+{i % 10}=3;" for i in range(30)])
+    data = prepare_sft(config, tasks, TOKENIZER, FACTS)
+    held_out = {problem.uid for _, problem in data.held_out}
+    learned = {data.stream[i].problem.uid for i in range(200)}
+    assert len(held_out) == 3
+    assert not held_out & learned
+
+
+def test_setting_one_key_of_its_optimizer_leaves_the_others():
+    optimizer = load_config("quickstart", ["warm_start.optimizer.warmup_steps=2"]).warm_start.optimizer
+    assert (optimizer.lr, optimizer.betas, optimizer.warmup_steps) == (3e-3, (0.9, 0.98), 2)
