@@ -445,6 +445,11 @@ def _check(config: RunConfig) -> None:
     names = [t.name for t in config.tasks]
     if len(set(names)) != len(names):
         problems.append(f"tasks: names must be distinct, got {names}; a problem's identity is task name + row")
+    evaluated = [t.name for t in config.evaluation.tasks]
+    if len(set(evaluated)) != len(evaluated):
+        problems.append(
+            f"evaluation.tasks: names must be distinct, got {evaluated}; a problem's identity is task name + row"
+        )
     if config.algorithm == "grpo":
         set_here = [key for key in LATENT_ONLY_KEYS if _differs_from_default(config, key)]
         if set_here:
@@ -510,6 +515,11 @@ def load_config(source: str | Path | dict, overrides: list[str] = ()) -> RunConf
     for path, value in changed:
         data = _with(data, path, value, ".".join(path))
     return parse_config(data)
+
+
+def of_model(path: str) -> list[str]:
+    """Overrides that replace a profile's model by a finished one."""
+    return [f"model.path={path}", "model.new=null", "warm_start=null"]
 
 
 def parse_config(data: dict) -> RunConfig:

@@ -60,7 +60,13 @@ class PromptRenderer:
         """The prompt's ids, int32 [P]. A chat template has its special tokens; plain text gets the default ones."""
         text = self.render(problem)
         plain = self.config.format is not None
-        ids = self.tokenizer.encode(text, add_special_tokens=plain)
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=plain)
+        except Exception as error:  # tokenizers raises bare Exception for a text outside a vocabulary without <unk>
+            raise ConfigError(
+                f"problem {problem.uid}: the model's tokenizer cannot encode its prompt {text[:80]!r}... ({error}); "
+                "use a model whose tokenizer knows these texts, or another prompt"
+            ) from error
         if plain and ids and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]  # tokenizers that close every text would end the response before it starts
         if not ids:

@@ -6,72 +6,27 @@ A problem's identity is task name and row number in its source, so dropping a fa
 from __future__ import annotations
 
 import array
+import csv
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from common import gpqa
 from common.arithmetic import ChainArithmetic
-from common.config import ConfigError, PromptConfig, TaskConfig
+from common.benchmarks import BENCHMARKS, how_to_get, with_benchmark_defaults
+from common.config import ConfigError, TaskConfig
 from common.types import Problem
 
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-LOW_PROMPT = PromptConfig(user=INSTRUCTION + "\n{problem}")
-HIGH_PROMPT = PromptConfig(system=INSTRUCTION)
-CHOICE_PROMPT = PromptConfig(
-    system=INSTRUCTION,
-    user="{problem}\nPlease give the letter of the correct option (A, B, C, or D) as the final answer.",
-)
+EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER = "empty problem", "empty answer", "unreadable gold answer"
 
 
 class TaskError(ConfigError):
     """A source of problems that cannot be used. The message says what was found and what to change."""
-
-
-# --- named benchmarks (METHOD §8) --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Benchmark:
-    """Defaults of a task of this name."""
-
-    verifier: str
-    prompt: PromptConfig
-    max_prompt_tokens: int
-    max_response_tokens: int
-
-
-def _low() -> Benchmark:
-    return Benchmark(verifier="number", prompt=LOW_PROMPT, max_prompt_tokens=192, max_response_tokens=128)
-
-
-def _high(verifier: str, prompt: PromptConfig = HIGH_PROMPT) -> Benchmark:
-    return Benchmark(verifier=verifier, prompt=prompt, max_prompt_tokens=1024, max_response_tokens=4096)
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    "gsm8k-aug": _low(),
-    "gsm-hard": _low(),
-    "svamp": _low(),
-    "multiarith": _low(),
-    "math500": _high("math"),
-    "aime2024": _high("math"),
-    "aime2025": _high("math"),
-    "gpqa": _high("choice", CHOICE_PROMPT),
-}
-
-
-def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:
-    """`config` with the benchmark's values where the user gave none; any other name is returned as it is."""
-    benchmark = BENCHMARKS.get(config.name)
-    if benchmark is None:
-        return config
-    defaults = {key: getattr(benchmark, key) for key in Benchmark.__slots__}
-    return config.model_copy(update={k: v for k, v in defaults.items() if k not in config.model_fields_set})
 
 
 # --- sources -----------------------------------------------------------------------------------------------------
@@ -159,7 +114,8 @@ def load_task(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | N
     if config.path is None:
         hint = " (a named benchmark gives prompt and verifier, not the problems)" if config.name in BENCHMARKS else ""
         raise TaskError(
-            f"task {config.name}: path is missing{hint}; set it to a .parquet or .jsonl file, hf:... or builtin:..."
+            f"task {config.name}: path is missing{hint}; set it to a .parquet, .jsonl or .csv file, hf:... or "
+            "builtin:..."
         )
     if config.path.startswith("builtin:"):
         return _generated(config, seed)
@@ -199,11 +155,11 @@ def _stored(config: TaskConfig, gradable: Callable[[str], bool] | None) -> Store
     for number, row in enumerate(rows):
         messages, answer, cot = read(number, row)
         if not any(content.strip() for role, content in messages if role == "user"):
-            dropped.setdefault("empty problem", []).append(number)
+            dropped.setdefault(EMPTY_PROBLEM, []).append(number)
         elif not answer.strip():
-            dropped.setdefault("empty answer", []).append(number)
+            dropped.setdefault(EMPTY_ANSWER, []).append(number)
         elif gradable is not None and not gradable(answer):
-            dropped.setdefault("unreadable gold answer", []).append(number)
+            dropped.setdefault(UNREADABLE_ANSWER, []).append(number)
         else:
             uid = f"{config.name}/{number}"
             problems.append(Problem(uid=uid, task=config.name, messages=messages, answer=answer, cot=cot))
@@ -221,7 +177,7 @@ def _read(config: TaskConfig) -> list[dict]:
         return _read_hub(config, path.removeprefix("hf:"))
     file = Path(path)
     if not file.is_file():
-        raise TaskError(f"task {config.name}: no file {path} (looked in {Path.cwd()})")
+        raise TaskError(f"task {config.name}: no file {path} (looked in {Path.cwd()}){how_to_get(config.name)}")
     if file.suffix == ".parquet":
         import pyarrow.lib
         import pyarrow.parquet
@@ -233,7 +189,9 @@ def _read(config: TaskConfig) -> list[dict]:
         return (table if config.limit is None else table.slice(0, config.limit)).to_pylist()
     if file.suffix == ".jsonl":
         return _read_jsonl(config, file)
-    raise TaskError(f"task {config.name}: {path}: expected a .parquet or .jsonl file, hf:... or builtin:...")
+    if file.suffix == ".csv":
+        return _read_csv(config, file)
+    raise TaskError(f"task {config.name}: {path}: expected a .parquet, .jsonl or .csv file, hf:... or builtin:...")
 
 
 def _read_jsonl(config: TaskConfig, file: Path) -> list[dict]:
@@ -254,6 +212,21 @@ def _read_jsonl(config: TaskConfig, file: Path) -> list[dict]:
     return rows
 
 
+def _read_csv(config: TaskConfig, file: Path) -> list[dict]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            rows = list(itertools.islice(csv.DictReader(lines), config.limit))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise TaskError(f"task {config.name}: {file} cannot be read as CSV: {error}") from error
+    for number, row in enumerate(rows):
+        if None in row or None in row.values():
+            raise TaskError(
+                f"task {config.name}: {file}: row {number} has more or fewer cells than the header; is it a CSV file "
+                "with a comma between cells and quotes round texts with commas?"
+            )
+    return rows
+
+
 def _read_hub(config: TaskConfig, name: str) -> list[dict]:
     """`owner/dataset[:split]`; an option `config` names a dataset's configuration."""
     import datasets
@@ -262,7 +235,9 @@ def _read_hub(config: TaskConfig, name: str) -> list[dict]:
     try:
         data = datasets.load_dataset(repository, config.options.get("config"), split=split or "train")
     except (OSError, ValueError) as error:
-        raise TaskError(f"task {config.name}: dataset {repository} (split {split or 'train'}): {error}") from error
+        raise TaskError(
+            f"task {config.name}: dataset {repository} (split {split or 'train'}): {error}{how_to_get(config.name)}"
+        ) from error
     return (data if config.limit is None else data.select(range(min(config.limit, len(data))))).to_list()
 
 
@@ -273,6 +248,8 @@ def _reader(config: TaskConfig, there: set[str]) -> Callable[[int, dict], Readin
     columns = config.columns
     if columns.problem not in there and {"prompt", "reward_model"} <= there:
         return lambda number, row: _read_verl(config, number, row)
+    if columns.problem not in there and there >= gpqa.COLUMNS:
+        return _read_gpqa
     for key, column in (("problem", columns.problem), ("answer", columns.answer)):
         if column not in there:
             raise TaskError(
@@ -300,6 +277,11 @@ def _read_verl(config: TaskConfig, number: int, row: dict) -> Reading:
         raise TaskError(f"task {config.name}: row {number}: `reward_model` has no ground_truth, got {truth!r}")
     messages = tuple((str(m["role"]), _text(m["content"])) for m in chat)
     return messages, _text(truth["ground_truth"]), _text(row.get(config.columns.cot))
+
+
+def _read_gpqa(number: int, row: dict) -> Reading:
+    question, letter = gpqa.lettered(number, row)
+    return (("user", question),), letter, ""
 
 
 def _text(value: Any) -> str:

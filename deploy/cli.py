@@ -71,11 +71,6 @@ def interruptible() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def of_model(path: str) -> list[str]:
-    """Overrides that replace a profile's model by a finished one."""
-    return [f"model.path={path}", "model.new=null", "warm_start=null"]
-
-
 @app.command(context_settings=SETTINGS)
 def validate(
     context: typer.Context,
@@ -141,13 +136,19 @@ def sft(
 def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder or hub id of a Hugging Face model.")],
-    profile: Profile = "quickstart",
+    tasks: Annotated[str, typer.Option(help="Named benchmarks, e.g. gsm8k-aug,svamp; default: the profile's.")] = "",
+    data: Annotated[str, typer.Option(help="Folder with the benchmarks' files.")] = "data",
+    profile: Annotated[str | None, typer.Option(help="Settings; default: those of the model's own run.")] = None,
+    samples: Annotated[int | None, typer.Option(help="pass@k with noise on so many samples a problem.")] = None,
 ) -> None:
-    """pass@1 (noise off), chain length and invalid rate of a model on the profile's evaluation tasks."""
-    from deploy.evaluate import evaluate_model
+    """pass@1 (noise off), pass@k (with noise), chain length and invalid rate of a model."""
+    from deploy.evaluate import evaluate_model, evaluation_config
 
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    given = overrides(context.args) + ([] if samples is None else [f"evaluation.samples={samples}"])
+    config, name = evaluation_config(model, given, profile=profile, tasks=names, data=data)
     with interruptible():
-        evaluate_model(load_config(profile, [*overrides(context.args), *of_model(model)]), profile)
+        evaluate_model(config, name)
 
 
 @app.command(context_settings=SETTINGS)

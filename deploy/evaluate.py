@@ -10,19 +10,24 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain as chained
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from common.config import ConfigError, EvaluationConfig, RunConfig
+from common.benchmarks import BENCHMARKS, benchmark_tasks
+from common.chain import ChainSettings, read_chain
+from common.config import ConfigError, EvaluationConfig, RunConfig, load_config, of_model, read_profile
 from common.models import load_model
 from common.schema import concat
 from common.types import GroupRequest
 from deploy.controller import gather
+from deploy.evaluation_report import REPORT_FILE, report, table
 from deploy.problems import PreparedTask, evaluation_requests
 from deploy.progress import Reporter
 from deploy.run import Run, started
-from deploy.run_folder import RunFolder, create_run
+from deploy.run_folder import create_run
 from deploy.scores import TaskResult, macro_average, pass_at_k_results, results
 from learner.weights import publish
 
@@ -82,7 +87,7 @@ def measure(
 def _requests(
     config: RunConfig, tasks: Iterable[PreparedTask], tag: str, samples: int, **options
 ) -> list[GroupRequest]:
-    return list(chain.from_iterable(evaluation_requests(config, task, samples, tag, **options) for task in tasks))
+    return list(chained.from_iterable(evaluation_requests(config, task, samples, tag, **options) for task in tasks))
 
 
 def _generated(
@@ -129,23 +134,77 @@ def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
 # --- as a command --------------------------------------------------------------------------------------------------
 
 
+def evaluation_config(
+    model: str, overrides: list[str], *, profile: str | None = None, tasks: Sequence[str] = (), data: str = "data"
+) -> tuple[RunConfig, str]:
+    """Settings of an evaluation of `model`, and a name for it.
+
+    They come from `profile`; without one from the run whose folder the model lies in; without that, for named
+    benchmarks, from the model's own chain (`common.chain`) and the defaults. `tasks` replaces the evaluation tasks by
+    named benchmarks with the files of the folder `data`. Training tasks are not loaded.
+    """
+    run_config = Path(model).parent / "config.json"
+    if profile is not None:
+        settings, name = read_profile(profile), Path(profile).stem
+    elif (Path(model).parent / "run.json").is_file() and run_config.is_file():
+        settings, name = read_profile(run_config), Path(model).resolve().parent.name
+    elif tasks:
+        settings, name = _settings_of(read_chain(model)), "benchmarks"
+    else:
+        raise ConfigError(
+            f"what shall {model} be evaluated on? Give --tasks (of {', '.join(BENCHMARKS)}), or --profile with "
+            "evaluation.tasks"
+        )
+    evaluation = dict(settings.get("evaluation") or {})
+    if tasks:
+        evaluation["tasks"] = [task.model_dump(exclude_unset=True) for task in benchmark_tasks(tasks, data)]
+        name = "-".join(tasks) if len(tasks) < 4 else f"{len(tasks)}-benchmarks"
+    if not evaluation.get("tasks"):
+        raise ConfigError(f"{name} has no evaluation.tasks; give --tasks, or add one with `name` and `path`")
+    settings |= {"evaluation": evaluation, "tasks": evaluation["tasks"]}
+    config = load_config(settings, [*overrides, *of_model(model)])
+    return config.model_copy(update={"tasks": config.evaluation.tasks}), name
+
+
+def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
+    """A model's own: how it was made to think."""
+    if chain is None:
+        return {}
+    if chain.chain == "explicit":
+        return {"algorithm": "grpo", "model": {"prompt": {"think_end": chain.think_end}}}
+    return {"k": chain.k, "tau": chain.tau, "model": {"prompt": {"think_end": chain.think_end}}}
+
+
 def evaluate_model(config: RunConfig, name: str, reporter: Reporter | None = None) -> Evaluation:
-    """A finished model on a profile's evaluation tasks, in a run folder of its own."""
+    """A finished model on `config.evaluation.tasks`, in a run folder of its own: `evaluation.json`, all trajectories,
+    and a table."""
     if not config.evaluation.tasks:
         raise ConfigError(f"{name} has no evaluation.tasks; add one with `name` and `path`")
     reporter = reporter or Reporter()
-    folder: RunFolder = create_run(config, f"evaluate-{name}")
+    folder = create_run(config, f"evaluate-{name}")
     with started(folder, config, 0, reporter) as run:
         model = load_model(run.initial, config.model.dtype)
         weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-        run.pool.publish(publish(weights, 0, config.learner.weight_bucket_bytes))
+        publication = publish(weights, 0, config.learner.weight_bucket_bytes)
+        run.pool.publish(publication)
         del model, weights
 
         def keep(groups: list[pa.RecordBatch]) -> None:
             run.store.write(0, concat(groups), "evaluation", run.lineage)
 
-        found = measure(
-            config, partial(gather, run.pool), run.problems.evaluation, "model", reporter=reporter, keep=keep
-        )
+        ask = partial(gather, run.pool)
+        found = measure(config, ask, run.problems.evaluation, "model", reporter=reporter, keep=keep)
         run.metrics.write(0, found.metrics(), kind="evaluation")
+        content = report(
+            found.tasks,
+            run.problems.evaluation,
+            config,
+            model=str(run.initial),
+            checksum=publication.manifest.version.checksum,
+            chain=run.chain,
+            versions=folder.read_json("run.json")["versions"],
+        )
+        run.folder.write_json(REPORT_FILE, content)
+    reporter.console.print(table(found.tasks, str(config.model.path)))
+    reporter.say(f"{run.folder.path / REPORT_FILE} · trajectories in {run.folder.trajectories}")
     return found

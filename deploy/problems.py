@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from common.benchmarks import with_benchmark_defaults
 from common.config import ConfigError, RunConfig, TaskConfig
 from common.prompts import PromptRenderer
 from common.tasks import (
+    EMPTY_ANSWER,
+    EMPTY_PROBLEM,
+    UNREADABLE_ANSWER,
     PromptStream,
     StoredTask,
     TaskError,
     TaskSource,
     describe_dropped,
     load_task,
-    with_benchmark_defaults,
 )
 from common.types import GroupRequest, NoiseMode, Problem, Purpose, SamplingSettings
 from deploy.verifiers import build_verifier
@@ -52,13 +55,15 @@ class PreparedTask:
         return ids
 
 
-def prepare_task(task: TaskConfig, config: RunConfig, tokenizer) -> PreparedTask:
+def prepare_task(task: TaskConfig, config: RunConfig, tokenizer, *, whole: bool = False) -> PreparedTask:
     """Loads a task and drops, with a count, what cannot be asked: empty, ungradable, too long.
 
-    Raises TaskError when nothing is left.
+    Raises TaskError when nothing is left, and for a `whole` one (an evaluation's) where a row cannot be graded.
     """
     verifier = build_verifier(config, with_benchmark_defaults(task).verifier)
     source = load_task(task, config.seed, lambda gold: gold_is_parsable(verifier, gold))
+    if whole:
+        _check_whole(source)
     renderer = PromptRenderer(tokenizer, source.config.prompt or config.model.prompt)
     if isinstance(source, StoredTask):
         limit = source.config.max_prompt_tokens
@@ -66,13 +71,29 @@ def prepare_task(task: TaskConfig, config: RunConfig, tokenizer) -> PreparedTask
     return PreparedTask(source, renderer)
 
 
+def _check_whole(source: TaskSource) -> None:
+    """An evaluation task must not lack problems or answers: the rest would be another benchmark. Raises TaskError."""
+    faults = (EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER)
+    faulty = {reason: source.dropped[reason] for reason in faults if reason in source.dropped}
+    if faulty:
+        config = source.config
+        raise TaskError(
+            f"evaluation task {config.name}: {config.path} has rows that cannot be graded with verifier "
+            f"{config.verifier!r} ({describe_dropped(faulty).removeprefix('dropped ')}); figures of the other "
+            "rows would be of another benchmark. Mend the file, set columns.answer, or evaluate on a file of good rows"
+        )
+
+
 class Problems:
     """The run's prompts: the endless training order and the evaluation sets."""
 
     def __init__(self, config: RunConfig, tokenizer) -> None:
         self.config = config
-        self.training = [prepare_task(task, config, tokenizer) for task in config.tasks]
-        self.evaluation = [prepare_task(task, config, tokenizer) for task in config.evaluation.tasks]
+        self.evaluation = [prepare_task(task, config, tokenizer, whole=True) for task in config.evaluation.tasks]
+        if config.tasks == config.evaluation.tasks:  # an evaluation alone: its files are read once
+            self.training = self.evaluation
+        else:
+            self.training = [prepare_task(task, config, tokenizer) for task in config.tasks]
         self._stream = PromptStream([t.source for t in self.training], [t.weight for t in config.tasks], config.seed)
 
     @property

@@ -39,9 +39,9 @@ def bench_loop(
     json_file: JsonFile = None,
 ) -> None:
     """A step of the pipeline (Ray, DeepSpeed) beside a step of the same loop in one process."""
-    from common.config import load_config
+    from common.config import load_config, of_model
     from deploy.bench.loop import compare, show, write_json
-    from deploy.cli import of_model, overrides
+    from deploy.cli import overrides
 
     config = load_config(profile, [*overrides(context.args), *(of_model(model) if model else [])])
     found = compare(config, steps)

@@ -1,4 +1,4 @@
-"""`inspect`: what is shown is what was recorded, every filter filters, hostile text is never sent, faults are a sentence."""
+"""`inspect`: what is shown is what was recorded, filters filter, hostile text is never sent, faults are a sentence."""
 
 from __future__ import annotations
 

@@ -166,9 +166,9 @@ def test_faulty_sources_are_named(tmp_path):
         load(str(tmp_path / "absent.parquet"))
     with pytest.raises(TaskError, match="path is missing"):
         load(None)
-    (tmp_path / "t.csv").write_text("a,b")
-    with pytest.raises(TaskError, match=r"expected a \.parquet or \.jsonl"):
-        load(str(tmp_path / "t.csv"))
+    (tmp_path / "t.txt").write_text("a,b")
+    with pytest.raises(TaskError, match=r"expected a \.parquet, \.jsonl or \.csv"):
+        load(str(tmp_path / "t.txt"))
     (tmp_path / "bad.parquet").write_text("not parquet")
     with pytest.raises(TaskError, match="cannot be read as parquet"):
         load(str(tmp_path / "bad.parquet"))

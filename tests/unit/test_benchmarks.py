@@ -1,0 +1,122 @@
+"""Named benchmarks: their files, GPQA from the user's own copy, and files that would give figures of something else."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common import gpqa
+from common.arithmetic import make_arithmetic_tokenizer
+from common.benchmarks import BENCHMARKS, benchmark_tasks
+from common.config import ConfigError, TaskConfig, load_config
+from common.tasks import TaskError, load_task
+from deploy.problems import Problems
+from reward.answers import gold_is_parsable
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROW = {
+    "Question": "What is heavier?",
+    "Correct Answer": "lead",
+    "Incorrect Answer 1": "a feather, or two",
+    "Incorrect Answer 2": "air",
+    "Incorrect Answer 3": "nothing",
+}
+
+
+def write_gpqa(path, rows):
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, [*ROW, "Record ID"])
+        writer.writeheader()
+        writer.writerows({**row, "Record ID": "x"} for row in rows)
+
+
+def test_every_name_is_found_in_the_folder_and_an_unknown_one_is_named(tmp_path):
+    for benchmark in BENCHMARKS.values():
+        (tmp_path / benchmark.files[0]).touch()
+    tasks = benchmark_tasks([*BENCHMARKS, "svamp"], tmp_path)
+    assert [task.name for task in tasks] == list(BENCHMARKS)
+    assert tasks[2].path == str(tmp_path / "svamp.parquet")
+    with pytest.raises(ConfigError, match=r"unknown benchmark\(s\) gsm9k; there is: gsm8k-aug, gsm-hard"):
+        benchmark_tasks(["gsm9k", "svamp"], tmp_path)
+
+
+def test_a_missing_file_says_where_it_was_looked_for_and_gpqa_how_to_get_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"no svamp\.parquet in .*github\.com/arkilpatel/SVAMP"):
+        benchmark_tasks(["svamp"], tmp_path)
+    how = r"its authors ask.*huggingface\.co/datasets/Idavidrein/gpqa.*put it into the data folder as it is"
+    with pytest.raises(ConfigError, match=rf"no gpqa_diamond\.csv or .*{how}"):
+        benchmark_tasks(["gpqa"], tmp_path)
+    with pytest.raises(TaskError, match=how):
+        load_task(TaskConfig(name="gpqa", path=str(tmp_path / "mine.csv")), 0)
+
+
+# --- GPQA
+
+
+def test_gpqa_is_read_as_its_authors_publish_it(tmp_path):
+    write_gpqa(tmp_path / "gpqa_diamond.csv", [ROW] * 40)
+    (task,) = benchmark_tasks(["gpqa"], tmp_path)
+    source = load_task(task, 0, lambda gold: gold_is_parsable("choice", gold))
+    problems = [source.problem(i) for i in range(40)]
+    assert (source.size, source.dropped, source.config.verifier) == (40, {}, "choice")
+    for problem in problems:
+        text = problem.messages[0][1]
+        assert text.startswith("What is heavier?\n\nA. ")
+        assert f"\n{problem.answer}. lead" in text
+        assert sorted(line[3:] for line in text.splitlines()[2:]) == sorted(
+            v for k, v in ROW.items() if k != "Question"
+        )
+    assert {p.answer for p in problems} == set("ABCD")  # the position of the right answer says nothing
+    again = load_task(task, seed=99)
+    assert [again.problem(i).messages for i in range(40)] == [p.messages for p in problems]
+
+
+def test_gpqa_row_without_an_answer_has_no_letter():
+    assert gpqa.lettered(0, {**ROW, "Incorrect Answer 2": None}) == ("What is heavier?", "")
+
+
+def test_a_csv_that_is_none_is_named(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('problem,answer\n"1+1?",2\nand so on, and on,3\n')
+    with pytest.raises(TaskError, match=r"row 1 has more or fewer cells than the header"):
+        load_task(TaskConfig(name="t", path=str(path)), 0)
+    path.write_text("problem,answer\n1+1?,2\n")
+    assert load_task(TaskConfig(name="t", path=str(path)), 0).problem(0).answer == "2"
+
+
+# --- whole files only
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (["1", "", "3", None], r"2 empty answer \(rows 1, 3\)"),
+        (["1", "two apples", "3", "4"], r"1 unreadable gold answer \(row 1\)"),
+    ],
+)
+def test_a_benchmark_file_with_missing_answers_is_refused(tmp_path, answers, message):
+    path = tmp_path / "svamp.parquet"
+    pq.write_table(pa.table({"problem": ["1+1?"] * len(answers), "answer": answers}), path)
+    task = TaskConfig(name="svamp", path=str(path))
+    config = load_config("quickstart")
+    evaluation = config.evaluation.model_copy(update={"tasks": [task]})
+    with pytest.raises(TaskError, match=rf"evaluation task svamp: .*{message}.*of another benchmark"):
+        Problems(config.model_copy(update={"evaluation": evaluation}), make_arithmetic_tokenizer())
+
+
+def test_evaluation_tasks_of_the_same_name_are_refused():
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks: names must be distinct"):
+        load_config("quickstart", ["evaluation.tasks=[{name: a, path: x}, {name: a, path: y}]"])
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not on this machine")
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "gpqa"])
+def test_every_row_of_the_published_files_can_be_graded(name):
+    (task,) = benchmark_tasks([name], DATA)
+    verifier = BENCHMARKS[name].verifier
+    source = load_task(task, 0, lambda gold: gold_is_parsable(verifier, gold))
+    assert (source.size, source.dropped) == (BENCHMARKS[name].problems, {})

@@ -1,0 +1,184 @@
+"""`latent-grpo evaluate`: whose settings it takes, what it asks for, and what it leaves, without a cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from common.arithmetic import make_arithmetic_tokenizer
+from common.benchmarks import BENCHMARKS
+from common.chain import ChainSettings, write_chain
+from common.config import ConfigError, load_config
+from common.schema import encode
+from common.types import Trajectory
+from deploy.evaluate import evaluation_config, measure
+from deploy.evaluation_report import report, table
+from deploy.problems import Problems
+from deploy.progress import Reporter
+from deploy.published import published
+from deploy.run_folder import create_run
+from deploy.scores import MACRO, TaskResult, macro_average
+
+QUIET = Reporter(Console(quiet=True))
+
+
+# --- settings
+
+
+def model_of_a_run(tmp_path, *overrides):
+    folder = create_run(load_config("quickstart", [f"runs_folder={tmp_path}", *overrides]), "mine")
+    folder.model.mkdir()
+    return folder.model
+
+
+def test_a_run_s_model_is_evaluated_with_its_run_s_settings(tmp_path):
+    config, name = evaluation_config(str(model_of_a_run(tmp_path, "seed=7")), ["evaluation.runs=2"])
+    assert (config.k, config.noise.scale, config.seed, config.evaluation.runs) == (3, 0.3, 7, 2)
+    assert (config.model.path, config.model.new, config.warm_start) == (str(tmp_path / name / "model"), None, None)
+    assert [t.name for t in config.tasks] == ["chain-arithmetic-held-out"], "training tasks are not loaded"
+
+
+def test_named_benchmarks_bring_prompt_grader_and_budget_and_the_chain_its_width(tmp_path):
+    for benchmark in BENCHMARKS.values():
+        (tmp_path / benchmark.files[0]).touch()
+    chain = ChainSettings(chain="latent", k=4, tau=0.5, compression=2, think_end="</t>", think_end_ids=[9])
+    write_chain(tmp_path, chain)
+    config, name = evaluation_config(str(tmp_path), [], tasks=["svamp", "math500"], data=str(tmp_path))
+    assert (name, config.algorithm, config.k, config.tau) == ("svamp-math500", "latent_grpo", 4, 0.5)
+    assert config.model.prompt.think_end == "</t>"
+    assert [t.path for t in config.evaluation.tasks] == [
+        str(tmp_path / "svamp.parquet"),
+        str(tmp_path / "math500.parquet"),
+    ]
+    write_chain(tmp_path, ChainSettings(chain="explicit", think_end="</think>", think_end_ids=[]))
+    config, _ = evaluation_config(str(tmp_path), [], tasks=["svamp"], data=str(tmp_path))
+    assert config.algorithm == "grpo"
+
+
+def test_nothing_to_evaluate_on_says_what_to_give(tmp_path):
+    with pytest.raises(ConfigError, match=r"Give --tasks \(of gsm8k-aug"):
+        evaluation_config(str(tmp_path), [])
+
+
+def test_pass_at_k_takes_the_usual_k_that_the_samples_allow():
+    assert load_config("quickstart", ["evaluation.samples=20"]).evaluation.pass_at_k == [1, 4, 8, 16]
+    assert load_config("quickstart").evaluation.pass_at_k == []
+    with pytest.raises(ConfigError, match=r"pass@8 needs at least 8 samples a problem, evaluation.samples is 4"):
+        load_config("quickstart", ["evaluation.samples=4", "evaluation.pass_at_k=[1, 8]"])
+
+
+# --- what is asked
+
+
+class Cluster:
+    """Stands for the pool: sample i of problem p is right iff the table says so."""
+
+    def __init__(self, right):
+        self.right, self.requests = right, []
+
+    def gather(self, requests, on_arrival):
+        self.requests += requests
+        groups = []
+        for request in requests:
+            problem = int(request.problem_uid.rpartition("/")[2])
+            groups.append(encode([self._sample(request, problem, i) for i in request.sample_indices], k=3))
+            on_arrival(len(groups))
+        return groups
+
+    def _sample(self, request, problem, index):
+        noisy = request.sampling.noise_mode != "off"
+        return Trajectory(
+            purpose=request.purpose, task=request.task, problem_uid=request.problem_uid, group_uid=request.group_uid,
+            sample_index=index, epoch=0, run_seed=0, policy_version_min=0, policy_version_max=0, engine="none",
+            sampling=request.sampling, prompt_ids=request.prompt_ids, latent_ids=np.zeros((2, 3), np.int32),
+            latent_scores=np.zeros((2, 3), np.float32), latent_log_probs=np.zeros((2, 3), np.float32),
+            hard_ids=np.zeros(3, np.int32), hard_log_probs=np.zeros(3, np.float32), finish_reason="stop",
+            reward=float(self.right(noisy, problem, index)),
+        )  # fmt: skip
+
+
+def evaluation_of(*overrides):
+    config = load_config("quickstart", ["evaluation.tasks.0.options.size=4", *overrides])
+    return config, Problems(config, make_arithmetic_tokenizer())
+
+
+def test_pass_at_1_is_asked_without_noise_and_pass_at_k_with_the_run_s():
+    config, problems = evaluation_of("evaluation.runs=2", "evaluation.samples=4", "evaluation.sampled_problems=3")
+    cluster = Cluster(lambda noisy, problem, index: index == 0 if noisy else problem < 2)
+    kept = []
+    (result,) = measure(config, cluster.gather, problems.evaluation, "t", reporter=QUIET, keep=kept.append).tasks
+    assert result.pass_at_1 == 0.5
+    assert result.runs == (0.5, 0.5)
+    assert [(at.k, at.value, at.problems) for at in result.pass_at_k] == [(1, 0.25, 3), (4, 1.0, 3)]
+    quiet, noisy = cluster.requests[:4], cluster.requests[4:]
+    assert {(r.sampling.noise_mode, len(r.sample_indices)) for r in quiet} == {("off", 2)}
+    assert {(r.sampling.noise_mode, len(r.sample_indices)) for r in noisy} == {("one_sided", 4)}
+    assert len({r.group_uid for r in cluster.requests}) == 7, "a group is identified by its uid"
+    assert sum(len(part) for part in kept) == 7
+
+
+def test_trajectories_are_asked_for_and_given_away_in_parts(monkeypatch):
+    monkeypatch.setattr("deploy.evaluate.SAMPLES_AT_ONCE", 4)
+    config, problems = evaluation_of("evaluation.runs=2")
+    kept = []
+    measure(config, Cluster(lambda *_: 1).gather, problems.evaluation, "t", reporter=QUIET, keep=kept.append)
+    assert [len(part) for part in kept] == [2, 2]
+
+
+# --- what is left
+
+
+def figures(task, problems=4, pass_at_1=0.5):
+    return TaskResult(
+        task=task, problems=problems, samples=problems, pass_at_1=pass_at_1, standard_error=0.1, interval=(0.3, 0.7),
+        runs=(pass_at_1,), chain_length=20.0, latent_length=12.0, invalid_rate=0.25, ungraded=0,
+    )  # fmt: skip
+
+
+def whole(*names):
+    return [figures(name, BENCHMARKS[name].problems) for name in names]
+
+
+def test_published_numbers_stand_only_beside_the_same_benchmark():
+    low, high = ([n for n, b in BENCHMARKS.items() if b.level == level] for level in ("low", "high"))
+    assert set(published(whole("math500"))) == {"math500"}
+    assert not published([figures("math500", problems=499)])  # a part of it is another benchmark
+    assert [p.pass_at_1 for p in published(whole(*low))[MACRO]] == [50.46, 50.73, 57.98, 58.32]
+    assert MACRO not in published(whole(*low[:3]))
+    assert MACRO not in published(whole(*low, high[0]))
+    assert published(whole(*high))[MACRO][-1].pass_at_1 == 41.72
+
+
+def test_report_says_what_decided_the_numbers():
+    config, problems = evaluation_of("evaluation.samples=4")
+    results = measure(config, Cluster(lambda *_: 1).gather, problems.evaluation, "t", reporter=QUIET).tasks
+    content = report(results, problems.evaluation, config, model="m", checksum="c", chain=None, versions={"torch": "2"})
+    assert json.loads(json.dumps(content)) == json.loads(json.dumps(content))
+    (task,) = content["tasks"]
+    assert task.items() >= {"pass_at_1": 1.0, "verifier": "number", "path": "builtin:chain_arithmetic"}.items()
+    assert task["prompt"]["think_end"] == "</think>"
+    assert content["settings"].items() >= {"k": 3, "runs": 1, "samples": 4, "temperature": 0.6}.items()
+    assert content["macro_average"]["pass_at_1"] == 1.0
+
+
+def test_table_shows_each_task_and_the_average():
+    console = Console(width=200, record=True, file=io.StringIO())
+    rows = whole("math500", "aime2024")
+    rows[0] = dataclasses.replace(rows[0], pass_at_1=0.804, ungraded=2)
+    console.print(table(rows, "a model"))
+    text = console.export_text()
+    for found in (
+        "math500 (2 samples ungraded)",
+        "0.804",
+        "0.300-0.700",
+        MACRO,
+        "25.0%",
+        "Latent-GRPO 80.40, pass@64 87.8",
+    ):
+        assert found in text
+    assert f"{macro_average(rows).pass_at_1:.3f}" in text
