@@ -18,9 +18,11 @@ from rich.table import Table
 
 from common.config import ConfigError, RunConfig, config_as_json, load_config
 from deploy.bench import bench
+from deploy.reading import reading
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(bench, name="bench")
+app.add_typer(reading)
 console = Console()
 STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 RUN_ERRORS = {
@@ -36,7 +38,6 @@ RUN_ERRORS = {
 }
 """By name: importing their modules would load torch and Ray for every command."""
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
 Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
 
 
@@ -207,49 +208,6 @@ def submit(
     from deploy.submit import submit as submit_job
 
     raise typer.Exit(submit_job([command, *context.args], address, follow))
-
-
-@app.command()
-def inspect(
-    run: RunArgument,
-    step: Annotated[list[str] | None, typer.Option(help="A step, or a range: 10-40. May be repeated.")] = None,
-    task: Annotated[str | None, typer.Option(help="Part of a task's name.")] = None,
-    failed: Annotated[bool, typer.Option("--failed", help="Reward 0 or none.")] = False,
-    correct: Annotated[bool, typer.Option("--correct", help="A positive reward.")] = False,
-    reason: Annotated[
-        str | None, typer.Option(help="Of the grade, the end or the learner: wrong, length, masked.")
-    ] = None,
-    group: Annotated[str | None, typer.Option(help="Part of a group's uid.")] = None,
-    problem: Annotated[str | None, typer.Option(help="Part of a problem's uid.")] = None,
-    sample: Annotated[int | None, typer.Option(help="Sample index in the group.")] = None,
-    min_length: Annotated[int | None, typer.Option(help="Response steps, latent and hard.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Response steps, latent and hard.")] = None,
-    sort: Annotated[
-        str, typer.Option(help="step, length, latent, reward, seconds, advantage; -length: descending.")
-    ] = "step",
-    purpose: Annotated[str | None, typer.Option(help="training, evaluation, ...; all without.")] = None,
-    lineage: Annotated[int | None, typer.Option(help="Of a resumed run; the live history without.")] = None,
-    show: Annotated[int | None, typer.Option(help="This one of the matches, in full.")] = None,
-    limit: Annotated[int, typer.Option(help="Matches listed; 0: all.")] = 20,
-    thoughts: Annotated[int, typer.Option(help="Latent steps shown in full.")] = 64,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-    diff: Annotated[tuple[int, int] | None, typer.Option(help="The same problem at two steps.")] = None,
-) -> None:
-    """Shows a run, its trajectories and what the model thought in them."""
-    from deploy import inspection
-    from deploy.run_view import Filters, open_run, parse_steps
-
-    filters = Filters(
-        steps=parse_steps(step or []), purpose=purpose, task=task, failed=failed, correct=correct, reason=reason,
-        group=group, problem=problem, sample=sample, min_length=min_length, max_length=max_length, sort=sort,
-        lineage=lineage,
-    )  # fmt: skip
-    if diff is not None:
-        inspection.diff(open_run(run), *diff, filters, machine=json, console=console)
-    else:
-        inspection.inspect(
-            open_run(run), filters, show=show, limit=limit, max_thoughts=thoughts, machine=json, console=console
-        )
 
 
 def main() -> None:

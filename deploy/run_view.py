@@ -91,7 +91,7 @@ class Filters:
     reason: str | None = None
     group: str | None = None
     problem: str | None = None
-    sample: int | None = None
+    sample_index: int | None = None
     min_length: int | None = None
     max_length: int | None = None
     sort: str = "step"  # with a leading "-": descending
@@ -136,7 +136,7 @@ class Filters:
             and (self.reason is None or self.reason in row.reasons)
             and (self.group is None or self.group in row.group_uid)
             and (self.problem is None or self.problem in row.problem_uid)
-            and (self.sample is None or self.sample == row.sample_index)
+            and (self.sample_index is None or self.sample_index == row.sample_index)
             and (self.min_length is None or row.length >= self.min_length)
             and (self.max_length is None or row.length <= self.max_length)
         )

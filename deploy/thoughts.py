@@ -6,16 +6,18 @@ width is exp(entropy of the weights): 1 if one token has it all, K if all have t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
-from common.learner_record import CLIPS, LearnerRecord, decode_records
-from common.schema import decode
+from common.learner_record import CLIPS, LearnerRecord, decode_records, join
+from common.schema import decode, take_rows
 from common.store import LearnerStore, read_dump
 from common.types import Trajectory
 from deploy.run_view import Row, RunView
@@ -105,24 +107,34 @@ class Thoughts:
         return "" if clipped is None else CLIPS[int(clipped[step])]
 
 
-def load(run: RunView, rows: Iterable[Row]) -> list[Thoughts]:
+def load(run: RunView, rows: Sequence[Row]) -> list[Thoughts]:
     """The rows' trajectories with the learner's records, in their order. Raises DumpError.
 
-    Each file is read once; rows in file order need memory for one file at a time.
+    Rows of one file that follow each other cost one pass over it.
     """
-    return [_thoughts(row, *_decoded(run, row)) for row in rows]
-
-
-def _decoded(run: RunView, row: Row) -> tuple[Trajectory, LearnerRecord | None]:
-    trajectories, records = _file(row.file.path, run.records_path(row.file))
-    trajectory = trajectories[row.index]
-    return trajectory, records.get((trajectory.group_uid, trajectory.sample_index))
+    found: list[Thoughts] = []
+    for _, same_file in itertools.groupby(rows, key=lambda row: row.file.path):
+        chosen = list(same_file)
+        trajectories, records = _read(chosen[0].file.path, run.records_path(chosen[0].file))
+        chosen_batch = take_rows(trajectories, [row.index for row in chosen])
+        made = {} if records is None else _records_of(chosen_batch, records)
+        found += [
+            _thoughts(row, trajectory, made.get(place))
+            for place, (row, trajectory) in enumerate(zip(chosen, decode(chosen_batch), strict=True))
+        ]
+    return found
 
 
 @lru_cache(maxsize=2)
-def _file(path: Path, records: Path) -> tuple[list[Trajectory], dict[tuple[str, int], LearnerRecord]]:
-    learned = decode_records(read_dump(records, LearnerStore)) if records.is_file() else []
-    return decode(read_dump(path)), {(r.group_uid, r.sample_index): r for r in learned}
+def _read(path: Path, records: Path) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
+    return read_dump(path), read_dump(records, LearnerStore) if records.is_file() else None
+
+
+def _records_of(trajectories: pa.RecordBatch, records: pa.RecordBatch) -> dict[int, LearnerRecord]:
+    """Row of `trajectories` -> what the learner made of it."""
+    places = join(trajectories, records)
+    with_record = np.flatnonzero(places >= 0)
+    return dict(zip(with_record.tolist(), decode_records(take_rows(records, places[with_record])), strict=True))
 
 
 def _thoughts(row: Row, trajectory: Trajectory, record: LearnerRecord | None) -> Thoughts:

@@ -89,7 +89,7 @@ def test_a_run_that_has_just_begun_is_shown(tmp_path):
         (Filters(reason="all_equal"), lambda row: row["why"] == "all_equal"),
         (Filters(group="training/4/"), lambda row: row["group_uid"] == "training/4/chains/4"),
         (Filters(problem="chains/5"), lambda row: row["problem_uid"] == "chains/5"),
-        (Filters(sample=1), lambda row: row["sample_index"] == 1),
+        (Filters(sample_index=1), lambda row: row["sample_index"] == 1),
         (Filters(min_length=6), lambda row: row["length"] >= 6),
         (Filters(max_length=5), lambda row: row["length"] <= 5),
     ],

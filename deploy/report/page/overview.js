@@ -1,0 +1,115 @@
+// The first page: how the run went, what a thought looks like, and the curves.
+function overviewPage() {
+  const example = exampleEntry();
+  const holder = el("div", {});
+  if (example) groupOf(example).then((group) => holder.replaceChildren(lesson(example, group)));
+  return el("div", {},
+    el("h1", {}, "How this run went"),
+    el("p", { class: "lead" }, verdict()),
+    tiles(),
+    alarmBanner(),
+    holder,
+    el("h2", {}, "Curves"),
+    index.charts.length ? el("div", { class: "grid" }, index.charts.map(chartCard))
+      : el("p", { class: "empty" }, "No metrics have been recorded yet."),
+    el("h2", {}, "The run"),
+    facts(index.facts),
+    notes());
+}
+
+function scores(tag) {
+  const found = Object.entries(index.summary[tag] || {}).filter(([key]) => key.endsWith("/pass_at_1"));
+  return new Map(found.map(([key, value]) => [key.slice(0, -"/pass_at_1".length), value]));
+}
+
+function verdict() {
+  const before = scores("before"), after = scores("after");
+  const parts = [...after].filter(([task]) => before.has(task)).map(([task, value]) =>
+    `pass@1 on ${task} went from ${percent(before.get(task), 1)} to ${percent(value, 1)}`);
+  return (parts.length ? parts.join("; ") + ". " : "") + index.state[0].toUpperCase() + index.state.slice(1) + ".";
+}
+
+function tiles() {
+  const last = (title, name) => {
+    const series = index.charts.find((chart) => chart.title === title)?.series.find((s) => !name || s.name === name);
+    return series ? series.y.at(-1) : null;
+  };
+  const before = [...scores("before").values()][0], after = [...scores("after").values()][0];
+  const found = [
+    ["pass@1", after ?? last("pass@1"), (v) => percent(v, 1), before !== undefined && after !== undefined ? `${signed(100 * (after - before), 1)} points in this run` : "noise off"],
+    ["reward", last("Reward"), (v) => number(v, 3), "last step, noise on"],
+    ["chain length", last("Chain length"), (v) => number(v, 1), last("Chain length", "latent steps") === null ? "response steps" : `of it ${number(last("Chain length", "latent steps"), 1)} latent`],
+    ["thought width", last("Width of the thoughts"), (v) => number(v, 2), `tokens in effect, of ${index.k}`],
+    ["invalid", last("Invalid rate"), (v) => percent(v, 1), "cut off by the budget"],
+    ["log-prob gap", last("Log-prob gap", "mean"), (v) => v.toExponential(1), "learner against rollout"],
+  ];
+  return el("div", { class: "tiles" }, found.filter(([, value]) => value !== null && value !== undefined).map(([name, value, form, note]) =>
+    el("div", { class: "card tile" }, el("div", { class: "soft small" }, name), el("div", { class: "figure" }, form(value)), el("div", { class: "soft small" }, note))));
+}
+
+// The one to learn reading from: correct, of the newest policy, without noise if there is one, with the most varied and
+// then the most decided thoughts.
+function exampleEntry() {
+  const good = index.trajectories.filter((e) => e.correct && e.finish === "stop" && e.latent > 2);
+  if (!good.length) return index.trajectories.find((e) => e.latent > 0);
+  const newest = Math.max(...good.map((e) => e.version));
+  const variety = (e) => new Set(e.lead.slice(0, 24)).size;
+  return good.filter((e) => e.version >= newest - 1)
+    .sort((a, b) => (b.purpose === "evaluation") - (a.purpose === "evaluation") || variety(b) - variety(a) || a.width - b.width)[0];
+}
+
+function lesson(entry, group) {
+  const sample = group.samples[entry.place];
+  return el("section", { class: "card lesson" },
+    el("h2", {}, "What the model thought: an example"),
+    el("p", {}, "This model does not write its chain of thought down. It thinks in ", el("b", {}, "latent steps"),
+      `: at each one it takes its ${index.k} most promising tokens, mixes their embeddings by weight, and reads the blend as its next input. Below is one whole response, left to right. `,
+      "Each column is one step, its strongest token on top; the darker a cell, the larger that token's share of the thought. Then it leaves latent mode and says the answer in ordinary tokens (outlined)."),
+    taught(),
+    el("p", { class: "question" }, el("span", { class: "soft" }, "asked  "), group.question),
+    heatmap(entry, sample, { compact: true }),
+    el("p", { class: "soft" }, narrative(sample)),
+    el("p", {}, el("a", { href: linkTo(entry) }, "Open this response"), " · ", el("a", { href: "#/trajectories" }, "Browse all " + index.trajectories.length.toLocaleString("en"))));
+}
+
+// What a column means for a model that had a latent warm start.
+function taught() {
+  const { warm_start: start, tasks } = index.settings;
+  if (start?.chain !== "latent") return null;
+  const arithmetic = tasks?.find((task) => task.path === "builtin:chain_arithmetic");
+  return el("p", {}, `Its warm start put every ${start.compression} consecutive tokens of a written chain of thought into one step. So read a column as a handful of such tokens in any order`,
+    arithmetic ? `, a piece of “a + b = c ;”, and the chain as worked from left to right, every result modulo ${arithmetic.options?.modulus ?? 11}.` : ".");
+}
+
+// The first thoughts in words.
+function narrative(sample) {
+  const told = [];
+  for (let step = 0; step < Math.min(3, sample.ids.length); step++) told.push(`Step ${step + 1}: ${describe(sample, step)}`);
+  return told.join(" ");
+}
+
+function describe(sample, step) {
+  const weights = weightsOf(sample, step);
+  const name = (k) => "“" + tokenText(token(sample.ids[step][k])) + "”";
+  const order = weights.map((_, k) => k).sort((a, b) => weights[b] - weights[a]);
+  if (weights[order[0]] >= 0.8) return `almost only ${name(order[0])} (${percent(weights[order[0]])}).`;
+  const width = Math.exp(entropyOf(weights));
+  if (width > 0.85 * weights.length && weights.length > 3) return `undecided among ${weights.length} tokens, ${name(order[0])} slightly ahead (${percent(weights[order[0]])}).`;
+  const shown = order.filter((k) => weights[k] >= 0.1).slice(0, 3);
+  const names = shown.map((k) => `${name(k)} (${percent(weights[k])})`);
+  return "a blend of " + (names.length > 1 ? names.slice(0, -1).join(", ") + " and " + names.at(-1) : names[0]) + ".";
+}
+
+function facts(pairs) {
+  return el("dl", { class: "card facts" }, pairs.map(([name, value]) => [el("dt", {}, name), el("dd", {}, String(value))]));
+}
+
+function notes() {
+  return index.notes.length ? el("section", { class: "card notes" }, el("h3", {}, "What is not here"), el("ul", {}, index.notes.map((note) => el("li", {}, note)))) : null;
+}
+
+function settingsPage() {
+  return el("div", {}, el("h1", {}, "Settings"),
+    el("p", { class: "lead" }, "The resolved settings of the run, every default included (config.json)."),
+    el("pre", { class: "card code" }, JSON.stringify(index.settings, null, 2)));
+}

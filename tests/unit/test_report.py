@@ -1,0 +1,209 @@
+"""Reports: one file that holds what was recorded, in whole groups, and says what is missing; same data, same bytes."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from fake_run import fake_run, fake_trajectory
+from typer.testing import CliRunner
+
+from common.metrics import MetricsWriter
+from common.schema import encode
+from common.store import TrajectoryStore
+from deploy.report.build import PARTS, write_report
+from deploy.report.curves import charts
+from deploy.report.sample import sample, sampled_groups
+from deploy.run_view import Filters, InspectionError, open_run
+from deploy.thoughts import TokenTexts, load
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    return fake_run(tmp_path_factory.mktemp("runs") / "fake")
+
+
+def contents(path, name="index"):
+    """What the page unpacks."""
+    packed = re.search(rf'<script type="application/gzip" id="{name}">([^<]*)</script>', path.read_text())[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def test_the_report_holds_every_trajectory_of_a_small_run_as_it_was_recorded(fake):
+    path = write_report(open_run(fake.path))
+    assert path == fake.path / "report.html"
+    found = contents(path)
+    run = open_run(fake.path)
+    rows = {(row.group_uid, row.sample_index): row for row in run.rows(Filters())}
+    assert len(found["trajectories"]) == len(rows) == 48
+    for entry in found["trajectories"][::7]:
+        row = rows[entry["uid"], entry["sample"]]
+        thoughts = load(run, [row])[0]
+        group = contents(path, f"g{entry['group']}")
+        shown = group["samples"][entry["place"]]
+        assert (entry["reward"], entry["grade"], entry["length"], entry["why"]) == (
+            row.reward, row.grade_reason, row.length, row.why,
+        )  # fmt: skip
+        assert [[found["vocabulary"][i] for i in step] for step in shown["ids"]] == [
+            [f"#{token}" for token in step] for step in thoughts.trajectory.latent_ids
+        ]
+        np.testing.assert_allclose(shown["logp"], thoughts.trajectory.latent_log_probs, rtol=1e-4)
+        np.testing.assert_allclose(shown["noise"], thoughts.noise, rtol=1e-4, atol=1e-6)
+        if thoughts.taught:
+            np.testing.assert_allclose(shown["old"], thoughts.record.old_log_probs, rtol=1e-4)
+            np.testing.assert_allclose(shown["ratio"], thoughts.record.ratios, rtol=1e-4)
+            np.testing.assert_allclose(shown["advantage"], thoughts.record.step_advantages)
+
+
+def test_the_file_needs_no_network_and_no_other_file(fake):
+    page = write_report(open_run(fake.path)).read_text()
+    outside = re.sub(r'<script type="application/gzip".*?</script>', "", page, flags=re.S)
+    assert not re.search(r"https?://|<link|@import|src=|url\(", outside)
+    assert "default-src 'none'" in outside
+
+
+def test_the_same_data_give_the_same_bytes(fake, tmp_path):
+    first, second = (write_report(open_run(fake.path), tmp_path / name) for name in ("a.html", "b.html"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_texts_of_a_model_never_stand_in_the_page_itself(tmp_path):
+    import dataclasses
+
+    folder = fake_run(tmp_path / "run", steps=1)
+    hostile = "</script><script>alert(1)</script>{{program}}"
+    row = fake_trajectory(np.random.default_rng(0), step=2, group=0, index=0, reward=1.0)
+    row = dataclasses.replace(row, response_text=hostile, problem_uid=hostile, parsed_answer=hostile)
+    TrajectoryStore(folder.trajectories).write(2, encode([row], 3))
+    path = write_report(open_run(folder.path))
+    assert "alert(1)" not in path.read_text()
+    assert contents(path)["trajectories"][-1]["text"] == hostile
+
+
+# --- the sample
+
+
+def test_a_sample_is_whole_groups_spread_over_the_steps(fake):
+    rows = open_run(fake.path).rows(Filters())
+    groups = sampled_groups(rows, 24)
+    assert all([row.sample_index for row in group] == [0, 1, 2, 3] for group in groups)
+    assert [group[0].step for group in groups] == [1, 1, 2, 2, 3, 3]
+    assert sum(map(len, sampled_groups(rows, 1000))) == 48
+
+
+def test_steps_with_few_trajectories_leave_their_share_to_others(fake, tmp_path):
+    folder = fake_run(tmp_path / "run", steps=2)
+    one = encode([fake_trajectory(np.random.default_rng(0), step=3, group=0, index=0, reward=1.0)], 3)
+    TrajectoryStore(folder.trajectories).write(3, one)
+    groups = sampled_groups(open_run(folder.path).rows(Filters()), 25)
+    assert [group[0].step for group in groups] == [1, 1, 1, 2, 2, 2, 3]
+
+
+def test_what_the_sample_leaves_out_is_said(fake, tmp_path):
+    path = write_report(open_run(fake.path), tmp_path / "r.html", limit=8)
+    notes = " ".join(contents(path)["notes"])
+    assert "holds 4 of 48 dumped" in notes or "holds 8 of 48 dumped" in notes
+    assert "tokens are shown as ids" in notes
+
+
+def test_more_than_a_browser_can_hold_is_cut_and_said(fake, monkeypatch):
+    monkeypatch.setattr("deploy.report.sample.MAX_COMPONENTS", 100)
+    run = open_run(fake.path)
+    made = sample(run, run.rows(Filters()), 48, TokenTexts(None), "mixture")
+    assert 0 < len(made.trajectories) < 48
+    assert any("stops at 100 tokens" in note for note in made.notes)
+
+
+def test_questions_are_prompts_without_what_all_have_in_common(fake):
+    from deploy.report.sample import Sample, _shorten_prompts
+
+    prompts = ["<u>Reason.\n12 + 7?<think>", "<u>Reason.\n13 * 7?<think>", "<u>Reason.\nHow many?<think>"]
+    made = Sample(groups=[{"prompt": p} for p in prompts])
+    _shorten_prompts(made)
+    assert [group["question"] for group in made.groups] == ["12 + 7", "13 * 7", "How many"]
+    alone = Sample(groups=[{"prompt": prompts[0]}])
+    _shorten_prompts(alone)
+    assert alone.groups[0]["question"] == prompts[0]
+
+
+# --- curves
+
+
+def test_curves_are_the_metrics_and_shares_add_up(fake):
+    found = {chart["title"]: chart for chart in charts(open_run(fake.path))}
+    rows = open_run(fake.path).metric_rows("train")
+    reward = found["Reward"]["series"][0]
+    assert reward["x"] == [1, 2, 3]
+    np.testing.assert_allclose(reward["y"], [row["metrics"]["rollout/reward"] for row in rows], rtol=1e-4)
+    times = found["Where the time goes"]["series"]
+    assert {series["name"] for series in times} == {"learner", "rollout wait", "other"}
+    np.testing.assert_allclose(np.sum([series["y"] for series in times], axis=0), 1.0, rtol=1e-4)
+    assert "Warm start" not in found  # nothing is drawn that was not measured
+
+
+def test_evaluations_have_their_errors_and_lost_values_leave_gaps(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    with MetricsWriter(folder.path) as metrics:
+        metrics.write(0, {"sums/pass_at_1": 0.5, "sums/standard_error": 0.02}, kind="evaluation")
+        metrics.write(3, {"sums/pass_at_1": 0.75, "sums/standard_error": 0.01}, kind="evaluation")
+        metrics.write(4, {"rollout/reward": math.nan})
+    found = {chart["title"]: chart for chart in charts(open_run(folder.path))}
+    assert found["pass@1"]["series"] == [{"name": "sums", "x": [0, 3], "y": [0.5, 0.75], "error": [0.02, 0.01]}]
+    assert found["Reward"]["series"][0]["x"] == [1, 2, 3]
+
+
+# --- bad input
+
+
+def test_a_run_without_dumps_gives_a_report_that_says_so(tmp_path):
+    folder = fake_run(tmp_path / "run", finished=False)
+    for file in folder.trajectories.rglob("*.parquet"):
+        file.unlink()
+    found = contents(write_report(open_run(folder.path)))
+    assert found["trajectories"] == []
+    assert "no trajectory dumps yet" in found["notes"][0]
+    assert "unfinished" in found["state"]
+
+
+def test_a_damaged_dump_and_missing_learner_records_are_named_in_the_report(tmp_path):
+    folder = fake_run(tmp_path / "run", learner=False)
+    file = sorted(folder.trajectories.rglob("*.parquet"))[0]
+    file.write_bytes(file.read_bytes()[:100])
+    found = contents(write_report(open_run(folder.path)))
+    assert len(found["trajectories"]) == 32
+    notes = " ".join(found["notes"])
+    assert "truncated" in notes
+    assert "no learner records" in notes
+
+
+def test_a_filter_without_a_match_is_an_error_and_writes_nothing(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    with pytest.raises(InspectionError, match="no trajectory of that step was dumped"):
+        write_report(open_run(folder.path), filters=Filters(steps=((9, 9),)))
+    with pytest.raises(InspectionError, match=r"cannot be written.*--out"):
+        write_report(open_run(folder.path), tmp_path / "nowhere" / "r.html")
+    assert not (folder.path / "report.html").exists()
+
+
+def test_the_command_writes_the_chosen_part(fake, tmp_path):
+    from deploy.cli import app
+
+    out = tmp_path / "failed.html"
+    result = CliRunner().invoke(app, ["report", str(fake.path), "--failed", "--step", "2", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert str(out) in result.output.replace("\n", "")
+    found = contents(out)["trajectories"]
+    assert {entry["step"] for entry in found} == {2}
+    assert not any(entry["correct"] for entry in found)
+
+
+def test_every_part_of_the_page_is_in_the_package():
+    from importlib import resources
+
+    files = {file.name for file in (resources.files("deploy.report") / "page").iterdir()}
+    assert files == {"index.html", "style.css", *(f"{part}.js" for part in PARTS)}
