@@ -191,8 +191,28 @@ class VerifierDefinition(Section):
     """Arguments of its constructor. A verifier inside is a mapping with `kind` and `options` again."""
 
 
+class VLLMConfig(Section):
+    """The engine `vllm` (docs/vllm.md)."""
+
+    tensor_parallel: PositiveInt = 1
+    """GPUs of one engine; `rollout.resources.num_gpus` must be as many."""
+    kv_cache_bytes: PositiveInt | None = None
+    """Of keys and values per GPU. Default: what `memory_share` leaves; on CPU 1 GiB."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of a GPU's memory, weights included. Default: 0.9 of what `rollout.resources.num_gpus` reserves."""
+    batched_tokens: PositiveInt = 8192
+    """Tokens of one forward pass: longer prompts are prefilled in chunks."""
+    eager: bool | None = None
+    """No torch.compile and no CUDA graphs. Default: true on CPU, false on GPUs."""
+    in_flight_updates: bool = False
+    """New weights are applied at once, in the middle of rollouts (max_staleness >= 1)."""
+    engine_args: dict[str, Any] = {}
+    """Further arguments of vLLM's EngineArgs, as they are."""
+
+
 class RolloutConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
+    vllm: VLLMConfig = VLLMConfig()
     workers: PositiveInt = 1
     resources: ActorResources = ActorResources()
     device: str = "auto"
@@ -479,6 +499,7 @@ def _check(config: RunConfig) -> None:
         problems.append(f"deterministic: true needs max_staleness 0, got {config.max_staleness}")
     if config.optimizer.schedule == "constant" and config.optimizer.decay_steps is not None:
         problems.append("optimizer.decay_steps has no effect with optimizer.schedule constant; remove it")
+    problems += _vllm_problems(config)
     longest = max((t.max_prompt_tokens + t.max_response_tokens for t in config.tasks), default=0)
     if config.model.new is not None and longest > config.model.new.max_positions:
         problems.append(
@@ -487,6 +508,31 @@ def _check(config: RunConfig) -> None:
         )
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _vllm_problems(config: RunConfig) -> list[str]:
+    """Settings that the vLLM engine cannot serve; which vLLM and which models it can: `deploy.preflight`."""
+    rollout, vllm = config.rollout, config.rollout.vllm
+    if rollout.engine != "vllm":
+        if vllm != VLLMConfig():
+            return ["rollout.vllm has no effect with rollout.engine transformers; remove it or set rollout.engine=vllm"]
+        return []
+    problems = []
+    if config.deterministic:
+        problems.append("deterministic: true needs rollout.engine transformers; vLLM batches as it likes")
+    if rollout.device != "auto":
+        problems.append(f"rollout.device ({rollout.device}) has no effect with rollout.engine vllm: its build decides")
+    if vllm.in_flight_updates and config.max_staleness == 0:
+        problems.append("rollout.vllm.in_flight_updates needs max_staleness of 1 or more, got 0")
+    gpus = rollout.resources.num_gpus
+    if vllm.tensor_parallel > 1 and gpus != vllm.tensor_parallel:
+        problems.append(
+            f"rollout.vllm.tensor_parallel ({vllm.tensor_parallel}) needs as many GPUs per worker; set "
+            f"rollout.resources.num_gpus to {vllm.tensor_parallel}, got {gpus:g}"
+        )
+    if vllm.memory_share is not None and not gpus:
+        problems.append("rollout.vllm.memory_share is of a GPU and rollout.resources.num_gpus is 0; use kv_cache_bytes")
+    return problems
 
 
 def _differs_from_default(config: RunConfig, key: str) -> bool:

@@ -173,16 +173,20 @@ def _keyed(
     allowed: torch.Tensor | None,
     top_m: int,
     settings: tuple[Setting, ...],
-) -> tuple[torch.Tensor, ...]:
-    """`draw` on the `top_m` most likely ids, and on ever more for the rows that say that this was not enough."""
+    widen: bool = True,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """`draw` on the `top_m` most likely ids, and on ever more for the rows that say that this was not enough.
+
+    Returns what was drawn and [N] bool, which rows are exact: all of them, unless `widen` is False.
+    """
     table = _table(logits, allowed, top_m)
     drawn, exact = draw(table, normaliser, lambda ids: gumbel_noise(keys, steps, ids), *settings)
-    if bool(exact.all()):
-        return drawn
+    if not widen or bool(exact.all()):
+        return drawn, exact
     if table.floor is None:
         raise _unusable(exact)
     rows = (~exact).nonzero().squeeze(-1)
-    wide = _keyed(
+    wide, _ = _keyed(
         draw,
         logits[rows],
         normaliser[rows],
@@ -192,7 +196,8 @@ def _keyed(
         WIDEN * top_m,
         tuple(_rows_of(setting, rows) for setting in settings),
     )
-    return tuple(narrow.index_copy(0, rows, again) for narrow, again in zip(drawn, wide, strict=True))
+    drawn = tuple(narrow.index_copy(0, rows, again) for narrow, again in zip(drawn, wide, strict=True))
+    return drawn, torch.ones_like(exact)
 
 
 def _unusable(exact: torch.Tensor) -> ValueError:
@@ -226,6 +231,7 @@ def _mixture(
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """METHOD §2.1.1-4 and §2.2: (ids, scores, log-probs [N, k], most likely id [N]), and [N] bool: the row is exact."""
     log_p = table.logits - normaliser
+    highest: Setting = 0.0  # noise that an id outside of the table could have drawn
     if noisy is False:
         ids, scores = table.ids[:, :k], log_p[:, :k]
         drawn = (ids, scores, scores, table.ids[:, 0])
@@ -236,17 +242,23 @@ def _mixture(
         # without noise nothing but the k most likely can be selected: an empty nucleus says so
         keep = _nucleus(log_p.double().exp(), _per_row(pick, top_p, 0.0) if mixed else top_p)
         keep[:, :k] = True
-        noise = gumbel(table.ids).clamp(GUMBEL_LOW, GUMBEL_HIGH) + _column(one_sided, torch.float32) * -GUMBEL_LOW
-        score = log_p + noise * _column(noise_scale, torch.float32)
+        shift, scale = _column(one_sided, torch.float32) * -GUMBEL_LOW, _column(noise_scale, torch.float32)
+        score = log_p + (gumbel(table.ids).clamp(GUMBEL_LOW, GUMBEL_HIGH) + shift) * scale
+        highest = (GUMBEL_HIGH + shift) * scale
         by = score
         if mixed:
+            highest = torch.where(pick, highest, 0.0)
             score = torch.where(pick, score, log_p)
             by = torch.where(pick, score, table.logits)  # not log p, which can tie where logits do not
         by = by.masked_fill(~keep, float("-inf"))
         best = _order_key(by, table.ids).topk(k, dim=-1).indices
         drawn = (table.ids.gather(-1, best), score.gather(-1, best), log_p.gather(-1, best), table.ids[:, 0])
     exact = drawn[1].isfinite().all(-1)
-    return drawn, exact if table.floor is None else exact & _inside(table, keep)
+    if table.floor is None:
+        return drawn, exact
+    # What lies outside matters only if it could be in the nucleus and its best possible score among the k best
+    reach = ((table.floor.unsqueeze(-1) - normaliser) + highest).squeeze(-1)
+    return drawn, exact & (_inside(table, keep) | (drawn[1][:, -1] > reach))
 
 
 def _per_row(pick: torch.Tensor, if_true: Setting, if_false: float) -> torch.Tensor:
@@ -255,7 +267,8 @@ def _per_row(pick: torch.Tensor, if_true: Setting, if_false: float) -> torch.Ten
     return torch.where(pick.squeeze(-1), value, if_false)
 
 
-def _weights(scores: torch.Tensor, tau: Setting) -> torch.Tensor:
+def mixture_weights(scores: torch.Tensor, tau: Setting) -> torch.Tensor:
+    """softmax(scores / tau) (METHOD §2.1.5): [N, k]; `tau` a number or [N]."""
     return torch.softmax(scores / _column(tau, torch.float32), dim=-1)
 
 
@@ -278,7 +291,7 @@ def sample_mixture(
     _check(k, logits.shape[-1], tau=tau)
     settings = (k, top_p, noise_scale, True, one_sided)
     ids, scores, _, _ = _plain(_mixture, logits.float(), gumbel, allowed, settings)
-    return ids, scores, _weights(scores, tau)
+    return ids, scores, mixture_weights(scores, tau)
 
 
 def greedy_mixture(
@@ -325,6 +338,7 @@ class LatentStep(NamedTuple):
     weights: torch.Tensor  # [N, k] float32
     log_probs: torch.Tensor  # [N, k] float32: behaviour log p
     leaves: torch.Tensor  # [N] bool
+    exact: torch.Tensor  # [N] bool: all True, unless asked not to `widen`
 
 
 def latent_step(
@@ -341,6 +355,7 @@ def latent_step(
     end_id: int | torch.Tensor,
     allowed: torch.Tensor | None = None,
     top_m: int = TOP_M,
+    widen: bool = True,
 ) -> LatentStep:
     """METHOD §2.1-§2.3 for rows of mixed noise modes: an engine's latent step.
 
@@ -348,15 +363,20 @@ def latent_step(
     §2.1 still: it draws, and adds nothing). Plain booleans save work over [N] tensors that are all alike. A row leaves
     latent mode where the most likely allowed id or the first selected one is `end_id`; what is recorded of it then is
     :func:`common.density.hard_log_prob` of `end_id`.
+
+    `widen=False`: never waits for the device. Rows whose result may depend on ids beyond `top_m`, or whose logits are
+    unusable, are then not `exact`, and the caller takes them again with `widen=True`.
     """
     _check(k, logits.shape[-1], tau=tau)
     logits = logits.float()
     normaliser = logits.logsumexp(-1, keepdim=True)
-    top_m = k + 1 if noisy is False else max(top_m, k + 1)  # one more than k, to see a tie at its edge
+    # one more than k, to see a tie at its edge; far more where ties (usual in bfloat16) may not be looked at again
+    top_m = k + 1 if noisy is False and widen else max(top_m, k + 1)
     settings = (k, top_p, noise_scale, noisy, one_sided)
-    ids, scores, log_probs, likeliest = _keyed(_mixture, logits, normaliser, keys, steps, allowed, top_m, settings)
+    drawn, exact = _keyed(_mixture, logits, normaliser, keys, steps, allowed, top_m, settings, widen)
+    ids, scores, log_probs, likeliest = drawn
     leaves = (likeliest == end_id) | (ids[:, 0] == end_id)
-    return LatentStep(ids, scores, _weights(scores, tau), log_probs, leaves)
+    return LatentStep(ids, scores, mixture_weights(scores, tau), log_probs, leaves, exact)
 
 
 def mix_embeddings(embedded: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -416,7 +436,15 @@ def sample_visible(
     return _plain(_visible, scaled, gumbel, allowed, (top_p, top_k))
 
 
-def sample_visible_keyed(
+class VisibleStep(NamedTuple):
+    """One hard step of N rows."""
+
+    ids: torch.Tensor  # [N] int64
+    log_probs: torch.Tensor  # [N] float32
+    exact: torch.Tensor  # [N] bool: all True, unless asked not to `widen`
+
+
+def visible_step(
     logits: torch.Tensor,
     keys: torch.Tensor,
     steps: torch.Tensor,
@@ -426,14 +454,18 @@ def sample_visible_keyed(
     top_k: Setting,
     allowed: torch.Tensor | None = None,
     top_m: int = TOP_M,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    widen: bool = True,
+) -> VisibleStep:
     """:func:`sample_visible` on the draws of :func:`gumbel_noise`: `keys` and `steps` [N] int64.
 
-    Looks at no more than `top_m` ids where they hold the `top_k`; with `top_k` 0 at all of them.
+    Looks at no more than `top_m` ids where they hold the `top_k`; with `top_k` 0 at all of them. `widen` as in
+    :func:`latent_step`.
     """
     _check(1, logits.shape[-1], temperature=temperature)
     scaled = logits.float() / _column(temperature, torch.float32)
     if not isinstance(top_k, torch.Tensor):
-        top_m = min(top_m, top_k + 1) if top_k else logits.shape[-1]  # one more than top_k, to see a tie at its edge
+        # one more than top_k, to see a tie at its edge
+        top_m = logits.shape[-1] if not top_k else min(top_m, top_k + 1) if widen else max(top_m, top_k + 1)
     normaliser = scaled.logsumexp(-1, keepdim=True)
-    return _keyed(_visible, scaled, normaliser, keys, steps, allowed, max(top_m, 2), (top_p, top_k))
+    drawn, exact = _keyed(_visible, scaled, normaliser, keys, steps, allowed, max(top_m, 2), (top_p, top_k), widen)
+    return VisibleStep(*drawn, exact)

@@ -81,7 +81,7 @@ def validate(
     gpus: Annotated[float | None, typer.Option(help="GPUs of the cluster it will run on.")] = None,
 ) -> None:
     """Checks a profile and prints the resolved settings and the arithmetic of a step. Needs no GPU and no weights."""
-    from deploy.preflight import arithmetic, check_files, resource_rows, token_rows
+    from deploy.preflight import arithmetic, check_files, engine_rows, resource_rows, token_rows
     from deploy.verifiers import verifier_rows
 
     config = settings(profile, context)
@@ -90,6 +90,7 @@ def validate(
     rows = [
         *arithmetic(config),
         *resource_rows(config, cpus, gpus),
+        *engine_rows(config),
         *verifier_rows(config),
         *token_rows(config),
     ]

@@ -84,6 +84,34 @@ def token_rows(config: RunConfig) -> list[tuple[str, str]]:
     ]
 
 
+NEW_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def engine_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """(what, found) of the rollout engine. Raises ConfigError where the vLLM engine could not serve this run here."""
+    import json
+
+    from rollout_workers.vllm_plugin import support
+
+    if config.rollout.engine != "vllm":
+        return [("rollout engine", config.rollout.engine)]
+    found = support.installed()
+    problem = support.argument_problem(config.rollout.vllm.engine_args) or support.vllm_problem(found)
+    if problem:
+        raise ConfigError(problem)
+    new, shape, note = config.model.new, None, ""
+    if new is not None:
+        name = NEW_ARCHITECTURES.get(new.architecture, new.architecture)
+        shape = {"architectures": [name], "hidden_size": new.hidden_size, "num_attention_heads": new.num_heads}
+    elif (settings := Path(config.model.path) / "config.json").is_file():
+        shape = json.loads(settings.read_text(encoding="utf-8"))
+    else:
+        note = "; the model is not a folder on this machine and was not checked"
+    if shape is not None and (problem := support.model_problem(shape, found[0])):
+        raise ConfigError(problem)
+    return [("rollout engine", f"vllm {found[1]}, {found[0]} build{note}")]
+
+
 def resource_rows(config: RunConfig, cpus: float | None, gpus: float | None) -> list[tuple[str, str]]:
     """Whether a cluster of that size can hold the run's actors. Raises ConfigError if not."""
     from deploy.ray_session import check_resources, needed_resources

@@ -18,6 +18,7 @@ from common.prompts import resolve_tokens
 from common.store import TrajectoryStore
 from common.tasks import load_task
 from common.types import TokenFacts
+from deploy.preflight import engine_rows
 from deploy.problems import Problems
 from deploy.progress import Reporter
 from deploy.ray_session import ray_session
@@ -69,6 +70,7 @@ class Run:
 @contextlib.contextmanager
 def started(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> Iterator[Run]:
     """Ray, the model, the problems and the workers of a run; all of it gone afterwards."""
+    engine_rows(config)  # raises before anything is started
     folder = RunFolder(folder.path.resolve())
     reporter.say(f"run folder {folder.path}")
     with (

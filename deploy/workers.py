@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.config import RunConfig
-from common.types import FinishReason
+from common.types import FinishReason, TokenFacts
 from deploy.verifiers import verifier_pool
+from rollout_workers.engine import LatentEngine
 from rollout_workers.worker import RolloutWorker
+
+GPU_SHARE = 0.9  # of what a worker reserves of a GPU: weights, keys and values
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +26,8 @@ class WorkerFactory:
     def __call__(self, name: str) -> RolloutWorker:
         import torch
 
-        from common.models import load_model, load_tokenizer, output_facts
+        from common.models import load_tokenizer, output_facts
         from common.prompts import resolve_tokens
-        from rollout_workers.transformers_engine import TransformersEngine
 
         config = RunConfig.model_validate_json(self.config_json)
         rollout = config.rollout
@@ -33,24 +35,50 @@ class WorkerFactory:
         tokenizer = load_tokenizer(self.model)
         vocab_size, eos_ids = output_facts(self.model)
         facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
-        device = rollout.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        engine = TransformersEngine(
-            load_model(self.model, config.model.dtype),
-            facts,
-            max_rows=rollout.max_rows,
-            deterministic=config.deterministic,
-            device=device,
-        )
         return RolloutWorker(
             name,
-            engine,
+            make_engine(config, self.model, facts),
             verifier_pool(config),
             ResponseText(tokenizer, facts.eos_ids),
             k=config.schema_k,
             run_id=self.run_id,
+            in_flight=rollout.vllm.in_flight_updates,
         )
+
+
+def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngine:
+    """The engine that the run asks for; it samples nothing before its first publication."""
+    rollout = config.rollout
+    if rollout.engine == "vllm":
+        from rollout_workers.vllm_engine import VLLMEngine
+
+        tasks = (*config.tasks, *config.evaluation.tasks)
+        gpus, options = rollout.resources.num_gpus, rollout.vllm
+        if options.memory_share is None and gpus:
+            options = options.model_copy(update={"memory_share": GPU_SHARE * min(gpus, 1.0)})
+        return VLLMEngine(
+            model,
+            facts,
+            dtype=config.model.dtype,
+            max_rows=rollout.max_rows,
+            max_length=max(t.max_prompt_tokens + t.max_response_tokens for t in tasks),
+            options=options,
+        )
+    import torch
+
+    from common.models import load_model
+    from rollout_workers.transformers_engine import TransformersEngine
+
+    device = rollout.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TransformersEngine(
+        load_model(model, config.model.dtype),
+        facts,
+        max_rows=rollout.max_rows,
+        deterministic=config.deterministic,
+        device=device,
+    )
 
 
 @dataclass(frozen=True, slots=True)

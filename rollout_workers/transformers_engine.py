@@ -21,19 +21,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from common.latent import latent_step, mix_embeddings, sample_visible_keyed, trajectory_key
+from common.density import hard_log_prob
+from common.latent import latent_step, mix_embeddings, visible_step
 from common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from common.weights import checksum
 from rollout_workers.engine import EngineError
 from rollout_workers.kv_cache import SlotCache
+from rollout_workers.rows import SETTINGS, Draw, on_device, refusal, write_settings
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass: bounds its memory, not what is admitted
 
-INTEGERS = ("key", "slot", "length", "step", "budget", "k", "latent", "noisy", "one_sided", "top_k")
-REALS = ("temperature", "top_p", "noise_scale", "tau")
-ROW = np.dtype([(name, np.int64) for name in INTEGERS] + [(name, np.float64) for name in REALS])
-"""A running sample. `slot`: where its record is; `length`: columns of its KV; `step`: response steps done;
-`budget`: max_tokens; `latent`: 1 while in latent mode; the rest are its settings."""
+ROW = np.dtype([(name, np.int64) for name in ("slot", "length", "step")] + SETTINGS)
+"""A running sample. `slot`: where its record is; `length`: columns of its KV; `step`: response steps done."""
 
 
 @dataclass(slots=True)
@@ -121,7 +120,6 @@ class TransformersEngine:
         self._embed, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self._additive_mask = model.config._attn_implementation == "eager"
         allowed = torch.as_tensor(np.asarray(facts.allowed, dtype=bool))
-        self._num_allowed = int(allowed.sum())
         self._allowed = None if bool(allowed.all()) else allowed.to(self._device)
         self._eos = np.asarray(facts.eos_ids, dtype=np.int64)
         self._version: PolicyVersion | None = None
@@ -150,37 +148,12 @@ class TransformersEngine:
 
     def add(self, request: GroupRequest) -> None:
         """Queues a group; see :meth:`LatentEngine.add`."""
-        problem = self._refusal(request)
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        problem = refusal(request, self._facts, self._version, max_rows=self._max_rows, max_length=limit)
         if problem:
             raise EngineError(f"group {request.group_uid!r}: {problem}")
         self._queue.append(_Group(request))
         self._queued += len(request.sample_indices)
-
-    def _refusal(self, request: GroupRequest) -> str | None:
-        settings, prompt = request.sampling, np.asarray(request.prompt_ids)
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        if self._version is None:
-            return "the engine holds no verified weights; call load_weights first"
-        if not request.sample_indices or len(request.sample_indices) > self._max_rows:
-            return f"expected 1 to max_rows={self._max_rows} samples, got {len(request.sample_indices)}"
-        if prompt.size == 0 or prompt.min() < 0 or prompt.max() >= self._facts.vocab_size:
-            return f"expected prompt ids in [0, {self._facts.vocab_size}), got {prompt.size} ids"
-        if settings.max_tokens < 1 or (limit is not None and prompt.size + settings.max_tokens > limit):
-            return (
-                f"a prompt of {prompt.size} tokens and max_tokens={settings.max_tokens} do not fit into the model's "
-                f"max_position_embeddings={limit}; shorten the prompt or lower max_tokens"
-            )
-        if settings.temperature <= 0 or settings.tau <= 0 or settings.top_k < 1:
-            return (
-                f"expected temperature > 0, tau > 0 and top_k >= 1, got {settings.temperature}, {settings.tau} and "
-                f"{settings.top_k}; for greedy visible steps use top_k=1"
-            )
-        if settings.mode == "latent":
-            if self._facts.latent_end_id is None:
-                return "latent mode needs a latent-end token and this tokenizer has none; use mode 'visible'"
-            if not 1 <= settings.k <= self._num_allowed:
-                return f"expected k between 1 and the {self._num_allowed} allowed ids, got {settings.k}"
-        return None
 
     def abort(self) -> None:
         """Forgets all pending samples."""
@@ -312,27 +285,14 @@ class TransformersEngine:
 
     def _start(self, group: _Group) -> None:
         """Fills the rows of a group whose prompt is in the cache."""
-        request, settings = group.request, group.request.sampling
         rows = self._rows[self._running : self._running + group.size]
-        rows["length"], rows["step"], rows["budget"] = len(request.prompt_ids), 0, settings.max_tokens
-        rows["latent"], rows["noisy"] = settings.mode == "latent", settings.noise_mode != "off"
-        rows["one_sided"] = settings.noise_mode == "one_sided"
-        for name in ("k", "top_k", *REALS):
-            rows[name] = getattr(settings, name)
-        version = 0 if request.purpose == "evaluation" else self._version.version
-        for position, sample_index in enumerate(request.sample_indices):
+        rows["length"], rows["step"] = len(group.request.prompt_ids), 0
+        write_settings(rows, group.request, self._version.version)
+        for position in range(group.size):
             slot = self._free_slots.pop()
             self._owner[slot] = (group, position)
             self._records.latent_until[slot] = 0
             rows["slot"][position] = slot
-            rows["key"][position] = trajectory_key(
-                run_seed=request.run_seed,
-                purpose=request.purpose,
-                problem_uid=request.problem_uid,
-                epoch=request.epoch,
-                sample_index=sample_index,
-                policy_version=version,
-            )
         group.started = time.perf_counter()
         self._running += group.size
 
@@ -344,14 +304,14 @@ class TransformersEngine:
         Returns the sampled visible ids [n] int64, -1 for rows that took a latent step or left latent mode.
         """
         rows = self._rows[: self._running]
-        table = torch.from_numpy(rows.view(np.int64).reshape(len(rows), -1).copy()).to(self._device)
+        table = on_device(rows, self._device)
         sampled = np.full(len(rows), -1, dtype=np.int64)
         widths = np.where(rows["latent"] == 1, rows["k"], 0)  # 0: visible
         kinds = np.unique(widths)
         parts = []
         for kind in kinds:
             index = np.nonzero(widths == kind)[0]
-            draw = _Draw(rows, table, logits) if len(kinds) == 1 else _Draw(rows, table, logits, index)
+            draw = Draw(rows, table, logits) if len(kinds) == 1 else Draw(rows, table, logits, index)
             if kind:
                 parts.append((index, self._latent_rows(draw, int(kind), index)))
             else:
@@ -365,7 +325,7 @@ class TransformersEngine:
                 self._inputs[torch.from_numpy(index).to(self._device)] = inputs
         return sampled
 
-    def _latent_rows(self, draw: _Draw, k: int, index: np.ndarray) -> torch.Tensor:
+    def _latent_rows(self, draw: Draw, k: int, index: np.ndarray) -> torch.Tensor:
         """METHOD §2.1-§2.3 for rows in latent mode: their next inputs [n, D]."""
         end_id, slots, steps = self._facts.latent_end_id, draw.column("slot"), draw.column("step")
         taken = latent_step(
@@ -376,8 +336,8 @@ class TransformersEngine:
             top_p=draw.setting("top_p"),
             noise_scale=draw.setting("noise_scale"),
             tau=draw.setting("tau"),
-            noisy=draw.column("noisy").bool(),
-            one_sided=draw.column("one_sided").bool(),
+            noisy=draw.switch("noisy"),
+            one_sided=draw.switch("one_sided"),
             end_id=end_id,
             allowed=self._allowed,
         )
@@ -388,9 +348,11 @@ class TransformersEngine:
         leaving = np.nonzero(taken.leaves.cpu().numpy())[0]
         if len(leaving):
             which = torch.from_numpy(leaving).to(self._device)
-            scaled = draw.logits[which] / draw.real("temperature")[which].unsqueeze(-1)
+            ids = torch.full_like(which, end_id)
             self._records.hard_ids[slots[which], steps[which]] = end_id
-            self._records.hard_log_probs[slots[which], steps[which]] = scaled.log_softmax(-1)[:, end_id]
+            self._records.hard_log_probs[slots[which], steps[which]] = hard_log_prob(
+                draw.logits[which], ids, draw.real("temperature")[which]
+            )
             inputs[which] = self._embed(torch.tensor(end_id, device=self._device))
             self._rows["latent"][index[leaving]] = 0
         staying = self._rows[: self._running][index]
@@ -398,10 +360,10 @@ class TransformersEngine:
         self._records.latent_until[staying["slot"]] = staying["step"] + 1
         return inputs
 
-    def _visible_rows(self, draw: _Draw) -> tuple[torch.Tensor, np.ndarray]:
+    def _visible_rows(self, draw: Draw) -> tuple[torch.Tensor, np.ndarray]:
         """METHOD §2.4 for rows in visible mode: their next inputs [n, D] and the ids [n]."""
         slots, steps = draw.column("slot"), draw.column("step")
-        ids, log_probs = sample_visible_keyed(
+        ids, log_probs, _ = visible_step(
             draw.logits,
             draw.column("key"),
             steps,
@@ -465,33 +427,6 @@ class TransformersEngine:
             **self._records.take(slot, int(row["step"]), int(self._records.latent_until[slot]), int(row["k"])),
         )
         return group
-
-
-class _Draw:
-    """What the samplers read of some rows: logits [n, V] and columns of `ROW` as tensors or, where equal, scalars."""
-
-    def __init__(
-        self, rows: np.ndarray, table: torch.Tensor, logits: torch.Tensor, index: np.ndarray | None = None
-    ) -> None:
-        self.logits, self._rows, self._table = logits, rows, table
-        if index is not None:
-            which = torch.from_numpy(index).to(logits.device)
-            self.logits, self._rows, self._table = logits[which], rows[index], table[which]
-
-    def column(self, name: str) -> torch.Tensor:
-        """An integer column [n] int64."""
-        return self._table[:, ROW.names.index(name)]
-
-    def real(self, name: str) -> torch.Tensor:
-        """A real column [n] float32."""
-        return self.column(name).view(torch.float64).float()
-
-    def setting(self, name: str) -> float | torch.Tensor:
-        """A scalar where all rows agree (the usual case, and cheaper), else [n]."""
-        values = self._rows[name]
-        if (values == values[0]).all():
-            return values[0].item()
-        return self.real(name) if name in REALS else self.column(name)
 
 
 def _check_model(model: PreTrainedModel, facts: TokenFacts, max_rows: int) -> None:

@@ -5,7 +5,8 @@ one long-lived `results` generator works the queue off in order: generate -> gra
 
 A weight update is an item of the queue. Groups submitted before it are finished on the old weights, groups after it
 start on the new ones: no trajectory ever mixes versions, and which version a group is made with is decided by the
-order of the controller's calls, never by timing. Calls to a threaded actor may overtake each other, so each carries a
+order of the controller's calls, never by timing. (With `in_flight` the engine takes new weights at once and says in
+each trajectory which versions sampled it.) Calls to a threaded actor may overtake each other, so each carries a
 ticket (0, 1, 2, ...) and the queue takes them in ticket order.
 
 Results are yielded, not put: what an actor yields is owned by the caller and survives the actor's death.
@@ -54,8 +55,18 @@ class _WeightUpdate:
 class RolloutWorker:
     """The actor's body; plain Python, so tests drive it without Ray. `decode` turns token ids into text."""
 
-    def __init__(self, name: str, engine: LatentEngine, verifiers: VerifierPool, decode, *, k: int, run_id: str):
-        self.name, self.k, self.run_id = name, k, run_id
+    def __init__(
+        self,
+        name: str,
+        engine: LatentEngine,
+        verifiers: VerifierPool,
+        decode,
+        *,
+        k: int,
+        run_id: str,
+        in_flight: bool = False,
+    ):
+        self.name, self.k, self.run_id, self._in_flight = name, k, run_id, in_flight
         self._engine, self._verifiers, self._decode = engine, verifiers, decode
         self._queue: deque[GroupRequest | _WeightUpdate] = deque()
         self._changed = threading.Condition()
@@ -133,7 +144,7 @@ class RolloutWorker:
         """Gives queued groups to the engine, up to the next weight update; applies that once the engine is empty."""
         while self._queue:
             if isinstance(self._queue[0], _WeightUpdate):
-                if self._engine.pending:
+                if self._engine.pending and not self._in_flight:
                     return
                 self._apply(self._queue.popleft())
             else:

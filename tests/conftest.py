@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items):
     if any(item.get_closest_marker("gpu") for item in items) and not _has_cuda():
         missing["gpu"] = "needs CUDA; torch sees no GPU"
     if importlib.util.find_spec("vllm") is None:
-        missing["vllm"] = "needs vLLM: pip install -e .[vllm]"
+        missing["vllm"] = "needs vLLM: make vllm (CPU), or pip install '.[vllm]' (CUDA)"
     for item in items:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):

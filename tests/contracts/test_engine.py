@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import tempfile
+import warnings
 
 import numpy as np
 import pytest
@@ -13,23 +17,31 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from common.latent import gumbel_noise, sample_mixture, sample_visible, trajectory_key
 from common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts, Trajectory
 from common.weights import checksum
-from rollout_workers.engine import EngineError, generate
+from rollout_workers.engine import EngineError, LatentEngine, generate
 from rollout_workers.transformers_engine import TransformersEngine
 
 VOCAB, END, EOS = 48, 5, (1, 7, 12, 20, 33, 41)
 ALLOWED = np.arange(VOCAB) < 45
 FACTS = TokenFacts(vocab_size=VOCAB, allowed=ALLOWED, latent_end_id=END, eos_ids=EOS, pad_id=0)
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
+VLLM = pytest.mark.vllm
+KINDS = ("transformers", pytest.param("vllm", marks=VLLM))
+CASES = [("transformers", a) for a in ARCHITECTURES] + [
+    pytest.param("vllm", a, marks=VLLM) for a in ("llama", "qwen2", "qwen3", "llama-tied")
+]
+NEAR = 1e-4  # scores closer than this may change places between engines: their sums have another order
+started: list[LatentEngine] = []  # vLLM engines; conftest.py ends them after each test
 
 
-def make_model(architecture: str, seed: int = 0, attention: str = "sdpa") -> torch.nn.Module:
-    common = {"vocab_size": VOCAB, "max_position_embeddings": 64, "initializer_range": 0.05}
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    grouped = {**common, **sizes, "num_key_value_heads": 2}
+def make_model(architecture: str, seed: int = 0, attention: str = "sdpa", positions: int = 64) -> torch.nn.Module:
+    common = {"vocab_size": VOCAB, "max_position_embeddings": positions, "initializer_range": 0.05}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    grouped = {**common, **sizes, "num_key_value_heads": 1}
     config = {
         "llama": lambda: LlamaConfig(**grouped),
+        "llama-tied": lambda: LlamaConfig(**grouped, tie_word_embeddings=True),
         "qwen2": lambda: Qwen2Config(**grouped),
-        "qwen3": lambda: Qwen3Config(**grouped, head_dim=16),
+        "qwen3": lambda: Qwen3Config(**grouped, head_dim=32),
         "gpt2": lambda: GPT2Config(
             vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
         ),
@@ -47,10 +59,31 @@ def published(model: torch.nn.Module, version: int = 3) -> tuple[PolicyVersion, 
     return PolicyVersion(version=version, checksum=checksum(tensors)), tensors
 
 
-def make_engine(architecture: str = "llama", attention: str = "sdpa", **options: object) -> TransformersEngine:
-    model = make_model(architecture, attention=attention)
-    engine = TransformersEngine(model, FACTS, **options)
-    engine.load_weights(*published(model))
+def bare_engine(kind: str, architecture: str = "llama", facts: TokenFacts = FACTS, **options: object) -> LatentEngine:
+    """An engine without a version."""
+    if kind == "transformers":
+        return TransformersEngine(make_model(architecture), facts, **options)
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    from common.config import VLLMConfig
+    from rollout_workers.vllm_engine import VLLMEngine
+
+    settings = VLLMConfig(**{"kv_cache_bytes": 2**24, "batched_tokens": 64, **options.pop("vllm", {})})
+    folder = model_folder(architecture, options.pop("positions", 64))
+    engine = VLLMEngine(folder, facts, options=settings, **{"max_rows": 64, **options})
+    started.append(engine)
+    return engine
+
+
+@functools.cache
+def model_folder(architecture: str, positions: int) -> str:
+    folder = tempfile.mkdtemp(prefix="lgm-")
+    make_model(architecture, positions=positions).save_pretrained(folder)
+    return folder
+
+
+def make_engine(architecture: str = "llama", kind: str = "transformers", **options: object) -> LatentEngine:
+    engine = bare_engine(kind, architecture, **options)
+    engine.load_weights(*published(make_model(architecture)))
     return engine
 
 
@@ -73,7 +106,7 @@ def make_request(
     )
 
 
-def collect(engine: TransformersEngine, requests: list[GroupRequest]) -> dict[str, tuple[Trajectory, ...]]:
+def collect(engine: LatentEngine, requests: list[GroupRequest]) -> dict[str, tuple[Trajectory, ...]]:
     return {group[0].group_uid: group for group in generate(engine, requests)}
 
 
@@ -87,6 +120,7 @@ def mixed_requests() -> list[GroupRequest]:
         make_request(5, 12, purpose="evaluation", max_tokens=3),
         make_request(6, 4, samples=4, max_tokens=40, k=3),
         make_request(7, 11, samples=4, max_tokens=40, temperature=1.5, top_p=1.0, top_k=48),
+        make_request(8, 6, samples=2, mode="visible", max_tokens=1),
     ]
 
 
@@ -159,44 +193,139 @@ def dataclasses_dict(sample: Trajectory) -> dict[str, object]:
     return {f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)}
 
 
+@torch.no_grad()
+def near_ties(
+    model: torch.nn.Module, request: GroupRequest, sample: Trajectory, version: int = 3, first: int = 0
+) -> list[str]:
+    """Checks every step of a record from `first` on against the plain samplers on its own history (teacher-forced).
+
+    Ids may differ only where their scores are closer than `NEAR`; returns each such case.
+    """
+    s, allowed, embed = request.sampling, torch.as_tensor(ALLOWED), model.get_input_embeddings().weight
+    latent, found = len(sample.latent_ids), []
+    fed = [embed[torch.as_tensor(request.prompt_ids).long()]]
+    if latent:
+        weights = torch.softmax(torch.tensor(sample.latent_scores) / s.tau, -1)
+        fed.append((weights[..., None] * embed[torch.tensor(sample.latent_ids).long()]).sum(-2))
+    fed.append(embed[torch.tensor(sample.hard_ids).long()])
+    inputs = torch.cat(fed)[:-1] if sample.num_steps else torch.cat(fed)
+    logits = model(inputs_embeds=inputs[None]).logits[0, len(request.prompt_ids) - 1 :].float()
+    key = trajectory_key(
+        run_seed=request.run_seed,
+        purpose=request.purpose,
+        problem_uid=request.problem_uid,
+        epoch=request.epoch,
+        sample_index=sample.sample_index,
+        policy_version=0 if request.purpose == "evaluation" else version,
+    )
+    for step in range(first, sample.num_steps):
+        row = logits[step : step + 1]
+        gumbel = gumbel_noise(torch.tensor([key]), torch.tensor([step]), torch.arange(VOCAB)[None])
+        if step < latent or (step == latent and s.mode == "latent"):
+            log_p, one_sided = row.log_softmax(-1)[0], s.noise_mode == "one_sided"
+            noise = (gumbel.clamp(-1.5, 3.0) + (1.5 if one_sided else 0.0)) * (0.0 if s.noise_mode == "off" else 1.0)
+            scores = log_p + noise[0] * s.noise_scale
+            ids, _, _ = sample_mixture(
+                row, gumbel if s.noise_mode != "off" else gumbel * 0, k=s.k, top_p=s.top_p, tau=s.tau,
+                noise_scale=s.noise_scale if s.noise_mode != "off" else 0.0, one_sided=one_sided, allowed=allowed,
+            )  # fmt: skip
+            likeliest = int(log_p.masked_fill(~allowed, -torch.inf).argmax())
+            if step == latent:
+                assert END in (likeliest, int(ids[0, 0])), f"left latent mode at step {step} for no reason"
+                assert sample.hard_ids[0] == END
+            else:
+                assert END not in (likeliest, int(ids[0, 0])), f"stayed latent at step {step}"
+                got = torch.tensor(sample.latent_ids[step]).long()
+                _compare(found, step, scores, ids[0], got, s)
+                np.testing.assert_allclose(sample.latent_scores[step], scores[got], rtol=0, atol=NEAR)
+                np.testing.assert_allclose(sample.latent_log_probs[step], log_p[got], rtol=0, atol=NEAR)
+                continue
+        else:
+            ids, _ = sample_visible(
+                row, gumbel, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, allowed=allowed
+            )
+            scores = (row / s.temperature).log_softmax(-1)[0] + gumbel[0]
+            _compare(
+                found, step, scores, ids, torch.tensor(sample.hard_ids[step - latent : step - latent + 1]).long(), s
+            )
+        got = int(sample.hard_ids[step - latent])
+        want = float((row / s.temperature).log_softmax(-1)[0, got])
+        assert abs(want - sample.hard_log_probs[step - latent]) < NEAR
+        ends = got in EOS and not (step == latent and s.mode == "latent")
+        assert ends == (sample.finish_reason == "stop" and step == sample.num_steps - 1)
+    assert sample.finish_reason == "stop" or sample.num_steps == s.max_tokens
+    return found
+
+
+def _compare(found: list[str], step: int, scores: torch.Tensor, want: torch.Tensor, got: torch.Tensor, s) -> None:
+    for a, b in zip(want.tolist(), got.tolist(), strict=True):
+        if a != b:
+            gap = abs(float(scores[a] - scores[b]))
+            assert gap < NEAR, f"step {step}: id {b} instead of {a}, scores {gap} apart ({s})"
+            found.append(f"step {step}: ids {a} and {b}, scores {gap:.1e} apart")
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_samples_equal_the_plain_loop(architecture: str) -> None:
     engine, requests = make_engine(architecture), mixed_requests()
     groups, model = collect(engine, requests), make_model(architecture)
-    reasons = set()
     for request in requests:
         for index, sample in zip(request.sample_indices, groups[request.group_uid], strict=True):
             assert sample.sample_index == index
             assert_same(sample, naive(model, request, index, version=3))
-            reasons.add((sample.finish_reason, len(sample.latent_ids) > 0, len(sample.hard_ids) > 0))
-    assert ("stop", True, True) in reasons, f"no sample went from latent mode to EOS: {reasons}"
-    assert ("length", True, False) in reasons, f"no sample used its budget up in latent mode: {reasons}"
+    assert_every_end(groups)
+    assert engine.pending == 0
+
+
+def assert_every_end(groups: dict[str, tuple[Trajectory, ...]]) -> None:
+    ends = {(t.finish_reason, t.sampling.mode, len(t.hard_ids) > 0) for group in groups.values() for t in group}
+    assert ("stop", "latent", True) in ends, f"no sample went from latent mode to EOS: {ends}"
+    assert ("length", "latent", False) in ends, f"no sample used its budget up in latent mode: {ends}"
+    assert ("length", "visible", True) in ends, f"no sample used its budget up in visible mode: {ends}"
+    assert ("stop", "visible", True) in ends, f"no visible sample stopped: {ends}"
+
+
+@pytest.mark.parametrize(("kind", "architecture"), CASES[len(ARCHITECTURES) :])
+def test_every_engine_records_what_the_transformers_engine_does(kind: str, architecture: str) -> None:
+    engine, requests, model = make_engine(architecture, kind), mixed_requests(), make_model(architecture)
+    groups, reference = collect(engine, requests), collect(make_engine(architecture), requests)
+    for request in requests:
+        for sample, same in zip(groups[request.group_uid], reference[request.group_uid], strict=True):
+            assert (sample.sample_index, sample.engine) == (same.sample_index, kind)
+            ties = near_ties(model, request, sample)
+            if ties:  # from there on it is another sample, compared step by step on its own history
+                warnings.warn(f"{architecture} {request.group_uid} #{sample.sample_index}: {ties}", stacklevel=1)
+            else:
+                assert_same(sample, same)
+    if architecture != "llama-tied":  # a random tied model repeats its input
+        assert_every_end(groups)
     assert engine.pending == 0
 
 
 def test_eager_attention_gives_the_same_samples() -> None:
-    reference, eager = (
-        collect(make_engine(), mixed_requests()),
-        collect(make_engine(attention="eager"), mixed_requests()),
-    )
-    for uid, group in reference.items():
-        for a, b in zip(group, eager[uid], strict=True):
+    reference, model = collect(make_engine(), mixed_requests()), make_model("llama", attention="eager")
+    eager = TransformersEngine(model, FACTS)
+    eager.load_weights(*published(model))
+    for uid, group in collect(eager, mixed_requests()).items():
+        for a, b in zip(reference[uid], group, strict=True):
             assert_same(a, b)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("kind", "architecture"), [CASES[0], CASES[3], CASES[4]])
 @pytest.mark.parametrize("max_rows", [4, 7, 64])
-def test_company_and_queueing_do_not_change_a_sample(architecture: str, max_rows: int) -> None:
+def test_company_and_queueing_do_not_change_a_sample(kind: str, architecture: str, max_rows: int) -> None:
     requests = mixed_requests()
-    together = collect(make_engine(architecture, max_rows=max_rows), requests)
+    together = collect(make_engine(architecture, kind, max_rows=max_rows), requests)
+    single = make_engine(architecture, kind)
     for request in requests:
-        alone = collect(make_engine(architecture), [request])[request.group_uid]
+        alone = collect(single, [request])[request.group_uid]
         for a, b in zip(together[request.group_uid], alone, strict=True):
             assert_same(a, b)
 
 
-def test_groups_join_while_others_run() -> None:
-    engine, requests, found = make_engine(), mixed_requests(), {}
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_join_while_others_run(kind: str) -> None:
+    engine, requests, found = make_engine(kind=kind), mixed_requests(), {}
     for request in requests:
         engine.add(request)
         for _ in range(2):
@@ -238,9 +367,10 @@ def test_greedy_visible_equals_generate(architecture: str) -> None:
         assert sample.hard_ids.tolist() == reference[0, length:].tolist()
 
 
-def test_evaluation_draws_do_not_depend_on_the_version() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_draws_do_not_depend_on_the_version(kind: str) -> None:
     model = make_model("llama")
-    engine = TransformersEngine(model, FACTS)
+    engine = bare_engine(kind)
     drawn = {}
     for purpose in ("training", "evaluation"):
         for version in (3, 4):
@@ -253,8 +383,9 @@ def test_evaluation_draws_do_not_depend_on_the_version() -> None:
     assert drawn["training", 3] != drawn["training", 4]
 
 
-def test_ids_that_the_tokenizer_lacks_are_never_drawn() -> None:
-    for group in collect(make_engine(), mixed_requests()).values():
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(kind: str) -> None:
+    for group in collect(make_engine(kind=kind), mixed_requests()).values():
         for sample in group:
             assert ALLOWED[sample.latent_ids].all()
             assert ALLOWED[sample.hard_ids].all()
@@ -264,36 +395,33 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn() -> None:
 # --- refusals and weights ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_be_served_is_refused_and_nothing_queued(kind: str) -> None:
+    engine = make_engine(kind=kind, max_rows=8)
+    for request, message in (
         (make_request(0, 60, max_tokens=5), "max_position_embeddings"),
         (make_request(0, 3, k=46), "allowed ids"),
         (make_request(0, 3, samples=9), "max_rows=8"),
         (make_request(0, 0), "prompt ids"),
         (make_request(0, 3, temperature=0.0), "temperature > 0"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_and_nothing_queued(request_: GroupRequest, message: str) -> None:
-    engine = make_engine(max_rows=8)
-    with pytest.raises(EngineError, match=message):
-        engine.add(request_)
-    assert engine.pending == 0
-    assert engine.step() == []
+    ):
+        with pytest.raises(EngineError, match=message):
+            engine.add(request)
+        assert engine.pending == 0
+        assert engine.step() == []
 
 
-def test_latent_mode_needs_an_end_token() -> None:
-    model = make_model("llama")
-    engine = TransformersEngine(model, dataclasses.replace(FACTS, latent_end_id=None))
-    engine.load_weights(*published(model))
+@pytest.mark.parametrize("kind", KINDS)
+def test_latent_mode_needs_an_end_token(kind: str) -> None:
+    engine = make_engine(kind=kind, facts=dataclasses.replace(FACTS, latent_end_id=None))
     with pytest.raises(EngineError, match="latent-end token"):
         engine.add(make_request(0, 3))
     assert len(collect(engine, [make_request(0, 3, mode="visible")])) == 1
 
 
-def test_an_engine_without_verified_weights_refuses() -> None:
-    model = make_model("qwen2")
-    engine = TransformersEngine(model, FACTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_without_verified_weights_refuses(kind: str) -> None:
+    engine = bare_engine(kind, "qwen2")
     with pytest.raises(EngineError, match="load_weights"):
         engine.add(make_request(0, 3))
     version, tensors = published(make_model("qwen2", seed=1))
@@ -310,8 +438,9 @@ def test_an_engine_without_verified_weights_refuses() -> None:
             engine.add(make_request(0, 3))
 
 
-def test_new_weights_change_the_samples_and_never_mid_sample() -> None:
-    engine, request = make_engine(), make_request(0, 6)
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_weights_change_the_samples_and_never_mid_sample(kind: str) -> None:
+    engine, request = make_engine(kind=kind), make_request(0, 6)
     before = collect(engine, [request])["g0"]
     engine.add(request)
     engine.step()
@@ -327,8 +456,9 @@ def test_new_weights_change_the_samples_and_never_mid_sample() -> None:
     assert [t.latent_scores.tolist() for t in after] != [t.latent_scores.tolist() for t in before]
 
 
-def test_abort_forgets_and_close_is_idempotent() -> None:
-    engine = make_engine(max_rows=6)
+@pytest.mark.parametrize("kind", KINDS)
+def test_abort_forgets_and_close_is_idempotent(kind: str) -> None:
+    engine = make_engine(kind=kind, max_rows=6)
     expected = collect(engine, [make_request(0, 6)])["g0"]
     for uid in range(3):
         engine.add(make_request(uid, 6))

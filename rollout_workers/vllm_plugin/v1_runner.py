@@ -1,0 +1,50 @@
+"""The latent core in vLLM's V1 model runner (the CPU build's; tested on 0.32): three methods of the runner, wrapped.
+
+_update_states   samples come and go             ──► slots
+_preprocess      embeddings of the batch's tokens ──► mixtures written over those of latent steps
+_sample          logits of the batch's requests   ──► `LatentCore.draw` instead of vLLM's own sampler
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from vllm.v1.outputs import SamplerOutput
+
+from rollout_workers.vllm_plugin.core import LatentCore
+from rollout_workers.vllm_plugin.settings import request_settings
+
+
+class LatentRunner:
+    """Mixed into the runner's own class; `latent` and `slot_of` are set by the worker that does so."""
+
+    latent: LatentCore
+    slot_of: dict[str, int]  # by vLLM's request id, until the request is finished; preempted ones stay
+
+    def _update_states(self, scheduler_output):
+        for request_id in scheduler_output.finished_req_ids:
+            self.slot_of.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            uid, settings = request_settings(new.sampling_params)
+            self.slot_of[new.req_id] = self.latent.add(uid, len(new.prompt_token_ids), settings)
+        return super()._update_states(scheduler_output)
+
+    def _slots(self) -> np.ndarray:
+        """[n] the slot of each request, in the batch's order."""
+        return np.array([self.slot_of[request_id] for request_id in self.input_batch.req_ids], dtype=np.int64)
+
+    def _preprocess(self, scheduler_output, num_input_tokens, intermediate_tensors=None):
+        prepared = super()._preprocess(scheduler_output, num_input_tokens, intermediate_tensors)
+        n = self.input_batch.num_reqs
+        places, slots = self.latent.generated_rows(
+            self._slots(), self.input_batch.num_computed_tokens_cpu[:n], self.query_start_loc.np[: n + 1]
+        )
+        self.latent.feed(self.inputs_embeds.gpu, places, slots, self.positions, self.model.embed_input_ids)
+        return prepared
+
+    def _sample(self, logits, spec_decode_metadata) -> SamplerOutput:
+        n = self.input_batch.num_reqs
+        last = self.query_start_loc.gpu[1 : n + 1].long() - 1
+        complete = ~self.discard_request_mask.gpu[:n]
+        tokens = self.latent.draw(logits, self._slots(), self.positions[last], complete)
+        return SamplerOutput(sampled_token_ids=tokens.to(torch.int32).unsqueeze(-1), logprobs_tensors=None)

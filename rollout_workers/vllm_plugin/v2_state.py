@@ -1,0 +1,86 @@
+"""The latent core in vLLM's V2 model runner (the default on CUDA; written for 0.33): its own two hooks.
+
+    ModelState.prepare_inputs_embeds   ──► mixtures written over the embeddings of latent steps, in the persistent
+                                           buffer that captured CUDA graphs read
+    ModelState.custom_sampler          ──► `LatentCore.draw` instead of vLLM's own sampler, outside of the graphs
+
+Nothing here waits for the device: which rows lie behind their prompt is known on the host, which of them are latent
+only on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from rollout_workers.vllm_plugin.settings import request_settings
+
+
+def install(model_config: Any) -> None:
+    """Makes the model's class ask for :class:`LatentModelState`, which is what V2 looks for; in this process only."""
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+
+    model_class, _ = get_model_architecture(model_config)
+    model_class.get_model_state_cls = classmethod(lambda cls: LatentModelState)
+
+
+class LatentModelState(DefaultModelState):
+    """Slots are the core's own: the runner's indices change hands at every preemption."""
+
+    def __init__(self, vllm_config, model, encoder_cache, device):
+        from rollout_workers.vllm_plugin.workers import new_core
+
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.core = new_core(vllm_config, device)
+        self.slot_of = np.zeros(self.max_num_reqs, dtype=np.int64)  # by the runner's index of a request
+
+    def add_request(self, req_index, new_req_data) -> None:
+        """A new request, or one that was preempted and comes back."""
+        super().add_request(req_index, new_req_data)
+        uid, settings = request_settings(new_req_data.sampling_params)
+        self.slot_of[req_index] = self.core.add(uid, new_req_data.prompt_len, settings)
+
+    def prepare_inputs_embeds(self, scheduled_encoder_inputs, input_batch, req_states) -> torch.Tensor:
+        inputs = super().prepare_inputs_embeds(scheduled_encoder_inputs, input_batch, req_states)
+        places, slots = self.core.generated_rows(
+            self.slot_of[input_batch.idx_mapping_np],
+            input_batch.num_computed_tokens_np,
+            input_batch.query_start_loc_np[: input_batch.num_reqs + 1],
+        )
+        self.core.feed(inputs, places, slots, input_batch.positions, self.model.embed_input_ids)
+        return inputs
+
+    def custom_sampler(self, sampler):
+        return LatentSampler(sampler, self), None
+
+
+class LatentSampler:
+    """In the place of vLLM's sampler, which still keeps the state that the runner expects of it."""
+
+    def __init__(self, base: Any, state: LatentModelState) -> None:
+        self._base, self._state = base, state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def __call__(self, logits: torch.Tensor, input_batch: Any) -> SamplerOutput:
+        n = input_batch.num_reqs
+        prefill_len = self._base.req_states.prefill_len.gpu[input_batch.idx_mapping]
+        complete = input_batch.seq_lens[:n] >= prefill_len
+        tokens = self._state.core.draw(
+            logits,
+            self._state.slot_of[input_batch.idx_mapping_np],
+            input_batch.positions[input_batch.logits_indices],
+            complete,
+        )
+        return SamplerOutput(
+            sampled_token_ids=tokens.view(-1, 1),
+            logprobs_tensors=None,
+            num_nans=None,
+            num_sampled=complete.to(torch.int32),
+            num_rejected=torch.zeros_like(complete, dtype=torch.int32),
+        )

@@ -1,0 +1,86 @@
+"""Published weights into a running vLLM model, and the proof that it holds them (REQUIREMENTS 3).
+
+vLLM's own in-place reload does the loading: it splits and fuses the published (Hugging Face) parameters as the model
+wants them and keeps every address, so captured CUDA graphs stay valid. Afterwards each published tensor is compared
+with what the model's layers hold of it: fused layers part by part, padded vocabularies, tied heads, and on several
+ranks each rank's own share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def keep_plain_weights() -> None:
+    """CPU: no packed copies of the weights, which nobody could read back and a reload of a tied head would not reach.
+
+    vLLM's linear layers ask this function how to multiply; torch's own product is as fast in float32.
+    """
+    from vllm.model_executor.layers import utils
+
+    def plain(layer: nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = plain
+
+
+def load_and_verify(runner: Any, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
+    """Loads `tensors` (Hugging Face names) into the runner's model; names that the model does not hold afterwards."""
+    runner.reload_weights(weights_iterator=iter(tensors))
+    model = runner.get_model()
+    return [name for name, tensor in tensors if not _holds(model, name, tensor)]
+
+
+def _holds(model: nn.Module, name: str, published: torch.Tensor) -> bool:
+    found = list(_held(model, name))
+    return bool(found) and all(torch.equal(held, _share(published, held, first)) for held, first in found)
+
+
+def _held(model: nn.Module, name: str) -> Iterator[tuple[torch.Tensor, int | None]]:
+    """What the model's layers hold of a published parameter, and which of its rows comes first if that is known."""
+    module_name, _, parameter = name.rpartition(".")
+    parent, _, leaf = module_name.rpartition(".")
+    for fused, leaves in getattr(model, "packed_modules_mapping", {}).items():
+        layer = _submodule(model, f"{parent}.{fused}") if leaf in leaves else None
+        held = getattr(layer, parameter, None)
+        if held is not None:
+            place, sizes = leaves.index(leaf), layer.output_partition_sizes
+            yield held.data.narrow(0, sum(sizes[:place]), sizes[place]), None
+            return
+    layer = _submodule(model, module_name)
+    if getattr(layer, parameter, None) is not None:
+        yield _without_padding(layer, getattr(layer, parameter).data)
+    if getattr(model.config, "tie_word_embeddings", False) and module_name.endswith("embed_tokens"):
+        yield _without_padding(model.lm_head, model.lm_head.weight.data)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _without_padding(layer: nn.Module, held: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+    """Vocabularies are padded to a multiple of 64 rows before they are shared out."""
+    vocabulary = getattr(layer, "shard_indices", None)
+    if vocabulary is None:
+        return held, None
+    return held[: vocabulary.num_org_elements], vocabulary.org_vocab_start_index
+
+
+def _share(published: torch.Tensor, held: torch.Tensor, first: int | None) -> torch.Tensor:
+    """The part of a published tensor that this rank should hold, in the shape of `held`."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    if first is not None:
+        return published.narrow(0, first, len(held)).to(held.device)
+    world, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    for dim, (whole, part) in enumerate(zip(published.shape, held.shape, strict=True)):
+        if whole != part:  # key and value heads may be fewer than ranks: then some ranks hold the same ones
+            published = published.narrow(dim, (rank * (whole // part) // world) * part, part)
+    return published.to(held.device)

@@ -1,0 +1,88 @@
+"""vLLM's worker processes with the latent core in their model runner, and what the engine asks of them.
+
+Named to vLLM as `worker_cls`; vLLM imports them in its own processes, so this package must be installed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker as GPUWorker
+
+from rollout_workers.vllm_plugin.core import LatentCore, Record
+from rollout_workers.vllm_plugin.weights import keep_plain_weights, load_and_verify
+
+CONFIG = "latent_rollout"  # in vLLM's additional_config
+
+
+def new_core(vllm_config: Any, device: torch.device) -> LatentCore:
+    """The core that the engine described in `additional_config`."""
+    described = vllm_config.additional_config[CONFIG]
+    allowed = described["forbidden_ids"]
+    flags = None
+    if allowed:
+        flags = np.ones(described["vocab_size"], dtype=bool)
+        flags[allowed] = False
+    return LatentCore(
+        device,
+        slots=vllm_config.scheduler_config.max_num_seqs,
+        allowed=flags,
+        end_id=described["end_id"],
+        placeholder=described["placeholder"],
+    )
+
+
+class LatentWorker:
+    """Called by the engine through `collective_rpc`, on every rank. Ranks draw the same: their logits are the same."""
+
+    def load_published(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
+        """Loads weights in place; names of the tensors that the model does not hold afterwards."""
+        return load_and_verify(self.model_runner, tensors)
+
+    def take_records(self, uids: Sequence[int], steps: Sequence[int]) -> list[Record] | None:
+        """Records of finished samples; their state is freed. The first rank answers, the others only forget."""
+        if self.rank == 0:
+            return self.latent_core.take(uids, steps)
+        self.latent_core.forget(uids)
+        return None
+
+    def forget(self, uids: Sequence[int]) -> int:
+        """Frees the state of aborted samples; how many are left."""
+        self.latent_core.forget(uids)
+        return len(self.latent_core.slots)
+
+    @property
+    def latent_core(self) -> LatentCore:
+        return self.model_runner.latent
+
+
+class LatentCPUWorker(LatentWorker, CPUWorker):
+    """V1 runner. Weights stay as published, instead of being packed: they can be read back, and updated in place."""
+
+    def init_device(self) -> None:
+        from rollout_workers.vllm_plugin.v1_runner import LatentRunner
+
+        super().init_device()
+        keep_plain_weights()
+        runner = self.model_runner
+        if self.use_v2_model_runner:
+            raise RuntimeError("vLLM on CPU chose its V2 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
+        runner.__class__ = type("LatentCPUModelRunner", (LatentRunner, type(runner)), {})
+        runner.latent, runner.slot_of = new_core(self.vllm_config, self.device), {}
+
+
+class LatentGPUWorker(LatentWorker, GPUWorker):
+    """V2 runner."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        from rollout_workers.vllm_plugin.v2_state import install
+
+        if not self.use_v2_model_runner:
+            raise RuntimeError("vLLM chose its V1 model runner, expected V2 on CUDA; unset VLLM_USE_V2_MODEL_RUNNER")
+        install(self.model_config)
+        super().load_model(*args, **kwargs)
+        self.model_runner.latent = self.model_runner.model_state.core

@@ -1,0 +1,246 @@
+"""What goes wrong when latent steps meet a serving engine, each with its remedy: these fail without it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_engine import (
+    EOS,
+    assert_same,
+    bare_engine,
+    collect,
+    make_engine,
+    make_model,
+    make_request,
+    mixed_requests,
+    near_ties,
+    published,
+)
+
+from rollout_workers import vllm_engine
+from rollout_workers.engine import EngineError
+from rollout_workers.vllm_engine import VLLMEngine
+from rollout_workers.vllm_plugin import core
+from rollout_workers.vllm_plugin.settings import KEY
+
+pytestmark = pytest.mark.vllm
+
+
+def long_model():
+    """More positions than the contract's model, so that whole KV blocks lie behind the prompts."""
+    return make_model("llama", positions=256)
+
+
+def long_engine(**vllm):
+    engine_args = {"block_size": 32, **vllm.pop("engine_args", {})}
+    engine = bare_engine(
+        "vllm", "llama", positions=256, max_length=160, max_rows=vllm.pop("max_rows", 64),
+        vllm={"engine_args": engine_args, **vllm},
+    )  # fmt: skip
+    engine.load_weights(*published(long_model()))
+    return engine
+
+
+def long_requests(groups=3, samples=3, length=40):
+    """Responses of 80 steps that hardly ever leave latent mode: an end token is unlikely under little noise."""
+    return [
+        make_request(uid, length + uid, samples=samples, max_tokens=80, k=3, noise_scale=0.5) for uid in range(groups)
+    ]
+
+
+def core_of(engine):
+    return engine._llm.model_executor.driver_worker.worker.latent_core
+
+
+def scheduler_of(engine):
+    return engine._llm.engine_core.engine_core.scheduler
+
+
+def preemptions(engine, monkeypatch):
+    """Generated tokens of each request that the scheduler throws out of the cache."""
+    scheduler, count = scheduler_of(engine), []
+    original = scheduler._preempt_request
+
+    def counted(request, *args, **kwargs):
+        count.append(request.num_tokens - request.num_prompt_tokens)
+        return original(request, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", counted)
+    return count
+
+
+def assert_right(engine, requests, groups, version=3):
+    model, steps = long_model(), 0
+    for request in requests:
+        for sample in groups[request.group_uid]:
+            near_ties(model, request, sample, version)
+            steps += len(sample.latent_ids)
+    return steps
+
+
+def test_a_prompt_is_computed_once_for_its_group(monkeypatch):
+    engine, requests = long_engine(), long_requests(groups=1)
+    manager = scheduler_of(engine).kv_cache_manager
+    found, original = [], manager.get_computed_blocks
+
+    def seen(request, *args, **kwargs):
+        found.append(original(request, *args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(manager, "get_computed_blocks", seen)
+    assert_right(engine, requests, collect(engine, requests))
+    assert [computed for _, computed, *_ in found] == [0, 32, 32], "of 40 tokens one block of 32 can be shared"
+
+
+CROWDED = {"kv_cache_bytes": 14 * 2 * 2 * 32 * 32 * 4}  # 14 blocks of 32 positions, where eight samples want 25
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_preempted_samples_go_on_with_their_mixtures(monkeypatch, caching):
+    engine = long_engine(**CROWDED, engine_args={"enable_prefix_caching": caching})
+    count, requests = preemptions(engine, monkeypatch), long_requests(groups=1, samples=8)
+    assert assert_right(engine, requests, collect(engine, requests)) > 200
+    assert sum(generated >= 23 for generated in count) >= 2, f"nothing was preempted behind a whole block: {count}"
+    assert not core_of(engine).slots, "state of finished samples is kept"
+
+
+def test_histories_without_a_name_of_their_own_would_be_mixed_up(monkeypatch):
+    """The remedy taken away: a preempted sample finds the keys and values of another one's mixtures."""
+    monkeypatch.setattr(vllm_engine, "keep_histories_apart", lambda hasher, block_size: hasher)
+    engine, requests = long_engine(**CROWDED), long_requests(groups=1, samples=8)
+    groups = collect(engine, requests)
+    with pytest.raises(AssertionError):
+        assert_right(engine, requests, groups)
+
+
+def test_long_prompts_are_prefilled_in_chunks_beside_running_samples():
+    engine = long_engine(batched_tokens=16, max_rows=8, engine_args={"enable_prefix_caching": False})
+    requests = [make_request(uid, 12 + 20 * uid, samples=2, max_tokens=30, k=3) for uid in range(4)]
+    groups = collect(engine, requests)
+    assert_right(engine, requests, groups)
+
+
+def test_a_stop_id_as_proxy_of_a_mixture_does_not_end_the_sample():
+    engine, requests = make_engine(kind="vllm"), mixed_requests()
+    proxies = [t.latent_ids[:, 0] for group in collect(engine, requests).values() for t in group if len(t.latent_ids)]
+    inside = sum(int(np.isin(p[:-1], EOS).sum()) for p in proxies)
+    assert inside > 0, "no proxy was a stop id, so the test shows nothing"
+
+
+def test_more_samples_than_rows_wait_and_every_state_is_freed():
+    engine = make_engine(kind="vllm", max_rows=4)
+    groups = collect(engine, mixed_requests())
+    assert len(groups) == len(mixed_requests())
+    assert not core_of(engine).slots
+    for request in mixed_requests():
+        engine.add(request)
+    for _ in range(3):
+        engine.step()
+    assert core_of(engine).slots
+    engine.abort()
+    assert not core_of(engine).slots
+    reference = collect(make_engine(), mixed_requests())
+    for uid, group in collect(engine, mixed_requests()).items():
+        for a, b in zip(group, reference[uid], strict=True):
+            assert_same(a, b)
+    assert not core_of(engine).slots
+
+
+def test_samples_of_a_group_are_drawn_each_with_its_own_key():
+    engine = make_engine(kind="vllm")
+    (group,) = collect(engine, [make_request(0, 9, samples=6)]).values()
+    assert len({t.latent_scores.tobytes() for t in group}) == 6
+    params = engine_params(engine, make_request(0, 9, samples=6))
+    assert len({p.extra_args[KEY]["key"] for p in params}) == 6
+
+
+def engine_params(engine, request):
+    seen, original = [], engine._llm.add_request
+    engine._llm.add_request = lambda uid, prompt, params: seen.append(params) or original(uid, prompt, params)
+    engine.add(request)
+    engine._llm.add_request = original
+    engine.abort()
+    return seen
+
+
+def test_after_new_weights_a_known_prompt_is_computed_again():
+    engine, requests = long_engine(), long_requests(groups=1)
+    collect(engine, requests)
+    other = make_model("llama", seed=1, positions=256)
+    engine.load_weights(*published(other, version=4))
+    for sample in collect(engine, requests)["g0"]:
+        near_ties(other, requests[0], sample, version=4)
+        assert (sample.policy_version_min, sample.policy_version_max) == (4, 4)
+
+
+def test_weights_in_flight_recompute_what_running_samples_have():
+    """The steps drawn before are kept, with their mixtures; those drawn after follow the new weights from the start."""
+    engine, request = long_engine(in_flight_updates=True), long_requests(groups=1)[0]
+    engine.add(request)
+    for _ in range(20):
+        engine.step()
+    new = make_model("llama", seed=1, positions=256)
+    engine.load_weights(*published(new, version=4))
+    group = None
+    while engine.pending:
+        group = next(iter(engine.step()), group)
+    before = collect(long_engine(), [request])["g0"]
+    for sample, old in zip(group, before, strict=True):
+        assert (sample.policy_version_min, sample.policy_version_max) == (3, 4)
+        np.testing.assert_array_equal(sample.latent_ids[:20], old.latent_ids[:20])
+        near_ties(new, request, sample, version=3, first=20)
+
+
+def test_fused_and_tied_weights_are_read_back_after_loading(monkeypatch):
+    for architecture, broken in (
+        ("llama", "model.layers.1.self_attn.v_proj.weight"),
+        ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
+        ("llama-tied", "model.embed_tokens.weight"),
+        ("qwen3", "model.layers.0.mlp.up_proj.weight"),
+    ):
+        engine = make_engine(architecture, "vllm")
+        runner = engine._llm.model_executor.driver_worker.worker.model_runner
+        original = runner.reload_weights
+
+        def damaged(weights_iterator, original=original, broken=broken):
+            original(weights_iterator=[(n, t + (n == broken) * 1e-3) for n, t in weights_iterator])
+
+        monkeypatch.setattr(runner, "reload_weights", damaged)
+        with pytest.raises(EngineError, match=broken):
+            engine.load_weights(*published(make_model(architecture), version=4))
+        assert engine.version is None
+        with pytest.raises(EngineError, match="load_weights"):
+            engine.add(make_request(0, 3))
+        engine.close()
+
+
+def test_samples_that_looked_too_narrowly_are_drawn_again(monkeypatch):
+    """On a GPU a draw never waits; what then is not sure to be exact is decoded again, with draws that may wait."""
+    engine, sent = make_engine(kind="vllm"), []
+    send = engine._send
+
+    def logged(group, position, careful):
+        sent.append(careful)
+        send(group, position, careful=careful)
+
+    monkeypatch.setattr(engine, "_send", logged)
+    monkeypatch.setattr(VLLMEngine, "_careful", False)
+    for name in ("latent_step", "visible_step"):
+        step = getattr(core, name)
+        monkeypatch.setattr(core, name, lambda *args, step=step, **settings: step(*args, **settings, top_m=8))
+    groups = collect(engine, mixed_requests())
+    assert 0 < sum(sent) < len(sent) - sum(sent), "some samples needed more than eight ids, but not all"
+    reference = collect(make_engine(), mixed_requests())
+    for uid, group in groups.items():
+        for a, b in zip(group, reference[uid], strict=True):
+            assert_same(a, b)
+    assert not core_of(engine).slots
+
+
+def test_a_request_that_is_no_rollout_is_refused():
+    from vllm import SamplingParams
+
+    from rollout_workers.vllm_plugin.settings import request_settings
+
+    with pytest.raises(ValueError, match="another vLLM for ordinary requests"):
+        request_settings(SamplingParams(max_tokens=3))

@@ -1,0 +1,236 @@
+"""The latent core without vLLM: prefill, preemption and discarded steps, with draws that wait and that do not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from common.latent import mix_embeddings
+from common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
+from rollout_workers.rows import SETTINGS, refusal, write_settings
+from rollout_workers.vllm_plugin.core import SCRATCH, LatentCore
+from rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
+from rollout_workers.vllm_plugin.settings import KEY, extra_args
+
+VOCAB, END, PROMPT = 400, 5, 3
+
+
+def group(samples=4, **sampling):
+    settings = {"mode": "latent", "max_tokens": 12, "k": 3} | sampling
+    return GroupRequest(
+        group_uid="g", problem_uid="p", task="t", prompt_ids=np.arange(PROMPT, dtype=np.int32) + 7,
+        sample_indices=tuple(range(samples)), sampling=SamplingSettings(**settings), purpose="training", epoch=0,
+        run_seed=1, verifier="v", gold_answer="",
+    )  # fmt: skip
+
+
+def settings_of(request, careful):
+    rows = np.zeros(len(request.sample_indices), dtype=SETTINGS)
+    write_settings(rows, request, 0)
+    found = []
+    for row in rows:
+        described = dict(extra_args(0, row, careful)[KEY])
+        described.pop("uid")
+        found.append(described)
+    return found
+
+
+def new_core(slots=8):
+    return LatentCore(torch.device("cpu"), slots=slots, allowed=None, end_id=END, placeholder=END)
+
+
+def logits_at(uid, step, scale=3.0):
+    """A model that knows nothing but who asks and when."""
+    generator = torch.Generator().manual_seed(uid * 1000 + step)
+    logits = torch.randn(VOCAB, generator=generator) * scale
+    if step == 3 + uid % 4 * 3:
+        logits[END] += 6 * scale  # here and there somebody leaves latent mode
+    return logits
+
+
+def decode(core, requests, careful=True, scale=3.0):
+    """Requests of different settings side by side, twelve steps each; their records."""
+    uids = []
+    for request in requests:
+        for settings in settings_of(request, careful):
+            uids.append(len(uids))
+            core.add(uids[-1], PROMPT, settings)
+    slots = np.array([core.slots[uid] for uid in uids])
+    for step in range(12):
+        logits = torch.stack([logits_at(uid, step, scale) for uid in uids])
+        positions = torch.full((len(uids),), PROMPT - 1 + step)
+        core.draw(logits, slots, positions, torch.ones(len(uids), dtype=torch.bool))
+    return core.take(uids, [12] * len(uids))
+
+
+def assert_equal(a, b):
+    for name in ("latent_ids", "latent_scores", "latent_log_probs", "hard_ids", "hard_log_probs"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+MIXED = [
+    group(),
+    group(noise_mode="off", k=5),
+    group(noise_mode="two_sided", noise_scale=0.5, tau=0.7, top_p=0.8),
+    group(mode="visible", temperature=1.3, top_k=7),
+]
+
+
+def test_draws_that_never_wait_are_the_same_as_those_that_may():
+    waiting, swift = decode(new_core(), MIXED), decode(new_core(), MIXED, careful=False)
+    assert any(len(r.latent_ids) < 12 for r in waiting[:12]), "somebody should leave latent mode"
+    for a, b in zip(waiting, swift, strict=True):
+        assert a.exact
+        assert b.exact
+        assert_equal(a, b)
+
+
+def test_settings_are_each_samples_own():
+    together = decode(new_core(), MIXED)
+    for number, request in enumerate(MIXED):
+        core = new_core()
+        rows = settings_of(request, True)
+        for position, settings in enumerate(rows):
+            uid = number * 4 + position
+            core.add(uid, PROMPT, settings)
+            slot = np.array([core.slots[uid]])
+            for step in range(12):
+                core.draw(logits_at(uid, step)[None], slot, torch.tensor([PROMPT - 1 + step]), torch.tensor([True]))
+            assert_equal(core.take([uid], [12])[0], together[uid])
+
+
+def test_what_cannot_be_known_from_the_likeliest_ids_is_marked():
+    """All ids alike: the selected ones depend on the noise of every id, and 256 of 400 were looked at."""
+    careful, swift = decode(new_core(), MIXED, scale=0.0), decode(new_core(), MIXED, careful=False, scale=0.0)
+    assert all(r.exact for r in careful)
+    assert not any(r.exact for r in swift)
+
+
+def test_the_draws_contain_nothing_that_waits_for_the_device(monkeypatch):
+    """On a GPU each of these would stop the host until the device has caught up."""
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("the host would wait for the device")
+
+    for name in ("item", "tolist", "cpu", "nonzero", "__bool__", "numpy", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    core = new_core()
+    rows = [s for request in MIXED for s in settings_of(request, False)]
+    slots = np.array([core.add(uid, PROMPT, settings) for uid, settings in enumerate(rows)])
+    embedding = torch.randn(VOCAB, 8)
+    for step in range(3):
+        positions = torch.full((16,), PROMPT - 1 + step)
+        core.draw(torch.randn(16, VOCAB), slots, positions, torch.ones(16, dtype=torch.bool))
+        places, owners = core.generated_rows(slots, np.full(16, PROMPT + step), np.arange(17))
+        inputs = torch.zeros(16, 8)
+        core.feed(inputs, places, owners, torch.full((16,), PROMPT + step), lambda ids: embedding[ids])
+
+
+def test_a_step_that_is_drawn_again_replaces_the_one_that_was_thrown_away():
+    """vLLM runs ahead, and recomputes after preemption: later steps are overwritten, earlier ones stay."""
+    reference = decode(new_core(), [group()])
+    core, settings = new_core(), settings_of(group(), True)
+    for uid in range(4):
+        core.add(uid, PROMPT, settings[uid])
+    slots = np.array([core.slots[uid] for uid in range(4)])
+    order = [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 8, 9, 10, 11]
+    for step in order:
+        logits = torch.stack([logits_at(uid, step) for uid in range(4)])
+        core.draw(logits, slots, torch.full((4,), PROMPT - 1 + step), torch.ones(4, dtype=torch.bool))
+    for a, b in zip(core.take(range(4), [12] * 4), reference, strict=True):
+        assert_equal(a, b)
+
+
+def test_incomplete_prompts_draw_nothing():
+    core, (settings,) = new_core(), settings_of(group(samples=1), True)
+    slot = np.array([core.add(0, PROMPT, settings)])
+    core.draw(logits_at(0, 0)[None], slot, torch.tensor([PROMPT - 1]), torch.tensor([True]))
+    before = core._ids[slot[0]].clone()
+    for careful in (1, 0):
+        core._host[slot[0]]["careful"] = careful
+        core.draw(logits_at(0, 9)[None], slot, torch.tensor([1]), torch.tensor([False]))
+        assert torch.equal(core._ids[slot[0]], before)
+        assert int(core._latent_steps[slot[0]]) == 1
+
+
+def test_mixtures_are_fed_where_a_step_was_latent_and_nowhere_else():
+    core = new_core()
+    latent, visible = (
+        settings_of(group(samples=1, tau=0.5), True)[0],
+        settings_of(group(samples=1, mode="visible"), True)[0],
+    )
+    slots = np.array([core.add(1, PROMPT, latent), core.add(2, 2, visible)])
+    for step in range(2):
+        logits = torch.stack([logits_at(1, step), logits_at(2, step)])
+        core.draw(logits, slots, torch.tensor([PROMPT - 1 + step, 1 + step]), torch.tensor([True, True]))
+    embedding, inputs = torch.randn(VOCAB, 8), torch.randn(8, 8)
+    before = inputs.clone()
+    # request 1: its last prompt token and two response steps; request 2: all of four
+    computed, query_start = np.array([PROMPT - 1, 0]), np.array([0, 3, 7])
+    positions = torch.tensor([2, 3, 4, 0, 1, 2, 3, 0])
+    places, owners = core.generated_rows(slots, computed, query_start)
+    assert places.tolist() == [1, 2, 5, 6]
+    core.feed(inputs, places, owners, positions, lambda ids: embedding[ids])
+    record = core.take([1], [2])[0]
+    assert len(record.latent_ids) == 2
+    for place, step in ((1, 0), (2, 1)):
+        weights = torch.softmax(torch.tensor(record.latent_scores[step]) / 0.5, -1)
+        want = mix_embeddings(embedding[torch.tensor(record.latent_ids[step]).long()], weights)
+        torch.testing.assert_close(inputs[place], want)
+    untouched = [0, 3, 4, 5, 6, 7]
+    assert torch.equal(inputs[untouched], before[untouched])
+
+
+def test_slots_grow_and_are_freed():
+    core = new_core(slots=2)
+    settings = settings_of(group(samples=9), True)
+    for uid in range(9):
+        core.add(uid, PROMPT, settings[uid])
+        assert core.add(uid, PROMPT, settings[uid]) == core.slots[uid], "a preempted sample keeps its slot"
+    assert SCRATCH not in core.slots.values()
+    assert len(set(core.slots.values())) == 9
+    core.forget([0, 3, 77])
+    assert len(core.slots) == 7
+    slots = np.array([core.slots[1]])
+    core.draw(logits_at(1, 0)[None], slots, torch.tensor([PROMPT - 1]), torch.tensor([True]))
+    core.take([1], [1])
+    core.forget(list(core.slots))
+    assert not core.slots
+
+
+def test_a_warm_up_of_requests_that_nobody_added_is_harmless():
+    core = new_core()
+    core.draw(torch.randn(4, VOCAB), np.zeros(4, dtype=np.int64), torch.full((4,), 99), torch.ones(4, dtype=torch.bool))
+
+
+def test_block_names_are_shared_in_the_prompt_and_the_requests_own_behind_it():
+    @dataclasses.dataclass
+    class Request:
+        request_id: str
+        num_prompt_tokens: int
+        block_hashes: list
+
+    hasher = keep_histories_apart(lambda request: [b"one", b"two", b"three"], block_size=4)
+    a, b = hasher(Request("a", 9, [])), hasher(Request("b", 9, []))
+    assert a[:2] == b[:2] == [b"one", b"two"]
+    assert a[2] != b[2]
+    later = hasher(Request("a", 9, [b"x"]))
+    assert later[0] == b"one"
+    assert later[1] not in (b"two", a[1])
+    assert hasher(Request("a", 8, []))[1] == b"two", "a block that ends with the prompt holds nothing generated"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"max_tokens": 0}, "do not fit"), ({"k": 0}, "allowed ids"), ({"top_k": 0}, "top_k >= 1")],
+)
+def test_refusals_name_what_was_received(change, message):
+    facts = TokenFacts(
+        vocab_size=VOCAB, allowed=np.ones(VOCAB, bool), latent_end_id=END, eos_ids=(1,), pad_id=0
+    )  # fmt: skip
+    version = PolicyVersion(version=0, checksum="")
+    assert refusal(group(), facts, version, max_rows=8, max_length=64) is None
+    assert message in refusal(group(**change), facts, version, max_rows=8, max_length=64)

@@ -1,0 +1,77 @@
+"""What `validate` refuses of the vLLM engine, with what to do; none of it needs vLLM."""
+
+import pytest
+
+from common.config import ConfigError, load_config
+from deploy import preflight
+from rollout_workers.vllm_plugin import support
+from rollout_workers.vllm_plugin.support import argument_problem, model_problem, vllm_problem
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_attention_heads": 4}
+
+
+def refused(*overrides, found=("cpu", "0.32.0"), monkeypatch=None):
+    """The message of the refusal of a quickstart with this vLLM installed."""
+    if monkeypatch is not None:
+        monkeypatch.setattr(support, "installed", lambda: found)
+    with pytest.raises(ConfigError) as error:
+        preflight.engine_rows(load_config("quickstart", ["rollout.engine=vllm", *overrides]))
+    return str(error.value)
+
+
+def test_the_quickstart_is_served_by_the_tested_builds(monkeypatch):
+    config = load_config("quickstart", ["rollout.engine=vllm"])
+    for found in (("cpu", "0.32.0"), ("cuda", "0.33.1"), ("cuda", "0.33.0+cu130")):
+        monkeypatch.setattr(support, "installed", lambda found=found: found)
+        assert found[1] in preflight.engine_rows(config)[0][1]
+    assert preflight.engine_rows(load_config("quickstart")) == [("rollout engine", "transformers")]
+
+
+def test_a_missing_or_untested_vllm_is_refused_with_what_to_do(monkeypatch):
+    assert "make vllm" in refused(found=None, monkeypatch=monkeypatch)
+    assert ">= 0.32 and < 0.33" in refused(found=("cpu", "0.33.0"), monkeypatch=monkeypatch)
+    assert ">= 0.33 and < 0.34" in refused(found=("cuda", "0.32.0"), monkeypatch=monkeypatch)
+    assert vllm_problem(("cuda", "0.34.0rc1")) is not None
+    assert vllm_problem(("cuda", "0.33.0.post1")) is None
+
+
+def test_models_without_support_are_refused(monkeypatch):
+    message = refused("model.new.architecture=gpt2", monkeypatch=monkeypatch)
+    assert "gpt2" in message
+    assert "LlamaForCausalLM" in message
+    assert "32 dimensions, the model has 16" in refused("model.new.num_heads=8", monkeypatch=monkeypatch)
+    assert model_problem(LLAMA | {"head_dim": 16}, "cuda") is None
+    assert "use_sliding_window" in model_problem(LLAMA | {"use_sliding_window": True}, "cuda")
+    assert "no support for architecture None" in model_problem({}, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("argument", "what"),
+    [
+        ("speculative_config", "cannot be drafted"),
+        ("pipeline_parallel_size", "rollout.vllm.tensor_parallel"),
+        ("override_generation_config", "no penalties"),
+        ("logits_processors", "penalties"),
+        ("max_logprobs", "k has no such limit"),
+        ("tensor_parallel_size", "rollout.vllm.tensor_parallel"),
+        ("model", "the engine sets it"),
+    ],
+)
+def test_incompatible_engine_arguments_are_refused(monkeypatch, argument, what):
+    assert what in refused(f"rollout.vllm.engine_args.{argument}=2", monkeypatch=monkeypatch)
+    assert argument_problem({"block_size": 32}) is None
+
+
+def test_settings_that_contradict_the_engine_are_refused():
+    def message(*overrides):
+        with pytest.raises(ConfigError) as error:
+            load_config("quickstart", list(overrides))
+        return str(error.value)
+
+    vllm = "rollout.engine=vllm"
+    assert "no effect with rollout.engine transformers" in message("rollout.vllm.eager=true")
+    assert "deterministic: true needs rollout.engine transformers" in message(vllm, "deterministic=true")
+    assert "its build decides" in message(vllm, "rollout.device=cpu")
+    assert "max_staleness of 1" in message(vllm, "rollout.vllm.in_flight_updates=true")
+    assert "num_gpus to 2, got 1" in message(vllm, "rollout.vllm.tensor_parallel=2", "rollout.resources.num_gpus=1")
+    assert "use kv_cache_bytes" in message(vllm, "rollout.vllm.memory_share=0.5")
