@@ -185,6 +185,33 @@ def reproduce(
 
 
 @app.command()
+def grade(
+    file: Annotated[Path, typer.Argument(help="JSONL or Parquet with a response and a gold answer a row.")],
+    kind: Annotated[str, typer.Option(help="math, number, choice, an import path, or a name of --profile.")],
+    profile: Annotated[str | None, typer.Option(help="Take verifiers and limits from this profile.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also list where plain math-verify disagrees.")] = False,
+    golds: Annotated[bool, typer.Option("--golds", help="Check the gold answers alone; needs no responses.")] = False,
+    response_column: Annotated[str | None, typer.Option(help="Default: response, completion, output, ...")] = None,
+    gold_column: Annotated[str | None, typer.Option(help="Default: gold, answer, ground_truth, ...")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Rows shown of each reason.")] = 3,
+    fallback: Annotated[str, typer.Option(help="none, or last_number: what counts where there is no box.")] = "none",
+    processes: Annotated[int, typer.Option(min=1, help="Grader processes.")] = 2,
+    time_limit: Annotated[float, typer.Option(help="Seconds a row.")] = 5.0,
+    output: Annotated[Path | None, typer.Option(help="Write every row's verdict to this JSONL file.")] = None,
+    machine: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Grades a file of responses and shows the reasons with examples; or checks a file's gold answers."""
+    from deploy.audit import Limits, run_audit
+
+    with interruptible():
+        run_audit(
+            file, kind, Limits(processes=processes, time_limit_s=time_limit, fallback=fallback), profile=profile,
+            compare=compare, golds=golds, columns=(response_column, gold_column), examples=examples, output=output,
+            machine=machine, console=console,
+        )  # fmt: skip
+
+
+@app.command()
 def doctor() -> None:
     """Checks the installation and says what to mend; exit code 1 if something must be."""
     from deploy.doctor import run_doctor

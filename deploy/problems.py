@@ -20,6 +20,7 @@ from common.tasks import (
     load_task,
 )
 from common.types import GroupRequest, NoiseMode, Problem, Purpose, SamplingSettings
+from deploy.problem_notes import notes
 from deploy.verifiers import build_verifier
 from reward.answers import gold_is_parsable
 
@@ -98,7 +99,12 @@ class Problems:
 
     @property
     def summaries(self) -> list[str]:
-        return [f"training {t.summary}" for t in self.training] + [f"evaluation {t.summary}" for t in self.evaluation]
+        training, evaluation = ([task.source for task in tasks] for tasks in (self.training, self.evaluation))
+        return [
+            *(f"training {t.summary}" for t in self.training),
+            *(f"evaluation {t.summary}" for t in self.evaluation),
+            *notes(training, evaluation),
+        ]
 
     def request(self, ordinal: int, purpose: Purpose = "training") -> GroupRequest:
         """The group at a place of the training order."""

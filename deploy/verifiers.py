@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from common.benchmarks import with_benchmark_defaults
 from common.config import ConfigError, RunConfig
-from common.tasks import with_benchmark_defaults
 from reward.pool import VerifierPool
 from reward.verifier import Definitions, UnknownVerifierError, Verifier
 

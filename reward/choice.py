@@ -36,6 +36,6 @@ def read_choice(content: str) -> str | None:
         text = text[1:-1].strip()
     if match := _ALONE.fullmatch(text):
         return match[1].upper()
-    if (match := _LABELLED.fullmatch(text)) and not _ANOTHER.search(match[3]):
+    if (match := _LABELLED.fullmatch(text)) and not _ANOTHER.search(match[3]) and match[3][0] not in "+-^_!*/=<>":
         return match[1] or match[2]
     return None

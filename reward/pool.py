@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _BUILT_IN_MODULE = "reward.answers:"
 _MIN_MEMORY_BYTES = 64 * 2**20
+_MAX_WARNINGS = 20
 
 
 class VerifierPool:
@@ -79,6 +80,7 @@ class VerifierPool:
         )
         self._owner = os.getpid()
         self._reasons: Counter[str] = Counter()
+        self._unreadable: set[str] = set()  # golds that were warned of
         self._finalizer = weakref.finalize(self, self._dispatcher.stop)
 
     def start(self, kinds: Iterable[str] = ("math",)) -> None:
@@ -160,8 +162,13 @@ class VerifierPool:
         try:
             return verifier.quick_grade(response_text, gold)
         except UnreadableGoldError as error:
-            logger.warning("%s Its samples stay ungraded.", error)
+            self._warn_once(gold, error)
             return Grade(None, "ungraded")
+
+    def _warn_once(self, gold: str, error: UnreadableGoldError) -> None:
+        if gold not in self._unreadable and len(self._unreadable) < _MAX_WARNINGS:
+            self._unreadable.add(gold)
+            logger.warning("%s Its samples stay ungraded.", error)
 
     def _built_in_verifier(self, kind: str) -> BoxedVerifier | None:
         """The verifier in this process, for a kind that is safe here; None for a user's."""

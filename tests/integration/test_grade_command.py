@@ -1,0 +1,123 @@
+"""`latent-grpo grade`: every row gets its reason, examples are shown safely, golds and disagreements are listed."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from typer.testing import CliRunner
+
+from common.known_faults import KnownFault
+from deploy import gold_check
+from deploy.answer_file import AuditError, read_rows
+from deploy.cli import app
+
+pytestmark = pytest.mark.integration
+
+ROWS = [
+    {"response": r"so \boxed{\frac12}", "gold": "0.5"},
+    {"response": r"so \boxed{36.}", "gold": "36"},
+    {"response": r"so \boxed{204_6}", "gold": "204"},
+    {"response": "the answer is 7", "gold": 7},
+    {"response": "\\boxed{9^{9^{9^{9^9}}}} \x1b[2J[bold]", "gold": "x"},
+    {"response": r"\boxed{5}", "gold": ""},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audit")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+    table = {"completion": [row["response"] for row in ROWS], "answer": [str(row["gold"]) for row in ROWS]}
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "rows.parquet")
+    return folder
+
+
+def grade(*arguments) -> str:
+    result = CliRunner().invoke(app, ["grade", *map(str, arguments), "--processes", "1", "--time-limit", "0.5"])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_every_row_has_its_reason_and_the_report_is_readable_by_machines(folder):
+    report = json.loads(
+        grade(folder / "rows.jsonl", "--kind", "math", "--json", "--compare", "--output", folder / "out.jsonl")
+    )
+    assert {reason: found["count"] for reason, found in report["reasons"].items()} == {
+        "correct": 2, "wrong": 1, "no_answer": 1, "timeout": 1, "out_of_memory": 0, "ungraded": 1,
+    }  # fmt: skip
+    assert report["mean_reward"] == pytest.approx(2 / 5)
+    assert report["reasons"]["wrong"]["examples"] == [
+        {"row": 2, "gold": "204", "parsed": "204_6", "response_end": r"so \boxed{204_6}"}
+    ]
+    assert {(case["row"], case["plain_reason"]) for case in report["disagreements"]} >= {(2, "correct"), (3, "correct")}
+    written = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["reason"]) for row in written] == [
+        (0, "correct"), (1, "correct"), (2, "wrong"), (3, "no_answer"), (4, "timeout"), (5, "ungraded"),
+    ]  # fmt: skip
+
+
+def test_the_table_shows_hostile_text_as_text_and_parquet_reads_the_same(folder):
+    shown = grade(folder / "rows.parquet", "--kind", "math", "--examples", "1")
+    assert "\x1b[2J" not in shown
+    assert "[bold]" in shown
+    assert "33.33%" in shown  # correct
+    assert shown.count("16.67%") == 4
+
+
+def test_the_gold_check_lists_unreadable_mislabelled_and_contradictory_rows(folder, monkeypatch):
+    fault = KnownFault("Sums", "5", "4", "two and two")
+    monkeypatch.setattr(
+        gold_check, "known_fault", lambda problem, answer: fault if (problem, answer) == ("2+2?", "5") else None
+    )
+    rows = [
+        ("2+2?", "5"),
+        ("3+1?", "4"),
+        ("1+1?", "2"),
+        ("1+1?", "2"),
+        ("1+1?", "3"),
+        ("e?", "a dozen"),
+        ("h?", "0.5"),
+    ]
+    file = folder / "golds.jsonl"
+    file.write_text("\n".join(json.dumps({"problem": p, "answer": a}) for p, a in rows))
+    report = json.loads(grade(file, "--kind", "number", "--golds", "--json"))
+    assert [issue["row"] for issue in report["unreadable"]] == [5]
+    assert [issue["row"] for issue in report["mislabelled"]] == [0]
+    assert [(issue["row"], issue["gold"]) for issue in report["contradictory"]] == [(4, "3")]
+    assert (report["rows"], report["repeated"], report["refused"]) == (7, 1, [])
+    assert "Sums: the right answer is 4" in " ".join(grade(file, "--kind", "number", "--golds").split())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no rows"),
+        ("[1]", "expected an object"),
+        ('{"response": ', "line 1: not valid JSON"),
+        ('{"text": "x", "gold": "1"}', "none of the columns response, .*; there: text, gold. Name it with --response"),
+        ('{"response": "x", "gold": {"a": 1}}', "row 0: gold is {'a': 1}"),
+        ('{"response": "x", "gold": "1"}\n{"gold": "1"}', "row 1: response is None"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_that_says_where(tmp_path, text, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    with pytest.raises(AuditError, match=message):
+        read_rows(file)
+
+
+def test_nested_columns_and_wrong_arguments(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "x", "reward_model": {"ground_truth": "1"}}))
+    (row,) = read_rows(file, "text")
+    assert (row.response, row.gold) == ("x", "1")
+    with pytest.raises(AuditError, match="does not exist"):
+        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(AuditError, match="Unknown verifier 'maths'"):
+        grade(file, "--kind", "maths", "--response-column", "text")
+    with pytest.raises(AuditError, match="leave out --compare"):
+        grade(file, "--kind", "math", "--golds", "--compare")
