@@ -48,3 +48,21 @@ def bench_loop(
     show(found)
     if json_file is not None:
         write_json(found, json_file)
+
+
+@bench.command("report")
+def bench_report(
+    trajectories: Annotated[int, typer.Option(min=8, help="In the report.")] = 2000,
+    latent_steps: Annotated[int, typer.Option(min=1, help="Of each trajectory.")] = 20,
+    k: Annotated[int, typer.Option(min=1, help="Tokens of a latent step.")] = 10,
+    openings: Annotated[int, typer.Option(min=1, help="Of the page, at its list and at its front.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the made-up trajectories.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """How fast a report is written, and opens and searches in a real Chromium."""
+    from deploy.bench.report import measure, show, write_json
+
+    result = measure(trajectories, latent_steps, k, openings, seed)
+    show(result)
+    if json_file is not None:
+        write_json(result, json_file)

@@ -6,7 +6,6 @@ Skips where Chromium and its driver are not installed (Debian: `apt-get install 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pytest
@@ -14,15 +13,11 @@ from fake_run import fake_run, fake_trajectory
 
 from common.schema import encode
 from common.store import TrajectoryStore
+from deploy.bench.browser import chromium, missing, open_report, wait_for
 from deploy.report.build import write_report
 from deploy.run_view import open_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium-driver)"),
-]
+pytestmark = [pytest.mark.integration, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 HOSTILE = (
     "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script></script>{{title}}\u202e"
 )
@@ -30,17 +25,8 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e .[dev]")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
+    with chromium() as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +50,7 @@ def report(tmp_path_factory):
 
 
 def opened(browser, report, address=""):
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    browser.get("about:blank")
-    browser.get_log("browser")
-    browser.get(report.as_uri() + address)
-    WebDriverWait(browser, 20).until(lambda b: b.execute_script("return 'ready' in document.documentElement.dataset"))
-    return browser
+    open_report(browser, report, address)
 
 
 def text_of(browser, selector="main"):
@@ -91,15 +71,11 @@ def choose(browser, name, value):
 
 
 def test_it_opens_draws_its_curves_and_says_nothing_on_the_console(browser, report):
-    from selenium.webdriver.support.ui import WebDriverWait
-
     opened(browser, report)
     assert "How this run went" in text_of(browser)
     assert "What the model thought: an example" in text_of(browser)
     browser.execute_script("document.querySelector('.plot').scrollIntoView()")
-    WebDriverWait(browser, 30).until(
-        lambda b: b.execute_script("return !!document.querySelector('.plot[data-drawn] svg')")
-    )
+    wait_for(browser, "!!document.querySelector('.plot[data-drawn] svg')")
     assert browser.get_log("browser") == []
 
 

@@ -64,7 +64,7 @@ const watcher = new IntersectionObserver((entries) => {
     if (!isIntersecting) continue;
     watcher.unobserve(target);
     target.drawn = true;
-    draw(target.chart, target).then(() => target.setAttribute("data-drawn", ""));
+    draw(target.chart, target).then(() => { target.setAttribute("data-drawn", ""); performance.mark("drawn"); });
   }
 }, { rootMargin: "150px" });
 
