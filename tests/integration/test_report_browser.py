@@ -128,6 +128,8 @@ def test_a_deep_link_shows_its_trajectory_with_thoughts_learner_and_group(browse
     browser.execute_script("document.querySelector('.heat td[data-step=\"0\"]').click()")
     assert text_of(browser, ".step h3").startswith("Step 1:")
     assert "at=1" in browser.current_url
+    browser.find_element("css selector", "[tabindex]").send_keys("\ue014")  # the right arrow key
+    assert text_of(browser, ".step h3").startswith("Step 2:")
     assert browser.get_log("browser") == []
 
 

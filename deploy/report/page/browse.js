@@ -2,7 +2,7 @@
 const PAGE = 40;
 const NO_FILTER = { q: "", purpose: "", step: "", task: "", grade: "", reason: "", min: "", max: "", sort: "run", n: String(PAGE) };
 const SORTS = {
-  run: ["in the order of the run", () => 0],
+  run: ["as in the run", () => 0],
   newest: ["newest first", (a, b) => b.step - a.step],
   longest: ["longest first", (a, b) => b.length - a.length],
   shortest: ["shortest first", (a, b) => a.length - b.length],

@@ -58,15 +58,19 @@ async function draw(chart, target) {
   await library.react(target, traces, layoutOf(chart), { displayModeBar: false, responsive: true });
 }
 
-// A chart is drawn when it is about to be seen, so that a page of many opens at once.
+// A chart is drawn when it is about to be seen, one after the other, so that the page stays quick.
+let drawing = Promise.resolve();
 const watcher = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
     if (!isIntersecting) continue;
     watcher.unobserve(target);
-    target.drawn = true;
-    draw(target.chart, target).then(() => { target.setAttribute("data-drawn", ""); performance.mark("drawn"); });
+    drawing = drawing.then(() => draw(target.chart, target)).then(() => {
+      target.setAttribute("data-drawn", "");
+      performance.mark("drawn");
+      return new Promise((resolve) => setTimeout(resolve));
+    }).catch((error) => console.error(error));
   }
-}, { rootMargin: "150px" });
+}, { rootMargin: "100px" });
 
 function chartCard(chart) {
   const target = el("div", { class: "plot" });
@@ -77,5 +81,5 @@ function chartCard(chart) {
 
 // After a change of colours.
 function redrawAll() {
-  for (const target of document.querySelectorAll(".plot")) if (target.drawn) draw(target.chart, target);
+  for (const target of document.querySelectorAll(".plot[data-drawn]")) draw(target.chart, target);
 }

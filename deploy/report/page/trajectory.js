@@ -9,8 +9,10 @@ async function trajectoryPage(purpose, step, uid, sample, chosen) {
   const entry = find(purpose, step, uid, sample)[0];
   if (!entry) return missing();
   const group = await groupOf(entry), full = group.samples[entry.place];
-  const picture = el("div", {}), panel = el("div", {});
+  const picture = el("div", { tabindex: 0, "aria-label": "the response; arrow keys change the step" }), panel = el("div", { "aria-live": "polite" });
+  let current = 0;
   const select = (at) => {
+    current = at;
     picture.querySelectorAll(".selected").forEach((cell) => cell.classList.remove("selected"));
     picture.querySelectorAll(`[data-step="${at}"]`).forEach((cell) => cell.classList.add("selected"));
     panel.replaceChildren(stepPanel(full, at));
@@ -18,7 +20,15 @@ async function trajectoryPage(purpose, step, uid, sample, chosen) {
   };
   const total = full.ids.length + full.hard.length;
   const first = Math.min(Math.max(Number(chosen || 1) - 1, 0), total - 1);
+  current = first;
   picture.append(heatmap(entry, full, { selected: first, onselect: select }));
+  picture.addEventListener("keydown", (event) => {
+    const at = current + ({ ArrowLeft: -1, ArrowRight: 1 }[event.key] ?? 0);
+    if (at === current || at < 0 || at >= total) return;
+    event.preventDefault();
+    select(at);
+    picture.querySelector(`[data-step="${at}"]`)?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  });
   panel.append(stepPanel(full, first));
   return el("div", {},
     el("p", { class: "crumbs soft small" }, el("a", { href: "#/trajectories" }, "trajectories"), " › ", el("a", { href: groupLink(entry) }, entry.uid), " › sample " + entry.sample),
