@@ -4,8 +4,9 @@ Every engine and the learner call these functions, so a record means the same ev
 inside, whatever the model's dtype. Two forms of each sampler give exactly the same result:
 
 * the plain form takes Gumbel draws for all V ids: the specification, and what reference vectors check;
-* the keyed form, for engines, looks at the `top_m` most likely ids and draws noise for those only. A row whose
-  candidates reach beyond them (or are tied with what lies beyond) is done again over all V ids, that row alone.
+* the keyed form, for engines, looks at the `top_m` most likely ids and draws noise for those only. That is exact where
+  the nucleus ends among them, and where noise, being bounded, cannot lift what lies beyond over what was selected. A
+  row for which neither holds (or which is tied at the edge) is drawn again, alone, from as many ids as can matter.
 
 Ties always go to the lower id: a result is a function of values, never of a kernel's order. Settings are scalars or
 [N] tensors, one per row; `allowed` is bool [V] or [N, V] and names the ids that the tokenizer has. A row that cannot
@@ -23,12 +24,15 @@ from typing import NamedTuple
 import torch
 
 GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0  # METHOD §2.1.3; the one-sided shift is -GUMBEL_LOW
-TOP_M = 256  # ids that the keyed forms look at first: wider than all but a few nuclei of a trained model
-WIDEN = 16  # how much further they look where that was too few
+TOP_M = 128  # ids that the keyed forms look at first: few distributions reach further, and noise costs by the id
+WIDEN = 2  # how much further they look, at the least, where that was too few
+ROUNDING = 2e-6  # over what three float32 operations lose
 
 Setting = float | torch.Tensor
 Switch = bool | torch.Tensor
 Noise = Callable[[torch.Tensor], torch.Tensor]  # draws [N, M] for ids [N, M]
+Drawn = tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]
+"""What was drawn, [N] bool: it can be used, and [N]: no id with a logit below this could have changed it."""
 
 
 # --- noise (METHOD §2.5) -----------------------------------------------------------------------------------------
@@ -143,9 +147,9 @@ def _nucleus(probabilities: torch.Tensor, top_p: Setting, total: Setting = 1.0) 
     return inside if top_p < 1.0 else torch.ones_like(inside)
 
 
-def _inside(table: _Table, keep: torch.Tensor) -> torch.Tensor:
-    """Whether the prefix `keep` [N, M] of the table is sure to hold the same ids whatever lies outside: [N] bool."""
-    return table.logits.gather(-1, keep.sum(-1, keepdim=True) - 1).squeeze(-1) > table.floor
+def _last_kept(table: _Table, keep: torch.Tensor) -> torch.Tensor:
+    """The lowest logit in the prefix `keep` [N, M] of the table: [N]. An id below it does not belong to the prefix."""
+    return table.logits.gather(-1, keep.sum(-1, keepdim=True) - 1).squeeze(-1)
 
 
 def _plain(
@@ -158,9 +162,9 @@ def _plain(
     """`draw` on all V ids with the given noise."""
     table = _table(logits, allowed, logits.shape[-1])
     normaliser = logits.logsumexp(-1, keepdim=True)
-    drawn, exact = draw(table, normaliser, lambda ids: gumbel.float().gather(-1, ids), *settings)
-    if not bool(exact.all()):
-        raise _unusable(exact)
+    drawn, usable, _ = draw(table, normaliser, lambda ids: gumbel.float().gather(-1, ids), *settings)
+    if not bool(usable.all()):
+        raise _unusable(usable)
     return drawn
 
 
@@ -175,34 +179,37 @@ def _keyed(
     settings: tuple[Setting, ...],
     widen: bool = True,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """`draw` on the `top_m` most likely ids, and on ever more for the rows that say that this was not enough.
+    """`draw` on the `top_m` most likely ids; rows that reach further are drawn again from as many as they reach.
 
     Returns what was drawn and [N] bool, which rows are exact: all of them, unless `widen` is False.
     """
     table = _table(logits, allowed, top_m)
-    drawn, exact = draw(table, normaliser, lambda ids: gumbel_noise(keys, steps, ids), *settings)
+    drawn, usable, reach = draw(table, normaliser, lambda ids: gumbel_noise(keys, steps, ids), *settings)
+    exact = usable if table.floor is None else usable & (reach > table.floor)
     if not widen or bool(exact.all()):
         return drawn, exact
     if table.floor is None:
         raise _unusable(exact)
     rows = (~exact).nonzero().squeeze(-1)
+    wider = logits[rows]
+    reached = (wider >= reach[rows].unsqueeze(-1)).sum(-1)
     wide, _ = _keyed(
         draw,
-        logits[rows],
+        wider,
         normaliser[rows],
         keys[rows],
         steps[rows],
         allowed[rows] if allowed is not None and allowed.ndim == 2 else allowed,
-        WIDEN * top_m,
+        max(int(reached.max()) + 1, WIDEN * top_m),  # one more, to see that nothing else reaches as far
         tuple(_rows_of(setting, rows) for setting in settings),
     )
     drawn = tuple(narrow.index_copy(0, rows, again) for narrow, again in zip(drawn, wide, strict=True))
     return drawn, torch.ones_like(exact)
 
 
-def _unusable(exact: torch.Tensor) -> ValueError:
+def _unusable(usable: torch.Tensor) -> ValueError:
     return ValueError(
-        f"the logits of {int((~exact).sum())} rows leave nothing to select: fewer allowed ids with a finite logit than "
+        f"the logits of {int((~usable).sum())} rows leave nothing to select: fewer allowed ids with a finite logit than "
         "asked for, or NaN or +inf among logits or settings. Check the model's output, `allowed` (the tokenizer's ids) "
         "and the sampling settings"
     )
@@ -228,10 +235,9 @@ def _mixture(
     noise_scale: Setting,
     noisy: Switch,
     one_sided: Switch,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """METHOD §2.1.1-4 and §2.2: (ids, scores, log-probs [N, k], most likely id [N]), and [N] bool: the row is exact."""
+) -> Drawn:
+    """METHOD §2.1.1-4 and §2.2: ids, scores, log-probs [N, k], most likely id [N]."""
     log_p = table.logits - normaliser
-    highest: Setting = 0.0  # noise that an id outside of the table could have drawn
     if noisy is False:
         ids, scores = table.ids[:, :k], log_p[:, :k]
         drawn = (ids, scores, scores, table.ids[:, 0])
@@ -243,22 +249,24 @@ def _mixture(
         keep = _nucleus(log_p.double().exp(), _per_row(pick, top_p, 0.0) if mixed else top_p)
         keep[:, :k] = True
         shift, scale = _column(one_sided, torch.float32) * -GUMBEL_LOW, _column(noise_scale, torch.float32)
-        score = log_p + (gumbel(table.ids).clamp(GUMBEL_LOW, GUMBEL_HIGH) + shift) * scale
-        highest = (GUMBEL_HIGH + shift) * scale
+        noise = gumbel(table.ids).clamp(GUMBEL_LOW, GUMBEL_HIGH) + shift
+        score = log_p + noise * scale
         by = score
         if mixed:
-            highest = torch.where(pick, highest, 0.0)
             score = torch.where(pick, score, log_p)
             by = torch.where(pick, score, table.logits)  # not log p, which can tie where logits do not
         by = by.masked_fill(~keep, float("-inf"))
         best = _order_key(by, table.ids).topk(k, dim=-1).indices
         drawn = (table.ids.gather(-1, best), score.gather(-1, best), log_p.gather(-1, best), table.ids[:, 0])
-    exact = drawn[1].isfinite().all(-1)
-    if table.floor is None:
-        return drawn, exact
-    # What lies outside matters only if it could be in the nucleus and its best possible score among the k best
-    reach = ((table.floor.unsqueeze(-1) - normaliser) + highest).squeeze(-1)
-    return drawn, exact & (_inside(table, keep) | (drawn[1][:, -1] > reach))
+    usable = drawn[1].isfinite().all(-1)
+    reach = _last_kept(table, keep)
+    if noisy is not False:
+        # beyond the nucleus' end or not: noise lifts nothing below this logit over the last id that was taken
+        taken, lift = drawn[1][:, -1:], (GUMBEL_HIGH + shift) * scale
+        slack = ROUNDING * (taken.abs() + lift + normaliser.abs())
+        lowest = (taken - lift + normaliser - slack).squeeze(-1)
+        reach = torch.maximum(reach, lowest.where(pick.squeeze(-1), reach) if mixed else lowest)
+    return drawn, usable, reach
 
 
 def _per_row(pick: torch.Tensor, if_true: Setting, if_false: float) -> torch.Tensor:
@@ -396,8 +404,8 @@ def _visible(
     gumbel: Noise,
     top_p: Setting,
     top_k: Setting,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """METHOD §2.4 on temperature-divided logits: (ids, log-probs), each [N], and [N] bool: the row is exact."""
+) -> Drawn:
+    """METHOD §2.4 on temperature-divided logits: ids [N], log-probs [N]."""
     width = table.ids.shape[-1]
     position = torch.arange(width, device=table.ids.device)
     top_k = _column(top_k, torch.int64)
@@ -412,9 +420,8 @@ def _visible(
     scores = (log_p + gumbel(table.ids)).masked_fill(~keep, float("-inf"))
     best = _order_key(scores, table.ids).argmax(-1, keepdim=True)
     log_probs = log_p.gather(-1, best).squeeze(-1)
-    exact = log_probs.isfinite()
     drawn = (table.ids.gather(-1, best).squeeze(-1), log_probs)
-    return drawn, exact if table.floor is None else exact & _inside(table, within)
+    return drawn, log_probs.isfinite(), _last_kept(table, within)
 
 
 def sample_visible(

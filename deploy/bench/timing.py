@@ -1,0 +1,41 @@
+"""Measuring several ways of one job in one run: interleaved, so that a noisy machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of each repeat of one way, and the work (tokens, gradings, steps) that a repeat does."""
+
+    seconds: tuple[float, ...]
+    work: float
+
+    @property
+    def per_second(self) -> float:
+        """The median rate."""
+        return self.work / float(np.median(self.seconds))
+
+    def ratio_to(self, other: Timing) -> float:
+        """How much faster than `other`: the median over repeats of the two rates' ratio, neighbours compared."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return float(np.median([(self.work / mine) / (other.work / theirs) for mine, theirs in pairs]))
+
+
+def interleaved(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, Timing]:
+    """Runs every way once to warm up, then `repeats` times in turn. A way does its job and returns the work done."""
+    for way in ways.values():
+        way()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    work: dict[str, float] = {}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            work[name] = way()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: Timing(tuple(found), work[name]) for name, found in seconds.items()}
