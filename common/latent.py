@@ -209,9 +209,9 @@ def _keyed(
 
 def _unusable(usable: torch.Tensor) -> ValueError:
     return ValueError(
-        f"the logits of {int((~usable).sum())} rows leave nothing to select: fewer allowed ids with a finite logit than "
-        "asked for, or NaN or +inf among logits or settings. Check the model's output, `allowed` (the tokenizer's ids) "
-        "and the sampling settings"
+        f"the logits of {int((~usable).sum())} rows leave nothing to select: fewer allowed ids with a finite logit "
+        "than asked for, or NaN or +inf among logits or settings. Check the model's output, `allowed` (the "
+        "tokenizer's ids) and the sampling settings"
     )
 
 

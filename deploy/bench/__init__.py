@@ -66,3 +66,21 @@ def bench_report(
     show(result)
     if json_file is not None:
         write_json(result, json_file)
+
+
+@bench.command("rollout")
+def bench_rollout(
+    vocabulary: Annotated[int, typer.Option(min=64, help="Rows of the model's output.")] = 2048,
+    hidden: Annotated[int, typer.Option(min=32, help="Hidden size, a multiple of 32.")] = 128,
+    layers: Annotated[int, typer.Option(min=1)] = 2,
+    k: Annotated[int, typer.Option(min=1, help="Mixture width of latent steps.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each way; medians are shown.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """The Transformers engine beside `model.generate`, and a latent step beside a hard one. On the CPU."""
+    from deploy.bench.rollout import measure, show, write_json
+
+    found = measure(vocabulary=vocabulary, hidden=hidden, layers=layers, k=k, repeats=repeats)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)

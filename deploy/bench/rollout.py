@@ -7,18 +7,22 @@ are done already is not counted.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StoppingCriteria
 
 from common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
 from common.weights import checksum
-from deploy.bench.timing import interleaved
+from deploy.bench.timing import Timing, interleaved
 from rollout_workers.engine import LatentEngine, generate
 from rollout_workers.transformers_engine import TransformersEngine
 
@@ -50,16 +54,17 @@ class Workload:
 class Row:
     """One line of the result."""
 
-    name: str
-    ours: float  # tokens a second
-    other: float
-    ratio: float
+    what: str
+    rates: tuple[float, float]  # tokens a CPU second: the first named, the second named
+    ratio: float  # of the first to the second, neighbouring repeats compared
     goal: str
 
 
 def bench_model(vocabulary: int, hidden: int, layers: int) -> PreTrainedModel:
-    """A random Llama. Its head is scaled so that the logits have the spread (3.6) and the nuclei the width of a trained
-    model's: nearly flat ones, as a plain random model has them, are the sampler's worst case and no model's usual one."""
+    """A random Llama whose head is scaled so that its logits spread as a trained model's do.
+
+    Nearly flat ones, as a plain random model has them, are the sampler's worst case and no model's usual one.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -84,9 +89,7 @@ def facts_of(model: PreTrainedModel) -> TokenFacts:
     """No end of text; the latent-end token is not allowed, so latent rows stay latent until their budget ends."""
     allowed = np.ones(model.config.vocab_size, dtype=bool)
     allowed[[PAD_ID, END_ID]] = False
-    return TokenFacts(
-        vocab_size=len(allowed), allowed=allowed, latent_end_id=END_ID, eos_ids=(), pad_id=PAD_ID
-    )
+    return TokenFacts(vocab_size=len(allowed), allowed=allowed, latent_end_id=END_ID, eos_ids=(), pad_id=PAD_ID)
 
 
 def load_own_weights(engine: LatentEngine, model: PreTrainedModel) -> None:
@@ -157,11 +160,11 @@ def forward_share(model: PreTrainedModel) -> Iterator[Callable[[], float]]:
         forward = module.forward
 
         def wrapper(*arguments, **options):
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 return forward(*arguments, **options)
             finally:
-                spent[0] += time.perf_counter() - began
+                spent[0] += time.process_time() - began
 
         module.forward = wrapper
         replaced.append(module)
@@ -190,11 +193,18 @@ def workloads(vocabulary: int, rng: np.random.Generator) -> list[Workload]:
     ]
 
 
-GOALS = ("1.0x", "1.5x", "1.5x")
+GOALS = (">= 1.0", ">= 1.5", ">= 1.5")
 
 
-def run_bench(*, vocabulary: int, hidden: int, layers: int, k: int, repeats: int) -> tuple[list[Row], dict[str, float]]:
-    """Rows against `generate` and against our own hard steps; shares of the model's own forward by kind of step."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBench:
+    model: str
+    rows: list[Row]
+    forward_shares: dict[str, float]  # kind of step -> share of the model's own forward passes in the whole
+
+
+def measure(*, vocabulary: int, hidden: int, layers: int, k: int, repeats: int) -> RolloutBench:
+    """Ours against `generate`, latent against hard steps, and what is not the model's own work."""
     torch.set_num_threads(1)
     model = bench_model(vocabulary, hidden, layers)
     engine = TransformersEngine(model, facts_of(model), max_rows=64)
@@ -210,15 +220,7 @@ def run_bench(*, vocabulary: int, hidden: int, layers: int, k: int, repeats: int
             },
             repeats,
         )
-        ours, other = found["ours"], found["generate"]
-        row = Row(
-            name=f"hard steps, {work.name}: ours | generate",
-            ours=ours.per_second,
-            other=other.per_second,
-            ratio=ours.ratio_to(other),
-            goal=f">= {goal}",
-        )
-        rows.append(row)
+        rows.append(_row(f"hard steps, {work.name}: ours to generate", found["ours"], found["generate"], goal))
     equal = cases[0]
     kinds = {
         "hard": requests_of(equal, "visible", k),
@@ -226,22 +228,32 @@ def run_bench(*, vocabulary: int, hidden: int, layers: int, k: int, repeats: int
         "latent, noise off": requests_of(equal, "latent", k, "off"),
     }
     found = interleaved({n: lambda r=r: run_engine(engine, r) for n, r in kinds.items()}, repeats)
-    hard = found["hard"]
     for name in ("latent", "latent, noise off"):
-        latent = found[name]
-        rows.append(
-            Row(
-                name=f"{name} steps, K = {k}, {equal.name}: hard | {name}",
-                ours=hard.per_second,
-                other=latent.per_second,
-                ratio=hard.ratio_to(latent),
-                goal="<= 1.3x",
-            )
-        )
+        title = f"{equal.name}, K = {k}: hard to {name} steps"
+        rows.append(_row(title, found["hard"], found[name], "<= 1.3"))
     shares = {}
     for name, requests in kinds.items():
         with forward_share(model) as seconds:
-            began = time.perf_counter()
+            began = time.process_time()
             run_engine(engine, requests)
-            shares[name] = seconds() / (time.perf_counter() - began)
-    return rows, shares
+            shares[name] = seconds() / (time.process_time() - began)
+    description = f"Llama, V = {vocabulary:,}, D = {hidden}, {layers} layers, float32, one thread"
+    return RolloutBench(model=description, rows=rows, forward_shares=shares)
+
+
+def _row(what: str, first: Timing, second: Timing, goal: str) -> Row:
+    return Row(what=what, rates=(first.per_second, second.per_second), ratio=first.ratio_to(second), goal=goal)
+
+
+def show(found: RolloutBench, console: Console | None = None) -> None:
+    table = Table("tokens per CPU second", "first", "second", "ratio", "goal", title=f"bench rollout: {found.model}")
+    for row in found.rows:
+        table.add_row(row.what, *(f"{rate:,.0f}" for rate in row.rates), f"{row.ratio:.2f}", row.goal)
+    console = console or Console()
+    console.print(table)
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in found.forward_shares.items())
+    console.print(f"share of the model's own forward passes: {shares}")
+
+
+def write_json(found: RolloutBench, path: Path) -> None:
+    path.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,8 @@
-"""Measuring several ways of one job in one run: interleaved, so that a noisy machine disturbs all of them alike."""
+"""Measuring several ways of one job in one run, interleaved, so that a noisy machine disturbs all of them alike.
+
+Times are CPU seconds of this process: for one thread that computes they are what the wall clock would show on an idle
+machine, and other programs do not count. `wall=True` is for work that a device does.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +31,16 @@ class Timing:
         return float(np.median([(self.work / mine) / (other.work / theirs) for mine, theirs in pairs]))
 
 
-def interleaved(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, Timing]:
+def interleaved(ways: dict[str, Callable[[], float]], repeats: int, wall: bool = False) -> dict[str, Timing]:
     """Runs every way once to warm up, then `repeats` times in turn. A way does its job and returns the work done."""
+    clock = time.perf_counter if wall else time.process_time
     for way in ways.values():
         way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     work: dict[str, float] = {}
     for _ in range(repeats):
         for name, way in ways.items():
-            began = time.perf_counter()
+            began = clock()
             work[name] = way()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return {name: Timing(tuple(found), work[name]) for name, found in seconds.items()}

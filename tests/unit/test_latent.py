@@ -118,6 +118,23 @@ def test_unusable_logits_are_marked_where_nothing_may_wait():
         latent_step(logits, keys, keys, **settings)
 
 
+@pytest.mark.parametrize("top_m", [8, 32, 64])
+def test_candidates_that_bounded_noise_cannot_lift_need_not_be_drawn(top_m):
+    """Nuclei far wider than the table, of every spread: the table grows no further than noise reaches."""
+    rows, vocabulary = 24, 1500
+    spread = torch.logspace(-2, 1.2, rows).unsqueeze(-1)
+    logits = draws(rows, vocabulary, seed=3)[0] / 3 * spread
+    keys, steps = torch.arange(rows) * 104729, torch.arange(rows)
+    noise = gumbel_noise(keys, steps, torch.arange(vocabulary).expand(rows, -1))
+    scale = torch.linspace(0.0, 1.5, rows)[torch.randperm(rows, generator=torch.Generator().manual_seed(0))]
+    one_sided = torch.arange(rows) % 2 == 0
+    settings = {"k": 5, "top_p": 0.999, "noise_scale": scale, "tau": 1.0, "one_sided": one_sided}
+    full = sample_mixture(logits, noise, **settings)
+    fast = sample_mixture_keyed(logits, keys, steps, top_m=top_m, **settings)
+    for a, b in zip(full, fast, strict=False):
+        assert torch.equal(a, b)
+
+
 def test_one_sided_noise_never_lowers_a_score():
     logits, _ = draws(64, 50)
     keys = torch.arange(64)
