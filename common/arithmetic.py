@@ -3,8 +3,9 @@
 A problem is `3+4*2-5*...?`; its explicit chain of thought is `3+4=7;7*2=3;...` (six tokens per operation), its answer
 the last result. A problem is a function of (seed, split, index), so training never runs out and nothing is stored.
 
-Options make it harder in ways that a study needs: `shortest` gives chains of different length, `modulus` other numbers,
-`named` a name before the expression (`Rosuki: 3+4*2?`) that means nothing but fills a BPE vocabulary of thousands.
+Options make it harder in ways that a study needs: `shortest` gives chains of different length, `rechecks` chains whose
+length the problem does not tell, `modulus` other numbers, and `named` a name before the expression (`Rosuki: 3+4*2?`)
+that means nothing but fills a BPE vocabulary of thousands.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ TOKENS = (
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
 )
+MOST_RECHECKS = 4
 EVALUATION_SHARE = 8  # one expression in eight is held out
 
 
@@ -70,6 +72,7 @@ class ChainArithmetic:
     name: str
     operations: int = 6
     shortest: int = 0  # operations are drawn from shortest to `operations`; 0: always `operations`
+    rechecks: float = 0.0  # probability that the last operation is written once more, and again, up to MOST_RECHECKS
     modulus: int = MODULUS  # 10: every number is one digit, one token of a BPE tokenizer
     named: bool = False
     seed: int = 0
@@ -83,6 +86,8 @@ class ChainArithmetic:
                 f"task {self.name}: shortest must be between 1 and operations ({self.operations}), or 0 (one length), "
                 f"got {self.shortest}"
             )
+        if not 0 <= self.rechecks <= 1:
+            raise ValueError(f"task {self.name}: rechecks is a probability, between 0 and 1; got {self.rechecks}")
         if not 2 <= self.modulus <= MODULUS:
             raise ValueError(f"task {self.name}: modulus must be between 2 and {MODULUS}, got {self.modulus}")
         if self.split not in ("training", "evaluation"):
@@ -98,6 +103,11 @@ class ChainArithmetic:
             if split_of(expression) == self.split:
                 break
         chain, answer = solve(numbers, operators, self.modulus)
+        last = chain[chain[:-1].rfind(";") + 1 :]
+        for _ in range(MOST_RECHECKS if self.rechecks else 0):
+            if draw.random() >= self.rechecks:
+                break
+            chain += last
         name = "".join(draw.choice(SYLLABLES) for _ in range(3)).capitalize() + ": " if self.named else ""
         return Problem(
             uid=f"{self.name}/{index}",
@@ -111,6 +121,7 @@ class ChainArithmetic:
         """What a problem is drawn from; options that are left alone leave it as it was without them."""
         parts = ["chain_arithmetic", self.seed, self.split, self.operations, index]
         parts += [f"from {self.shortest}"] if self.shortest else []
+        parts += [f"rechecks {self.rechecks}"] if self.rechecks else []
         parts += [f"modulo {self.modulus}"] if self.modulus != MODULUS else []
         return "/".join(map(str, parts))
 

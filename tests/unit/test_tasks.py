@@ -74,9 +74,22 @@ def test_chains_of_varied_length_other_numbers_and_names():
     names = {p.messages[0][1].partition(": ")[0] for p in problems}
     assert len(names) > 70
     assert all(name.isalpha() for name in names)
-    for option in ({"shortest": 7}, {"shortest": -1}, {"modulus": 12}):
+    for option in ({"shortest": 7}, {"shortest": -1}, {"modulus": 12}, {"rechecks": 2.0}):
         with pytest.raises(TaskError, match=next(iter(option))):
             load_task(TaskConfig(name="a", path="builtin:chain_arithmetic", options=option), seed=0)
+
+
+def test_rechecks_repeat_the_last_operation_and_change_neither_problem_nor_answer():
+    source = ChainArithmetic(name="a", operations=2, rechecks=0.75)
+    counts = set()
+    for index in range(100):
+        problem = source.problem(index)
+        first, *rest = problem.cot.split(";")[:-1]
+        assert len(set(rest)) == 1
+        assert problem.cot.endswith(f"={problem.answer};")
+        assert problem.messages[0][1].startswith(first.partition("=")[0])
+        counts.add(len(rest))
+    assert counts == {1, 2, 3, 4, 5}
 
 
 def test_generated_task_is_endless_unless_sized():
