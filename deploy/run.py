@@ -67,6 +67,36 @@ class Run:
         self.folder.write_json("summary.json", self.summary)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a run is made of before anything is started for it."""
+
+    initial: str | Path
+    tokenizer: PreTrainedTokenizerBase
+    facts: TokenFacts
+    chain: ChainSettings | None
+    problems: Problems
+
+    def run(self, folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, metrics, pool) -> Run:
+        initial, tokenizer, facts, problems = self.initial, self.tokenizer, self.facts, self.problems
+        return Run(folder, config, lineage, reporter, metrics, initial, tokenizer, facts, problems, pool, self.chain)
+
+
+def prepare(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Parts:
+    """The model, made if need be, its tokenizer and chain, checked against the settings, and the problems."""
+    initial = initial_model(config, folder, reporter)
+    tokenizer = load_tokenizer(initial)
+    facts = token_facts(config, initial, tokenizer)
+    chain = read_chain(initial)
+    if chain is not None:
+        for line in check_chain(chain, initial, config, tokenizer):
+            reporter.say(f"[yellow]{line}[/]")
+    problems = Problems(config, tokenizer)
+    for line in problems.summaries:
+        reporter.say(line)
+    return Parts(initial, tokenizer, facts, chain, problems)
+
+
 @contextlib.contextmanager
 def started(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> Iterator[Run]:
     """Ray, the model, the problems and the workers of a run; all of it gone afterwards."""
@@ -78,20 +108,11 @@ def started(folder: RunFolder, config: RunConfig, lineage: int, reporter: Report
         ray_session(config),
         terminated_is_interrupted(),
     ):
-        initial = initial_model(config, folder, reporter)
-        tokenizer = load_tokenizer(initial)
-        facts = token_facts(config, initial, tokenizer)
-        chain = read_chain(initial)
-        if chain is not None:
-            for line in check_chain(chain, initial, config, tokenizer):
-                reporter.say(f"[yellow]{line}[/]")
-        problems = Problems(config, tokenizer)
-        for line in problems.summaries:
-            reporter.say(line)
+        parts = prepare(folder, config, reporter)
         reporter.say(f"starting {config.rollout.workers} rollout worker(s)")
-        factory = WorkerFactory(config_as_json(config), str(initial), folder.name)
+        factory = WorkerFactory(config_as_json(config), str(parts.initial), folder.name)
         with RolloutPool(factory, config.rollout, config.deadlines) as pool:
-            run = Run(folder, config, lineage, reporter, metrics, initial, tokenizer, facts, problems, pool, chain)
+            run = parts.run(folder, config, lineage, reporter, metrics, pool)
             if lineage and (folder.path / "summary.json").is_file():
                 run.summary = folder.read_json("summary.json")
             yield run

@@ -7,7 +7,7 @@ It is the yardstick of what the distributed loop costs (`latent-grpo bench loop`
 * the learner is one rank whose optimizer is plain torch AdamW,
 * weights go from one to the other as tensors.
 
-It has no worker to lose, no time limit for verifiers and no checkpoints. A run that stops begins anew.
+It has no worker to lose, no time limit for verifiers and no checkpoints of RL steps.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from torch import nn
 
 from common.config import OptimizerConfig, RunConfig
 from common.metrics import MetricsWriter
-from common.models import load_model, load_tokenizer
+from common.models import load_model
 from common.schema import encode
 from common.types import GroupRequest, PolicyVersion, Trajectory
 from common.weights import checksum
 from deploy.controller import Controller, gather
 from deploy.evaluate import evaluate
-from deploy.problems import Problems
 from deploy.progress import Reporter
-from deploy.run import Run, initial_model, save_whole, token_facts
+from deploy.run import Run, prepare
 from deploy.run_folder import RunFolder
 from deploy.sft import warm_start
 from deploy.workers import ResponseText
@@ -132,9 +131,22 @@ class PlainEngine:
         self._optimizer.zero_grad()
         return UpdateResult(norm, applied)
 
+    def save(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save({"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, _state(folder))
+
+    def load(self, folder: str | Path) -> None:
+        state = torch.load(_state(folder), weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
     def full_parameters(self, bucket_bytes: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.module.named_parameters():
             yield name.removeprefix("model."), parameter
+
+
+def _state(folder: str | Path) -> Path:
+    return Path(folder) / "state.pt"
 
 
 class _InProcessRank(RankActor):
@@ -180,12 +192,9 @@ def started_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter)
     """`deploy.run.started` without Ray: the same run, its pool in this process."""
     torch.set_num_threads(1)
     with MetricsWriter(folder.path, config.metrics.sinks) as metrics, one_rank_group():
-        initial = initial_model(config, folder, reporter)
-        tokenizer = load_tokenizer(initial)
-        facts = token_facts(config, initial, tokenizer)
-        problems = Problems(config, tokenizer)
-        pool = InProcessPool(config, initial, tokenizer, facts, folder.name)
-        yield Run(folder, config, 0, reporter, metrics, initial, tokenizer, facts, problems, pool)
+        parts = prepare(folder, config, reporter)
+        pool = InProcessPool(config, parts.initial, parts.tokenizer, parts.facts, folder.name)
+        yield parts.run(folder, config, 0, reporter, metrics, pool)
 
 
 @contextlib.contextmanager
@@ -220,7 +229,7 @@ def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -
                     evaluate(run, controller.gather, result.step, f"step-{result.step}")
         if config.evaluation.at_end:
             evaluate(run, controller.gather, config.steps, "after")
-        save_whole(folder.model, learner.export)
+        run.export(folder.model, learner.export)
         run.record(minutes=round((time.monotonic() - began) / 60, 2))
 
 
