@@ -240,6 +240,7 @@ def run_unit(request: Request, key: str, reporter: Reporter | None = None) -> Un
     if (result := read_result(path)) is not None:
         return result
     config = unit_config(suite, unit, request.folder)
+    path.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     run = _in_process if suite.runner == "in_process" else _pipeline
     run(unit, config, path, reporter)
