@@ -95,7 +95,8 @@ def test_a_stopped_suite_goes_on_and_reports(suite, tmp_path):
     assert "steps: 2 -> 3" in other.stderr.replace("\n", " ") or "overrides" in other.stderr
 
 
-def test_a_unit_that_fails_is_named_with_its_reason_and_the_others_go_on(suite, tmp_path):
+def test_a_unit_that_fails_is_named_with_its_reason_and_the_others_go_on(suite, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(ROOT)]))
     broken = {**TASK, "name": "held-out", "path": str(tmp_path / "missing.jsonl")}
     arms = {"broken": {"title": "b", "start": "latent", "overrides": [f"evaluation.tasks=[{json.dumps(broken)}]"]}}
     request = Request(source=str(suite(runner="in_process", arms=arms, claims={})), folder=tmp_path / "out")
