@@ -277,15 +277,82 @@ class CheckpointConfig(Section):
 
 
 class DumpConfig(Section):
+    """Which trajectories, with what the learner made of them, are kept on disk, and how many."""
+
     every: Annotated[int, Field(ge=0)] = 1
-    """Dump the trajectories of every so many steps; 0: none."""
+    """Dump every so many steps; 0: none."""
+    after_checkpoint: bool = True
+    """Dump the first step and those after a checkpoint too, whatever `every`: the ones `replay` needs no other for."""
+    which: Literal["all", "failures"] = "all"
+    """`failures`: only samples that ended by themselves and were graded right are left out; not replayable."""
+    keep_steps: PositiveInt | None = None
+    """Only the newest so many dumped steps stay; None: all."""
+    keep_bytes: PositiveInt | None = None
+    """The oldest dumped steps are removed when all together are larger; None: no limit."""
+    queue: PositiveInt = 2
+    """Steps that may wait for the disk; training waits when more would."""
     evaluation: bool = False
     """Dump evaluation trajectories too."""
 
 
 class MetricsConfig(Section):
-    sinks: list[Literal["console", "tensorboard", "wandb", "prometheus"]] = ["console"]
-    """JSONL is always written."""
+    sinks: list[str] = ["console"]
+    """`console`, `tensorboard`, `wandb`, `prometheus`, or an import path `package.module:Name`. JSONL always is."""
+
+    @model_validator(mode="after")
+    def _known(self):
+        known = ("console", "tensorboard", "wandb", "prometheus")
+        if unknown := [name for name in self.sinks if name not in known and ":" not in name]:
+            raise ValueError(f"sinks: unknown {unknown}; allowed: {', '.join(known)}, or package.module:Name")
+        return self
+
+
+Limit = Annotated[float, Field(ge=0)] | None
+
+
+class HealthConfig(Section):
+    """Limits of the alarms (`deploy.health`), each for one metric's mean over `window` steps. null: no such alarm."""
+
+    window: PositiveInt = 5
+    """Steps averaged; in a run's first steps, those there are."""
+    repeat: PositiveInt = 50
+    """Steps after which an alarm that lasts is said again."""
+    min_thinking_end_rate: Limit = 0.1
+    """Share of latent rollouts that left latent mode."""
+    max_truncated_share: Limit = 0.5
+    """Share of rollouts cut off by the token budget."""
+    max_log_prob_gap: Limit = 0.05
+    """Mean |log pi_learner - log pi_rollout| of a response step at max_staleness 0 (METHOD §6)."""
+    max_stale_log_prob_gap: Limit = 0.5
+    """The same with max_staleness above 0, where the policy has moved since."""
+    max_ratio_p99: Limit = 2.0
+    """99th percentile of the policy ratio."""
+    min_ratio_p01: Limit = 0.5
+    """1st percentile of the policy ratio."""
+    max_clipped_share: Limit = 0.3
+    """Share of response steps that a clip bound holds back."""
+    max_zero_variance_share: Limit = 0.9
+    """Share of groups whose rewards are all equal."""
+    max_no_answer_share: Limit = 0.9
+    max_verifier_timeout_share: Limit = 0.05
+    max_ungraded_share: Limit = 0.01
+    """Of all rollouts; `rollout.verifier.max_ungraded_share` stops the run."""
+    max_staleness_mean: Limit = 8.0
+    """Policy versions."""
+    max_rollout_wait_share: Limit = 0.9
+    """Share of a step in which the learner waits for rollouts."""
+    max_learner_share: Limit = 0.9
+    max_publish_share: Limit = 0.25
+    max_dump_wait_share: Limit = 0.01
+    """Share of a step in which training waits for the disk."""
+    min_effective_width: Limit = 1.02
+    """Mean exp(entropy) of latent mixtures: 1 is a single token, K all alike."""
+    max_relative_width: Limit = None
+    """(effective width - 1) / (K - 1): 1 is uniform. Off: a start with K equal to its compression is uniform."""
+    max_skipped_updates: Limit = 0.0
+    """Non-finite updates a step."""
+    min_reward_retained: Limit = 0.5
+    """Mean reward relative to its best mean so far."""
 
 
 class DeadlineConfig(Section):
@@ -299,6 +366,8 @@ class DeadlineConfig(Section):
     """For one step of the learner."""
     weights_s: Annotated[float, Field(gt=0)] = 300.0
     """For fetching and verifying one publication on a worker."""
+    dump_s: Annotated[float, Field(gt=0)] = 600.0
+    """Until the disk has taken the dumps that wait for it."""
 
 
 class InductionConfig(Section):
@@ -392,6 +461,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     dump: DumpConfig = DumpConfig()
     metrics: MetricsConfig = MetricsConfig()
+    health: HealthConfig = HealthConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     runs_folder: str = "runs"
     """Where run folders are made. On a cluster: shared storage."""
@@ -420,6 +490,14 @@ class RunConfig(Section):
     @property
     def samples_per_step(self) -> int:
         return self.prompts_per_step * self.group_size
+
+    def dump_due(self, step: int) -> bool:
+        """Whether step `step` of the run (from 1) is dumped."""
+        dump, checkpoints = self.dump, self.checkpoint.every
+        if not dump.every:
+            return False
+        follows = step == 1 or (checkpoints > 0 and (step - 1) % checkpoints == 0)
+        return step % dump.every == 0 or (dump.after_checkpoint and follows)
 
 
 ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {

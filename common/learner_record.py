@@ -48,7 +48,6 @@ REASONS = {
 _ROW_COLUMNS: tuple[tuple[str, pa.DataType, bool], ...] = (
     ("group_uid", pa.string(), False),
     ("sample_index", pa.int32(), False),
-    ("step", pa.int32(), False),  # of the run, as in the dump's folder
     ("outcome", pa.string(), False),
     ("reason", pa.string(), False),
     ("advantage", pa.float32(), True),  # METHOD §4.1, before first-token selection
@@ -76,7 +75,6 @@ class LearnerRecord:
 
     group_uid: str
     sample_index: int
-    step: int
     outcome: str
     reason: str
     advantage: float | None
@@ -126,13 +124,12 @@ def encode_records(rows: Mapping[str, Sequence | np.ndarray], steps: Mapping[str
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def filtered_records(group: pa.RecordBatch, step: int, reason: str) -> pa.RecordBatch:
+def filtered_records(group: pa.RecordBatch, reason: str) -> pa.RecordBatch:
     """Rows of a group of trajectories that was not trained on, with null learner columns."""
     count, schema = group.num_rows, record_schema()
     known = {
         "group_uid": group.column("group_uid"),
         "sample_index": group.column("sample_index"),
-        "step": pa.array(np.full(count, step, np.int32)),
         "outcome": pa.array(["filtered"] * count, pa.string()),
         "reason": pa.array([reason] * count, pa.string()),
     }

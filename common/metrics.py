@@ -11,9 +11,11 @@ import importlib
 import json
 import logging
 import math
+import netrc
 import numbers
 import os
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,7 +135,7 @@ def read_metrics(
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
-    rows = [row for row in _lines(path) if kind is None or row["kind"] == kind]
+    rows = [row for row in read_lines(path) if kind is None or row["kind"] == kind]
     if lineage is not None:
         yield from (row for row in rows if row["lineage"] == lineage)
         return
@@ -146,8 +148,13 @@ def read_metrics(
             yield row
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a :class:`LineFile`; a torn last line is left out. Raises :class:`MetricsError`."""
+    try:
+        file = path.open(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise MetricsError(f"{path}: no such record; is {path.parent} the folder of a run that has begun?") from error
+    with file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 log.warning("%s: line %d is torn and left out", path, number)
@@ -158,11 +165,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 raise MetricsError(f"{path}, line {number}: not JSON: {error}") from error
 
 
-# --- sinks ---------------------------------------------------------------------------------------------------------
-
-
-class JSONLSink:
-    """`{"step": 3, "kind": "train", "lineage": 0, "time": ..., "metrics": {...}}` per line, flushed at once."""
+class LineFile:
+    """JSON objects appended to a file, a line each, flushed at once. Raises :class:`MetricsError`."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -170,7 +174,7 @@ class JSONLSink:
             self._file = path.open("ab+")
             self._cut_torn_line()
         except OSError as error:
-            raise MetricsError(f"{path}: the run's metrics cannot be recorded: {error.strerror or error}") from error
+            raise MetricsError(f"{path}: cannot be recorded: {error.strerror or error}") from error
 
     def _cut_torn_line(self) -> None:
         """What a killed run left of its last line would corrupt the next one."""
@@ -187,21 +191,35 @@ class JSONLSink:
         if position < end:
             self._file.truncate(position)
 
+    def append(self, row: Mapping[str, Any]) -> None:
+        try:
+            self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+            self._file.flush()
+        except OSError as error:
+            raise MetricsError(f"{self._path}: not recorded: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+# --- sinks ---------------------------------------------------------------------------------------------------------
+
+
+class JSONLSink:
+    """`{"step": 3, "kind": "train", "lineage": 0, "time": ..., "metrics": {...}}` per line, flushed at once."""
+
+    def __init__(self, path: Path):
+        self._lines = LineFile(path)
+
     def write(self, step: int, values: Mapping[str, float], *, kind: str = "train", lineage: int = 0) -> None:
         row: dict[str, Any] = {"step": step, "kind": kind, "lineage": lineage, "time": round(time.time(), 3)}
         row["metrics"] = {name: value if math.isfinite(value) else None for name, value in values.items()}
         if bad := [name for name, value in values.items() if not math.isfinite(value)]:
             row["non_finite"] = bad
-        try:
-            self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
-            self._file.flush()
-        except OSError as error:
-            raise MetricsError(
-                f"{self._path}: metrics of step {step} not recorded: {error.strerror or error}"
-            ) from error
+        self._lines.append(row)
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 @register_sink("console")
@@ -266,44 +284,60 @@ class TensorBoardSink:
 
 @register_sink("wandb")
 class WandbSink:
-    """Project, entity and key come from wandb's own settings (WANDB_PROJECT, WANDB_API_KEY, ...)."""
+    """Project, entity and key come from wandb's own settings (WANDB_PROJECT, WANDB_API_KEY, ...).
+
+    Without a key, and unless WANDB_MODE says otherwise, it records offline below `RUN/wandb`, for `wandb sync` later.
+    """
 
     def __init__(self, run_folder: Path):
         wandb = _needs("wandb", "wandb", "wandb")
-        self._run = wandb.init(dir=str(run_folder), name=run_folder.name, resume="allow", id=run_folder.name)
+        mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+        if mode == "offline":
+            log.warning("wandb records offline; upload with: wandb sync %s", run_folder / "wandb" / "offline-run-*")
+        self._run = wandb.init(dir=str(run_folder), name=run_folder.name, resume="allow", id=run_folder.name, mode=mode)
+        self._run.define_metric("*", step_metric="step")  # its own counter never goes back, a resumed run's step does
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({"step": step, **values})
 
     def close(self) -> None:
         self._run.finish()
 
 
+def _wandb_key() -> bool:
+    """Whether wandb can log in: its variable, or an entry of the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 @register_sink("prometheus")
 class PrometheusSink:
-    """Gauges on 127.0.0.1; LATENT_GRPO_PROMETHEUS_PORT chooses the port (default 9464)."""
+    """Gauges of Ray's metrics, tagged with the run's name: `rollout/reward` is `ray_latent_grpo_rollout_reward`.
+
+    Every node's Ray serves them on its metrics port, which KubeRay and `ray metrics launch-prometheus` scrape;
+    `deploy/cluster/grafana-dashboard.json` shows them.
+    """
 
     def __init__(self, run_folder: Path):
-        self._client = _needs("prometheus_client", "prometheus", "prometheus-client")
-        port = int(os.environ.get("LATENT_GRPO_PROMETHEUS_PORT", "9464"))
-        self._registry = self._client.CollectorRegistry()
+        self._make = _needs("ray.util.metrics", "prometheus", "ray").Gauge
+        self._run = run_folder.name
         self._gauges: dict[str, Any] = {}
-        try:
-            self._server, self._thread = self._client.start_http_server(port, "127.0.0.1", registry=self._registry)
-        except OSError as error:
-            raise MetricsError(
-                f"metric sink prometheus: port {port} of 127.0.0.1 cannot be opened ({error.strerror or error}); "
-                "set LATENT_GRPO_PROMETHEUS_PORT to a free one"
-            ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in {"step": float(step), **values}.items():
-            key = "latent_grpo_" + "".join(c if c.isalnum() else "_" for c in name)
-            if key not in self._gauges:
-                self._gauges[key] = self._client.Gauge(key, name, registry=self._registry)
-            self._gauges[key].set(value)
+            if name not in self._gauges:
+                self._gauges[name] = self._make(gauge_name(name), description=name, tag_keys=("run",))
+            self._gauges[name].set(value, tags={"run": self._run})
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(timeout=5)
+        self._gauges.clear()
+
+
+def gauge_name(metric: str) -> str:
+    """`rollout/reward` -> `latent_grpo_rollout_reward`; Ray puts `ray_` in front."""
+    return "latent_grpo_" + "".join(c if c.isascii() and c.isalnum() else "_" for c in metric)

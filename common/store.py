@@ -3,7 +3,7 @@
 Two stores of the same layout: the trajectories (`common.schema`), and what the learner made of them
 (`common.learner_record`). Below a store's folder, one file per write::
 
-    purpose=training/step=000010/lineage-0000-part-0000.parquet
+    training/step=10/lineage-0000-part-0000.parquet
 
 A file appears whole or not at all (temporary name, fsync, rename), so a reader never needs a lock. The lineage rises
 by one with every restart from a checkpoint: steps that a restart repeats get files of their own, and a read without
@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +76,12 @@ class DumpStore:
         if step < 0 or lineage < 0:
             raise ValueError(f"step and lineage must be >= 0, got step {step}, lineage {lineage}")
         self.check(batch)  # a malformed record must fail here and not when somebody needs the dump
-        target = self._step_folder(purpose, step)
+        target = self.folder_of(step, purpose)
         temporary: Path | None = None
         try:
             target.mkdir(parents=True, exist_ok=True)
             path = target / f"lineage-{lineage:04d}-part-{self._next_part(target, lineage):04d}.parquet"
-            temporary = target / f"{_TEMPORARY}{os.getpid()}-{path.name}"
+            temporary = target / f"{_TEMPORARY}{os.getpid()}-{path.stem}"  # no .parquet: `**/*.parquet` must not see it
             with temporary.open("wb") as file:
                 file.write(_parquet_bytes(batch))
                 file.flush()
@@ -93,10 +94,11 @@ class DumpStore:
             raise _explained(error, target, self.what) from error
         return path
 
-    def _step_folder(self, purpose: str, step: int) -> Path:
+    def folder_of(self, step: int, purpose: str) -> Path:
+        """Where a step's files lie."""
         if not re.fullmatch(r"[\w-]+", purpose):
             raise ValueError(f"purpose must be one word (it names a folder), got {purpose!r}")
-        return self.folder / f"purpose={purpose}" / f"step={step:06d}"
+        return self.folder / purpose / f"step={step}"
 
     @staticmethod
     def _next_part(folder: Path, lineage: int) -> int:
@@ -104,6 +106,20 @@ class DumpStore:
         return max(parts, default=-1) + 1
 
     # --- read ------------------------------------------------------------------------------------------------------
+
+    def size(self, step: int, purpose: str = "training") -> int:
+        """Bytes of a step's files, those of abandoned lineages too."""
+        return sum(path.stat().st_size for path in self.folder_of(step, purpose).glob("*.parquet"))
+
+    def sizes(self, purpose: str = "training") -> dict[int, int]:
+        """Bytes of every step that has files."""
+        return {
+            step: self.size(step, purpose) for step in sorted({f.step for f in self._scan() if f.purpose == purpose})
+        }
+
+    def remove(self, step: int, purpose: str = "training") -> None:
+        """Deletes a step's files, of every lineage. A reader that has one open goes on."""
+        shutil.rmtree(self.folder_of(step, purpose), ignore_errors=True)
 
     def files(
         self, step: int | None = None, purpose: str | None = "training", lineage: int | None = None
@@ -160,18 +176,18 @@ class DumpStore:
         return pa.concat_batches(batches) if len(batches) > 1 else batches[0]
 
     def _scan(self) -> Iterator[DumpFile]:
-        for purpose in self.folder.glob("purpose=*"):
+        for purpose in (p for p in self.folder.glob("*") if p.is_dir()):
             for step in purpose.iterdir():
                 number = _STEP_FOLDER.fullmatch(step.name)
                 if number is None:
                     continue
-                for path in step.iterdir():
+                for path in step.glob("*.parquet"):  # nothing for a step that retention removes meanwhile
                     if name := _FILE.fullmatch(path.name):
                         yield DumpFile(
                             step=int(number[1]),
                             lineage=int(name[1]),
                             part=int(name[2]),
-                            purpose=purpose.name.partition("=")[2],
+                            purpose=purpose.name,
                             path=path,
                         )
 

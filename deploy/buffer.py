@@ -34,6 +34,7 @@ class ReadyBatch:
     ordinals: tuple[int, ...]
     groups: tuple[pa.RecordBatch, ...]  # rows in sample order
     generated: tuple[pa.RecordBatch, ...]
+    reasons: tuple[str | None, ...]  # of `generated`: why it was filtered; None: it is one of `groups`
     next_ordinal: int  # the first prompt that no batch has consumed: the state a checkpoint keeps
     dropped: Counter  # reason -> groups, since the previous batch
 
@@ -146,10 +147,12 @@ class GroupBuffer:
         return (chosen if self.refill else consumed) == self.prompts_per_step
 
     def _take(self, chosen: list[int], consumed: list[int]) -> ReadyBatch:
+        there = [entry for o in consumed if (entry := self._entries[o]).group is not None]
         batch = ReadyBatch(
             ordinals=tuple(chosen),
             groups=tuple(self._entries[o].group for o in chosen),
-            generated=tuple(self._entries[o].group for o in consumed if self._entries[o].group is not None),
+            generated=tuple(e.group for e in there),
+            reasons=tuple(e.dropped for e in there),
             next_ordinal=consumed[-1] + 1,
             dropped=self._dropped,
         )

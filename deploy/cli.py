@@ -5,6 +5,7 @@ Settings are given as `--key.sub VALUE` or `key.sub=VALUE` after the command's o
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,15 +107,52 @@ def train(
     context: typer.Context,
     profile: Profile = "quickstart",
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    rollout_only: Annotated[
+        bool, typer.Option("--rollout-only", help="Start no learner: rollouts on the initial weights.")
+    ] = False,
+    train_only: Annotated[
+        str | None, typer.Option(help="Start no worker: learn from this run's dumps, with its settings.")
+    ] = None,
 ) -> None:
     """Trains. A new run from a profile, or (`--resume RUN`) a stopped one from its last checkpoint."""
     from deploy import train as training
 
+    if sum(map(bool, (resume, rollout_only, train_only))) > 1:
+        raise ConfigError("--resume, --rollout-only and --train-only exclude each other; give one of them")
     with interruptible():
-        if resume:
+        if rollout_only or train_only:
+            from deploy import one_service
+
+            if rollout_only:
+                one_service.rollout_only(settings(profile, context), profile)
+            else:
+                one_service.train_only(train_only, overrides(context.args))
+        elif resume:
             training.resume(resume, overrides(context.args))
         else:
             training.train(settings(profile, context), profile)
+
+
+@app.command(context_settings=SETTINGS)
+def replay(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(help="A run's folder.")],
+    step: Annotated[int, typer.Option(help="Which step, from 1.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The comparison as JSON, and nothing else.")] = False,
+) -> None:
+    """A step's loss and gradient norm again, from its dump and checkpoint; exit code 1 if they deviate."""
+    from deploy import replay as replaying
+    from deploy.progress import Reporter
+
+    with interruptible():
+        reporter = Reporter(Console(stderr=True, highlight=False)) if as_json else None
+        result = replaying.replay(run, step, overrides(context.args), reporter)
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), default=str))
+    else:
+        replaying.show(result, console)
+    if not result.reproduced:
+        raise typer.Exit(1)
 
 
 @app.command(context_settings=SETTINGS)

@@ -20,18 +20,17 @@ meanwhile. Nothing else distinguishes it.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 
 from common.config import RunConfig
 from common.schema import TrajectoryBatch, concat
 from common.types import GroupRequest
 from deploy.buffer import GroupBuffer, ReadyBatch
+from deploy.rollout_metrics import rollout_metrics
 from learner.advantages import drop_reason
 
 POLL_S = 0.2
@@ -73,6 +72,7 @@ class StepResult:
     step: int
     batch: pa.RecordBatch | None
     generated: tuple[pa.RecordBatch, ...]  # all groups of the step in prompt order, filtered ones included
+    reasons: tuple[str | None, ...]  # of `generated`: why it was filtered; None: its rows are in `batch`
     metrics: dict[str, float]
 
 
@@ -120,17 +120,23 @@ class Controller:
         batch = self._next_batch()
         waited = time.perf_counter() - started
         rows = concat(batch.groups) if batch.groups else None
-        metrics = self._learn(batch, rows) if rows is not None else {}
+        if rows is not None:
+            self._learning = batch
+            self.learner.start_step(rows, self.step)
+        metrics = self._batch_metrics(batch, rows)  # while the learner is at work
+        if rows is not None:
+            metrics |= self._learned()
         learned = time.perf_counter() - started - waited
         self._advance(batch)
+        publishing = time.perf_counter()
         self.begin()
-        metrics |= self._rollout_metrics(batch)
         metrics |= {
             "time/rollout_wait_s": waited,
             "time/learner_s": learned,
+            "time/publish_s": time.perf_counter() - publishing,
             "time/step_s": time.perf_counter() - started,
         }
-        return StepResult(self.step, rows, batch.generated, metrics)
+        return StepResult(self.step, rows, batch.generated, batch.reasons, metrics)
 
     def gather(self, requests: Iterable[GroupRequest], on_arrival: Callable[[int], None] = lambda done: None):
         """Groups that are not for training (evaluation, self-test), in the order of `requests`; training's own
@@ -149,9 +155,7 @@ class Controller:
         self.learner.finish_step()
         self._advance(self._learning)
 
-    def _learn(self, batch: ReadyBatch, rows: pa.RecordBatch) -> dict[str, float]:
-        self._learning = batch
-        self.learner.start_step(rows, self.step)
+    def _learned(self) -> dict[str, float]:
         while not self.learner.finished():
             self._exchange(LEARNING_POLL_S)  # with staleness, work goes on while the learner trains
         return self.learner.finish_step()
@@ -186,7 +190,8 @@ class Controller:
         view = TrajectoryBatch(group)
         return drop_reason(view.rewards, view.valid, masking=self.config.masking)
 
-    def _rollout_metrics(self, batch: ReadyBatch) -> dict[str, float]:
+    def _batch_metrics(self, batch: ReadyBatch, rows: pa.RecordBatch | None) -> dict[str, float]:
+        """Of all that was generated, and of what of it is trained on (`rows`). Raises :class:`TrainingStopped`."""
         metrics = rollout_metrics(concat(batch.generated))
         limit = self.config.rollout.verifier.max_ungraded_share
         if metrics["rollout/ungraded_share"] > limit:
@@ -195,8 +200,12 @@ class Controller:
                 "(rollout.verifier.max_ungraded_share): the verifier's infrastructure fails. See the workers' logs"
             )
         metrics["batch/groups"] = len(batch.groups)
+        metrics["batch/zero_variance_share"] = batch.reasons.count("all_equal") / len(batch.reasons)
         metrics |= {f"batch/dropped_{reason}": count for reason, count in batch.dropped.items()}
         metrics["batch/duplicates"] = self.buffer.duplicates
+        if rows is not None:
+            ages = self.step - TrajectoryBatch(rows).numbers("policy_version_min")
+            metrics |= {"batch/staleness_mean": float(ages.mean()), "batch/staleness_max": float(ages.max())}
         return metrics
 
 
@@ -227,20 +236,3 @@ def gather(
 
 def _group_uid(group: pa.RecordBatch) -> str:
     return group.column("group_uid")[0].as_py()
-
-
-def rollout_metrics(rows: pa.RecordBatch) -> dict[str, float]:
-    """What a set of trajectories says by itself (METHOD §8): accuracy, lengths, invalid rate, reasons."""
-    view = TrajectoryBatch(rows)
-    rewards = view.rewards
-    graded = ~np.isnan(rewards)
-    reasons = Counter(view.strings("grade_reason"))
-    metrics = {
-        "rollout/reward": float(rewards[graded].mean()) if graded.any() else 0.0,
-        "rollout/steps": float(view.num_steps.mean()),
-        "rollout/latent_steps": float(view.num_latent_steps.mean()),
-        "rollout/invalid_share": float((~view.valid).mean()),
-        "rollout/ungraded_share": float((~graded).mean()),
-        "rollout/samples": float(len(view)),
-    }
-    return metrics | {f"rollout/reason_{reason}": count / len(view) for reason, count in sorted(reasons.items())}

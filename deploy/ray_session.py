@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Literal
 
 from common.config import ConfigError, RunConfig
 
@@ -15,23 +16,26 @@ LOCAL_STORE_BYTES = 512 * 2**20
 log = logging.getLogger(__name__)
 
 
-def needed_resources(config: RunConfig) -> dict[str, float]:
+Services = Literal["both", "rollout", "learner"]
+
+
+def needed_resources(config: RunConfig, services: Services = "both") -> dict[str, float]:
     """What all actors of the run reserve together."""
     total: dict[str, float] = {}
     for count, resources in (
-        (config.rollout.workers, config.rollout.resources),
-        (config.learner.ranks, config.learner.resources),
+        (config.rollout.workers if services != "learner" else 0, config.rollout.resources),
+        (config.learner.ranks if services != "rollout" else 0, config.learner.resources),
     ):
         for name, amount in {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}.items():
             total[name] = total.get(name, 0.0) + count * amount
     return {name: amount for name, amount in total.items() if amount > 0}
 
 
-def check_resources(config: RunConfig, there: dict[str, float], where: str) -> None:
+def check_resources(config: RunConfig, there: dict[str, float], where: str, services: Services = "both") -> None:
     """Raises ConfigError where the run's actors can never all be placed: Ray would wait for ever, in silence."""
     short = [
         f"{name}: {amount:g} needed, {there.get(name, 0):g} there"
-        for name, amount in needed_resources(config).items()
+        for name, amount in needed_resources(config, services).items()
         if amount > there.get(name, 0) + 1e-6
     ]
     if short:
@@ -44,7 +48,7 @@ def check_resources(config: RunConfig, there: dict[str, float], where: str) -> N
 
 
 @contextlib.contextmanager
-def ray_session(config: RunConfig) -> Iterator[None]:
+def ray_session(config: RunConfig, services: Services = "both") -> Iterator[None]:
     """Connects, checks that the cluster can hold the run, and leaves nothing behind.
 
     RAY_ADDRESS (set inside a job) names the cluster; without it a local Ray is started with this machine's cores.
@@ -52,7 +56,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():  # a notebook, a test, a program round this one: its Ray is used and left
-        check_resources(config, ray.cluster_resources(), "this Ray")
+        check_resources(config, ray.cluster_resources(), "this Ray", services)
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
@@ -70,7 +74,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
             _temp_dir=temporary,
         )
     try:
-        check_resources(config, ray.cluster_resources(), address or "this machine")
+        check_resources(config, ray.cluster_resources(), address or "this machine", services)
         yield
     finally:
         ray.shutdown()

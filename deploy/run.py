@@ -21,8 +21,9 @@ from common.types import TokenFacts
 from deploy.preflight import engine_rows
 from deploy.problems import Problems
 from deploy.progress import Reporter
-from deploy.ray_session import ray_session
+from deploy.ray_session import Services, ray_session
 from deploy.run_folder import RunFolder
+from deploy.run_manifest import data_facts, write_manifest
 from deploy.workers import WorkerFactory
 from rollout_workers.pool import RolloutPool
 
@@ -98,17 +99,21 @@ def prepare(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Parts:
 
 
 @contextlib.contextmanager
-def started(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> Iterator[Run]:
-    """Ray, the model, the problems and the workers of a run; all of it gone afterwards."""
+def started(
+    folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, services: Services = "both"
+) -> Iterator[Run]:
+    """Ray, the model, the problems and the workers of a run; all of it gone afterwards. `services`: which of the two
+    the cluster must have room for."""
     engine_rows(config)  # raises before anything is started
     folder = RunFolder(folder.path.resolve())
     reporter.say(f"run folder {folder.path}")
     with (
         MetricsWriter(folder.path, config.metrics.sinks) as metrics,
-        ray_session(config),
+        ray_session(config, services),
         terminated_is_interrupted(),
     ):
         parts = prepare(folder, config, reporter)
+        write_manifest(folder, config, lineage, parts.initial, data_facts(parts.problems))
         reporter.say(f"starting {config.rollout.workers} rollout worker(s)")
         factory = WorkerFactory(config_as_json(config), str(parts.initial), folder.name)
         with RolloutPool(factory, config.rollout, config.deadlines) as pool:

@@ -3,7 +3,9 @@
 runs/NAME/
     config.json        the resolved settings
     run.json           lineage, program and package versions
+    manifest.json      what it was made with: program, data, model, hardware, seeds (deploy.run_manifest)
     metrics.jsonl      one line per step
+    alarms.jsonl       alarms raised, lasting, over (deploy.health)
     base/              the model RL started from, where the run made it (absent with model.path)
     sft/               states of a Latent-SFT that is not finished
     trajectories/      dumps (common.store)
@@ -47,6 +49,7 @@ HARMLESS = (
     "checkpoint",
     "dump",
     "metrics",
+    "health",
     "deadlines",
     "runs_folder",
     "self_test_groups",
@@ -132,9 +135,17 @@ def reopen_run(path: str | Path, overrides: list[str]) -> tuple[RunFolder, RunCo
 
     Raises :class:`ResumeError`.
     """
+    folder, config = open_run(path, overrides, "--resume")
+    lineage = int(folder.read_json("run.json")["lineage"]) + 1
+    _write_identity(folder, config, lineage)
+    return folder, config, lineage
+
+
+def open_run(path: str | Path, overrides: list[str], asked_by: str) -> tuple[RunFolder, RunConfig]:
+    """A run's folder and its settings with harmless changes; nothing is written. Raises :class:`ResumeError`."""
     folder = RunFolder(Path(path))
     if not (folder.path / "config.json").is_file():
-        raise ResumeError(f"--resume {path}: no config.json there; expected a run folder such as runs/quickstart-...")
+        raise ResumeError(f"{asked_by} {path}: no config.json there; expected a run folder such as runs/quickstart-...")
     stored = folder.config()
     config = load_config(stored.model_dump(mode="json"), overrides)
     refused = refused_changes(stored, config)
@@ -143,9 +154,7 @@ def reopen_run(path: str | Path, overrides: list[str]) -> tuple[RunFolder, RunCo
             f"{folder.path} cannot go on with other settings: {'; '.join(refused)}. They decide what is computed; "
             "start a new run for them, or leave them out"
         )
-    lineage = int(folder.read_json("run.json")["lineage"]) + 1
-    _write_identity(folder, config, lineage)
-    return folder, config, lineage
+    return folder, config
 
 
 def refused_changes(stored: RunConfig, wanted: RunConfig) -> list[str]:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from deploy.run_manifest import commit_for_job
+
 PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
 UPLOAD_LIMIT_BYTES = 20 * 2**20
 INTERRUPTED = 130
@@ -57,7 +59,10 @@ def submit(
             client = JobSubmissionClient(address)
             job = client.submit_job(
                 entrypoint=shlex.join(["python", "-m", "deploy", *staged]),
-                runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1", **(environment or {})}},
+                runtime_env={
+                    "working_dir": folder,
+                    "env_vars": {"PYTHONUNBUFFERED": "1", **commit_for_job(), **(environment or {})},
+                },
             )
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise SubmitError(

@@ -16,11 +16,13 @@ from rich.table import Table
 
 from common.config import RunConfig
 from common.schema import concat
-from deploy.controller import Controller, StepResult, TrainingStopped, gather
+from deploy.controller import Controller, TrainingStopped, gather
 from deploy.evaluate import evaluate
+from deploy.observer import StepObserver
 from deploy.progress import Reporter
 from deploy.run import Run, started
 from deploy.run_folder import RunFolder, create_run, reopen_run
+from deploy.run_manifest import record_model
 from deploy.sft import warm_start
 from learner.checkpoint import latest_checkpoint, write_checkpoint
 from learner.learner import LearnerGroup, ReplayReport
@@ -49,6 +51,8 @@ def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter)
     began = time.monotonic()
     with started(folder, config, lineage, reporter) as run:
         base = run.initial if config.warm_start is None else warm_start(run)
+        if config.warm_start is not None:
+            record_model(folder, "base", base)
         reporter.say(f"starting {config.learner.ranks} learner rank(s)")
         learner = LearnerGroup(config, base)
         try:
@@ -78,29 +82,35 @@ def _train(run: Run, learner: LearnerGroup) -> None:
     self_test(run, learner)
     if config.evaluation.at_start and "before" not in run.summary:
         evaluate(run, controller.gather, controller.step, "before")
-    saved = controller.step
+    with StepObserver(run.folder, config, run.lineage, run.metrics, run.reporter) as observer:
+        _steps(run, controller, learner, observer)
+    if config.evaluation.at_end:
+        evaluate(run, controller.gather, controller.step, "after")
+    run.export(run.folder.model, learner.export)
+    record_model(run.folder, "trained", run.folder.model)
+
+
+def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver) -> None:
+    config, saved = run.config, controller.step
     try:
         with run.reporter.phase(config.algorithm, config.steps) as advance:
             advance(controller.step)
             rewards: list[float] = []
             while controller.step < config.steps:
                 result = controller.run_step()
-                observe(run, learner, result)
+                observer.observe(result, learner.last_report if result.batch is not None else None)
                 rewards.append(result.metrics["rollout/reward"])
                 if _due(config.checkpoint.every, result.step) or result.step == config.steps:
-                    saved = save(run, controller, learner)
+                    saved = save(run, controller, learner, observer)
                 if _due(config.evaluation.every, result.step) and result.step < config.steps:
                     evaluate(run, controller.gather, controller.step, f"step-{result.step}")
                 advance(result.step, f"reward {rewards[-1]:.3f} {sparkline(rewards)}")
     except KeyboardInterrupt:
         controller.settle(SETTLE_S)
         if controller.step > saved:
-            saved = save(run, controller, learner)
+            saved = save(run, controller, learner, observer)
         run.reporter.say(f"interrupted; the checkpoint of step {saved} is complete")
         raise
-    if config.evaluation.at_end:
-        evaluate(run, controller.gather, controller.step, "after")
-    run.export(run.folder.model, learner.export)
 
 
 def _due(every: int, step: int) -> bool:
@@ -135,20 +145,9 @@ def _gaps(report: ReplayReport) -> dict[str, float]:
     return {f"{kind}_{s}": getattr(gap, s) for kind, gap in pairs for s in ("mean", "p99", "max", "count")}
 
 
-def observe(run: Run, learner: LearnerGroup, result: StepResult) -> None:
-    """A step's metrics and dump."""
-    run.metrics.write(result.step, result.metrics, lineage=run.lineage)
-    if _due(run.config.dump.every, result.step) and result.generated:
-        run.store.write(result.step, concat(result.generated), "training", run.lineage)
-    if result.metrics.get("learner/skipped_updates"):
-        path = run.store.write(result.step, result.batch, "non_finite", run.lineage)
-        uids, indices = (result.batch.column(name) for name in ("group_uid", "sample_index"))
-        named = ", ".join(f"{uids[row]} #{indices[row]}" for row in learner.last_report.bad_rows) or "no single one"
-        run.reporter.say(f"[red]step {result.step}: non-finite update not applied; samples: {named}; batch: {path}[/]")
-
-
-def save(run: Run, controller: Controller, learner: LearnerGroup) -> int:
-    """A checkpoint of the state between two steps; returns its step."""
+def save(run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver) -> int:
+    """A checkpoint of the state between two steps, once its steps' dumps are on the disk; returns its step."""
+    observer.flush()
     state = {"step": controller.step, "next_ordinal": controller.next_ordinal, "lineage": run.lineage}
     write_checkpoint(
         run.folder.checkpoints,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import ray
 from common.config import RunConfig
 from learner.group import LearnerError, RankGroup
 from learner.rank import LearnerRank, RankGaps, RankReport
+from learner.records import RowFacts, UpdateOutcome, assemble
 
 __all__ = ["Gap", "LearnerError", "LearnerGroup", "LearnerReport", "ReplayReport"]
 
@@ -25,6 +26,8 @@ class LearnerReport:
     mean_old_log_probs: np.ndarray  # [B] float64
     first_token: np.ndarray  # [B] bool: keeps its advantage at the first response step (METHOD §4.2)
     bad_rows: tuple[int, ...]  # rows with a log-prob that is not a number
+    updates: tuple[UpdateOutcome, ...]
+    records: pa.RecordBatch | None  # learner records of the batch's rows, for a step whose dump is due
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +53,25 @@ class LearnerGroup(RankGroup):
 
     def __init__(self, config: RunConfig, model_folder: str | Path):
         self.last_report: LearnerReport | None = None
+        self._training: pa.RecordBatch | None = None
         super().__init__(LearnerRank, config, model_folder)
 
     def start_step(self, batch: pa.RecordBatch, step: int) -> None:
-        """Starts a step of the run on `batch` (rows in prompt order, then sample index) and returns at once."""
-        self._begin("train_step", ray.put(batch), step)
+        """Starts a step of the run on `batch` (rows in prompt order, then sample index) and returns at once.
+
+        `step`: steps done before it. Learner records are made where the dump of the step is due.
+        """
+        self._training = batch
+        self._begin("train_step", ray.put(batch), step, self.config.dump_due(step + 1))
 
     def finish_step(self) -> dict[str, float]:
         """Waits for the step and gives its metrics; the whole report is in `last_report`."""
-        self.last_report = summarize(self._finish())
-        return self.last_report.metrics
+        ranks: list[RankReport] = self._finish()
+        report = summarize(ranks)
+        if ranks[0].records is not None:
+            report = replace(report, records=_records(ranks, self._training, report.updates, self.config))
+        self.last_report = report
+        return report.metrics
 
     def train(self, batch: pa.RecordBatch, step: int) -> LearnerReport:
         """A whole step: started, waited for, reported."""
@@ -79,23 +91,29 @@ class LearnerGroup(RankGroup):
 
 
 def summarize(ranks: list[RankReport]) -> LearnerReport:
-    """The ranks' reports as one."""
+    """The ranks' reports as one, without learner records."""
     first = ranks[0]
     updates = list(zip(*(r.updates for r in ranks), strict=True))  # [updates][ranks]
+    outcomes = tuple(
+        UpdateOutcome(loss=sum(u.loss for u in of), grad_norm=of[0].grad_norm, applied=of[0].applied) for of in updates
+    )
     ratios = np.concatenate([u.ratios for r in ranks for u in r.updates] or [np.zeros(0, np.float32)])
     steps = max(ratios.size, 1)
     drift = _gap(np.concatenate([r.drift for r in ranks]))
-    norms = [u[0].grad_norm for u in updates if u[0].applied]
+    norms = [u.grad_norm for u in outcomes if u.applied]
     metrics = {
-        "learner/loss": _mean([sum(u.loss for u in of_ranks) for of_ranks in updates]),
+        "learner/loss": _mean([u.loss for u in outcomes]),
         "learner/kl": _mean([sum(u.kl for u in of_ranks) for of_ranks in updates]),
         "learner/grad_norm": _mean(norms),
         "learner/updates": float(len(updates)),
         "learner/skipped_updates": float(len(updates) - len(norms)),
         "learner/learning_rate": first.learning_rate,
         "learner/ratio_mean": _mean(ratios),
+        "learner/ratio_p01": _quantile(ratios, 0.01),
+        "learner/ratio_p50": _quantile(ratios, 0.5),
         "learner/ratio_p99": _quantile(ratios),
         "learner/ratio_max": float(ratios.max(initial=0.0)),
+        "learner/flip_share": _mean([share for r in ranks for u in r.updates for share in u.flip_shares]),
         "learner/clip_fraction_low": sum(u.clipped_low for r in ranks for u in r.updates) / steps,
         "learner/clip_fraction_high": sum(u.clipped_high for r in ranks for u in r.updates) / steps,
         "learner/clip_fraction_dual": sum(u.clipped_dual for r in ranks for u in r.updates) / steps,
@@ -115,6 +133,25 @@ def summarize(ranks: list[RankReport]) -> LearnerReport:
         mean_old_log_probs=first.mean_old_log_probs,
         first_token=first.first_token,
         bad_rows=tuple(sorted({row for r in ranks for u in r.updates for row in u.bad_rows})),
+        updates=outcomes,
+        records=None,
+    )
+
+
+def _records(ranks: list[RankReport], batch: pa.RecordBatch, updates: tuple[UpdateOutcome, ...], config):
+    first = ranks[0]
+    return assemble(
+        batch,
+        [r.records for r in ranks],
+        RowFacts(
+            advantages=first.advantages,
+            mean_old_log_probs=first.mean_old_log_probs,
+            keeps_first=first.first_token,
+        ),
+        list(updates),
+        minibatch_prompts=config.minibatch_prompts,
+        masking=config.masking,
+        first_token=config.first_token,
     )
 
 
@@ -126,5 +163,5 @@ def _mean(values) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def _quantile(values: np.ndarray) -> float:
-    return float(np.quantile(values, 0.99)) if values.size else 0.0
+def _quantile(values: np.ndarray, share: float = 0.99) -> float:
+    return float(np.quantile(values, share)) if values.size else 0.0

@@ -51,9 +51,8 @@ def policy_loss(
     gap = torch.where(mask, log_probs.float() - old_log_probs.detach().float(), 0.0)
     with torch.no_grad():
         ratio = torch.exp(gap)
-        low = (advantages < 0) & (ratio < 1.0 - clip_low)
-        high = (advantages > 0) & (ratio > 1.0 + clip_high)
-        dual = (advantages < 0) & (ratio > dual_clip)
+        codes = clip_codes(ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+        low, high, dual = codes == 1, codes == 2, codes == 3
         bound = torch.where(low, 1.0 - clip_low, torch.where(high, 1.0 + clip_high, dual_clip))
         constant = low | high | dual | (advantages == 0)
         bound = torch.where(advantages == 0, 1.0, bound)
@@ -77,6 +76,16 @@ def policy_loss(
         weight_sum=steps.float() if weights is None else weights.sum(),
     )
     return loss, diagnostics
+
+
+def clip_codes(
+    ratio: torch.Tensor, advantages: torch.Tensor, *, clip_low: float, clip_high: float, dual_clip: float
+) -> torch.Tensor:
+    """Which bound holds a step's gradient back, int8, same shape: 0 none, 1 low, 2 high, 3 dual (METHOD §5)."""
+    negative = (advantages < 0).to(torch.int8)
+    low, dual = ratio < 1.0 - clip_low, ratio > dual_clip
+    high = (advantages > 0) & (ratio > 1.0 + clip_high)
+    return negative * low + 3 * negative * dual + 2 * high.to(torch.int8)
 
 
 def _extremum(ratio: torch.Tensor, mask: torch.Tensor, counted: torch.Tensor, neutral: float, reduce) -> torch.Tensor:

@@ -26,8 +26,9 @@ from learner.actor import RankActor
 from learner.advantages import first_token_mask, group_advantages
 from learner.batching import MiniBatch, ReplayInputs, collate, group_indices, plan
 from learner.logprobs import step_log_probs
-from learner.objective import k3_kl, policy_loss
+from learner.objective import clip_codes, k3_kl, policy_loss
 from learner.policy import PolicyModule, load_policy_model
+from learner.records import StepCollector, flip_shares
 from learner.zero_engine import learning_rate
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class UpdateReport:
     clipped_high: int
     clipped_dual: int
     ratios: np.ndarray  # [counted steps of the rank] float32
+    flip_shares: np.ndarray  # [latent steps of the rank with a negative advantage] float32
     bad_rows: tuple[int, ...]  # of the batch: a log-prob of theirs is not a number
 
 
@@ -61,6 +63,7 @@ class RankReport:
     hard_log_probs: np.ndarray  # [hard steps of the rank] float32
     learning_rate: float
     seconds: float
+    records: pa.RecordBatch | None  # step columns of the rank's rows (`learner.records`), where they are asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +101,13 @@ class LearnerRank(RankActor):
 
     # -- the step
 
-    def train_step(self, batch: pa.RecordBatch, step: int) -> RankReport:
-        """All updates of one step of the run on `batch` (rows in prompt order, then sample order)."""
+    def train_step(self, batch: pa.RecordBatch, step: int, record: bool = False) -> RankReport:
+        """All updates of one step of the run on `batch` (rows in prompt order, then sample order).
+
+        `record`: also report what became of each response step.
+        """
         started = time.perf_counter()
+        collector = StepCollector() if record else None
         view = TrajectoryBatch(batch)
         groups = group_indices(view.strings("group_uid"))
         graded = ~np.isnan(view.rewards) & np.array([r != "aborted" for r in view.strings("finish_reason")], dtype=bool)
@@ -127,7 +134,7 @@ class LearnerRank(RankActor):
         for mini, parts in zip(minibatches, replayed, strict=True):
             rows = np.asarray(mini.rows)
             counted_steps = int(view.num_steps[rows][graded[rows]].sum())  # global: every rank has the whole batch
-            updates.append(self._update(parts, constants, max(counted_steps, 1), lr))
+            updates.append(self._update(parts, constants, max(counted_steps, 1), lr, collector))
         return RankReport(
             advantages=advantages,
             mean_old_log_probs=mean_old,
@@ -138,14 +145,21 @@ class LearnerRank(RankActor):
             hard_log_probs=_joined([p.old[~p.inputs.latent] for p in pieces]),
             learning_rate=lr,
             seconds=time.perf_counter() - started,
+            records=None if collector is None else collector.batch(),
         )
 
     def _update(
-        self, parts: list[_Replayed], constants: tuple[torch.Tensor, ...], denominator: int, lr: float
+        self,
+        parts: list[_Replayed],
+        constants: tuple[torch.Tensor, ...],
+        denominator: int,
+        lr: float,
+        collector: StepCollector | None,
     ) -> UpdateReport:
         """One optimizer step over this rank's micro-batches (METHOD §5)."""
         config, (advantages, keeps_first, graded) = self.config, constants
-        loss_sum, kl_sum, clipped, ratios, bad = 0.0, 0.0, np.zeros(3, dtype=int), [], set()
+        clips = {"clip_low": config.clip.low, "clip_high": config.clip.high, "dual_clip": config.clip.dual}
+        loss_sum, kl_sum, clipped, ratios, flips, bad = 0.0, 0.0, np.zeros(3, dtype=int), [], [], set()
         for part in parts:
             inputs, rows = part.inputs, part.inputs.batch_rows
             step_advantages = torch.where((inputs.steps == 0) & ~keeps_first[rows], 0.0, advantages[rows])
@@ -157,9 +171,7 @@ class LearnerRank(RankActor):
                 part.old,
                 step_advantages,
                 counted,
-                clip_low=config.clip.low,
-                clip_high=config.clip.high,
-                dual_clip=config.clip.dual,
+                **clips,
                 weights=part.importance,
                 denominator=denominator,
             )
@@ -171,7 +183,21 @@ class LearnerRank(RankActor):
             self.engine.backward(loss)
             loss_sum += float(loss.detach())
             clipped += [int(diagnostics.clipped_low), int(diagnostics.clipped_high), int(diagnostics.clipped_dual)]
-            ratios.append((log_probs.detach() - part.old).exp()[counted])
+            ratio = (log_probs.detach() - part.old).exp()
+            ratios.append(ratio[counted])
+            flipped = flip_shares(components, inputs, step_advantages, config.flip)
+            flips.append(flipped[inputs.latent & (step_advantages < 0)])
+            if collector is not None:
+                collector.add(
+                    inputs,
+                    behaviour_log_probs=self._behaviour(inputs),
+                    old_log_probs=part.old,
+                    new_log_probs=log_probs,
+                    step_advantages=step_advantages,
+                    ratios=ratio,
+                    clipped=clip_codes(ratio, step_advantages, **clips),
+                    flip_shares=flipped,
+                )
             bad.update(rows[~torch.isfinite(log_probs.detach() + part.old)].tolist())
         result = self.engine.step(lr)
         return UpdateReport(
@@ -183,6 +209,7 @@ class LearnerRank(RankActor):
             clipped_high=int(clipped[1]),
             clipped_dual=int(clipped[2]),
             ratios=_joined(ratios),
+            flip_shares=_joined(flips),
             bad_rows=tuple(sorted(bad)),
         )
 

@@ -85,7 +85,7 @@ def fake_group(rng, step, group, size, k, *, equal=False):
     return encode(rows, k)
 
 
-def fake_records(group: pa.RecordBatch, step: int, update: int, rng) -> pa.RecordBatch:
+def fake_records(group: pa.RecordBatch, update: int, rng) -> pa.RecordBatch:
     """What a learner could have made of a group that it was trained on."""
     view = TrajectoryBatch(group)
     rows, total = len(view), int(view.num_steps.sum())
@@ -112,7 +112,6 @@ def fake_records(group: pa.RecordBatch, step: int, update: int, rng) -> pa.Recor
         {
             "group_uid": group.column("group_uid"),
             "sample_index": group.column("sample_index"),
-            "step": np.full(rows, step),
             "outcome": np.where(reason == "", "trained", "masked").tolist(),
             "reason": reason.tolist(),
             "advantage": advantage,
@@ -144,9 +143,9 @@ def fake_run(path, *, steps=3, groups=4, group_size=4, k=3, learner=True, finish
             ]
             batch = concat(made)
             trajectories.write(step, batch)
-            taught = [fake_records(group, step, i // 2, rng) for i, group in enumerate(made[:-1])]
+            taught = [fake_records(group, i // 2, rng) for i, group in enumerate(made[:-1])]
             if learner:
-                records.write(step, concat([*taught, filtered_records(made[-1], step, "all_equal")]))
+                records.write(step, concat([*taught, filtered_records(made[-1], "all_equal")]))
             view = TrajectoryBatch(batch)
             metrics.write(
                 step,

@@ -2,18 +2,22 @@
 
 import errno
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from training import tiny
 
-from common.metrics import read_metrics
+from common.learner_record import decode_records, join
+from common.metrics import gauge_name, read_metrics
 from common.models import load_model, load_tokenizer
 from common.schema import TrajectoryBatch, decode
-from common.store import DumpError, TrajectoryStore
+from common.store import DumpError, LearnerStore, TrajectoryStore
 from deploy.evaluate import evaluate_model
 from deploy.run_folder import ResumeError
+from deploy.run_manifest import read_manifest
 from deploy.train import SelfTestFailed, resume, train
 from learner.checkpoint import latest_checkpoint
 
@@ -69,6 +73,11 @@ def test_what_a_run_leaves(ray_session, tmp_path):
     kinds = [row["kind"] for row in map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())]
     assert kinds == ["self_test", "evaluation", "train", "train", "evaluation", "train", "evaluation"]
 
+    check_records(folder, steps)
+    assert read_manifest(folder.path)["model"].keys() == {"initial", "trained"}
+    shown = {f"ray_{gauge_name(name)}" for name in [*steps[0], "step"]}
+    dashboard = (Path(__file__).parents[2] / "deploy/cluster/grafana-dashboard.json").read_text()
+    assert set(re.findall(r"ray_latent_grpo_\w+(?={)", dashboard)) <= shown, "panels of metrics that no run has"
     trained = decode(TrajectoryStore(folder.trajectories).read(2))
     assert {t.policy_version_min for t in trained} == {1}
     assert all(t.run_id == folder.name and t.reward in (0.0, 1.0) and t.gold_answer for t in trained)
@@ -85,6 +94,37 @@ def test_what_a_run_leaves(ray_session, tmp_path):
     config = tiny(f"runs_folder={tmp_path}", f"model.path={folder.model}", "model.new=null")
     (result,) = evaluate_model(config, "left").tasks
     assert result.pass_at_1 == pytest.approx(summary["after"]["held-out/pass_at_1"])
+
+
+def check_records(folder, metrics):
+    """What the learner made of each trajectory agrees with the trajectories and with the step's metrics."""
+    for step, of_step in enumerate(metrics, start=1):
+        batch, records = (
+            s.read(step) for s in (TrajectoryStore(folder.trajectories), LearnerStore(folder.learner_records))
+        )
+        assert join(batch, records).tolist() == list(range(batch.num_rows))
+        rows, losses = decode_records(records), {}
+        for t, r in zip(decode(batch), rows, strict=True):
+            if r.outcome == "filtered":
+                assert r.reason == "all_equal"
+                continue
+            losses[r.update_index] = (r.update_loss, r.update_grad_norm)
+            assert len(r.ratios) == t.num_steps
+            assert np.allclose(r.ratios, np.exp(r.new_log_probs - r.old_log_probs), rtol=1e-5)
+            assert np.allclose(r.step_advantages[1:], r.advantage)
+            assert r.step_advantages[0] == (r.advantage if r.reason != "first_step" else 0.0)
+            assert r.mean_old_log_prob == pytest.approx(r.old_log_probs.mean(), rel=1e-5)
+            assert np.allclose(r.old_log_probs[-1:], t.hard_log_probs[-1:], atol=1e-3)
+            if r.update_index == 0:
+                assert np.array_equal(r.new_log_probs, r.old_log_probs)
+                assert not r.clipped.any()
+        winners = [r.group_uid for r in rows if r.winner]
+        could_win = {
+            t.group_uid for t, r in zip(decode(batch), rows) if t.finish_reason == "stop" and (r.advantage or 0) > 0
+        }
+        assert sorted(winners) == sorted(could_win), "one a group, if it has a valid sample above the mean"
+        assert of_step["learner/loss"] == pytest.approx(np.mean([loss for loss, _ in losses.values()]))
+        assert of_step["learner/grad_norm"] == pytest.approx(np.mean([norm for _, norm in losses.values()]))
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "soft_grpo"])

@@ -147,3 +147,12 @@ def test_yaml_that_cannot_be_read_names_its_file(tmp_path):
 )
 def test_override_values_are_yaml(text, value):
     assert parse_override(text) == (["a"], value)
+
+
+def test_a_sink_is_a_known_name_or_an_import_path():
+    base = {"model": {"path": "x"}, "tasks": [{"name": "t", "path": "t.jsonl"}]}
+    assert (
+        load_config({**base, "metrics": {"sinks": ["console", "my.sinks:Slack"]}}).metrics.sinks[1] == "my.sinks:Slack"
+    )
+    with pytest.raises(ConfigError, match=r"metrics: sinks: unknown \['tensorbord'\]; allowed: console, tensorboard"):
+        load_config({**base, "metrics": {"sinks": ["tensorbord"]}})

@@ -334,7 +334,7 @@ def test_a_resumed_run_shows_its_live_history(tmp_path):
     folder = make_fake_run(tmp_path / "run", steps=2)
     again = encode([fake_trajectory(np.random.default_rng(5), step=2, group=9, index=0, reward=1.0)], 3)
     TrajectoryStore(folder.trajectories).write(2, again, lineage=1)
-    LearnerStore(folder.learner_records).write(2, fake_records(again, 2, 0, np.random.default_rng(6)), lineage=1)
+    LearnerStore(folder.learner_records).write(2, fake_records(again, 0, np.random.default_rng(6)), lineage=1)
     with MetricsWriter(folder.path) as metrics:
         metrics.write(2, {"rollout/reward": 0.9}, lineage=1)
     overview = shown_json(folder.path)

@@ -25,15 +25,15 @@ RNG = np.random.default_rng(0)
 
 def records(step=1):
     made = [fake_group(np.random.default_rng(g), step, g, 4, 3) for g in range(3)]
-    rows = [fake_records(made[0], step, 0, RNG), filtered_records(made[1], step, "all_equal")]
-    return made, concat([*rows, fake_records(made[2], step, 1, RNG)])
+    rows = [fake_records(made[0], 0, RNG), filtered_records(made[1], "all_equal")]
+    return made, concat([*rows, fake_records(made[2], 1, RNG)])
 
 
 def test_rows_of_trained_and_filtered_groups_survive_the_store(tmp_path):
     _, batch = records()
     store = LearnerStore(tmp_path)
     path = store.write(1, batch, lineage=2)
-    assert path.relative_to(tmp_path).as_posix() == "purpose=training/step=000001/lineage-0002-part-0000.parquet"
+    assert path.relative_to(tmp_path).as_posix() == "training/step=1/lineage-0002-part-0000.parquet"
     assert store.read(1).equals(batch)
     view = LearnerBatch(store.read(1))
     assert view.taught.tolist() == [True] * 4 + [False] * 4 + [True] * 4

@@ -2,12 +2,16 @@
 
 import json
 import logging
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from common import metrics as metrics_module
-from common.metrics import FILE, MetricsError, MetricsWriter, make_sink, read_metrics, register_sink
+from common.metrics import FILE, MetricsError, MetricsWriter, gauge_name, make_sink, read_metrics, register_sink
 
 
 def lines(folder):
@@ -124,3 +128,72 @@ def test_the_console_shows_the_important_figures_first(tmp_path, capsys, monkeyp
     shown = capsys.readouterr().out
     assert shown.startswith("step     7  rollout/reward 0.25")
     assert len(shown.splitlines()) == 1
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stands for the package; remembers how the run was opened and what was logged."""
+    calls = SimpleNamespace(opened=None, logged=[], finished=False)
+
+    def init(**options):
+        calls.opened = options
+        return SimpleNamespace(
+            define_metric=lambda *a, **k: None,
+            log=calls.logged.append,
+            finish=lambda: setattr(calls, "finished", True),
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_wandb_without_a_key_records_offline_and_says_how_to_upload(tmp_path, wandb, monkeypatch, caplog):
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with caplog.at_level(logging.WARNING), MetricsWriter(tmp_path / "run", ["wandb"]) as writer:
+        writer.write(3, {"loss": 1.0})
+    assert wandb.opened["mode"] == "offline"
+    assert "wandb sync" in caplog.text
+    assert wandb.logged == [{"step": 3, "loss": 1.0}]
+    assert wandb.finished
+
+
+def test_wandb_with_a_key_is_online_unless_told_otherwise(tmp_path, wandb, monkeypatch):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai login user password secret")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    make_sink("wandb", tmp_path)
+    assert wandb.opened["mode"] == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    make_sink("wandb", tmp_path)
+    assert wandb.opened["mode"] == "disabled"
+
+
+def test_a_run_without_a_record_is_a_sentence(tmp_path):
+    with pytest.raises(MetricsError, match=r"is .* the folder of a run"):
+        list(read_metrics(tmp_path))
+
+
+def dashboard():
+    return json.loads((Path(__file__).parents[2] / "deploy/cluster/grafana-dashboard.json").read_text())
+
+
+def test_panels_of_the_grafana_dashboard_do_not_overlap_and_name_one_run():
+    panels = dashboard()["panels"]
+    assert len({p["id"] for p in panels}) == len(panels)
+    taken = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        for target in panel.get("targets", []):
+            assert re.fullmatch(r'ray_latent_grpo_\w+\{run=~"\$run"\}', target["expr"])
+
+
+def test_a_metric_has_one_name_in_prometheus():
+    assert gauge_name("rollout/reward") == "latent_grpo_rollout_reward"
+    assert gauge_name("evaluation/gsm8k-aug/pass_at_1") == "latent_grpo_evaluation_gsm8k_aug_pass_at_1"

@@ -46,7 +46,7 @@ def test_what_was_written_is_read_back_exactly(tmp_path, steps, k):
     store = TrajectoryStore(tmp_path)
     written = batch(3, steps, k)
     path = store.write(10, written, "training", 2)
-    assert path.relative_to(tmp_path).as_posix() == "purpose=training/step=000010/lineage-0002-part-0000.parquet"
+    assert path.relative_to(tmp_path).as_posix() == "training/step=10/lineage-0002-part-0000.parquet"
     assert store.read(10).equals(written)
     assert TrajectoryBatch(store.read(10)).k == k
 

@@ -1,0 +1,162 @@
+"""Alarms: each is raised by what it is for, said in a plain sentence with cause and remedy, recorded, and ended."""
+
+import re
+
+import pytest
+from fake_run import fake_config
+
+from common.config import HealthConfig, load_config
+from common.metrics import MetricsError, MetricsWriter
+from deploy.health import FILE, RULES, HealthMonitor, read_alarms
+
+HEALTHY = {
+    "rollout/reward": 0.5,
+    "rollout/truncated_share": 0.02,
+    "rollout/ungraded_share": 0.0,
+    "rollout/verifier_timeout_share": 0.0,
+    "rollout/reason_no_answer": 0.05,
+    "latent/thinking_end_rate": 0.99,
+    "latent/entropy": 0.5,
+    "latent/effective_width": 1.8,
+    "batch/zero_variance_share": 0.4,
+    "batch/staleness_mean": 0.0,
+    "learner/drift_mean": 1e-4,
+    "learner/ratio_p01": 0.95,
+    "learner/ratio_p99": 1.05,
+    "learner/clip_fraction_low": 0.01,
+    "learner/clip_fraction_high": 0.01,
+    "learner/clip_fraction_dual": 0.0,
+    "learner/skipped_updates": 0.0,
+    "time/step_s": 10.0,
+    "time/rollout_wait_s": 6.0,
+    "time/learner_s": 3.0,
+    "time/publish_s": 0.5,
+    "time/dump_wait_s": 0.0,
+}
+PROVOKED = {
+    "min_thinking_end_rate": ({"latent/thinking_end_rate": 0.02}, "98% of rollouts never left latent mode"),
+    "max_truncated_share": ({"rollout/truncated_share": 0.8}, "80% of rollouts were cut off"),
+    "max_log_prob_gap": ({"learner/drift_mean": 0.3}, "differ from the rollout's by 0.3 on average"),
+    "max_stale_log_prob_gap": ({"learner/drift_mean": 0.9}, "differ by 0.9 in log-prob"),
+    "max_ratio_p99": ({"learner/ratio_p99": 7.0}, "above 7"),
+    "min_ratio_p01": ({"learner/ratio_p01": 0.1}, "below 0.1"),
+    "max_clipped_share": ({"learner/clip_fraction_low": 0.5}, "51% of response steps were clipped"),
+    "max_zero_variance_share": ({"batch/zero_variance_share": 0.95}, "in 95% of groups all rewards were equal"),
+    "max_no_answer_share": ({"rollout/reason_no_answer": 0.97}, "in 97% of rollouts the verifier found no answer"),
+    "max_verifier_timeout_share": ({"rollout/verifier_timeout_share": 0.2}, "20% of answers were not graded in time"),
+    "max_ungraded_share": ({"rollout/ungraded_share": 0.05}, "5% of rollouts could not be graded"),
+    "max_staleness_mean": ({"batch/staleness_mean": 12.0}, "12 policy versions old"),
+    "max_rollout_wait_share": ({"time/rollout_wait_s": 9.8}, "waits for rollouts in 98% of the time"),
+    "max_learner_share": ({"time/learner_s": 9.5}, "the learner takes 95% of a step"),
+    "max_publish_share": ({"time/publish_s": 4.0}, "publishing weights takes 40% of a step"),
+    "max_dump_wait_share": ({"time/dump_wait_s": 1.0}, "waits for the disk in 10% of the time"),
+    "min_effective_width": ({"latent/effective_width": 1.001}, "only 1 tokens in effect"),
+    "max_relative_width": ({"latent/effective_width": 2.999}, "100% of the way to uniform"),
+    "max_skipped_updates": ({"learner/skipped_updates": 1.0}, "1 updates a step were not finite"),
+    "min_reward_retained": ({"rollout/reward": 0.1}, "fallen to 20% of its best level"),
+}
+
+
+def monitor(path, lineage=0, staleness=0, **limits):
+    base = fake_config().model_dump(mode="json")
+    base |= {"health": {"max_relative_width": 0.99, "window": 1, **limits}, "max_staleness": staleness}
+    return HealthMonitor(path, load_config(base), lineage)
+
+
+def test_a_healthy_run_raises_nothing(tmp_path):
+    for staleness in (0, 2):
+        watched = monitor(tmp_path, staleness=staleness)
+        assert [alarm for step in range(1, 9) for alarm in watched.judge(step, HEALTHY)] == []
+
+
+def test_every_limit_has_its_rule_and_every_rule_its_provocation():
+    limits = {name for name in HealthConfig.model_fields if name.startswith(("min_", "max_"))}
+    assert limits == {rule.name for rule in RULES} == PROVOKED.keys()
+
+
+@pytest.mark.parametrize("name", PROVOKED)
+def test_each_alarm_is_raised_by_its_cause_alone_and_ends_with_it(tmp_path, name):
+    changes, words = PROVOKED[name]
+    watched = monitor(tmp_path, staleness=1 if name == "max_stale_log_prob_gap" else 0)
+    assert watched.judge(1, HEALTHY) == []
+    (raised,) = watched.judge(2, HEALTHY | changes)
+    assert (raised.name, raised.state) == (name, "raised")
+    assert words in raised.message
+    assert raised.cause in raised.sentence
+    assert raised.remedy in raised.sentence
+    assert watched.judge(3, HEALTHY | changes) == [], "said once"
+    (over,) = watched.judge(4, HEALTHY)
+    assert (over.name, over.state) == (name, "over")
+    assert watched.active == ()
+
+
+@pytest.mark.parametrize("name", PROVOKED)
+def test_each_limit_can_be_moved_and_turned_off(tmp_path, name):
+    changes, _ = PROVOKED[name]
+    staleness = 1 if name == "max_stale_log_prob_gap" else 0
+    wide = 0.0 if name.startswith("min_") else 100.0
+    for limit in (None, wide):
+        watched = monitor(tmp_path, staleness=staleness, **{name: limit})
+        assert [a for s in (1, 2) for a in watched.judge(s, HEALTHY | (changes if s == 2 else {}))] == []
+
+
+def test_a_single_bad_step_among_good_ones_is_averaged_away(tmp_path):
+    watched = monitor(tmp_path, window=5)
+    bad = HEALTHY | {"rollout/truncated_share": 0.9}
+    said = [watched.judge(step, bad if step == 5 else HEALTHY) for step in range(1, 8)]
+    assert not any(said)
+    assert [a.state for step in range(8, 13) for a in watched.judge(step, bad)] == ["raised"]
+
+
+def test_an_alarm_that_lasts_is_repeated_now_and_then(tmp_path):
+    watched = monitor(tmp_path, repeat=3)
+    bad = HEALTHY | {"rollout/truncated_share": 0.9}
+    assert [(a.step, a.state) for s in range(1, 9) for a in watched.judge(s, bad)] == [
+        (1, "raised"), (4, "lasting"), (7, "lasting"),
+    ]  # fmt: skip
+
+
+def test_a_step_without_a_metric_says_nothing_about_it(tmp_path):
+    watched = monitor(tmp_path)
+    assert watched.judge(1, {"rollout/reward": 0.0}) == []
+    assert watched.judge(2, HEALTHY | {"learner/ratio_p99": float("nan")}) == []
+
+
+def test_the_record_is_read_back_without_abandoned_steps_and_without_a_torn_line(tmp_path):
+    bad = HEALTHY | {"rollout/truncated_share": 0.9}
+    with MetricsWriter(tmp_path) as metrics:
+        first = monitor(tmp_path)
+        for step in (1, 2, 3):
+            first.judge(step, bad if step == 3 else HEALTHY)
+            metrics.write(step, {"rollout/reward": 0.5})
+        assert [a.name for a in read_alarms(tmp_path)] == ["max_truncated_share"]
+        with (tmp_path / FILE).open("a") as file:
+            file.write('{"step": 4')
+        assert len(read_alarms(tmp_path)) == 1
+        second = monitor(tmp_path, lineage=1)  # from the checkpoint of step 1; nothing is wrong this time
+        for step in (2, 3):
+            second.judge(step, HEALTHY)
+            metrics.write(step, {"rollout/reward": 0.5}, lineage=1)
+        assert read_alarms(tmp_path) == []
+        (alarm,) = second.judge(4, bad)
+        metrics.write(4, {"rollout/reward": 0.5}, lineage=1)
+    assert read_alarms(tmp_path) == [alarm]
+
+
+def test_a_run_without_alarms_and_a_foreign_record_are_told_apart(tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write(1, {"rollout/reward": 0.5})
+    assert read_alarms(tmp_path) == []
+    (tmp_path / FILE).write_text('{"step": 1}\n')
+    with pytest.raises(MetricsError, match="another version"):
+        read_alarms(tmp_path)
+
+
+def test_settings_that_a_remedy_names_exist():
+    base = fake_config().model_dump(mode="json")
+    for rule in RULES:
+        for key in re.findall(r"\b((?:rollout|learner|optimizer|model|dump|noise|clip)\.[a-z_.]+[a-z])", rule.remedy):
+            node = base
+            for part in key.split("."):
+                assert part in node, f"{rule.name} names {key}, which is no setting"
+                node = node[part] if isinstance(node[part], dict) else {}

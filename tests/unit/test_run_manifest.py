@@ -1,0 +1,121 @@
+"""The manifest: what a run was made with; a resume adds its lineage; bad ones are named in a sentence."""
+
+import json
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+from fake_run import fake_config
+
+from common.config import TaskConfig
+from common.tasks import load_task
+from deploy import run_manifest as manifest_module
+from deploy.problems import PreparedTask
+from deploy.run_folder import RunFolder
+from deploy.run_manifest import (
+    COMMIT_VARIABLE,
+    ManifestError,
+    data_facts,
+    file_facts,
+    model_facts,
+    program_commit,
+    read_manifest,
+    record_model,
+    source_hash,
+    write_manifest,
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder, a model folder, and problems of a file and of a generator."""
+    folder, model, data = tmp_path / "run", tmp_path / "model", tmp_path / "data.jsonl"
+    folder.mkdir()
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    data.write_text("".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(3)))
+    stored = TaskConfig(name="stored", path=str(data), verifier="number")
+    made = TaskConfig(name="made", path="builtin:chain_arithmetic", options={"operations": 2}, verifier="number")
+    tasks = [PreparedTask(load_task(task, 0), None) for task in (stored, made)]
+    return RunFolder(folder), model, SimpleNamespace(training=tasks[:1], evaluation=tasks[1:])
+
+
+def test_it_names_program_settings_data_model_grader_seeds_and_hardware(run):
+    folder, model, problems = run
+    config = fake_config(seed=7)
+    write_manifest(folder, config, 0, model, data_facts(problems))
+    manifest = read_manifest(folder.path)
+    assert manifest["config"] == config.model_dump(mode="json")
+    stored, made = manifest["data"]
+    assert (stored["use"], stored["problems"], stored["xxh3_128"]) == (
+        "training", 3, file_facts(model.parent / "data.jsonl")["xxh3_128"],
+    )  # fmt: skip
+    assert made["options"] == {"operations": 2}
+    assert manifest["model"]["initial"]["files"]["model.safetensors"]["bytes"] == 7
+    assert manifest["seeds"]["run"] == 7
+    assert manifest["grader"]["sources"] == source_hash(["reward"])
+    (start,) = manifest["lineages"]
+    assert start["versions"].keys() >= {"torch", "ray", "deepspeed", "math-verify", "python"}
+    assert start["hardware"]["cpus"] > 0
+    assert start["program"]["sources"] == source_hash(manifest_module.OUR_PACKAGES)
+
+
+def test_a_resume_adds_its_lineage_and_a_trained_model_is_added(run):
+    folder, model, problems = run
+    write_manifest(folder, fake_config(), 0, model, data_facts(problems))
+    write_manifest(folder, fake_config(), 1, model, data_facts(problems))
+    record_model(folder, "trained", model)
+    manifest = read_manifest(folder.path)
+    assert [entry["lineage"] for entry in manifest["lineages"]] == [0, 1]
+    assert manifest["model"]["trained"] == manifest["model"]["initial"]
+
+
+def test_another_weight_or_source_is_another_hash(run, tmp_path):
+    _, model, _ = run
+    before = model_facts(model)
+    (model / "model.safetensors").write_bytes(b"weightz")
+    assert model_facts(model) != before
+    assert source_hash(["reward"]) != source_hash(["common"])
+
+
+def test_the_commit_is_that_of_our_checkout_and_of_no_other(tmp_path, monkeypatch):
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(tmp_path)]
+    source = tmp_path / "deploy" / "run_manifest.py"
+    source.parent.mkdir()
+    source.write_text("x = 1\n")
+    monkeypatch.setattr(manifest_module, "ROOT", tmp_path)
+    monkeypatch.setattr(manifest_module, "__file__", str(source))
+    monkeypatch.setattr(manifest_module, "OUR_PACKAGES", ("deploy",))
+    monkeypatch.delenv(COMMIT_VARIABLE, raising=False)
+    assert program_commit() == (None, None)
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "somebody else's"], check=True)
+    assert program_commit() == (None, None), "our file is not in it"
+    monkeypatch.setenv(COMMIT_VARIABLE, "abc+changed")
+    assert program_commit() == ("abc", True), "a job says what it was sent from"
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    commit, changed = program_commit()
+    assert len(commit) == 40
+    assert not changed
+    source.write_text("x = 2\n")
+    assert program_commit() == (commit, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no manifest.json"),
+        ("{", "not a manifest"),
+        ("[]", "not a manifest"),
+        ('{"format": 9}', "format 9, this"),
+    ],
+)
+def test_a_missing_foreign_or_newer_manifest_is_refused_in_a_sentence(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ManifestError, match=words):
+        read_manifest(tmp_path)
