@@ -266,14 +266,24 @@ def doctor() -> None:
 @app.command(context_settings=SETTINGS)
 def submit(
     context: typer.Context,
-    command: Annotated[str, typer.Argument(help="The command to run on the cluster, e.g. validate.")],
     address: Annotated[str | None, typer.Option(help="The cluster's job server, http://head:8265.")] = None,
     follow: Annotated[bool, typer.Option(help="Print the driver's log and return its exit code.")] = True,
 ) -> None:
-    """Runs a command of this program as a Ray job: `latent-grpo submit validate --profile svamp`."""
+    """Runs a command of this program as a Ray job: `latent-grpo submit [train] --profile svamp`."""
     from deploy.submit import submit as submit_job
 
-    raise typer.Exit(submit_job([command, *context.args], address, follow))
+    raise typer.Exit(submit_job(command_of_job(context.args), address, follow))
+
+
+def command_of_job(arguments: list[str]) -> list[str]:
+    """The arguments with their command: `train` where none is named. Raises ConfigError for an unknown one."""
+    first = arguments[0] if arguments else ""
+    if not first or first.startswith("-") or "=" in first:
+        return ["train", *arguments]
+    known = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+    if first not in known:
+        raise ConfigError(f"submit: {first!r} is not a command; expected one of {', '.join(known)}, or only settings")
+    return arguments
 
 
 def main() -> None:

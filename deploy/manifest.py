@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,8 +11,9 @@ import time
 from pathlib import Path
 
 from common.config import RunConfig, TaskConfig
-from deploy.run_folder import PACKAGES, program_version, write_atomically
+from deploy.run_folder import write_atomically
 from deploy.suite import Suite
+from deploy.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown (not a git checkout)"
@@ -21,9 +21,7 @@ UNKNOWN = "unknown (not a git checkout)"
 
 def provenance() -> dict:
     """Commit and versions of this process."""
-    versions = {"python": platform.python_version(), "latent-grpo": program_version()}
-    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"commit": commit(), "versions": versions}
+    return {"commit": commit(), "versions": versions()}
 
 
 def commit() -> str:

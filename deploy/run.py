@@ -24,6 +24,7 @@ from deploy.progress import Reporter
 from deploy.ray_session import Services, ray_session
 from deploy.run_folder import RunFolder
 from deploy.run_manifest import data_facts, write_manifest
+from deploy.versions import differences
 from deploy.workers import WorkerFactory
 from rollout_workers.pool import RolloutPool
 
@@ -107,6 +108,8 @@ def started(
     engine_rows(config)  # raises before anything is started
     folder = RunFolder(folder.path.resolve())
     reporter.say(f"run folder {folder.path}")
+    for difference in differences():
+        reporter.say(f"[yellow]{difference}[/]")
     with (
         MetricsWriter(folder.path, config.metrics.sinks) as metrics,
         ray_session(config, services),

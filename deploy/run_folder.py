@@ -17,10 +17,8 @@ runs/NAME/
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import time
 from dataclasses import dataclass
@@ -28,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError, RunConfig, config_as_json, load_config, parse_config
-
-PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
+from deploy.versions import versions
 
 HARMLESS = (
     "rollout.workers",
@@ -187,17 +184,8 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _write_identity(folder: RunFolder, config: RunConfig, lineage: int) -> None:
-    versions = {"python": platform.python_version(), "latent-grpo": program_version()}
-    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    folder.write_json("run.json", {"lineage": lineage, "started": time.strftime("%FT%T%z"), "versions": versions})
+    folder.write_json("run.json", {"lineage": lineage, "started": time.strftime("%FT%T%z"), "versions": versions()})
     write_atomically(folder.path / "config.json", config_as_json(config))
-
-
-def program_version() -> str:
-    try:
-        return importlib.metadata.version("latent-grpo")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def write_atomically(path: Path, text: str) -> None:

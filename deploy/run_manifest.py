@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import xxhash
 
+from common import __version__
 from common.config import ConfigError, RunConfig, TaskConfig
-from deploy.run_folder import PACKAGES, RunFolder, program_version
+from deploy.run_folder import RunFolder
+from deploy.versions import PACKAGES
 
 if TYPE_CHECKING:
     from deploy.problems import PreparedTask, Problems
@@ -97,7 +99,7 @@ def lineage_facts(lineage: int) -> dict[str, Any]:
         "started": time.strftime("%FT%T%z"),
         "command": shlex.join(sys.argv),
         "program": {
-            "version": program_version(),
+            "version": __version__,
             "commit": commit,
             "changed_since_commit": changed,
             "sources": source_hash(OUR_PACKAGES),

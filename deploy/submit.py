@@ -1,4 +1,4 @@
-"""Sends a command to a Ray cluster as a job and follows it: `latent-grpo submit -- train --profile gsm8k-aug`.
+"""Sends a command to a Ray cluster as a job and follows it: `latent-grpo submit train --profile gsm8k-aug`.
 
 What is uploaded is a staged copy of the five packages and of the profile files that the command names: well under a
 megabyte, whatever lies in the user's folder. The cluster's image holds the dependencies (`deploy/cluster/Dockerfile`).
@@ -7,6 +7,7 @@ megabyte, whatever lies in the user's folder. The cluster's image holds the depe
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy.run_manifest import commit_for_job
+from deploy.versions import SUBMITTED, versions
 
 PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
 UPLOAD_LIMIT_BYTES = 20 * 2**20
@@ -61,7 +63,12 @@ def submit(
                 entrypoint=shlex.join(["python", "-m", "deploy", *staged]),
                 runtime_env={
                     "working_dir": folder,
-                    "env_vars": {"PYTHONUNBUFFERED": "1", **commit_for_job(), **(environment or {})},
+                    "env_vars": {
+                        "PYTHONUNBUFFERED": "1",
+                        SUBMITTED: json.dumps(versions()),
+                        **commit_for_job(),
+                        **(environment or {}),
+                    },
                 },
             )
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:

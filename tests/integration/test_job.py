@@ -1,0 +1,134 @@
+"""Runs as Ray jobs on a head of this machine, with token authentication: what the user sees, and the exit code."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from training import PROFILE
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).resolve().parents[2]
+START_S, JOB_S, END_S = 90, 180, 30
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head():
+    """(job server's address, environment of its users): a head of its own, ended with all that belongs to it."""
+    home = tempfile.mkdtemp(prefix="lgt-")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "HOME": home,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parent),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    port, dashboard, agent, client = free_ports(4)
+    log = Path(home, "head.log")
+    process = subprocess.Popen(
+        ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
+         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+         f"--ray-client-server-port={client}", "--num-cpus=4", f"--object-store-memory={256 * 2**20}",
+         f"--temp-dir={home}/r"],
+        env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        end = time.monotonic() + START_S
+        while not answers(address):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, f"no job server after {START_S} s:\n{log.read_text()}"
+            time.sleep(0.5)
+        yield address, environment
+    finally:
+        process.terminate()
+        try:
+            process.wait(END_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def answers(address):
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=2)
+    except urllib.error.HTTPError:
+        return True  # it is there, and asks for the token
+    except OSError:
+        return False
+    return True
+
+
+def run(environment, *command):
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=JOB_S
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture
+def profile(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    evaluation = {**PROFILE["evaluation"], "at_start": False}
+    settings = {**PROFILE, "steps": 1, "runs_folder": str(tmp_path / "runs"), "evaluation": evaluation}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_submit_runs_a_training_on_the_cluster_and_shows_its_log(head, profile, tmp_path):
+    address, environment = head
+    latent_grpo = (sys.executable, "-m", "deploy", "submit", "--address", address)
+    code, output = run(environment, *latent_grpo, "--profile", str(profile))
+    assert code == 0, output
+    assert "self-test: learner and engine agree" in output
+    assert "SUCCEEDED" in output
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert environment["RAY_AUTH_TOKEN"] not in output
+
+    code, output = run(environment, *latent_grpo, "--profile", str(profile), "group_size=1")
+    assert code == 2, output
+    assert "group_size" in output
+    assert "Traceback" not in output
+
+    stranger = {**environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    code, output = run(stranger, *latent_grpo, "--profile", str(profile))
+    assert code == 2, output
+    assert "RAY_AUTH_TOKEN" in output
+
+
+def test_the_plain_ray_job_submit_runs_it_too_and_uploads_little(head, profile, tmp_path):
+    address, environment = head
+    command = ("ray", "job", "submit", "--address", address, "--working-dir", ".", "--")
+    code, output = run(environment, *command, "python", "-m", "deploy", "train", "--profile", str(profile))
+    assert code == 0, output
+    assert "self-test: learner and engine agree" in output
+    size, unit = re.search(r"\(([\d.]+)(\w+)\)", output).groups()
+    assert unit == "KiB" or (unit == "MiB" and float(size) < 3), output
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "summary.json").is_file()

@@ -1,0 +1,39 @@
+"""A run says where its versions differ from the installation's and from the submitter's."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from common.config import ConfigError
+from deploy import versions
+from deploy.cli import app, command_of_job
+
+
+def test_nothing_is_said_where_all_versions_agree(monkeypatch):
+    monkeypatch.setenv(versions.SUBMITTED, json.dumps(versions.versions()))
+    monkeypatch.setattr(versions, "__version__", versions.importlib.metadata.version("latent-grpo"))
+    assert versions.differences() == []
+
+
+def test_every_difference_is_one_sentence(monkeypatch):
+    submitted = versions.versions() | {"torch": "1.0", "unheard-of": "3"}
+    monkeypatch.setenv(versions.SUBMITTED, json.dumps(submitted))
+    monkeypatch.setattr(versions, "__version__", "99.0")
+    first, *others = versions.differences()
+    assert first.startswith("the code that runs is latent-grpo 99.0, installed here is")
+    assert any("torch is" in line and "1.0 where the job was submitted" in line for line in others)
+    assert not any("unheard-of" in line for line in others)
+
+
+def test_a_job_without_a_command_trains():
+    assert command_of_job(["--profile", "svamp"]) == ["train", "--profile", "svamp"]
+    assert command_of_job(["steps=3"]) == ["train", "steps=3"]
+    assert command_of_job([]) == ["train"]
+    assert command_of_job(["validate", "--profile", "svamp"]) == ["validate", "--profile", "svamp"]
+    with pytest.raises(ConfigError, match="'trian' is not a command; expected one of"):
+        command_of_job(["trian", "--profile", "svamp"])
+
+
+def test_help_of_submit_names_its_options():
+    assert "--address" in CliRunner().invoke(app, ["submit", "--help"]).output
