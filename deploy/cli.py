@@ -140,7 +140,7 @@ def replay(
     step: Annotated[int, typer.Option(help="Which step, from 1.")],
     as_json: Annotated[bool, typer.Option("--json", help="The comparison as JSON, and nothing else.")] = False,
 ) -> None:
-    """A step's loss and gradient norm again, from its dump and checkpoint; exit code 1 if they deviate."""
+    """A step's loss and gradient norm again, from dump and checkpoint; exit code 1: they deviate, 2: it cannot be."""
     from deploy import replay as replaying
     from deploy.progress import Reporter
 
@@ -148,7 +148,7 @@ def replay(
         reporter = Reporter(Console(stderr=True, highlight=False)) if as_json else None
         result = replaying.replay(run, step, overrides(context.args), reporter)
     if as_json:
-        typer.echo(json.dumps(result.as_json(), default=str))
+        typer.echo(json.dumps(result.as_json(), allow_nan=False))
     else:
         replaying.show(result, console)
     if not result.reproduced:

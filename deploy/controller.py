@@ -104,6 +104,7 @@ class Controller:
             next_ordinal=next_ordinal,
         )
         self._learning: ReadyBatch | None = None  # at the learner now
+        self._done: StepResult | None = None  # a step that is done and that run_step has not returned yet
 
     @property
     def version(self) -> int:
@@ -127,7 +128,7 @@ class Controller:
         if rows is not None:
             metrics |= self._learned()
         learned = time.perf_counter() - started - waited
-        self._advance(batch)
+        self._advance(batch, rows, metrics)
         publishing = time.perf_counter()
         self.begin()
         metrics |= {
@@ -136,35 +137,44 @@ class Controller:
             "time/publish_s": time.perf_counter() - publishing,
             "time/step_s": time.perf_counter() - started,
         }
-        return StepResult(self.step, rows, batch.generated, batch.reasons, metrics)
+        return self._take_done()
 
     def gather(self, requests: Iterable[GroupRequest], on_arrival: Callable[[int], None] = lambda done: None):
         """Groups that are not for training (evaluation, self-test), in the order of `requests`; training's own
         results go on arriving meanwhile. `on_arrival` is told how many are there."""
         return gather(self.pool, requests, on_arrival, self._take)
 
-    def settle(self, timeout_s: float) -> None:
-        """After an interrupt: finishes a step that the learner has begun, so that its state is that of a step."""
+    def settle(self, timeout_s: float) -> StepResult | None:
+        """After an interrupt: finishes a step that the learner has begun, so that its state is that of a step.
+
+        Returns the step that `run_step` did not get to return, if there is one.
+        """
         if self._learning is None:
-            return
+            return self._take_done()
         deadline = time.monotonic() + timeout_s
         while not self.learner.finished():
             if time.monotonic() > deadline:
                 raise TrainingStopped(f"the learner's step did not end within {timeout_s:g} s of the interrupt")
             time.sleep(POLL_S)
-        self.learner.finish_step()
-        self._advance(self._learning)
+        batch, rows = self._learning, concat(self._learning.groups)
+        self._advance(batch, rows, self.learner.finish_step() | self._batch_metrics(batch, rows))
+        return self._take_done()
 
     def _learned(self) -> dict[str, float]:
         while not self.learner.finished():
             self._exchange(LEARNING_POLL_S)  # with staleness, work goes on while the learner trains
         return self.learner.finish_step()
 
-    def _advance(self, batch: ReadyBatch) -> None:
+    def _advance(self, batch: ReadyBatch, rows: pa.RecordBatch | None, metrics: dict[str, float]) -> None:
         self._learning = None
         self.step += 1
         self.next_ordinal = batch.next_ordinal
         self.buffer.trained(batch)
+        self._done = StepResult(self.step, rows, batch.generated, batch.reasons, metrics)
+
+    def _take_done(self) -> StepResult | None:
+        done, self._done = self._done, None
+        return done
 
     def _next_batch(self) -> ReadyBatch:
         while (batch := self.buffer.take_batch()) is None:

@@ -74,10 +74,13 @@ class RecordedRun:
         return self.trajectories.steps()
 
     def step(self, step: int) -> RecordedStep:
-        """Raises DumpError for a step without a (readable) dump, :class:`RecordedError` for one that is not whole."""
-        batch = self.trajectories.read(step)
+        """Raises :class:`RecordedError` for a step whose dump is not there, not readable or not whole."""
+        try:
+            batch = self.trajectories.read(step)
+            records = self.records.read(step) if step in self.records.steps() else None
+        except DumpError as error:
+            raise RecordedError(str(error)) from error
         self._check_whole(step, batch)
-        records = self.records.read(step) if step in self.records.steps() else None
         rows = self._trained_rows(batch, records)
         chosen = take_rows(batch, rows) if len(rows) else None
         if records is not None:
@@ -127,12 +130,12 @@ class RecordedRun:
         return found
 
     def start_for(self, step: int) -> Start:
-        """The nearest state from which step `step` can be reached. Raises :class:`RecordedError` or DumpError."""
+        """The nearest state from which step `step` can be reached. Raises :class:`RecordedError`."""
         if step < 1:
             raise RecordedError(f"step {step}: steps are numbered from 1")
         dumped, starts = set(self.dumped), self.starts()
         if step not in dumped:
-            raise DumpError(
+            raise RecordedError(
                 f"{self.trajectories.folder}: step {step} was not dumped, or its dump was removed; dumped: "
                 f"{step_ranges(sorted(dumped)) or 'none'}. Which steps are dumped, and how long dumps are kept, is set "
                 "by the section dump of the run's settings"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,12 +90,26 @@ class Replay:
         return self.asked.reproduced and all(step.reproduced for step in self.before)
 
     def as_json(self) -> dict:
+        """What is not a number is null, as JSON has none."""
         steps = [asdict(s) | {"reproduced": s.reproduced} for s in (*self.before, self.asked)]
-        return {"run": self.run, "from_step": self.start.step, "reproduced": self.reproduced, "steps": steps}
+        return {
+            "run": self.run,
+            "from_step": self.start.step,
+            "reproduced": self.reproduced,
+            "steps": [_without_nan(step) for step in steps],
+        }
+
+
+def _without_nan(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {name: _without_nan(value) for name, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_without_nan(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def replay(path: str | Path, step: int, overrides: list[str], reporter: Reporter | None = None) -> Replay:
-    """Raises RecordedError, DumpError or ResumeError, each a sentence, for what cannot be replayed."""
+    """Raises RecordedError or ResumeError, each a sentence, for what cannot be replayed."""
     reporter = reporter or Reporter()
     folder, config = open_run(path, overrides, "replay")
     run = RecordedRun(folder, config)

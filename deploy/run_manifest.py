@@ -161,9 +161,15 @@ def _cpu_model() -> str:
 
 
 def _gpus() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """Names of this machine's; asked of the driver, since torch would take memory of each to answer."""
+    try:
+        names = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [name.strip() for name in names.splitlines() if name.strip()]
 
 
 def _version(package: str) -> str | None:

@@ -106,7 +106,9 @@ def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: St
                     evaluate(run, controller.gather, controller.step, f"step-{result.step}")
                 advance(result.step, f"reward {rewards[-1]:.3f} {sparkline(rewards)}")
     except KeyboardInterrupt:
-        controller.settle(SETTLE_S)
+        result = controller.settle(SETTLE_S)
+        if result is not None:
+            observer.observe(result, learner.last_report if result.batch is not None else None)
         if controller.step > saved:
             saved = save(run, controller, learner, observer)
         run.reporter.say(f"interrupted; the checkpoint of step {saved} is complete")

@@ -15,6 +15,7 @@ import yaml
 from training import PROFILE
 
 from common.metrics import read_metrics
+from common.store import TrajectoryStore
 from learner.checkpoint import latest_checkpoint
 
 pytestmark = pytest.mark.integration
@@ -87,7 +88,8 @@ def test_a_killed_learner_is_named_and_an_interrupt_keeps_its_checkpoint(environ
     assert not gone(processes, INTERRUPT_S - (time.monotonic() - began))
     last = latest_checkpoint(folder / "checkpoints")
     live = list(read_metrics(folder))
-    assert last.step >= live[-1]["step"] > kept.step, "the interrupt saved what was trained"
+    assert last.step == live[-1]["step"] > kept.step, "the interrupt saved what was trained"
+    assert TrajectoryStore(folder / "trajectories").steps()[-1] == last.step
     assert f"the checkpoint of step {last.step} is complete" in log.read_text()
 
     assert {row["lineage"] for row in live} == {0, 1}

@@ -173,11 +173,28 @@ def test_an_interrupt_in_the_learners_step_settles_to_the_state_after_it():
     with pytest.raises(KeyboardInterrupt):
         controller.run_step()
     assert controller.step == 0
-    controller.settle(5.0)
+    result = controller.settle(5.0)
     pool.poll = poll
     assert (controller.step, controller.next_ordinal) == (1, 6)
-    controller.settle(5.0)  # nothing to settle any more
+    assert (result.step, result.metrics["learner/loss"]) == (1, 0.0), "its metrics and dump are not lost"
+    assert result.reasons == ("all_equal", None, None, "all_equal", None, None)
+    assert controller.settle(5.0) is None  # nothing to settle any more
     assert controller.step == 1
+
+
+def test_an_interrupt_while_weights_are_published_does_not_lose_the_step():
+    cfg = config()
+    pool, learner = SimulatedPool(mixed), SimulatedLearner()
+    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
+    controller.begin()
+    learner.publish = raise_interrupt
+    with pytest.raises(KeyboardInterrupt):
+        controller.run_step()
+    assert controller.settle(5.0).step == controller.step == 1
+
+
+def raise_interrupt(version):
+    raise KeyboardInterrupt
 
 
 def interrupted(learner, poll):

@@ -7,7 +7,7 @@ from fake_run import fake_run
 
 from common.learner_record import LearnerBatch, join
 from common.schema import take_rows
-from common.store import DumpError, LearnerStore, TrajectoryStore
+from common.store import LearnerStore, TrajectoryStore
 from deploy.recorded import RecordedError, RecordedRun
 from learner.checkpoint import write_checkpoint
 
@@ -44,7 +44,7 @@ def test_an_earlier_state_serves_where_all_steps_between_are_dumped(tmp_path):
     remove(recorded, 3)
     checkpoint(recorded, 4)
     assert recorded.replayable() == [1, 2, 5, 6]
-    with pytest.raises(DumpError, match="step 3 was not dumped, or its dump was removed; dumped: 1-2, 4-6"):
+    with pytest.raises(RecordedError, match="step 3 was not dumped, or its dump was removed; dumped: 1-2, 4-6"):
         recorded.start_for(3)
     with pytest.raises(RecordedError, match=r"state after step 3.*Checkpoints there: 4 .*replayed: 1-2, 5-6"):
         recorded.start_for(4)
@@ -99,7 +99,7 @@ def test_a_truncated_dump_is_a_sentence(tmp_path):
     recorded = run(tmp_path)
     (path,) = recorded.trajectories.folder_of(2, "training").iterdir()
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DumpError, match="truncated, damaged or foreign"):
+    with pytest.raises(RecordedError, match="truncated, damaged or foreign"):
         recorded.step(2)
 
 
@@ -108,7 +108,7 @@ def test_a_run_that_never_trained_has_nothing_to_replay(tmp_path):
     shutil.rmtree(recorded.folder.trajectories)
     (recorded.folder.path / "metrics.jsonl").unlink()
     again = RecordedRun(recorded.folder, recorded.config)
-    with pytest.raises(DumpError, match=r"step 1 was not dumped.*dumped: none"):
+    with pytest.raises(RecordedError, match=r"step 1 was not dumped.*dumped: none"):
         again.start_for(1)
     with pytest.raises(RecordedError, match="numbered from 1"):
         again.start_for(0)
