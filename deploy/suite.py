@@ -201,10 +201,11 @@ class Unit:
 
 
 def units(suite: Suite) -> Iterator[Unit]:
-    """Seed by seed, so that an interrupted suite has whole seeds; a seed's starts come before its arms."""
+    """Seed by seed, so that an interrupted suite has whole seeds; a start comes right before its arms."""
     for seed in suite.seeds:
-        yield from (Unit(name, seed, True) for name in suite.starts)
-        yield from (Unit(name, seed, False) for name in suite.arms)
+        for start in suite.starts:
+            yield Unit(start, seed, True)
+            yield from (Unit(name, seed, False) for name, arm in suite.arms.items() if arm.start == start)
 
 
 def start_of(suite: Suite, unit: Unit) -> Unit:

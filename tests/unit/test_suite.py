@@ -44,7 +44,7 @@ def config_of(suite, name, seed, folder):
 def test_arms_of_a_seed_begin_from_that_seeds_start(write, tmp_path):
     suite = load_suite(write())
     assert [u.key for u in units(suite)][:5] == [
-        "latent-seed3", "explicit-seed3", "mixture-seed3", "uniform-seed3", "grpo-seed3",
+        "latent-seed3", "mixture-seed3", "uniform-seed3", "explicit-seed3", "grpo-seed3",
     ]  # fmt: skip
     uniform = config_of(suite, "uniform", 5, tmp_path)
     assert uniform.model.path == str(tmp_path / "starts" / "latent-seed5" / "base")
