@@ -433,7 +433,8 @@ class RunConfig(Section):
     component_weighting: Literal["mixture", "uniform"] | None = None
     flip: Literal["reference", "sign", "off"] | None = None
     first_token: bool | None = None
-    masking: Literal["exclude", "include", "off"] | None = None
+    masking: Literal["exclude", "include", "off", "penalise"] | None = None
+    """METHOD §4.1; `penalise` is ours (`learner.advantages`)."""
     scale_by_std: bool = True
 
     # the batch (METHOD symbols, §4.3, §6)
