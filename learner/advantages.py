@@ -6,8 +6,8 @@ null); an aborted sample is one that was not graded.
 
 `masking` "penalise" is ours, beyond METHOD §4.1. The paper's modes leave an invalid sample without any advantage, so
 nothing ever pushes against chains that do not end; "off" pushes, but its statistics mix wrong answers with unfinished
-ones. Here the valid samples alone set the baseline, as in "exclude", and an invalid sample is only ever pushed down from
-it: A = min(R - mean_S, 0) / (std of all graded + 1e-6).
+ones. Here the valid samples alone set the baseline, as in "exclude", and an invalid sample is only ever pushed
+down from it: A = min(R - mean_S, 0) / (std of all graded + 1e-6).
 """
 
 from __future__ import annotations
