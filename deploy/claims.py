@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from deploy.results import UnitResult
+from deploy.results import UnitResult, error_of
 from deploy.suite import Claim, Difference, MassMoves, NoDecline, Ratio, Suite, Untestable, named_in
 
 Verdict = Literal["reproduced", "not reproduced", "not testable here"]
@@ -104,7 +104,7 @@ def _difference(suite: Suite, test: Difference, results: Results, seeds: list[in
     except KeyError as error:
         return "not testable here", f"the results have no {error.args[0]}"
     values = [a[0] - b[0] for a, b in pairs]
-    # without an error over problems (lengths, pass@k) a single seed has no interval
+    # without an error over problems (lengths, rates) a single seed has no interval
     known = all(a[1] > 0 and b[1] > 0 for a, b in pairs)
     found = estimate(values, [math.sqrt(a[1] + b[1]) for a, b in pairs] if known else None)
     what = f"{'gain in ' if test.gain else ''}{test.metric}"
@@ -122,8 +122,7 @@ def _difference(suite: Suite, test: Difference, results: Results, seeds: list[in
 
 def _metric(result: UnitResult, name: str) -> tuple[float, float]:
     """Value and squared standard error over problems (0: not known)."""
-    error = result.metrics.get("standard_error", 0.0) if name == "pass_at_1" else 0.0
-    return result.metrics[name], error**2
+    return result.metrics[name], (error_of(result.metrics, name) or 0.0) ** 2
 
 
 def _ratio(test: Ratio, results: Results, seeds: list[int]) -> tuple[Verdict, str]:

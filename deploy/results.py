@@ -24,7 +24,8 @@ SHOWN = ("rollout/reward", "rollout/invalid_share", "learner/grad_norm", "learne
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitResult:
-    """`metrics`: pass_at_1, standard_error, chain_length, latent_length, invalid_rate, sampled_pass_at_K (macro)."""
+    """`metrics` (macro): pass_at_1 with standard_error, chain_length, latent_length, invalid_rate, and for each K
+    sampled_pass_at_K with sampled_error_at_K."""
 
     unit: str
     seed: int
@@ -87,10 +88,23 @@ def macro(metrics: dict[str, float]) -> dict[str, float]:
     """Every task weighs the same; standard errors of independent tasks add as squares."""
     tasks = list(by_task(metrics).values())
     names = [name for name in tasks[0] if all(name in task for task in tasks)] if tasks else []
-    means = {name: sum(task[name] for task in tasks) / len(tasks) for name in names if name != "standard_error"}
-    if "standard_error" in names:
-        means["standard_error"] = math.sqrt(sum(task["standard_error"] ** 2 for task in tasks)) / len(tasks)
-    return means
+    return {
+        name: math.hypot(*(task[name] for task in tasks)) / len(tasks)
+        if is_error(name)
+        else sum(task[name] for task in tasks) / len(tasks)
+        for name in names
+    }
+
+
+def is_error(name: str) -> bool:
+    return name == "standard_error" or name.startswith("sampled_error_at_")
+
+
+def error_of(metrics: dict[str, float], name: str) -> float | None:
+    """Standard error over problems of the metric `name`, where there is one."""
+    if name == "pass_at_1":
+        return metrics.get("standard_error")
+    return metrics.get(name.replace("sampled_pass_at_", "sampled_error_at_")) if "sampled" in name else None
 
 
 def thinned(rows: list[dict]) -> list[dict[str, float]]:

@@ -49,7 +49,10 @@ class TaskResult:
     def metrics(self) -> dict[str, float]:
         names = ("pass_at_1", "standard_error", "chain_length", "latent_length", "invalid_rate", "ungraded")
         values = {f"{self.task}/{name}": float(getattr(self, name)) for name in names}
-        return values | {f"{self.task}/sampled_pass_at_{at.k}": at.value for at in self.pass_at_k}
+        for at in self.pass_at_k:
+            values[f"{self.task}/sampled_pass_at_{at.k}"] = at.value
+            values[f"{self.task}/sampled_error_at_{at.k}"] = at.standard_error
+        return values
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.claims import Results, estimate, judge_all
-from deploy.results import UnitResult, read_result
+from deploy.results import UnitResult, error_of, is_error, read_result
 from deploy.run_folder import write_atomically
 from deploy.suite import Suite, unit_folder, units
 
@@ -86,10 +86,10 @@ def _row(
 ) -> dict[str, Any]:
     metrics = {}
     for metric in found[0].metrics:
-        if metric == "standard_error":
+        if is_error(metric):
             continue
         having = [r for r in found if metric in r.metrics]
-        errors = [r.metrics["standard_error"] for r in having] if metric == "pass_at_1" else None
+        errors = [error for r in having if (error := error_of(r.metrics, metric)) is not None]
         metrics[metric] = dataclasses.asdict(estimate([r.metrics[metric] for r in having], errors))
     gain = None
     if not is_start:
@@ -181,7 +181,7 @@ def arm_table(report: dict) -> tuple[list[str], list[list[str]]]:
             cells.append(
                 "-" if value is None else f"{value['mean']:.1%}" if metric == "invalid_rate" else f"{value['mean']:.1f}"
             )
-        cells += [f"{row['metrics'][n]['mean']:.3f}" if n in row["metrics"] else "-" for n in sampled]
+        cells += [_interval(row["metrics"][n], "{:.3f}") if n in row["metrics"] else "-" for n in sampled]
         cells.append(f"{row['seconds_per_step']:.2f}" if row["seconds_per_step"] else "")
         rows.append(cells)
     return header, rows

@@ -92,6 +92,17 @@ def test_what_was_not_run_is_not_testable_and_named():
     assert verdict({"kind": "untestable", "reason": "no data"}, {}) == ("not testable here", "no data")
 
 
+def test_one_seeds_pass_at_k_has_the_interval_of_its_problems():
+    def sampled(value):
+        return [{"sampled_pass_at_32": value, "sampled_error_at_32": 0.02}]
+
+    test = {"kind": "difference", "arm": "mixture", "than": "latent", "metric": "sampled_pass_at_32"}
+    kind, numbers = verdict(test, results(latent=sampled(0.95), mixture=sampled(0.97)))
+    assert kind == "not reproduced"
+    assert "the interval includes 0" in numbers
+    assert verdict(test, results(latent=sampled(0.85), mixture=sampled(0.97)))[0] == "reproduced"
+
+
 def test_a_ratio_of_lengths():
     found = results(grpo=[{"chain_length": 40.0}], mixture=[{"chain_length": 16.0}])
     test = {"kind": "ratio", "arm": "grpo", "than": "mixture", "at_least": 2.2}
