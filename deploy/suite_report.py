@@ -6,7 +6,6 @@ What is shown is computed once (:func:`figures`); Markdown and HTML only lay it 
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,8 @@ def write_report(suite: Suite, folder: Path) -> tuple[Path, Path, Path]:
         for unit in units(suite)
         if (result := read_result(unit_folder(folder, unit))) is not None
     }
+    from deploy.suite_page import page  # lays out what this module computes
+
     report = figures(suite, found, json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
     paths = tuple(folder / f"report.{kind}" for kind in ("md", "html", "json"))
     for path, text in zip(paths, (markdown(report), page(report), json.dumps(report, indent=1) + "\n"), strict=True):
@@ -268,101 +269,3 @@ def _md_table(header: list[str], rows: list[list[str]]) -> list[str]:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     return [line(header), "|" + "---|" * len(header), *map(line, rows)]
-
-
-# --- HTML ----------------------------------------------------------------------------------------------------------
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; font-size: 14px; }
-th, td { border-bottom: 1px solid #ddd; padding: 4px 10px; text-align: left; vertical-align: top; }
-th { background: #f5f5f5; }
-.reproduced { color: #1a7f37; font-weight: 600; }
-.not-reproduced { color: #b42318; font-weight: 600; }
-.not-testable-here { color: #6b7280; }
-"""
-COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
-
-
-def page(report: dict) -> str:
-    """One file: plotly's script is inside once, so that it opens anywhere."""
-    plots = _plots(report)
-    body = [f"<h1>{html.escape(report['title'])}</h1>"]
-    if not report["complete"]:
-        body.append(f"<p><b>Incomplete</b>: {report['units']['finished']} of {report['units']['all']} units.</p>")
-    body += [f"<p>{html.escape(RULES)}</p>", "<h2>Arms</h2>", _html_table(*arm_table(report))]
-    body += ["<h2>Each seed</h2>", _html_table(*seed_table(report))]
-    if report["claims"]:
-        body += ["<h2>Claims</h2>", _html_table(*claim_table(report), verdict=2)]
-    for number, (title, figure) in enumerate(plots):
-        body.append(f"<h2>{html.escape(title)}</h2>")
-        body.append(figure.to_html(full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False}))
-    body += ["<h2>Made with</h2>", _html_table(["", ""], [list(pair) for pair in facts(report)])]
-    head = f"<meta charset='utf-8'><title>{html.escape(report['title'])}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
-
-
-def _html_table(header: list[str], rows: list[list[str]], verdict: int | None = None) -> str:
-    def cell(index: int, text: str) -> str:
-        kind = f" class='{text.replace(' ', '-')}'" if index == verdict else ""
-        return f"<td{kind}>{html.escape(text)}</td>"
-
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    lines = ("<tr>" + "".join(cell(i, text) for i, text in enumerate(row)) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
-
-
-def _plots(report: dict) -> list[tuple[str, Any]]:
-    import plotly.graph_objects as go
-
-    plots = []
-    if report["arms"]:
-        plots.append(("pass@1 of the arms", _bars(go, report)))
-    if report["curves"]:
-        plots.append(("pass@1 during training (band: lowest to highest seed)", _bands(go, report["curves"])))
-    if report["masses"]:
-        plots.append(("Probability of what the last latent step holds", _mass_lines(go, report["masses"])))
-    return plots
-
-
-def _bars(go, report: dict):
-    rows = list(reversed(report["arms"]))
-    values = [row["metrics"]["pass_at_1"] for row in rows]
-    half = [0.0 if v["low"] is None else v["high"] - v["mean"] for v in values]
-    figure = go.Figure(
-        go.Bar(
-            x=[v["mean"] for v in values],
-            y=[row["title"] for row in rows],
-            orientation="h",
-            error_x={"type": "data", "array": half},
-            marker_color=["#c7c7c7" if row["is_start"] else COLORS[0] for row in rows],
-        )
-    )
-    return figure.update_layout(
-        xaxis={"title": "pass@1", "range": [0, 1]}, height=90 + 34 * len(rows), margin={"t": 20}
-    )
-
-
-def _bands(go, curves: dict[str, list[dict[str, float]]]):
-    figure = go.Figure()
-    for index, (name, points) in enumerate(curves.items()):
-        color, steps = COLORS[index % len(COLORS)], [p["step"] for p in points]
-        figure.add_scatter(
-            x=[*steps, *reversed(steps)],
-            y=[*(p["high"] for p in points), *(p["low"] for p in reversed(points))],
-            fill="toself", fillcolor=color, opacity=0.15, line={"width": 0}, hoverinfo="skip", showlegend=False,
-            legendgroup=name,
-        )  # fmt: skip
-        figure.add_scatter(x=steps, y=[p["mean"] for p in points], name=name, legendgroup=name, line={"color": color})
-    return figure.update_layout(xaxis={"title": "step"}, yaxis={"title": "pass@1", "range": [0, 1]}, height=480)
-
-
-def _mass_lines(go, masses: dict[str, list[dict[str, float]]]):
-    figure = go.Figure()
-    for index, (name, points) in enumerate(masses.items()):
-        for kind, dash in (("answer", "solid"), ("other_numbers", "dot"), ("fillers", "dash")):
-            figure.add_scatter(
-                x=[p["step"] for p in points], y=[p[kind] for p in points], name=f"{name}: {kind.replace('_', ' ')}",
-                line={"color": COLORS[index % len(COLORS)], "dash": dash},
-            )  # fmt: skip
-    return figure.update_layout(xaxis={"title": "step"}, yaxis={"title": "probability"}, height=480)
