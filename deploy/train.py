@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from common.config import RunConfig
@@ -20,6 +21,7 @@ from deploy.controller import Controller, TrainingStopped, gather
 from deploy.evaluate import evaluate
 from deploy.observer import StepObserver
 from deploy.progress import Reporter
+from deploy.report.build import closing_line
 from deploy.run import Run, started
 from deploy.run_folder import RunFolder, create_run, reopen_run
 from deploy.run_manifest import record_model
@@ -62,6 +64,7 @@ def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter)
         run.record(minutes=round((time.monotonic() - began) / 60, 2))
     reporter.console.print(final_table(run))
     reporter.say(f"model {run.folder.model} · dumps, metrics and checkpoints in {run.folder.path}")
+    reporter.say(escape(closing_line(run.folder)))
     return run.folder
 
 

@@ -12,15 +12,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from common.config import ConfigError
+from common.metrics import MetricsError
 from common.store import DumpError
 from deploy.report.curves import charts
 from deploy.report.sample import Sample, sample
-from deploy.run_folder import write_atomically
-from deploy.run_view import Filters, InspectionError, RunView
+from deploy.run_folder import RunFolder, write_atomically
+from deploy.run_view import Filters, InspectionError, RunView, open_run
 from deploy.thoughts import run_tokens
 
 FILE = "report.html"
 SAMPLE = 1000  # trajectories, unless told otherwise
+QUICK_BYTES = 12 * 2**20  # of trajectory dumps: with no more, a report is written within a second or two
 PARTS = ("dom", "data", "charts", "overview", "health", "browse", "heatmap", "trajectory", "start")
 """The page's program: files of page/ in the order in which they are read."""
 
@@ -40,6 +43,19 @@ def write_report(run: RunView, target: Path | None = None, filters: Filters | No
             f"{target}: the report cannot be written: {error.strerror}; give another --out"
         ) from error
     return target
+
+
+def closing_line(folder: RunFolder) -> str:
+    """What `train` ends with: the report, written where that takes a second or two, and else the command for it."""
+    look = f"in the terminal: latent-grpo inspect {folder.path}"
+    size = sum(file.stat().st_size for file in folder.trajectories.rglob("*.parquet"))
+    if size > QUICK_BYTES:
+        return f"report: latent-grpo report {folder.path} ({size / 2**20:,.0f} MB of dumps to read) · {look}"
+    try:
+        path = write_report(open_run(folder.path))
+    except (ConfigError, DumpError, MetricsError) as error:  # the run itself is complete
+        return f"no report was written: {error}"
+    return f"report {path} (open it in a browser) · {look}"
 
 
 def _sample(run: RunView, filters: Filters, limit: int) -> Sample:

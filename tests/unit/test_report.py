@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from common.metrics import MetricsWriter
 from common.schema import encode
 from common.store import TrajectoryStore
-from deploy.report.build import PARTS, write_report
+from deploy.report.build import PARTS, closing_line, write_report
 from deploy.report.curves import charts
 from deploy.report.sample import sample, sampled_groups
 from deploy.run_view import Filters, InspectionError, open_run
@@ -200,6 +200,17 @@ def test_the_command_writes_the_chosen_part(fake, tmp_path):
     found = contents(out)["trajectories"]
     assert {entry["step"] for entry in found} == {2}
     assert not any(entry["correct"] for entry in found)
+
+
+def test_a_run_ends_with_its_report_or_with_the_command_for_it(tmp_path, monkeypatch):
+    folder = fake_run(tmp_path / "run")
+    assert str(folder.path / "report.html") in closing_line(folder)
+    assert (folder.path / "report.html").is_file()
+    monkeypatch.setattr("deploy.report.build.QUICK_BYTES", 10)
+    assert f"latent-grpo report {folder.path}" in closing_line(folder)
+    monkeypatch.undo()
+    (folder.path / "metrics.jsonl").write_text("no json\n")
+    assert "no report was written: " in closing_line(folder)
 
 
 def test_every_part_of_the_page_is_in_the_package():
