@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -202,12 +202,22 @@ RULES = (
 )  # fmt: skip
 
 
-class HealthMonitor:
-    """Judges the metrics of each step. `folder`: the run's."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How a rule stands after the last judged step. `value`: the metric's mean over the window; None: never there."""
 
-    def __init__(self, folder: Path, config: RunConfig, lineage: int):
+    rule: Rule
+    limit: float
+    value: float | None
+    active: bool
+    message: str  # empty without a value
+
+
+class Judge:
+    """Judges the metrics of each step by the rules that the settings turn on. Writes nothing."""
+
+    def __init__(self, config: RunConfig, lineage: int):
         self._config, self._lineage = config, lineage
-        self._record = LineFile(folder / FILE)
         self._limits: HealthConfig = config.health
         self._rules = [r for r in RULES if r.when(config) and self._limit(r) is not None]
         self._seen: dict[str, deque[float]] = {r.name: deque(maxlen=config.health.window) for r in self._rules}
@@ -220,15 +230,18 @@ class HealthMonitor:
         return tuple(self._raised_at)
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        """The alarms to be said now; they are recorded too. Call once a step, in order."""
+        """The alarms to be said now. Call once a step, in order."""
         metrics = {**metrics, **self._derived(metrics)}
-        said = [alarm for rule in self._rules if (alarm := self._judged(rule, step, metrics)) is not None]
-        for alarm in said:
-            self._record.append(asdict(alarm))
-        return said
+        return [alarm for rule in self._rules if (alarm := self._judged(rule, step, metrics)) is not None]
 
-    def close(self) -> None:
-        self._record.close()
+    def standings(self) -> list[Standing]:
+        return [self._standing(rule) for rule in self._rules]
+
+    def _standing(self, rule: Rule) -> Standing:
+        seen, limit = self._seen[rule.name], self._limit(rule)
+        value = sum(seen) / len(seen) if seen else None
+        message = "" if value is None else _words(rule, value, limit)
+        return Standing(rule=rule, limit=limit, value=value, active=rule.name in self._raised_at, message=message)
 
     def _judged(self, rule: Rule, step: int, metrics: Mapping[str, float]) -> Alarm | None:
         value = rule.value(metrics)
@@ -267,12 +280,6 @@ class HealthMonitor:
 
     def _alarm(self, rule: Rule, step: int, state: str, value: float) -> Alarm:
         limit = self._limit(rule)
-        words = {
-            "value": f"{value:.3g}",
-            "share": f"{value:.0%}",
-            "rest": f"{1 - value:.0%}",
-            "limit": f"{limit:g}",
-        }
         return Alarm(
             step=step,
             lineage=self._lineage,
@@ -281,10 +288,32 @@ class HealthMonitor:
             state=state,
             value=value,
             limit=limit,
-            message=rule.message.format(**words),
+            message=_words(rule, value, limit),
             cause=rule.cause,
             remedy=rule.remedy,
         )
+
+
+class HealthMonitor(Judge):
+    """A judge that keeps a record of its alarms in the run's `folder`."""
+
+    def __init__(self, folder: Path, config: RunConfig, lineage: int):
+        super().__init__(config, lineage)
+        self._record = LineFile(folder / FILE)
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """The alarms to be said now; they are recorded too. Call once a step, in order."""
+        said = super().judge(step, metrics)
+        for alarm in said:
+            self._record.append(asdict(alarm))
+        return said
+
+    def close(self) -> None:
+        self._record.close()
+
+
+def _words(rule: Rule, value: float, limit: float) -> str:
+    return rule.message.format(value=f"{value:.3g}", share=f"{value:.0%}", rest=f"{1 - value:.0%}", limit=f"{limit:g}")
 
 
 def read_alarms(run_folder: str | Path) -> list[Alarm]:
@@ -298,3 +327,9 @@ def read_alarms(run_folder: str | Path) -> list[Alarm]:
     except TypeError as error:
         raise MetricsError(f"{folder / FILE}: written by another version of this program: {error}") from error
     return [alarm for alarm in alarms if (alarm.step, alarm.lineage) in live]
+
+
+def last_active(alarms: Iterable[Alarm]) -> list[Alarm]:
+    """The newest line of each alarm that was not over at the end."""
+    newest = {alarm.name: alarm for alarm in alarms}
+    return [alarm for alarm in newest.values() if alarm.state != "over"]

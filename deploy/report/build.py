@@ -16,6 +16,7 @@ from common.config import ConfigError
 from common.metrics import MetricsError
 from common.store import DumpError
 from deploy.report.curves import charts
+from deploy.report.panel import panel
 from deploy.report.sample import Sample, sample
 from deploy.run_folder import RunFolder, write_atomically
 from deploy.run_view import Filters, InspectionError, RunView, open_run
@@ -72,6 +73,7 @@ def _sample(run: RunView, filters: Filters, limit: int) -> Sample:
 
 def index(run: RunView, made: Sample) -> dict[str, Any]:
     """What the page needs at once; the groups follow when they are looked at."""
+    health, no_health = panel(run)
     return {
         "name": run.folder.name,
         "finished": run.finished,
@@ -81,7 +83,8 @@ def index(run: RunView, made: Sample) -> dict[str, Any]:
         "summary": run.summary,
         "k": run.settings.get("k"),
         "charts": charts(run),
-        "health": None,
+        "health": health,
+        "no_health": no_health,
         "notes": made.notes,
         "vocabulary": made.vocabulary,
         "trajectories": made.trajectories,

@@ -10,7 +10,7 @@ function alarmBanner() {
 
 function healthPage() {
   const heading = [el("h1", {}, "Health"), el("p", { class: "lead" }, "Figures that tell trouble early. Each is the mean of the last steps against a limit from the settings (section health).")];
-  if (!index.health) return el("div", {}, heading, el("p", { class: "empty" }, "This run has no health record: it was made before alarms existed, or no step is recorded yet."));
+  if (!index.health) return el("div", {}, heading, el("p", { class: "empty" }, index.no_health));
   return el("div", {}, heading,
     el("div", { class: "scroll card flush" }, el("table", { class: "watched" },
       el("thead", {}, el("tr", {}, ["", "figure", "value", "limit", "alarms in the run"].map((name) => el("th", {}, name)))),
