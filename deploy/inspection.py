@@ -21,7 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from common.learner_record import REASONS
-from deploy.run_view import Filters, InspectionError, Row, RunView
+from deploy.health import FILE, last_active, read_alarms
+from deploy.run_facts import facts
+from deploy.run_view import RunView
+from deploy.selection import Filters, InspectionError, Row
 from deploy.terminal_text import visible, visible_token
 from deploy.thoughts import (
     Thoughts,
@@ -99,10 +102,19 @@ def component_weighting(run: RunView) -> str:
 
 def overview(run: RunView) -> RenderableType:
     """The run's facts and a table of its steps; of many, evenly spaced ones that were dumped."""
-    facts = Table.grid(padding=(0, 2))
-    for name, value in run.facts():
-        facts.add_row(Text(name, style="dim"), Text(visible(value)))
-    return Group(Panel(facts, title=run.folder.name, title_align="left", border_style="cyan"), _steps_table(run))
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts(run):
+        grid.add_row(Text(name, style="dim"), Text(visible(value)))
+    panel = Panel(grid, title=run.folder.name, title_align="left", border_style="cyan")
+    return Group(panel, *_alarm_lines(run), _steps_table(run))
+
+
+def _alarm_lines(run: RunView) -> list[Text]:
+    """The alarms that were not over at the end, with cause and remedy."""
+    alarms = read_alarms(run.folder.path)
+    lines = [Text(f"alarm since step {a.step}: {visible(a.sentence)}", style="red") for a in last_active(alarms)]
+    over = sum(alarm.state == "over" for alarm in alarms)
+    return lines + ([Text(f"{over} earlier alarms are over: {FILE}", style="dim")] if over else [])
 
 
 def _steps_table(run: RunView) -> RenderableType:
@@ -136,7 +148,14 @@ def overview_steps(run: RunView) -> list[dict[str, Any]]:
 
 
 def overview_json(run: RunView) -> dict[str, Any]:
-    return {"run": run.folder.name, "facts": dict(run.facts()), "summary": run.summary, "steps": overview_steps(run)}
+    return {
+        "run": run.folder.name,
+        "facts": dict(facts(run)),
+        "summary": run.summary,
+        "manifest": run.manifest,
+        "alarms": [dataclasses.asdict(a) for a in read_alarms(run.folder.path)],
+        "steps": overview_steps(run),
+    }
 
 
 def _spread(items: list, count: int) -> list:

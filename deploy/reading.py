@@ -49,7 +49,8 @@ def inspect(
 ) -> None:
     """Shows a run in the terminal: its steps, its trajectories, and what the model thought in one of them."""
     from deploy import inspection
-    from deploy.run_view import Filters, open_run, parse_steps
+    from deploy.run_view import open_run
+    from deploy.selection import Filters, parse_steps
 
     filters = Filters(
         steps=parse_steps(step or []), purpose=purpose, task=task, failed=failed, correct=correct, reason=reason,
@@ -82,7 +83,8 @@ def report(
 ) -> None:
     """Writes one HTML file about a run: curves, health, and trajectories to browse offline."""
     from deploy.report.build import write_report
-    from deploy.run_view import Filters, open_run, parse_steps
+    from deploy.run_view import open_run
+    from deploy.selection import Filters, parse_steps
 
     filters = Filters(
         steps=parse_steps(step or []), purpose=purpose, task=task, failed=failed, correct=correct, reason=reason,

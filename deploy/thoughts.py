@@ -20,7 +20,8 @@ from common.learner_record import CLIPS, LearnerRecord, decode_records, join
 from common.schema import decode, take_rows
 from common.store import LearnerStore, read_dump
 from common.types import Trajectory
-from deploy.run_view import Row, RunView
+from deploy.run_view import RunView
+from deploy.selection import Row
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

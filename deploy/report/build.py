@@ -18,8 +18,10 @@ from common.store import DumpError
 from deploy.report.curves import charts
 from deploy.report.panel import panel
 from deploy.report.sample import Sample, sample
+from deploy.run_facts import facts
 from deploy.run_folder import RunFolder, write_atomically
-from deploy.run_view import Filters, InspectionError, RunView, open_run
+from deploy.run_view import RunView, open_run
+from deploy.selection import Filters, InspectionError
 from deploy.thoughts import run_tokens
 
 FILE = "report.html"
@@ -78,7 +80,7 @@ def index(run: RunView, made: Sample) -> dict[str, Any]:
         "name": run.folder.name,
         "finished": run.finished,
         "state": run.state,
-        "facts": run.facts(),
+        "facts": facts(run),
         "settings": run.settings,
         "summary": run.summary,
         "k": run.settings.get("k"),

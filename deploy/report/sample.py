@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from deploy.run_view import Row, RunView
+from deploy.run_view import RunView
+from deploy.selection import Row
 from deploy.thoughts import Thoughts, TokenTexts, behaviour_log_probs, load
 
 MAX_COMPONENTS = 4_000_000  # tokens of latent steps in one report: about 40 MB of HTML

@@ -16,7 +16,8 @@ from common.metrics import MetricsWriter
 from common.schema import encode
 from common.store import DumpError, LearnerStore, TrajectoryStore
 from deploy.inspection import diff, inspect
-from deploy.run_view import Filters, InspectionError, open_run, parse_steps
+from deploy.run_view import open_run
+from deploy.selection import Filters, InspectionError, parse_steps
 from deploy.terminal_text import visible, visible_token
 from deploy.thoughts import TokenTexts, drawn_noise, load
 
@@ -341,3 +342,43 @@ def test_a_resumed_run_shows_its_live_history(tmp_path):
     assert [(s["step"], s["dumped"]) for s in overview["steps"]] == [(1, 16), (2, 1)]
     assert overview["steps"][1]["metrics"] == {"rollout/reward": 0.9}
     assert shown_json(folder.path, Filters(steps=((2, 2),), lineage=0))["matches"] == 16
+
+
+# --- what the run was made with, and its alarms
+
+
+def test_the_manifest_is_shown(tmp_path):
+    from deploy.run_manifest import write_manifest
+
+    folder = make_fake_run(tmp_path / "run", steps=1)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    data = [{"task": "chains", "use": "training", "source": "chains.parquet", "xxh3_128": "f00d", "problems": 3}]
+    write_manifest(folder, folder.config(), 0, model, data)
+    overview = shown_json(folder.path)
+    manifest = overview["manifest"]
+    facts = overview["facts"]
+    assert manifest["lineages"][0]["hardware"]["cpu"] in facts["hardware"]
+    assert manifest["model"]["initial"]["files"]["model.safetensors"]["xxh3_128"] in facts["models"]
+    assert "f00d" in facts["data"]
+    assert "torch" in facts["versions"]
+    text = shown(folder.path, width=400)
+    for name in ("seeds", "data", "models", "program", "command", "hardware", "versions"):
+        assert f" {name} " in text
+
+
+def test_alarms_that_last_are_shown_with_what_to_do_and_those_that_are_over_are_counted(tmp_path):
+    from deploy.health import HealthMonitor
+
+    folder = make_fake_run(tmp_path / "run")
+    monitor = HealthMonitor(folder.path, folder.config(), 0)
+    monitor.judge(1, {"rollout/truncated_share": 0.9, "rollout/ungraded_share": 0.5})
+    for _ in range(folder.config().health.window):  # until the mean is below the limit again
+        monitor.judge(2, {"rollout/truncated_share": 0.9, "rollout/ungraded_share": 0.0})
+    monitor.close()
+    text = " ".join(shown(folder.path, width=400).split())
+    assert "alarm since step 1: 90% of rollouts were cut off by the token budget" in text
+    assert "raise tasks.*.max_response_tokens" in text
+    assert "1 earlier alarms are over" in text
+    assert "could not be graded" not in text

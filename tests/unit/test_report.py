@@ -19,7 +19,8 @@ from common.store import TrajectoryStore
 from deploy.report.build import PARTS, closing_line, write_report
 from deploy.report.curves import charts
 from deploy.report.sample import sample, sampled_groups
-from deploy.run_view import Filters, InspectionError, open_run
+from deploy.run_view import open_run
+from deploy.selection import Filters, InspectionError
 from deploy.thoughts import TokenTexts, load
 
 
@@ -155,6 +156,42 @@ def test_evaluations_have_their_errors_and_lost_values_leave_gaps(tmp_path):
     found = {chart["title"]: chart for chart in charts(open_run(folder.path))}
     assert found["pass@1"]["series"] == [{"name": "sums", "x": [0, 3], "y": [0.5, 0.75], "error": [0.02, 0.01]}]
     assert found["Reward"]["series"][0]["x"] == [1, 2, 3]
+
+
+# --- health
+
+
+def test_the_health_panel_judges_the_runs_metrics_and_has_its_alarms(tmp_path):
+    from deploy.health import HealthMonitor
+
+    folder = fake_run(tmp_path / "run")
+    monitor = HealthMonitor(folder.path, folder.config(), 0)
+    with MetricsWriter(folder.path) as metrics:
+        for step in (4, 5, 6, 7, 8):
+            values = {"rollout/truncated_share": 0.75, "learner/ratio_p99": 1.1, "learner/drift_mean": math.nan}
+            metrics.write(step, values)
+            monitor.judge(step, values)
+    monitor.close()
+    health = contents(write_report(open_run(folder.path)))["health"]
+    watched = {rule["name"]: rule for rule in health["watched"]}
+    assert (watched["truncated share"]["state"], watched["truncated share"]["value"]) == ("alarm", 0.75)
+    assert watched["truncated share"]["raised"] == 1
+    assert "75% of rollouts were cut off" in watched["truncated share"]["message"]
+    assert (watched["ratio p99"]["state"], watched["ratio p99"]["value"]) == ("fine", 1.1)
+    assert (watched["log prob gap"]["state"], watched["log prob gap"]["value"]) == ("unknown", None)
+    assert [alarm["step"] for alarm in health["alarms"]] == [4]
+    assert "raise tasks.*.max_response_tokens" in health["alarms"][0]["sentence"]
+
+
+def test_without_steps_or_with_foreign_settings_the_panel_says_why_it_is_not_there(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    settings = json.loads((folder.path / "config.json").read_text())
+    (folder.path / "config.json").write_text(json.dumps(settings | {"from_the_future": 1}))
+    found = contents(write_report(open_run(folder.path)))
+    assert found["health"] is None
+    assert "from_the_future" in found["no_health"]
+    (folder.path / "metrics.jsonl").unlink()
+    assert "No step is recorded yet" in contents(write_report(open_run(folder.path)))["no_health"]
 
 
 # --- bad input
