@@ -103,9 +103,10 @@ def test_what_is_trained_on_does_not_depend_on_timing(staleness, sampling):
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_no_group_is_older_than_max_staleness(staleness):
-    _, _, learner, _ = run(config(max_staleness=staleness), 6, mixed)
+    results, _, learner, _ = run(config(max_staleness=staleness), 6, mixed)
     ages = [step - v for step, b in learner.batches for v in b.column("policy_version_min").to_pylist()]
     assert max(ages) == min(staleness, 5)
+    assert max(r.metrics["batch/staleness_max"] for r in results) == max(ages)
     assert min(ages) >= 0
 
 
@@ -127,6 +128,8 @@ def test_a_step_without_signal_is_skipped_and_counted():
     assert learner.batches == []
     assert results[0].batch is None
     assert results[0].metrics["batch/dropped_all_equal"] == 4
+    assert results[0].metrics["batch/zero_variance_share"] == 1.0
+    assert results[0].reasons == ("all_equal",) * 4
     assert pool.published == [0, 1, 2]  # a version a step: the key of a draw names it (METHOD §2.5)
 
 

@@ -1,13 +1,19 @@
 """Alarms: each is raised by what it is for, said in a plain sentence with cause and remedy, recorded, and ended."""
 
+import dataclasses
 import re
 
+import numpy as np
 import pytest
-from fake_run import fake_config
+from fake_run import fake_config, fake_trajectory
 
 from common.config import HealthConfig, load_config
 from common.metrics import MetricsError, MetricsWriter
+from common.schema import encode
 from deploy.health import FILE, RULES, HealthMonitor, read_alarms
+from deploy.rollout_metrics import rollout_metrics
+from learner.learner import summarize
+from learner.rank import RankReport, UpdateReport
 
 HEALTHY = {
     "rollout/reward": 0.5,
@@ -150,6 +156,72 @@ def test_a_run_without_alarms_and_a_foreign_record_are_told_apart(tmp_path):
     (tmp_path / FILE).write_text('{"step": 1}\n')
     with pytest.raises(MetricsError, match="another version"):
         read_alarms(tmp_path)
+
+
+def rollouts(*changes, k=3):
+    """The metrics of four trajectories, of which the last ones are changed."""
+    rng = np.random.default_rng(0)
+    rows = [fake_trajectory(rng, step=1, group=0, index=i, k=k, reward=float(i % 2)) for i in range(4)]
+    first = len(rows) - len(changes)
+    rows[first:] = [dataclasses.replace(row, **change) for row, change in zip(rows[first:], changes, strict=True)]
+    return rollout_metrics(encode(rows, k))
+
+
+NEVER_LEFT = {
+    "hard_ids": np.zeros(0, np.int32), "hard_log_probs": np.zeros(0, np.float32), "finish_reason": "length",
+}  # fmt: skip
+SINGLE = {
+    "latent_ids": np.zeros((2, 3), np.int32), "latent_log_probs": np.zeros((2, 3), np.float32),
+    "latent_scores": np.array([[60.0, 0, 0]] * 2, np.float32),
+}  # fmt: skip
+UNIFORM = {**SINGLE, "latent_scores": np.zeros((2, 3), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([{}], set()),
+        ([NEVER_LEFT] * 4, {"min_thinking_end_rate", "max_truncated_share"}),
+        ([{"finish_reason": "length"}] * 3, {"max_truncated_share"}),
+        ([{"grade_reason": "timeout", "reward": 0.0}], {"max_verifier_timeout_share"}),
+        ([{"grade_reason": "ungraded", "reward": None}], {"max_ungraded_share"}),
+        ([{"grade_reason": "no_answer", "reward": 0.0}] * 4, {"max_no_answer_share"}),
+        ([SINGLE] * 4, {"min_effective_width"}),
+        ([UNIFORM] * 4, {"max_relative_width"}),
+    ],
+)
+def test_trajectories_raise_what_is_wrong_with_them(tmp_path, changes, expected):
+    assert {alarm.name for alarm in monitor(tmp_path).judge(1, rollouts(*changes))} == expected
+
+
+def learned(*, ratio=1.0, drift=0.0, applied=True, clipped=0):
+    """The metrics of a learner's step of a hundred response steps."""
+    hundred = np.full(100, 1.0, np.float32)
+    update = UpdateReport(
+        loss=0.0, kl=0.0, grad_norm=1.0 if applied else float("nan"), applied=applied, clipped_low=clipped,
+        clipped_high=0, clipped_dual=0, ratios=hundred * ratio, flip_shares=hundred, bad_rows=(),
+    )  # fmt: skip
+    report = RankReport(
+        advantages=hundred, mean_old_log_probs=hundred, first_token=hundred > 0, updates=(update,),
+        drift=hundred * drift, latent_mass=hundred, hard_log_probs=hundred, learning_rate=1e-3, seconds=1.0,
+        records=None,
+    )  # fmt: skip
+    return summarize([report]).metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, set()),
+        ({"ratio": 5.0}, {"max_ratio_p99"}),
+        ({"ratio": 0.1}, {"min_ratio_p01"}),
+        ({"clipped": 60}, {"max_clipped_share"}),
+        ({"drift": 0.2}, {"max_log_prob_gap"}),
+        ({"applied": False}, {"max_skipped_updates"}),
+    ],
+)
+def test_a_learners_step_raises_what_is_wrong_with_it(tmp_path, change, expected):
+    assert {alarm.name for alarm in monitor(tmp_path).judge(1, learned(**change))} == expected
 
 
 def test_settings_that_a_remedy_names_exist():

@@ -1,0 +1,40 @@
+"""One service alone: what cannot work is said before anything is started."""
+
+import pytest
+from fake_run import fake_config, fake_run
+from typer.testing import CliRunner
+
+from common.config import ConfigError
+from deploy.cli import app
+from deploy.one_service import rollout_only, train_only
+
+
+def test_the_modes_exclude_each_other():
+    result = CliRunner().invoke(app, ["train", "--rollout-only", "--train-only", "runs/x"])
+    assert isinstance(result.exception, ConfigError)
+    assert "exclude each other" in str(result.exception)
+
+
+def test_rollouts_alone_cannot_make_a_warm_start(tmp_path):
+    config = fake_config(warm_start={"compression": 2}, runs_folder=str(tmp_path))
+    with pytest.raises(ConfigError, match="warm_start=null"):
+        rollout_only(config, "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("prepare", "overrides", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), [], "no config.json there"),
+        (lambda folder: (folder / "trajectories").rename(folder / "gone"), [], "no dumped trajectories"),
+        (lambda folder: None, ["k=4"], r"k \(4\) differs from that of the dumps \(3\)"),
+    ],
+)
+def test_learning_alone_needs_dumps_of_the_same_kind(tmp_path, prepare, overrides, words):
+    folder = fake_run(tmp_path / "run").path
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text("{}")
+    prepare(folder)
+    with pytest.raises(ConfigError, match=words):
+        train_only(folder, [f"runs_folder={tmp_path / 'runs'}", *overrides])
+    assert not (tmp_path / "runs").exists()
