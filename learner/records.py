@@ -112,7 +112,7 @@ def assemble(
 def mask_reasons(view: TrajectoryBatch, keeps_first: np.ndarray, masking: str) -> np.ndarray:
     """[rows]: why a row's advantage was set to 0, at all steps or at the first (METHOD §4.1, §4.2); "" where not."""
     aborted = np.array([reason == "aborted" for reason in view.strings("finish_reason")], dtype=bool)
-    invalid = ~view.valid if masking != "off" else np.zeros(len(view), dtype=bool)
+    invalid = ~view.valid & (masking in ("exclude", "include"))
     conditions = [aborted, np.isnan(view.rewards), invalid, ~keeps_first]
     return np.select(conditions, ["aborted", "ungraded", "invalid", "first_step"], default="")
 
