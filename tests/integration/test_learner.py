@@ -200,6 +200,37 @@ def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
     assert error < 1e-5
 
 
+PROBE = 1e3  # an AdamW whose eps dwarfs every gradient moves a parameter by -lr / eps times its gradient
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "tokens"),
+    [(2, 3, 24), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in [(1, 0, 40), (2, 0, 24), (2, 2, 10_000)])],
+)
+def test_the_gradient_of_each_tensor_is_that_of_plain_torch(ray_session, folder, batch, ranks, stage, tokens):
+    config = settings(
+        learner={"ranks": ranks, "zero_stage": stage, "tokens_per_microbatch": tokens, "logprob_chunk_tokens": 5},
+        optimizer={"lr": 1e6 * PROBE, "eps": 1e6, "grad_clip": 1e9, "weight_decay": 0.0},
+        minibatch_prompts=GROUPS,
+    )
+    expected, _ = plain_step(folder, config, batch)
+    group = LearnerGroup(config, folder)
+    try:
+        group.train(batch, 0)
+        after = published(group)
+    finally:
+        group.close()
+    errors = {}
+    for name, parameter in load(folder).named_parameters():
+        want, got = ((weights[name].double() - parameter.detach().double()) / PROBE for weights in (expected, after))
+        if name == "model.embed_tokens.weight":
+            assert not got.any(), "embeddings are frozen"
+        else:
+            errors[name] = float((want - got).norm() / want.norm())
+    print(f"ranks {ranks} stage {stage}: largest relative error {max(errors.values()):.1e}")
+    assert max(errors.values()) < 1e-5, errors
+
+
 @pytest.mark.parametrize(("ranks", "stage", "dtype"), [(2, 3, "float32"), (2, 2, "bfloat16")])
 def test_state_survives_saving_and_non_finite_updates(ray_session, folder, batch, tmp_path, ranks, stage, dtype):
     config = settings(

@@ -37,13 +37,17 @@ def weights_of(folder):
 
 
 def test_three_steps_and_three_more_are_six_bit_for_bit_at_any_number_of_workers(ray_session, tmp_path):
-    common = (f"runs_folder={tmp_path}", "deterministic=true")
+    # epochs of ten problems: both the first run and the resumed one cross from one to the next
+    common = (f"runs_folder={tmp_path}", "deterministic=true", "tasks.0.options.size=10")
     whole = train(tiny(*common, "steps=6", "rollout.workers=2", "checkpoint.every=0"), "whole")
     half = train(tiny(*common, "steps=3", "rollout.workers=1"), "half")
     resumed = resume(half.path, ["steps=6", "rollout.workers=3"])
 
     for first, second in zip(rows_of(whole, range(1, 7)), rows_of(resumed, range(1, 7)), strict=True):
         assert first == second
+    epochs = [{row["epoch"] for row in rows} for rows in rows_of(whole, range(1, 7))]
+    assert {0, 1} in epochs[:3]
+    assert max(epochs[5]) >= 2
     expected, found = weights_of(whole), weights_of(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
