@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all vllm test-vllm test-gpu lint clean
+.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-gpu lint clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -36,6 +36,12 @@ test-all: install
 
 test-vllm: vllm
 	TORCHDYNAMO_DISABLE=1 $(PYTEST) -m "vllm and not slow and not gpu"
+
+# the same engine tests in vLLM's other model runner, the one of its CUDA build, under Triton's interpreter (1 GB more)
+test-vllm-v2: vllm
+	test -d build/triton || $(BIN)/python -m pip install --no-deps --target build/triton triton==3.9.0
+	PYTHONPATH=build/triton TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 TORCHDYNAMO_DISABLE=1 \
+	$(PYTEST) -m "vllm and not gpu" tests/contracts
 
 # on a machine with CUDA, after pip install '.[vllm]' pytest: correctness, then the numbers of docs/vllm.md
 test-gpu:

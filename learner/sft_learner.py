@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,9 @@ import ray
 from torch import nn
 
 from common.config import OptimizerConfig, RunConfig
-from common.types import TokenFacts
 from learner.actor import RankActor
-from learner.chains import ChainSource
 from learner.group import RankGroup
-from learner.induction import InducedChains, encoder_beside
 from learner.latent_sft import Calls, LatentSFTModule, SFTRow, collate, combine, row_key
-from learner.policy import load_policy_model
 from learner.zero_engine import learning_rate
 
 
@@ -83,7 +79,6 @@ class SFTRank(RankActor):
         rows = model.get_output_embeddings().weight.shape[0]
         facts = resolve_tokens(load_tokenizer(self.model_folder), rows, config.latent, config.model.prompt.think_end)
         self.pad_id = facts.pad_id
-        self.labels = self._chain_source(facts)
         module = LatentSFTModule(
             model,
             k=config.k,
@@ -91,31 +86,8 @@ class SFTRank(RankActor):
             perturb_scale=settings.perturb_scale,
             allowed=np.asarray(facts.allowed),
             chunk_tokens=config.learner.logprob_chunk_tokens,
-            gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         return module, settings.optimizer
-
-    def _chain_source(self, facts: TokenFacts) -> ChainSource | None:
-        """None: a row's own labels, which are the uniform ones."""
-        config, settings = self.config, self.config.warm_start
-        if settings.source == "uniform":
-            return None
-        return InducedChains(
-            load_policy_model(encoder_beside(self.model_folder)),
-            c=settings.compression,
-            k=config.k,
-            latent_end_id=facts.latent_end_id,
-            allowed=np.asarray(facts.allowed),
-            pad_id=facts.pad_id,
-            device=self.device,
-            tokens_at_once=config.learner.tokens_per_microbatch,
-        )
-
-    def _labelled(self, rows: list[SFTRow]) -> list[SFTRow]:
-        if self.labels is None:
-            return rows
-        chains = self.labels.chains([r.prompt_ids for r in rows], [r.cot_ids for r in rows])
-        return [replace(row, chain=chain) for row, chain in zip(rows, chains, strict=True)]
 
     def sft_step(self, rows: list[SFTRow], step: int) -> SFTReport:
         """One update on `rows` (the whole step's, on every rank)."""
@@ -124,18 +96,17 @@ class SFTRank(RankActor):
         plan = plan_rows([len(r) for r in rows], self.world, config.learner.tokens_per_microbatch)
         latent = sum(len(r.chain.ids) for r in rows)
         hard = sum(len(r.hard_ids) for r in rows)
-        self_feeding = settings.self_feeding * min((step + 1) / max(settings.self_feeding_ramp, 1), 1.0)
-        feed = latent > 0 and self_feeding > 0
+        feed = latent > 0 and settings.self_feeding > 0
         calls = least_calls(plan, rows, config.learner.logprob_chunk_tokens, feed)
         total = 0.0
         for piece, least in zip(plan[self.rank], calls, strict=True):
             batch = collate(
-                self._labelled([rows[i] for i in piece.rows]),
+                [rows[i] for i in piece.rows],
                 [row_key(config.seed, step, i) for i in piece.rows],
                 k=config.k,
                 pad_id=self.pad_id,
                 perturb_share=settings.perturb_share,
-                self_feeding=self_feeding,
+                self_feeding=settings.self_feeding,
                 calls=least,
             )
             loss = combine(self.engine.forward(batch.to(self.device)), latent, hard) * float(piece.counts)

@@ -44,8 +44,9 @@ class LatentEngine(Protocol):
     def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replaces all parameters in place, then verifies the checksum of what it now holds.
 
-        Raises :class:`EngineError` while samples are pending, when a parameter is missing, unknown or of another shape,
-        and when the checksum differs; after a failure the engine has no version and refuses to sample.
+        Raises :class:`EngineError` while samples are pending (unless it was made to take weights in flight), when a
+        parameter is missing, unknown or of another shape, and when the checksum differs; after a failure the engine has
+        no version and refuses to sample.
         """
 
     def abort(self) -> None:

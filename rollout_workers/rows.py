@@ -39,10 +39,15 @@ def write_settings(rows: np.ndarray, request: GroupRequest, version: int) -> Non
     ]
 
 
+def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of int64 `values` on the device; on a GPU the copy does not wait for what runs there."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def on_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The bytes of structured rows [n] as int64 [n, columns]; on a GPU the copy does not wait for what runs there."""
-    table = torch.from_numpy(rows.view(np.int64).reshape(len(rows), -1).copy())
-    return table.to(device) if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+    """The bytes of structured rows [n] as int64 [n, columns]."""
+    return upload(rows.view(np.int64).reshape(len(rows), -1), device)
 
 
 def refusal(
@@ -88,7 +93,7 @@ class Draw:
     ) -> None:
         self.logits, self._rows, self._table = logits, rows, table
         if index is not None:
-            which = torch.from_numpy(index).to(logits.device, non_blocking=True)
+            which = upload(index, logits.device)
             self.logits, self._rows, self._table = logits[which], rows[index], table[which]
 
     def column(self, name: str) -> torch.Tensor:

@@ -33,7 +33,10 @@ from rollout_workers.vllm_plugin.settings import extra_args
 from rollout_workers.vllm_plugin.support import argument_problem, installed, model_problem, vllm_problem
 
 CPU_CACHE_BYTES = 2**30  # of keys and values, where a CPU run does not say how many
-WORKERS = "rollout_workers.vllm_plugin.workers"
+WORKERS = {
+    "cpu": "rollout_workers.vllm_plugin.cpu_worker.LatentCPUWorker",
+    "cuda": "rollout_workers.vllm_plugin.workers.LatentGPUWorker",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -250,6 +253,14 @@ def _published_parameters(config: PreTrainedConfig, dtype: str) -> dict[str, tup
     return {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in skeleton.named_parameters()}
 
 
+def quiet_vllm() -> None:
+    """vLLM's environment; read when it is imported, or later."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM on CPU else puts even a single worker into a process
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Ray says how many threads; workers share a machine
+
+
 def _start(
     model: str | Path, facts: TokenFacts, dtype: str, max_rows: int, max_length: int, options: VLLMConfig
 ) -> Any:
@@ -259,11 +270,7 @@ def _start(
     if problem:
         raise EngineError(problem)
     build = found[0]
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM on CPU else puts even a single worker into a process
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Ray says how many threads; workers share a machine
-
+    quiet_vllm()
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor import Executor
@@ -286,7 +293,7 @@ def _start(
         "tensor_parallel_size": options.tensor_parallel,
         "enable_batch_sharded_sampling": False,  # every rank feeds mixtures, so every rank draws them
         "enforce_eager": build == "cpu" if options.eager is None else options.eager,
-        "worker_cls": f"{WORKERS}.Latent{build.replace('cuda', 'gpu').upper()}Worker",
+        "worker_cls": WORKERS[build],
         "additional_config": {
             "latent_rollout": {
                 "vocab_size": facts.vocab_size,

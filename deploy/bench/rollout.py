@@ -201,10 +201,13 @@ class RolloutBench:
     model: str
     rows: list[Row]
     forward_shares: dict[str, float]  # kind of step -> share of the model's own forward passes in the whole
+    note: str = ""  # why rows are missing
 
 
 def measure(*, vocabulary: int, hidden: int, layers: int, k: int, repeats: int) -> RolloutBench:
-    """Ours against `generate`, latent against hard steps, and what is not the model's own work."""
+    """Ours against `generate`, latent against hard steps, and what is not the model's own work; the same in vLLM."""
+    from deploy.bench.rollout_vllm import measure_vllm, vllm_missing
+
     torch.set_num_threads(1)
     model = bench_model(vocabulary, hidden, layers)
     engine = TransformersEngine(model, facts_of(model), max_rows=64)
@@ -220,7 +223,7 @@ def measure(*, vocabulary: int, hidden: int, layers: int, k: int, repeats: int) 
             },
             repeats,
         )
-        rows.append(_row(f"hard steps, {work.name}: ours to generate", found["ours"], found["generate"], goal))
+        rows.append(compared(f"hard steps, {work.name}: ours to generate", found["ours"], found["generate"], goal))
     equal = cases[0]
     kinds = {
         "hard": requests_of(equal, "visible", k),
@@ -230,29 +233,36 @@ def measure(*, vocabulary: int, hidden: int, layers: int, k: int, repeats: int) 
     found = interleaved({n: lambda r=r: run_engine(engine, r) for n, r in kinds.items()}, repeats)
     for name in ("latent", "latent, noise off"):
         title = f"{equal.name}, K = {k}: hard to {name} steps"
-        rows.append(_row(title, found["hard"], found[name], "<= 1.3"))
+        rows.append(compared(title, found["hard"], found[name], "<= 1.3"))
     shares = {}
     for name, requests in kinds.items():
         with forward_share(model) as seconds:
             began = time.process_time()
             run_engine(engine, requests)
             shares[name] = seconds() / (time.process_time() - began)
+    note = vllm_missing()
+    if note is None:
+        rows += measure_vllm(model, k, repeats)
     description = f"Llama, V = {vocabulary:,}, D = {hidden}, {layers} layers, float32, one thread"
-    return RolloutBench(model=description, rows=rows, forward_shares=shares)
+    return RolloutBench(
+        model=description, rows=rows, forward_shares=shares, note=f"no vLLM rows: {note}" if note else ""
+    )
 
 
-def _row(what: str, first: Timing, second: Timing, goal: str) -> Row:
+def compared(what: str, first: Timing, second: Timing, goal: str) -> Row:
     return Row(what=what, rates=(first.per_second, second.per_second), ratio=first.ratio_to(second), goal=goal)
 
 
 def show(found: RolloutBench, console: Console | None = None) -> None:
     table = Table("tokens per CPU second", "first", "second", "ratio", "goal", title=f"bench rollout: {found.model}")
     for row in found.rows:
-        table.add_row(row.what, *(f"{rate:,.0f}" for rate in row.rates), f"{row.ratio:.2f}", row.goal)
+        table.addcompared(row.what, *(f"{rate:,.0f}" for rate in row.rates), f"{row.ratio:.2f}", row.goal)
     console = console or Console()
     console.print(table)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in found.forward_shares.items())
     console.print(f"share of the model's own forward passes: {shares}")
+    if found.note:
+        console.print(found.note, soft_wrap=True)
 
 
 def write_json(found: RolloutBench, path: Path) -> None:

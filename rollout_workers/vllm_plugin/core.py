@@ -23,7 +23,7 @@ import torch
 
 from common.density import hard_log_prob
 from common.latent import latent_step, mix_embeddings, mixture_weights, visible_step
-from rollout_workers.rows import SETTINGS, Draw, on_device
+from rollout_workers.rows import SETTINGS, Draw, on_device, upload
 
 ROW = np.dtype([("prompt_len", np.int64), ("careful", np.int64), *SETTINGS])
 """A slot's settings. `careful`: draws look as far as they must, which waits for the device; else up to TOP_M ids."""
@@ -144,21 +144,17 @@ class LatentCore:
         self._free += range(slots - 1, max(old_slots, SCRATCH + 1) - 1, -1)
         self._steps, self._width = steps, width
 
-    def _upload(self) -> None:
+    def _settle(self) -> None:
         """Settings of new samples, all in one copy, and their histories empty."""
         if not self._fresh:
             return
         slots = np.array(self._fresh)
-        index = self._index(slots)
+        index = upload(slots, self.device)
         self._table[index] = on_device(self._host[slots], self.device)
         self._latent_steps[index] = 0
         self._inexact[index] = False
         self._scores[index] = -torch.inf
         self._fresh.clear()
-
-    def _index(self, values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     # --- inputs --------------------------------------------------------------------------------------------------
 
@@ -183,8 +179,8 @@ class LatentCore:
         """
         if not len(places):
             return
-        self._upload()
-        place, slot = self._index(places), self._index(slots)
+        self._settle()
+        place, slot = upload(places, self.device), upload(slots, self.device)
         step = positions[place] - self._column(slot, "prompt_len")
         latent = step < self._latent_steps[slot]
         step = step.clamp(max=self._steps - 1)
@@ -207,8 +203,8 @@ class LatentCore:
         `slots` [n] on the host; `positions` [n]: of the tokens whose logits these are; `counts` [n] bool: False for a
         request whose prompt (or whose recomputed history) is not complete yet.
         """
-        self._upload()
-        rows, slot = self._host[slots], self._index(slots)
+        self._settle()
+        rows, slot = self._host[slots], upload(slots, self.device)
         table = self._table[slot]
         step = positions.long() + 1 - table[:, ROW.names.index("prompt_len")]
         latent = (table[:, ROW.names.index("latent")] == 1) & (self._latent_steps[slot] >= step)
@@ -235,7 +231,7 @@ class LatentCore:
 
     def _draw_visible(self, draw: Draw, index, tokens, target, step, careful: bool) -> None:
         """METHOD §2.4, recorded in column 0 of the step."""
-        at = slice(None) if index is None else self._index(index)
+        at = slice(None) if index is None else upload(index, self.device)
         target, step = target[at], step[at]
         drawn = visible_step(
             draw.logits,
@@ -254,7 +250,7 @@ class LatentCore:
 
     def _draw_latent(self, draw: Draw, index, tokens, target, step, latent, k: int, careful: bool) -> None:
         """METHOD §2.1-§2.3 for those rows that are in latent mode; where a row leaves it, the step is the end token."""
-        at = slice(None) if index is None else self._index(index)
+        at = slice(None) if index is None else upload(index, self.device)
         target, step = target[at], step[at]
         taken = latent_step(
             draw.logits,

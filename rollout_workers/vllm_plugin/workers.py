@@ -1,4 +1,4 @@
-"""vLLM's worker processes with the latent core in their model runner, and what the engine asks of them.
+"""vLLM's workers with the latent core in their model runner, and what the engine asks of them.
 
 Named to vLLM as `worker_cls`; vLLM imports them in its own processes, so this package must be installed there.
 """
@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from rollout_workers.vllm_plugin.core import LatentCore, Record
-from rollout_workers.vllm_plugin.weights import keep_plain_weights, load_and_verify
+from rollout_workers.vllm_plugin.weights import load_and_verify
 
 CONFIG = "latent_rollout"  # in vLLM's additional_config
 
@@ -37,7 +36,10 @@ def new_core(vllm_config: Any, device: torch.device) -> LatentCore:
 
 
 class LatentWorker:
-    """Called by the engine through `collective_rpc`, on every rank. Ranks draw the same: their logits are the same."""
+    """Hangs the core into the runner that vLLM has chosen, and answers the engine (`collective_rpc`) on every rank.
+
+    Ranks draw the same, since all have the same logits.
+    """
 
     def load_published(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
         """Loads weights in place; names of the tensors that the model does not hold afterwards."""
@@ -59,30 +61,24 @@ class LatentWorker:
     def latent_core(self) -> LatentCore:
         return self.model_runner.latent
 
-
-class LatentCPUWorker(LatentWorker, CPUWorker):
-    """V1 runner. Weights stay as published, instead of being packed: they can be read back, and updated in place."""
-
     def init_device(self) -> None:
-        from rollout_workers.vllm_plugin.v1_runner import LatentRunner
-
         super().init_device()
-        keep_plain_weights()
-        runner = self.model_runner
+        if not self.use_v2_model_runner:
+            from rollout_workers.vllm_plugin.v1_runner import LatentRunner
+
+            runner = self.model_runner
+            runner.__class__ = type("LatentModelRunner", (LatentRunner, type(runner)), {})
+            runner.latent, runner.slot_of = new_core(self.vllm_config, self.device), {}
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
         if self.use_v2_model_runner:
-            raise RuntimeError("vLLM on CPU chose its V2 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
-        runner.__class__ = type("LatentCPUModelRunner", (LatentRunner, type(runner)), {})
-        runner.latent, runner.slot_of = new_core(self.vllm_config, self.device), {}
+            from rollout_workers.vllm_plugin.v2_state import install
+
+            install(self.model_config)
+        super().load_model(*args, **kwargs)
+        if self.use_v2_model_runner:
+            self.model_runner.latent = self.model_runner.model_state.core
 
 
 class LatentGPUWorker(LatentWorker, GPUWorker):
-    """V2 runner."""
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        from rollout_workers.vllm_plugin.v2_state import install
-
-        if not self.use_v2_model_runner:
-            raise RuntimeError("vLLM chose its V1 model runner, expected V2 on CUDA; unset VLLM_USE_V2_MODEL_RUNNER")
-        install(self.model_config)
-        super().load_model(*args, **kwargs)
-        self.model_runner.latent = self.model_runner.model_state.core
+    """Unquantised weights on a GPU are plain anyway."""

@@ -103,7 +103,7 @@ def test_settings_are_each_samples_own():
 
 
 def test_what_cannot_be_known_from_the_likeliest_ids_is_marked():
-    """All ids alike: the selected ones depend on the noise of every id, and 256 of 400 were looked at."""
+    """All ids alike: the selected ones depend on the noise of every id, and 128 of 400 were looked at."""
     careful, swift = decode(new_core(), MIXED, scale=0.0), decode(new_core(), MIXED, careful=False, scale=0.0)
     assert all(r.exact for r in careful)
     assert not any(r.exact for r in swift)

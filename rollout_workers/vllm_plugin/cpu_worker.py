@@ -1,0 +1,18 @@
+"""The worker of vLLM's CPU build; a module of its own, since the CUDA build cannot be asked to import that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from rollout_workers.vllm_plugin.weights import keep_plain_weights
+from rollout_workers.vllm_plugin.workers import LatentWorker
+
+
+class LatentCPUWorker(LatentWorker, CPUWorker):
+    """Weights stay as published, instead of being packed: they can be read back, and updated in place."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        keep_plain_weights()
+        super().load_model(*args, **kwargs)
