@@ -21,6 +21,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _DIGITS = 50
 _SAME = sympy.Rational(1, 10**35)  # relative; with 50 digits, constants that agree this well are the same number
+_ENDLESS = (sympy.oo, -sympy.oo, sympy.nan, sympy.zoo)
 _ROUNDING = sympy.Rational(1, 10**6)
 _SIX_PLACES = sympy.Rational(1, 2 * 10**6)
 _RELATIVE, _ABSOLUTE = (sympy.Rational(t.numerator, t.denominator) for t in (RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE))
@@ -64,20 +65,25 @@ def equal(gold: str, given: str) -> bool:
 @lru_cache(maxsize=2048)
 def parse(latex: str) -> sympy.Basic:
     """The SymPy object of one normalised answer. Raises Unreadable."""
-    parsed = math_verify.parse(
-        rf"\boxed{{{latex}}}",
-        extraction_config=_EXTRACTION,
-        fallback_mode="no_fallback",
-        extraction_mode="first_match",  # else an unreadable answer would be searched for a fraction to take instead
-        parsing_timeout=None,
-    )
-    if not parsed or isinstance(parsed[0], str):
-        raise Unreadable(f"math-verify cannot read {latex[:200]!r}")
-    value = parsed[0]
-    # Without a hint such as `\mathbb{C}` math-verify reads the i of 2+3i as a variable, for which i^2 = -1 does not
-    # hold.
-    imaginary = [symbol for symbol in getattr(value, "free_symbols", ()) if symbol.name == "i"]
-    return value.xreplace(dict.fromkeys(imaginary, sympy.I)) if imaginary else value
+    try:
+        parsed = math_verify.parse(
+            rf"\boxed{{{latex}}}",
+            extraction_config=_EXTRACTION,
+            fallback_mode="no_fallback",
+            extraction_mode="first_match",  # else an unreadable answer would be searched for a fraction to take instead
+            parsing_timeout=None,
+        )
+        if not parsed or isinstance(parsed[0], str):
+            raise Unreadable(f"math-verify cannot read {latex[:200]!r}")
+        value = parsed[0]
+        # Without a hint such as `\mathbb{C}` math-verify reads the i of 2+3i as a variable, for which i^2 = -1 does
+        # not hold.
+        imaginary = [symbol for symbol in getattr(value, "free_symbols", ()) if symbol.name == "i"]
+        return value.xreplace(dict.fromkeys(imaginary, sympy.I)) if imaginary else value
+    except (MemoryError, Unreadable):
+        raise
+    except Exception as error:  # SymPy raises nearly every type on meaningless input
+        raise Unreadable(f"{latex[:200]!r} means nothing ({type(error).__name__}: {error})") from error
 
 
 def _equal_constants(gold: sympy.Basic, given: sympy.Basic) -> bool | None:
@@ -93,7 +99,7 @@ def _equal_constants(gold: sympy.Basic, given: sympy.Basic) -> bool | None:
         return gold not in (sympy.nan, sympy.zoo)
     if gold.is_Rational and given.is_Rational:
         return False
-    if gold.has(sympy.oo, sympy.nan, sympy.zoo) or given.has(sympy.oo, sympy.nan, sympy.zoo):
+    if gold.has(*_ENDLESS) or given.has(*_ENDLESS):
         return False
     difference = sympy.N(sympy.Abs(sympy.N(gold, _DIGITS) - sympy.N(given, _DIGITS)), _DIGITS)
     size = sympy.N(sympy.Abs(gold), _DIGITS)

@@ -10,15 +10,20 @@ import re
 from reward.latex import unwrapped
 
 _DRESS = re.compile(
-    r"\\(?:left|right|displaystyle|bf|rm|it|Large|large|boldsymbol)(?![A-Za-z])|[*$`]|\\[(){}\[\],;:! ]|~"
+    r"\\(?:left|right|[bB]ig{1,2}[lr]?|displaystyle|bf|rm|it|[Ll]arge|LARGE|[Hh]uge|boldsymbol|underline|checkmark)(?![A-Za-z])"
+    r"|\\(?:text)?color\s*\{[^{}]*\}|[*$`\"“”!✓✔✅]|\\[(){}\[\],;:! ]|~|\\\\?$|(?<![A-Za-z])['‘]|['’](?![A-Za-z])"
 )
+_FULL_WIDTH = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)}
 _FONT = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf|bb|cal)|mbox|boldsymbol|operatorname)\s*(?=\{)"
+    r"\\(?:emph|text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf|bb|cal)|mbox|boldsymbol|operatorname)\s*(?=\{)"
 )
 _PREFIX = re.compile(
     r"^(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)\s*(?:is)?\s*:?\s*(?:option|choice)?\s*"
     r"(?=[A-Za-z(\[])",
     re.I,
+)
+_SUFFIX = re.compile(
+    r"\s+is\s+(?:the\s+)?(?:correct|right|true|best|answer|correct\s+(?:answer|option|choice))\.?$", re.I
 )
 _ALONE = re.compile(r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?\s*[.:,;]*")
 _LABELLED = re.compile(r"(?:[(\[{]\s*([A-Z])\s*[)\]}]|([A-Z])\s*[.:)\]])\s*[.:,-]?\s+(.*)", re.DOTALL)
@@ -29,9 +34,9 @@ _ANOTHER = re.compile(
 
 def read_choice(content: str) -> str | None:
     """The one option letter that `content` states, upper case; else None. B: "B", "(b)", "B.", "B) 5 m", "option B"."""
-    text = _FONT.sub(r"\\text", content.replace("\\{", "(").replace("\\}", ")"))
+    text = _FONT.sub(r"\\text", content.translate(_FULL_WIDTH).replace("\\{", "(").replace("\\}", ")"))
     text, _ = unwrapped(_DRESS.sub(" ", text))
-    text = _PREFIX.sub("", " ".join(text.split())).strip()
+    text = _SUFFIX.sub("", _PREFIX.sub("", " ".join(text.split()))).strip()
     while text.startswith("{") and text.endswith("}"):
         text = text[1:-1].strip()
     if match := _ALONE.fullmatch(text):

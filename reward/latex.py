@@ -50,6 +50,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\math(?:rm|it)\s*\{\s*([ied])\s*\}", r"\1"),
         (r"\\(?:text)?color\s*\{[^{}]*\}(?!\s*\{)", " "),
         (r"\\\\\[-?[0-9.]+\s*(?:pt|em|ex|mm|cm|in)\]", r"\\\\"),
+        (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
+        (r"\\sqrt\s*\[\s*([3579])\s*\]\s*\{\s*-\s*([0-9A-Za-z.]+)\s*\}", r"(-\\sqrt[\1]{\2})"),  # the real root
         (r"\\log\s*_\s*\{?\s*e\s*\}?", r"\\ln "),
         (r"∛\s*", r"\\sqrt[3]"),
         (r"∜\s*", r"\\sqrt[4]"),
@@ -97,7 +99,7 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])")
 _UNIT_POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A text command behind a value is its unit unless it says more: a digit, an alternative, a scale, a denial.
 _UNIT_TEXT = (
-    r"\\text\{(?![^{}]*(?:[0-9]|\b(?:or|nor|not|and|either|neither|if|when|than|least|most|base|mod|dozen)\b))[^{}]*\}"
+    r"\\text\{(?![^{}]*(?:[0-9]|\b(?:or|nor|not|and|either|neither|if|when|than|least|most|base|mod|dozen|maybe|perhaps|wrong|false|incorrect|squared|cubed|times|plus|minus)\b))[^{}]*\}"
     rf"{_UNIT_POWER}"
 )
 _TRAILING_TEXT = re.compile(

@@ -32,7 +32,15 @@ _SET_BUILDER = re.compile(
 )
 _MEMBER = re.compile(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*")
 _LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+|\\text|\\(?:theta|alpha|beta|lambda|mu|phi|angle)(?![A-Za-z])")
-_SUBSCRIPTED = re.compile(r"[0-9)\]]\s*_")
+_LETTER_LIST = re.compile(r"\\text\s*\{\s*([A-Z](?:\s*(?:,\s*and|,|and)\s*[A-Z])+)\s*\}")  # A, B and D
+_DROPPED = re.compile(
+    r"(?:[0-9)\]]|\^\s*\{[^{}]*\})\s*_"  # the subscript of a number
+    r"|\\[lcdi]?dots(?:[cbmio](?![A-Za-z]))?(?![A-Za-z])|\.\.\."
+    r"|[0-9)}]\s*'+\s*[0-9A-Za-z\\({}]"
+    r"|(?<![_^0-9])[0-9]+\s+[0-9]"  # two numbers: it would multiply them
+    r"|\\(?:frac|sqrt)\s*[\^_']"
+)
+_ONE_UNKNOWN = re.compile(r"(?![A-Za-z]\s*\()[-0-9.\s*/(]*(?:\\cdot\s*)?([A-Za-z])(?:[-+0-9.\s^{}*/()]|\1)*")
 _OPTION = re.compile(r"[A-H]")
 _ASSIGNED = re.compile(r"(?:[A-Za-z]|\\[a-z]+|\\text\{[^{}]*\})(?:_\{?\w+\}?)?\s*(?:\([A-Za-z, ]*\))?")
 
@@ -84,13 +92,17 @@ def same_answer(gold: Answer, given: Answer, algebra: AlgebraicEquality | None) 
     if _spelling(gold.text) == _spelling(given.text):
         return True
     gold_set, given_set = stated_set(gold.text), stated_set(given.text)
+    if gold_set is not None and gold_set == given_set:
+        return True
     if (gold_set is None) != (given_set is None):
-        as_sets = _read(gold_set or gold.text), _read(given_set or given.text)
+        as_sets = _read(gold_set[1] if gold_set else gold.text), _read(given_set[1] if given_set else given.text)
         if all(as_sets) and (_is_set(as_sets[0]) and _is_set(as_sets[1])):
             return same_answer(*as_sets, algebra)
     if isinstance(gold, Sequence):
         if isinstance(given, Sequence):
             return _same_sequence(gold, given, algebra)
+        if gold.brackets[0] == "matrix" and "\\begin" in given.text and "=" not in given.text:
+            return _algebraic(gold.text, given.text, algebra)  # a multiple or sum of matrices
         if len(gold.items) == 2 and _RELATION.search(given.text):
             return _algebraic(gold.text, given.text, algebra)  # an interval, answered as an inequality
         named, *rest = latex.split_top_level(given.text, frozenset({"="}))
@@ -119,6 +131,8 @@ def _read(text: str, depth: int = 0) -> Answer | None:
     value = _simple_value(text)
     if value is not None:
         return value
+    if letters := _LETTER_LIST.fullmatch(text):
+        return _sequence(text, ("", ""), re.findall(r"\b[A-Z]\b", letters[1]), depth)
     if (rows := latex.matrix_rows(text)) is not None:
         cells = tuple(_read(cell, depth + 1) for row in rows for cell in row)
         if all(cells):
@@ -161,6 +175,8 @@ def _simple_value(text: str) -> Value | None:
     if match := _COLON.fullmatch(plain):
         fields = (int(match[1]), *(int(field) for field in match[2].split(":")[1:]))
         return Value(text, clock=(fields, (match[3] or "")[:1].lower()))
+    if _LETTER_LIST.fullmatch(text):
+        return None
     if _WORDS.fullmatch(plain) and (is_text or re.fullmatch(r"\(?[A-Za-z]\)?|[A-Za-z]{3,}(?:[ -][A-Za-z]+)*", plain)):
         if not is_text and re.search(r"\b(?:and|or)\b", plain):
             return None
@@ -191,17 +207,26 @@ def _sequence(text: str, brackets: tuple[str, str], parts: list[str], depth: int
 
 
 def _same_sequence(gold: Sequence, given: Sequence, algebra: AlgebraicEquality | None) -> bool:
-    if len(gold.items) != len(given.items) or (
-        "matrix" in (gold.brackets[0], given.brackets[0]) and (gold.brackets != given.brackets)
-    ):
+    if len(gold.items) != len(given.items):
         return False
+    matrices = [answer for answer in (gold, given) if answer.brackets[0] == "matrix"]
+    if len(matrices) == 2 and gold.brackets != given.brackets:
+        return False
+    if len(matrices) == 1:  # a column may be written as a tuple
+        brackets = (given if matrices[0] is gold else gold).brackets
+        column = matrices[0].brackets[1] == f"{len(gold.items)}x1"
+        return column and brackets == ("(", ")") and _same_in_order(gold, given, algebra)
     bare, braces, tuple_ = ("", ""), ("\\{", "\\}"), ("(", ")")
     brackets = {gold.brackets, given.brackets}
     if brackets <= {bare, braces}:
         return _same_unordered(list(gold.items), list(given.items), algebra)
     if len(brackets) == 1 or brackets == {bare, tuple_}:
-        return all(same_answer(a, b, algebra) for a, b in zip(gold.items, given.items, strict=True))
+        return _same_in_order(gold, given, algebra)
     return False
+
+
+def _same_in_order(gold: Sequence, given: Sequence, algebra: AlgebraicEquality | None) -> bool:
+    return all(same_answer(a, b, algebra) for a, b in zip(gold.items, given.items, strict=True))
 
 
 def _same_unordered(gold: list[Answer], given: list[Answer], algebra: AlgebraicEquality | None) -> bool:
@@ -246,6 +271,8 @@ def _same_relation(gold: str, given: str, algebra: AlgebraicEquality | None) -> 
     given_parts = latex.split_top_level(given, frozenset({"="}))
     if len(given_parts) > 1 and len(gold_parts) == 1 and not _RELATION.search(given):
         # In "3+4 = 7" every number must be the gold: "5 = 6 = 7" hedges, it does not derive.
+        if any(_ONE_UNKNOWN.fullmatch(part) and re.search("[0-9]", part) for part in given_parts[:-1]):
+            return False  # 2x = 5 or x^2 = 5 does not say that something is 5
         numeric = [part for part in given_parts[:-1] if not _LETTERS.search(part)]
         return all(_same_part(gold, part, algebra) for part in [given_parts[-1], *numeric])
     if len(gold_parts) == 2 and _ASSIGNED.fullmatch(gold_parts[0]):
@@ -278,8 +305,8 @@ def _same_clock(gold: Value, given: Value) -> bool:
 
 
 def _algebraic(gold: str, given: str, algebra: AlgebraicEquality | None) -> bool:
-    if _SUBSCRIPTED.search(given) or _SUBSCRIPTED.search(gold):
-        raise ValueError("computer algebra would drop the subscript of a number")
+    if dropped := _DROPPED.search(given) or _DROPPED.search(gold):
+        raise ValueError(f"computer algebra would drop or misread {dropped.group()!r}")
     if algebra is None:
         raise AlgebraNeeded
     return algebra(latex.with_mixed_numbers(gold), latex.with_mixed_numbers(given))

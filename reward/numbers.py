@@ -81,7 +81,7 @@ _SPACE = re.compile(r"\\[,!;: ]|\\q?quad\b|~|\s+")
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf|bb)|mbox|hbox|operatorname)\s*\{([^{}]*)\}")
 _DRESS = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|bf|rm|it|[Ll]arge|LARGE|[Hh]uge|small|checkmark|square|approx|sim)(?![A-Za-z])"
-    r"|\\(?:text)?color\s*\{[^{}]*\}|\\underline(?![A-Za-z])|\\[()\[\]]|\*\*|≈|\\\\$"
+    r"|\\(?:text)?color\s*\{[^{}]*\}|\\underline(?![A-Za-z])|\\[(){}\[\]]|\*\*|≈|\\\\$"
     "|[\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f000-\U0001faff]"  # pictures
 )
 _OVER = re.compile(
@@ -89,7 +89,7 @@ _OVER = re.compile(
 )
 _BRACED_QUOTIENT = re.compile(r"\{\s*([0-9]+)\s*\}\s*/\s*\{\s*([0-9]+)\s*\}")
 _DEGREE = re.compile(r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|°|º|\\degrees?(?![A-Za-z])")
-_UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*\{?\s*-?[0-9]\s*\}?")
+_UNIT_POWER = re.compile(r"(?<![A-Za-z\\])([A-Za-z]+)\s*\^\s*\{?\s*-?[0-9]\s*\}?")
 _ATTACHED_DIGITS = re.compile(r"(?<![A-Za-z0-9\\])[A-Za-z]+[0-9]+(?![0-9.,]*[0-9])(?=[\s.,;/)]|$)")
 # What may stand round the number: with words, also letters, unit slashes and hyphens ("7-day", "km/h"). No nested
 # repeats: each character has one way to match, so a failure costs one pass.
@@ -143,7 +143,7 @@ def read_number(text: str, *, words: bool = True) -> Number | None:
     units ("about 18 dollars a day"); without, only currency, per cent and punctuation may surround it, as letters in
     a formula are variables.
     """
-    if len(text) > MAX_NUMBER_CHARS:
+    if len(text) > MAX_NUMBER_CHARS or text.count("\\{") != text.count("\\}"):
         return None
     text = _plain(text)
     found = None
@@ -212,7 +212,7 @@ def _plain(text: str) -> str:
     text = _THIN_SPACE.sub("", text)
     text = _SPACE.sub(" ", text)
     text = _DEGREE.sub(" ", text)
-    text = _UNIT_POWER.sub("", text)
+    text = _UNIT_POWER.sub(r"\1", text)
     text = _ATTACHED_DIGITS.sub(" unit ", text) if any(c.isalpha() for c in text) else text
     text = _NEGATIVE_WORD.sub("-", text)
     text = _DOLLARS_AND_CENTS.sub(lambda m: f"{m[1]}.{int(m[2]):02} dollars", text)
