@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from common.schema import TrajectoryBatch
+from reward.verifier import REASONS
 
 
 def rollout_metrics(rows: pa.RecordBatch) -> dict[str, float]:
@@ -28,8 +29,9 @@ def rollout_metrics(rows: pa.RecordBatch) -> dict[str, float]:
         "rollout/samples": float(count),
         "rollout/generation_s": float(view.numbers("generation_seconds").mean()),
         "rollout/grading_s": float(view.numbers("grading_seconds").mean()),
+        "rollout/grading_max_s": float(view.numbers("grading_seconds").max()),
     }
-    metrics |= {f"rollout/reason_{reason}": number / count for reason, number in sorted(grades.items())}
+    metrics |= {f"rollout/reason_{reason}": grades[reason] / count for reason in REASONS}
     return metrics | latent_metrics(view)
 
 

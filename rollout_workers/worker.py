@@ -28,6 +28,7 @@ from common.schema import encode
 from common.types import GroupRequest, PolicyVersion, Trajectory
 from common.weights import WeightManifest, unpack
 from reward.pool import VerifierPool
+from reward.verifier import Grade
 from rollout_workers.engine import LatentEngine
 
 IDLE_WAIT_S = 0.2
@@ -169,13 +170,15 @@ class RolloutWorker:
                 self._changed.wait(IDLE_WAIT_S)
 
     def _finish(self, group: tuple[Trajectory, ...]) -> pa.RecordBatch:
-        """Text and grade of a group's samples; runs beside the decode loop."""
+        """Text and grade of a group's samples; runs beside the decode loop. An aborted sample is never graded."""
         started = time.perf_counter()
         texts = [self._decode(t.hard_ids, t.finish_reason) for t in group]
         verifier = self._verifier_of.pop(group[0].group_uid)
-        grades = self._verifiers.grade_many(
-            [(verifier, text, t.gold_answer) for t, text in zip(group, texts, strict=True)]
-        )
+        whole = [i for i, trajectory in enumerate(group) if trajectory.finish_reason != "aborted"]
+        graded = self._verifiers.grade_many([(verifier, texts[i], group[i].gold_answer) for i in whole])
+        grades = [Grade(None, "ungraded")] * len(group)
+        for i, grade in zip(whole, graded, strict=True):
+            grades[i] = grade
         seconds = (time.perf_counter() - started) / len(group)
         complete = [
             dataclasses.replace(

@@ -37,7 +37,7 @@ def test_shares_count_rows():
     none, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
     metrics = rollout_metrics(
         rows(
-            {"reward": 1.0, "grade_reason": "correct"},
+            {"reward": 1.0, "grade_reason": "correct", "grading_seconds": 50.0},
             {"finish_reason": "length", "hard_ids": none, "hard_log_probs": floats},
             {"grade_reason": "timeout"},
             {"reward": None, "grade_reason": "ungraded"},
@@ -45,8 +45,11 @@ def test_shares_count_rows():
         )
     )
     assert metrics["rollout/reward"] == pytest.approx(1 / 3)
+    assert metrics["rollout/grading_max_s"] == 50.0
+    assert metrics["rollout/grading_s"] > 10.0
     assert metrics["rollout/truncated_share"] == metrics["rollout/aborted_share"] == 0.2
-    assert metrics["rollout/verifier_timeout_share"] == 0.2
+    assert metrics["rollout/verifier_timeout_share"] == metrics["rollout/reason_timeout"] == 0.2
+    assert metrics["rollout/reason_out_of_memory"] == 0.0  # a share is there in every step, so that curves have no gaps
     assert metrics["rollout/ungraded_share"] == pytest.approx(0.4)
     assert metrics["latent/thinking_end_rate"] == pytest.approx(0.8)
 

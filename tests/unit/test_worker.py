@@ -1,5 +1,6 @@
 """The worker's invariants, with a scripted engine in place of a model: no Ray, no torch model, no waiting."""
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -98,6 +99,18 @@ def test_groups_come_back_whole_graded_and_signed(worker):
         ("w0", "r", "wrong"),
         ("w0", "r", "correct"),
     }
+
+
+def test_an_aborted_sample_is_never_graded_and_the_others_keep_their_grades(worker, monkeypatch):
+    def finish(request):
+        *rest, last = ScriptedEngine.finish(worker._engine, request)
+        return (*rest, dataclasses.replace(last, finish_reason="aborted"))
+
+    monkeypatch.setattr(worker._engine, "finish", finish)
+    worker.submit(0, [request("a", samples=3)])
+    ((first, second, aborted),) = take(worker, 1)
+    assert [(t.reward, t.grade_reason) for t in (first, second)] == [(0.0, "wrong"), (1.0, "correct")]
+    assert (aborted.reward, aborted.grade_reason) == (None, "ungraded")
 
 
 def update_beside(worker, ticket, manifest, buckets):
