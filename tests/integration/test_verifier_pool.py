@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,6 +268,36 @@ def test_the_pool_agrees_with_grading_here_and_bounds_hostile_mathematics() -> N
         verdicts = pool.grade_many([("math", bomb, r"x+\sqrt{2}") for bomb in bombs])
         assert time.monotonic() - start < 60
         assert [verdict.reward for verdict in verdicts] == [0.0] * len(bombs), verdicts
+
+
+LATEX = (
+    r"\frac { } {1} ( ) [ ] \{ \} \left( \right) \sqrt ^ _ ^{2} _{3} + - * / = < \le , ; : ! | & \\ \pm \cup \in "
+    r"\infty \pi e i x y 0 1 2 10 .5 \text{a} \sin \log \int \sum \lim _{x\to0} \binom \over \begin{pmatrix} "
+    r"\end{pmatrix} \begin{cases} \end{cases} \overline ^\circ % $ ' \, \cdot \times \mathbb{R} \lfloor \rfloor "
+    r"\boxed{ \ldots or # é √ ½ f(x) x_1 1_2 \begin{ 1/0 0^0 million"
+)
+
+
+def test_latex_without_sense_gets_a_verdict_and_is_never_the_verifiers_fault() -> None:
+    draw = random.Random(0)
+    soups = ["".join(draw.choices(LATEX.split(), k=draw.randint(1, 14))) for _ in range(400)]
+    cases = [("math", rf"\boxed{{{soup}}}", gold) for soup, gold in zip(soups, [r"x^2+\sqrt{7}", "(-3,19]"] * 200)]
+    with VerifierPool(processes=2, time_limit_s=1.0) as pool:
+        found = {verdict.reason for verdict in pool.grade_many(cases)}
+    assert found <= {"wrong", "no_answer", "timeout", "out_of_memory"}, found
+
+
+def test_the_folder_stands_alone(tmp_path: Path) -> None:
+    """Copied into another project it grades there: nothing of this one is imported."""
+    shutil.copytree(ROOT / "reward", tmp_path / "reward", ignore=shutil.ignore_patterns("__pycache__"))
+    program = (
+        "import sys; from reward.answers import grade; from reward.pool import VerifierPool; "
+        "pool = VerifierPool(processes=1); case = ('math', r'\\boxed{(x+1)^2}', 'x^2+2x+1'); "
+        "assert pool.grade_many([case]) == [grade(*case)] and grade(*case).reward == 1.0; pool.close(); "
+        "assert not {'common', 'deploy', 'learner', 'pydantic'} & set(sys.modules), 'not alone'"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=120, cwd=tmp_path, env=environment)
 
 
 def test_closing_ends_waiting_calls_and_later_ones() -> None:
