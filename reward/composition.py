@@ -5,7 +5,7 @@
       options:
         parts:
           - {kind: math, weight: 1.0}
-          - {kind: format, weight: 0.1, options: {pattern: "</think>.*\\\\boxed"}}
+          - {kind: format, weight: 0.1, options: {pattern: '</think>.*\\\\boxed'}}
 
 A verifier inside the options is a mapping with `kind` (a registered name, an import path, or a name that the
 configuration defines) and `options`. Inner verifiers may be `async`. They run in the same grader process, one after

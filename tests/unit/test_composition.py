@@ -1,6 +1,8 @@
 """Compositions: rewards add up, gates close, names resolve; a fault in the definition is one sentence."""
 
 import asyncio
+import re
+from pathlib import Path
 
 import pytest
 
@@ -151,3 +153,24 @@ def test_a_definition_that_no_task_uses_or_that_cannot_be_built_is_a_fault_of_th
         verifier_rows(config_with({"mine": {"kind": "no_such_module:Verifier"}}, "mine"))
     with pytest.raises(ConfigError, match="knd: unknown key"):
         config_with({"mine": {"knd": "number"}}, "mine")
+
+
+def test_the_examples_of_the_documentation_work(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "verifiers.md").read_text(encoding="utf-8")
+    module, profile = (
+        re.search(rf"```{language}\n({first}.*?)```", text, re.DOTALL)[1]
+        for language, first in (("python", "# my_pkg"), ("yaml", "verifiers:"))
+    )
+    (tmp_path / "my_pkg").mkdir()
+    (tmp_path / "my_pkg" / "my_mod.py").write_text(module)
+    (tmp_path / "profile.yaml").write_text(f"model: {{path: m}}\n{profile}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = load_config(tmp_path / "profile.yaml")
+    boxed = r"</think> \boxed{5}"
+    assert build_verifier(config, "shaped").grade(boxed, "5") == Grade(1.1, "correct", "5")
+    assert build_verifier(config, "brief").grade(boxed + " " * 1000, "5").reward == pytest.approx(
+        1.1 - 0.5 * (len(boxed) + 500) / 1500
+    )
+    assert build_verifier(config, "gated").grade(boxed, boxed).reason == "correct"
+    assert build_verifier(config, "gated").grade("5", "5").reward == 0.0
+    assert build_verifier(config, "exact").grade(" 5", "5").reward == 0.0
