@@ -5,7 +5,7 @@
                      └────────────────────── report.md, report.html, report.json ◄─────────────────────┘
 
     FOLDER/
-        suite.json        the definition and every unit's resolved settings: what may not change when it goes on
+        suite.json        the definition and every unit's resolved settings, which may not change when it goes on
         manifest.json     commit, versions, hashes of grader and data, seeds, machine (`deploy.manifest`)
         starts/, runs/    one run folder a unit, with its result.json and log.txt
         report.*          rewritten after every unit
@@ -32,6 +32,7 @@ from deploy.manifest import make_manifest, provenance
 from deploy.progress import Reporter
 from deploy.ray_session import needed_resources
 from deploy.results import UnitResult, read_result, write_result
+from deploy.run import terminated_is_interrupted
 from deploy.run_folder import RunFolder, create_run, reopen_run, write_atomically
 from deploy.suite import (
     Suite,
@@ -91,7 +92,8 @@ def reproduce(request: Request, parallel: int | None = None, reporter: Reporter 
         f"{request.folder}"
     )
     try:
-        failed = _run_all(request, suite, todo, parallel, reporter)
+        with terminated_is_interrupted():
+            failed = _run_all(request, suite, todo, parallel, reporter)
     finally:
         paths = write_report(suite, request.folder)
     reporter.say(f"report {paths[0]} · {paths[1]} · {paths[2]}")
@@ -118,7 +120,8 @@ def open_folder(request: Request, suite: Suite) -> None:
     wanted = resolved(suite, request.folder)
     known = request.folder / "suite.json"
     if known.is_file():
-        differing = list(changes(json.loads(known.read_text(encoding="utf-8")), wanted))
+        stored = json.loads(known.read_text(encoding="utf-8"))
+        differing = [*changes(_computed(stored), _computed(wanted))]  # titles and claims may change
         if differing:
             shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
             raise SuiteError(
@@ -127,10 +130,14 @@ def open_folder(request: Request, suite: Suite) -> None:
             )
     elif request.folder.exists() and any(request.folder.iterdir()):
         raise SuiteError(f"{request.folder} is not empty and holds no suite; give another --folder")
-    else:
-        request.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, json.dumps(wanted, indent=2) + "\n")
+    request.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(known, json.dumps(wanted, indent=2) + "\n")
     make_manifest(request.folder, suite, [unit_config(suite, unit, request.folder) for unit in units(suite)])
+
+
+def _computed(resolved_suite: dict) -> dict:
+    """What decides a suite's numbers."""
+    return {"runner": resolved_suite["suite"]["runner"], "units": resolved_suite["units"]}
 
 
 def side_by_side(configs: list[RunConfig], runner: str) -> int:

@@ -101,6 +101,8 @@ def test_another_configuration_is_refused_and_the_same_one_goes_on(write, tmp_pa
     other = Request(source=request.source, folder=request.folder, overrides=["temperature=0.5"])
     with pytest.raises(SuiteError, match=r"another configuration: .*temperature: 0.6 -> 0.5"):
         open_folder(other, other.load())
+    write(title="a better title", claims={})
+    open_folder(request, request.load())
     quick = Request(source=request.source, folder=request.folder, quick=True)
     with pytest.raises(SuiteError, match="another configuration"):
         open_folder(quick, quick.load())
