@@ -176,8 +176,9 @@ def listing(run: RunView, rows: Sequence[Row], total: int) -> RenderableType:
     """One line a trajectory; its number is what `--show` takes."""
     table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
     learned = any(row.outcome for row in rows)
-    for name in ("#", "step", "problem", "sample", "", "parsed", "gold", "length (latent)"):
-        table.add_column(name, justify="left" if name in ("problem", "") else "right", overflow="fold")
+    for name in ("#", "step", "problem", "sample", "", "parsed", "gold", "length"):
+        side = "left" if name in ("problem", "") else "right"
+        table.add_column(name, justify=side, no_wrap=name != "problem", overflow="fold")
     if learned:
         table.add_column("A", justify="right", no_wrap=True)
         table.add_column("learner", overflow="fold")
@@ -212,12 +213,10 @@ def in_full(
     thoughts: Thoughts, siblings: Sequence[Thoughts], tokens: TokenTexts, weighting: str, max_thoughts: int
 ) -> RenderableType:
     t, row = thoughts.trajectory, thoughts.row
-    title = (
-        f"{row.purpose} step {row.step} · {visible(row.group_uid)} · sample {row.sample_index} · policy version "
-        f"{row.version}"
-    )
+    title = f"{row.purpose} step {row.step} · sample {row.sample_index} · policy version {row.version}"
+    prompt = Text(visible(tokens.decode(t.prompt_ids)).replace("⏎", "⏎\n"))
     parts: list[RenderableType] = [
-        Panel(Text(visible(tokens.decode(t.prompt_ids)).replace("⏎", "⏎\n")), title=Text(title), title_align="left"),
+        Panel(prompt, title=title, subtitle=Text(visible(row.group_uid)), title_align="left", subtitle_align="right"),
         _verdict(thoughts),
         Text(),
         _thoughts_table(thoughts, tokens, weighting, max_thoughts),
@@ -301,7 +300,8 @@ def _step_figures(thoughts: Thoughts, behaviour: np.ndarray, step: int) -> list[
         return [f"log π {behaviour[step]:.3f}"]
     r, clip = thoughts.record, thoughts.clip(step)
     lines = [
-        f"log π {behaviour[step]:.3f} · old {r.old_log_probs[step]:.3f} · new {r.new_log_probs[step]:.3f}",
+        f"log π {behaviour[step]:.3f} at the rollout",
+        f"learner {r.old_log_probs[step]:.3f} → {r.new_log_probs[step]:.3f}",
         f"ratio {r.ratios[step]:.3f} · advantage {r.step_advantages[step]:+.2f}",
     ]
     special = [f"clipped ({clip})"] * bool(clip) + [f"flip {r.flip_shares[step]:.0%}"] * bool(r.flip_shares[step])
@@ -360,7 +360,8 @@ def diff(run: RunView, step_a: int, step_b: int, filters: Filters, *, machine: b
             "two evaluations (0 is the one before training)"
         )
     changed = [p for p in common if before[p].correct != after[p].correct]
-    problem = (changed or common)[0]
+    became_correct = [problem for problem in changed if after[problem].correct]
+    problem = (became_correct or changed or common)[0]
     pair = load(run, [before[problem], after[problem]])
     tokens, weighting = run_tokens(run), component_weighting(run)
     if machine:
@@ -368,7 +369,6 @@ def diff(run: RunView, step_a: int, step_b: int, filters: Filters, *, machine: b
         counts = {"common_problems": len(common), "changed_grade": len(changed)}
         console.print_json(json.dumps({"problem": problem, **counts, "before": both[0], "after": both[1]}))
         return
-    gained = sum(after[p].correct for p in changed)
     console.print(
         Panel(
             Text(visible(tokens.decode(pair[0].trajectory.prompt_ids))),
@@ -381,7 +381,8 @@ def diff(run: RunView, step_a: int, step_b: int, filters: Filters, *, machine: b
         console.print(Text(tokens.missing, style="yellow"))
     console.print(
         Text(
-            f"{len(common)} problems at both steps: {gained} became correct, {len(changed) - gained} became wrong · "
+            f"{len(common)} problems at both steps: {len(became_correct)} became correct, "
+            f"{len(changed) - len(became_correct)} became wrong · "
             "another one: --problem UID",
             style="dim",
         )
@@ -401,9 +402,9 @@ def _side_by_side(pair: Sequence[Thoughts], tokens: TokenTexts) -> RenderableTyp
     table = Table(header_style="bold", box=None, padding=(0, 3, 0, 0))
     table.add_column("step", justify="right", style="cyan")
     for thoughts in pair:
-        header = Text(f"step {thoughts.row.step}, policy version {thoughts.row.version}  ").append_text(
-            _mark(thoughts.row)
-        )
+        row = thoughts.row
+        header = Text(f"step {row.step}, version {row.version}\n").append_text(_mark(row))
+        header.append(f", answer {visible(row.parsed_answer or 'none')}", style="default")
         table.add_column(header)
         table.add_column("width", justify="right")
     for i in range(max(t.trajectory.num_steps for t in pair)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from deploy.run_view import RunView
@@ -42,7 +43,10 @@ def _made_with(run: RunView) -> list[tuple[str, str]]:
     manifest, newest = run.manifest, run.manifest["lineages"][-1]
     program, hardware = newest["program"], newest["hardware"]
     commit = program["commit"] or "unknown commit"
-    models = (f"{name}: {facts['source']} ({_digest(facts['files'])})" for name, facts in manifest["model"].items())
+    models = (
+        f"{name}: {_short(run, facts['source'])} ({_digest(facts['files'])})"
+        for name, facts in manifest["model"].items()
+    )
     data = (f"{d['task']} ({d['use']}, {d['source']}{_fingerprint(d)})" for d in manifest["data"])
     return [
         ("seeds", ", ".join(f"{name} {seed}" for name, seed in manifest["seeds"].items() if seed is not None)),
@@ -58,6 +62,12 @@ def _made_with(run: RunView) -> list[tuple[str, str]]:
         ("hardware", _hardware(hardware)),
         ("versions", _versions(newest["versions"])),
     ]
+
+
+def _short(run: RunView, source: str) -> str:
+    """A model's folder below the run's by its name."""
+    path = Path(source)
+    return path.name if path.parent.name == run.folder.name else source
 
 
 def _versions(versions: dict[str, Any]) -> str:

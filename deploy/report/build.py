@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError
+from common.learner_record import REASONS
 from common.metrics import MetricsError
 from common.store import DumpError
 from deploy.report.curves import charts
@@ -84,6 +85,7 @@ def index(run: RunView, made: Sample) -> dict[str, Any]:
         "settings": run.settings,
         "summary": run.summary,
         "k": run.settings.get("k"),
+        "reasons": REASONS,
         "charts": charts(run),
         "health": health,
         "no_health": no_health,

@@ -7,12 +7,14 @@ page unpacks one by one.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from common.arithmetic import MODULUS, solve
 from deploy.run_view import RunView
 from deploy.selection import Row
 from deploy.thoughts import Thoughts, TokenTexts, behaviour_log_probs, load
@@ -76,6 +78,7 @@ def sample(run: RunView, rows: Sequence[Row], limit: int, tokens: TokenTexts, we
             _add(made, list(itertools.islice(thoughts, len(group))), tokens, numbers, weighting)
     made.vocabulary = [tokens[token] for token in numbers]
     _shorten_prompts(made)
+    _write_out(made, run.settings)
     if held < len(rows):
         made.notes.append(
             f"This report holds {held:,} of {len(rows):,} dumped trajectories: whole groups, evenly spread over the "
@@ -189,6 +192,23 @@ def _shorten_prompts(made: Sample) -> None:
         group["question"] = whole[start : len(whole) - end].strip() or whole
     for entry in made.trajectories:
         entry["question"] = made.groups[entry["group"]]["question"]
+
+
+def _write_out(made: Sample, settings: dict[str, Any]) -> None:
+    """`written`: the chain of thought in words, where the task can tell (chain arithmetic solves itself)."""
+    tasks = [*settings.get("tasks", []), *settings.get("evaluation", {}).get("tasks", [])]
+    modulus = {
+        task["name"]: task.get("options", {}).get("modulus", MODULUS)
+        for task in tasks
+        if task.get("path") == "builtin:chain_arithmetic"
+    }
+    task_of = {entry["group"]: entry["task"] for entry in made.trajectories}
+    for number, group in enumerate(made.groups):
+        parts = re.findall(r"\d+|[-+*]", group["question"])
+        numbers, operators = parts[0::2], parts[1::2]
+        asked = "".join(parts) == group["question"] and len(numbers) == len(operators) + 1
+        if task_of[number] in modulus and asked and all(n.isdigit() for n in numbers):
+            group["written"] = solve([int(n) for n in numbers], operators, modulus[task_of[number]])[0]
 
 
 def _common_start(ordered: Sequence[str]) -> int:

@@ -248,8 +248,8 @@ def test_diff_shows_a_problem_whose_grade_changed_at_both_versions(tmp_path):
     assert (found["before"]["version"], found["after"]["version"]) == (0, 20)
     assert (found["before"]["reward"], found["after"]["reward"]) == (0.0, 1.0)
     text = diff_of(path, 0, 20, Filters(problem="chains/0"))
-    assert "step 0, policy version 0" in text
-    assert "step 20, policy version 20" in text
+    assert "step 0, version 0" in text
+    assert "step 20, version 20" in text
 
 
 def test_diff_without_a_common_problem_says_how_to_get_one(fake):

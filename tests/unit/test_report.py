@@ -132,6 +132,19 @@ def test_questions_are_prompts_without_what_all_have_in_common(fake):
     assert alone.groups[0]["question"] == prompts[0]
 
 
+def test_chain_arithmetic_is_written_out_in_words(fake):
+    from deploy.report.sample import Sample, _write_out
+
+    tasks = [{"name": "sums", "path": "builtin:chain_arithmetic", "options": {"modulus": 10}}, {"name": "gsm8k"}]
+    questions = [("sums", "2-9*5"), ("gsm8k", "2-9*5"), ("sums", "how many?"), ("sums", "2-9*")]
+    made = Sample(
+        trajectories=[{"group": i, "task": task} for i, (task, _) in enumerate(questions)],
+        groups=[{"question": question} for _, question in questions],
+    )
+    _write_out(made, {"tasks": tasks})
+    assert [group.get("written") for group in made.groups] == ["2-9=3;3*5=5;", None, None, None]
+
+
 # --- curves
 
 

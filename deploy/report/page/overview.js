@@ -68,6 +68,7 @@ function lesson(entry, group) {
     taught(),
     el("p", { class: "question" }, el("span", { class: "soft" }, "asked  "), group.question),
     heatmap(entry, sample, { compact: true }),
+    written(group),
     el("p", { class: "soft" }, narrative(sample)),
     el("p", {}, el("a", { href: linkTo(entry) }, "Open this response"), " · ", el("a", { href: "#/trajectories" }, "Browse all " + index.trajectories.length.toLocaleString("en"))));
 }
@@ -80,6 +81,8 @@ function taught() {
   return el("p", {}, `Its warm start put every ${start.compression} consecutive tokens of a written chain of thought into one step. So read a column as a handful of such tokens in any order`,
     arithmetic ? `, a piece of “a + b = c ;”, and the chain as worked from left to right, every result modulo ${arithmetic.options?.modulus ?? 11}.` : ".");
 }
+
+const written = (group) => group.written ? el("p", {}, "Written out, the right chain of thought is ", el("span", { class: "question" }, group.written), " Look for it in the columns.") : null;
 
 // The first thoughts in words.
 function narrative(sample) {

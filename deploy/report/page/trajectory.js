@@ -37,6 +37,7 @@ async function trajectoryPage(purpose, step, uid, sample, chosen) {
     fate(entry, full),
     neighbours(entry),
     el("h2", {}, full.ids.length ? "The thoughts" : "The response"),
+    written(group),
     el("p", { class: "soft small" }, "One column a step. Tap a column to see it in full. * marks a clipped ratio."),
     el("section", { class: "card flush" }, picture),
     panel,
@@ -50,7 +51,7 @@ function fate(entry, sample) {
   if (!sample.update) return el("p", { class: "soft" }, entry.purpose === "training" ? "No learner record of this trajectory." : "Not a training rollout: the learner never saw it.");
   const u = sample.update;
   const parts = [{ trained: "Trained on at every step.", masked: "In the update, with its advantage set to 0 at some steps or all.", skipped: "Its update was not applied.", filtered: "Its group was not trained on." }[u.outcome] ?? u.outcome];
-  if (u.reason) parts.push("Reason: " + u.reason.replace(/_/g, " ") + ".");
+  if (u.reason) parts.push(`${u.reason.replace(/_/g, " ")}: ${index.reasons[u.reason] ?? ""}.`);
   if (entry.advantage !== null) parts.push(`Advantage ${signed(entry.advantage)}.`);
   if (u.winner) parts.push("The group's most likely correct sample: it alone teaches the first step.");
   if (u.index !== null) parts.push(`Update ${u.index + 1} of the step, gradient norm ${number(u.grad_norm, 3)}.`);
@@ -104,7 +105,7 @@ function groupItem(other, entry) {
     el("div", { class: "row wrap small" }, el("b", {}, "sample " + other.sample), badge(other), el("span", {}, "answer ", el("b", {}, other.parsed ?? "none")),
       el("span", { class: "soft" }, other.length + " steps"), other.width === null ? null : el("span", { class: "soft" }, "width " + number(other.width)),
       other.advantage === null ? null : el("span", { class: "soft" }, "advantage " + signed(other.advantage)),
-      other.why ? el("span", { class: "soft" }, other.why.replace(/_/g, " ")) : null),
+      other.why ? el("span", { class: "badge plain", title: index.reasons[other.why] ?? "" }, other.why.replace(/_/g, " ")) : null),
     strip(other, other === entry ? null : entry));
 }
 
