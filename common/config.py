@@ -380,6 +380,8 @@ class InductionConfig(Section):
     union_steps: PositiveInt = 200
     """Then both."""
     batch_size: PositiveInt = 192
+    anchor: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of KL(uniform label || encoder's) while the encoder learns alone; 0: without, as in the paper."""
     optimizer: InductionOptimizerConfig = InductionOptimizerConfig()
 
 

@@ -7,6 +7,7 @@ runs/NAME/
     metrics.jsonl      one line per step
     alarms.jsonl       alarms raised, lasting, over (deploy.health)
     base/              the model RL started from, where the run made it (absent with model.path)
+    induction/         stage 1 of Latent-SFT with induced labels: encoder and decoder of each of its steps
     sft/               states of a Latent-SFT that is not finished
     trajectories/      dumps (common.store)
     learner_records/   what the learner made of them, files of the same relative paths
@@ -70,6 +71,10 @@ class RunFolder:
     @property
     def base_model(self) -> Path:
         return self.path / "base"
+
+    @property
+    def induction(self) -> Path:
+        return self.path / "induction"
 
     @property
     def sft(self) -> Path:

@@ -20,6 +20,7 @@ from common.metrics import MetricsWriter
 from common.tasks import PromptStream, StoredTask, TaskError, TaskSource, load_task
 from common.types import Problem, TokenFacts
 from deploy.controller import Pool, gather
+from deploy.induction import induce
 from deploy.problems import PreparedTask, group_request
 from deploy.progress import Reporter
 from deploy.run import Run, started
@@ -280,7 +281,8 @@ def warm_start(run: Run, make_learner: Callable[..., SFTLearner] = SFTLearner) -
     data = prepare_sft(config, run.problems.training, run.tokenizer, run.facts)
     for task in data.tasks:
         run.reporter.say(f"Latent-SFT on {task.summary}")
-    learner = make_learner(config, run.initial)
+    initial = induce(run, data) if config.warm_start.source == "induced" else run.initial
+    learner = make_learner(config, initial)
     try:
         outcome = run_latent_sft(
             config,

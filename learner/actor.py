@@ -74,20 +74,22 @@ class RankActor:
     def export(self, folder: str) -> None:
         """The model in Hugging Face format with the tokenizer it came with."""
         parameters = dict(self.engine.full_parameters(self.config.learner.weight_bucket_bytes))
-        if self.rank:
-            return
-        model = load_policy_model(self.model_folder).to(getattr(torch, self.config.model.dtype))
+        if self.rank == 0:
+            self.write_model(parameters, self.model_folder, Path(folder))
+
+    def write_model(self, parameters: dict[str, torch.Tensor], source: str, folder: Path) -> None:
+        """A model folder like `source` (a folder or hub id) with these parameters, and its tokenizer."""
+        model = load_policy_model(source).to(getattr(torch, self.config.model.dtype))
         names = dict(model.named_parameters())
         with torch.no_grad():
             for name, tensor in parameters.items():
                 names[name].copy_(tensor)
         model.save_pretrained(folder)
-        source = Path(self.model_folder)
-        if source.is_dir():
+        if Path(source).is_dir():
             for pattern in TOKENIZER_FILES:
-                for path in source.glob(pattern):
-                    shutil.copy(path, Path(folder, path.name))
+                for path in Path(source).glob(pattern):
+                    shutil.copy(path, folder / path.name)
         else:
             from common.models import load_tokenizer
 
-            load_tokenizer(self.model_folder).save_pretrained(folder)
+            load_tokenizer(source).save_pretrained(folder)

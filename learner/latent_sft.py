@@ -30,7 +30,7 @@ from common.latent import (
     sample_mixture_keyed,
     trajectory_key,
 )
-from learner.chains import Chain, build_chain
+from learner.chains import Chain, UniformChains
 
 SELF_FEEDING_TOP_P = 0.95  # the rollout's nucleus (METHOD §2.1)
 EMPTY = Chain(np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1), dtype=np.float32))
@@ -92,7 +92,7 @@ def make_row(
     return SFTRow(
         prompt_ids=np.asarray(prompt_ids, dtype=np.int64),
         cot_ids=np.asarray(compressed, dtype=np.int64),
-        chain=EMPTY if explicit else build_chain(compressed, c, k),
+        chain=EMPTY if explicit else UniformChains(c, k).chains([prompt_ids], [compressed])[0],
         hard_ids=np.asarray(hard, dtype=np.int64),
     )
 

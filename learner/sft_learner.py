@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,13 @@ import ray
 from torch import nn
 
 from common.config import OptimizerConfig, RunConfig
+from common.types import TokenFacts
 from learner.actor import RankActor
+from learner.chains import ChainSource
 from learner.group import RankGroup
+from learner.induction import InducedChains, encoder_beside
 from learner.latent_sft import Calls, LatentSFTModule, SFTRow, collate, combine, row_key
+from learner.policy import load_policy_model
 from learner.zero_engine import learning_rate
 
 
@@ -79,6 +83,7 @@ class SFTRank(RankActor):
         rows = model.get_output_embeddings().weight.shape[0]
         facts = resolve_tokens(load_tokenizer(self.model_folder), rows, config.latent, config.model.prompt.think_end)
         self.pad_id = facts.pad_id
+        self.labels = self._chain_source(facts)
         module = LatentSFTModule(
             model,
             k=config.k,
@@ -88,6 +93,28 @@ class SFTRank(RankActor):
             chunk_tokens=config.learner.logprob_chunk_tokens,
         )
         return module, settings.optimizer
+
+    def _chain_source(self, facts: TokenFacts) -> ChainSource | None:
+        """None: a row's own labels, which are the uniform ones."""
+        config, settings = self.config, self.config.warm_start
+        if settings.source == "uniform":
+            return None
+        return InducedChains(
+            load_policy_model(encoder_beside(self.model_folder)),
+            c=settings.compression,
+            k=config.k,
+            latent_end_id=facts.latent_end_id,
+            allowed=np.asarray(facts.allowed),
+            pad_id=facts.pad_id,
+            device=self.device,
+            tokens_at_once=config.learner.tokens_per_microbatch,
+        )
+
+    def _labelled(self, rows: list[SFTRow]) -> list[SFTRow]:
+        if self.labels is None:
+            return rows
+        chains = self.labels.chains([r.prompt_ids for r in rows], [r.cot_ids for r in rows])
+        return [replace(row, chain=chain) for row, chain in zip(rows, chains, strict=True)]
 
     def sft_step(self, rows: list[SFTRow], step: int) -> SFTReport:
         """One update on `rows` (the whole step's, on every rank)."""
@@ -101,7 +128,7 @@ class SFTRank(RankActor):
         total = 0.0
         for piece, least in zip(plan[self.rank], calls, strict=True):
             batch = collate(
-                [rows[i] for i in piece.rows],
+                self._labelled([rows[i] for i in piece.rows]),
                 [row_key(config.seed, step, i) for i in piece.rows],
                 k=config.k,
                 pad_id=self.pad_id,

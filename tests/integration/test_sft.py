@@ -32,14 +32,14 @@ SFT = (
 class InterruptedAt(Reporter):
     """Ctrl-C while the progress of a step is shown."""
 
-    def __init__(self, step):
+    def __init__(self, step, name="Latent-SFT"):
         super().__init__()
-        self.step = step
+        self.step, self.name = step, name
 
     @contextlib.contextmanager
     def phase(self, name, total, unit="steps"):
         def advance(completed, note=""):
-            if name == "Latent-SFT" and completed == self.step:
+            if name == self.name and completed == self.step:
                 raise KeyboardInterrupt
 
         yield advance
@@ -104,3 +104,34 @@ def test_explicit_sft_is_the_start_of_explicit_grpo_and_of_nothing_else(ray_sess
     assert read_chain(trained.model).chain == "explicit"
     with pytest.raises(ConfigError, match="has an explicit chain"):
         train(tiny(*on_it, "steps=1"), "latent")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["learner.zero_stage=2", "learner.zero_stage=3"])
+def test_induced_labels_come_from_the_trained_encoder_and_a_stopped_stage_1_goes_on(ray_session, tmp_path, zero):
+    steps = [f"warm_start.induction.{phase}_steps={n}" for phase, n in (("encoder", 4), ("decoder", 3), ("union", 3))]
+    more = ("warm_start.source=induced", "warm_start.induction.batch_size=9", "learner.ranks=2", "checkpoint.every=2")
+    small = ("learner.tokens_per_microbatch=128", "learner.logprob_chunk_tokens=8")
+    common = (*SFT, *steps, *more, *small, zero)
+    whole = sft(tiny(*common, f"runs_folder={tmp_path / 'whole'}"), "whole")
+    with pytest.raises(KeyboardInterrupt):
+        sft(tiny(*common, f"runs_folder={tmp_path / 'half'}"), "half", InterruptedAt(3, "stage 1, encoder"))
+    (half,) = (tmp_path / "half").iterdir()
+    resumed = resume_sft(half, [])
+
+    chain = read_chain(whole.base_model)
+    assert (chain.source, chain.compression) == ("induced", 3)
+    encoders = [load_model(run.induction / "3-union" / "encoder") for run in (whole, resumed)]
+    for (name, expected), (_, found) in zip(*(e.named_parameters() for e in encoders), strict=True):
+        assert torch.equal(expected, found), name
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
+
+    # only the encoder learned in the first step, and labels stay mixtures of the initial embeddings
+    initial, first = dict(load_model(whole.path / "initial").named_parameters()), whole.induction / "1-encoder"
+    decoder, encoder = (dict(load_model(first / side).named_parameters()) for side in ("decoder", "encoder"))
+    assert all(torch.equal(initial[name], decoder[name]) for name in initial)
+    assert any(not torch.equal(initial[name], encoder[name]) for name in initial)
+    last = dict(load_model(whole.induction / "3-union" / "decoder").named_parameters())
+    assert torch.equal(last["model.embed_tokens.weight"], initial["model.embed_tokens.weight"])
+    kinds = [row["metrics"] for row in read_metrics(whole.path, kind="induction_union_held_out")]
+    assert kinds[0].keys() == {"answer_loss", "shuffled"}

@@ -10,7 +10,8 @@ from common.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
 from common.config import NewModelConfig, PromptConfig
 from common.models import make_model
 from common.prompts import PromptRenderer, resolve_tokens
-from learner.latent_sft import LatentSFTModule, SFTRow, build_chain, collate, combine, make_row, perturb, row_key
+from learner.chains import build_chain
+from learner.latent_sft import LatentSFTModule, SFTRow, collate, combine, make_row, perturb, row_key
 
 K, C = 3, 3
 TOKENIZER = make_arithmetic_tokenizer()
