@@ -404,6 +404,8 @@ class LatentSFTConfig(Section):
     perturb_scale: Annotated[float, Field(ge=0)] = 1.0
     self_feeding: Share = 0.5
     """Probability that a step's input is the model's own mixture at that step."""
+    self_feeding_ramp: Annotated[int, Field(ge=0)] = 0
+    """Steps over which that probability rises from 0; 0: it is constant."""
     evaluate_every: PositiveInt = 10
     evaluation_problems: PositiveInt = 512
     stop_at: Share | None = None

@@ -20,7 +20,7 @@ The slot token is the latent-end token: no chain contains it, and the encoder ha
 The decoder's input embeddings stay frozen, so that a label means the same mixture before and after.
 
 While the encoder learns alone its labels are also drawn to the uniform ones (an *anchor*, ours): the decoder has never
-seen a slot then, and without an anchor a small encoder was measured to settle on one constant mixture for all slots.
+seen a slot then, and a small encoder learned next to nothing from it without an anchor (docs/latent_sft.md).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.latent import mix_embeddings
 from learner.chains import Chain, chain_length
+from learner.policy import checkpoint_layers
 
 Phase = Literal["encoder", "decoder", "union"]
 PHASES: tuple[Phase, ...] = ("encoder", "decoder", "union")
@@ -265,8 +266,13 @@ class InductionModule(nn.Module):
         phase: Phase,
         allowed: torch.Tensor | np.ndarray,
         chunk_tokens: int = 2048,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            for model in (encoder, decoder):
+                model.gradient_checkpointing_enable({"use_reentrant": False})
         self.encoder = Encoder(encoder, k=k, allowed=allowed, chunk_tokens=chunk_tokens)
         self.decoder = decoder
         self.chunk_tokens = chunk_tokens
@@ -276,8 +282,11 @@ class InductionModule(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> InductionModule:
-        """Stays without dropout, like the policy."""
-        return super().train(False)
+        """Stays in evaluation mode, like the policy."""
+        super().train(False)
+        if self.gradient_checkpointing:
+            checkpoint_layers(self)
+        return self
 
     def forward(self, batch: InductionBatch) -> InductionParts:
         text, answer, slots = batch.calls

@@ -81,6 +81,7 @@ class InductionRank(RankActor):
             phase=self.phase,
             allowed=label_ids(np.asarray(facts.allowed), facts.latent_end_id),
             chunk_tokens=config.learner.logprob_chunk_tokens,
+            gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         return module, config.warm_start.induction.optimizer
 

@@ -31,6 +31,7 @@ from common.latent import (
     trajectory_key,
 )
 from learner.chains import Chain, UniformChains
+from learner.policy import checkpoint_layers
 
 SELF_FEEDING_TOP_P = 0.95  # the rollout's nucleus (METHOD §2.1)
 EMPTY = Chain(np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1), dtype=np.float32))
@@ -236,15 +237,26 @@ class LatentSFTModule(nn.Module):
         perturb_scale: float = 1.0,
         allowed: torch.Tensor | np.ndarray | None = None,
         chunk_tokens: int = 2048,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.k = k
         self.tau = tau
         self.perturb_scale = perturb_scale
         self.chunk_tokens = chunk_tokens
         mask = None if allowed is None else torch.as_tensor(allowed, dtype=torch.bool)
         self.register_buffer("allowed", mask, persistent=False)
+
+    def train(self, mode: bool = True) -> LatentSFTModule:
+        """Stays in evaluation mode, like the policy that it will become."""
+        super().train(False)
+        if self.gradient_checkpointing:
+            checkpoint_layers(self)
+        return self
 
     def forward(self, batch: SFTBatch) -> LossParts:
         """The loss's sums over the batch."""

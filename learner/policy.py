@@ -33,12 +33,10 @@ class PolicyModule(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> PolicyModule:
-        """Stays in evaluation mode. Layers checkpoint only "in training": they alone get the flag, not their parts."""
+        """Stays in evaluation mode, but for the flag that makes layers checkpoint."""
         super().train(False)
         if self.gradient_checkpointing:
-            for layer in self.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.training = True
+            checkpoint_layers(self)
         return self
 
     def forward(self, inputs: ReplayInputs) -> torch.Tensor:
@@ -62,6 +60,13 @@ class PolicyModule(nn.Module):
         latent = flat[rows * length :].detach().reshape(*inputs.fed_ids.shape, flat.shape[-1])
         mixed = mix_embeddings(latent, inputs.fed_weights)
         return hard.index_put((inputs.fed_rows, inputs.fed_positions), mixed)
+
+
+def checkpoint_layers(module: nn.Module) -> None:
+    """Layers checkpoint only "in training": they alone get the flag, so that nothing drops out."""
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
 
 
 def freeze_input_embeddings(model: nn.Module) -> None:

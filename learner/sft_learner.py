@@ -91,6 +91,7 @@ class SFTRank(RankActor):
             perturb_scale=settings.perturb_scale,
             allowed=np.asarray(facts.allowed),
             chunk_tokens=config.learner.logprob_chunk_tokens,
+            gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         return module, settings.optimizer
 
@@ -123,7 +124,8 @@ class SFTRank(RankActor):
         plan = plan_rows([len(r) for r in rows], self.world, config.learner.tokens_per_microbatch)
         latent = sum(len(r.chain.ids) for r in rows)
         hard = sum(len(r.hard_ids) for r in rows)
-        feed = latent > 0 and settings.self_feeding > 0
+        self_feeding = settings.self_feeding * min((step + 1) / max(settings.self_feeding_ramp, 1), 1.0)
+        feed = latent > 0 and self_feeding > 0
         calls = least_calls(plan, rows, config.learner.logprob_chunk_tokens, feed)
         total = 0.0
         for piece, least in zip(plan[self.rank], calls, strict=True):
@@ -133,7 +135,7 @@ class SFTRank(RankActor):
                 k=config.k,
                 pad_id=self.pad_id,
                 perturb_share=settings.perturb_share,
-                self_feeding=settings.self_feeding,
+                self_feeding=self_feeding,
                 calls=least,
             )
             loss = combine(self.engine.forward(batch.to(self.device)), latent, hard) * float(piece.counts)

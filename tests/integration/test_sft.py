@@ -107,6 +107,7 @@ def test_explicit_sft_is_the_start_of_explicit_grpo_and_of_nothing_else(ray_sess
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("zero", ["learner.zero_stage=2", "learner.zero_stage=3"])
 def test_induced_labels_come_from_the_trained_encoder_and_a_stopped_stage_1_goes_on(ray_session, tmp_path, zero):
     steps = [f"warm_start.induction.{phase}_steps={n}" for phase, n in (("encoder", 4), ("decoder", 3), ("union", 3))]

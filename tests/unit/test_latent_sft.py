@@ -171,6 +171,20 @@ def test_explicit_rows_are_ordinary_cross_entropy():
     combine(parts).backward()
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_recomputed_layers_give_the_same_gradients(architecture):
+    batch = batch_of(range(4))
+    gradients = []
+    for recompute in (False, True):
+        module = LatentSFTModule(
+            small_model(architecture=architecture), k=K, allowed=FACTS.allowed, gradient_checkpointing=recompute
+        ).train(False)
+        combine(module(batch)).backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, msg=name)
+
+
 # --- perturbation and self-feeding
 
 
