@@ -259,15 +259,18 @@ class EvaluationConfig(Section):
     at_end: bool = True
 
     @model_validator(mode="after")
-    def _fill_pass_at_k(self):
-        if self.pass_at_k is None:
-            self.pass_at_k = [k for k in PASS_AT_K if k <= self.samples]
-        elif self.pass_at_k and max(self.pass_at_k) > self.samples:
+    def _enough_samples(self):
+        if self.pass_at_k and max(self.pass_at_k) > self.samples:
             raise ValueError(
                 f"pass@{max(self.pass_at_k)} needs at least {max(self.pass_at_k)} samples a problem, "
                 f"evaluation.samples is {self.samples}; raise it or leave that k out of evaluation.pass_at_k"
             )
         return self
+
+    @property
+    def ks(self) -> list[int]:
+        """k of pass@k, ascending; empty without `samples`."""
+        return sorted(set(self.pass_at_k or [k for k in PASS_AT_K if k <= self.samples])) if self.samples else []
 
 
 class CheckpointConfig(Section):

@@ -79,7 +79,7 @@ def measure(
             config, tasks, f"{tag}-sampled", settings.samples, noise=config.noise.mode, limit=settings.sampled_problems
         )
         groups = _generated(gather, noisy, f"pass@k {tag}", reporter, keep)
-        at_k = pass_at_k_results(groups, settings.pass_at_k)
+        at_k = pass_at_k_results(groups, settings.ks)
         found = [dataclasses.replace(result, pass_at_k=at_k[result.task]) for result in found]
     return Evaluation(tuple(found))
 

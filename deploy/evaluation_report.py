@@ -101,7 +101,8 @@ def table(results: Sequence[TaskResult], title: str) -> Table:
     ks = list(dict.fromkeys(at.k for result in results for at in result.pass_at_k))
     shown = Table(title=title)
     for name in ("task", "problems", "pass@1", "95 %", *(f"pass@{k} ~" for k in ks), "steps", "latent", "invalid"):
-        shown.add_column(name, justify="left" if name == "task" else "right")
+        text = name == "task"
+        shown.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
     if numbers:
         shown.add_column("published, percent")
     rows = [*results, macro_average(results)] if len(results) > 1 else list(results)

@@ -99,9 +99,10 @@ class Problems:
 
     @property
     def summaries(self) -> list[str]:
-        training, evaluation = ([task.source for task in tasks] for tasks in (self.training, self.evaluation))
+        learned = [] if self.training is self.evaluation else self.training
+        training, evaluation = ([task.source for task in tasks] for tasks in (learned, self.evaluation))
         return [
-            *(f"training {t.summary}" for t in self.training),
+            *(f"training {t.summary}" for t in learned),
             *(f"evaluation {t.summary}" for t in self.evaluation),
             *notes(training, evaluation),
         ]

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.benchmarks import with_benchmark_defaults
 from common.chain import ChainSettings, chain_of, check_chain, read_chain, write_chain
 from common.config import ConfigError, RunConfig, config_as_json
 from common.metrics import MetricsWriter
-from common.models import load_tokenizer, make_model, make_tokenizer, output_facts, save_model
+from common.models import load_tokenizer, make_model, make_tokenizer, output_facts, position_limit, save_model
 from common.prompts import resolve_tokens
 from common.store import TrajectoryStore
 from common.tasks import load_task
@@ -93,6 +94,8 @@ def prepare(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Parts:
     if chain is not None:
         for line in check_chain(chain, initial, config, tokenizer):
             reporter.say(f"[yellow]{line}[/]")
+    for line in check_positions(config, initial):
+        reporter.say(f"[yellow]{line}[/]")
     problems = Problems(config, tokenizer)
     for line in problems.summaries:
         reporter.say(line)
@@ -157,6 +160,28 @@ def token_facts(config: RunConfig, model: str | Path, tokenizer) -> TokenFacts:
     if config.latent and config.k > vocab_size:
         raise ConfigError(f"k ({config.k}) is larger than the model's vocabulary of {vocab_size}; lower k")
     return resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
+
+
+def check_positions(config: RunConfig, model: str | Path) -> list[str]:
+    """Warnings about tasks whose prompt and response may be longer than what the model was made for.
+
+    Raises ConfigError where a longer one would break the model.
+    """
+    limit, breaks = position_limit(model)
+    tasks = [*config.tasks, *(t for t in config.evaluation.tasks if t not in config.tasks)]
+    warnings = []
+    for task in map(with_benchmark_defaults, tasks):
+        longest = task.max_prompt_tokens + task.max_response_tokens
+        if limit is None or longest <= limit:
+            continue
+        text = (
+            f"task {task.name} may take {longest:,} positions ({task.max_prompt_tokens:,} of the prompt, "
+            f"{task.max_response_tokens:,} of the response), model {model} was made for {limit:,}"
+        )
+        if breaks:
+            raise ConfigError(f"{text}; lower max_prompt_tokens or max_response_tokens of the task")
+        warnings.append(text)
+    return warnings
 
 
 def save_whole(target: Path, write: Callable[[Path], None]) -> None:

@@ -214,7 +214,9 @@ def model_facts(model: str | Path) -> dict[str, Any]:
 
 def data_facts(problems: Problems) -> list[dict[str, Any]]:
     """Every task's source and what is in it."""
-    uses = (("training", problems.training), ("evaluation", problems.evaluation))
+    uses = [("training", problems.training), ("evaluation", problems.evaluation)]
+    if problems.training is problems.evaluation:
+        del uses[0]  # an evaluation alone
     return [_data(task, use) for use, tasks in uses for task in tasks]
 
 

@@ -189,8 +189,7 @@ def final_table(run: Run) -> Table:
         ("latent_length", "of it latent", "{:.1f}"),
         ("invalid_rate", "invalid rate", "{:.1%}"),
     )
-    ks = run.config.evaluation.pass_at_k if run.config.evaluation.samples else []
-    rows = (*rows, *((f"sampled_pass_at_{k}", f"pass@{k}, noise on", "{:.3f}") for k in ks))
+    rows += tuple((f"sampled_pass_at_{k}", f"pass@{k}, noise on", "{:.3f}") for k in run.config.evaluation.ks)
     for task in run.config.evaluation.tasks:
         for name, title, form in rows:
             key = f"{task.name}/{name}"

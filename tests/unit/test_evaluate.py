@@ -66,8 +66,10 @@ def test_nothing_to_evaluate_on_says_what_to_give(tmp_path):
 
 
 def test_pass_at_k_takes_the_usual_k_that_the_samples_allow():
-    assert load_config("quickstart", ["evaluation.samples=20"]).evaluation.pass_at_k == [1, 4, 8, 16]
-    assert load_config("quickstart").evaluation.pass_at_k == []
+    assert load_config("quickstart", ["evaluation.samples=20"]).evaluation.ks == [1, 4, 8, 16]
+    assert load_config("quickstart").evaluation.ks == []
+    stored = load_config("quickstart", ["evaluation.samples=20"]).model_dump(mode="json")  # as a run's config.json
+    assert load_config(stored, ["evaluation.samples=4"]).evaluation.ks == [1, 4]
     with pytest.raises(ConfigError, match=r"pass@8 needs at least 8 samples a problem, evaluation.samples is 4"):
         load_config("quickstart", ["evaluation.samples=4", "evaluation.pass_at_k=[1, 8]"])
 
@@ -128,6 +130,12 @@ def test_trajectories_are_asked_for_and_given_away_in_parts(monkeypatch):
     kept = []
     measure(config, Cluster(lambda *_: 1).gather, problems.evaluation, "t", reporter=QUIET, keep=kept.append)
     assert [len(part) for part in kept] == [2, 2]
+
+
+def test_an_evaluation_alone_is_no_training(tmp_path):
+    config, _ = evaluation_config(str(model_of_a_run(tmp_path)), ["evaluation.tasks.0.options.size=4"])
+    problems = Problems(config, make_arithmetic_tokenizer())
+    assert [line.split(":")[0] for line in problems.summaries] == ["evaluation chain-arithmetic-held-out"]
 
 
 # --- what is left
