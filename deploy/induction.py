@@ -7,9 +7,14 @@ initial model ─► encoder learns ─► decoder learns ─► both learn ─�
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from common.config import InductionConfig
+from common.types import Problem
+from deploy.interrupts import settled
+from deploy.problems import PreparedTask
 from deploy.run import Run, save_whole
 from learner.checkpoint import latest_checkpoint, write_checkpoint
 from learner.induction import DECODER, PHASES, Phase
@@ -19,8 +24,17 @@ from learner.latent_sft import SFTRow
 JUDGED = 256  # held-out rows at the end of a step
 
 
-def induce(run: Run, data) -> Path:
-    """The decoder's folder, with the encoder's beside it. `data`: the rows of `deploy.sft.prepare_sft`.
+class Rows(Protocol):
+    """What is learned from: `deploy.sft.SFTData`."""
+
+    held_out: list[tuple[PreparedTask, Problem]]
+    row: Callable[[PreparedTask, Problem], SFTRow]
+
+    def rows(self, step: int, count: int) -> list[SFTRow]: ...
+
+
+def induce(run: Run, data: Rows) -> Path:
+    """The decoder's folder, with the encoder's beside it.
 
     What a stopped run has finished stays; within a step it goes on from the last state (`checkpoint.every`).
     """
@@ -39,29 +53,34 @@ def induce(run: Run, data) -> Path:
     return Path(model)
 
 
-def _learn(run: Run, data, learner: InductionLearner, phase: Phase, number: int) -> None:
+def _learn(run: Run, data: Rows, learner: InductionLearner, phase: Phase, number: int) -> None:
     settings: InductionConfig = run.config.warm_start.induction
     total, states = getattr(settings, f"{phase}_steps"), run.folder.induction / f"{phase}-states"
-    done = 0
-    if (checkpoint := latest_checkpoint(states)) is not None:
-        learner.load(checkpoint.path / "learner")
-        done = checkpoint.step
-        run.reporter.say(f"stage 1, {phase}: goes on from step {done}, lineage {run.lineage}")
-    every, kind = run.config.checkpoint.every, f"induction_{phase}"
-    first = (number - 1) * max(settings.encoder_steps, settings.decoder_steps, settings.union_steps)
-    with run.reporter.phase(f"stage 1, {phase}", total) as advance:
-        advance(done)
-        while done < total:
-            # other rows than the steps before
-            values = learner.train(data.rows(first + done, settings.batch_size), done, total)
-            done += 1
-            run.metrics.write(done, values, kind=kind, lineage=run.lineage)
-            advance(done, f"answer loss {values['answer_loss']:.3f}")
-            if every and done % every == 0 and done < total:
-                write_checkpoint(
-                    states, done, lambda target: learner.save(target / "learner"), {}, run.config.checkpoint.keep
-                )
-    rows = held_out_rows(data)
+    done, every, kind = _restored(run, learner, states, phase), run.config.checkpoint.every, f"induction_{phase}"
+    # each step of stage 1 reads on where the one before it stopped
+    first = sum(getattr(settings, f"{earlier}_steps") for earlier in PHASES[: number - 1])
+    saved, running = done, False
+    try:
+        with run.reporter.phase(f"stage 1, {phase}", total) as advance:
+            advance(done)
+            while done < total:
+                learner.start_step(data.rows(first + done, settings.batch_size), done, total)
+                running = True
+                values = learner.finish_step()
+                running, done = False, done + 1
+                run.metrics.write(done, values, kind=kind, lineage=run.lineage)
+                advance(done, f"answer loss {values['answer_loss']:.3f}")
+                if every and done % every == 0 and done < total:
+                    saved = _keep(run, learner, states, done)
+    except KeyboardInterrupt:
+        if running and settled(learner):
+            running, done = False, done + 1
+        if not running and done != saved:
+            saved = _keep(run, learner, states, done)
+        kept = f"; the state of stage 1, {phase}, step {saved} is complete" if saved else ""
+        run.reporter.say(f"interrupted{kept}")
+        raise
+    rows = [data.row(task, problem) for task, problem in data.held_out[:JUDGED]]
     own, shuffled = (learner.judge(rows, shuffled=s)["answer_loss"] for s in (False, True))
     run.metrics.write(done, {"answer_loss": own, "shuffled": shuffled}, kind=f"{kind}_held_out", lineage=run.lineage)
     run.reporter.say(
@@ -69,5 +88,18 @@ def _learn(run: Run, data, learner: InductionLearner, phase: Phase, number: int)
     )
 
 
-def held_out_rows(data) -> list[SFTRow]:
-    return [data.row(task, problem) for task, problem in data.held_out[:JUDGED]]
+def _restored(run: Run, learner: InductionLearner, states: Path, phase: Phase) -> int:
+    """Steps done before; 0 if none was kept."""
+    checkpoint = latest_checkpoint(states)
+    if checkpoint is None:
+        return 0
+    for skipped in checkpoint.skipped:
+        run.reporter.say(f"[yellow]state {skipped.path.name} of stage 1 skipped: {skipped.reason}[/]")
+    learner.load(checkpoint.path / "learner")
+    run.reporter.say(f"stage 1, {phase}, goes on from step {checkpoint.step}, lineage {run.lineage}")
+    return checkpoint.step
+
+
+def _keep(run: Run, learner: InductionLearner, states: Path, step: int) -> int:
+    write_checkpoint(states, step, lambda folder: learner.save(folder / "learner"), {}, run.config.checkpoint.keep)
+    return step

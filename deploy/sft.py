@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from common.tasks import PromptStream, StoredTask, TaskError, TaskSource, load_t
 from common.types import Problem, TokenFacts
 from deploy.controller import Pool, gather
 from deploy.induction import induce
+from deploy.interrupts import settled
 from deploy.problems import PreparedTask, group_request
 from deploy.progress import Reporter
 from deploy.run import Run, started
@@ -32,7 +32,6 @@ from learner.sft_learner import SFTLearner
 
 HELD_OUT_SEED = 7919  # added to the run's: other problems than the evaluation's, which must not choose anything
 HELD_OUT_SHARE = 0.1
-SETTLE_S = 15.0  # of the 30 s that an interrupt may take
 NO_CHAIN = "no chain of thought"
 TOO_SHORT = "chain of thought under warm_start.compression"
 TOO_LONG = "chain over max_response_tokens"
@@ -194,7 +193,7 @@ def run_latent_sft(
                 metrics.write(progress.steps, values, kind="sft", lineage=lineage)
                 advance(progress.steps, _note(values["loss"], progress))
     except KeyboardInterrupt:
-        if running and _settled(learner):
+        if running and settled(learner):
             progress = dataclasses.replace(progress, steps=progress.steps + 1)
             running = False
         if not running and progress.steps != saved:
@@ -202,17 +201,6 @@ def run_latent_sft(
             saved = progress.steps
         reporter.say(f"interrupted; the state of Latent-SFT step {saved} is complete" if saved else "interrupted")
         raise
-
-
-def _settled(learner: SFTLearner) -> bool:
-    """Waits for the running step, so that the ranks' state is that of a step; False: it took too long."""
-    deadline = time.monotonic() + SETTLE_S
-    while not learner.finished():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    learner.finish_step()
-    return True
 
 
 def _due(every: int, step: int) -> bool:

@@ -19,6 +19,7 @@ from common.config import RunConfig
 from common.schema import concat
 from deploy.controller import Controller, TrainingStopped, gather
 from deploy.evaluate import evaluate
+from deploy.interrupts import SETTLE_S
 from deploy.observer import StepObserver
 from deploy.progress import Reporter
 from deploy.report.build import closing_line
@@ -29,7 +30,6 @@ from deploy.sft import warm_start
 from learner.checkpoint import latest_checkpoint, write_checkpoint
 from learner.learner import LearnerGroup, ReplayReport
 
-SETTLE_S = 15.0  # of the 30 s that an interrupt may take
 TOLERANCE = {"float32": ("max", 1e-3), "bfloat16": ("p99", 0.2)}  # METHOD §6, component log-probs
 MEAN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
 

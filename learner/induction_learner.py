@@ -181,8 +181,11 @@ class InductionLearner(RankGroup):
     def __init__(self, config: RunConfig, model_folder: str | Path, phase: Phase):
         super().__init__(RANKS[phase], config, model_folder)
 
-    def train(self, rows: list[SFTRow], step: int, total_steps: int) -> dict[str, float]:
+    def start_step(self, rows: list[SFTRow], step: int, total_steps: int) -> None:
         self._begin("train_step", ray.put(rows), step, total_steps)
+
+    def finish_step(self) -> dict[str, float]:
+        """Waits for the step and gives its metrics."""
         return _summed(self._finish())
 
     def judge(self, rows: list[SFTRow], shuffled: bool = False) -> dict[str, float]:

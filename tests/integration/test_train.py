@@ -15,7 +15,7 @@ from common.metrics import gauge_name, read_metrics
 from common.models import load_model, load_tokenizer
 from common.schema import TrajectoryBatch, decode
 from common.store import DumpError, LearnerStore, TrajectoryStore
-from deploy.evaluate import evaluate_model
+from deploy.evaluate import evaluate_model, evaluation_config
 from deploy.run_folder import ResumeError
 from deploy.run_manifest import read_manifest
 from deploy.train import SelfTestFailed, resume, train
@@ -95,9 +95,25 @@ def test_what_a_run_leaves(ray_session, tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     embedding = "model.embed_tokens.weight"
     assert torch.equal(before[embedding], after[embedding]), "embeddings are frozen"
-    config = tiny(f"runs_folder={tmp_path}", f"model.path={folder.model}", "model.new=null")
-    (result,) = evaluate_model(config, "left").tasks
-    assert result.pass_at_1 == pytest.approx(summary["after"]["held-out/pass_at_1"])
+    check_evaluation(folder, summary["after"]["held-out/pass_at_1"])
+
+
+def check_evaluation(folder, last_pass_at_1):
+    """`evaluate --model RUN/model`: the run's own settings and tasks, the last evaluation's figure, and pass@k."""
+    config, name = evaluation_config(str(folder.model), ["evaluation.samples=4"])
+    (result,) = evaluate_model(config, name).tasks
+    assert result.pass_at_1 == pytest.approx(last_pass_at_1)
+    (evaluated,) = folder.path.parent.glob("evaluate-*")
+    content = json.loads((evaluated / "evaluation.json").read_text())
+    (task,) = content["tasks"]
+    assert (task["task"], task["pass_at_1"]) == ("held-out", result.pass_at_1)
+    assert [at["k"] for at in task["pass_at_k"]] == [1, 4]
+    assert content["chain"].items() >= {"chain": "latent", "k": 3, "think_end": "</think>"}.items()
+    rows = decode(TrajectoryStore(evaluated / "trajectories").read(0, "evaluation"))
+    noisy = [t for t in rows if t.sampling.noise_mode == "one_sided"]
+    assert (len(rows), len(noisy)) == (8 + 8 * 4, 8 * 4)
+    right = {uid: sum(t.reward for t in noisy if t.problem_uid == uid) for uid in {t.problem_uid for t in noisy}}
+    assert task["pass_at_k"][1]["value"] == pytest.approx(np.mean([n > 0 for n in right.values()]))
 
 
 def check_records(folder, metrics):
