@@ -130,14 +130,12 @@ def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:
     return config.vocab_size, tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 
-def position_limit(path: str | Path) -> tuple[int | None, bool]:
-    """How many positions the model was made for (None: it does not say), and whether it breaks beyond them (learned
-    positions) or only was not trained there; reads no weights."""
+def position_limit(path: str | Path) -> int | None:
+    """How many positions the model has (None: it does not say); reads no weights."""
     from transformers import AutoConfig
 
     _check_folder(path)
-    config = AutoConfig.from_pretrained(path)
-    return getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) is None
+    return getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

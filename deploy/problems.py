@@ -33,6 +33,7 @@ class PreparedTask:
 
     source: TaskSource
     renderer: PromptRenderer
+    longest_prompt: int = 0  # tokens; of a generated task: what they may be
 
     @property
     def name(self) -> str:
@@ -67,9 +68,17 @@ def prepare_task(task: TaskConfig, config: RunConfig, tokenizer, *, whole: bool 
         _check_whole(source)
     renderer = PromptRenderer(tokenizer, source.config.prompt or config.model.prompt)
     if isinstance(source, StoredTask):
-        limit = source.config.max_prompt_tokens
-        source = source.filtered(lambda problem: len(renderer.encode(problem)) <= limit, TOO_LONG)
-    return PreparedTask(source, renderer)
+        limit, longest = source.config.max_prompt_tokens, 0
+
+        def fits(problem: Problem) -> bool:
+            nonlocal longest
+            length = len(renderer.encode(problem))
+            if length <= limit:
+                longest = max(longest, length)
+            return length <= limit
+
+        return PreparedTask(source.filtered(fits, TOO_LONG), renderer, longest)
+    return PreparedTask(source, renderer, source.config.max_prompt_tokens)
 
 
 def _check_whole(source: TaskSource) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.benchmarks import with_benchmark_defaults
 from common.chain import ChainSettings, chain_of, check_chain, read_chain, write_chain
 from common.config import ConfigError, RunConfig, config_as_json
 from common.metrics import MetricsWriter
@@ -20,7 +19,7 @@ from common.store import TrajectoryStore
 from common.tasks import load_task
 from common.types import TokenFacts
 from deploy.preflight import engine_rows
-from deploy.problems import Problems
+from deploy.problems import PreparedTask, Problems
 from deploy.progress import Reporter
 from deploy.ray_session import Services, ray_session
 from deploy.run_folder import RunFolder
@@ -94,9 +93,8 @@ def prepare(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Parts:
     if chain is not None:
         for line in check_chain(chain, initial, config, tokenizer):
             reporter.say(f"[yellow]{line}[/]")
-    for line in check_positions(config, initial):
-        reporter.say(f"[yellow]{line}[/]")
     problems = Problems(config, tokenizer)
+    check_positions((*problems.training, *problems.evaluation), initial)
     for line in problems.summaries:
         reporter.say(line)
     return Parts(initial, tokenizer, facts, chain, problems)
@@ -162,26 +160,18 @@ def token_facts(config: RunConfig, model: str | Path, tokenizer) -> TokenFacts:
     return resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
 
 
-def check_positions(config: RunConfig, model: str | Path) -> list[str]:
-    """Warnings about tasks whose prompt and response may be longer than what the model was made for.
-
-    Raises ConfigError where a longer one would break the model.
-    """
-    limit, breaks = position_limit(model)
-    tasks = [*config.tasks, *(t for t in config.evaluation.tasks if t not in config.tasks)]
-    warnings = []
-    for task in map(with_benchmark_defaults, tasks):
-        longest = task.max_prompt_tokens + task.max_response_tokens
-        if limit is None or longest <= limit:
-            continue
-        text = (
-            f"task {task.name} may take {longest:,} positions ({task.max_prompt_tokens:,} of the prompt, "
-            f"{task.max_response_tokens:,} of the response), model {model} was made for {limit:,}"
-        )
-        if breaks:
-            raise ConfigError(f"{text}; lower max_prompt_tokens or max_response_tokens of the task")
-        warnings.append(text)
-    return warnings
+def check_positions(tasks: Iterable[PreparedTask], model: str | Path) -> None:
+    """Raises ConfigError where a task's longest prompt and response need more positions than the model has."""
+    limit = position_limit(model)
+    for task in tasks:
+        budget = task.source.config.max_response_tokens
+        if limit is not None and task.longest_prompt + budget > limit:
+            raise ConfigError(
+                f"task {task.name}: its longest prompt ({task.longest_prompt:,} tokens) and max_response_tokens "
+                f"({budget:,}) need {task.longest_prompt + budget:,} positions, model {model} has {limit:,}; "
+                f"set its max_response_tokens to {max(limit - task.longest_prompt, 0):,} or less, or lower its "
+                "max_prompt_tokens"
+            )
 
 
 def save_whole(target: Path, write: Callable[[Path], None]) -> None:

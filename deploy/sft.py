@@ -129,7 +129,8 @@ def _split(
         )
     held_out = [source.problem(i) for i in range(source.size - count, source.size)]
     names = {problem.uid for problem in held_out}
-    return PreparedTask(source.filtered(lambda p: p.uid not in names, "held out"), task.renderer), held_out
+    rest = source.filtered(lambda p: p.uid not in names, "held out")
+    return dataclasses.replace(task, source=rest), held_out
 
 
 def _fault(task: PreparedTask, problem: Problem, row: Callable[[PreparedTask, Problem], SFTRow]) -> str | None:
@@ -180,6 +181,7 @@ def run_latent_sft(
                     reached = settings.stop_at is not None and result.pass_at_1 >= settings.stop_at
                     progress = Progress(progress.steps, progress.steps, result.pass_at_1, reached)
                     metrics.write(progress.steps, _figures(result), kind="sft_evaluation", lineage=lineage)
+                    advance(progress.steps, f"held-out pass@1 {result.pass_at_1:.3f}")
                 if progress.reached or progress.steps >= settings.max_steps:
                     return progress
                 if _due(config.checkpoint.every, progress.steps) and progress.steps != saved:
@@ -254,7 +256,7 @@ def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None
 def _alone(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> RunFolder:
     with started(folder, config, lineage, reporter) as run:
         model = warm_start(run)
-    reporter.say(f"model {model}; train it with model.path={model} warm_start=null")
+    reporter.say(f"model {model}; train it with model.path={model} model.new=null warm_start=null")
     return folder
 
 
@@ -288,6 +290,7 @@ def warm_start(run: Run, make_learner: Callable[..., SFTLearner] = SFTLearner) -
         learner.close()
     shutil.rmtree(run.folder.sft, ignore_errors=True)
     run.record(sft={"steps": outcome.steps, "held_out_pass_at_1": outcome.held_out_pass_at_1})
+    run.reporter.say(f"Latent-SFT: {outcome.steps} steps, held-out pass@1 {outcome.held_out_pass_at_1:.3f}")
     stop_at = config.warm_start.stop_at
     if stop_at is not None and not outcome.reached:
         run.reporter.say(

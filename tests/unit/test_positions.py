@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 
 from common.arithmetic import make_arithmetic_tokenizer
-from common.config import ConfigError, NewModelConfig, load_config
+from common.config import ConfigError, NewModelConfig, TaskConfig, load_config
 from common.models import make_model, save_model
+from deploy.problems import prepare_task
 from deploy.run import check_positions
 
 TOKENIZER = make_arithmetic_tokenizer()
 
 
-@pytest.mark.parametrize(
-    ("architecture", "breaks"), [("gpt2", True), ("llama", False), ("qwen2", False), ("qwen3", False)]
-)
-def test_too_long_a_budget_is_said_and_refused_where_it_would_break_the_model(tmp_path, architecture, breaks):
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "qwen3"])
+def test_a_budget_beyond_the_model_is_refused_before_anything_starts(tmp_path, architecture):
     new = NewModelConfig(architecture=architecture, hidden_size=32, intermediate_size=32, num_heads=4, max_positions=60)
     save_model(tmp_path, make_model(new, TOKENIZER, seed=0), TOKENIZER)
-    config = load_config("quickstart", [f"model.path={tmp_path}", "model.new=null", "warm_start=null"])
-    assert check_positions(config, tmp_path) == []  # 32 + 18
-    longer = config.model_copy(update={"tasks": [config.tasks[0].model_copy(update={"max_response_tokens": 40})]})
-    said = r"may take 72 positions \(32 of the prompt, 40 of the response\), model .* was made for 60"
-    if breaks:
-        with pytest.raises(ConfigError, match=said):
-            check_positions(longer, tmp_path)
-    else:
-        (line,) = check_positions(longer, tmp_path)
-        assert "72 positions" in line
+    config = load_config("quickstart")
+    task = prepare_task(config.tasks[0], config, TOKENIZER)
+    check_positions([task], tmp_path)  # at most 32 and 18
+    longer = task.source.config.model_copy(update={"max_response_tokens": 40})
+    longer = prepare_task(longer, config, TOKENIZER)
+    with pytest.raises(
+        ConfigError, match=r"longest prompt \(32 tokens\).*need 72 positions.* has 60; set .* to 28 or less"
+    ):
+        check_positions([task, longer], tmp_path)
+
+
+def test_the_longest_prompt_of_a_file_counts_and_not_the_limit_on_it(tmp_path):
+    rows = [{"problem": f"{'1+' * n}1?", "answer": "1"} for n in (1, 5, 20)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = load_config("quickstart")
+    task = prepare_task(TaskConfig(name="t", path=str(path), max_prompt_tokens=20), config, TOKENIZER)
+    assert (task.source.size, task.longest_prompt) == (2, 13)  # 11 tokens of the sum, ?, <think>
+    assert dataclasses.replace(task, source=task.source).longest_prompt == 13
