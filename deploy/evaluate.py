@@ -23,7 +23,7 @@ from common.models import load_model
 from common.schema import concat
 from common.types import GroupRequest
 from deploy.controller import gather
-from deploy.evaluation_report import REPORT_FILE, report, table
+from deploy.evaluation_report import REPORT_FILE, report, show, table
 from deploy.problems import PreparedTask, evaluation_requests
 from deploy.progress import Reporter
 from deploy.run import Run, started
@@ -205,6 +205,6 @@ def evaluate_model(config: RunConfig, name: str, reporter: Reporter | None = Non
             versions=folder.read_json("run.json")["versions"],
         )
         run.folder.write_json(REPORT_FILE, content)
-    reporter.console.print(table(found.tasks, str(config.model.path)))
+    show(reporter.console, table(found.tasks, str(config.model.path)))
     reporter.say(f"{run.folder.path / REPORT_FILE} · trajectories in {run.folder.trajectories}")
     return found

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from common.chain import ChainSettings
@@ -19,6 +21,7 @@ from deploy.scores import MACRO, TaskResult, macro_average
 
 REPORT_FILE = "evaluation.json"
 READ_BYTES = 2**20
+WIDEST = 400  # columns of a table in a log
 
 
 def report(
@@ -99,10 +102,12 @@ def table(results: Sequence[TaskResult], title: str) -> Table:
     """One row a task, and the macro average below two or more."""
     numbers = published(results)
     ks = list(dict.fromkeys(at.k for result in results for at in result.pass_at_k))
-    shown = Table(title=title)
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("task", "problems", "pass@1", "95 %", *(f"pass@{k} ~" for k in ks), "steps", "latent", "invalid"):
-        text = name == "task"
-        shown.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+        if name == "task":
+            shown.add_column(name, min_width=len("gsm8k-aug"), overflow="fold")
+        else:
+            shown.add_column(name, justify="right", no_wrap=True)
     if numbers:
         shown.add_column("published, percent")
     rows = [*results, macro_average(results)] if len(results) > 1 else list(results)
@@ -128,3 +133,13 @@ def table(results: Sequence[TaskResult], title: str) -> Table:
     if ks:
         shown.caption = "pass@1: noise off; ~: sampled with noise"
     return shown
+
+
+def show(console: Console, shown: Table) -> None:
+    """A log has no width of its own: there the table is as wide as it needs."""
+    width = console.width
+    if not console.is_terminal:
+        console.width = WIDEST
+        console.width = max(width, console.measure(shown).maximum)
+    console.print(shown)
+    console.width = width

@@ -17,7 +17,7 @@ from common.config import ConfigError, load_config
 from common.schema import encode
 from common.types import Trajectory
 from deploy.evaluate import evaluation_config, measure
-from deploy.evaluation_report import report, table
+from deploy.evaluation_report import report, show, table
 from deploy.problems import Problems
 from deploy.progress import Reporter
 from deploy.published import published
@@ -175,11 +175,12 @@ def test_report_says_what_decided_the_numbers():
 
 
 def test_table_shows_each_task_and_the_average():
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     rows = whole("math500", "aime2024")
     rows[0] = dataclasses.replace(rows[0], pass_at_1=0.804, ungraded=2)
-    console.print(table(rows, "a model"))
+    show(console, table(rows, "a model"))
     text = console.export_text()
+    assert len([line for line in text.splitlines() if "0.300-0.700" in line]) == 2, "nothing is folded in a log"
     for found in (
         "math500 (2 samples ungraded)",
         "0.804",
