@@ -57,8 +57,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"∜\s*", r"\\sqrt[4]"),
         (r"(\\sqrt\[[34]\])([0-9]+|[A-Za-z])", r"\1{\2}"),
         (r"(\\sqrt\[[34]\])\(([^()]*)\)", r"\1{\2}"),
-        (r"\\(?:math(?:bf|it|sf|normal)|boldsymbol|bm|ensuremath)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
-        (r"\\(?:mathrm|text(?:bf|it|rm|normal|sf)?|mbox|hbox|operatorname)\s*(?=\{)", r"\\text"),
+        (r"\\(?:math(?:bf|it|sf|tt|normal)|boldsymbol|bm|ensuremath)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
+        (r"\\(?:mathrm|emph|text(?:bf|it|rm|normal|sf|tt)?|mbox|hbox|operatorname)\s*(?=\{)", r"\\text"),
         (r"\{\s*,\s*\}", ","),
         (r"(?<=[0-9])\\[,!;: ]\s*(?=[0-9]{3}(?![0-9]))", ""),
         (r"(?<!\\)\\!", ""),
@@ -85,6 +85,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:Reals?|R)(?![A-Za-z])|\\text(?:bb)?\{R\}|\\mathbb\s*R(?![A-Za-z])", r"\\mathbb{R}"),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])", r"^\\circ "),
+        (r"\^\\circ\s*(?:\\text\{\s*[CF]\s*\}|[CF](?![A-Za-z]))\s*$", r"^\\circ "),
+        (r"^\s*=\s*(?!=)", ""),
     )
 )
 _REPEATING = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{([0-9]+)\}")
@@ -98,10 +100,11 @@ _DEGREES = re.compile(r"(?<![0-9.])([0-9]+(?:\.[0-9]+)?)\s*\^\\circ ")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])")
 _UNIT_POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A text command behind a value is its unit unless it says more: a digit, an alternative, a scale, a denial.
-_UNIT_TEXT = (
-    r"\\text\{(?![^{}]*(?:[0-9]|\b(?:or|nor|not|and|either|neither|if|when|than|least|most|base|mod|dozen|maybe|perhaps|wrong|false|incorrect|squared|cubed|times|plus|minus)\b))[^{}]*\}"
-    rf"{_UNIT_POWER}"
+_NO_UNIT = (
+    r"\b(?:or|nor|not|and|either|neither|if|when|than|least|most|base|mod|dozen|maybe|perhaps|wrong|false|incorrect|"
+    r"squared|cubed|factorial|times|plus|minus)\b"
 )
+_UNIT_TEXT = rf"\\text\{{(?![^{{}}]*(?:[0-9]|{_NO_UNIT}))[^{{}}]*\}}{_UNIT_POWER}"
 _TRAILING_TEXT = re.compile(
     rf"(?:\\frac\s*\{{\s*{_UNIT_TEXT}\s*\}}\s*\{{\s*{_UNIT_TEXT}\s*\}}|{_UNIT_TEXT}(?:\s*(?:/|\\cdot)\s*{_UNIT_TEXT})*)\s*$"
 )
@@ -115,7 +118,7 @@ _TRAILING_UNIT = re.compile(
     rf"(?<=[0-9}})\s])\s*{_UNIT}(?:\s*(?:per|/)\s*[a-z]+)?\s*(?:\^\s*\{{?\s*[0-9]\s*\}}?)?\s*\.?$"
 )
 _TRAILING_WORDS = re.compile(
-    r"(?<=[0-9})])\s+(?!(?:sin|cos|tan|log|exp|mod|sqrt|and)\b)[A-Za-z]{3,}\.?(?:\s+[A-Za-z]+\.?)*$"
+    rf"(?<=[0-9}})])\s+(?!(?:sin|cos|tan|log|exp|mod|sqrt|and)\b)(?![^0-9]*{_NO_UNIT})[A-Za-z]{{3,}}\.?(?:\s+[A-Za-z]+\.?)*$"
 )
 _SINGLE_LETTER_UNIT = re.compile(
     rf"(?<=[0-9}}])\s+[mgshLVWJN]{_UNIT_POWER}(?:\s*/\s*(?:[smhL]|sec|min|hr|cm|kg){_UNIT_POWER})?$"
@@ -151,6 +154,11 @@ def without_units(text: str) -> str:
         if shorter != text and re.search(r"[0-9]|\\(?:pi|sqrt|frac)|[a-z]$", shorter):
             return shorter
     return text
+
+
+def says_more_than_a_unit(text: str) -> bool:
+    """Whether words beside a value change it or offer another: "or", "not", "squared", "dozen"."""
+    return re.search(_NO_UNIT, text) is not None
 
 
 def with_mixed_numbers(text: str) -> str:

@@ -40,6 +40,7 @@ _DROPPED = re.compile(
     r"|\\(?:frac|sqrt)\s*[\^_']"
 )
 _ONE_UNKNOWN = re.compile(r"(?![A-Za-z]\s*\()[-0-9.\s*/(]*(?:\\cdot\s*)?([A-Za-z])(?:[-+0-9.\s^{}*/()]|\1)*")
+_IDLE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])|(?<=[0-9])\s+(?=[A-Za-z])|(?<=[A-Za-z])\s+(?=[0-9])")
 _OPTION = re.compile(r"[A-H]")
 _ASSIGNED = re.compile(r"(?:[A-Za-z]|\\[a-z]+|\\text\{[^{}]*\})(?:_\{?\w+\}?)?\s*(?:\([A-Za-z, ]*\))?")
 
@@ -240,6 +241,10 @@ def _same_unordered(gold: list[Answer], given: list[Answer], algebra: AlgebraicE
 def _same_value(gold: Value, given: Value, algebra: AlgebraicEquality | None) -> bool:
     if gold.number is not None and given.number is not None:
         return same_number(given.number, gold.number)
+    if gold.number is not None and "\\text" in given.text and not latex.says_more_than_a_unit(given.text):
+        stated = read_number(latex.unwrapped(given.text)[0])  # \text{18 dollars}; \text{Answer: }18
+        if stated is not None:
+            return same_number(stated, gold.number)
     if gold.numeral is not None or gold.clock is not None:
         given = _without_name(given)
     if gold.numeral is not None or given.numeral is not None:
@@ -314,8 +319,8 @@ def _algebraic(gold: str, given: str, algebra: AlgebraicEquality | None) -> bool
 
 
 def _spelling(text: str) -> str:
-    """The text without spaces that mean nothing: those not between two letters."""
-    return re.sub(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])", "", text)
+    """The text without spaces that mean nothing: those not between two letters or two digits."""
+    return _IDLE_SPACE.sub("", text)
 
 
 def _word_key(text: str) -> str:

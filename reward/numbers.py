@@ -78,7 +78,9 @@ _UNICODE = str.maketrans(
 _VULGAR = {"½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅛": (1, 8), "⅜": (3, 8)}
 _THIN_SPACE = re.compile(r"(?<=[0-9])(?:\\[,!;: ]|\{\s*,\s*\}|~)\s*(?=[0-9]{3}(?![0-9]))")
 _SPACE = re.compile(r"\\[,!;: ]|\\q?quad\b|~|\s+")
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf|bb)|mbox|hbox|operatorname)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:emph|text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|bb|tt)|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
+)
 _DRESS = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|bf|rm|it|[Ll]arge|LARGE|[Hh]uge|small|checkmark|square|approx|sim)(?![A-Za-z])"
     r"|\\(?:text)?color\s*\{[^{}]*\}|\\underline(?![A-Za-z])|\\[(){}\[\]]|\*\*|≈|\\\\$"
@@ -175,6 +177,8 @@ def read_number(text: str, *, words: bool = True) -> Number | None:
         return None  # "x5": part of a name
     if after[:1] in ("!", "_", "^") or (after[:1] == "'" and before[-1:] != "'") or _VARIABLE.match(after):
         return None  # a factorial, another base, a power, a derivative, a variable
+    if after.strip(" .") in ("-", "--", "/"):
+        return None  # the first half of an expression
     if before.count("(") - before.count(")") != after.count(")") - after.count("("):
         return None
     if words and (_FUNCTION.search(before) or _OTHER_BEFORE.search(before) or _OTHER_AFTER.search(after)):
