@@ -66,7 +66,7 @@ def check_golds(rows: list[Row], kind: str, pool: VerifierPool) -> GoldReport:
         for row in rows
         if (fault := known_fault(row.problem, row.gold)) is not None
     ]
-    contradictory, repeated = _repetitions(rows)
+    contradictory, repeated = _repetitions(rows, kind, pool)
     return GoldReport(
         rows=len(rows),
         spellings=len(cases),
@@ -78,20 +78,20 @@ def check_golds(rows: list[Row], kind: str, pool: VerifierPool) -> GoldReport:
     )
 
 
-def _repetitions(rows: list[Row]) -> tuple[list[GoldIssue], int]:
+def _repetitions(rows: list[Row], kind: str, pool: VerifierPool) -> tuple[list[GoldIssue], int]:
+    """Problems that occur again: those whose answers are not the same, and the number of the others."""
     by_problem: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.problem:
             by_problem[fingerprint(row.problem)].append(row)
-    contradictory, repeated = [], 0
-    for same in by_problem.values():
-        for row in same[1:]:
-            if row.gold == same[0].gold:
-                repeated += 1
-            else:
-                finding = f"the same problem has the answer {same[0].gold!r} in row {same[0].number}"
-                contradictory.append(GoldIssue(row.number, row.gold, finding))
-    return contradictory, repeated
+    again = [(same[0], row) for same in by_problem.values() for row in same[1:]]
+    grades = pool.grade_many([(kind, rf"\boxed{{{row.gold}}}", first.gold) for first, row in again])
+    contradictory = [
+        GoldIssue(row.number, row.gold, f"the same problem has the answer {first.gold!r} in row {first.number}")
+        for (first, row), grade in zip(again, grades, strict=True)
+        if row.gold != first.gold and grade.reason != "correct"
+    ]
+    return contradictory, len(again) - len(contradictory)
 
 
 def usual_spellings(kind: str, gold: str) -> Iterator[str]:
