@@ -68,17 +68,21 @@ def inspect(
     else:
         shown = _chosen(run, filters, show, limit, max_thoughts, machine)
     if machine:
-        console.print_json(json.dumps(shown, allow_nan=False))
+        print_json(console, shown)
         return
     console.print(shown)
     for line in run.unreadable:
         console.print(Text(f"left out: {line}", style="yellow"))
 
 
+def print_json(console: Console, content: dict[str, Any]) -> None:
+    console.out(json.dumps(content, indent=2, allow_nan=False), highlight=False)
+
+
 def _chosen(run: RunView, filters: Filters, show: int | None, limit: int, max_thoughts: int, machine: bool) -> Any:
     rows = run.rows(filters)
     if show is not None and not 1 <= show <= len(rows):
-        raise InspectionError(f"--show {show}: {len(rows)} trajectories match {filters}; give a number from 1 to that")
+        raise InspectionError(f"--show {show}: {len(rows)} trajectories match; give a number from 1 to {len(rows)}")
     if show is None and len(rows) > 1:
         listed = rows[: limit or None]
         if machine:
@@ -222,7 +226,7 @@ def in_full(
         _thoughts_table(thoughts, tokens, weighting, max_thoughts),
         _noise_line(thoughts),
         Text(),
-        Text("answer  ", style="bold").append(visible(row.response_text) or "(no visible text)", style="not bold"),
+        Text("answer  ", style="bold").append(visible(t.response_text) or "(no visible text)", style="not bold"),
         Text(),
         group_table(siblings, tokens, row.sample_index),
     ]
@@ -367,7 +371,7 @@ def diff(run: RunView, step_a: int, step_b: int, filters: Filters, *, machine: b
     if machine:
         both = [as_json(thoughts, tokens, weighting) for thoughts in pair]
         counts = {"common_problems": len(common), "changed_grade": len(changed)}
-        console.print_json(json.dumps({"problem": problem, **counts, "before": both[0], "after": both[1]}))
+        print_json(console, {"problem": problem, **counts, "before": both[0], "after": both[1]})
         return
     console.print(
         Panel(

@@ -131,7 +131,7 @@ class RunView:
         if failures and not every:
             raise failures[0]
         for error in failures:
-            self._leave_out(error)
+            self.leave_out(error)
         chosen = [row for row in every if filters.accepts(row)]
         if not chosen:
             raise InspectionError(no_match(filters, every))
@@ -147,10 +147,26 @@ class RunView:
         try:
             return count_rows(file.path)
         except DumpError as error:
-            self._leave_out(error)
+            self.leave_out(error)
             return 0
 
-    def _leave_out(self, error: DumpError) -> None:
+    def _read_rows(self, file: DumpFile) -> list[Row]:
+        """The small columns of a dump, with those of the learner's record where it can be read. Raises DumpError."""
+        table = read_columns(file.path, [*_COLUMNS, "hard_ids"])
+        hard = pc.list_value_length(table["hard_ids"]).to_pylist()
+        columns = {ours: table[theirs].to_pylist() for theirs, ours in _COLUMNS.items()}
+        records = self.records_path(file)
+        if records.is_file():
+            try:
+                columns |= _learner_columns(records, list(zip(columns["group_uid"], columns["sample_index"])))
+            except DumpError as error:
+                self.leave_out(error)
+        return [
+            Row(file=file, index=i, length=columns["latent"][i] + hard[i], **{n: v[i] for n, v in columns.items()})
+            for i in range(table.num_rows)
+        ]
+
+    def leave_out(self, error: DumpError) -> None:
         if str(error) not in self.unreadable:
             self.unreadable.append(str(error))
 
@@ -160,7 +176,7 @@ class RunView:
 
     def _file_rows(self, file: DumpFile) -> list[Row]:
         if file.path not in self._rows_of:
-            self._rows_of[file.path] = _read_rows(file, self.records_path(file))
+            self._rows_of[file.path] = self._read_rows(file)
         return self._rows_of[file.path]
 
 
@@ -175,7 +191,6 @@ _COLUMNS = {
     "finish_reason": "finish_reason",
     "gold_answer": "gold_answer",
     "parsed_answer": "parsed_answer",
-    "response_text": "response_text",
     "num_latent_steps": "latent",
     "generation_seconds": "seconds",
 }
@@ -183,19 +198,6 @@ _COLUMNS = {
 
 
 _LEARNER_COLUMNS = {"outcome": "outcome", "reason": "why", "advantage": "advantage"}
-
-
-def _read_rows(file: DumpFile, records: Path) -> list[Row]:
-    """The small columns of a dump, joined with those of the learner's file `records` if it exists. Raises DumpError."""
-    table = read_columns(file.path, [*_COLUMNS, "hard_ids"])
-    hard = pc.list_value_length(table["hard_ids"]).to_pylist()
-    columns = {ours: table[theirs].to_pylist() for theirs, ours in _COLUMNS.items()}
-    if records.is_file():
-        columns |= _learner_columns(records, list(zip(columns["group_uid"], columns["sample_index"])))
-    return [
-        Row(file=file, index=i, length=columns["latent"][i] + hard[i], **{n: v[i] for n, v in columns.items()})
-        for i in range(table.num_rows)
-    ]
 
 
 def _learner_columns(path: Path, keys: list[tuple[str, int]]) -> dict[str, list]:

@@ -36,7 +36,6 @@ class Row:
     finish_reason: str
     gold_answer: str
     parsed_answer: str | None
-    response_text: str
     length: int  # T: response steps
     latent: int  # L: latent steps among them
     seconds: float  # of generation

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from common.learner_record import CLIPS, LearnerRecord, decode_records, join
 from common.schema import decode, take_rows
-from common.store import LearnerStore, read_dump
+from common.store import DumpError, DumpStore, LearnerStore, TrajectoryStore, read_dump
 from common.types import Trajectory
 from deploy.run_view import RunView
 from deploy.selection import Row
@@ -116,7 +116,7 @@ def load(run: RunView, rows: Sequence[Row]) -> list[Thoughts]:
     found: list[Thoughts] = []
     for _, same_file in itertools.groupby(rows, key=lambda row: row.file.path):
         chosen = list(same_file)
-        trajectories, records = _read(chosen[0].file.path, run.records_path(chosen[0].file))
+        trajectories, records = _read(chosen[0].file.path, TrajectoryStore), _learner_records(run, chosen[0])
         chosen_batch = take_rows(trajectories, [row.index for row in chosen])
         made = {} if records is None else _records_of(chosen_batch, records)
         found += [
@@ -126,9 +126,21 @@ def load(run: RunView, rows: Sequence[Row]) -> list[Thoughts]:
     return found
 
 
-@lru_cache(maxsize=2)
-def _read(path: Path, records: Path) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
-    return read_dump(path), read_dump(records, LearnerStore) if records.is_file() else None
+def _learner_records(run: RunView, row: Row) -> pa.RecordBatch | None:
+    """Of the row's file; None where there are none, or (which is then named in `unreadable`) none to read."""
+    path = run.records_path(row.file)
+    if not path.is_file():
+        return None
+    try:
+        return _read(path, LearnerStore)
+    except DumpError as error:
+        run.leave_out(error)
+        return None
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, kind: type[DumpStore]) -> pa.RecordBatch:
+    return read_dump(path, kind)
 
 
 def _records_of(trajectories: pa.RecordBatch, records: pa.RecordBatch) -> dict[int, LearnerRecord]:
@@ -209,7 +221,7 @@ def as_json(thoughts: Thoughts, tokens: TokenTexts, component_weighting: str) ->
     latent = len(t.latent_ids)
     steps = []
     for i in range(t.num_steps):
-        step: dict[str, Any] = {"kind": "latent" if i < latent else "hard", "rollout_log_prob": float(behaviour[i])}
+        step: dict[str, Any] = {"kind": "latent" if i < latent else "hard", "rollout_log_prob": _number(behaviour[i])}
         if i < latent:
             step |= {
                 "tokens": [tokens[j] for j in t.latent_ids[i]],
@@ -236,6 +248,7 @@ def as_json(thoughts: Thoughts, tokens: TokenTexts, component_weighting: str) ->
     return {
         **row_json(thoughts.row),
         "prompt": tokens.decode(t.prompt_ids),
+        "response_text": t.response_text,
         "worker": t.worker,
         "engine": t.engine,
         "sampling": {name: getattr(t.sampling, name) for name in t.sampling.__dataclass_fields__},
@@ -248,7 +261,7 @@ def as_json(thoughts: Thoughts, tokens: TokenTexts, component_weighting: str) ->
 def row_json(row: Row) -> dict[str, Any]:
     names = [name for name in row.__dataclass_fields__ if name not in ("file", "index")]
     return {"step": row.step, "purpose": row.purpose, "lineage": row.file.lineage} | {
-        name: getattr(row, name) for name in names
+        name: _number(getattr(row, name)) for name in names
     }
 
 

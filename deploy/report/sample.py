@@ -19,7 +19,7 @@ from deploy.run_view import RunView
 from deploy.selection import Row
 from deploy.thoughts import Thoughts, TokenTexts, behaviour_log_probs, load
 
-MAX_COMPONENTS = 4_000_000  # tokens of latent steps in one report: about 40 MB of HTML
+MAX_COMPONENTS = 4_000_000  # tokens of all steps in one report: about 80 MB of HTML
 LEADING = 64  # thoughts shown in a list's preview
 
 
@@ -56,21 +56,20 @@ def sampled_groups(rows: Sequence[Row], limit: int) -> list[list[Row]]:
         left -= sum(len(group) for group in spaced)
     for place in places:
         chosen += taken[place]
-    return chosen
+    return chosen or [list(next(reversed(places.values())).values())[-1]]  # a group may be larger than the limit
 
 
 def sample(run: RunView, rows: Sequence[Row], limit: int, tokens: TokenTexts, weighting: str) -> Sample:
     """The report's part of `rows`. Raises DumpError."""
     found, made = sampled_groups(rows, limit), Sample()
+    size = int(run.settings.get("k") or 1)
+    total = sum(_components(group, size) for group in found)
+    if total > MAX_COMPONENTS:
+        found = sampled_groups(rows, max(limit * MAX_COMPONENTS // total, 1))
+        made.notes.append(f"It is held below about {MAX_COMPONENTS:,} tokens of steps, so that a browser can hold it.")
     numbers: dict[int, int] = {}  # token id -> place in the vocabulary
-    components = held = 0
-    kept: list[list[Row]] = []
-    for group in found:
-        components += sum(row.latent for row in group) * int(run.settings.get("k") or 1)
-        if components > MAX_COMPONENTS:
-            break
-        held += len(group)
-        kept.append(sorted(group, key=lambda row: row.sample_index))
+    held = sum(map(len, found))
+    kept = [sorted(group, key=lambda row: row.sample_index) for group in found]
     for _, of_step in itertools.groupby(kept, key=lambda group: group[0].file.path):
         groups = list(of_step)
         thoughts = iter(load(run, [row for group in groups for row in group]))
@@ -84,8 +83,6 @@ def sample(run: RunView, rows: Sequence[Row], limit: int, tokens: TokenTexts, we
             f"This report holds {held:,} of {len(rows):,} dumped trajectories: whole groups, evenly spread over the "
             "steps. More: --sample N; others: the filters of latent-grpo inspect, or that command itself."
         )
-    if held < sum(map(len, found)):
-        made.notes.append(f"It stops at {MAX_COMPONENTS:,} tokens of latent steps, so that a browser can hold it.")
     if tokens.missing:
         made.notes.append(tokens.missing)
     if made.trajectories and not any(entry["outcome"] for entry in made.trajectories):
@@ -94,6 +91,11 @@ def sample(run: RunView, rows: Sequence[Row], limit: int, tokens: TokenTexts, we
             "evaluations are shown): ratios, advantages and the learner's log-probabilities are missing."
         )
     return made
+
+
+def _components(group: Sequence[Row], k: int) -> int:
+    """Tokens of all its steps: K of a latent one, one of a hard one."""
+    return sum(row.latent * k + row.length - row.latent for row in group)
 
 
 def _add(made: Sample, group: list[Thoughts], tokens: TokenTexts, numbers: dict[int, int], weighting: str) -> None:
@@ -120,7 +122,7 @@ def _add(made: Sample, group: list[Thoughts], tokens: TokenTexts, numbers: dict[
                 "finish": row.finish_reason,
                 "gold": row.gold_answer,
                 "parsed": row.parsed_answer,
-                "text": row.response_text,
+                "text": t.response_text,
                 "length": row.length,
                 "latent": row.latent,
                 "advantage": _round(row.advantage),

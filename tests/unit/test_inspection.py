@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fake_run import fake_records, fake_trajectory
 from fake_run import fake_run as make_fake_run
 from rich.console import Console
 
+from common.learner_record import record_schema
 from common.metrics import MetricsWriter
 from common.schema import encode
 from common.store import DumpError, LearnerStore, TrajectoryStore
@@ -289,7 +292,7 @@ def test_options_that_cannot_match_are_refused():
 
 
 def test_show_beyond_the_matches_is_refused(fake):
-    with pytest.raises(InspectionError, match=r"--show 99: 48 trajectories match"):
+    with pytest.raises(InspectionError, match=r"--show 99: 48 trajectories match; give a number from 1 to 48"):
         shown(fake, show=99)
 
 
@@ -316,8 +319,34 @@ def test_a_damaged_dump_is_left_out_and_named_and_refused_where_it_alone_was_ask
     assert "left out: " in shown(path)  # the overview too
 
 
+def test_a_damaged_learner_record_costs_only_the_learners_columns(tmp_path):
+    path = make_fake_run(tmp_path / "run", steps=1).path
+    (file,) = (path / "learner_records").rglob("*.parquet")
+    file.write_bytes(file.read_bytes()[:-50])
+    assert shown_json(path, Filters(failed=True))["trajectories"][0]["outcome"] is None
+    text = shown(path, Filters(failed=True), show=1)
+    assert "log π" in text
+    assert text.count("left out: ") == 1
+
+
+def test_log_probs_that_are_no_numbers_are_shown_and_are_null_for_machines(tmp_path):
+    folder = make_fake_run(tmp_path / "run", steps=1)
+    store = LearnerStore(folder.learner_records)
+    table = store.read(1).to_pylist()
+    for row in table:
+        for name in ("behaviour_log_probs", "old_log_probs", "new_log_probs", "ratios"):
+            row[name] = row[name] and [math.nan, math.inf, *row[name][2:]]
+        row["advantage"] = row["advantage"] and math.nan
+    (file,) = folder.learner_records.rglob("*.parquet")
+    file.unlink()
+    store.write(1, pa.RecordBatch.from_pylist(table, schema=record_schema()))
+    found = shown_json(folder.path, Filters(sort="length"), show=1)
+    assert found["steps"][0]["rollout_log_prob"] is None
+    assert found["steps"][1]["ratio"] is None
+    assert "nan" in shown(folder.path, Filters(correct=True), show=1)
+
+
 def test_a_foreign_or_old_parquet_is_refused_with_its_version(tmp_path):
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = make_fake_run(tmp_path / "run", steps=1).path

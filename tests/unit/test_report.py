@@ -105,6 +105,11 @@ def test_steps_with_few_trajectories_leave_their_share_to_others(fake, tmp_path)
     assert [group[0].step for group in groups] == [1, 1, 1, 2, 2, 2, 3]
 
 
+def test_a_limit_below_a_groups_size_still_shows_a_group(fake):
+    (group,) = sampled_groups(open_run(fake.path).rows(Filters()), 1)
+    assert (group[0].step, len(group)) == (3, 4)
+
+
 def test_what_the_sample_leaves_out_is_said(fake, tmp_path):
     path = write_report(open_run(fake.path), tmp_path / "r.html", limit=8)
     notes = " ".join(contents(path)["notes"])
@@ -113,11 +118,12 @@ def test_what_the_sample_leaves_out_is_said(fake, tmp_path):
 
 
 def test_more_than_a_browser_can_hold_is_cut_and_said(fake, monkeypatch):
-    monkeypatch.setattr("deploy.report.sample.MAX_COMPONENTS", 100)
+    monkeypatch.setattr("deploy.report.sample.MAX_COMPONENTS", 200)
     run = open_run(fake.path)
     made = sample(run, run.rows(Filters()), 48, TokenTexts(None), "mixture")
     assert 0 < len(made.trajectories) < 48
-    assert any("stops at 100 tokens" in note for note in made.notes)
+    assert {entry["step"] for entry in made.trajectories} >= {2, 3}  # thinned evenly, not cut off at the end
+    assert any("held below about 200 tokens" in note for note in made.notes)
 
 
 def test_questions_are_prompts_without_what_all_have_in_common(fake):
