@@ -246,7 +246,7 @@ def run_unit(request: Request, key: str, reporter: Reporter | None = None) -> Un
     path = unit_folder(request.folder, unit)
     if (result := read_result(path)) is not None:
         return result
-    config = unit_config(suite, unit, request.folder)
+    config = unit_config(suite, unit, request.folder.resolve())  # read by workers, which may run elsewhere
     path.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     run = _in_process if suite.runner == "in_process" else _pipeline

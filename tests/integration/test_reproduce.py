@@ -84,6 +84,7 @@ def test_a_stopped_suite_goes_on_and_reports(suite, tmp_path):
     assert report["claims"][0]["verdict"] in ("reproduced", "not reproduced")
     assert len(report["manifest"]["sessions"]) == 2
     assert all(len(points) == 3 for points in report["curves"].values())
+    assert [point["step"] for point in report["masses"]["mixture"]] == [0, 1, 2]
     page = (folder / "report.html").read_text()
     assert "id='plotly'" in page
     assert "://" not in page.partition("id='plotly'")[0], "the page needs the network"
