@@ -11,6 +11,7 @@ import torch
 
 from common.config import parse_config
 from common.density import surrogate_log_prob
+from common.learner_record import decode_records
 from common.schema import decode, encode
 from common.types import SamplingSettings, Trajectory
 from common.weights import checksum, unpack
@@ -190,6 +191,7 @@ def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
     finally:
         group.close()
     np.testing.assert_allclose(report.mean_old_log_probs, mean_old, atol=1e-5)
+    check_records(report, batch, mean_old)
     assert report.metrics["learner/updates"] == GROUPS / config.minibatch_prompts
     assert report.metrics["learner/skipped_updates"] == 0
     before = load(folder)
@@ -198,6 +200,18 @@ def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
     error = float((want - got).norm() / want.norm())
     print(f"ranks {ranks} stage {stage}: relative error of the update {error:.2e}")
     assert error < 1e-5
+
+
+def check_records(report, batch, mean_old):
+    """Every row of the batch has its record, in the batch's order, whatever rank had it."""
+    rows, records = decode(batch), decode_records(report.records)
+    assert [(r.group_uid, r.sample_index) for r in records] == [(t.group_uid, t.sample_index) for t in rows]
+    assert [len(r.ratios) for r in records] == [t.num_steps for t in rows]
+    np.testing.assert_allclose([r.old_log_probs.mean() for r in records], mean_old, atol=1e-5)
+    np.testing.assert_allclose([r.behaviour_log_probs.mean() for r in records], mean_old, atol=1e-4)
+    assert [r.update_index for r in records] == [row // (2 * SAMPLES) for row in range(len(rows))]
+    assert (records[6].outcome, records[6].reason) == ("masked", "invalid")
+    assert (records[11].outcome, records[11].reason) == ("masked", "ungraded")
 
 
 PROBE = 1e3  # an AdamW whose eps dwarfs every gradient moves a parameter by -lr / eps times its gradient
@@ -259,6 +273,7 @@ def test_state_survives_saving_and_non_finite_updates(ray_session, folder, batch
         poisoned = poison(batch)
         report = group.train(poisoned, 2)
         assert report.metrics["learner/skipped_updates"] == 1
+        assert {(r.outcome, r.reason) for r in decode_records(report.records)} == {("skipped", "non_finite")}
         assert checksum(published(group).items()) == checksum(two.items())
         group.load(tmp_path / "state")
         group.train(batch, 1)
