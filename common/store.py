@@ -277,7 +277,7 @@ def _fsync_folder(folder: Path) -> None:
 
 def _explained(error: OSError, folder: Path, what: str) -> DumpError:
     reason = {
-        errno.ENOSPC: "the disk is full; free space there, or dump less often (dump.every; 0 turns dumps off)",
+        errno.ENOSPC: "the disk is full; free space, keep fewer (dump.keep_bytes) or dump less often (dump.every)",
         errno.EDQUOT: "the disk quota is used up; free space there, or dump less often (dump.every)",
         errno.EACCES: "no permission to write there; choose another runs_folder",
         errno.EROFS: "the file system is read-only; choose another runs_folder",
