@@ -14,6 +14,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,12 +82,13 @@ class DumpWriter:
         self._queue.put_nowait(dump)
         return waited
 
-    def flush(self) -> None:
-        """Waits until everything that was submitted is on the disk."""
-        self._wait(lambda: not self._queue.unfinished_tasks)
+    def flush(self, seconds: float | None = None) -> None:
+        """Waits until everything that was submitted is on the disk, at most `seconds` (default: the deadline)."""
+        self._wait(lambda: not self._queue.unfinished_tasks, seconds)
 
-    def _wait(self, done) -> None:
-        deadline = time.monotonic() + self._deadline_s
+    def _wait(self, done: Callable[[], bool], seconds: float | None = None) -> None:
+        seconds = self._deadline_s if seconds is None else seconds
+        deadline = time.monotonic() + seconds
         while True:
             if self._failure is not None:
                 raise self._failure
@@ -95,8 +97,8 @@ class DumpWriter:
             if time.monotonic() > deadline:
                 raise DumpError(
                     errno.ETIMEDOUT,
-                    f"the disk did not take the dump of a step within {self._deadline_s:g} s (deadlines.dump_s); the "
-                    "storage hangs or is too slow",
+                    f"the disk did not take the dump of a step within {seconds:g} s (deadlines.dump_s); it hangs "
+                    "or is too slow",
                     str(self.trajectories.folder),
                 )
             time.sleep(POLL_S / 50)

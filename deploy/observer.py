@@ -31,9 +31,9 @@ class StepObserver:
         self._monitor.close()
         self._dumps.__exit__(*error)
 
-    def flush(self) -> None:
+    def flush(self, seconds: float | None = None) -> None:
         """Waits until the dumps of all observed steps are on the disk. Raises DumpError."""
-        self._dumps.flush()
+        self._dumps.flush(seconds)
 
     def observe(self, result: StepResult, report: LearnerReport | None) -> None:
         """`report`: what the learner said of the step; None where it had no part in it. Raises DumpError."""

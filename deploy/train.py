@@ -112,6 +112,7 @@ def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: St
         result = controller.settle(SETTLE_S)
         if result is not None:
             observer.observe(result, learner.last_report if result.batch is not None else None)
+        observer.flush(SETTLE_S)
         if controller.step > saved:
             saved = save(run, controller, learner, observer)
         run.reporter.say(f"interrupted; the checkpoint of step {saved} is complete")
