@@ -138,6 +138,31 @@ def test_a_link_to_what_is_not_there_says_so(browser, report):
     assert "Not in this report" in text_of(browser)
 
 
+def test_a_response_of_many_steps_is_paged_and_an_empty_one_is_said(browser, tmp_path):
+    long = fake_trajectory(np.random.default_rng(0), step=1, group=0, index=0, reward=1.0)
+    steps = {
+        name: np.resize(getattr(long, name), (250, 3)) for name in ("latent_ids", "latent_scores", "latent_log_probs")
+    }
+    nothing = {name: getattr(long, name)[:0] for name in (*steps, "hard_ids", "hard_log_probs")}
+    rows = [
+        dataclasses.replace(long, **steps),
+        dataclasses.replace(long, **nothing, sample_index=1, finish_reason="aborted", reward=None),
+    ]
+    folder = fake_run(tmp_path / "run", steps=1)
+    TrajectoryStore(folder.trajectories).write(2, encode(rows, 3))
+    path = write_report(open_run(folder.path))
+    opened(browser, path, "#/trajectories?step=2")
+    first, second = listed(browser)
+    opened(browser, path, first + "?at=200")
+    assert "steps 1 to 200 of 253" in text_of(browser)
+    browser.find_element("css selector", "[tabindex]").send_keys("\ue014")
+    assert "steps 201 to 253 of 253" in text_of(browser)
+    assert text_of(browser, ".step h3").startswith("Step 201:")
+    opened(browser, path, second)
+    assert "interrupted before its first step" in text_of(browser)
+    assert browser.get_log("browser") == []
+
+
 def test_the_same_problem_is_shown_at_both_policy_versions(browser, report):
     opened(browser, report, "#/trajectories?purpose=evaluation")
     opened(browser, report, listed(browser)[0])

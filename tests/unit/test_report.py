@@ -7,6 +7,8 @@ import gzip
 import json
 import math
 import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,3 +276,5 @@ def test_every_part_of_the_page_is_in_the_package():
 
     files = {file.name for file in (resources.files("deploy.report") / "page").iterdir()}
     assert files == {"index.html", "style.css", *(f"{part}.js" for part in PARTS)}
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert "report/page/*" in project["tool"]["setuptools"]["package-data"]["deploy"]

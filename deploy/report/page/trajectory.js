@@ -13,6 +13,7 @@ async function trajectoryPage(purpose, step, uid, sample, chosen) {
   let current = 0;
   const select = (at) => {
     current = at;
+    if (!picture.querySelector(`[data-step="${at}"]`)) picture.replaceChildren(heatmap(entry, full, { selected: at, onselect: select }));
     picture.querySelectorAll(".selected").forEach((cell) => cell.classList.remove("selected"));
     picture.querySelectorAll(`[data-step="${at}"]`).forEach((cell) => cell.classList.add("selected"));
     panel.replaceChildren(stepPanel(full, at));
@@ -29,7 +30,7 @@ async function trajectoryPage(purpose, step, uid, sample, chosen) {
     select(at);
     picture.querySelector(`[data-step="${at}"]`)?.scrollIntoView({ block: "nearest", inline: "nearest" });
   });
-  panel.append(stepPanel(full, first));
+  panel.append(total ? stepPanel(full, first) : el("p", { class: "empty" }, "It was interrupted before its first step."));
   return el("div", {},
     el("p", { class: "crumbs soft small" }, el("a", { href: "#/trajectories" }, "trajectories"), " › ", el("a", { href: groupLink(entry) }, entry.uid), " › sample " + entry.sample),
     el("h1", { class: "row wrap" }, badge(entry), el("span", { class: "question" }, group.question.trim())),
@@ -124,16 +125,19 @@ async function groupPage(purpose, step, uid) {
     elsewhere(entries[0]));
 }
 
+const ELSEWHERE = 6;  // shown in full below a trajectory
+
 function elsewhere(entry) {
   const others = index.trajectories.filter((e) => e.problem === entry.problem && (e.step !== entry.step || e.purpose !== entry.purpose));
   if (!others.length) return null;
   const holder = el("div", {});
-  others.slice(0, 6).forEach(async (other) => {
+  others.slice(0, ELSEWHERE).forEach(async (other) => {
     const card = el("section", { class: "card flush" });
     holder.append(card);
     const group = await groupOf(other);
     card.append(el("div", { class: "row wrap small pad" }, el("a", { href: linkTo(other) }, place(other)), el("span", { class: "soft" }, "policy version " + other.version), badge(other), el("span", {}, "answer ", el("b", {}, other.parsed ?? "none"))),
       heatmap(other, group.samples[other.place], { compact: true }));
   });
-  return el("div", {}, el("h2", {}, "The same problem at other policy versions"), holder);
+  return el("div", {}, el("h2", {}, "The same problem at other policy versions"), holder,
+    others.length > ELSEWHERE ? el("a", { href: "#/trajectories?" + new URLSearchParams({ q: entry.problem }) }, "More of this problem") : null);
 }
