@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +35,24 @@ def read_rows(
 
     A dot in a column's name goes into a nested object (`reward_model.ground_truth`).
     """
-    records = list(_records(file))
+    given = [name for name in (response_column, gold_column) if name]
+    usual = (*RESPONSE_COLUMNS, *GOLD_COLUMNS, *PROBLEM_COLUMNS)
+    wanted = {part for name in (*given, *usual) for part in (name, name.partition(".")[0])}
+    there, records = _read_parquet(file, wanted) if file.suffix == ".parquet" else _read_jsonl(file)
     if not records:
         raise AuditError(f"{file} has no rows")
-    gold_name = _column(file, records[0], gold_column, GOLD_COLUMNS, "--gold-column")
-    response_name = (
-        None if golds_only else _column(file, records[0], response_column, RESPONSE_COLUMNS, "--response-column")
-    )
-    problem_name = next((name for name in PROBLEM_COLUMNS if isinstance(_value(records[0], name), str)), None)
+    first = records[0]
+
+    def column(name: str | None, candidates: tuple[str, ...], option: str) -> str:
+        for candidate in (name,) if name else candidates:
+            if candidate in there or _value(first, candidate) is not None:
+                return candidate
+        missing = f"no column {name!r}" if name else f"none of the columns {', '.join(candidates)}"
+        raise AuditError(f"{file} has {missing}; there: {', '.join(there)}. Name it with {option}")
+
+    gold_name = column(gold_column, GOLD_COLUMNS, "--gold-column")
+    response_name = None if golds_only else column(response_column, RESPONSE_COLUMNS, "--response-column")
+    problem_name = next((name for name in PROBLEM_COLUMNS if isinstance(_value(first, name), str)), None)
     rows = []
     for number, record in enumerate(records):
         gold, response = _value(record, gold_name), None if response_name is None else _value(record, response_name)
@@ -55,20 +64,25 @@ def read_rows(
     return rows
 
 
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.is_file():
-        raise AuditError(f"{file} does not exist; give a .jsonl or .parquet file")
-    if file.suffix == ".parquet":
-        import pyarrow.lib
-        import pyarrow.parquet
+def _read_parquet(file: Path, wanted: set[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """(names of all columns, rows of the `wanted` ones): a dump's trajectories are large."""
+    import pyarrow.lib
+    import pyarrow.parquet
 
-        try:
-            yield from pyarrow.parquet.read_table(file).to_pylist()
-        except (pyarrow.lib.ArrowException, OSError) as error:
-            raise AuditError(f"{file} cannot be read as Parquet: {error}") from error
-        return
+    _check_there(file)
+    try:
+        there = pyarrow.parquet.read_schema(file).names
+        return there, pyarrow.parquet.read_table(file, columns=[name for name in there if name in wanted]).to_pylist()
+    except (pyarrow.lib.ArrowException, OSError) as error:
+        raise AuditError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _read_jsonl(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """(names that occur, rows)."""
+    _check_there(file)
     if file.suffix not in {".jsonl", ".json"}:
         raise AuditError(f"{file}: expected a name that ends in .jsonl or .parquet")
+    records = []
     with file.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -79,15 +93,13 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
                 raise AuditError(f"{file}, line {number}: not valid JSON: {error}") from error
             if not isinstance(record, dict):
                 raise AuditError(f"{file}, line {number}: expected an object, got {line[:40]!r}")
-            yield record
+            records.append(record)
+    return list(dict.fromkeys(key for record in records for key in record)), records
 
 
-def _column(file: Path, record: dict[str, Any], given: str | None, usual: tuple[str, ...], option: str) -> str:
-    for name in (given,) if given else usual:
-        if _value(record, name) is not None:
-            return name
-    wanted = f"no column {given!r}" if given else f"none of the columns {', '.join(usual)}"
-    raise AuditError(f"{file} has {wanted}; there: {', '.join(map(str, record))}. Name it with {option}")
+def _check_there(file: Path) -> None:
+    if not file.is_file():
+        raise AuditError(f"{file} does not exist; give a .jsonl or .parquet file")
 
 
 def _value(record: Any, name: str) -> Any:

@@ -185,6 +185,28 @@ def test_asynchronous_verifiers_and_options_work() -> None:
         assert [v.reward for v in pool.grade_many([(kind, "a", "a"), (kind, "a", "b")])] == [1.5, 0.0]
 
 
+def test_asynchronous_verifiers_have_the_same_limits() -> None:
+    kind = "verifiers_under_test:Asynchronous"
+    cases = [(kind, text, "a") for text in ("a", "hang", "eat", "b")]
+    with VerifierPool(processes=1, time_limit_s=0.5, memory_limit_bytes=512 * MIB) as pool:
+        assert [v.reason for v in pool.grade_many(cases)] == ["correct", "timeout", "out_of_memory", "wrong"]
+
+
+def test_compositions_run_in_the_pool_with_names_options_and_asynchronous_parts() -> None:
+    judge = {"kind": "verifiers_under_test:Asynchronous", "options": {"bonus": 0.5}}
+    definitions = {
+        "judge": judge,
+        "shaped": {
+            "kind": "weighted_sum",
+            "options": {"parts": [{"kind": "math", "weight": 1.0}, {"kind": "judge", "weight": 2.0}]},
+        },
+    }
+    options = {"math": {"fallback": "last_number"}}
+    with VerifierPool(processes=1, time_limit_s=2.0, options=options, definitions=definitions) as pool:
+        found = pool.grade_many([("shaped", "5", "5"), ("shaped", r"\boxed{5.0}", "5"), ("shaped", "hang", "5")])
+    assert [(v.reward, v.reason) for v in found] == [(4.0, "correct"), (1.0, "correct"), (0.0, "timeout")]
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

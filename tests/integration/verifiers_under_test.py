@@ -51,7 +51,9 @@ class Asynchronous:
         self._bonus = bonus
 
     async def grade(self, response_text: str, gold: str) -> Grade:
-        await asyncio.sleep(0)
+        await asyncio.sleep(3600 if response_text == "hang" else 0)
+        if response_text == "eat":
+            bytearray(1 << 40)
         return Grade(1.0 + self._bonus, "correct", response_text) if response_text == gold else Grade(0.0, "wrong")
 
 
