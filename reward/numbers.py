@@ -92,21 +92,26 @@ _OVER = re.compile(
 _BRACED_QUOTIENT = re.compile(r"\{\s*([0-9]+)\s*\}\s*/\s*\{\s*([0-9]+)\s*\}")
 _DEGREE = re.compile(r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|°|º|\\degrees?(?![A-Za-z])")
 _UNIT_POWER = re.compile(r"(?<![A-Za-z\\])([A-Za-z]+)\s*\^\s*\{?\s*-?[0-9]\s*\}?")
-_ATTACHED_DIGITS = re.compile(r"(?<![A-Za-z0-9\\])[A-Za-z]+[0-9]+(?![0-9.,]*[0-9])(?=[\s.,;/)]|$)")
+_ATTACHED_DIGITS = re.compile(  # of a unit or a formula: m2, CO2, H2O
+    r"(?<![A-Za-z0-9\\])(?:(?:mm|cm|dm|m|km|ft|in|yd|mi)[23]|[A-Z][A-Za-z]{0,2}[0-9](?:[A-Z][a-z]?)?)(?=[\s.,;/)]|$)"
+)
 # What may stand round the number: with words, also letters, unit slashes and hyphens ("7-day", "km/h"). No nested
 # repeats: each character has one way to match, so a failure costs one pass.
 _AROUND = {
-    True: re.compile(r"(?:[^\W\d_]|[\s.,;:/()\[\]{}'\"!?&*$€£¥₹₩₽₪₫฿¢-])*"),
+    True: re.compile(r"(?:[^\W\d_]|[\s.,;:/()\[\]{}'\"!?&$€£¥₹₩₽₪₫฿¢-])*"),
     False: re.compile(r"[\s.,;(){}$€£¥₹₩₽₪₫฿¢]*"),
 }
 # A letter that multiplies the number is a variable, unless it is a unit's sign (or, behind a space, "a" or "I").
 _VARIABLE = re.compile(r"(?![mgshlLWVNJCFK])[A-Za-z](?![A-Za-z])|\s+(?![mgshlLWVNJCFKaAI])[A-Za-z](?![A-Za-z/])")
-_FUNCTION = re.compile(r"[A-Za-z]\s*\(\s*$")
+# An operator behind the number, unless it joins a unit: 18-inch, 18/day, 18/h.
+_FIRST_OPERAND = re.compile(r"\s*(?:-(?![A-Za-z]{2})|/(?!\s?(?:[A-Za-z]{2}|[mgshlL]\b))|[+*])")
+_FUNCTION = re.compile(r"[A-Za-z]\s*\(\s*$|(?:^|\s)[b-hj-z]\s+$")  # f(18), x 18
 # Words that change which number is meant.
 _OTHER_BEFORE = re.compile(
     r"\b(?:not|never|or|either|neither|nor|than|at\s+(?:least|most)|up\s+to|roots?\s+of|base|log|"
     r"(?:half|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\s+of)\b|n't\b"
-    r"|\b(?:over|under|above|below|beyond|between|except|twice|thrice|double|triple|plus|minus|times)\s*\W?$",
+    r"|\b(?:over|under|above|below|beyond|between|except|half|twice|thrice|double|triple|plus|minus|times)"
+    r"(?:\s+(?:the|a|of))?\s*\W?$",
     re.IGNORECASE,
 )
 _OTHER_AFTER = re.compile(
@@ -177,8 +182,8 @@ def read_number(text: str, *, words: bool = True) -> Number | None:
         return None  # "x5": part of a name
     if after[:1] in ("!", "_", "^") or (after[:1] == "'" and before[-1:] != "'") or _VARIABLE.match(after):
         return None  # a factorial, another base, a power, a derivative, a variable
-    if after.strip(" .") in ("-", "--", "/"):
-        return None  # the first half of an expression
+    if _FIRST_OPERAND.match(after) or " - " in f" {after} " or _binary(before, found.group()):
+        return None  # an operand of an expression
     if before.count("(") - before.count(")") != after.count(")") - after.count("("):
         return None
     if words and (_FUNCTION.search(before) or _OTHER_BEFORE.search(before) or _OTHER_AFTER.search(after)):
@@ -189,6 +194,15 @@ def read_number(text: str, *, words: bool = True) -> Number | None:
     if before.rstrip()[-1:] in ("/", "-") or before[-1:] == ":" or after.lstrip()[:1] == ":":
         return None  # half of an expression, a ratio or a time of day
     return Number(value, other)
+
+
+def _binary(before: str, number: str) -> bool:
+    """Whether the sign of a number subtracts or adds ("x - 18") rather than being its own ("it is -18")."""
+    operand = before.rstrip()
+    if number[0] not in "+-" or not operand or not (operand[-1].isalnum() or operand[-1] in ")]}"):
+        return False
+    apart = operand != before and not number[1:2].isspace()
+    return not apart or re.search(r"(?:^|[^A-Za-z])[A-Za-z]$|[0-9)\]}]$", operand) is not None
 
 
 def same_number(given: Number, gold: Number) -> bool:
@@ -220,6 +234,8 @@ def _plain(text: str) -> str:
     text = _ATTACHED_DIGITS.sub(" unit ", text) if any(c.isalpha() for c in text) else text
     text = _NEGATIVE_WORD.sub("-", text)
     text = _DOLLARS_AND_CENTS.sub(lambda m: f"{m[1]}.{int(m[2]):02} dollars", text)
+    text = text.strip()
+    text = text[1:-1] if len(text) > 2 and text[0] == text[-1] == "*" else text
     return text.strip().lstrip("~").strip().strip("_").removesuffix("\\$").strip("$").strip()
 
 
