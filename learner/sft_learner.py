@@ -11,7 +11,7 @@ import numpy as np
 import ray
 from torch import nn
 
-from common.config import OptimizerConfig, RunConfig
+from common.config import LatentSFTConfig, OptimizerConfig, RunConfig
 from common.types import TokenFacts
 from learner.actor import RankActor
 from learner.chains import ChainSource
@@ -54,6 +54,11 @@ def plan_rows(lengths: Sequence[int], ranks: int, tokens_per_microbatch: int) ->
     count = max(len(pieces) for pieces in packed)
     filler = SFTPiece((order[-1],), counts=False)
     return tuple(tuple(pieces + [filler] * (count - len(pieces))) for pieces in packed)
+
+
+def self_feeding_share(settings: LatentSFTConfig, step: int) -> float:
+    """Probability of self-feeding in step `step` (from 0): rises linearly over `self_feeding_ramp` steps."""
+    return settings.self_feeding * min((step + 1) / max(settings.self_feeding_ramp, 1), 1.0)
 
 
 def least_calls(
@@ -124,7 +129,7 @@ class SFTRank(RankActor):
         plan = plan_rows([len(r) for r in rows], self.world, config.learner.tokens_per_microbatch)
         latent = sum(len(r.chain.ids) for r in rows)
         hard = sum(len(r.hard_ids) for r in rows)
-        self_feeding = settings.self_feeding * min((step + 1) / max(settings.self_feeding_ramp, 1), 1.0)
+        self_feeding = self_feeding_share(settings, step)
         feed = latent > 0 and self_feeding > 0
         calls = least_calls(plan, rows, config.learner.logprob_chunk_tokens, feed)
         total = 0.0

@@ -12,6 +12,7 @@ from common.prompts import resolve_tokens
 from deploy.problems import prepare_task
 from deploy.sft import NO_CHAIN, TOO_LONG, TOO_SHORT, prepare_sft
 from learner.latent_sft import make_row
+from learner.sft_learner import least_calls, plan_rows, self_feeding_share
 
 TOKENIZER = make_arithmetic_tokenizer()
 FACTS = resolve_tokens(TOKENIZER, len(TOKENIZER), latent=True)
@@ -76,6 +77,26 @@ def test_k_must_hold_the_tokens_of_a_step_but_an_explicit_chain_does_not_care():
 def test_soft_labels_are_not_chosen_for_an_explicit_chain():
     with pytest.raises(ConfigError, match="induced has no effect"):
         load_config("quickstart", ["algorithm=grpo", "tasks.0.max_response_tokens=44", "warm_start.source=induced"])
+
+
+def test_self_feeding_rises_over_its_ramp():
+    settings = load_config("quickstart", ["warm_start.self_feeding_ramp=4"]).warm_start
+    assert [self_feeding_share(settings, step) for step in (0, 1, 3, 4, 99)] == [0.125, 0.25, 0.5, 0.5, 0.5]
+    assert self_feeding_share(load_config("quickstart").warm_start, 0) == 0.5
+
+
+def test_ranks_call_the_output_layer_equally_often():
+    """Unequal rows: every micro-batch of every rank gets the largest number of calls among them."""
+    problems = [ChainArithmetic(name="a", operations=n).problem(0) for n in (1, 6, 2, 4, 1, 1, 3)]
+    rows = [make_row(TOKENIZER, TOKENIZER.encode("1?"), p.cot, p.answer, c=3, k=3, latent_end_id=20) for p in problems]
+    plan = plan_rows([len(row) for row in rows], ranks=2, tokens_per_microbatch=40)
+    calls = least_calls(plan, rows, chunk_tokens=4, feed=True)
+    assert len(calls) == len(plan[0]) == len(plan[1])
+    for pieces, least in zip(zip(*plan, strict=True), calls, strict=True):
+        latent = [sum(len(rows[i].chain.ids) for i in piece.rows) for piece in pieces]
+        assert least.latent == max(-(-n // 4) for n in latent)
+        assert least.feed
+    assert sorted(i for rank in plan for piece in rank if piece.counts for i in piece.rows) == list(range(len(rows)))
 
 
 def test_held_out_problems_are_never_learned_from(tmp_path):
