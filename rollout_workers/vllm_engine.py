@@ -9,9 +9,9 @@ vLLM's scheduler runs in this process (the rollout actor's own). With tensor par
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +32,12 @@ from rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
 from rollout_workers.vllm_plugin.settings import extra_args
 from rollout_workers.vllm_plugin.support import argument_problem, installed, model_problem, vllm_problem
 
+CACHE_ATTEMPTS = 3
 CPU_CACHE_BYTES = 2**30  # of keys and values, where a CPU run does not say how many
 WORKERS = {
     "cpu": "rollout_workers.vllm_plugin.cpu_worker.LatentCPUWorker",
     "cuda": "rollout_workers.vllm_plugin.workers.LatentGPUWorker",
 }
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -220,10 +220,16 @@ class VLLMEngine:
                 f"version {version.version}: after loading, vLLM does not hold {len(differing)} parameters as "
                 f"published, the first {differing[0]!r}; publish again"
             )
-        # keys and values of the old weights; running samples compute theirs again, mixtures included
-        if not self._llm.reset_prefix_cache(reset_running_requests=bool(self.pending)):
-            raise EngineError(f"version {version.version}: vLLM could not drop the KV cache of the old weights")
+        self._drop_cache(version)
         self._version = version
+
+    def _drop_cache(self, version: PolicyVersion) -> None:
+        """Forgets keys and values of the old weights; running samples compute theirs again, mixtures included."""
+        for _ in range(CACHE_ATTEMPTS):
+            if self._llm.reset_prefix_cache(reset_running_requests=bool(self.pending)):
+                return
+            self._llm.step()  # a step that vLLM ran ahead of a finished sample still holds blocks
+        raise EngineError(f"version {version.version}: vLLM could not drop the KV cache of the old weights")
 
     def _check(self, version: PolicyVersion, tensors: list[tuple[str, torch.Tensor]]) -> None:
         """Names, shapes, dtypes and bytes of a publication, before anything is applied."""
@@ -254,7 +260,8 @@ def _published_parameters(config: PreTrainedConfig, dtype: str) -> dict[str, tup
 
 
 def quiet_vllm() -> None:
-    """vLLM's environment; read when it is imported, or later."""
+    """vLLM's environment, which it reads when it is imported or later; and no warnings about its own code."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM on CPU else puts even a single worker into a process
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

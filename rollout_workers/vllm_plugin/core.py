@@ -197,11 +197,13 @@ class LatentCore:
 
     # --- draws ---------------------------------------------------------------------------------------------------
 
-    def draw(self, logits: torch.Tensor, slots: np.ndarray, positions: torch.Tensor, counts: torch.Tensor):
+    def draw(
+        self, logits: torch.Tensor, slots: np.ndarray, positions: torch.Tensor, complete: torch.Tensor
+    ) -> torch.Tensor:
         """One response step of every request: `logits` [n, V] -> the tokens that vLLM shall go on with, [n] int64.
 
-        `slots` [n] on the host; `positions` [n]: of the tokens whose logits these are; `counts` [n] bool: False for a
-        request whose prompt (or whose recomputed history) is not complete yet.
+        `slots` [n] on the host; `positions` [n]: of the tokens whose logits these are; `complete` [n] bool: False for a
+        request whose prompt (or whose recomputed history) is not all in the cache yet, which draws nothing.
         """
         self._settle()
         rows, slot = self._host[slots], upload(slots, self.device)
@@ -210,12 +212,12 @@ class LatentCore:
         latent = (table[:, ROW.names.index("latent")] == 1) & (self._latent_steps[slot] >= step)
         careful = bool(rows["careful"].any())
         if careful:  # knows which rows are what, so each sampler sees only its own
-            wanted = counts.cpu().numpy()
+            wanted = complete.cpu().numpy()
             in_latent = wanted & latent.cpu().numpy()
             in_visible = wanted & ~in_latent
         else:
             in_latent, in_visible = rows["latent"] == 1, np.ones(len(rows), dtype=bool)
-        target = torch.where(counts, slot, SCRATCH)
+        target = torch.where(complete, slot, SCRATCH)
         step = torch.where(target == SCRATCH, 0, step)
         tokens = torch.full_like(slot, self._placeholder)
         if in_visible.any():
