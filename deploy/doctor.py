@@ -21,6 +21,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from deploy.torch_build import describe_torch
+from rollout_workers.vllm_plugin.support import installed, vllm_problem
 
 RAY_DEADLINE_S = 90.0
 SHM_BYTES = 2 * 2**30
@@ -59,6 +60,7 @@ def run_doctor(folder: str | Path = ".", ray_deadline_s: float = RAY_DEADLINE_S)
         _python,
         _packages,
         _torch,
+        _vllm,
         _compiler,
         _shared_memory,
         lambda: _disk(Path(folder)),
@@ -111,6 +113,18 @@ def _torch() -> list[Check]:
     if has_gpu and "CPU build" in found:
         return [Check(name="torch build", status="warn", found=f"{found}, but this machine has a GPU", mend=advice)]
     return [Check(name="torch build", status="ok", found=found)]
+
+
+def _vllm() -> list[Check]:
+    """Only for rollout.engine vllm; nothing else needs it."""
+    found = installed()
+    if found is None:
+        return [Check(name="vllm", status="ok", found="not installed; only rollout.engine vllm needs it")]
+    build, version = found
+    problem = vllm_problem(found)
+    return [
+        Check(name="vllm", status="warn" if problem else "ok", found=f"{version}, {build} build", mend=problem or "")
+    ]
 
 
 def _compiler() -> list[Check]:

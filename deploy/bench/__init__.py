@@ -77,7 +77,7 @@ def bench_rollout(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each way; medians are shown.")] = 5,
     json_file: JsonFile = None,
 ) -> None:
-    """The Transformers engine beside `model.generate`, and a latent step beside a hard one. On the CPU."""
+    """The Transformers engine beside `model.generate`, latent steps beside hard ones, the same in vLLM. On the CPU."""
     from deploy.bench.rollout import measure, show, write_json
 
     found = measure(vocabulary=vocabulary, hidden=hidden, layers=layers, k=k, repeats=repeats)

