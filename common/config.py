@@ -583,6 +583,8 @@ def _check(config: RunConfig) -> None:
         problems.append("deterministic: true is a CPU guarantee; set num_gpus of rollout and learner to 0")
     if config.deterministic and config.max_staleness:
         problems.append(f"deterministic: true needs max_staleness 0, got {config.max_staleness}")
+    if not config.dump.every and (limits := [k for k in ("which", "keep_steps", "keep_bytes") if _set(config.dump, k)]):
+        problems.append(f"dump.{', dump.'.join(limits)} would have no effect with dump.every 0; remove it")
     if config.optimizer.schedule == "constant" and config.optimizer.decay_steps is not None:
         problems.append("optimizer.decay_steps has no effect with optimizer.schedule constant; remove it")
     problems += _vllm_problems(config)
@@ -619,6 +621,10 @@ def _vllm_problems(config: RunConfig) -> list[str]:
     if vllm.memory_share is not None and not gpus:
         problems.append("rollout.vllm.memory_share is of a GPU and rollout.resources.num_gpus is 0; use kv_cache_bytes")
     return problems
+
+
+def _set(section: Section, key: str) -> bool:
+    return getattr(section, key) != type(section).model_fields[key].default
 
 
 def _differs_from_default(config: RunConfig, key: str) -> bool:

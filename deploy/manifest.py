@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
 
 from common.config import RunConfig, TaskConfig
 from deploy.run_folder import write_atomically
+from deploy.run_manifest import program_commit
 from deploy.suite import Suite
 from deploy.versions import versions
 
@@ -25,19 +25,9 @@ def provenance() -> dict:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+changes` where files differ from it."""
-    head = _git("rev-parse", "HEAD")
-    if head is None:
-        return UNKNOWN
-    return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    """Of the checkout, or of the one that the job was sent from, with `+changes` where files differ from it."""
+    head, changed = program_commit()
+    return UNKNOWN if head is None else head + ("+changes" if changed else "")
 
 
 def make_manifest(folder: Path, suite: Suite, configs: list[RunConfig]) -> dict:

@@ -26,7 +26,7 @@ import xxhash
 from common import __version__
 from common.config import ConfigError, RunConfig, TaskConfig
 from deploy.run_folder import RunFolder
-from deploy.versions import PACKAGES
+from deploy.versions import versions
 
 if TYPE_CHECKING:
     from deploy.problems import PreparedTask, Problems
@@ -104,7 +104,7 @@ def lineage_facts(lineage: int) -> dict[str, Any]:
             "changed_since_commit": changed,
             "sources": source_hash(OUR_PACKAGES),
         },
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in (*PACKAGES, *OTHER_PACKAGES)},
+        "versions": versions() | {package: _version(package) for package in OTHER_PACKAGES},
         "hardware": hardware(),
     }
 

@@ -173,6 +173,8 @@ def test_due_steps_are_every_nth_the_first_and_those_after_a_checkpoint():
     assert not any(load_config(base, ["dump.every=0"]).dump_due(s) for s in range(1, 61))
     with pytest.raises(ConfigError, match=r"dump.which.*'failures'"):
         load_config(base, ["dump.which=some"])
+    with pytest.raises(ConfigError, match=r"dump\.which, dump\.keep_steps would have no effect with dump.every 0"):
+        load_config(base, ["dump.every=0", "dump.which=failures", "dump.keep_steps=3"])
 
 
 def test_rows_of_a_dump_are_those_of_its_groups(tmp_path):
