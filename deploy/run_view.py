@@ -19,7 +19,7 @@ from common.metrics import read_metrics
 from common.store import DumpError, DumpFile, LearnerStore, TrajectoryStore, count_rows, read_columns, step_ranges
 from deploy.run_folder import RunFolder
 from deploy.run_manifest import ManifestError, read_manifest
-from deploy.selection import Filters, InspectionError, Row, no_match, ordered
+from deploy.selection import Filters, InspectionError, Row, exact_first, no_match, ordered
 
 
 @dataclass
@@ -132,7 +132,7 @@ class RunView:
             raise failures[0]
         for error in failures:
             self.leave_out(error)
-        chosen = [row for row in every if filters.accepts(row)]
+        chosen = exact_first([row for row in every if filters.accepts(row)], filters)
         if not chosen:
             raise InspectionError(no_match(filters, every))
         return ordered(chosen, filters.sort)

@@ -107,6 +107,13 @@ def test_a_filter_gives_exactly_the_rows_that_it_names(fake, filters, holds):
     assert {(r["group_uid"], r["sample_index"]) for r in found["trajectories"]} == expected
 
 
+def test_a_name_in_full_does_not_match_longer_ones(fake):
+    found = shown_json(fake, Filters(problem="chains/1"))["trajectories"]
+    assert {row["problem_uid"] for row in found} == {"chains/1"}  # and not chains/10, chains/11
+    found = shown_json(fake, Filters(problem="hains/1"))["trajectories"]
+    assert {row["problem_uid"] for row in found} == {"chains/1", "chains/10", "chains/11"}
+
+
 @pytest.mark.parametrize(
     ("sort", "key"), [("length", "length"), ("latent", "latent"), ("reward", "reward"), ("advantage", "advantage")]
 )
