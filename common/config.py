@@ -439,6 +439,8 @@ class RunConfig(Section):
     masking: Literal["exclude", "include", "off", "penalise"] | None = None
     """METHOD §4.1; `penalise` is ours (`learner.advantages`)."""
     scale_by_std: bool = True
+    negative_latent_scale: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Ours: factor on negative advantages at latent steps (docs/study.md); 0 leaves bad samples their hard steps only."""
 
     # the batch (METHOD symbols, §4.3, §6)
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -533,7 +535,7 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """METHOD §9: an algorithm is nothing but these defaults (and, for `grpo`, a response that starts visible)."""
 
-LATENT_ONLY_KEYS = ("k", "tau", "noise", "component_weighting", "flip")
+LATENT_ONLY_KEYS = ("k", "tau", "noise", "component_weighting", "flip", "negative_latent_scale")
 
 
 def _check(config: RunConfig) -> None:
