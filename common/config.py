@@ -440,7 +440,7 @@ class RunConfig(Section):
     """METHOD §4.1; `penalise` is ours (`learner.advantages`)."""
     scale_by_std: bool = True
     negative_latent_scale: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Ours: factor on negative advantages at latent steps (docs/study.md); 0 leaves bad samples their hard steps only."""
+    """Ours: factor on negative advantages at latent steps (docs/study.md); 0: bad samples teach at hard steps only."""
 
     # the batch (METHOD symbols, §4.3, §6)
     group_size: Annotated[int, Field(ge=2)] = 8

@@ -163,8 +163,8 @@ class LearnerRank(RankActor):
         for part in parts:
             inputs, rows = part.inputs, part.inputs.batch_rows
             step_advantages = torch.where((inputs.steps == 0) & ~keeps_first[rows], 0.0, advantages[rows])
-            bad = inputs.latent & (step_advantages < 0)
-            step_advantages = torch.where(bad, step_advantages * config.negative_latent_scale, step_advantages)
+            lowered = inputs.latent & (step_advantages < 0)
+            step_advantages = torch.where(lowered, step_advantages * config.negative_latent_scale, step_advantages)
             counted = graded[rows]
             components = self.engine.forward(inputs)
             log_probs = self._steps(components, inputs, advantages=step_advantages, flip=config.flip)
