@@ -208,6 +208,8 @@ MATH_WRONG = [
     ("1.75", "1.75_7", "a subscript that algebra would drop"),
     ("x^2+5x+4", "x^2+5x+4_7", "a subscript inside a formula"),
     ("-2^{49}", "-2^{49}_7", "a subscript behind a power"),
+    (r"20\%", r"2000\%", "per cent on both sides: 2000 per cent is 20, but not 20 per cent"),
+    (r"10\%", r"0.1\%", "per cent on both sides: a tenth of a per cent"),
     ("5", "1 5", "two numbers side by side are no product"),
     ("5", r"1 \quad 5", "two numbers with space between"),
     ("5", r"5\text{ (or 6)}", "a hedge where a unit stands"),

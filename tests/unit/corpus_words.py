@@ -124,6 +124,7 @@ NUMBER_WRONG = [
     ("2", "2t", "a variable glued to the number"),
     ("18", "18²", "a power as one character"),
     ("18", "f(18)", "a function of the number"),
+    ("20%", "2000%", "per cent on both sides"),
     ("18", "x + 18", "a summand"),
     ("-18", "x - 18", "a minus that subtracts"),
     ("18", "x * 18", "a factor"),
