@@ -256,7 +256,7 @@ def compared(what: str, first: Timing, second: Timing, goal: str) -> Row:
 def show(found: RolloutBench, console: Console | None = None) -> None:
     table = Table("tokens per CPU second", "first", "second", "ratio", "goal", title=f"bench rollout: {found.model}")
     for row in found.rows:
-        table.addcompared(row.what, *(f"{rate:,.0f}" for rate in row.rates), f"{row.ratio:.2f}", row.goal)
+        table.add_row(row.what, *(f"{rate:,.0f}" for rate in row.rates), f"{row.ratio:.2f}", row.goal)
     console = console or Console()
     console.print(table)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in found.forward_shares.items())
