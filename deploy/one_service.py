@@ -88,11 +88,12 @@ def train_only(source: str | Path, overrides: list[str], reporter: Reporter | No
     folder. Steps that were not dumped are left out, the others numbered from 1; `steps` bounds how many are taken.
     """
     reporter = reporter or Reporter()
-    origin = RunFolder(Path(source))
+    origin = RunFolder(Path(source).resolve())
     if not (origin.path / "config.json").is_file():
         raise ConfigError(f"--train-only {source}: no config.json there; expected a run folder (runs/quickstart-...)")
     recorded = RecordedRun(origin, origin.config())
-    config = load_config(origin.config().model_dump(mode="json"), overrides)
+    model = [f"model.path={recorded.base}", "model.new=null", "warm_start=null"]  # the new run begins at a finished one
+    config = load_config(origin.config().model_dump(mode="json"), [*overrides, *model])
     dumped = recorded.dumped[: config.steps]
     if not dumped:
         every = recorded.config.dump.every
@@ -104,10 +105,10 @@ def train_only(source: str | Path, overrides: list[str], reporter: Reporter | No
     folder = create_run(config, f"train-{origin.name}")
     reporter.say(f"run folder {folder.path}; {len(dumped)} dumped steps of {origin.path}")
     source_facts = [{"task": "dumps", "use": "training", "source": str(origin.path), "steps": step_ranges(dumped)}]
-    write_manifest(folder, config, 0, recorded.base, source_facts)
+    write_manifest(folder, config, 0, config.model.path, source_facts)
     with (
         MetricsWriter(folder.path, config.metrics.sinks) as metrics,
-        recorded_learner(config, recorded.base, Start(step=0, checkpoint=None)) as learner,
+        recorded_learner(config, config.model.path, Start(step=0, checkpoint=None)) as learner,
         StepObserver(folder, config, 0, metrics, reporter) as observer,
         reporter.phase("learner", len(dumped)) as advance,
     ):
@@ -118,7 +119,7 @@ def train_only(source: str | Path, overrides: list[str], reporter: Reporter | No
                 found = report.metrics | rollout_metrics(batch) | {"batch/source_step": step}
                 observer.observe(StepResult(number, batch, (batch,), (None,), found), report)
             advance(number)
-        save_whole(folder.model, lambda unfinished: _export(learner, recorded.base, unfinished))
+        save_whole(folder.model, lambda unfinished: _export(learner, config.model.path, unfinished))
     record_model(folder, "trained", folder.model)
     reporter.say(f"model {folder.model}; metrics and learner records in {folder.path}")
     return folder

@@ -13,6 +13,7 @@ from common.schema import TrajectoryBatch
 from common.store import LearnerStore, TrajectoryStore
 from deploy.cli import app
 from deploy.one_service import rollout_only, train_only
+from deploy.recorded import RecordedRun
 from deploy.replay import replay
 from deploy.run_manifest import read_manifest
 from deploy.train import train
@@ -76,6 +77,7 @@ def test_the_learner_alone_repeats_the_run_from_its_dumps(run):
     assert first == second
     assert TrajectoryStore(alone.trajectories).steps() == LearnerStore(alone.learner_records).steps() == [1, 2, 3]
     assert read_manifest(alone.path)["data"][0]["source"] == str(run.path)
+    assert RecordedRun(alone, alone.config()).base == str(run.base_model), "it can be inspected and replayed itself"
 
 
 def test_the_workers_alone_generate_what_the_run_generated_first(run):
