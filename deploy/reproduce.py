@@ -6,7 +6,7 @@
 
     FOLDER/
         suite.json        the definition and every unit's resolved settings, which may not change when it goes on
-        manifest.json     commit, versions, hashes of grader and data, seeds, machine (`deploy.manifest`)
+        manifest.json     commit, versions, hashes of grader and data, seeds, machine (`deploy.suite_manifest`)
         starts/, runs/    one run folder a unit, with its result.json and log.txt
         report.*          rewritten after every unit
 
@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.config import RunConfig
-from deploy.manifest import make_manifest, provenance
 from deploy.progress import Reporter
 from deploy.ray_session import needed_resources
 from deploy.results import UnitResult, read_result, write_result
@@ -46,6 +45,7 @@ from deploy.suite import (
     unit_folder,
     units,
 )
+from deploy.suite_manifest import make_manifest, provenance
 from deploy.suite_report import write_report
 
 POLL_S = 0.3
