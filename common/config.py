@@ -3,29 +3,26 @@
 Imports neither torch, Ray nor transformers, so `latent-grpo validate` answers in a second. The key names are a
 public interface: profiles, the resolved `config.json` of a run and the documentation use them.
 
-A setting that the algorithm decides (METHOD §9) is `None` until :meth:`RunConfig.resolved` fills it in; a user's
+A setting that the algorithm decides (METHOD §9) is `None` until :class:`RunConfig` has filled it in; a user's
 explicit value wins, which is how every ablation is one line.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from common.config_rules import conflicts
+from common.errors import ConfigError
 from common.types import NoiseMode
+from common.yaml_files import parse_override, read_mapping, with_value
 
 Algorithm = Literal["latent_grpo", "soft_grpo", "grpo"]
 Dtype = Literal["float32", "bfloat16"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message says what was received, what is allowed and what to change."""
 
 
 class Section(BaseModel):
@@ -484,7 +481,8 @@ class RunConfig(Section):
             owner, leaf = (self.noise, "mode") if key == "noise.mode" else (self, key)
             if getattr(owner, leaf) is None:
                 object.__setattr__(owner, leaf, value)
-        _check(self)
+        if found := conflicts(self):
+            raise ValueError("; ".join(found))
         return self
 
     @property
@@ -496,6 +494,14 @@ class RunConfig(Section):
     def schema_k(self) -> int:
         """K of the Arrow schema: 0 for `grpo`, whose records have no latent steps."""
         return self.k if self.latent else 0
+
+    @property
+    def latent_keys_set(self) -> list[str]:
+        """Keys of latent steps that differ from the algorithm's defaults."""
+        noise = (self.noise.mode, self.noise.scale) != (ALGORITHM_DEFAULTS[self.algorithm]["noise.mode"], 1.0)
+        defaults = {key: type(self).model_fields[key].default for key in LATENT_ONLY_KEYS if key != "noise"}
+        defaults |= {key: value for key, value in ALGORITHM_DEFAULTS[self.algorithm].items() if key in defaults}
+        return [key for key, value in defaults.items() if getattr(self, key) != value] + (["noise"] if noise else [])
 
     @property
     def samples_per_step(self) -> int:
@@ -538,104 +544,6 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
 LATENT_ONLY_KEYS = ("k", "tau", "noise", "component_weighting", "flip", "negative_latent_scale")
 
 
-def _check(config: RunConfig) -> None:
-    """Cross-field checks; each message names the keys, the values received and the nearest valid ones."""
-    problems: list[str] = []
-    prompts, mini = config.prompts_per_step, config.minibatch_prompts
-    if prompts % mini:
-        near = sorted({d for d in range(1, prompts + 1) if prompts % d == 0}, key=lambda d: abs(d - mini))[:3]
-        problems.append(
-            f"prompts_per_step ({prompts}) is not divisible by minibatch_prompts ({mini}); "
-            f"set minibatch_prompts to one of {sorted(near)} or prompts_per_step to {prompts // mini * mini or mini}"
-        )
-    if not config.tasks:
-        problems.append("tasks: at least one task is needed; add one with `name` and `path`")
-    names = [t.name for t in config.tasks]
-    if len(set(names)) != len(names):
-        problems.append(f"tasks: names must be distinct, got {names}; a problem's identity is task name + row")
-    evaluated = [t.name for t in config.evaluation.tasks]
-    if len(set(evaluated)) != len(evaluated):
-        problems.append(
-            f"evaluation.tasks: names must be distinct, got {evaluated}; a problem's identity is task name + row"
-        )
-    if config.algorithm == "grpo":
-        set_here = [key for key in LATENT_ONLY_KEYS if _differs_from_default(config, key)]
-        if set_here:
-            problems.append(
-                f"algorithm grpo has no latent steps: {', '.join(set_here)} would have no effect; remove the key(s)"
-            )
-        if config.warm_start is not None and config.warm_start.chain == "latent":
-            problems.append("algorithm grpo with a latent warm start: set warm_start.chain to explicit")
-    elif config.warm_start is not None and config.warm_start.chain == "explicit":
-        problems.append(f"algorithm {config.algorithm} with an explicit warm start: set warm_start.chain to latent")
-    if (
-        config.warm_start is not None
-        and config.warm_start.chain == "explicit"
-        and config.warm_start.source != "uniform"
-    ):
-        problems.append(
-            "warm_start.source induced has no effect with warm_start.chain explicit (no soft labels); remove it"
-        )
-    if config.warm_start is not None and config.latent and config.k < config.warm_start.compression:
-        problems.append(
-            f"k ({config.k}) is smaller than warm_start.compression ({config.warm_start.compression}): a latent step "
-            "could not hold its tokens; raise k or lower the compression"
-        )
-    if config.deterministic and (config.learner.resources.num_gpus or config.rollout.resources.num_gpus):
-        problems.append("deterministic: true is a CPU guarantee; set num_gpus of rollout and learner to 0")
-    if config.deterministic and config.max_staleness:
-        problems.append(f"deterministic: true needs max_staleness 0, got {config.max_staleness}")
-    if not config.dump.every and (limits := [k for k in ("which", "keep_steps", "keep_bytes") if _set(config.dump, k)]):
-        problems.append(f"dump.{', dump.'.join(limits)} would have no effect with dump.every 0; remove it")
-    if config.optimizer.schedule == "constant" and config.optimizer.decay_steps is not None:
-        problems.append("optimizer.decay_steps has no effect with optimizer.schedule constant; remove it")
-    problems += _vllm_problems(config)
-    longest = max((t.max_prompt_tokens + t.max_response_tokens for t in config.tasks), default=0)
-    if config.model.new is not None and longest > config.model.new.max_positions:
-        problems.append(
-            f"model.new.max_positions ({config.model.new.max_positions}) is smaller than the longest prompt plus "
-            f"response ({longest}); raise it or lower the tasks' budgets"
-        )
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def _vllm_problems(config: RunConfig) -> list[str]:
-    """Settings that the vLLM engine cannot serve; which vLLM and which models it can: `deploy.preflight`."""
-    rollout, vllm = config.rollout, config.rollout.vllm
-    if rollout.engine != "vllm":
-        if vllm != VLLMConfig():
-            return ["rollout.vllm has no effect with rollout.engine transformers; remove it or set rollout.engine=vllm"]
-        return []
-    problems = []
-    if config.deterministic:
-        problems.append("deterministic: true needs rollout.engine transformers; vLLM batches as it likes")
-    if rollout.device != "auto":
-        problems.append(f"rollout.device ({rollout.device}) has no effect with rollout.engine vllm: its build decides")
-    if vllm.in_flight_updates and config.max_staleness == 0:
-        problems.append("rollout.vllm.in_flight_updates needs max_staleness of 1 or more, got 0")
-    gpus = rollout.resources.num_gpus
-    if vllm.tensor_parallel > 1 and gpus != vllm.tensor_parallel:
-        problems.append(
-            f"rollout.vllm.tensor_parallel ({vllm.tensor_parallel}) needs as many GPUs per worker; set "
-            f"rollout.resources.num_gpus to {vllm.tensor_parallel}, got {gpus:g}"
-        )
-    if vllm.memory_share is not None and not gpus:
-        problems.append("rollout.vllm.memory_share is of a GPU and rollout.resources.num_gpus is 0; use kv_cache_bytes")
-    return problems
-
-
-def _set(section: Section, key: str) -> bool:
-    return getattr(section, key) != type(section).model_fields[key].default
-
-
-def _differs_from_default(config: RunConfig, key: str) -> bool:
-    if key == "noise":
-        return (config.noise.mode, config.noise.scale) != ("off", 1.0)
-    default = ALGORITHM_DEFAULTS[config.algorithm].get(key, RunConfig.model_fields[key].default)
-    return getattr(config, key) != default
-
-
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
@@ -653,7 +561,7 @@ def load_config(source: str | Path | dict, overrides: list[str] = ()) -> RunConf
         if isinstance(data.get("warm_start"), dict):
             data["warm_start"] = {**data["warm_start"], "chain": "explicit"}
     for path, value in changed:
-        data = _with(data, path, value, ".".join(path))
+        data = with_value(data, path, value, ".".join(path))
     return parse_config(data)
 
 
@@ -674,83 +582,9 @@ def profiles_folder() -> Path:
     return Path(__file__).resolve().parent.parent / "deploy" / "profiles"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `off` is a word (a value of several settings), `1e-6` a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|nan|NaN))$"
-    ),
-    [*"-+0123456789."],
-)
-
-
 def read_profile(source: str | Path) -> dict:
     """The mapping of a profile given by name (`quickstart`) or by path. `extends: NAME` starts from another profile."""
     return read_mapping(source, profiles_folder(), "profile")
-
-
-def read_mapping(source: str | Path, folder: Path, what: str) -> dict:
-    """A YAML file given by its name in `folder` or by path; `what` is it called in errors."""
-    path = Path(source)
-    if path.suffix not in {".yaml", ".yml", ".json"}:
-        path = folder / f"{source}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise ConfigError(f"no {what} {str(source)!r}: give a YAML file or one of {', '.join(known)}")
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {type(data).__name__}")
-    base = data.pop("extends", None)
-    return _merge(read_mapping(base, folder, what), data) if base else data
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """`a.b=1` -> (["a", "b"], 1)."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"override {text!r}: expected key=value, for example rollout.workers=4")
-    try:
-        parsed = yaml.load(value, _Loader) if value else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
-    return key.strip().split("."), parsed
-
-
-def _with(node: Any, path: list[str], value: Any, whole: str) -> Any:
-    """A copy of `node` with the value at `path` set."""
-    if not path:
-        return value
-    head, rest = path[0], path[1:]
-    if isinstance(node, list):
-        if not head.isdigit() or int(head) >= len(node):
-            raise ConfigError(f"override {whole}: expected an index below {len(node)} at {head!r}")
-        return [_with(v, rest, value, whole) if i == int(head) else v for i, v in enumerate(node)]
-    if node is None:
-        node = {}
-    if not isinstance(node, dict):
-        raise ConfigError(f"override {whole}: {head!r} lies below a plain value ({node!r})")
-    return {**node, head: _with(node.get(head), rest, value, whole)}
-
-
-def _merge(base: dict, over: dict) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _explain(error: dict) -> str:

@@ -19,7 +19,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from common.config import ConfigError, RunConfig, Section, load_config, read_mapping
+from common.config import ConfigError, RunConfig, Section, load_config
+from common.yaml_files import read_mapping
 
 Metric = str
 """`pass_at_1`, `chain_length`, `latent_length`, `invalid_rate` or `sampled_pass_at_K`."""
