@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
+
 if TYPE_CHECKING:
     from common.config import RunConfig
 
@@ -58,12 +60,84 @@ def conflicts(config: RunConfig) -> list[str]:
     if config.optimizer.schedule == "constant" and config.optimizer.decay_steps is not None:
         problems.append("optimizer.decay_steps has no effect with optimizer.schedule constant; remove it")
     problems += _vllm_problems(config)
-    longest = max((t.max_prompt_tokens + t.max_response_tokens for t in config.tasks), default=0)
+    problems += _engine_problems(config)
+    problems += _objective_problems(config)
+    problems += _without_effect(config)
+    every_task = (*config.tasks, *config.evaluation.tasks)
+    longest = max((t.max_prompt_tokens + t.max_response_tokens for t in every_task), default=0)
     if config.model.new is not None and longest > config.model.new.max_positions:
         problems.append(
             f"model.new.max_positions ({config.model.new.max_positions}) is smaller than the longest prompt plus "
             f"response ({longest}); raise it or lower the tasks' budgets"
         )
+    return problems
+
+
+def _engine_problems(config: RunConfig) -> list[str]:
+    """What a rollout engine refuses of every group."""
+    largest = {
+        "group_size": config.group_size,
+        "evaluation.runs": config.evaluation.runs if config.evaluation.tasks else 0,
+        "evaluation.samples": config.evaluation.samples if config.evaluation.tasks else 0,
+    }
+    rows = config.rollout.max_rows
+    return [
+        f"rollout.max_rows ({rows}) is smaller than {key} ({samples}), and a group is decoded as a whole; raise it"
+        for key, samples in largest.items()
+        if samples > rows
+    ]
+
+
+def _objective_problems(config: RunConfig) -> list[str]:
+    """Settings that the learner could only refuse after the warm start."""
+    problems, clip = [], config.clip
+    if clip.dual < 1 + clip.high:
+        problems.append(f"clip.dual ({clip.dual:g}) must be at least 1 + clip.high ({1 + clip.high:g})")
+    if config.model.dtype == "bfloat16" and config.learner.zero_stage == 0:
+        problems.append(
+            "model.dtype bfloat16 with learner.zero_stage 0 has no float32 master weights; set learner.zero_stage to 1"
+        )
+    optimizers = {"optimizer": config.optimizer}
+    if config.warm_start is not None:
+        optimizers["warm_start.optimizer"] = config.warm_start.optimizer
+    for key, optimizer in optimizers.items():
+        if not all(0 <= beta < 1 for beta in optimizer.betas):
+            problems.append(f"{key}.betas must be in [0, 1), got {list(optimizer.betas)}")
+    new = config.model.new
+    if new is not None and new.hidden_size % new.num_heads:
+        problems.append(f"model.new.hidden_size ({new.hidden_size}) is not divisible by num_heads ({new.num_heads})")
+    return problems
+
+
+def _without_effect(config: RunConfig) -> list[str]:
+    """Keys that differ from their defaults and do nothing with the others."""
+
+    def changed(section: BaseModel, key: str) -> bool:
+        return getattr(section, key) != type(section).model_fields[key].default
+
+    idle = {
+        "importance_cap": (changed(config, "importance_cap") and not config.max_staleness, "max_staleness 0"),
+        "max_dispatch_factor": (
+            changed(config, "max_dispatch_factor") and config.dynamic_sampling == "drop",
+            "dynamic_sampling drop",
+        ),
+        "noise.scale": (
+            config.latent and changed(config.noise, "scale") and config.noise.mode == "off",
+            "noise.mode off",
+        ),
+        "evaluation.sampled_problems": (
+            changed(config.evaluation, "sampled_problems") and not config.evaluation.samples,
+            "evaluation.samples 0",
+        ),
+    }
+    problems = [f"{key} has no effect with {why}; remove it" for key, (given, why) in idle.items() if given]
+    end = config.model.prompt.think_end
+    problems += [
+        f"task {task.name}: prompt.think_end {task.prompt.think_end!r} differs from model.prompt.think_end {end!r}; "
+        "the latent-end token is one for the whole run: set model.prompt.think_end"
+        for task in (*config.tasks, *config.evaluation.tasks)
+        if task.prompt is not None and changed(task.prompt, "think_end") and task.prompt.think_end != end
+    ]
     return problems
 
 

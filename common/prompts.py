@@ -14,6 +14,8 @@ from common.types import Problem, TokenFacts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from common.config import RunConfig
+
 logger = logging.getLogger(__name__)
 
 
@@ -72,6 +74,35 @@ class PromptRenderer:
         if not ids:
             raise ConfigError(f"problem {problem.uid}: its prompt has no tokens")
         return np.asarray(ids, dtype=np.int32)
+
+
+def check_width(config: RunConfig, facts: TokenFacts) -> None:
+    """Raises ConfigError where the tokenizer has fewer ids than a latent step's mixture needs."""
+    there = int(facts.allowed.sum())
+    if config.latent and config.k > there:
+        raise ConfigError(
+            f"k ({config.k}) is larger than the vocabulary: the tokenizer has {there} ids, the model's output "
+            f"{facts.vocab_size} rows; lower k"
+        )
+
+
+def check_think_start(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError for a start-of-thinking text that the tokenizer does not know."""
+    for prompt in (config.model.prompt, *(t.prompt for t in (*config.tasks, *config.evaluation.tasks) if t.prompt)):
+        text, fault = prompt.think_start, None
+        if not text:
+            continue
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception for a text outside a vocabulary without <unk>
+            ids, fault = [], f"cannot encode it ({error})"
+        if not fault and (not ids or tokenizer.unk_token_id in ids):
+            fault = "gives the unknown token for it" if ids else "gives no tokens for it"
+        if fault:
+            raise ConfigError(
+                f"prompt.think_start {text!r}: this tokenizer {fault}; set it to the text that begins thinking for "
+                "this model"
+            )
 
 
 def resolve_tokens(

@@ -196,8 +196,12 @@ def _read(config: TaskConfig) -> list[dict]:
 
 def _read_jsonl(config: TaskConfig, file: Path) -> list[dict]:
     rows: list[dict] = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise TaskError(f"task {config.name}: {file}, line {number}: not UTF-8: {error}") from error
             if not line.strip():
                 continue
             try:

@@ -121,8 +121,10 @@ class GroupBuffer:
         return reason
 
     def drop(self, group_uid: str, reason: str) -> None:
-        """Gives up a group that cannot be had (malformed records, for example); its slot is freed."""
-        self._drop(self._entries[self._by_uid[group_uid]], reason)
+        """Gives up an awaited group that cannot be used (malformed records); nothing of it is generated or kept."""
+        entry = self._entries[self._by_uid[group_uid]]
+        entry.group = None
+        self._drop(entry, reason)
 
     def _drop(self, entry: _Entry, reason: str) -> None:
         entry.dropped = reason

@@ -36,6 +36,7 @@ RUN_ERRORS = {
     "MetricsError",
     "CheckpointError",
     "SuiteFailed",
+    "SchemaError",
 }
 """By name: importing their modules would load torch and Ray for every command."""
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -91,7 +92,7 @@ def validate(
     rows = [
         *arithmetic(config),
         *resource_rows(config, cpus, gpus),
-        *engine_rows(config),
+        *engine_rows(config, runs_here=False),
         *verifier_rows(config),
         *token_rows(config),
     ]

@@ -19,6 +19,7 @@ meanwhile. Nothing else distinguishes it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from common.config import RunConfig
-from common.schema import TrajectoryBatch, concat
+from common.schema import SchemaError, TrajectoryBatch, concat
 from common.types import GroupRequest
 from deploy.buffer import GroupBuffer, ReadyBatch
 from deploy.rollout_metrics import rollout_metrics
 from learner.advantages import drop_reason
 
+log = logging.getLogger(__name__)
 POLL_S = 0.2
+MALFORMED = "malformed"  # why a group was dropped
 LEARNING_POLL_S = 0.02  # nothing wakes the loop when the learner is done, so it looks often
 
 
@@ -194,7 +197,12 @@ class Controller:
             self._take(group)
 
     def _take(self, group: pa.RecordBatch) -> None:
-        self.buffer.arrived(_group_uid(group), group)
+        uid = _group_uid(group)
+        try:
+            self.buffer.arrived(uid, group)
+        except SchemaError as error:  # a worker with other code, say: nothing of it is repaired or guessed
+            log.warning("group %s dropped: malformed records: %s", uid, error)
+            self.buffer.drop(uid, MALFORMED)
 
     def _drop_reason(self, group: pa.RecordBatch) -> str | None:
         view = TrajectoryBatch(group)
@@ -202,6 +210,11 @@ class Controller:
 
     def _batch_metrics(self, batch: ReadyBatch, rows: pa.RecordBatch | None) -> dict[str, float]:
         """Of all that was generated, and of what of it is trained on (`rows`). Raises :class:`TrainingStopped`."""
+        if not batch.generated:
+            raise TrainingStopped(
+                f"none of the step's {sum(batch.dropped.values())} groups had records that can be read (see the log): "
+                "do the workers run the same version of this program as the driver?"
+            )
         metrics = rollout_metrics(concat(batch.generated))
         limit = self.config.rollout.verifier.max_ungraded_share
         if metrics["rollout/ungraded_share"] > limit:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.markup import escape
 
 from common.config import RunConfig
 from common.metrics import MetricsWriter
-from deploy.controller import StepResult
+from deploy.controller import StepResult, TrainingStopped
 from deploy.dumps import DumpWriter, StepDump
 from deploy.health import HealthMonitor
 from deploy.progress import Reporter
@@ -49,15 +51,29 @@ class StepObserver:
             self._reporter.say(f"[{colour}]alarm, step {alarm.step}: {escape(alarm.sentence)}[/]")
         metrics["health/alarms"] = len(self._monitor.active)
         self._metrics.write(result.step, metrics, lineage=self._lineage)
+        in_a_row, limit = metrics.get("learner/bad_updates_in_a_row", 0), self._config.optimizer.max_bad_updates
+        if in_a_row >= limit:
+            self.flush()  # what shows why is on the disk before the run ends
+            raise TrainingStopped(
+                f"step {result.step}: {in_a_row:g} non-finite updates in a row (optimizer.max_bad_updates {limit}); "
+                f"samples: {self._named(result, report)}; their batch: {self._bad_folder(result)}. The parameters are "
+                "those before them: look at the samples, lower optimizer.lr, or resume from an earlier checkpoint"
+            )
 
     def _dump_bad(self, result: StepResult, report: LearnerReport) -> None:
         """The batch of an update that was not applied, whatever the section dump says."""
         self._dumps.submit(
             StepDump(step=result.step, groups=(result.batch,), reasons=(None,), records=None, purpose="non_finite")
         )
-        uids, indices = (result.batch.column(name) for name in ("group_uid", "sample_index"))
-        named = ", ".join(f"{uids[row]} #{indices[row]}" for row in report.bad_rows) or "no single one"
-        path = self._dumps.trajectories.folder_of(result.step, "non_finite")
         self._reporter.say(
-            f"[red]step {result.step}: non-finite update not applied; samples: {named}; batch: {path}[/]"
+            f"[red]step {result.step}: non-finite update not applied; samples: "
+            f"{escape(self._named(result, report))}; batch: {escape(str(self._bad_folder(result)))}[/]"
         )
+
+    @staticmethod
+    def _named(result: StepResult, report: LearnerReport) -> str:
+        uids, indices = (result.batch.column(name) for name in ("group_uid", "sample_index"))
+        return ", ".join(f"{uids[row]} #{indices[row]}" for row in report.bad_rows) or "no single one"
+
+    def _bad_folder(self, result: StepResult) -> Path:
+        return self._dumps.trajectories.folder_of(result.step, "non_finite")

@@ -5,6 +5,7 @@ Needs no GPU, no Ray, no network and no weights: of a model on this machine its 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from common.config import ConfigError, RunConfig
@@ -44,6 +45,13 @@ def check_files(config: RunConfig) -> None:
             raise ConfigError(f"task {task.name}: {path} does not exist; set its `path` to a .parquet or .jsonl file")
 
 
+def check_before_start(config: RunConfig) -> None:
+    """What `validate` refuses of a run that is to start here, before a folder, a Ray or a model is made for it."""
+    check_files(config)
+    engine_rows(config)
+    token_rows(config)
+
+
 def token_rows(config: RunConfig) -> list[tuple[str, str]]:
     """(what, found) of the tokenizer: vocabulary, end of thinking, EOS, a rendered prompt.
 
@@ -52,7 +60,8 @@ def token_rows(config: RunConfig) -> list[tuple[str, str]]:
     """
     from common.chain import check_chain, read_chain
     from common.models import load_tokenizer, make_tokenizer, output_facts
-    from common.prompts import PromptRenderer, resolve_tokens
+    from common.prompts import PromptRenderer, check_think_start, check_width, resolve_tokens
+    from common.tasks import with_benchmark_defaults
     from common.types import Problem
 
     new = config.model.new
@@ -64,21 +73,24 @@ def token_rows(config: RunConfig) -> list[tuple[str, str]]:
     else:
         tokenizer = load_tokenizer(config.model.path)
         vocab_size, eos_ids = output_facts(config.model.path)
-    if config.latent and config.k > vocab_size:
-        raise ConfigError(f"k ({config.k}) is larger than the model's vocabulary of {vocab_size}; lower k")
     facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
+    if new is None or new.tokenizer != "bpe":  # that one's tokens come from the task's text
+        check_width(config, facts)
+        check_think_start(config, tokenizer)
     chain = None if new is not None else read_chain(config.model.path)
     warnings = [] if chain is None else check_chain(chain, config.model.path, config, tokenizer)
     problem = Problem(uid="0", task="", messages=(("user", "(problem)"),), answer="")
-    settings = config.tasks[0].prompt or config.model.prompt
-    prompt = PromptRenderer(tokenizer, settings).render(problem)
+    prompts: dict[str, list[str]] = {}  # text -> tasks that are asked with it
+    for task in (*config.tasks, *config.evaluation.tasks):
+        prompt = with_benchmark_defaults(task).prompt or config.model.prompt
+        prompts.setdefault(PromptRenderer(tokenizer, prompt).render(problem), []).append(task.name)
     end = facts.latent_end_id
     pad = " (an EOS id; masks are made from lengths)" if facts.pad_id in facts.eos_ids else ""
     return [
         ("vocabulary", f"{vocab_size:,} rows, {int(facts.allowed.sum()):,} of them tokens"),
         ("latent-end token", "none" if end is None else f"{end} ({tokenizer.decode([end])!r})"),
         ("end of sequence, padding", f"{', '.join(map(str, facts.eos_ids))}; {facts.pad_id}{pad}"),
-        ("rendered prompt", repr(prompt)),
+        *((f"rendered prompt of {', '.join(dict.fromkeys(names))}", repr(text)) for text, names in prompts.items()),
         ("the model's chain", chain.describe() if chain else "not said by the model (no latent_chain.json)"),
         *(("warning", line) for line in warnings),
     ]
@@ -87,8 +99,11 @@ def token_rows(config: RunConfig) -> list[tuple[str, str]]:
 NEW_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-def engine_rows(config: RunConfig) -> list[tuple[str, str]]:
-    """(what, found) of the rollout engine. Raises ConfigError where the vLLM engine could not serve this run here."""
+def engine_rows(config: RunConfig, *, runs_here: bool = True) -> list[tuple[str, str]]:
+    """(what, found) of the rollout engine. Raises ConfigError where the vLLM engine could not serve this run.
+
+    `runs_here` False: a cluster is to run it, so a vLLM that is not installed on this machine is said, not refused.
+    """
     import json
 
     from rollout_workers.vllm_plugin import support
@@ -96,8 +111,11 @@ def engine_rows(config: RunConfig) -> list[tuple[str, str]]:
     if config.rollout.engine != "vllm":
         return [("rollout engine", config.rollout.engine)]
     found = support.installed()
-    problem = support.argument_problem(config.rollout.vllm.engine_args) or support.vllm_problem(found)
-    if problem:
+    if problem := support.argument_problem(config.rollout.vllm.engine_args):
+        raise ConfigError(problem)
+    if found is None and not runs_here:
+        return [("rollout engine", "vllm; not installed on this machine: its version and the model were not checked")]
+    if problem := support.vllm_problem(found):
         raise ConfigError(problem)
     new, shape, note = config.model.new, None, ""
     if new is not None:
@@ -113,13 +131,22 @@ def engine_rows(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def resource_rows(config: RunConfig, cpus: float | None, gpus: float | None) -> list[tuple[str, str]]:
-    """Whether a cluster of that size can hold the run's actors. Raises ConfigError if not."""
+    """Whether a cluster of that size can hold the run's actors. Raises ConfigError if not.
+
+    Without a size it is this machine that a run would use; a cluster may be larger, so too little is only said.
+    """
     from deploy.ray_session import check_resources, needed_resources
 
     needed = needed_resources(config)
     given = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount is not None}
     unknown = {name: amount for name, amount in needed.items() if name not in given}
     check_resources(config, given | unknown, "a cluster of the given size")
-    if unknown:
+    if not unknown:
+        return [("resources", "the given cluster can hold all actors")]
+    if given or set(unknown) != {"CPU"}:
         return [("resources", f"not checked for {', '.join(unknown)}: give the cluster's --cpus and --gpus")]
-    return [("resources", "the given cluster can hold all actors")]
+    try:
+        check_resources(config, {"CPU": os.cpu_count()}, "this machine")
+    except ConfigError as error:
+        return [("warning", f"{error}. For a cluster give its --cpus")]
+    return [("resources", f"this machine's {os.cpu_count()} CPUs can hold all actors")]

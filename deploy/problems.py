@@ -116,6 +116,12 @@ class Problems:
             *notes(training, evaluation),
         ]
 
+    @property
+    def dropped(self) -> list[str]:
+        """One line for each task of which problems were dropped, with counts and reasons."""
+        tasks = {task.name: describe_dropped(task.source.dropped) for task in (*self.training, *self.evaluation)}
+        return [f"{name}: {found}" for name, found in tasks.items() if found]
+
     def request(self, ordinal: int, purpose: Purpose = "training") -> GroupRequest:
         """The group at a place of the training order."""
         draw = self._stream[ordinal]

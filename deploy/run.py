@@ -14,7 +14,7 @@ from common.chain import ChainSettings, chain_of, check_chain, read_chain, write
 from common.config import ConfigError, RunConfig, config_as_json
 from common.metrics import MetricsWriter
 from common.models import load_tokenizer, make_model, make_tokenizer, output_facts, position_limit, save_model
-from common.prompts import resolve_tokens
+from common.prompts import check_think_start, check_width, resolve_tokens
 from common.store import TrajectoryStore
 from common.tasks import load_task
 from common.types import TokenFacts
@@ -155,9 +155,10 @@ def _texts(config: RunConfig) -> Iterator[str]:
 
 def token_facts(config: RunConfig, model: str | Path, tokenizer) -> TokenFacts:
     vocab_size, eos_ids = output_facts(model)
-    if config.latent and config.k > vocab_size:
-        raise ConfigError(f"k ({config.k}) is larger than the model's vocabulary of {vocab_size}; lower k")
-    return resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
+    facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
+    check_width(config, facts)
+    check_think_start(config, tokenizer)
+    return facts
 
 
 def check_positions(tasks: Iterable[PreparedTask], model: str | Path) -> None:

@@ -60,6 +60,16 @@ class ResumeError(ConfigError):
     """A run that cannot go on as asked; the message names the keys or the folder."""
 
 
+DECIDE_THE_LAST_BIT = (
+    "rollout.resources.threads",
+    "learner.resources.threads",
+    "learner.tokens_per_microbatch",
+    "learner.logprob_chunk_tokens",
+    "learner.gradient_checkpointing",
+)
+"""Harmless otherwise; a deterministic run keeps them, since it promises every bit."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     path: Path
@@ -163,11 +173,13 @@ def refused_changes(stored: RunConfig, wanted: RunConfig) -> list[str]:
     """`key: old -> new` of every change that is not harmless."""
     before, after = _flat(stored.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(changed)
-        if not any(key == h or key.startswith(f"{h}.") for h in HARMLESS) and not _more_steps(key, stored)
-    ]
+
+    def passes(key: str) -> bool:
+        if stored.deterministic and key in DECIDE_THE_LAST_BIT:
+            return False
+        return any(key == h or key.startswith(f"{h}.") for h in HARMLESS) or _more_steps(key, stored)
+
+    return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in sorted(changed) if not passes(key)]
 
 
 def _more_steps(key: str, config: RunConfig) -> bool:

@@ -21,6 +21,7 @@ from deploy.controller import Controller, TrainingStopped, gather
 from deploy.evaluate import evaluate
 from deploy.interrupts import SETTLE_S
 from deploy.observer import StepObserver
+from deploy.preflight import check_before_start
 from deploy.progress import Reporter
 from deploy.report.build import closing_line
 from deploy.run import Run, started
@@ -40,6 +41,7 @@ class SelfTestFailed(TrainingStopped):
 
 def train(config: RunConfig, profile: str, reporter: Reporter | None = None, path: Path | None = None) -> RunFolder:
     """A new run (in the folder `path` if given). Returns its folder; raises what stopped it."""
+    check_before_start(config)
     return _run(create_run(config, profile, path), config, 0, reporter or Reporter())
 
 
@@ -61,8 +63,10 @@ def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter)
             _train(run, learner)
         finally:
             learner.close()
-        run.record(minutes=round((time.monotonic() - began) / 60, 2))
+        run.record(minutes=round((time.monotonic() - began) / 60, 2), dropped=run.problems.dropped)
     reporter.console.print(final_table(run))
+    for line in run.problems.dropped:
+        reporter.say(f"[yellow]{escape(line)}[/]")
     reporter.say(f"model {run.folder.model} · dumps, metrics and checkpoints in {run.folder.path}")
     reporter.say(escape(closing_line(run.folder)))
     return run.folder

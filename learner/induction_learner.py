@@ -97,6 +97,7 @@ class InductionRank(RankActor):
             self.engine.backward(loss)
             sums += _sums(parts) * float(piece.counts)
         result = self.engine.step(learning_rate(settings.optimizer, step, total_steps))
+        self.engine.ensure_finite()
         return self._report(sums, counts, started, result.grad_norm, result.applied)
 
     @torch.no_grad()

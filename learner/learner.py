@@ -107,6 +107,7 @@ def summarize(ranks: list[RankReport]) -> LearnerReport:
         "learner/grad_norm": _mean(norms),
         "learner/updates": float(len(updates)),
         "learner/skipped_updates": float(len(updates) - len(norms)),
+        "learner/bad_updates_in_a_row": float(max((u.bad_in_a_row for u in first.updates), default=0)),
         "learner/learning_rate": first.learning_rate,
         "learner/ratio_mean": _mean(ratios),
         "learner/ratio_p01": _quantile(ratios, 0.01),

@@ -42,6 +42,7 @@ class UpdateReport:
     kl: float
     grad_norm: float  # of all ranks
     applied: bool
+    bad_in_a_row: int  # not applied, up to and with this one
     clipped_low: int
     clipped_high: int
     clipped_dual: int
@@ -207,6 +208,7 @@ class LearnerRank(RankActor):
             kl=kl_sum,
             grad_norm=result.grad_norm,
             applied=result.applied,
+            bad_in_a_row=result.bad_in_a_row,
             clipped_low=int(clipped[0]),
             clipped_high=int(clipped[1]),
             clipped_dual=int(clipped[2]),

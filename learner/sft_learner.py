@@ -147,6 +147,7 @@ class SFTRank(RankActor):
             self.engine.backward(loss)
             total += float(loss.detach())
         result = self.engine.step(learning_rate(settings.optimizer, step, settings.max_steps))
+        self.engine.ensure_finite()
         return SFTReport(
             loss=total,
             grad_norm=result.grad_norm,

@@ -40,6 +40,7 @@ class LearnerStateMismatch(ValueError):
 class UpdateResult:
     grad_norm: float  # before clipping; NaN for an update that was not applied
     applied: bool
+    bad_in_a_row: int  # updates that were not applied, up to and with this one
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -142,7 +143,7 @@ class ZeroEngine:
     def step(self, lr: float) -> UpdateResult:
         """The optimizer's step, unless any rank has seen a non-finite value: then no rank's parameters change.
 
-        Raises :class:`LearnerDiverged` after `max_bad_updates` such updates in a row.
+        A caller that can go on counts `bad_in_a_row` against `optimizer.max_bad_updates`; others call `ensure_finite`.
         """
         bad = self._bad.int()
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
@@ -156,15 +157,18 @@ class ZeroEngine:
         if not skipped:
             self._bad_in_a_row = 0
             norm = self._optimizer.grad_norm if self.stage == 0 else self._engine.get_global_grad_norm()
-            return UpdateResult(float(norm), True)
+            return UpdateResult(float(norm), True, 0)
         self._bad_in_a_row += 1
         log.warning("a non-finite loss or gradient: update not applied (%d in a row)", self._bad_in_a_row)
+        return UpdateResult(math.nan, False, self._bad_in_a_row)
+
+    def ensure_finite(self) -> None:
+        """Raises :class:`LearnerDiverged` after `max_bad_updates` updates in a row that were not applied."""
         if self._bad_in_a_row >= self._max_bad:
             raise LearnerDiverged(
                 f"{self._bad_in_a_row} non-finite updates in a row (optimizer.max_bad_updates {self._max_bad}); the "
                 "parameters are those before them. Lower optimizer.lr, or resume from an earlier checkpoint"
             )
-        return UpdateResult(math.nan, False)
 
     def _watch(self, gradient: torch.Tensor) -> None:
         self._bad.logical_or_(~torch.isfinite(gradient).all())

@@ -19,6 +19,10 @@ class EngineError(RuntimeError):
     """The engine cannot do what was asked; the message says what and what to change."""
 
 
+class RequestRefused(EngineError):
+    """A request that this engine can never serve; sending it to another one would not help."""
+
+
 class LatentEngine(Protocol):
     """Implemented by :class:`~rollout_workers.transformers_engine.TransformersEngine` and the vLLM engine."""
 
@@ -33,7 +37,7 @@ class LatentEngine(Protocol):
         """Samples added and not finished."""
 
     def add(self, request: GroupRequest) -> None:
-        """Queues a group. Raises :class:`EngineError` for settings it cannot serve; nothing is queued then."""
+        """Queues a group. Raises :class:`RequestRefused` for what it cannot serve; nothing is queued then."""
 
     def step(self) -> list[tuple[Trajectory, ...]]:
         """Advances all running samples by one response step; returns the groups that this completed.

@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 from common.config import DeadlineConfig, RolloutConfig
 from common.types import GroupRequest
 from common.weights import Publication, WeightManifest
+from rollout_workers.engine import RequestRefused
 from rollout_workers.worker import RolloutWorker, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,8 @@ class RolloutPool:
             try:
                 self._receive(member, ref, arrived)
             except RayError as error:
+                if isinstance(cause := getattr(error, "cause", None), RequestRefused):
+                    raise RolloutPoolError(f"rollout {member.name} refused what it was sent: {cause}") from error
                 self._lose(member, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
             except StopIteration:
                 self._lose(member, "its stream of results ended")

@@ -25,7 +25,7 @@ from common.density import hard_log_prob
 from common.latent import latent_step, mix_embeddings, visible_step
 from common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from common.weights import checksum
-from rollout_workers.engine import EngineError
+from rollout_workers.engine import EngineError, RequestRefused
 from rollout_workers.kv_cache import SlotCache
 from rollout_workers.rows import SETTINGS, Draw, on_device, refusal, write_settings
 
@@ -151,7 +151,7 @@ class TransformersEngine:
         limit = getattr(self._model.config, "max_position_embeddings", None)
         problem = refusal(request, self._facts, self._version, max_rows=self._max_rows, max_length=limit)
         if problem:
-            raise EngineError(f"group {request.group_uid!r}: {problem}")
+            raise RequestRefused(f"group {request.group_uid!r}: {problem}")
         self._queue.append(_Group(request))
         self._queued += len(request.sample_indices)
 

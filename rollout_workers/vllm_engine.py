@@ -25,7 +25,7 @@ from common.config import VLLMConfig
 from common.models import DTYPES
 from common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from common.weights import checksum
-from rollout_workers.engine import EngineError
+from rollout_workers.engine import EngineError, RequestRefused
 from rollout_workers.rows import SETTINGS, refusal, write_settings
 from rollout_workers.vllm_plugin.core import Record
 from rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
@@ -97,7 +97,7 @@ class VLLMEngine:
         """Queues a group; see :meth:`LatentEngine.add`."""
         problem = refusal(request, self._facts, self._version, max_rows=self._max_rows, max_length=self._max_length)
         if problem:
-            raise EngineError(f"group {request.group_uid!r}: {problem}")
+            raise RequestRefused(f"group {request.group_uid!r}: {problem}")
         rows = np.zeros(len(request.sample_indices), dtype=SETTINGS)
         write_settings(rows, request, self._version.version)
         group = _Group(request, rows, self._version.version)

@@ -156,3 +156,30 @@ def test_a_sink_is_a_known_name_or_an_import_path():
     )
     with pytest.raises(ConfigError, match=r"metrics: sinks: unknown \['tensorbord'\]; allowed: console, tensorboard"):
         load_config({**base, "metrics": {"sinks": ["tensorbord"]}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.max_rows=4"], r"rollout.max_rows (4) is smaller than group_size (8)"),
+        (["clip.dual=1.1"], "clip.dual (1.1) must be at least 1 + clip.high (1.2)"),
+        (["model.dtype=bfloat16", "learner.zero_stage=0"], "set learner.zero_stage to 1"),
+        (["optimizer.betas=[2,3]"], "optimizer.betas must be in [0, 1), got [2.0, 3.0]"),
+        (["importance_cap=3"], "importance_cap has no effect with max_staleness 0"),
+        (["noise.mode=off", "noise.scale=2"], "noise.scale has no effect with noise.mode off"),
+        (["dynamic_sampling=drop", "max_dispatch_factor=3"], "max_dispatch_factor has no effect"),
+        (["evaluation.sampled_problems=3"], "evaluation.sampled_problems has no effect with evaluation.samples 0"),
+        (["tasks.0.prompt.think_end=</t>"], "set model.prompt.think_end"),
+    ],
+)
+def test_what_would_only_fail_later_or_do_nothing_is_refused_at_once(overrides, message):
+    assert message in refused(settings(), *overrides)
+
+
+def test_a_new_model_must_hold_every_tasks_budgets_and_its_heads():
+    new = {"path": None, "new": {"max_positions": 64, "hidden_size": 130, "num_heads": 4}}
+    budgets = {"max_prompt_tokens": 16, "max_response_tokens": 16}
+    evaluation = {"tasks": [{"name": "b", "path": "b.jsonl", "max_prompt_tokens": 60, "max_response_tokens": 60}]}
+    message = refused(settings(model=new, tasks=[{"name": "a", "path": "a.jsonl", **budgets}], evaluation=evaluation))
+    assert "model.new.max_positions (64) is smaller than the longest prompt plus response (120)" in message
+    assert "hidden_size (130) is not divisible by num_heads (4)" in message

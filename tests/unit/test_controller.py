@@ -207,3 +207,36 @@ def interrupted(learner, poll):
         return poll(timeout_s)
 
     return poll_until_learning
+
+
+@pytest.mark.parametrize("sampling", ["refill", "drop"])
+def test_malformed_records_are_dropped_and_counted_and_never_guessed(sampling):
+    class OldWorker(SimulatedPool):
+        def poll(self, timeout_s):
+            return [self.damaged(group) if self.random.random() < 0.3 else group for group in super().poll(timeout_s)]
+
+        def damaged(self, group):
+            return group.drop_columns(["latent_scores"])
+
+    cfg = config(dynamic_sampling=sampling)
+    pool, learner = OldWorker(lambda problem, index: float(index)), SimulatedLearner()
+    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
+    controller.begin()
+    results = [controller.run_step() for _ in range(6)]
+    dropped = sum(r.metrics.get("batch/dropped_malformed", 0) for r in results)
+    kept = sum(r.metrics["batch/groups"] for r in results)
+    assert dropped > 0
+    assert kept == 24 if sampling == "refill" else kept + dropped == 24
+    assert all("latent_scores" in batch.schema.names for _, batch in learner.batches)
+
+
+def test_a_step_of_nothing_but_malformed_records_stops_the_run():
+    class Foreign(SimulatedPool):
+        def poll(self, timeout_s):
+            return [group.drop_columns(["hard_ids"]) for group in super().poll(timeout_s)]
+
+    cfg = config(dynamic_sampling="drop")
+    controller = Controller(cfg, Foreign(mixed), SimulatedLearner(), lambda ordinal: request(ordinal, cfg))
+    controller.begin()
+    with pytest.raises(TrainingStopped, match="same version of this program"):
+        controller.run_step()

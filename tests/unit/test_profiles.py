@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
+from typer.testing import CliRunner
 
 from common.arithmetic import make_arithmetic_tokenizer
-from common.config import load_config, profiles_folder
+from common.config import ConfigError, load_config, profiles_folder
 from common.models import make_model
 from common.prompts import PromptRenderer
 from common.tasks import BENCHMARKS, load_task, with_benchmark_defaults
+from deploy.cli import app
+from deploy.preflight import engine_rows, resource_rows
 
+ROOT = Path(__file__).resolve().parents[2]
 PROFILES = sorted(path.stem for path in profiles_folder().glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_profile_is_valid(name):
-    assert load_config(name).tasks
+def test_validate_accepts_the_profile_on_a_machine_without_gpu_and_vllm(name, monkeypatch):
+    monkeypatch.setattr("rollout_workers.vllm_plugin.support.installed", lambda: None)
+    result = CliRunner().invoke(app, ["validate", "--profile", name])
+    assert result.exit_code == 0, result.output
+    assert "prompts a step" in result.output
+
+
+def test_a_run_without_vllm_is_refused_where_it_would_start(monkeypatch):
+    monkeypatch.setattr("rollout_workers.vllm_plugin.support.installed", lambda: None)
+    with pytest.raises(ConfigError, match="vLLM is not installed here"):
+        engine_rows(load_config("gsm8k-aug"))
+
+
+def test_every_file_of_the_packages_is_installed_with_them():
+    globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["deploy"]
+    installed = {path for pattern in globs for path in (ROOT / "deploy").glob(pattern)}
+    files = [p for p in (ROOT / "deploy").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert [str(p) for p in files if p.suffix != ".py" and p not in installed] == []
+
+
+def test_a_size_that_this_machine_does_not_have_is_said():
+    rows = dict(resource_rows(load_config("quickstart", ["rollout.workers=100000"]), None, None))
+    assert "lower rollout.workers" in rows["warning"]
+    with pytest.raises(ConfigError, match=r"lower rollout\.workers"):
+        resource_rows(load_config("quickstart", ["rollout.workers=100"]), 2, None)
 
 
 def test_each_benchmark_has_a_profile_that_evaluates_it_alone():

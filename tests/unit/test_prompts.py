@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from common.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
-from common.config import ConfigError, NewModelConfig, PromptConfig
+from common.config import ConfigError, NewModelConfig, PromptConfig, load_config
 from common.models import load_model, load_tokenizer, make_model, make_tokenizer, save_model
-from common.prompts import PromptRenderer, resolve_tokens
+from common.prompts import PromptRenderer, check_think_start, check_width, resolve_tokens
 from common.types import Problem
 
 PROBLEM = Problem(uid="t/0", task="t", messages=(("user", "one plus {two}?"),), answer="3")
@@ -178,3 +178,17 @@ def test_unusable_model_settings_are_refused(tmp_path, arithmetic):
         load_model(tmp_path)
     with pytest.raises(ConfigError, match="float32, bfloat16"):
         load_model(tmp_path, "float8")
+
+
+def test_a_start_of_thinking_that_the_tokenizer_does_not_know_is_refused():
+    tokenizer = make_arithmetic_tokenizer()
+    check_think_start(load_config("quickstart"), tokenizer)
+    with pytest.raises(ConfigError, match=r"prompt.think_start '<zzz>'"):
+        check_think_start(load_config("quickstart", ["model.prompt.think_start=<zzz>"]), tokenizer)
+
+
+def test_a_mixture_is_not_wider_than_the_tokenizers_vocabulary():
+    tokenizer = make_arithmetic_tokenizer()
+    facts = resolve_tokens(tokenizer, 64, latent=True)
+    with pytest.raises(ConfigError, match=f"the tokenizer has {len(tokenizer)} ids"):
+        check_width(load_config("quickstart", ["k=40"]), facts)

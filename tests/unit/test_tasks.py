@@ -249,3 +249,10 @@ def test_endless_task_never_repeats(tmp_path):
 def test_stream_needs_a_weight_per_task(tmp_path):
     with pytest.raises(ValueError, match="positive weight per task"):
         PromptStream([load_task(numbered(tmp_path, 2), 0)], [], seed=0)
+
+
+def test_a_jsonl_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"problem": "a", "answer": "1"}\n{"problem": "\xff", "answer": "1"}\n')
+    with pytest.raises(TaskError, match="line 2: not UTF-8"):
+        load_task(TaskConfig(name="t", path=str(path)), 0)
