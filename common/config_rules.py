@@ -63,8 +63,7 @@ def conflicts(config: RunConfig) -> list[str]:
     problems += _engine_problems(config)
     problems += _objective_problems(config)
     problems += _without_effect(config)
-    every_task = (*config.tasks, *config.evaluation.tasks)
-    longest = max((t.max_prompt_tokens + t.max_response_tokens for t in every_task), default=0)
+    longest = max((t.max_prompt_tokens + t.max_response_tokens for t in config.tasks), default=0)
     if config.model.new is not None and longest > config.model.new.max_positions:
         problems.append(
             f"model.new.max_positions ({config.model.new.max_positions}) is smaller than the longest prompt plus "

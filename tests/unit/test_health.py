@@ -198,8 +198,8 @@ def learned(*, ratio=1.0, drift=0.0, applied=True, clipped=0):
     """The metrics of a learner's step of a hundred response steps."""
     hundred = np.full(100, 1.0, np.float32)
     update = UpdateReport(
-        loss=0.0, kl=0.0, grad_norm=1.0 if applied else float("nan"), applied=applied, bad_in_a_row=0, clipped_low=clipped,
-        clipped_high=0, clipped_dual=0, ratios=hundred * ratio, flip_shares=hundred, bad_rows=(),
+        loss=0.0, kl=0.0, grad_norm=1.0 if applied else float("nan"), applied=applied, bad_in_a_row=0,
+        clipped_low=clipped, clipped_high=0, clipped_dual=0, ratios=hundred * ratio, flip_shares=hundred, bad_rows=(),
     )  # fmt: skip
     report = RankReport(
         advantages=hundred, mean_old_log_probs=hundred, first_token=hundred > 0, updates=(update,),
