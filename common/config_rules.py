@@ -57,6 +57,10 @@ def conflicts(config: RunConfig) -> list[str]:
         problems.append("deterministic: true is a CPU guarantee; set num_gpus of rollout and learner to 0")
     if config.deterministic and config.max_staleness:
         problems.append(f"deterministic: true needs max_staleness 0, got {config.max_staleness}")
+    if not config.dump.every and (
+        limits := [k for k in ("which", "keep_steps", "keep_bytes") if changed(config.dump, k)]
+    ):
+        problems.append(f"dump.{', dump.'.join(limits)} would have no effect with dump.every 0; remove it")
     if config.optimizer.schedule == "constant" and config.optimizer.decay_steps is not None:
         problems.append("optimizer.decay_steps has no effect with optimizer.schedule constant; remove it")
     problems += _vllm_problems(config)
@@ -70,6 +74,11 @@ def conflicts(config: RunConfig) -> list[str]:
             f"response ({longest}); raise it or lower the tasks' budgets"
         )
     return problems
+
+
+def changed(section: BaseModel, key: str) -> bool:
+    """Whether a key differs from its default."""
+    return getattr(section, key) != type(section).model_fields[key].default
 
 
 def _engine_problems(config: RunConfig) -> list[str]:
@@ -110,10 +119,6 @@ def _objective_problems(config: RunConfig) -> list[str]:
 
 def _without_effect(config: RunConfig) -> list[str]:
     """Keys that differ from their defaults and do nothing with the others."""
-
-    def changed(section: BaseModel, key: str) -> bool:
-        return getattr(section, key) != type(section).model_fields[key].default
-
     idle = {
         "importance_cap": (changed(config, "importance_cap") and not config.max_staleness, "max_staleness 0"),
         "max_dispatch_factor": (
