@@ -206,7 +206,7 @@ def _binary(before: str, number: str) -> bool:
 
 
 def same_number(given: Number, gold: Number) -> bool:
-    """Whether any reading of `given` equals any reading of `gold`; see `equal_values`. Two per cents have one."""
+    """Whether a reading of `given` equals one of `gold` (`equal_values`); of two per cents, the first ones."""
     if given.other is not None and gold.other is not None:
         return equal_values(given.value, gold.value)
     return any(equal_values(a, b) for a in given.readings for b in gold.readings)
