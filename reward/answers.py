@@ -18,7 +18,9 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from reward.choice import read_choice
+from reward.equations import DENIED, states_its_value
 from reward.extraction import Extraction, balanced, extract
+from reward.latex import normalise
 from reward.math_answers import AlgebraicEquality, AlgebraNeeded, Answer, Sequence, read_answer, same_answer
 from reward.numbers import Number, read_number, same_number
 from reward.verifier import Grade, UnreadableGoldError, Verifier, load_verifier, settled
@@ -89,6 +91,8 @@ class NumberVerifier(BoxedVerifier):
             return _NO_ANSWER
         *earlier, last = content.split("=")
         given = read_number(last)
+        if DENIED.search(content) or (earlier and not states_its_value(normalise(earlier[0]))):
+            return Grade(0.0, "wrong", content)  # "2x = 7" and "x != 7" do not say that something is 7
         if given is None:
             has_digits = any(character.isdigit() for character in content)
             return Grade(0.0, "wrong", content) if has_digits else Grade(0.0, "no_answer", content)

@@ -93,6 +93,7 @@ _REPEATING = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*
 _ENDLESS = re.compile(
     r"(?<![0-9.])([0-9]{0,20})\.([0-9]{0,20}?)([0-9]{1,6}?)\3{2,6}(?:\.\.\.+|\\[lc]?dots(?![A-Za-z]))\s*$"
 )
+_LEFT_OUT = re.compile(r"(?<=[0-9)}\],])\s*\.{2,}\s*$")  # `5...`
 _SCALE = re.compile(r"(?<=[0-9])\s*(\\text\{\s*)?(hundred|thousand|million|billion|trillion)s?(?![A-Za-z])\s*")
 _ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
@@ -140,7 +141,7 @@ def normalise(text: str) -> str:
     text = _SCALE.sub(lambda match: rf" \times 10^{{{_ZEROS[match[2]]}}} {match[1] or ''}", text)
     if _TRIGONOMETRIC.search(text):
         text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", text)
-    text = text.replace("^\\circ", "")
+    text = _LEFT_OUT.sub(r"\\ldots ", text.replace("^\\circ", ""))
     text = _join_thousands(text)
     return re.sub(r"\s+", " ", text).rstrip(" .,;:").strip()
 

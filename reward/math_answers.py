@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from reward import latex
 from reward.choice import read_choice
+from reward.equations import DENIED, states_its_value
 from reward.extraction import balanced
 from reward.inequalities import stated_set
 from reward.numbers import Number, read_number, same_number
@@ -39,7 +40,6 @@ _DROPPED = re.compile(
     r"|(?<![_^0-9])[0-9]+\s+[0-9]"  # two numbers: it would multiply them
     r"|\\(?:frac|sqrt)\s*[\^_']"
 )
-_ONE_UNKNOWN = re.compile(r"(?![A-Za-z]\s*\()[-0-9.\s*/(]*(?:\\cdot\s*)?([A-Za-z])(?:[-+0-9.\s^{}*/()]|\1)*")
 _IDLE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])|(?<=[0-9])\s+(?=[A-Za-z])|(?<=[A-Za-z])\s+(?=[0-9])")
 _OPTION = re.compile(r"[A-H]")
 _ASSIGNED = re.compile(r"(?:[A-Za-z]|\\[a-z]+|\\text\{[^{}]*\})(?:_\{?\w+\}?)?\s*(?:\([A-Za-z, ]*\))?")
@@ -107,7 +107,9 @@ def same_answer(gold: Answer, given: Answer, algebra: AlgebraicEquality | None) 
             return _algebraic(gold.text, given.text, algebra)  # an interval, answered as an inequality
         named, *rest = latex.split_top_level(given.text, frozenset({"="}))
         stated = _read(rest[0]) if len(rest) == 1 and _LETTERS.search(named) else None  # "(x, y) = (1, 2)"
-        return isinstance(stated, Sequence) and _same_sequence(gold, stated, algebra)
+        if not isinstance(stated, Sequence) or (stated.brackets == ("", "") and not states_its_value(named)):
+            return False
+        return _same_sequence(gold, stated, algebra)
     if isinstance(given, Sequence):
         if given.brackets[0] and _RELATION.search(gold.text) and "=" not in gold.text:
             return _algebraic(gold.text, given.text, algebra)
@@ -151,8 +153,8 @@ def _read(text: str, depth: int = 0) -> Answer | None:
         return _sequence(text, ("", ""), parts, depth)
     if text == "\\mathbb{R}":
         return _read("(-\\infty,\\infty)", depth + 1)
-    if text.count("\\pm") == 1:
-        value = text.rsplit("=", 1)[-1]
+    named, equals, value = text.rpartition("=")
+    if text.count("\\pm") == 1 and (not equals or states_its_value(named.split("=")[0])):
         both = [re.sub(r"^[+\s]+|(?<=[{(])\s*\+", "", value.replace("\\pm", sign)) for sign in "+-"]
         return _sequence(text, ("", ""), both, depth)
     shorter = latex.without_units(text)
@@ -275,7 +277,8 @@ def _same_relation(gold: str, given: str, algebra: AlgebraicEquality | None) -> 
     given_parts = latex.split_top_level(given, frozenset({"="}))
     if len(given_parts) > 1 and len(gold_parts) == 1 and not _RELATION.search(given):
         # In "3+4 = 7" every number must be the gold: "5 = 6 = 7" hedges, it does not derive.
-        if any(_ONE_UNKNOWN.fullmatch(part) and re.search("[0-9]", part) for part in given_parts[:-1]):
+        denied = DENIED.search(given) and not re.search("[0-9)]!=", given)  # 3!=6 is a factorial
+        if denied or not states_its_value(given_parts[0]):
             return False  # 2x = 5 or x^2 = 5 does not say that something is 5
         numeric = [part for part in given_parts[:-1] if not _LETTERS.search(part)]
         return all(_same_part(gold, part, algebra) for part in [given_parts[-1], *numeric])

@@ -8,6 +8,7 @@ bounded by `MAX_NUMBER_CHARS`, so this module is safe to run without a time limi
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -69,13 +70,16 @@ _UNICODE = str.maketrans(
         "％": "%",
         "²": "^2",
         "³": "^3",
+        "¹": "^1",
         "⁴": "^4",
         "⁻": "^-",
         "`": " ",
     }
     | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
 )
-_VULGAR = {"½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅛": (1, 8), "⅜": (3, 8)}
+_VULGAR = {"½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅛": (1, 8), "⅜": (3, 8)} | {
+    "⅖": (2, 5), "⅗": (3, 5), "⅘": (4, 5), "⅙": (1, 6), "⅚": (5, 6), "⅝": (5, 8), "⅞": (7, 8)
+}  # fmt: skip
 _THIN_SPACE = re.compile(r"(?<=[0-9])(?:\\[,!;: ]|\{\s*,\s*\}|~)\s*(?=[0-9]{3}(?![0-9]))")
 _SPACE = re.compile(r"\\[,!;: ]|\\q?quad\b|~|\s+")
 _TEXT = re.compile(
@@ -105,12 +109,13 @@ _AROUND = {
 _VARIABLE = re.compile(r"(?![mgshlLWVNJCFK])[A-Za-z](?![A-Za-z])|\s+(?![mgshlLWVNJCFKaAI])[A-Za-z](?![A-Za-z/])")
 # An operator behind the number, unless it joins a unit: 18-inch, 18/day, 18/h.
 _FIRST_OPERAND = re.compile(r"\s*(?:-(?![A-Za-z]{2})|/(?!\s?(?:[A-Za-z]{2}|[mgshlL]\b))|[+*])")
+_SIGNED_BRACKET = re.compile(r"[-/][\s(\[{$€£¥₹₩₽₪₫฿¢]*$")  # -(5), -{5}, 1/(5)
 _FUNCTION = re.compile(r"[A-Za-z]\s*\(\s*$|(?:^|\s)[b-hj-z]\s+$")  # f(18), x 18
 # Words that change which number is meant.
 _OTHER_BEFORE = re.compile(
     r"\b(?:not|never|or|either|neither|nor|than|at\s+(?:least|most)|up\s+to|roots?\s+of|base|log|"
     r"(?:half|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\s+of)\b|n't\b"
-    r"|\b(?:over|under|above|below|beyond|between|except|half|twice|thrice|double|triple|plus|minus|times)"
+    r"|\b(?:over|under|above|below|beyond|between|except|half|twice|thrice|double|triple|plus|minus|negative|times)"
     r"(?:\s+(?:the|a|of))?\s*\W?$",
     re.IGNORECASE,
 )
@@ -191,8 +196,12 @@ def read_number(text: str, *, words: bool = True) -> Number | None:
     around = _AROUND[words]
     if not (around.fullmatch(before) and around.fullmatch(after)):
         return None
-    if before.rstrip()[-1:] in ("/", "-") or before[-1:] == ":" or after.lstrip()[:1] == ":":
-        return None  # half of an expression, a ratio or a time of day
+    if _SIGNED_BRACKET.search(before) or before[-1:] == ":" or after.lstrip()[:1] == ":":
+        return None  # half of an expression, a sign before brackets, a ratio or a time of day
+    if ".." in after or before[-1:] == "." or (after[:1] == "." and found.group()[-1] == "."):
+        return None  # digits that are left out
+    if any(unicodedata.category(character) in ("No", "Nl", "Lm") for character in before + after):
+        return None  # a power, an index or a fraction as one character
     return Number(value, other)
 
 
