@@ -35,6 +35,7 @@ test-all: install
 	$(PYTEST)
 
 test-vllm: vllm
+	@$(BIN)/python -c 'import vllm'
 	TORCHDYNAMO_DISABLE=1 $(PYTEST) -m "vllm and not slow and not gpu"
 
 # the same engine tests in vLLM's other model runner, the one of its CUDA build, under Triton's interpreter (1 GB more)

@@ -271,8 +271,10 @@ def _mixture(
 
 def _per_row(pick: torch.Tensor, if_true: Setting, if_false: float) -> torch.Tensor:
     """[N] float64: a setting where `pick` [N, 1], else `if_false`."""
-    value = torch.as_tensor(if_true, dtype=torch.float64, device=pick.device)
-    return torch.where(pick.squeeze(-1), value, if_false)
+    pick = pick.squeeze(-1)
+    if not isinstance(if_true, torch.Tensor):  # made on the device: a copy of a host value would wait for it
+        if_true = torch.full_like(pick, if_true, dtype=torch.float64)
+    return torch.where(pick, if_true.double(), if_false)
 
 
 def mixture_weights(scores: torch.Tensor, tau: Setting) -> torch.Tensor:

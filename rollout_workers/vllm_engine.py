@@ -132,6 +132,8 @@ class VLLMEngine:
         """Advances all running samples by one response step; see :meth:`LatentEngine.step`."""
         if not self._owner:
             return []
+        if self._version is None:
+            raise EngineError("the engine holds no verified weights; abort the pending samples and load_weights again")
         outputs = [output for output in self._llm.step() if output.finished]
         if not outputs:
             return []
@@ -317,6 +319,8 @@ def _start(
     if options.kv_cache_bytes is not None or build == "cpu":
         args["kv_cache_memory_bytes"] = options.kv_cache_bytes or CPU_CACHE_BYTES
     config = EngineArgs(**{**args, **options.engine_args}).create_engine_config()
+    if config.speculative_config is not None or config.parallel_config.pipeline_parallel_size > 1:
+        raise EngineError("rollout.vllm.engine_args: no speculative decoding and no pipeline stages with latent steps")
     problem = model_problem(config.model_config.hf_config.to_dict(), build)
     if problem:
         raise EngineError(problem)

@@ -58,6 +58,7 @@ class LatentCore:
         self.device = device
         self._allowed = None if allowed is None else torch.from_numpy(allowed).to(device)
         self._end_id, self._placeholder = end_id, placeholder
+        self.warming = False  # vLLM's own requests, without settings, are tried on the scratch slot
         self.slots: dict[int, int] = {}  # by uid
         self._free: list[int] = []
         self._steps, self._width = 0, 1

@@ -22,6 +22,21 @@ CPU_HEAD_DIM = 32  # multiples of which vLLM's CPU attention takes
 
 RESERVED = {
     "speculative_config": "a latent step is a mixture and cannot be drafted; remove it",
+    **dict.fromkeys(("spec_method", "spec_model", "spec_tokens"), "a latent step cannot be drafted; remove it"),
+    **dict.fromkeys(
+        ("kv_transfer_config", "kv_offloading_size", "kv_offloading_backend"),
+        "keys and values kept elsewhere would outlive the weights they are of; remove it",
+    ),
+    **dict.fromkeys(
+        ("revision", "hf_config_path", "model_weights", "model_impl", "quantization_config", "kv_cache_dtype"),
+        "the engine must sample the very model that the learner trains; remove it",
+    ),
+    **dict.fromkeys(
+        ("scheduler_cls", "worker_extension_cls", "runner", "convert", "enable_dbo"),
+        "the latent plug-in is made for vLLM's own; remove it",
+    ),
+    "data_parallel_rank": "raise rollout.workers instead: each is an engine of its own",
+    "nnodes": "an engine lives on one node; raise rollout.workers instead",
     "pipeline_parallel_size": "mixtures and draws live on one stage; use rollout.vllm.tensor_parallel",
     "decode_context_parallel_size": "not tested with latent steps; remove it",
     "prefill_context_parallel_size": "not tested with latent steps; remove it",
@@ -93,6 +108,11 @@ def model_problem(config: Mapping[str, Any], build: str) -> str | None:
     if config.get("use_sliding_window"):
         return (
             "rollout.engine vllm: the model's use_sliding_window is true; the learner attends to everything; set false"
+        )
+    if config.get("quantization_config"):
+        return (
+            "rollout.engine vllm: the model's config.json has a quantization_config; published weights could not be "
+            "verified in a packed form; give the unquantised model"
         )
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     if build == "cpu" and head_dim % CPU_HEAD_DIM:

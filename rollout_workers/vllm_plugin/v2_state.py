@@ -17,6 +17,7 @@ import torch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from rollout_workers.vllm_plugin.core import SCRATCH
 from rollout_workers.vllm_plugin.settings import request_settings
 
 
@@ -41,6 +42,9 @@ class LatentModelState(DefaultModelState):
     def add_request(self, req_index, new_req_data) -> None:
         """A new request, or one that was preempted and comes back."""
         super().add_request(req_index, new_req_data)
+        if self.core.warming:  # vLLM tries its kernels with requests of its own
+            self.slot_of[req_index] = SCRATCH
+            return
         uid, settings = request_settings(new_req_data.sampling_params)
         self.slot_of[req_index] = self.core.add(uid, new_req_data.prompt_len, settings)
 

@@ -79,6 +79,14 @@ class LatentWorker:
         if self.use_v2_model_runner:
             self.model_runner.latent = self.model_runner.model_state.core
 
+    def compile_or_warm_up_model(self) -> Any:
+        """On CUDA vLLM warms its kernels up with made-up requests, which are no rollouts of ours."""
+        self.latent_core.warming = True
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            self.latent_core.warming = False
+
 
 class LatentGPUWorker(LatentWorker, GPUWorker):
     """Unquantised weights on a GPU are plain anyway."""

@@ -73,6 +73,10 @@ def test_models_without_support_are_refused(monkeypatch):
     ("argument", "what"),
     [
         ("speculative_config", "cannot be drafted"),
+        ("spec_method", "cannot be drafted"),
+        ("spec_tokens", "cannot be drafted"),
+        ("kv_transfer_config", "outlive the weights"),
+        ("quantization_config", "the very model"),
         ("pipeline_parallel_size", "rollout.vllm.tensor_parallel"),
         ("override_generation_config", "no penalties"),
         ("logits_processors", "penalties"),
