@@ -204,10 +204,10 @@ def check_version(schema: pa.Schema) -> None:
     version = (schema.metadata or {}).get(_VERSION_KEY)
     if version is None:
         raise SchemaError("not a batch of learner records: its schema has no latent_grpo.learner_record_version")
-    if int(version) != RECORD_VERSION:
+    if version != str(RECORD_VERSION).encode():
         raise SchemaError(
-            f"learner-record version {int(version)}, this program reads version {RECORD_VERSION}; read it with the "
-            "program that wrote it (the run's manifest.json names it)"
+            f"learner-record version {version.decode(errors='replace')}, this program reads version {RECORD_VERSION}; "
+            "read it with the program that wrote it (the run's manifest.json names it)"
         )
 
 

@@ -94,12 +94,15 @@ def schema_k(schema: pa.Schema) -> int:
     version = metadata.get(b"latent_grpo.schema_version")
     if version is None:
         raise SchemaError("not a trajectory batch: its schema has no latent_grpo.schema_version; was it written by us?")
-    if int(version) != SCHEMA_VERSION:
+    k = metadata.get(b"latent_grpo.k", b"")
+    if version != str(SCHEMA_VERSION).encode():
         raise SchemaError(
-            f"trajectory schema version {int(version)}, this program reads version {SCHEMA_VERSION}; read it with the "
-            "program that wrote it (the run's manifest.json names it)"
+            f"trajectory schema version {version.decode(errors='replace')}, this program reads version {SCHEMA_VERSION}; "
+            "read it with the program that wrote it (the run's manifest.json names it)"
         )
-    return int(metadata[b"latent_grpo.k"])
+    if not k.isdigit():
+        raise SchemaError(f"damaged trajectory schema: latent_grpo.k is {k.decode(errors='replace')!r}, not a number")
+    return int(k)
 
 
 # --- encode ------------------------------------------------------------------------------------------------------

@@ -136,7 +136,8 @@ class DumpWriter:
         self.trajectories.write(dump.step, batch, dump.purpose, self._lineage)
         if records is not None:
             self.records.write(dump.step, records, dump.purpose, self._lineage)
-        self._retention.apply(dump.step)
+        if dump.purpose == "training":
+            self._retention.apply(dump.step)
 
 
 def records_of(dump: StepDump) -> pa.RecordBatch:
@@ -177,8 +178,10 @@ class Retention:
         if not self._bounded:
             return
         self._sizes[written] = sum(store.size(written) for store in self._stores)
-        for step in sorted(self._sizes):
-            if step == written or not self._exceeded():
+        # steps after the newest one were abandoned when a resumed run went back to before them: they go first
+        abandoned = sorted((step for step in self._sizes if step > written), reverse=True)
+        for step in (*abandoned, *sorted(step for step in self._sizes if step < written)):
+            if not self._exceeded():
                 return
             for store in self._stores:
                 store.remove(step)

@@ -68,9 +68,13 @@ def inspect(
     else:
         shown = _chosen(run, filters, show, limit, max_thoughts, machine)
     if machine:
-        print_json(console, shown)
+        print_json(console, shown | {"left_out": run.unreadable})
         return
     console.print(shown)
+    _say_left_out(run, console)
+
+
+def _say_left_out(run: RunView, console: Console) -> None:
     for line in run.unreadable:
         console.print(Text(f"left out: {line}", style="yellow"))
 
@@ -371,7 +375,8 @@ def diff(run: RunView, step_a: int, step_b: int, filters: Filters, *, machine: b
     if machine:
         both = [as_json(thoughts, tokens, weighting) for thoughts in pair]
         counts = {"common_problems": len(common), "changed_grade": len(changed)}
-        print_json(console, {"problem": problem, **counts, "before": both[0], "after": both[1]})
+        shown = {"problem": problem, **counts, "before": both[0], "after": both[1], "left_out": run.unreadable}
+        print_json(console, shown)
         return
     console.print(
         Panel(
@@ -391,6 +396,7 @@ def diff(run: RunView, step_a: int, step_b: int, filters: Filters, *, machine: b
             style="dim",
         )
     )
+    _say_left_out(run, console)
 
 
 def _by_problem(run: RunView, step: int, filters: Filters) -> dict[str, Row]:

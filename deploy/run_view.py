@@ -221,6 +221,8 @@ def open_run(path: str | Path) -> RunView:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InspectionError(f"{config}: not readable JSON ({error}); the run cannot be shown without it") from error
+    if not isinstance(settings, dict):
+        raise InspectionError(f"{config}: expected a mapping of settings, got a {type(settings).__name__}")
     return RunView(RunFolder(path), settings)
 
 

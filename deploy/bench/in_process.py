@@ -42,7 +42,7 @@ from learner.learner import summarize
 from learner.policy import load_policy_model
 from learner.rank import LearnerRank, RankReport
 from learner.sft_learner import SFTRank, SFTReport
-from learner.zero_engine import UpdateResult
+from learner.zero_engine import LearnerDiverged, UpdateResult
 from reward.answers import grade
 from rollout_workers.engine import generate
 from rollout_workers.transformers_engine import TransformersEngine
@@ -106,6 +106,7 @@ class PlainEngine:
 
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig):
         self.module, self._clip = module, optimizer.grad_clip
+        self._max_bad, self._bad_in_a_row = optimizer.max_bad_updates, 0
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._trainable,
@@ -129,7 +130,12 @@ class PlainEngine:
                 group["lr"] = lr
             self._optimizer.step()
         self._optimizer.zero_grad()
-        return UpdateResult(norm, applied)
+        self._bad_in_a_row = 0 if applied else self._bad_in_a_row + 1
+        return UpdateResult(norm, applied, self._bad_in_a_row)
+
+    def ensure_finite(self) -> None:
+        if self._bad_in_a_row >= self._max_bad:
+            raise LearnerDiverged(f"{self._bad_in_a_row} non-finite updates in a row; lower the learning rate")
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.arithmetic import MODULUS, solve
+from common.store import DumpError
 from deploy.run_view import RunView
 from deploy.selection import Row
 from deploy.thoughts import Thoughts, TokenTexts, behaviour_log_probs, load
@@ -60,7 +61,7 @@ def sampled_groups(rows: Sequence[Row], limit: int) -> list[list[Row]]:
 
 
 def sample(run: RunView, rows: Sequence[Row], limit: int, tokens: TokenTexts, weighting: str) -> Sample:
-    """The report's part of `rows`. Raises DumpError."""
+    """The report's part of `rows`; groups of a damaged dump are left out and named by the run."""
     found, made = sampled_groups(rows, limit), Sample()
     size = int(run.settings.get("k") or 1)
     total = sum(_components(group, size) for group in found)
@@ -72,7 +73,11 @@ def sample(run: RunView, rows: Sequence[Row], limit: int, tokens: TokenTexts, we
     kept = [sorted(group, key=lambda row: row.sample_index) for group in found]
     for _, of_step in itertools.groupby(kept, key=lambda group: group[0].file.path):
         groups = list(of_step)
-        thoughts = iter(load(run, [row for group in groups for row in group]))
+        try:
+            thoughts = iter(load(run, [row for group in groups for row in group]))
+        except DumpError as error:  # named under what the report leaves out
+            run.leave_out(error)
+            continue
         for group in groups:
             _add(made, list(itertools.islice(thoughts, len(group))), tokens, numbers, weighting)
     made.vocabulary = [tokens[token] for token in numbers]

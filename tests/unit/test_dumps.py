@@ -183,3 +183,13 @@ def test_rows_of_a_dump_are_those_of_its_groups(tmp_path):
     batch = TrajectoryStore(RunFolder(tmp_path).trajectories).read(1)
     assert batch.equals(concat(dump(1).groups))
     assert len(TrajectoryBatch(batch)) == 12
+
+
+def test_a_run_that_went_back_loses_its_abandoned_steps_first(tmp_path):
+    with writer(tmp_path) as dumps:
+        for step in range(1, 11):
+            dumps.submit(dump(step))
+    with writer(tmp_path, keep_steps=3) as resumed:  # resumed from the checkpoint of step 5
+        for step in (6, 7):
+            resumed.submit(dump(step))
+    assert steps_of(tmp_path) == [[5, 6, 7], [5, 6, 7]]
