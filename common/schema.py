@@ -97,8 +97,8 @@ def schema_k(schema: pa.Schema) -> int:
     k = metadata.get(b"latent_grpo.k", b"")
     if version != str(SCHEMA_VERSION).encode():
         raise SchemaError(
-            f"trajectory schema version {version.decode(errors='replace')}, this program reads version {SCHEMA_VERSION}; "
-            "read it with the program that wrote it (the run's manifest.json names it)"
+            f"trajectory schema version {version.decode(errors='replace')}, this program reads version "
+            f"{SCHEMA_VERSION}; read it with the program that wrote it (the run's manifest.json names it)"
         )
     if not k.isdigit():
         raise SchemaError(f"damaged trajectory schema: latent_grpo.k is {k.decode(errors='replace')!r}, not a number")

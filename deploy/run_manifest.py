@@ -78,7 +78,6 @@ def read_manifest(run_folder: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format"]
-        complete = isinstance(manifest["lineages"], list) and isinstance(manifest["model"], dict)
     except FileNotFoundError as error:
         raise ManifestError(
             f"{path.parent}: no {FILE}; the run ended before it had its model and data, or an older program made it"
@@ -87,7 +86,7 @@ def read_manifest(run_folder: str | Path) -> dict[str, Any]:
         raise ManifestError(f"{path}: not a manifest of this program ({error})") from error
     if version != FORMAT:
         raise ManifestError(f"{path}: manifest format {version}, this program reads format {FORMAT}")
-    if not complete:
+    if not (isinstance(manifest.get("lineages"), list) and isinstance(manifest.get("model"), dict)):
         raise ManifestError(f"{path}: not a manifest of this program (its lineages or model are missing)")
     return manifest
 
