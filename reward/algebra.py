@@ -21,6 +21,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _DIGITS = 50
 _SAME = sympy.Rational(1, 10**35)  # relative; with 50 digits, constants that agree this well are the same number
+_CLOSE = sympy.Rational(1, 10**20)
+_TINY = sympy.Rational(1, 10**15)
 _ENDLESS = (sympy.oo, -sympy.oo, sympy.nan, sympy.zoo)
 _ROUNDING = sympy.Rational(1, 10**6)
 _SIX_PLACES = sympy.Rational(1, 2 * 10**6)
@@ -101,22 +103,43 @@ def _equal_constants(gold: sympy.Basic, given: sympy.Basic) -> bool | None:
         return False
     if gold.has(*_ENDLESS) or given.has(*_ENDLESS):
         return False
+    if not (gold.has(sympy.Float) or given.has(sympy.Float)):
+        return _equal_exact(gold, given)
     difference = sympy.N(sympy.Abs(sympy.N(gold, _DIGITS) - sympy.N(given, _DIGITS)), _DIGITS)
     size = sympy.N(sympy.Abs(gold), _DIGITS)
-    if not (difference.is_Float or difference.is_Integer) or not (size.is_Float or size.is_Integer):
+    if not (_is_decimal(difference) and _is_decimal(size)):
         return None
-    if gold.has(sympy.Float) or given.has(sympy.Float):
-        # Against a whole gold only the rounding of decimals in a formula is forgiven, never a step of one.
-        if gold.is_Integer:
-            tolerance = min(size / 10**12, _ROUNDING)
-        elif gold.has(sympy.Float) or gold.is_Rational:
-            tolerance = min(size * _RELATIVE, _ABSOLUTE)
-        else:  # an exact root or multiple of pi: six places, and as many digits in large numbers
-            tolerance = min(_SIX_PLACES * max(size, 1), size / 10**4, _ABSOLUTE)
-        return bool(difference <= tolerance)
-    if size == 0 or sympy.N(sympy.Abs(given), _DIGITS) == 0:
-        return bool(sympy.simplify(gold - given) == 0)
-    return bool(difference <= size * _SAME)
+    # Against a whole gold only the rounding of decimals in a formula is forgiven, never a step of one.
+    if gold.is_Integer:
+        tolerance = min(size / 10**12, _ROUNDING)
+    elif gold.has(sympy.Float) or gold.is_Rational:
+        tolerance = min(size * _RELATIVE, _ABSOLUTE)
+    else:  # an exact root or multiple of pi: six places, and as many digits in large numbers
+        tolerance = min(_SIX_PLACES * max(size, 1), size / 10**4, _ABSOLUTE)
+    return bool(difference <= tolerance)
+
+
+def _equal_exact(gold: sympy.Basic, given: sympy.Basic) -> bool | None:
+    """Whether two constants without decimals are the same number; None when SymPy cannot evaluate them.
+
+    Rational ones are compared exactly. The digits of others decide only where the difference is clear: not near zero,
+    and not where a step of one is small beside the value.
+    """
+    if gold.is_Rational and given.is_Rational:
+        return gold == given
+    difference, size = (sympy.N(sympy.Abs(sympy.N(value, _DIGITS)), _DIGITS) for value in (gold - given, gold))
+    if not (_is_decimal(difference) and _is_decimal(size)):
+        return None
+    if size >= _TINY:
+        if difference > size * _SAME:
+            return False
+        if difference <= _CLOSE:
+            return True
+    return bool(sympy.simplify(gold - given) == 0)
+
+
+def _is_decimal(value: sympy.Basic) -> bool:
+    return bool(value.is_Float or value.is_Integer)
 
 
 def _equal_formulas(gold: sympy.Basic, given: sympy.Basic) -> bool | None:
@@ -137,14 +160,12 @@ def _equal_formulas(gold: sympy.Basic, given: sympy.Basic) -> bool | None:
                 symbol: sign * (_SAMPLE_POINTS[(index + shift) % 4] + index) for index, symbol in enumerate(ordered)
             }
             try:
-                left = sympy.N(gold.subs(point).doit(), _DIGITS)
-                right = sympy.N(given.subs(point).doit(), _DIGITS)
-                difference, size = sympy.Abs(left - right).evalf(_DIGITS), sympy.Abs(left).evalf(_DIGITS)
+                same = _equal_exact(gold.subs(point).doit(), given.subs(point).doit())
             except (ArithmeticError, AttributeError, TypeError, ValueError, NotImplementedError):
                 return None
-            if not (difference.is_Float or difference.is_Integer) or not (size.is_Float or size.is_Integer):
+            if same is None:
                 return None
-            agree.append(bool(difference <= size * _SAME + _SAME))
+            agree.append(same)
         if sign == 1 and not all(agree):
             return False
     return True if all(agree) else None

@@ -31,6 +31,12 @@ _ANOTHER = re.compile(
     r"[(\[]\s*[A-Z]\s*[)\]]|(?:^|\s)[A-Z]\s*[.:)](?=\s|$)|(?:^|[\s,;/&])(?:and|or|,|/|;|&)\s*[A-Z](?![A-Za-z])", re.M
 )
 
+_TAKEN_BACK = re.compile(  # behind a label: a denial, another letter, or nothing but a letter
+    r"\b(?:not|no|wrong|incorrect|false|actually|instead|but|vs)\b|n't\b"
+    r"|(?:\b(?:answer|option|choice|choose|is)\b|;)\W*[A-D](?![A-Za-z])|^\W*[A-Za-z]\W*$",
+    re.IGNORECASE,
+)
+
 
 def read_choice(content: str) -> str | None:
     """The one option letter that `content` states, upper case; else None. B: "B", "(b)", "B.", "B) 5 m", "option B"."""
@@ -41,6 +47,8 @@ def read_choice(content: str) -> str | None:
         text = text[1:-1].strip()
     if match := _ALONE.fullmatch(text):
         return match[1].upper()
-    if (match := _LABELLED.fullmatch(text)) and not _ANOTHER.search(match[3]) and match[3][0] not in "+-^_!*/=<>":
-        return match[1] or match[2]
-    return None
+    match = _LABELLED.fullmatch(text)
+    if match is None or match[3][:1] in tuple("+-^_!*/=<>"):
+        return None
+    other = _ANOTHER.search(match[3]) or _TAKEN_BACK.search(match[3])
+    return None if other else match[1] or match[2]

@@ -94,6 +94,9 @@ def same_answer(gold: Answer, given: Answer, algebra: AlgebraicEquality | None) 
     gold_set, given_set = stated_set(gold.text), stated_set(given.text)
     if gold_set is not None and gold_set == given_set:
         return True
+    if gold_set is not None and given_set is not None:
+        as_sets = _read(gold_set[1]), _read(given_set[1])
+        return gold_set[0] == given_set[0] and all(as_sets) and same_answer(*as_sets, algebra)
     if (gold_set is None) != (given_set is None):
         as_sets = _read(gold_set[1] if gold_set else gold.text), _read(given_set[1] if given_set else given.text)
         if all(as_sets) and (_is_set(as_sets[0]) and _is_set(as_sets[1])):

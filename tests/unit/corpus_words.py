@@ -243,6 +243,8 @@ CHOICE_CORRECT = [
     ("A", "The correct answer is (A).", "a sentence before the letter"),
     ("A", r"(A) $10^{-4}$ eV", "the option's value with a power of ten"),
     ("A", r"\text{A. }\frac{1}{2}", "the option's value as a fraction"),
+    ("A", "A. 5; then 6 m", "a semicolon in the option's text"),
+    ("A", "(A) The rate is 4 Bq", "a sentence as the option's text"),
 ]
 CHOICE_WRONG = [
     ("A", "B", "another option"),
@@ -273,4 +275,16 @@ CHOICE_WRONG = [
     ("A", "all of the above", "no letter"),
     ("A", "Α", "a Greek capital that looks alike"),
     ("A", "?", "no letter but a sign"),
+    ("A", "(A) is wrong", "a denial behind the label"),
+    ("A", "(A) is not correct", "a denial behind the label, longer"),
+    ("A", "A. no", "a refusal behind the label"),
+    ("A", "(A) no, B", "a change of mind"),
+    ("A", "(A) but B", "a change of mind with but"),
+    ("A", "A) B", "a label and another letter"),
+    ("A", "A: B", "a colon and another letter"),
+    ("A", "(A) vs B", "two options compared"),
+    ("A", "A. Actually B", "a correction"),
+    ("A", "(A) answer: B", "a second answer"),
+    ("A", "(A) the answer is B", "a second answer in a sentence"),
+    ("A", "A) 5; C", "a second letter behind a semicolon"),
 ]
