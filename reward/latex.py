@@ -103,9 +103,11 @@ _UNIT_POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A text command behind a value is its unit unless it says more: a digit, an alternative, a scale, a denial.
 _NO_UNIT = (
     r"\b(?:or|nor|not|and|either|neither|if|when|than|least|most|base|mod|dozen|maybe|perhaps|wrong|false|incorrect|"
-    r"squared|cubed|factorial|times|plus|minus)\b"
+    r"squared|cubed|factorial|times|plus|minus|halves|thirds|fourths|fifths|sixths|eighths|tenths|hundredths|thousandths|"
+    r"lakhs?|crores?|no|wait|actually|pi|sqrt|point(?=\s+[a-z]))\b"
 )
-_UNIT_TEXT = rf"\\text\{{(?![^{{}}]*(?:[0-9]|{_NO_UNIT}))[^{{}}]*\}}{_UNIT_POWER}"
+_NO_UNIT_LETTER = r"\s*(?![mgshlLWVNJCFKA])[A-Za-z]\s*\}"  # `5\text{i}` is a product
+_UNIT_TEXT = rf"\\text\{{(?!{_NO_UNIT_LETTER})(?![^{{}}]*(?:[0-9]|{_NO_UNIT}))[^{{}}]*\}}{_UNIT_POWER}"
 _TRAILING_TEXT = re.compile(
     rf"(?:\\frac\s*\{{\s*{_UNIT_TEXT}\s*\}}\s*\{{\s*{_UNIT_TEXT}\s*\}}|{_UNIT_TEXT}(?:\s*(?:/|\\cdot)\s*{_UNIT_TEXT})*)\s*$"
 )

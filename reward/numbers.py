@@ -111,15 +111,20 @@ _VARIABLE = re.compile(r"(?![mgshlLWVNJCFK])[A-Za-z](?![A-Za-z])|\s+(?![mgshlLWV
 _FIRST_OPERAND = re.compile(r"\s*(?:-(?![A-Za-z]{2})|/(?!\s?(?:[A-Za-z]{2}|[mgshlL]\b))|[+*])")
 _SIGNED_BRACKET = re.compile(r"[-/][\s(\[{$€£¥₹₩₽₪₫฿¢]*$")  # -(5), -{5}, 1/(5)
 _FUNCTION = re.compile(r"[A-Za-z]\s*\(\s*$|(?:^|\s)[b-hj-z]\s+$")  # f(18), x 18
+_PARTS = r"(?:halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths)"
+_COUNT = rf"(?:{'|'.join(_IN_WORDS)})"
 # Words that change which number is meant.
 _OTHER_BEFORE = re.compile(
-    r"\b(?:not|never|or|either|neither|nor|than|at\s+(?:least|most)|up\s+to|roots?\s+of|base|log|"
+    rf"\b{_COUNT}\s*$|\b(?:sqrt|root|log|ln)\W*$|"
+    r"\b(?:not|cannot|never|or|either|neither|nor|than|at\s+(?:least|most)|up\s+to|roots?\s+of|base|log|"
     r"(?:half|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\s+of)\b|n't\b"
     r"|\b(?:over|under|above|below|beyond|between|except|half|twice|thrice|double|triple|plus|minus|negative|times)"
     r"(?:\s+(?:the|a|of))?\s*\W?$",
     re.IGNORECASE,
 )
 _OTHER_AFTER = re.compile(
+    rf"\b{_PARTS}\b|\band\s+(?:an?|{_COUNT})\s+(?:half|third|quarter|fourth|fifth|sixth|eighth|tenth)s?\b"
+    rf"|\b(?:point|no|wait|actually)\W+{_COUNT}\b|^\W*(?:{_COUNT}|lakhs?|crores?|wait)\b|,\s*(?:no|wait|actually)\b|"
     r"\b(?:squared|cubed|factorial|plus|minus|divided|multiplied|to\s+the\s+power|or|nor|not|base|"
     r"is\s+(?:wrong|incorrect|false))\b|n't\b",
     re.IGNORECASE,

@@ -168,6 +168,8 @@ MATH_CORRECT = [
     (r"\frac{\sqrt{8}}{2004!}", r"\frac{2\sqrt{2}}{2004!}", "a tiny root, spelled otherwise"),
     ("10^{40}x", r"10^{39} \cdot 10x", "a large coefficient, spelled otherwise"),
     ("0", r"\sin^2 x+\cos^2 x-1", "an identity that is zero"),
+    ("5", r"5\text{m}", "metres as text"),
+    ("5", r"5\text{ points}", "points as a unit"),
 ]
 MATH_WRONG = [
     ("18", "19", "off by one"),
@@ -310,4 +312,13 @@ MATH_WRONG = [
     (r"10^{40}\sqrt{x}", r"10^{40}\sqrt{x}+1", "off by one beside a large multiple of a root"),
     (r"\frac{\sqrt{2}}{2004!}", r"\frac{\sqrt{2}}{2006!}", "tiny roots"),
     (r"\frac{\sqrt{x}}{2004!}", r"\frac{\sqrt{x}}{2006!}", "tiny multiples of a root"),
+    ("5", r"5\text{i}", "the imaginary unit as text"),
+    ("5", r"5\text{k}", "a letter that is no unit"),
+    ("5", r"5\text{x}", "an unknown as text"),
+    ("5", r"5\text{ pi}", "a constant as text"),
+    ("5", r"5\text{ lakh}", "an Indian scale"),
+    ("5", r"5\text{ tenths}", "a part in words"),
+    ("5", r"5\text{ point five}", "a decimal in words"),
+    ("5", r"5\text{ no wait six}", "a change of mind"),
+    ("5", "5 tenths", "a part in words without a command"),
 ]

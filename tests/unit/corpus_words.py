@@ -108,6 +108,9 @@ NUMBER_CORRECT = [
     ("36", "3 dozen = 36", "a conversion"),
     ("18", "$9 x 2 = $18", "a derivation with currency"),
     ("0.8333333333333", "⅚", "a rarer fraction as one character"),
+    ("18", "18 dollars in two weeks", "a count among the words"),
+    ("7", "7 quarters", "coins as a unit"),
+    ("5", "5 points", "points as a unit"),
 ]
 NUMBER_WRONG = [
     ("18", "19", "off by one"),
@@ -210,6 +213,16 @@ NUMBER_WRONG = [
     ("5", "5...", "digits left out"),
     ("3.14", "3.14...", "decimals left out"),
     ("5", "...5", "digits left out in front"),
+    ("5", "5 and a half", "a half more in words"),
+    ("5", "5 and three quarters", "three quarters more in words"),
+    ("5", "5 tenths", "a part in words"),
+    ("7", "7 point five", "a decimal in words"),
+    ("7", "7 lakh", "an Indian scale"),
+    ("7", "sqrt 7", "a root in words"),
+    ("5", "cannot be 5", "a denial in one word"),
+    ("7", "7, no wait six", "a change of mind"),
+    ("7", "7 three", "a number in words behind"),
+    ("7", "six 7", "a number in words in front"),
 ]
 CHOICE_CORRECT = [
     ("A", "A", "the plain case"),
