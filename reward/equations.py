@@ -40,10 +40,12 @@ _OTHER_VALUE = re.compile(
     re.IGNORECASE,
 )
 _SHORT_WORDS = re.compile(r"an?|a[st]|by|do|for|he|i[nst]|m[ey]|o[fn]|so|to|us|we|I")
+_SHORT_UNIT = re.compile(r"[kcm]m|ft|yd|mi|[km]g|lbs?|oz|m[lL]|hrs?|min|secs?|mph")
 _LETTERS_OF_UNKNOWNS = frozenset("abcd"), frozenset("pqrstuvwxyz"), frozenset("klmn")
 _ARITHMETIC = re.compile(
     r"\\(?:frac|sqrt|times|cdot|div|binom|log|ln|sin|cos|tan|gcd|max|min|lfloor|rfloor|lceil|rceil|pi|left|right|ast|"
     r"sum|prod|bmod|pmod|mod|cot|sec|csc|exp|overline)(?![A-Za-z])|(?<![A-Za-z])(?:gcd|lcm|max|min)(?=\s*\()"
+    r"|\b(?:half|twice)\s+(?:of\s+)?(?=[0-9])"
     r"|(?<=[0-9)\s])x(?=\s*[0-9($])"
 )
 _WITH_UNIT = re.compile(r"(?<=[0-9%)}])(?:\s*[-/]?\s*(?:per\s+|of\s+|a\s+)?[^\W\d_]{2,})+\.?")
@@ -64,7 +66,7 @@ def states_its_value(left: str) -> bool:
         return _is_name(_LEAD_IN.sub("", plain, count=1)) or (
             _WORDS.fullmatch(plain) is not None and _are_words(_TEXT.sub(" ", text))
         )
-    without_units = _WITH_UNIT.sub("", _ARITHMETIC.sub(" ", plain))
+    without_units = _WITH_UNIT.sub(_without_unit, _ARITHMETIC.sub(" ", plain))
     return re.search(r"[^\W\d_]", without_units) is None
 
 
@@ -72,9 +74,15 @@ def _is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and not _PRODUCT.match(text)
 
 
+def _without_unit(match: re.Match[str]) -> str:
+    """Nothing for a unit behind a number; letters that may be a product, as in `2xy` and `2AB`, stay."""
+    words = re.findall(r"[^\W\d_]+", match.group())
+    return "" if all(_SHORT_UNIT.fullmatch(w) or (not w.isupper() and _are_words(w)) for w in words) else match.group()
+
+
 def _are_words(text: str) -> bool:
     """Whether letters are words of a language and not products of variables such as `xy` or `abc`."""
-    words = re.findall(r"[^\W\d_]+", text)
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])'s?(?![a-z])", "", text))
     return all(
         _SHORT_WORDS.fullmatch(word)
         or (len(word) > 1 and (word.isupper() or (len(word) > 2 and not _is_product(word))))

@@ -321,4 +321,6 @@ MATH_WRONG = [
     ("5", r"5\text{ point five}", "a decimal in words"),
     ("5", r"5\text{ no wait six}", "a change of mind"),
     ("5", "5 tenths", "a part in words without a command"),
+    ("5", "2AB=5", "a multiple of a segment"),
+    ("5", "2xy=5", "a multiple of a product"),
 ]

@@ -111,6 +111,9 @@ NUMBER_CORRECT = [
     ("18", "18 dollars in two weeks", "a count among the words"),
     ("7", "7 quarters", "coins as a unit"),
     ("5", "5 points", "points as a unit"),
+    ("5", "John's apples = 5", "an assignment to what somebody has"),
+    ("5", "half of 10 = 5", "a derivation in words"),
+    ("5", "8 km - 3 km = 5 km", "a derivation with short units"),
 ]
 NUMBER_WRONG = [
     ("18", "19", "off by one"),
@@ -223,6 +226,7 @@ NUMBER_WRONG = [
     ("7", "7, no wait six", "a change of mind"),
     ("7", "7 three", "a number in words behind"),
     ("7", "six 7", "a number in words in front"),
+    ("5", "2xy=5", "a multiple of a product"),
 ]
 CHOICE_CORRECT = [
     ("A", "A", "the plain case"),
