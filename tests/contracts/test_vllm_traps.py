@@ -244,3 +244,24 @@ def test_a_request_that_is_no_rollout_is_refused():
 
     with pytest.raises(ValueError, match="another vLLM for ordinary requests"):
         request_settings(SamplingParams(max_tokens=3))
+
+
+def test_vllms_own_warm_up_requests_are_no_rollouts_and_leave_nothing(monkeypatch):
+    """On CUDA vLLM tries its kernels with made-up requests, without settings of ours, before the first rollout."""
+    engine = long_engine(max_rows=4)
+    worker = engine._llm.model_executor.driver_worker.worker
+    if not worker.use_v2_model_runner:
+        pytest.skip("the V1 runner warms up without requests; make test-vllm-v2 runs this")
+    from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    # Triton's interpreter has no masks of this kernel's type; grammars have no part in rollouts
+    monkeypatch.setattr(StructuredOutputsWorker, "apply_grammar_bitmask", lambda *args, **kwargs: None)
+    worker.latent_core.warming = True
+    try:
+        warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
+    finally:
+        worker.latent_core.warming = False
+    assert not worker.latent_core.slots
+    requests = long_requests(groups=1, samples=2)
+    assert assert_right(engine, requests, collect(engine, requests)) > 0
