@@ -82,11 +82,6 @@ class GroupBuffer:
         held = sum(1 for e in self._entries.values() if e.dropped is None or not self.refill)
         return self.slots - held - self._training
 
-    @property
-    def outstanding(self) -> list[GroupRequest]:
-        """Dispatched groups that have not arrived, in prompt order."""
-        return [e.request for _, e in sorted(self._entries.items()) if not e.settled]
-
     def dispatched(self, request: GroupRequest) -> int:
         """Takes a slot for the next prompt; returns its ordinal. Raises :class:`TooManyDispatched`."""
         if self.free_slots <= 0:

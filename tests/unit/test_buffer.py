@@ -123,13 +123,6 @@ def test_a_duplicate_is_recognised_and_dropped():
     assert b.duplicates == 2
 
 
-def test_outstanding_groups_can_be_dispatched_again_after_a_worker_died():
-    b = buffer(3)
-    fill(b)
-    b.arrived("g1", 1)
-    assert [r.group_uid for r in b.outstanding] == ["g0", "g2"]
-
-
 def test_a_task_without_signal_ends_in_a_clear_error():
     b = buffer(2, keeps=lambda g: False, factor=3)
     with pytest.raises(TooManyDispatched, match=r"6 groups .*all_equal"):
