@@ -461,20 +461,22 @@ def visible_step(
     temperature: Setting,
     top_p: Setting,
     top_k: Setting,
+    largest_top_k: int | None = None,
     allowed: torch.Tensor | None = None,
-    top_m: int = TOP_M,
     widen: bool = True,
 ) -> VisibleStep:
     """:func:`sample_visible` on the draws of :func:`gumbel_noise`: `keys` and `steps` [N] int64.
 
-    Looks at no more than `top_m` ids where they hold the `top_k`; with `top_k` 0 at all of them. `widen` as in
+    Looks at little more than the `top_k` likeliest ids; with `top_k` 0 at all of them. `largest_top_k`: of the rows,
+    where `top_k` is [N] and the caller knows it without asking the device; else all ids are looked at. `widen` as in
     :func:`latent_step`.
     """
-    _check(1, logits.shape[-1], temperature=temperature)
+    vocabulary = logits.shape[-1]
+    _check(1, vocabulary, temperature=temperature)
     scaled = logits.float() / _column(temperature, torch.float32)
-    if not isinstance(top_k, torch.Tensor):
-        # one more than top_k, to see a tie at its edge
-        top_m = logits.shape[-1] if not top_k else min(top_m, top_k + 1) if widen else max(top_m, top_k + 1)
+    reach = (largest_top_k if isinstance(top_k, torch.Tensor) else top_k) or vocabulary
+    # one more than top_k, to see a tie at its edge; far more where it may not be looked at again
+    top_m = reach + 1 if widen else max(TOP_M, WIDEN * reach)
     normaliser = scaled.logsumexp(-1, keepdim=True)
-    drawn, exact = _keyed(_visible, scaled, normaliser, keys, steps, allowed, max(top_m, 2), (top_p, top_k), widen)
+    drawn, exact = _keyed(_visible, scaled, normaliser, keys, steps, allowed, top_m, (top_p, top_k), widen)
     return VisibleStep(*drawn, exact)

@@ -109,6 +109,10 @@ class Draw:
         values = self._rows[name]
         return bool(values[0]) if (values == values[0]).all() else self.column(name).bool()
 
+    def largest(self, name: str) -> int:
+        """Of an integer column."""
+        return int(self._rows[name].max())
+
     def setting(self, name: str) -> float | torch.Tensor:
         """A number where all rows agree (the usual case, and cheaper), else [n]."""
         values = self._rows[name]

@@ -370,6 +370,7 @@ class TransformersEngine:
             temperature=draw.setting("temperature"),
             top_p=draw.setting("top_p"),
             top_k=draw.setting("top_k"),
+            largest_top_k=draw.largest("top_k"),
             allowed=self._allowed,
         )
         self._records.hard_ids[slots, steps] = ids.int()

@@ -108,6 +108,32 @@ def test_draws_that_never_wait_are_exact_wherever_they_say_so(k, scale, one_side
     assert torch.equal(careful.ids, ids)
 
 
+@pytest.mark.parametrize("most", [200, 500])
+def test_a_top_k_beyond_the_first_look_is_exact_without_waiting(most):
+    """Rows of many top_k, the largest of them known to the host; flat, peaked and tied logits."""
+    vocabulary, rows = 900, 64
+    logits, _ = draws(rows, vocabulary, seed=4)
+    logits *= torch.linspace(0.0, 2.0, rows)[:, None]
+    logits[8:16] = torch.round(logits[40:48] * 2) / 2  # ties, as in bfloat16
+    keys, steps = torch.arange(rows) * 31 + 2**50, torch.arange(rows)
+    top_k = torch.linspace(1, most, rows).long()
+    noise = gumbel_noise(keys, steps, torch.arange(vocabulary).expand(rows, -1))
+    settings = {"temperature": torch.linspace(0.6, 5.0, rows), "top_p": 0.999, "top_k": top_k}
+    ids, log_probs = sample_visible(logits, noise, **settings)
+    ranks = (logits > logits.gather(-1, ids[:, None])).sum(-1)
+    assert ranks.max() > 128, "the test needs a draw from beyond the first look"
+    for widen in (False, True):
+        step = visible_step(logits, keys, steps, **settings, largest_top_k=most, widen=widen)
+        untied = torch.ones(rows, dtype=torch.bool) if widen else logits.sort(-1).values.diff().abs().min(-1).values > 0
+        assert step.exact[untied].all()
+        assert torch.equal(step.ids[step.exact], ids[step.exact])
+        assert torch.equal(step.log_probs[step.exact], log_probs[step.exact])
+    unknown = visible_step(logits, keys, steps, **settings)
+    assert torch.equal(unknown.ids, ids)
+    one = visible_step(logits, keys, steps, **(settings | {"top_k": most}), widen=False)
+    assert torch.equal(one.ids[one.exact], sample_visible(logits, noise, **(settings | {"top_k": most}))[0][one.exact])
+
+
 def test_unusable_logits_are_marked_where_nothing_may_wait():
     logits = torch.randn(3, 600)
     logits[1, 7] = float("nan")

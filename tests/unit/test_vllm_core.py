@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 import torch
 
+from common import density
+from common import latent as sampling
 from common.latent import mix_embeddings
 from common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
 from rollout_workers.rows import SETTINGS, refusal, write_settings
@@ -127,6 +130,28 @@ def test_the_draws_contain_nothing_that_waits_for_the_device(monkeypatch):
         places, owners = core.generated_rows(slots, np.full(16, PROMPT + step), np.arange(17))
         inputs = torch.zeros(16, 8)
         core.feed(inputs, places, owners, torch.full((16,), PROMPT + step), lambda ids: embedding[ids])
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8, "k": 7}])
+def test_rows_with_and_without_noise_side_by_side_copy_nothing_to_the_device(monkeypatch, settings):
+    """Same k and same top_p for all, so these are numbers of the host: a tensor made of one waits for the device."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a value of the host would be copied to the device")
+
+    core = new_core()
+    mixed = [group(samples=2, noise_mode=mode, **settings) for mode in ("one_sided", "off", "two_sided")]
+    rows = [s for request in mixed for s in settings_of(request, False)]
+    slots = np.array([core.add(uid, PROMPT, row) for uid, row in enumerate(rows)])
+    host_values = ("tensor", "as_tensor", "from_numpy", "asarray", "scalar_tensor")
+    without = types.SimpleNamespace(**(vars(torch) | dict.fromkeys(host_values, refuse)))
+    for module in (sampling, density):
+        monkeypatch.setattr(module, "torch", without)
+    for step in range(3):
+        positions = torch.full((6,), PROMPT - 1 + step)
+        core.draw(torch.randn(6, VOCAB), slots, positions, torch.ones(6, dtype=torch.bool))
+    with pytest.raises(AssertionError, match="copied"):
+        sampling.torch.as_tensor(0.95)
 
 
 def test_a_step_that_is_drawn_again_replaces_the_one_that_was_thrown_away():
