@@ -204,7 +204,7 @@ class VLLMConfig(Section):
     in_flight_updates: bool = False
     """New weights are applied at once, in the middle of rollouts (max_staleness >= 1)."""
     engine_args: dict[str, Any] = {}
-    """Further arguments of vLLM's EngineArgs, as they are."""
+    """Further arguments of vLLM's EngineArgs, as they are; docs/vllm.md lists the accepted ones."""
 
 
 class RolloutConfig(Section):

@@ -30,7 +30,13 @@ from rollout_workers.rows import SETTINGS, refusal, write_settings
 from rollout_workers.vllm_plugin.core import Record
 from rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
 from rollout_workers.vllm_plugin.settings import extra_args
-from rollout_workers.vllm_plugin.support import argument_problem, installed, model_problem, vllm_problem
+from rollout_workers.vllm_plugin.support import (
+    argument_problem,
+    installed,
+    model_problem,
+    runner_problem,
+    vllm_problem,
+)
 
 CACHE_ATTEMPTS = 3
 CPU_CACHE_BYTES = 2**30  # of keys and values, where a CPU run does not say how many
@@ -319,9 +325,8 @@ def _start(
     if options.kv_cache_bytes is not None or build == "cpu":
         args["kv_cache_memory_bytes"] = options.kv_cache_bytes or CPU_CACHE_BYTES
     config = EngineArgs(**{**args, **options.engine_args}).create_engine_config()
-    if config.speculative_config is not None or config.parallel_config.pipeline_parallel_size > 1:
-        raise EngineError("rollout.vllm.engine_args: no speculative decoding and no pipeline stages with latent steps")
     problem = model_problem(config.model_config.hf_config.to_dict(), build)
+    problem = problem or runner_problem(build, config.use_v2_model_runner)
     if problem:
         raise EngineError(problem)
     llm = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)

@@ -26,7 +26,7 @@ from common.latent import latent_step, mix_embeddings, mixture_weights, visible_
 from rollout_workers.rows import SETTINGS, Draw, on_device, upload
 
 ROW = np.dtype([("prompt_len", np.int64), ("careful", np.int64), *SETTINGS])
-"""A slot's settings. `careful`: draws look as far as they must, which waits for the device; else at so many ids only."""
+"""A slot's settings. `careful`: draws look as far as they must, which waits for the device; else at a set number."""
 SCRATCH = 0  # a slot that nobody owns: rows that do not count write there
 
 

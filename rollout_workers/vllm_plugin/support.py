@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
@@ -20,6 +21,22 @@ its parameters as Transformers does (fused ones in `packed_modules_mapping`) and
 Run the contract tests with it."""
 CPU_HEAD_DIM = 32  # multiples of which vLLM's CPU attention takes
 
+ACCEPTED = {
+    "block_size": "positions of one KV block, a multiple of 32 on CPU",
+    "enable_prefix_caching": "false: prompts are computed for each sample; their blocks are not shared",
+    "async_scheduling": "false: the next step is scheduled only when this one's tokens are known",
+    "long_prefill_token_threshold": "prompts longer than this are prefilled in chunks of so many tokens",
+    "attention_backend": "the attention kernels, by vLLM's name",
+    "disable_cascade_attn": "true: no attention kernels for shared prefixes",
+    "disable_custom_all_reduce": "true: NCCL adds up what tensor parallel ranks have",
+    "enable_flashinfer_autotune": "false: an engine starts faster",
+    "cudagraph_capture_sizes": "batch sizes of the captured CUDA graphs",
+    "max_cudagraph_capture_size": "the largest of them",
+    "compilation_config": "what torch.compile and the CUDA graphs cover",
+    "optimization_level": "the same as one number, 0 to 3",
+}
+"""vLLM engine arguments that a run may set: they change how fast or in what memory, never what is drawn from what."""
+
 RESERVED = {
     "speculative_config": "a latent step is a mixture and cannot be drafted; remove it",
     **dict.fromkeys(("spec_method", "spec_model", "spec_tokens"), "a latent step cannot be drafted; remove it"),
@@ -28,8 +45,12 @@ RESERVED = {
         "keys and values kept elsewhere would outlive the weights they are of; remove it",
     ),
     **dict.fromkeys(
-        ("revision", "hf_config_path", "model_weights", "model_impl", "quantization_config", "kv_cache_dtype"),
+        ("revision", "hf_config_path", "model_weights", "model_impl", "model_class_overrides"),
         "the engine must sample the very model that the learner trains; remove it",
+    ),
+    **dict.fromkeys(
+        ("quantization_config", "kv_cache_dtype"),
+        "the engine must sample the very model that the learner trains, in its precision; remove it",
     ),
     **dict.fromkeys(
         ("scheduler_cls", "worker_extension_cls", "runner", "convert", "enable_dbo"),
@@ -42,6 +63,9 @@ RESERVED = {
     "prefill_context_parallel_size": "not tested with latent steps; remove it",
     "data_parallel_size": "raise rollout.workers instead: each is an engine of its own",
     "logits_processors": "draws follow METHOD §2 exactly and know no processors (penalties, biases); remove it",
+    "watermark_config": "draws follow METHOD §2 exactly; a watermark would be another distribution; remove it",
+    "enable_trace_replay": "vLLM would force tokens that no draw has given; remove it",
+    "return_sampling_mask": "vLLM's own sampler, which would fill the mask, is not asked; remove it",
     "override_generation_config": "sampling settings travel with each rollout (no penalties); remove it",
     "max_logprobs": "records do not travel as log-probs, so k has no such limit; remove it",
     "logprobs_mode": "records do not travel as log-probs; remove it",
@@ -63,7 +87,7 @@ RESERVED = {
     "max_num_batched_tokens": "use rollout.vllm.batched_tokens",
     "enforce_eager": "use rollout.vllm.eager",
 }
-"""vLLM engine arguments that a run cannot pass through, and why."""
+"""Why some of the others are refused, and what to do instead."""
 
 
 def installed() -> tuple[str, str] | None:
@@ -123,7 +147,32 @@ def model_problem(config: Mapping[str, Any], build: str) -> str | None:
     return None
 
 
+def runner_problem(build: str, v2: bool) -> str | None:
+    """Why vLLM's choice of a model runner cannot be used and what to do, or None. `v2`: whether it is the V2 runner.
+
+    The CPU build is tested with both.
+    """
+    if build == "cuda" and not v2:
+        return (
+            "rollout.engine vllm: vLLM has chosen its V1 model runner, and on CUDA latent steps are made for V2; unset "
+            "VLLM_USE_V2_MODEL_RUNNER, install Triton, and take out of rollout.vllm.engine_args what V2 does not "
+            "support (VLLM_LOGGING_LEVEL=WARNING names it)"
+        )
+    return None
+
+
 def argument_problem(arguments: Mapping[str, Any]) -> str | None:
-    """Why some of `rollout.vllm.engine_args` cannot be passed on, or None."""
-    refused = [f"{name}: {RESERVED[name]}" for name in arguments if name in RESERVED]
-    return f"rollout.vllm.engine_args: {'; '.join(refused)}" if refused else None
+    """Why some of `rollout.vllm.engine_args` cannot be passed on and what to do, or None. Looks at names only."""
+    refused = [f"{name}: {_refusal(name)}" for name in arguments if name not in ACCEPTED]
+    if not refused:
+        return None
+    return f"rollout.vllm.engine_args: {'; '.join(refused)}. Accepted are {', '.join(ACCEPTED)} (docs/vllm.md)"
+
+
+def _refusal(name: str) -> str:
+    if name in RESERVED:
+        return RESERVED[name]
+    close = difflib.get_close_matches(name, ACCEPTED, n=1)
+    if close:
+        return f"not an accepted argument; did you mean {close[0]}?"
+    return "not among the arguments that are safe with latent steps; remove it"

@@ -1,13 +1,22 @@
 """What `validate` refuses of the vLLM engine, with what to do; none of it needs vLLM."""
 
+import dataclasses
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 
 from common.config import ConfigError, load_config
 from deploy import preflight
 from rollout_workers.vllm_plugin import support
-from rollout_workers.vllm_plugin.support import argument_problem, model_problem, vllm_problem
+from rollout_workers.vllm_plugin.support import (
+    ACCEPTED,
+    RESERVED,
+    argument_problem,
+    model_problem,
+    runner_problem,
+    vllm_problem,
+)
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_attention_heads": 4}
 
@@ -83,11 +92,40 @@ def test_models_without_support_are_refused(monkeypatch):
         ("max_logprobs", "k has no such limit"),
         ("tensor_parallel_size", "rollout.vllm.tensor_parallel"),
         ("model", "the engine sets it"),
+        ("model_class_overrides", "the very model"),
+        ("watermark_config", "another distribution"),
+        ("enable_trace_replay", "force tokens"),
+        ("return_sampling_mask", "is not asked"),
+        ("blok_size", "did you mean block_size?"),
+        ("no_such_thing", "not among the arguments that are safe"),
     ],
 )
 def test_incompatible_engine_arguments_are_refused(monkeypatch, argument, what):
-    assert what in refused(f"rollout.vllm.engine_args.{argument}=2", monkeypatch=monkeypatch)
-    assert argument_problem({"block_size": 32}) is None
+    message = refused(f"rollout.vllm.engine_args.{argument}=2", monkeypatch=monkeypatch)
+    assert f"{argument}: " in message
+    assert what in message
+    assert "Accepted are block_size" in message
+    assert argument_problem(dict.fromkeys(ACCEPTED)) is None
+
+
+def test_every_accepted_argument_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text(encoding="utf-8")
+    for name in ACCEPTED:
+        assert f"| `{name}` |" in text
+    assert not ACCEPTED.keys() & RESERVED.keys()
+
+
+@pytest.mark.vllm
+def test_vllm_knows_every_argument_of_ours():
+    from vllm import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert (ACCEPTED.keys() | RESERVED.keys()) <= known
+
+
+def test_on_cuda_only_the_runner_is_used_that_mixtures_are_made_for():
+    assert "unset VLLM_USE_V2_MODEL_RUNNER" in runner_problem("cuda", v2=False)
+    assert runner_problem("cuda", v2=True) is runner_problem("cpu", v2=True) is runner_problem("cpu", v2=False) is None
 
 
 def test_settings_that_contradict_the_engine_are_refused():
