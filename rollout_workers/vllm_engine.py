@@ -12,7 +12,7 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from rollout_workers.vllm_plugin.support import (
     vllm_problem,
 )
 
+BUCKET_BYTES = 64 * 2**20  # of weights in one call to the workers, which copies them where those are processes
 CACHE_ATTEMPTS = 3
 CPU_CACHE_BYTES = 2**30  # of keys and values, where a CPU run does not say how many
 WORKERS = {
@@ -210,7 +211,8 @@ class VLLMEngine:
     def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replaces all parameters in place and verifies them; see :meth:`LatentEngine.load_weights`.
 
-        With `in_flight_updates` pending samples go on under the new weights.
+        With `in_flight_updates` pending samples go on under the new weights. After a failure they stand still until a
+        publication is loaded whole, or they are aborted.
         """
         if self._llm is None:
             raise EngineError("the engine is closed; start another")
@@ -222,7 +224,19 @@ class VLLMEngine:
         self._version = None  # any failure below leaves an engine that refuses
         tensors = list(tensors)
         self._check(version, tensors)
-        differing = sorted({name for names in self._ask("load_published", tensors) for name in names})
+        buckets = list(_buckets(tensors, BUCKET_BYTES))
+        try:
+            self._ask("begin_weights")
+            try:
+                for bucket in buckets:
+                    self._ask("add_weights", bucket)
+            finally:
+                self._ask("end_weights")
+        except Exception as error:
+            raise EngineError(f"version {version.version}: vLLM could not load it ({error}); publish again") from error
+        differing = sorted(
+            {name for bucket in buckets for names in self._ask("differing_weights", bucket) for name in names}
+        )
         if differing:
             raise EngineError(
                 f"version {version.version}: after loading, vLLM does not hold {len(differing)} parameters as "
@@ -265,6 +279,19 @@ def _published_parameters(config: PreTrainedConfig, dtype: str) -> dict[str, tup
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     return {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in skeleton.named_parameters()}
+
+
+def _buckets(tensors: list[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Neighbours of up to so many bytes together; larger tensors alone."""
+    bucket, size = [], 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 def quiet_vllm() -> None:

@@ -4,6 +4,10 @@ vLLM's own in-place reload does the loading: it splits and fuses the published (
 wants them and keeps every address, so captured CUDA graphs stay valid. Afterwards each published tensor is compared
 with what the model's layers hold of it: fused layers part by part, padded vocabularies, tied heads, and on several
 ranks each rank's own share.
+
+    begin ──► load (some tensors; again and again) ──► end ──► differing (the same tensors again)
+
+Both passes go by buckets: between processes no more than one is under way.
 """
 
 from __future__ import annotations
@@ -28,10 +32,27 @@ def keep_plain_weights() -> None:
     utils.dispatch_cpu_unquantized_gemm = plain
 
 
-def load_and_verify(runner: Any, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
-    """Loads `tensors` (Hugging Face names) into the runner's model; names that the model does not hold afterwards."""
-    runner.reload_weights(weights_iterator=iter(tensors))
-    model = runner.get_model()
+def begin(model: nn.Module) -> None:
+    """From here to `end` the model's layers wait for their parameters, and cannot compute."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+
+
+def load(model: nn.Module, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Some of the published tensors, under their Hugging Face names; a layer takes its own once it has them all."""
+    model.load_weights(iter(tensors))
+
+
+def end(model: nn.Module, model_config: Any) -> None:
+    """The layers are whole again, also after a load that failed: what was not loaded then holds anything."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)
+
+
+def differing(model: nn.Module, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
+    """Names of those tensors that the model does not hold as they were published."""
     return [name for name, tensor in tensors if not _holds(model, name, tensor)]
 
 

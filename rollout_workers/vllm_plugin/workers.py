@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
+from rollout_workers.vllm_plugin import weights
 from rollout_workers.vllm_plugin.core import LatentCore, Record
-from rollout_workers.vllm_plugin.weights import load_and_verify
 
 CONFIG = "latent_rollout"  # in vLLM's additional_config
 
@@ -41,9 +42,24 @@ class LatentWorker:
     Ranks draw the same, since all have the same logits.
     """
 
-    def load_published(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
-        """Loads weights in place; names of the tensors that the model does not hold afterwards."""
-        return load_and_verify(self.model_runner, tensors)
+    def begin_weights(self) -> None:
+        """Opens the model for new weights; see `weights.py` for this and the next three."""
+        with set_current_vllm_config(self.vllm_config):
+            weights.begin(self.get_model())
+
+    def add_weights(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Loads some of them."""
+        with set_current_vllm_config(self.vllm_config):
+            weights.load(self.get_model(), tensors)
+
+    def end_weights(self) -> None:
+        """Closes the model: it can compute again."""
+        with set_current_vllm_config(self.vllm_config):
+            weights.end(self.get_model(), self.model_config)
+
+    def differing_weights(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
+        """Names of those tensors that this rank does not hold."""
+        return weights.differing(self.get_model(), tensors)
 
     def take_records(self, uids: Sequence[int], steps: Sequence[int]) -> list[Record] | None:
         """Records of finished samples; their state is freed. The first rank answers, the others only forget."""

@@ -191,7 +191,60 @@ def test_weights_in_flight_recompute_what_running_samples_have():
         near_ties(new, request, sample, version=3, first=20)
 
 
+def model_of(engine):
+    return engine._llm.model_executor.driver_worker.worker.get_model()
+
+
+class Lost(RuntimeError):
+    """A publication whose second half does not arrive."""
+
+
+def lost_midway(load, arrive):
+    """A model's `load_weights` that stops in the middle of `arrive` tensors."""
+
+    def load_weights(tensors):
+        def some():
+            for number, tensor in enumerate(tensors):
+                if number == arrive:
+                    raise Lost("the connection is gone")
+                yield tensor
+
+        return load(some())
+
+    return load_weights
+
+
+@pytest.mark.parametrize("arrive", [5, 9])  # the first layer's q and k without v; whole layers
+def test_a_load_that_fails_in_flight_stops_the_samples_until_weights_are_whole_again(monkeypatch, arrive):
+    engine, request = long_engine(in_flight_updates=True), long_requests(groups=1)[0]
+    undisturbed = collect(engine, [request])["g0"]
+    engine.add(request)
+    for _ in range(20):
+        engine.step()
+    version, tensors = published(make_model("llama", seed=1, positions=256), version=4)
+    corrupt = [(name, tensor + 1e-3) for name, tensor in tensors]
+    with pytest.raises(EngineError, match="expected checksum"):  # refused before anything is applied
+        engine.load_weights(version, corrupt)
+    with monkeypatch.context() as patch:
+        model = model_of(engine)
+        patch.setattr(model, "load_weights", lost_midway(model.load_weights, arrive))
+        with pytest.raises(EngineError, match=r"vLLM could not load it \(the connection is gone\); publish again"):
+            engine.load_weights(version, tensors)
+    assert engine.version is None
+    assert engine.pending == 3
+    with pytest.raises(EngineError, match="abort the pending samples and load_weights again"):
+        engine.step()
+    engine.load_weights(*published(long_model()))
+    group = None
+    while engine.pending:
+        group = next(iter(engine.step()), group)
+    for sample, same in zip(group, undisturbed, strict=True):
+        assert_same(sample, same)
+    assert not core_of(engine).slots
+
+
 def test_fused_and_tied_weights_are_read_back_after_loading(monkeypatch):
+    monkeypatch.setattr(vllm_engine, "BUCKET_BYTES", 2**14)  # several tensors of these models, not all of a layer
     for architecture, broken in (
         ("llama", "model.layers.1.self_attn.v_proj.weight"),
         ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
@@ -199,13 +252,13 @@ def test_fused_and_tied_weights_are_read_back_after_loading(monkeypatch):
         ("qwen3", "model.layers.0.mlp.up_proj.weight"),
     ):
         engine = make_engine(architecture, "vllm")
-        runner = engine._llm.model_executor.driver_worker.worker.model_runner
-        original = runner.reload_weights
+        model = model_of(engine)
+        original = model.load_weights
 
-        def damaged(weights_iterator, original=original, broken=broken):
-            original(weights_iterator=[(n, t + (n == broken) * 1e-3) for n, t in weights_iterator])
+        def damaged(tensors, original=original, broken=broken):
+            return original([(n, t + (n == broken) * 1e-3) for n, t in tensors])
 
-        monkeypatch.setattr(runner, "reload_weights", damaged)
+        monkeypatch.setattr(model, "load_weights", damaged)
         with pytest.raises(EngineError, match=broken):
             engine.load_weights(*published(make_model(architecture), version=4))
         assert engine.version is None
@@ -225,9 +278,8 @@ def test_samples_that_looked_too_narrowly_are_drawn_again(monkeypatch):
 
     monkeypatch.setattr(engine, "_send", logged)
     monkeypatch.setattr(VLLMEngine, "_careful", False)
-    for name in ("latent_step", "visible_step"):
-        step = getattr(core, name)
-        monkeypatch.setattr(core, name, lambda *args, step=step, **settings: step(*args, **settings, top_m=8))
+    step = core.latent_step
+    monkeypatch.setattr(core, "latent_step", lambda *args, **settings: step(*args, **settings, top_m=8))
     groups = collect(engine, mixed_requests())
     assert 0 < sum(sent) < len(sent) - sum(sent), "some samples needed more than eight ids, but not all"
     reference = collect(make_engine(), mixed_requests())
