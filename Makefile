@@ -42,7 +42,7 @@ test-vllm: vllm
 V2 := PYTHONPATH=build/triton TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 TORCHDYNAMO_DISABLE=1 \
 	$(PYTEST) -m "vllm and not gpu" tests/contracts
 
-build/triton:
+build/triton: | $(STAMP)
 	rm -rf $@.part
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $@.part triton==3.9.0
 	mv $@.part $@
