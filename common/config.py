@@ -439,6 +439,9 @@ class RunConfig(Section):
     negative_latent_scale: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Ours: factor on negative advantages at latent steps (docs/study.md); 0: bad samples teach at hard steps only."""
 
+    centering_draws: Annotated[int, Field(ge=0, le=64)] = 0
+    """Ours: other draws of each latent step whose mean log-density is subtracted (docs/centering.md); 0: none."""
+
     # the batch (METHOD symbols, §4.3, §6)
     group_size: Annotated[int, Field(ge=2)] = 8
     prompts_per_step: PositiveInt = 64
@@ -541,7 +544,7 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """METHOD §9: an algorithm is nothing but these defaults (and, for `grpo`, a response that starts visible)."""
 
-LATENT_ONLY_KEYS = ("k", "tau", "noise", "component_weighting", "flip", "negative_latent_scale")
+LATENT_ONLY_KEYS = ("k", "tau", "noise", "component_weighting", "flip", "negative_latent_scale", "centering_draws")
 
 
 # --- loading -----------------------------------------------------------------------------------------------------

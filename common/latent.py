@@ -178,12 +178,14 @@ def _keyed(
     top_m: int,
     settings: tuple[Setting, ...],
     widen: bool = True,
+    table: _Table | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """`draw` on the `top_m` most likely ids; rows that reach further are drawn again from as many as they reach.
 
-    Returns what was drawn and [N] bool, which rows are exact: all of them, unless `widen` is False.
+    `table`: those ids, where the caller has them. Returns what was drawn and [N] bool, which rows are exact: all of
+    them, unless `widen` is False.
     """
-    table = _table(logits, allowed, top_m)
+    table = _table(logits, allowed, top_m) if table is None else table
     drawn, usable, reach = draw(table, normaliser, lambda ids: gumbel_noise(keys, steps, ids), *settings)
     exact = usable if table.floor is None else usable & (reach > table.floor)
     if not widen or bool(exact.all()):
@@ -384,9 +386,45 @@ def latent_step(
     top_m = k + 1 if noisy is False and widen else max(top_m, k + 1)
     settings = (k, top_p, noise_scale, noisy, one_sided)
     drawn, exact = _keyed(_mixture, logits, normaliser, keys, steps, allowed, top_m, settings, widen)
+    return _latent(drawn, exact, tau, end_id)
+
+
+def _latent(
+    drawn: tuple[torch.Tensor, ...], exact: torch.Tensor, tau: Setting, end_id: int | torch.Tensor
+) -> LatentStep:
     ids, scores, log_probs, likeliest = drawn
     leaves = (likeliest == end_id) | (ids[:, 0] == end_id)
     return LatentStep(ids, scores, mixture_weights(scores, tau), log_probs, leaves, exact)
+
+
+def latent_draws(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    steps: torch.Tensor,
+    *,
+    k: int,
+    top_p: Setting,
+    noise_scale: Setting,
+    tau: Setting,
+    one_sided: Switch,
+    end_id: int,
+    allowed: torch.Tensor | None = None,
+    top_m: int = TOP_M,
+) -> list[LatentStep]:
+    """J draws of the same latent steps (METHOD §2.1, §2.3): equal to J calls of :func:`latent_step` with noise.
+
+    `logits` [N, V], `keys` [N, J] int64, `steps` [N] int64. The candidates are looked for once.
+    """
+    _check(k, logits.shape[-1], tau=tau)
+    logits = logits.float()
+    normaliser, top_m = logits.logsumexp(-1, keepdim=True), max(top_m, k + 1)
+    table, settings = _table(logits, allowed, top_m), (k, top_p, noise_scale, True, one_sided)
+    return [
+        _latent(
+            *_keyed(_mixture, logits, normaliser, of_draw, steps, allowed, top_m, settings, table=table), tau, end_id
+        )
+        for of_draw in keys.unbind(-1)
+    ]
 
 
 def mix_embeddings(embedded: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

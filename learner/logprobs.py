@@ -6,6 +6,7 @@ in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,22 +17,34 @@ from common.density import surrogate_log_prob
 
 if TYPE_CHECKING:
     from learner.batching import ReplayInputs
+    from learner.centering import OtherDraws
 
 
 def selected_log_probs(
-    head: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, temperatures: torch.Tensor, chunks: int
+    head: nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    temperatures: torch.Tensor,
+    chunks: int,
+    visit: Callable[[slice, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """log_softmax(head(hidden) / temperature)[ids] over all V, float32: [N, W].
 
     `hidden` [N, D], `ids` [N, W], `temperatures` [N]. The head is called exactly `chunks` times, on nothing if need be:
-    with ZeRO-3 each call is a collective.
+    with ZeRO-3 each call is a collective. `visit(piece, logits)` is shown each chunk's logits [n, V], divided by the
+    temperatures; there is no gradient then.
     """
     size = max(-(-len(hidden) // chunks), 1)
     parts = []
     for index in range(chunks):
         piece = slice(index * size, (index + 1) * size)
         arguments = (head, hidden[piece], ids[piece], temperatures[piece])
-        if torch.is_grad_enabled():
+        if visit is not None:
+            with torch.no_grad():
+                logits = _logits(head, hidden[piece], temperatures[piece])
+                visit(piece, logits)
+                parts.append(_selected(logits, ids[piece]))
+        elif torch.is_grad_enabled():
             parts.append(checkpoint(_chunk, *arguments, use_reentrant=False))
         else:
             parts.append(_chunk(*arguments))
@@ -39,7 +52,14 @@ def selected_log_probs(
 
 
 def _chunk(head: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
-    logits = head(hidden).float().div_(temperatures.unsqueeze(-1))  # in place: a second copy would double the peak
+    return _selected(_logits(head, hidden, temperatures), ids)
+
+
+def _logits(head: nn.Module, hidden: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    return head(hidden).float().div_(temperatures.unsqueeze(-1))  # in place: a second copy would double the peak
+
+
+def _selected(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
 
@@ -50,13 +70,16 @@ def step_log_probs(
     weighting: str,
     advantages: torch.Tensor | None = None,
     flip: str = "off",
+    others: OtherDraws | None = None,
 ) -> torch.Tensor:
     """log pi of every response step: [N] (METHOD §3.1 for latent steps, §3.3 for hard ones).
 
     `log_probs` [N, W]: components (:func:`selected_log_probs`, or the recorded ones). `weighting`: `mixture` or
-    `uniform`. `advantages` [N] with `flip` turn on METHOD §3.2.
+    `uniform`. `advantages` [N] with `flip` turn on METHOD §3.2. With `others`, latent steps are centered
+    (`learner.centering`), and `log_probs` is [N, W + J K].
     """
-    latent = inputs.latent
+    latent, width = inputs.latent, inputs.selected.shape[1]
+    log_probs, rest = log_probs[:, :width], log_probs[:, width:]
     surrogate = surrogate_log_prob(
         log_probs[latent],
         inputs.scores[latent],
@@ -64,4 +87,6 @@ def step_log_probs(
         component_weights=inputs.weights[latent] if weighting == "mixture" else None,
         flip=flip,
     )
+    if others is not None:
+        surrogate = surrogate - others.mean(rest[latent].view(others.ids.shape), weighting=weighting)
     return log_probs[:, 0].float().masked_scatter(latent, surrogate)

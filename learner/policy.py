@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.latent import mix_embeddings
 from learner.batching import ReplayInputs
+from learner.centering import OtherDraws, Redraw
 from learner.logprobs import selected_log_probs
 
 log = logging.getLogger(__name__)
@@ -39,16 +40,22 @@ class PolicyModule(nn.Module):
             checkpoint_layers(self)
         return self
 
-    def forward(self, inputs: ReplayInputs) -> torch.Tensor:
-        """Component log-probs of all response steps, float32: [N, W]."""
+    def forward(
+        self, inputs: ReplayInputs, redraw: Redraw | None = None, others: OtherDraws | None = None
+    ) -> torch.Tensor:
+        """Component log-probs of all response steps, float32: [N, W]; with those of `others`, [N, W + J K].
+
+        `redraw` is shown the logits (without gradient only).
+        """
         # right-padded and causal: no position of a response sees padding, so there is no mask to pass
         hidden = self.model.base_model(inputs_embeds=self._embedded(inputs), use_cache=False).last_hidden_state
         return selected_log_probs(
             self.model.get_output_embeddings(),
             hidden[inputs.rows, inputs.positions],
-            inputs.selected,
+            inputs.selected if others is None else others.widened(inputs),
             inputs.temperatures,
             inputs.chunks,
+            visit=None if redraw is None else redraw.visit,
         )
 
     def _embedded(self, inputs: ReplayInputs) -> torch.Tensor:

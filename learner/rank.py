@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +21,13 @@ import torch
 from torch import nn
 
 from common.config import OptimizerConfig
+from common.models import load_tokenizer
+from common.prompts import resolve_tokens
 from common.schema import TrajectoryBatch
 from learner.actor import RankActor
 from learner.advantages import first_token_mask, group_advantages
 from learner.batching import MiniBatch, ReplayInputs, collate, group_indices, plan
+from learner.centering import OtherDraws, Redraw, draw_keys
 from learner.logprobs import step_log_probs
 from learner.objective import clip_codes, k3_kl, policy_loss
 from learner.policy import PolicyModule, load_policy_model
@@ -80,7 +83,9 @@ class _Replayed:
     """A micro-batch with what is constant during the step."""
 
     inputs: ReplayInputs
-    old: torch.Tensor  # [N] log pi_old
+    old: torch.Tensor  # [N] log pi_old, of which the ratio is taken
+    plain_old: torch.Tensor  # [N] the same without centering
+    others: OtherDraws | None
     reference: torch.Tensor | None  # [N] log pi of the initial model (METHOD §5)
     importance: torch.Tensor | None  # [N] truncated weight (METHOD §6)
 
@@ -93,6 +98,10 @@ class LearnerRank(RankActor):
             dtype = getattr(torch, config.model.dtype)
             frozen = PolicyModule(load_policy_model(self.model_folder))
             self.reference = frozen.to(self.device, dtype).requires_grad_(False)
+        self.facts = None
+        if config.centering_draws:
+            tokenizer, rows = load_tokenizer(self.model_folder), model.get_output_embeddings().weight.shape[0]
+            self.facts = resolve_tokens(tokenizer, rows, config.latent, config.model.prompt.think_end)
         module = PolicyModule(
             model,
             freeze_embeddings=config.freeze_embeddings,
@@ -113,7 +122,10 @@ class LearnerRank(RankActor):
         groups = group_indices(view.strings("group_uid"))
         graded = ~np.isnan(view.rewards) & np.array([r != "aborted" for r in view.strings("finish_reason")], dtype=bool)
         minibatches = self._plan(view, groups, self.config.minibatch_prompts)
-        replayed = [[self._replay(inputs) for inputs in self._inputs(view, mini)] for mini in minibatches]
+        redrawn = self._redrawn(view)
+        replayed = [
+            [self._replay(inputs, redrawn(inputs)) for inputs in self._inputs(view, mini)] for mini in minibatches
+        ]
         pieces = [piece for mini in replayed for piece in mini]
         mean_old = self._row_means(pieces, view.num_steps)
         advantages = group_advantages(
@@ -141,7 +153,7 @@ class LearnerRank(RankActor):
             mean_old_log_probs=mean_old,
             first_token=keeps_first,
             updates=tuple(updates),
-            drift=_joined([(p.old - self._behaviour(p.inputs)).abs() for p in pieces]),
+            drift=_joined([(p.plain_old - self._behaviour(p.inputs)).abs() for p in pieces]),
             latent_mass=_joined([self._mass(p) for p in pieces]),
             hard_log_probs=_joined([p.old[~p.inputs.latent] for p in pieces]),
             learning_rate=lr,
@@ -167,8 +179,10 @@ class LearnerRank(RankActor):
             lowered = inputs.latent & (step_advantages < 0)
             step_advantages = torch.where(lowered, step_advantages * config.negative_latent_scale, step_advantages)
             counted = graded[rows]
-            components = self.engine.forward(inputs)
-            log_probs = self._steps(components, inputs, advantages=step_advantages, flip=config.flip)
+            components = self.engine.forward(inputs, None, part.others)
+            log_probs = self._steps(
+                components, inputs, advantages=step_advantages, flip=config.flip, others=part.others
+            )
             loss, diagnostics = policy_loss(
                 log_probs,
                 part.old,
@@ -218,13 +232,25 @@ class LearnerRank(RankActor):
         )
 
     @torch.no_grad()
-    def _replay(self, inputs: ReplayInputs) -> _Replayed:
-        old = self._steps(self.engine.forward(inputs), inputs)
+    def _replay(self, inputs: ReplayInputs, redraw: Redraw | None) -> _Replayed:
+        plain = self._steps(self.engine.forward(inputs, redraw), inputs)
+        old, others = plain, None
+        if redraw is not None:
+            others = redraw.draws()
+            old = plain.clone()
+            old[inputs.latent] -= others.mean(others.log_probs, weighting=self.config.component_weighting)
         reference = None if self.reference is None else self._steps(self.reference(inputs), inputs)
         importance = None
         if self.config.max_staleness > 0:
-            importance = torch.exp(old - self._behaviour(inputs)).clamp(max=self.config.importance_cap)
-        return _Replayed(inputs, old, reference, importance)
+            importance = torch.exp(plain - self._behaviour(inputs)).clamp(max=self.config.importance_cap)
+        return _Replayed(inputs, old, plain, others, reference, importance)
+
+    def _redrawn(self, view: TrajectoryBatch) -> Callable[[ReplayInputs], Redraw | None]:
+        """What makes the other draws of a micro-batch of `view` (`learner.centering`)."""
+        if not self.config.centering_draws:
+            return lambda inputs: None
+        keys = draw_keys(view, self.config.centering_draws)
+        return lambda inputs: Redraw(view, inputs, keys, self.facts)
 
     def _plan(self, view: TrajectoryBatch, groups: np.ndarray, minibatch_prompts: int) -> tuple[MiniBatch, ...]:
         return plan(
@@ -248,10 +274,10 @@ class LearnerRank(RankActor):
         *,
         advantages: torch.Tensor | None = None,
         flip: str = "off",
+        others: OtherDraws | None = None,
     ) -> torch.Tensor:
-        return step_log_probs(
-            components, inputs, weighting=self.config.component_weighting, advantages=advantages, flip=flip
-        )
+        weighting = self.config.component_weighting
+        return step_log_probs(components, inputs, weighting=weighting, advantages=advantages, flip=flip, others=others)
 
     def _behaviour(self, inputs: ReplayInputs) -> torch.Tensor:
         """log pi_behaviour of each step: [N] (METHOD §6)."""
@@ -265,7 +291,7 @@ class LearnerRank(RankActor):
         """Mean old log-prob over the response steps of every row of the batch, on every rank: [B] (METHOD §4.2)."""
         sums = torch.zeros(len(num_steps), dtype=torch.float64)
         for piece in pieces:
-            sums.index_add_(0, piece.inputs.batch_rows.cpu(), piece.old.double().cpu())
+            sums.index_add_(0, piece.inputs.batch_rows.cpu(), piece.plain_old.double().cpu())
         sums = sums.to(self.device)
         torch.distributed.all_reduce(sums)  # each row lies on one rank, the others add zero
         return sums.cpu().numpy() / np.maximum(num_steps, 1)

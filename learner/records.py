@@ -68,8 +68,10 @@ class StepCollector:
 def flip_shares(components: torch.Tensor, inputs: ReplayInputs, advantages: torch.Tensor, flip: str) -> torch.Tensor:
     """Share of a latent step's K components whose gradient takes the proxy (METHOD §3.2): [N]; 0 where A >= 0.
 
-    `components` [N, W]: log-probs under the policy; `advantages` [N]. (With A = 0 there is no gradient to turn.)
+    `components` [N, W or more]: log-probs under the policy; `advantages` [N]. (With A = 0 there is no gradient to
+    turn.)
     """
+    components = components[:, : inputs.scores.shape[1]]
     turned = (inputs.scores < components.detach().float()) & (advantages < 0).unsqueeze(-1)
     share = turned.float().mean(-1)
     return torch.where(inputs.latent, share, 0.0) if flip != "off" else torch.zeros_like(share)

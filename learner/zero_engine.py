@@ -132,8 +132,8 @@ class ZeroEngine:
     def module(self) -> nn.Module:
         return self._engine.module
 
-    def forward(self, inputs: Any) -> Any:
-        return self._engine(inputs)
+    def forward(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of this rank's share of the update's loss; shares add up over ranks and calls."""

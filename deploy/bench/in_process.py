@@ -116,8 +116,8 @@ class PlainEngine:
             weight_decay=optimizer.weight_decay,
         )
 
-    def forward(self, inputs):
-        return self.module(inputs)
+    def forward(self, *inputs):
+        return self.module(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

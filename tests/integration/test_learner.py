@@ -9,8 +9,10 @@ import pytest
 import ray
 import torch
 
+from common.arithmetic import make_arithmetic_tokenizer
 from common.config import parse_config
 from common.density import surrogate_log_prob
+from common.latent import gumbel_noise, sample_mixture, trajectory_key
 from common.learner_record import decode_records
 from common.schema import decode, encode
 from common.types import SamplingSettings, Trajectory
@@ -35,6 +37,7 @@ def folder(tmp_path_factory):
         max_position_embeddings=64, initializer_range=0.08, tie_word_embeddings=False,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    make_arithmetic_tokenizer().save_pretrained(path)
     return str(path)
 
 
@@ -57,8 +60,11 @@ def settings(**changes):
     )  # fmt: skip
 
 
-def components(model, row):
-    """Plain replay of one trajectory: component log-probs of latent steps [L, K] and log-probs of hard ones [H]."""
+def components(model, row, wanted=None):
+    """Plain replay of one trajectory: component log-probs of latent steps [L, K] and log-probs of hard ones [H].
+
+    `wanted` [L, M]: other ids than the recorded ones.
+    """
     ids = torch.from_numpy(row.latent_ids).long()
     embed = model.get_input_embeddings()
     weights = torch.softmax(torch.from_numpy(row.latent_scores), -1)
@@ -67,12 +73,38 @@ def components(model, row):
     fed = torch.cat([embed(torch.from_numpy(row.prompt_ids).long()), mixed, embed(hard)])[:-1]
     logits = model(inputs_embeds=fed.unsqueeze(0)).logits[0, len(row.prompt_ids) - 1 :]
     latents = len(ids)
-    log_p = torch.log_softmax(logits[:latents], -1).gather(-1, ids)
+    log_p = torch.log_softmax(logits[:latents], -1).gather(-1, ids if wanted is None else wanted)
     hard_log_p = torch.log_softmax(logits[latents:] / SAMPLING.temperature, -1).gather(-1, hard.unsqueeze(-1))
     return log_p, hard_log_p.squeeze(-1)
 
 
-def log_pi(model, row, advantages=None, flip="off", recorded=False):
+@torch.no_grad()
+def other_draws(model, row, draws):
+    """[L] lists of (ids, scores) [K] that the latent steps could have been (METHOD §2.1); empty without centering."""
+    tokenizer = make_arithmetic_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("</think>")
+    allowed = torch.zeros(VOCABULARY, dtype=torch.bool)
+    allowed[list(tokenizer.get_vocab().values())] = True
+    every_id = torch.arange(VOCABULARY).unsqueeze(0)
+    log_p = components(model, row, every_id.expand(len(row.latent_ids), -1))[0]
+    found = [[] for _ in log_p]
+    for step, logits in enumerate(log_p if draws else ()):
+        for draw in range(draws):
+            key = trajectory_key(
+                run_seed=row.run_seed, purpose=f"other draw {draw}", problem_uid=row.problem_uid, epoch=row.epoch,
+                sample_index=row.sample_index, policy_version=row.policy_version_min,
+            )  # fmt: skip
+            noise = gumbel_noise(torch.tensor([key]), torch.tensor([step]), every_id)
+            ids, scores, _ = sample_mixture(
+                logits.unsqueeze(0), noise, k=K, top_p=SAMPLING.top_p, noise_scale=SAMPLING.noise_scale, tau=1.0,
+                allowed=allowed,
+            )  # fmt: skip
+            if ids[0, 0] != end and logits.masked_fill(~allowed, -torch.inf).argmax() != end:
+                found[step].append((ids[0], scores[0]))
+    return found
+
+
+def log_pi(model, row, advantages=None, flip="off", recorded=False, others=()):
     scores = torch.tensor(row.latent_scores)
     if recorded:
         log_p, hard = torch.from_numpy(row.latent_log_probs), torch.from_numpy(row.hard_log_probs)
@@ -85,6 +117,15 @@ def log_pi(model, row, advantages=None, flip="off", recorded=False):
         component_weights=torch.softmax(scores, -1),
         flip=flip,
     )
+    for step, found in enumerate(others):
+        for ids, drawn in found:
+            all_steps = ids.expand(len(log_p), -1)
+            density = surrogate_log_prob(
+                components(model, row, all_steps)[0][step : step + 1],
+                drawn.unsqueeze(0),
+                component_weights=torch.softmax(drawn, -1).unsqueeze(0),
+            )
+            latent = latent - torch.nn.functional.one_hot(torch.tensor(step), len(log_p)) * density / len(found)
     return torch.cat([latent, hard])
 
 
@@ -124,6 +165,8 @@ def plain_step(folder, config, batch):
     )  # fmt: skip
     with torch.no_grad():
         old = [log_pi(model, r) for r in rows]
+        others = [other_draws(model, r, config.centering_draws) for r in rows]
+        centered = [log_pi(model, r, others=o) for r, o in zip(rows, others, strict=True)]
     behaviour = [log_pi(model, r, recorded=True) for r in rows]
     rewards = np.array([np.nan if r.reward is None else r.reward for r in rows], dtype=np.float32)
     valid = np.array([r.finish_reason == "stop" for r in rows])
@@ -141,7 +184,8 @@ def plain_step(folder, config, batch):
             step_advantages[0] *= float(keep[i])
             mask = torch.full((rows[i].num_steps,), bool(graded[i]))
             loss, _ = policy_loss(
-                log_pi(model, rows[i], step_advantages, config.flip), old[i], step_advantages, mask,
+                log_pi(model, rows[i], step_advantages, config.flip, others=others[i]),
+                centered[i], step_advantages, mask,
                 weights=(old[i] - behaviour[i]).exp().clamp(max=config.importance_cap), denominator=denominator,
             )  # fmt: skip
             kl = torch.where(mask, k3_kl(log_pi(model, rows[i]), old[i]), 0.0).sum() / denominator
@@ -200,6 +244,24 @@ def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
     error = float((want - got).norm() / want.norm())
     print(f"ranks {ranks} stage {stage}: relative error of the update {error:.2e}")
     assert error < 1e-5
+
+
+def test_a_centered_step_is_that_of_plain_torch(ray_session, folder, batch):
+    learner = {"ranks": 2, "zero_stage": 3, "tokens_per_microbatch": 24, "logprob_chunk_tokens": 3}
+    config = settings(learner=learner, centering_draws=3)
+    expected, mean_old = plain_step(folder, config, batch)
+    plain, _ = plain_step(folder, settings(), batch)
+    group = LearnerGroup(config, folder)
+    try:
+        report = group.train(batch, 0)
+        after = published(group)
+    finally:
+        group.close()
+    np.testing.assert_allclose(report.mean_old_log_probs, mean_old, atol=1e-5)  # first-token selection: not centered
+    before = load(folder)
+    want, got = moved(expected, before), moved(after, before)
+    assert float((want - got).norm() / want.norm()) < 1e-5
+    assert float((want - moved(plain, before)).norm() / want.norm()) > 0.1
 
 
 def check_records(report, batch, mean_old):

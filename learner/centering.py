@@ -1,0 +1,119 @@
+"""Score centering (ours, docs/centering.md): a latent step's log-density relative to what the same state would have
+drawn with other noise.
+
+A policy gradient leaves a state's probabilities alone, on average over what is drawn in it, because scores have mean
+zero: E[grad log pi(a | s)] = 0. METHOD §3.1's surrogate is no density of what §2.1 draws, and its score has a mean:
+with one-sided noise every selected component is pushed in the sign of the advantage, and a token that is selected
+whatever the noise (a filler) in every sample. Here J other draws of the same step are made from the learner's own
+logits before the step's first update, and their mean is subtracted:
+
+    log pi_centered = log pi(drawn) - 1/J sum_j log pi(other draw j)
+
+Value and gradient then have mean zero over the noise; what noise changed is what is learned from. Draws that leave
+latent mode are left out of the mean. The draws are functions of the trajectory's identity (METHOD §2.5), so a step is
+replayed exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.density import surrogate_log_prob
+from common.latent import latent_draws, trajectory_key
+from common.schema import TrajectoryBatch
+from common.types import TokenFacts
+from learner.batching import ReplayInputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherDraws:
+    """J other draws of each of the L latent steps of a micro-batch, constant in the gradient."""
+
+    ids: torch.Tensor  # [L, J, K] int64
+    scores: torch.Tensor  # [L, J, K] float32
+    weights: torch.Tensor  # [L, J, K] float32
+    log_probs: torch.Tensor  # [L, J, K] float32: of the policy that drew them
+    shares: torch.Tensor  # [L, J] float32: what a draw counts in the mean; 0 if it leaves latent mode
+
+    def mean(self, log_probs: torch.Tensor, *, weighting: str) -> torch.Tensor:
+        """Mean surrogate under a policy that gives the ids `log_probs` [L, J, K]: [L]; 0 where all draws leave."""
+        draws = surrogate_log_prob(
+            log_probs.flatten(0, 1),
+            self.scores.flatten(0, 1),
+            component_weights=self.weights.flatten(0, 1) if weighting == "mixture" else None,
+        )
+        return (draws.view(self.shares.shape) * self.shares).sum(-1)
+
+    def widened(self, inputs: ReplayInputs) -> torch.Tensor:
+        """The ids of all response steps whose log-probs are wanted: [N, W + J K]; hard steps repeat theirs."""
+        others = inputs.selected[:, :1].repeat(1, self.ids.shape[1] * self.ids.shape[2])
+        others[inputs.latent] = self.ids.flatten(1)
+        return torch.cat([inputs.selected, others], dim=1)
+
+
+class Redraw:
+    """Makes the other draws of a micro-batch, in the order of its latent steps, as logits become known."""
+
+    def __init__(self, view: TrajectoryBatch, inputs: ReplayInputs, keys: np.ndarray, facts: TokenFacts):
+        """`keys` [B, J] int64: :func:`draw_keys` of the whole batch `view`."""
+        device, latent = inputs.ids.device, inputs.latent.cpu()
+        rows = inputs.batch_rows.cpu()[latent].numpy()
+
+        def column(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values[rows])).to(device)
+
+        self._k, self._end_id, self._latent = view.k, facts.latent_end_id, latent
+        self._allowed = None if facts.allowed.all() else torch.from_numpy(facts.allowed).to(device)
+        self._steps, self._keys = inputs.steps[inputs.latent], column(keys)
+        self._settings = {name: column(view.numbers(f"sampling_{name}")) for name in ("top_p", "noise_scale", "tau")}
+        one_sided = np.array([mode == "one_sided" for mode in view.strings("sampling_noise_mode")])
+        self._settings["one_sided"] = column(one_sided)
+        self._drawn: list[OtherDraws] = []
+
+    def visit(self, piece: slice, logits: torch.Tensor) -> None:
+        """Draws from the logits [n, V], at the steps' temperatures, of the next response steps `piece`."""
+        latent = self._latent[piece]
+        first = int(self._latent[: piece.start].sum())
+        which = slice(first, first + int(latent.sum()))
+        draws = latent_draws(
+            logits[latent.to(logits.device)],
+            self._keys[which],
+            self._steps[which],
+            k=self._k,
+            end_id=self._end_id,
+            allowed=self._allowed,
+            **{name: values[which] for name, values in self._settings.items()},
+        )
+        stay = torch.stack([~draw.leaves for draw in draws], 1).float()
+        names = ("ids", "scores", "weights", "log_probs")
+        stacked = {name: torch.stack([getattr(draw, name) for draw in draws], 1) for name in names}
+        self._drawn.append(OtherDraws(shares=stay / stay.sum(1, keepdim=True).clamp(min=1), **stacked))
+
+    def draws(self) -> OtherDraws:
+        """All of them, once every piece has been visited."""
+        names = OtherDraws.__dataclass_fields__
+        return OtherDraws(**{name: torch.cat([getattr(part, name) for part in self._drawn]) for name in names})
+
+
+def draw_keys(view: TrajectoryBatch, draws: int) -> np.ndarray:
+    """The keys of the other draws' randomness, a function of each trajectory's identity: [B, draws] int64."""
+    names = ("run_seed", "problem_uid", "epoch", "sample_index", "policy_version_min")
+    identities = zip(*(view.strings(name) for name in names), strict=True)
+    keys = [
+        [
+            trajectory_key(
+                run_seed=seed,
+                purpose=f"other draw {draw}",
+                problem_uid=uid,
+                epoch=epoch,
+                sample_index=sample,
+                policy_version=version,
+            )
+            for draw in range(draws)
+        ]
+        for seed, uid, epoch, sample, version in identities
+    ]
+    return np.array(keys, dtype=np.int64).reshape(len(view), draws)
