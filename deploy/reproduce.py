@@ -24,10 +24,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.config import RunConfig
+from common.config import RunConfig, parse_config
+from common.errors import ConfigError
 from deploy.progress import Reporter
 from deploy.ray_session import needed_resources
 from deploy.results import UnitResult, read_result, write_result
@@ -121,7 +123,8 @@ def open_folder(request: Request, suite: Suite) -> None:
     known = request.folder / "suite.json"
     if known.is_file():
         stored = json.loads(known.read_text(encoding="utf-8"))
-        differing = [*changes(_computed(stored), _computed(wanted))]  # titles and claims may change
+        held = stored["units"]  # titles and claims may change, and units may be added to those that it holds
+        differing = [*changes(_computed(stored, held), _computed(wanted, held))]
         if differing:
             shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
             raise SuiteError(
@@ -135,9 +138,17 @@ def open_folder(request: Request, suite: Suite) -> None:
     make_manifest(request.folder, suite, [unit_config(suite, unit, request.folder) for unit in units(suite)])
 
 
-def _computed(resolved_suite: dict) -> dict:
-    """What decides a suite's numbers."""
-    return {"runner": resolved_suite["suite"]["runner"], "units": resolved_suite["units"]}
+def _computed(resolved_suite: dict, keys: Iterable[str]) -> dict:
+    """What decides the numbers of these units."""
+    configs = {key: _complete(resolved_suite["units"].get(key)) for key in keys}
+    return {"runner": resolved_suite["suite"]["runner"], "units": configs}
+
+
+def _complete(config: dict | None) -> dict | None:
+    """Settings that an earlier version wrote, with the defaults of those that came later."""
+    with contextlib.suppress(ConfigError):
+        return config and json.loads(parse_config(config).model_dump_json(exclude={"runs_folder"}))
+    return config
 
 
 def side_by_side(configs: list[RunConfig], runner: str) -> int:

@@ -1,5 +1,7 @@
 """Suites: what is refused before anything runs, who starts from what, and the shipped ones."""
 
+import json
+
 import pytest
 import yaml
 
@@ -110,6 +112,26 @@ def test_another_configuration_is_refused_and_the_same_one_goes_on(write, tmp_pa
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
     with pytest.raises(SuiteError, match="not empty and holds no suite"):
         open_folder(Request(source=request.source, folder=tmp_path / "foreign"), request.load())
+
+
+def test_arms_may_be_added_to_a_folder_and_settings_to_the_program(write, tmp_path):
+    request = Request(source=str(write()), folder=tmp_path / "out")
+    open_folder(request, request.load())
+    known = request.folder / "suite.json"
+    stored = json.loads(known.read_text())
+    for config in stored["units"].values():
+        del config["centering_draws"]  # as a version wrote it that had no such setting
+    known.write_text(json.dumps(stored))
+    hot = {"title": "hot", "start": "latent", "overrides": ["temperature=0.9"]}
+    write(arms={**SUITE["arms"], "hot": hot})
+    open_folder(request, request.load())
+    assert "hot-seed3" in json.loads(known.read_text())["units"]
+    write(arms={**SUITE["arms"], "hot": {**hot, "overrides": ["temperature=0.8"]}})
+    with pytest.raises(SuiteError, match=r"hot-seed3.temperature: 0.9 -> 0.8"):
+        open_folder(request, request.load())
+    write()
+    with pytest.raises(SuiteError, match=r"hot-seed3: .* -> None"):
+        open_folder(request, request.load())
 
 
 def test_quick_keeps_the_starts_that_its_arms_need(write):
