@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from common.config import OptimizerConfig, RunConfig
+from common.stacks import Whereabouts, answer_with_stacks
 from common.weights import Publication
 from learner.policy import load_policy_model
 from learner.weights import publish
@@ -34,6 +35,10 @@ class RankActor:
     def build(self, model: nn.Module) -> tuple[nn.Module, OptimizerConfig]:
         """The module round `model` whose forward pass is the step's, and its optimizer's settings."""
         raise NotImplementedError
+
+    def whereabouts(self) -> Whereabouts:
+        """This process, which from now on answers with its stacks."""
+        return answer_with_stacks()
 
     def address(self) -> tuple[str, int]:
         """Where rank 0's process group listens: this node, a free port."""

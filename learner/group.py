@@ -6,6 +6,7 @@ closes this group, starts a new one and loads the last checkpoint.
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -13,9 +14,12 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from common.config import RunConfig, config_as_json
+from common.stacks import Whereabouts, stacks_of
 from common.weights import Publication
 from learner.actor import RankActor
 
+log = logging.getLogger(__name__)
+SHOWN = 4  # ranks whose stacks are shown: in a collective all late ones are alike
 PEER_DEATH_S = 3.0  # a survivor's broken collective is often reported before the death that caused it
 
 
@@ -41,7 +45,10 @@ class RankGroup:
             max_restarts=0,
         )
         self._ranks = [actor.remote() for _ in range(learner.ranks)]
+        self._processes: list[Whereabouts] = []
         try:
+            asked = [rank.whereabouts.remote() for rank in self._ranks]
+            self._processes = self._wait(asked, config.deadlines.start_s, "start", "deadlines.start_s")
             (address, port), *_ = self._wait(
                 [r.address.remote() for r in self._ranks], config.deadlines.start_s, "start", "deadlines.start_s"
             )
@@ -125,6 +132,8 @@ class RankGroup:
             ready, pending = ray.wait(pending, timeout=max(deadline - time.monotonic(), 0.0))
             if not ready:
                 late = [index for index, ref in enumerate(refs) if ref in pending]
+                for index in late[:SHOWN] if self._processes else ():
+                    log.error("learner rank %d, which was to %s: %s", index, doing, stacks_of(self._processes[index]))
                 needs = self.config.learner.resources
                 raise LearnerError(
                     f"learner rank(s) {late} did not {doing} within {seconds:g} s ({key}); each needs "

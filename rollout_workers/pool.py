@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 
 from common.config import DeadlineConfig, RolloutConfig
+from common.stacks import Whereabouts, answer_with_stacks, stacks_of
 from common.types import GroupRequest
 from common.weights import Publication, WeightManifest
 from rollout_workers.engine import RequestRefused
@@ -40,11 +40,12 @@ class WorkerActor:
     """Thin shell round :class:`RolloutWorker`: `results` occupies one thread, the other methods answer beside it."""
 
     def __init__(self, factory: Callable[[str], RolloutWorker], name: str):
+        self._whereabouts = answer_with_stacks()
         self._worker = factory(name)
 
-    def pid(self) -> int:
+    def whereabouts(self) -> Whereabouts:
         """Answers once the worker is made: the actor is ready."""
-        return os.getpid()
+        return self._whereabouts
 
     def submit(self, ticket: int, requests: list[GroupRequest]) -> None:
         self._worker.submit(ticket, requests)
@@ -67,6 +68,7 @@ class _Member:
     name: str
     actor: ray.actor.ActorHandle
     stream: ray.ObjectRefGenerator
+    process: Whereabouts
     tickets: itertools.count = field(default_factory=itertools.count)  # order of the calls to it
     groups: dict[str, GroupRequest] = field(default_factory=dict)  # dispatched, not delivered
     updates: list[ray.ObjectRef] = field(default_factory=list)
@@ -229,6 +231,7 @@ class RolloutPool:
             silent = now - member.asked_at if member.heartbeat is not None else 0.0
             stuck = now - member.progressed_at
             if max(silent, stuck if member.groups or member.updates else 0.0) > limit:
+                logger.warning("rollout %s does not go on: %s", member.name, stacks_of(member.process))
                 self._lose(member, f"no progress for {max(silent, stuck):.0f} s (deadlines.rollout_s = {limit:g})")
 
     def _lose(self, member: _Member, why: str) -> None:
@@ -256,7 +259,8 @@ class RolloutPool:
             name = next(self._names)
             starting[name] = self._actor_class.remote(self._factory, name)
         try:
-            ray.get([actor.pid.remote() for actor in starting.values()], timeout=self._deadlines.start_s)
+            asked = [actor.whereabouts.remote() for actor in starting.values()]
+            processes = ray.get(asked, timeout=self._deadlines.start_s)
         except RayError as error:
             for actor in starting.values():
                 ray.kill(actor)
@@ -266,11 +270,11 @@ class RolloutPool:
                 f"(deadlines.start_s); each needs {resources.num_cpus:g} CPU and {resources.num_gpus:g} GPU, the "
                 f"cluster has free {_free()}. {type(error).__name__}: {error}"
             ) from error
-        for name, actor in starting.items():
+        for (name, actor), process in zip(starting.items(), processes, strict=True):
             stream = actor.results.options(
                 num_returns="streaming", _generator_backpressure_num_objects=STREAM_BACKPRESSURE
             ).remote()
-            member = self._members[name] = _Member(name, actor, stream)
+            member = self._members[name] = _Member(name, actor, stream, process)
             self._send_weights(member)
 
     def _send_weights(self, member: _Member) -> None:
