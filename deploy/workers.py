@@ -62,6 +62,8 @@ def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngin
             dtype=config.model.dtype,
             max_rows=rollout.max_rows,
             max_length=max(t.max_prompt_tokens + t.max_response_tokens for t in tasks),
+            max_tokens=max(t.max_response_tokens for t in tasks),
+            k=max(config.schema_k, 1),
             options=options,
         )
     import torch

@@ -64,6 +64,9 @@ class VLLMEngine:
     """Implements :class:`~rollout_workers.engine.LatentEngine` on a model folder (or hub id) that vLLM can load.
 
     `max_rows`: samples decoded side by side. `max_length`: of prompt and response together (default: the model's).
+    `max_tokens` (default: `max_length`) and `k`: of the largest request to be expected. Records of `max_rows` such
+    samples have their place on the device from the start, as part of what vLLM may use; larger requests are served, and
+    take more than that.
     `options.in_flight_updates`: `load_weights` does not wait for pending samples; what they have is recomputed under
     the new weights, and their trajectories name the first and the last version that sampled them.
     """
@@ -78,6 +81,8 @@ class VLLMEngine:
         dtype: str = "float32",
         max_rows: int = 256,
         max_length: int | None = None,
+        max_tokens: int | None = None,
+        k: int = 10,
         options: VLLMConfig | None = None,
     ) -> None:
         self._facts, self._max_rows, self._options = facts, max_rows, options or VLLMConfig()
@@ -86,7 +91,8 @@ class VLLMEngine:
         self._version: PolicyVersion | None = None
         positions = config.max_position_embeddings
         self._max_length = positions if max_length is None else min(max_length, positions)
-        self._llm = _start(model, facts, dtype, max_rows, self._max_length, self._options)
+        records = (min(max_tokens or self._max_length, self._max_length), k)
+        self._llm = _start(model, facts, dtype, max_rows, self._max_length, records, self._options)
         self._uids = itertools.count()
         self._owner: dict[int, tuple[_Group, int]] = {}  # uid -> group and position in it
 
@@ -304,9 +310,18 @@ def quiet_vllm() -> None:
 
 
 def _start(
-    model: str | Path, facts: TokenFacts, dtype: str, max_rows: int, max_length: int, options: VLLMConfig
+    model: str | Path,
+    facts: TokenFacts,
+    dtype: str,
+    max_rows: int,
+    max_length: int,
+    records: tuple[int, int],
+    options: VLLMConfig,
 ) -> Any:
-    """vLLM's engine, with the latent plug-in in its workers. Weights are random until `load_weights`."""
+    """vLLM's engine, with the latent plug-in in its workers. Weights are random until `load_weights`.
+
+    `records`: response steps and components of the largest record to be expected.
+    """
     found = installed()
     problem = vllm_problem(found) or argument_problem(options.engine_args)
     if problem:
@@ -342,6 +357,8 @@ def _start(
                 "forbidden_ids": forbidden,
                 "end_id": end,
                 "placeholder": ordinary if end is None else end,
+                "max_tokens": records[0],
+                "k": records[1],
             }
         },
         "disable_log_stats": True,

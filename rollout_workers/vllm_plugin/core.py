@@ -44,13 +44,19 @@ class Record:
 
 
 class LatentCore:
-    """`allowed` [V] bool or None; `end_id` None only where no request is latent; `placeholder`: no stop id."""
+    """`allowed` [V] bool or None; `end_id` None only where no request is latent; `placeholder`: no stop id.
+
+    Room for `slots` samples of `steps` response steps of `width` components is taken at once,
+    so that vLLM's measurement of the device sees it. Samples beyond that make it grow.
+    """
 
     def __init__(
         self,
         device: torch.device,
         *,
         slots: int,
+        steps: int,
+        width: int,
         allowed: np.ndarray | None,
         end_id: int | None,
         placeholder: int,
@@ -61,11 +67,11 @@ class LatentCore:
         self.warming = False  # vLLM's own requests, without settings, are tried on the scratch slot
         self.slots: dict[int, int] = {}  # by uid
         self._free: list[int] = []
-        self._steps, self._width = 0, 1
+        self._steps, self._width = 0, 0
         self._host = np.zeros(0, dtype=ROW)  # [slots]
         self._started: list[float] = []
         self._fresh: list[int] = []  # slots whose settings the device does not have yet
-        self._grow(1 + slots, 1, 1)
+        self._grow(1 + slots, steps, width)
         for name, value in (("k", 1), ("top_k", 1), ("temperature", 1.0), ("top_p", 1.0), ("tau", 1.0)):
             self._host[SCRATCH][name] = value  # vLLM's warm-up draws for requests that nobody has added
         self._fresh.append(SCRATCH)
@@ -94,14 +100,16 @@ class LatentCore:
 
     def take(self, uids: Sequence[int], steps: Sequence[int]) -> list[Record]:
         """Records of finished samples of so many response steps, and their slots are free."""
-        slots = [self.slots[uid] for uid in uids]
-        index = torch.tensor(slots, device=self.device)
-        latent = torch.minimum(self._latent_steps[index], torch.tensor(steps, device=self.device)).tolist()
-        inexact = self._inexact[index].tolist()
-        ids, scores, log_probs = (
-            torch.cat([table[slot, :count] for slot, count in zip(slots, steps, strict=True)]).cpu().numpy()
-            for table in (self._ids, self._scores, self._log_probs)
-        )
+        slots, total = [self.slots[uid] for uid in uids], sum(steps)
+        index = upload(np.array(slots), self.device)
+        tables = [table.view(torch.int32) for table in (self._ids, self._scores, self._log_probs)]
+        # everything in one copy: each would wait until the device has caught up
+        parts = [torch.stack([self._latent_steps[index].int(), self._inexact[index].int()])]
+        parts += [table[slot, :count] for table in tables for slot, count in zip(slots, steps, strict=True)]
+        packed = torch.cat([part.flatten() for part in parts]).cpu().numpy()
+        head, body = packed[: 2 * len(slots)].reshape(2, -1), packed[2 * len(slots) :].reshape(3, total, self._width)
+        latent, inexact = np.minimum(head[0], steps).tolist(), head[1].tolist()
+        ids, scores, log_probs = body[0], body[1].view(np.float32), body[2].view(np.float32)
         records, start = [], 0
         for i, slot in enumerate(slots):
             k, middle, end = int(self._host[slot]["k"]), start + latent[i], start + steps[i]

@@ -30,6 +30,8 @@ def new_core(vllm_config: Any, device: torch.device) -> LatentCore:
     return LatentCore(
         device,
         slots=vllm_config.scheduler_config.max_num_seqs,
+        steps=described["max_tokens"],
+        width=described["k"],
         allowed=flags,
         end_id=described["end_id"],
         placeholder=described["placeholder"],

@@ -146,6 +146,17 @@ def test_more_samples_than_rows_wait_and_every_state_is_freed():
     assert not core_of(engine).slots
 
 
+def test_records_have_their_place_before_vllm_measures_its_memory():
+    engine = bare_engine("vllm", max_rows=8, max_tokens=14, k=4)
+    tables = [getattr(core_of(engine), name) for name in ("_ids", "_scores", "_log_probs")]
+    assert {table.shape for table in tables} == {(9, 14, 4)}
+    engine.load_weights(*published(make_model("llama")))
+    collect(engine, [make_request(uid, 5) for uid in range(4)])
+    assert [getattr(core_of(engine), name).data_ptr() for name in ("_ids", "_scores", "_log_probs")] == [
+        table.data_ptr() for table in tables
+    ]
+
+
 def test_samples_of_a_group_are_drawn_each_with_its_own_key():
     engine = make_engine(kind="vllm")
     (group,) = collect(engine, [make_request(0, 9, samples=6)]).values()

@@ -122,7 +122,7 @@ def test_tokens_per_second(batch):
 
 
 def running_core(batch, vocabulary, **sampling):
-    core = LatentCore(torch.device("cuda"), slots=batch, allowed=None, end_id=END, placeholder=END)
+    core = LatentCore(torch.device("cuda"), slots=batch, steps=96, width=K, allowed=None, end_id=END, placeholder=END)
     group = request(0, samples=batch, **sampling)
     rows = np.zeros(batch, dtype=SETTINGS)
     write_settings(rows, group, 1)

@@ -41,8 +41,10 @@ def settings_of(request, careful):
     return found
 
 
-def new_core(slots=8):
-    return LatentCore(torch.device("cpu"), slots=slots, allowed=None, end_id=END, placeholder=END)
+def new_core(slots=8, steps=1, width=1):
+    return LatentCore(
+        torch.device("cpu"), slots=slots, steps=steps, width=width, allowed=None, end_id=END, placeholder=END
+    )
 
 
 def logits_at(uid, step, scale=3.0):
@@ -224,6 +226,31 @@ def test_slots_grow_and_are_freed():
     core.take([1], [1])
     core.forget(list(core.slots))
     assert not core.slots
+
+
+def test_samples_of_the_expected_size_take_no_more_memory_than_the_start():
+    core, tables = new_core(slots=16, steps=12, width=5), ("_ids", "_scores", "_log_probs", "_table")
+    addresses = [getattr(core, name).data_ptr() for name in tables]
+    taken = sum(getattr(core, name).nbytes for name in ("_ids", "_scores", "_log_probs"))
+    assert taken == 17 * 12 * 5 * 12, "the formula of docs/vllm.md"
+    assert_equal(decode(core, MIXED)[3], decode(new_core(), MIXED)[3])
+    assert [getattr(core, name).data_ptr() for name in tables] == addresses
+
+
+def test_records_come_in_one_copy_from_the_device(monkeypatch):
+    core = new_core()
+    for uid, settings in enumerate(settings_of(group(), False)):
+        core.add(uid, PROMPT, settings)
+    slots = np.array([core.slots[uid] for uid in range(4)])
+    for step in range(12):
+        logits = torch.stack([logits_at(uid, step) for uid in range(4)])
+        core.draw(logits, slots, torch.full((4,), PROMPT - 1 + step), torch.ones(4, dtype=torch.bool))
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or cpu(self))
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    assert len(core.take(range(4), [12] * 4)) == 4
+    assert len(copies) == 1
 
 
 def test_a_warm_up_of_requests_that_nobody_added_is_harmless():

@@ -8,6 +8,8 @@ import pytest
 
 from common.config import ConfigError, load_config
 from deploy import preflight
+from deploy.workers import make_engine
+from rollout_workers import vllm_engine
 from rollout_workers.vllm_plugin import support
 from rollout_workers.vllm_plugin.support import (
     ACCEPTED,
@@ -121,6 +123,19 @@ def test_vllm_knows_every_argument_of_ours():
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     assert (ACCEPTED.keys() | RESERVED.keys()) <= known
+
+
+def test_a_runs_engine_expects_what_its_tasks_can_ask_for(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", lambda model, facts, **options: asked.update(options))
+    tasks = ["tasks.0.max_prompt_tokens=40", "tasks.0.max_response_tokens=70", "k=6"]
+    config = load_config("quickstart", ["rollout.engine=vllm", *tasks])
+    make_engine(config, "a model", facts=None)
+    longest = max(t.max_response_tokens for t in (*config.tasks, *config.evaluation.tasks))
+    assert (asked["max_tokens"], asked["k"]) == (longest, 6)
+    assert asked["max_length"] >= 110
+    make_engine(load_config("quickstart", ["rollout.engine=vllm", "algorithm=grpo"]), "a model", facts=None)
+    assert asked["k"] == 1, "records without latent steps are one component wide"
 
 
 def test_on_cuda_only_the_runner_is_used_that_mixtures_are_made_for():
