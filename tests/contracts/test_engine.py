@@ -11,13 +11,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from engine_driving import collect, published
+from redraw import Redraw, redraw
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from common.latent import gumbel_noise, sample_mixture, sample_visible, trajectory_key
-from common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts, Trajectory
-from common.weights import checksum
-from rollout_workers.engine import EngineError, LatentEngine, generate
+from common.types import GroupRequest, SamplingSettings, TokenFacts, Trajectory
+from rollout_workers.engine import EngineError, LatentEngine
 from rollout_workers.transformers_engine import TransformersEngine
 
 VOCAB, END, EOS = 48, 5, (1, 7, 12, 20, 33, 41)
@@ -52,11 +53,6 @@ def make_model(architecture: str, seed: int = 0, attention: str = "sdpa", positi
         model.get_output_embeddings().weight.mul_(4.0)
         model.get_output_embeddings().weight[[END, *EOS]] *= 2.0
     return model
-
-
-def published(model: torch.nn.Module, version: int = 3) -> tuple[PolicyVersion, list[tuple[str, torch.Tensor]]]:
-    tensors = [(name, p.detach().clone()) for name, p in model.named_parameters()]
-    return PolicyVersion(version=version, checksum=checksum(tensors)), tensors
 
 
 def bare_engine(kind: str, architecture: str = "llama", facts: TokenFacts = FACTS, **options: object) -> LatentEngine:
@@ -104,10 +100,6 @@ def make_request(
         verifier="exact",
         gold_answer="",
     )
-
-
-def collect(engine: LatentEngine, requests: list[GroupRequest]) -> dict[str, tuple[Trajectory, ...]]:
-    return {group[0].group_uid: group for group in generate(engine, requests)}
 
 
 def mixed_requests() -> list[GroupRequest]:
@@ -193,76 +185,35 @@ def dataclasses_dict(sample: Trajectory) -> dict[str, object]:
     return {f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)}
 
 
-@torch.no_grad()
-def near_ties(
+def assert_redrawn(
     model: torch.nn.Module, request: GroupRequest, sample: Trajectory, version: int = 3, first: int = 0
-) -> list[str]:
-    """Checks every step of a record from `first` on against the plain samplers on its own history (teacher-forced).
-
-    Ids may differ only where their scores are closer than `NEAR`; returns each such case.
-    """
-    s, allowed, embed = request.sampling, torch.as_tensor(ALLOWED), model.get_input_embeddings().weight
-    latent, found = len(sample.latent_ids), []
-    fed = [embed[torch.as_tensor(request.prompt_ids).long()]]
-    if latent:
-        weights = torch.softmax(torch.tensor(sample.latent_scores) / s.tau, -1)
-        fed.append((weights[..., None] * embed[torch.tensor(sample.latent_ids).long()]).sum(-2))
-    fed.append(embed[torch.tensor(sample.hard_ids).long()])
-    inputs = torch.cat(fed)[:-1] if sample.num_steps else torch.cat(fed)
-    logits = model(inputs_embeds=inputs[None]).logits[0, len(request.prompt_ids) - 1 :].float()
-    key = trajectory_key(
-        run_seed=request.run_seed,
-        purpose=request.purpose,
-        problem_uid=request.problem_uid,
-        epoch=request.epoch,
-        sample_index=sample.sample_index,
-        policy_version=0 if request.purpose == "evaluation" else version,
-    )
-    for step in range(first, sample.num_steps):
-        row = logits[step : step + 1]
-        gumbel = gumbel_noise(torch.tensor([key]), torch.tensor([step]), torch.arange(VOCAB)[None])
-        if step < latent or (step == latent and s.mode == "latent"):
-            log_p, one_sided = row.log_softmax(-1)[0], s.noise_mode == "one_sided"
-            noise = (gumbel.clamp(-1.5, 3.0) + (1.5 if one_sided else 0.0)) * (0.0 if s.noise_mode == "off" else 1.0)
-            scores = log_p + noise[0] * s.noise_scale
-            ids, _, _ = sample_mixture(
-                row, gumbel if s.noise_mode != "off" else gumbel * 0, k=s.k, top_p=s.top_p, tau=s.tau,
-                noise_scale=s.noise_scale if s.noise_mode != "off" else 0.0, one_sided=one_sided, allowed=allowed,
-            )  # fmt: skip
-            likeliest = int(log_p.masked_fill(~allowed, -torch.inf).argmax())
-            if step == latent:
-                assert END in (likeliest, int(ids[0, 0])), f"left latent mode at step {step} for no reason"
-                assert sample.hard_ids[0] == END
-            else:
-                assert END not in (likeliest, int(ids[0, 0])), f"stayed latent at step {step}"
-                got = torch.tensor(sample.latent_ids[step]).long()
-                _compare(found, step, scores, ids[0], got, s)
-                np.testing.assert_allclose(sample.latent_scores[step], scores[got], rtol=0, atol=NEAR)
-                np.testing.assert_allclose(sample.latent_log_probs[step], log_p[got], rtol=0, atol=NEAR)
-                continue
-        else:
-            ids, _ = sample_visible(
-                row, gumbel, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, allowed=allowed
-            )
-            scores = (row / s.temperature).log_softmax(-1)[0] + gumbel[0]
-            _compare(
-                found, step, scores, ids, torch.tensor(sample.hard_ids[step - latent : step - latent + 1]).long(), s
-            )
-        got = int(sample.hard_ids[step - latent])
-        want = float((row / s.temperature).log_softmax(-1)[0, got])
-        assert abs(want - sample.hard_log_probs[step - latent]) < NEAR
-        ends = got in EOS and not (step == latent and s.mode == "latent")
-        assert ends == (sample.finish_reason == "stop" and step == sample.num_steps - 1)
-    assert sample.finish_reason == "stop" or sample.num_steps == s.max_tokens
+) -> Redraw:
+    """A record's steps from `first` on are those that the samplers draw on its own history."""
+    found = redraw(model, request, sample, FACTS, version=version, tolerance=NEAR, first=first)
+    assert max(found.latent_gaps + found.hard_gaps) < NEAR
     return found
 
 
-def _compare(found: list[str], step: int, scores: torch.Tensor, want: torch.Tensor, got: torch.Tensor, s) -> None:
-    for a, b in zip(want.tolist(), got.tolist(), strict=True):
-        if a != b:
-            gap = abs(float(scores[a] - scores[b]))
-            assert gap < NEAR, f"step {step}: id {b} instead of {a}, scores {gap} apart ({s})"
-            found.append(f"step {step}: ids {a} and {b}, scores {gap:.1e} apart")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"sample_index": 11}, "candidate|out of order|record's key"),
+        ({"latent_ids": lambda ids: ids[:, ::-1]}, "candidate|out of order"),
+        ({"latent_ids": lambda ids: np.where(np.arange(4) == 3, 0, ids)}, "candidate|out of order"),
+        ({"latent_log_probs": lambda log_p: log_p + 0.01}, "from that of the record's key"),
+        ({"hard_ids": lambda ids: np.append(ids[:-1], 40)}, "another token|EOS ends"),
+        ({"finish_reason": "length"}, "EOS ends"),
+    ],
+)
+def test_a_damaged_record_is_not_redrawn(damage, message):
+    engine, request = make_engine(), make_request(8, 4, samples=8, max_tokens=40, top_k=48)
+    samples = [t for t in collect(engine, [request])["g8"] if t.finish_reason == "stop" and len(t.latent_ids) > 2]
+    assert len(samples) > 4
+    for sample in samples:
+        assert assert_redrawn(make_model("llama"), request, sample).alike == sample.num_steps
+        changes = {n: v(getattr(sample, n)).copy() if callable(v) else v for n, v in damage.items()}
+        with pytest.raises(AssertionError, match=message):
+            assert_redrawn(make_model("llama"), request, dataclasses.replace(sample, **changes))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -292,9 +243,9 @@ def test_every_engine_records_what_the_transformers_engine_does(kind: str, archi
     for request in requests:
         for sample, same in zip(groups[request.group_uid], reference[request.group_uid], strict=True):
             assert (sample.sample_index, sample.engine) == (same.sample_index, kind)
-            ties = near_ties(model, request, sample)
-            if ties:  # from there on it is another sample, compared step by step on its own history
-                warnings.warn(f"{architecture} {request.group_uid} #{sample.sample_index}: {ties}", stacklevel=1)
+            again = assert_redrawn(model, request, sample)
+            if again.alike < again.steps:  # from a near-tie on it is another sample, compared on its own history
+                warnings.warn(f"{architecture} {request.group_uid} #{sample.sample_index}: {again}", stacklevel=1)
             else:
                 assert_same(sample, same)
     if architecture != "llama-tied":  # a random tied model repeats its input

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from engine_driving import (
+    collect,
+    collect_pending,
+    core_of,
+    preemptions,
+    published,
+    scheduler_of,
+    update_in_flight,
+    worker_of,
+)
 from test_engine import (
     EOS,
+    assert_redrawn,
     assert_same,
     bare_engine,
-    collect,
     make_engine,
     make_model,
     make_request,
     mixed_requests,
-    near_ties,
-    published,
 )
 
 from rollout_workers import vllm_engine
@@ -48,32 +56,11 @@ def long_requests(groups=3, samples=3, length=40):
     ]
 
 
-def core_of(engine):
-    return engine._llm.model_executor.driver_worker.worker.latent_core
-
-
-def scheduler_of(engine):
-    return engine._llm.engine_core.engine_core.scheduler
-
-
-def preemptions(engine, monkeypatch):
-    """Generated tokens of each request that the scheduler throws out of the cache."""
-    scheduler, count = scheduler_of(engine), []
-    original = scheduler._preempt_request
-
-    def counted(request, *args, **kwargs):
-        count.append(request.num_tokens - request.num_prompt_tokens)
-        return original(request, *args, **kwargs)
-
-    monkeypatch.setattr(scheduler, "_preempt_request", counted)
-    return count
-
-
 def assert_right(engine, requests, groups, version=3):
     model, steps = long_model(), 0
     for request in requests:
         for sample in groups[request.group_uid]:
-            near_ties(model, request, sample, version)
+            assert_redrawn(model, request, sample, version)
             steps += len(sample.latent_ids)
     return steps
 
@@ -180,30 +167,20 @@ def test_after_new_weights_a_known_prompt_is_computed_again():
     other = make_model("llama", seed=1, positions=256)
     engine.load_weights(*published(other, version=4))
     for sample in collect(engine, requests)["g0"]:
-        near_ties(other, requests[0], sample, version=4)
+        assert_redrawn(other, requests[0], sample, version=4)
         assert (sample.policy_version_min, sample.policy_version_max) == (4, 4)
 
 
 def test_weights_in_flight_recompute_what_running_samples_have():
     """The steps drawn before are kept, with their mixtures; those drawn after follow the new weights from the start."""
     engine, request = long_engine(in_flight_updates=True), long_requests(groups=1)[0]
-    engine.add(request)
-    for _ in range(20):
-        engine.step()
     new = make_model("llama", seed=1, positions=256)
-    engine.load_weights(*published(new, version=4))
-    group = None
-    while engine.pending:
-        group = next(iter(engine.step()), group)
+    groups = update_in_flight(engine, [request], 20, published(new, version=4))
     before = collect(long_engine(), [request])["g0"]
-    for sample, old in zip(group, before, strict=True):
+    for sample, old in zip(groups["g0"], before, strict=True):
         assert (sample.policy_version_min, sample.policy_version_max) == (3, 4)
         np.testing.assert_array_equal(sample.latent_ids[:20], old.latent_ids[:20])
-        near_ties(new, request, sample, version=3, first=20)
-
-
-def model_of(engine):
-    return engine._llm.model_executor.driver_worker.worker.get_model()
+        assert_redrawn(new, request, sample, version=3, first=20)
 
 
 class Lost(RuntimeError):
@@ -237,7 +214,7 @@ def test_a_load_that_fails_in_flight_stops_the_samples_until_weights_are_whole_a
     with pytest.raises(EngineError, match="expected checksum"):  # refused before anything is applied
         engine.load_weights(version, corrupt)
     with monkeypatch.context() as patch:
-        model = model_of(engine)
+        model = worker_of(engine).get_model()
         patch.setattr(model, "load_weights", lost_midway(model.load_weights, arrive))
         with pytest.raises(EngineError, match=r"vLLM could not load it \(the connection is gone\); publish again"):
             engine.load_weights(version, tensors)
@@ -246,10 +223,7 @@ def test_a_load_that_fails_in_flight_stops_the_samples_until_weights_are_whole_a
     with pytest.raises(EngineError, match="abort the pending samples and load_weights again"):
         engine.step()
     engine.load_weights(*published(long_model()))
-    group = None
-    while engine.pending:
-        group = next(iter(engine.step()), group)
-    for sample, same in zip(group, undisturbed, strict=True):
+    for sample, same in zip(collect_pending(engine)["g0"], undisturbed, strict=True):
         assert_same(sample, same)
     assert not core_of(engine).slots
 
@@ -263,7 +237,7 @@ def test_fused_and_tied_weights_are_read_back_after_loading(monkeypatch):
         ("qwen3", "model.layers.0.mlp.up_proj.weight"),
     ):
         engine = make_engine(architecture, "vllm")
-        model = model_of(engine)
+        model = worker_of(engine).get_model()
         original = model.load_weights
 
         def damaged(tensors, original=original, broken=broken):
@@ -312,7 +286,7 @@ def test_a_request_that_is_no_rollout_is_refused():
 def test_vllms_own_warm_up_requests_are_no_rollouts_and_leave_nothing(monkeypatch):
     """On CUDA vLLM tries its kernels with made-up requests, without settings of ours, before the first rollout."""
     engine = long_engine(max_rows=4)
-    worker = engine._llm.model_executor.driver_worker.worker
+    worker = worker_of(engine)
     if not worker.use_v2_model_runner:
         pytest.skip("the V1 runner warms up without requests; make test-vllm-v2 runs this")
     from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
