@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from common.types import GroupRequest, PolicyVersion, Trajectory
+import numpy as np
+import torch
+from redraw import Redraw, redraw
+
+from common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from common.weights import checksum
 from rollout_workers.engine import LatentEngine, generate
 
@@ -63,3 +69,100 @@ def preemptions(engine: LatentEngine, monkeypatch) -> list[int]:
 
     monkeypatch.setattr(scheduler, "_preempt_request", counted)
     return count
+
+
+# --- scenarios of a vLLM engine: small on CPU, with CUDA graphs on a GPU -----------------------------------------
+
+Start = Callable[..., LatentEngine]  # start(model, version=3, **options of VLLMConfig): an engine that holds the model
+
+
+@dataclass(frozen=True)
+class Check:
+    """`tolerance`: of :func:`redraw.redraw`; `gap`: the largest between a recorded and a replayed log-prob."""
+
+    facts: TokenFacts
+    tolerance: float
+    gap: float = math.inf
+
+    def redrawn(
+        self,
+        model: torch.nn.Module,
+        requests: list[GroupRequest],
+        groups: Groups,
+        *,
+        version: int = 3,
+        first: int = 0,
+    ) -> Redraw:
+        """All steps from `first` on drawn again; `version`: the policy's at the samples' start."""
+        each = (
+            redraw(model, r, t, self.facts, version=version, tolerance=self.tolerance, first=first)
+            for r in requests
+            for t in groups[r.group_uid]
+        )
+        found = sum(each, Redraw())
+        largest = max(found.latent_gaps + found.hard_gaps)
+        assert largest <= self.gap, f"a log-prob is {largest} from the replayed one"
+        return found
+
+
+def other_weights_equal_a_fresh_start(
+    start: Start, old: torch.nn.Module, new: torch.nn.Module, requests: list[GroupRequest], check: Check
+) -> Redraw:
+    """Weights loaded into an engine that has sampled with others: its samples are those of an engine new with them."""
+    engine = start(old)
+    before = collect(engine, requests)
+    engine.load_weights(*published(new, version=4))
+    after = collect(engine, requests)
+    engine.close()
+    fresh = start(new, version=4)
+    expected = collect(fresh, requests)
+    fresh.close()
+    for request in requests:
+        for sample, same in zip(after[request.group_uid], expected[request.group_uid], strict=True):
+            assert (sample.policy_version_min, sample.policy_version_max) == (4, 4)
+            np.testing.assert_array_equal(sample.latent_ids, same.latent_ids)
+            np.testing.assert_array_equal(sample.hard_ids, same.hard_ids)
+            np.testing.assert_allclose(sample.latent_scores, same.latent_scores, rtol=0, atol=check.tolerance)
+    changed = [a.latent_ids.tolist() != b.latent_ids.tolist() for u in before for a, b in zip(before[u], after[u])]
+    assert any(changed), "the new weights change nothing, so the test shows nothing"
+    return check.redrawn(new, requests, after, version=4)
+
+
+def weights_in_flight(
+    start: Start,
+    old: torch.nn.Module,
+    new: torch.nn.Module,
+    requests: list[GroupRequest],
+    check: Check,
+    steps: int = 20,
+) -> Redraw:
+    """What was drawn before is kept, with its mixtures; what is drawn after follows the new weights from the start."""
+    engine = start(old, in_flight_updates=True)
+    groups = update_in_flight(engine, requests, steps, published(new, version=4))
+    assert not core_of(engine).slots, "state of finished samples is kept"
+    engine.close()
+    plain = start(old)
+    undisturbed = collect(plain, requests)
+    plain.close()
+    for request in requests:
+        for sample, other in zip(groups[request.group_uid], undisturbed[request.group_uid], strict=True):
+            assert (sample.policy_version_min, sample.policy_version_max) == (3, 4)
+            np.testing.assert_array_equal(sample.latent_ids[:steps], other.latent_ids[:steps])
+    return check.redrawn(new, requests, groups, first=steps)
+
+
+def crowded_out(
+    engine: LatentEngine,
+    model: torch.nn.Module,
+    requests: list[GroupRequest],
+    check: Check,
+    monkeypatch,
+    *,
+    generated: int,
+) -> Redraw:
+    """A cache too small for all samples: they are preempted behind `generated` steps and more, and go on."""
+    count = preemptions(engine, monkeypatch)
+    groups = collect(engine, requests)
+    assert sum(steps >= generated for steps in count) >= 2, f"too little was preempted: {count}"
+    assert not core_of(engine).slots, "state of finished samples is kept"
+    return check.redrawn(model, requests, groups)

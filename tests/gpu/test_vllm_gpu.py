@@ -1,7 +1,8 @@
 """The vLLM engine on CUDA (`make test-gpu`): correctness first, then the numbers of docs/vllm.md, printed.
 
-Nothing here has been run yet: no GPU was at hand. The latent core is the one that the CPU tests cover; what is new on
-a GPU is vLLM's V2 runner, CUDA graphs, bfloat16 and draws that never wait for the device.
+Nothing here has been run yet: no GPU was at hand. The latent core is the one that the CPU tests cover, and so are the
+scenarios of `engine_driving`; what is new on a GPU is vLLM's V2 runner, CUDA graphs, bfloat16 and draws that never wait
+for the device.
 """
 
 from __future__ import annotations
@@ -12,11 +13,18 @@ import time
 import numpy as np
 import pytest
 import torch
+from engine_driving import (
+    Check,
+    collect,
+    core_of,
+    crowded_out,
+    other_weights_equal_a_fresh_start,
+    published,
+    weights_in_flight,
+)
 
 from common.latent import sample_mixture
-from common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
-from common.weights import checksum
-from rollout_workers.engine import generate
+from common.types import GroupRequest, SamplingSettings, TokenFacts
 from rollout_workers.rows import SETTINGS, write_settings
 from rollout_workers.vllm_plugin.core import LatentCore
 from rollout_workers.vllm_plugin.settings import KEY, extra_args
@@ -26,10 +34,16 @@ VOCAB, END, EOS, K = 32_000, 5, 1, 10
 FACTS = TokenFacts(vocab_size=VOCAB, allowed=np.ones(VOCAB, bool), latent_end_id=END, eos_ids=(EOS,), pad_id=0)
 
 
-def make_model(dtype, hidden=512, layers=4):
+# dtype: (tolerance of a redrawn step, mean gap, p99 gap of log-probs; METHOD §6), all in log-prob
+PRECISION = {"float32": (1e-3, 1e-4, 1e-3), "bfloat16": (0.5, 0.02, 0.2)}
+CHECK = Check(FACTS, tolerance=PRECISION["float32"][0], gap=1e-2)
+CROWDED = 48 * 16 * 4 * 2 * 4 * 64 * 4  # bytes of 48 blocks of 16 positions in float32, where eight samples want 66
+
+
+def make_model(dtype, hidden=512, layers=4, seed=0):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, max_position_embeddings=1024,
@@ -51,64 +65,68 @@ def request(uid, samples=8, **sampling):
     )  # fmt: skip
 
 
-def vllm_rollouts(model, dtype, requests, **options):
-    """(groups, seconds of the second of two equal passes)."""
+def start(model, version=3, dtype="float32", rows=64, max_length=256, **options):
+    """A vLLM engine that holds the model."""
     from common.config import VLLMConfig
     from rollout_workers.vllm_engine import VLLMEngine
 
     folder = tempfile.mkdtemp(prefix="lgg-")
     model.save_pretrained(folder)
-    rows = sum(len(r.sample_indices) for r in requests)
-    engine = VLLMEngine(folder, FACTS, dtype=dtype, max_rows=rows, options=VLLMConfig(memory_share=0.5, **options))
-    tensors = [(n, p.detach().cpu()) for n, p in model.named_parameters()]
-    engine.load_weights(PolicyVersion(version=1, checksum=checksum(tensors)), tensors)
-    list(generate(engine, requests))
-    began = time.perf_counter()
-    groups = {g[0].group_uid: g for g in generate(engine, requests)}
-    seconds = time.perf_counter() - began
-    assert not engine._ask("forget", [])[0], "state of finished samples is kept"
-    engine.close()
-    return groups, seconds
-
-
-@torch.no_grad()
-def replayed_gaps(model, groups):
-    """|recorded - replayed| log-probs of latent components and hard steps: Transformers on the record's own history."""
-    embed, latent, hard = model.get_input_embeddings().weight, [], []
-    for group in groups.values():
-        for t in group:
-            ids, scores = torch.tensor(t.latent_ids).long().cuda(), torch.tensor(t.latent_scores).cuda()
-            mixed = (torch.softmax(scores / t.sampling.tau, -1)[..., None] * embed[ids].float()).sum(-2).to(embed.dtype)
-            parts = (
-                embed[torch.tensor(t.prompt_ids).long().cuda()],
-                mixed,
-                embed[torch.tensor(t.hard_ids).long().cuda()],
-            )
-            logits = model(inputs_embeds=torch.cat(parts)[None, :-1]).logits[0, len(t.prompt_ids) - 1 :].float()
-            count = len(t.latent_ids)
-            log_p = logits[:count].log_softmax(-1).gather(-1, ids)
-            latent += (log_p - torch.tensor(t.latent_log_probs).cuda()).abs().flatten().tolist()
-            ids = torch.tensor(t.hard_ids).long().cuda()[:, None]
-            log_p = (logits[count:] / t.sampling.temperature).log_softmax(-1).gather(-1, ids)[:, 0]
-            hard += (log_p - torch.tensor(t.hard_log_probs).cuda()).abs().tolist()
-    return np.array(latent), np.array(hard)
+    options = VLLMConfig(**{"memory_share": 0.4, **options})
+    engine = VLLMEngine(
+        folder, FACTS, dtype=dtype, max_rows=rows, max_length=max_length, max_tokens=max_length, k=K, options=options
+    )
+    engine.load_weights(*published(model, version))
+    return engine
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("dtype", "mean", "p99"), [("float32", 1e-4, 1e-3), ("bfloat16", 0.02, 0.2)])  # METHOD §6
+@pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("eager", [True, False])
-def test_records_replay_in_transformers(dtype, mean, p99, eager):
+def test_records_are_redrawn_and_replay_in_transformers(dtype, eager):
+    """Of every noise mode, side by side with the same k and top_p, and of other settings."""
     model = make_model(getattr(torch, dtype)).cuda()
     requests = [request(i) for i in range(6)]
-    requests += [request(6, noise_mode="off"), request(7, mode="visible"), request(8, noise_mode="two_sided", k=4)]
-    groups, _ = vllm_rollouts(model, dtype, requests, eager=eager)
-    latent, hard = replayed_gaps(model, groups)
-    graphs = "eager" if eager else "CUDA graphs"
-    for name, gap in (("latent", latent), ("hard", hard)):
+    requests += [request(6, noise_mode="off"), request(7, noise_mode="two_sided"), request(8, mode="visible")]
+    requests += [request(9, noise_mode="two_sided", k=4, top_p=0.8), request(10, mode="visible", top_k=200, top_p=1.0)]
+    engine = start(model, dtype=dtype, rows=sum(len(r.sample_indices) for r in requests), eager=eager)
+    groups = collect(engine, requests)
+    assert not core_of(engine).slots, "state of finished samples is kept"
+    engine.close()
+    tolerance, mean, p99 = PRECISION[dtype]
+    found = Check(FACTS, tolerance).redrawn(model, requests, groups)
+    mode = f"{dtype}, {'eager' if eager else 'CUDA graphs'}"
+    share = found.alike / found.steps
+    print(f"{mode}: {share:.3%} of {found.steps:,} steps drawn again alike, near-ties within {tolerance} the others")
+    for name, gap in (("latent", np.array(found.latent_gaps)), ("hard", np.array(found.hard_gaps))):
         largest = f"p99 {np.quantile(gap, 0.99):.2e} max {gap.max():.2e}"
-        print(f"{dtype}, {graphs}: {name} gap of {len(gap)}: mean {gap.mean():.2e} {largest}")
+        print(f"{mode}: {name} gap of {len(gap):,}: mean {gap.mean():.2e} {largest}")
         assert gap.mean() <= mean
         assert np.quantile(gap, 0.99) <= p99
+
+
+@pytest.fixture
+def models():
+    """Two of the same shape."""
+    return make_model(torch.float32).cuda(), make_model(torch.float32, seed=1).cuda()
+
+
+@pytest.mark.vllm
+def test_weights_loaded_behind_captured_graphs_are_those_that_sample(models):
+    found = other_weights_equal_a_fresh_start(start, *models, [request(i) for i in range(4)], CHECK)
+    assert found.steps > 2000
+
+
+@pytest.mark.vllm
+def test_weights_in_flight_recompute_what_running_samples_have(models):
+    assert weights_in_flight(start, *models, [request(i) for i in range(4)], CHECK).steps > 1500
+
+
+@pytest.mark.vllm
+def test_preempted_samples_go_on_with_their_mixtures(models, monkeypatch):
+    engine = start(models[0], rows=8, max_length=160, kv_cache_bytes=CROWDED, engine_args={"block_size": 16})
+    assert crowded_out(engine, models[0], [request(0)], CHECK, monkeypatch, generated=16).steps > 500
+    engine.close()
 
 
 @pytest.mark.vllm
@@ -116,7 +134,13 @@ def test_records_replay_in_transformers(dtype, mean, p99, eager):
 def test_tokens_per_second(batch):
     model = make_model(torch.bfloat16, hidden=1024, layers=8).cuda()
     requests = [request(i % 16 + 100 * i, max_tokens=256) for i in range(batch // 8)]
-    groups, seconds = vllm_rollouts(model, "bfloat16", requests)
+    engine = start(model, dtype="bfloat16", rows=batch, max_length=512)
+    collect(engine, requests)
+    engine.load_weights(*published(model, version=4))  # drops the prompts' keys and values
+    began = time.perf_counter()
+    groups = collect(engine, requests)
+    seconds = time.perf_counter() - began
+    engine.close()
     steps = sum(t.num_steps for g in groups.values() for t in g)
     print(f"latent, batch {batch}, CUDA graphs: {steps / seconds:,.0f} tokens per second")
 
