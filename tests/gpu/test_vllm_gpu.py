@@ -33,10 +33,10 @@ pytestmark = [pytest.mark.gpu]
 VOCAB, END, EOS, K = 32_000, 5, 1, 10
 FACTS = TokenFacts(vocab_size=VOCAB, allowed=np.ones(VOCAB, bool), latent_end_id=END, eos_ids=(EOS,), pad_id=0)
 # dtype: (tolerance of a redrawn step, mean gap, p99 gap), all in log-prob. Logits of the model below reach 20, where
-# bfloat16 has steps of 1/8; vLLM on CPU in float32: mean 6e-6, p99 2e-5; in bfloat16: mean 0.085, p99 0.29, at most 0.54.
+# bfloat16 has steps of 1/8. Of vLLM on CPU: mean 6e-6, p99 2e-5 in float32; mean 0.085, p99 0.29, max 0.54 in bfloat16.
 PRECISION = {"float32": (1e-3, 1e-4, 1e-3), "bfloat16": (1.0, 0.15, 0.5)}
 CHECK = Check(FACTS, tolerance=PRECISION["float32"][0], gap=1e-2)
-CROWDED = 48 * 16 * 4 * 2 * 4 * 64 * 4  # bytes of 48 blocks of 16 positions in float32, where eight samples want 66
+CROWDED = 48 * 16 * 4 * 2 * 4 * 64 * 4  # bytes of 48 blocks of 16 positions in float32, where eight samples want 58
 
 
 def make_model(dtype, hidden=512, layers=4, seed=0):
