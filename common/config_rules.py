@@ -101,6 +101,11 @@ def _objective_problems(config: RunConfig) -> list[str]:
     problems, clip = [], config.clip
     if clip.dual < 1 + clip.high:
         problems.append(f"clip.dual ({clip.dual:g}) must be at least 1 + clip.high ({1 + clip.high:g})")
+    if config.centering_draws and config.latent and (config.noise.mode == "off" or not config.noise.scale):
+        problems.append(
+            f"centering_draws ({config.centering_draws}) needs noise, got noise.mode {config.noise.mode} and "
+            f"noise.scale {config.noise.scale:g}: other draws would be the same; set it to 0"
+        )
     if config.model.dtype == "bfloat16" and config.learner.zero_stage == 0:
         problems.append(
             "model.dtype bfloat16 with learner.zero_stage 0 has no float32 master weights; set learner.zero_stage to 1"

@@ -63,7 +63,7 @@ STEP_COLUMNS: dict[str, pa.DataType] = {
     "old_log_probs": pa.float32(),  # before the step's first update (METHOD §5)
     "new_log_probs": pa.float32(),  # when the row's update was computed
     "step_advantages": pa.float32(),  # after first-token selection
-    "ratios": pa.float32(),  # exp(new - old)
+    "ratios": pa.float32(),  # exp(new - old), of centered log-probs with `centering_draws`
     "clipped": pa.int8(),  # index into CLIPS
     "flip_shares": pa.float32(),  # share of the K components whose gradient was turned (METHOD §3.2); 0 for hard steps
 }

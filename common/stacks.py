@@ -13,12 +13,14 @@ import signal
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-ANSWER_S = 5.0  # how long a process may take to write its stacks
-ASK_S = 30.0  # how long asking on another node may take
+ANSWER_S = 5.0  # how long processes may take to write their stacks
+ASK_S = 30.0  # how long asking on other nodes may take
 _kept: list[BinaryIO] = []  # the fault handler holds a file's number only
 
 
@@ -29,56 +31,110 @@ class Whereabouts:
     node_id: str
     pid: int
     path: str | None  # on its node; None: its own log
+    inode: int  # of that file: another process that was given the pid has another
 
 
 def answer_with_stacks() -> Whereabouts:
     """From now on this process (an actor's) writes the stacks of its threads when it gets SIGUSR1."""
     import ray
 
-    path, file = None, sys.stderr
+    path, inode, file = None, 0, sys.stderr
     if Path("/proc/self/fd").is_dir():  # a file without a name: nothing is left behind, however the process ends
         file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - as long as the process lives
         _kept.append(file)
-        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        path, inode = f"/proc/{os.getpid()}/fd/{file.fileno()}", os.fstat(file.fileno()).st_ino
     faulthandler.register(signal.SIGUSR1, file, all_threads=True)
-    return Whereabouts(ray.get_runtime_context().get_node_id(), os.getpid(), path)
+    return Whereabouts(ray.get_runtime_context().get_node_id(), os.getpid(), path, inode)
 
 
-def stacks_of(process: Whereabouts) -> str:
-    """The stacks of all threads of `process`, or in words why there are none. Waits at most `ASK_S`; never raises."""
+def stacks_of(processes: Sequence[Whereabouts]) -> list[str]:
+    """The stacks of all threads of each process, or in words why there are none.
+
+    All are asked at once; waits at most `ASK_S`, or `ANSWER_S` for processes of this node. Never raises.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     try:
-        if process.node_id == ray.get_runtime_context().get_node_id():
-            return _ask(process)
-        there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
-        asked = ray.remote(_ask).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(process)
-        return ray.get(asked, timeout=ASK_S)
+        here, by_node = ray.get_runtime_context().get_node_id(), defaultdict(list)
+        for index, process in enumerate(processes):
+            by_node[process.node_id].append(index)
+        asked = {}
+        for node_id in by_node.keys() - {here}:
+            there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            remote = ray.remote(_ask).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            asked[node_id] = remote.remote([processes[i] for i in by_node[node_id]])
+        found = {here: _ask([processes[i] for i in by_node[here]])} if here in by_node else {}
+        end = time.monotonic() + ASK_S
+        for node_id, reference in asked.items():
+            try:
+                found[node_id] = ray.get(reference, timeout=max(end - time.monotonic(), 0.0))
+            except Exception as error:  # a node that does not answer must not keep the others' stacks from us
+                ray.cancel(reference, force=True)
+                found[node_id] = [f"its node could not be asked: {type(error).__name__}: {error}"] * len(
+                    by_node[node_id]
+                )
+        return [found[p.node_id][by_node[p.node_id].index(i)] for i, p in enumerate(processes)]
     except Exception as error:  # whatever keeps us from asking must not hide what we ask for
-        return f"its stacks could not be asked for: {type(error).__name__}: {error}"
+        return [f"its stacks could not be asked for: {type(error).__name__}: {error}"] * len(processes)
 
 
-def _ask(process: Whereabouts) -> str:
-    """On the node of `process`."""
-    try:
-        known = 0 if process.path is None else os.stat(process.path).st_size
-        os.kill(process.pid, signal.SIGUSR1)
-    except (ProcessLookupError, FileNotFoundError):
+def _ask(processes: Sequence[Whereabouts]) -> list[str]:
+    """On their node: all are signalled, then all files are watched until they stop growing."""
+    known = [_signalled(process) for process in processes]
+    sizes, texts = list(known), [_unasked(process, size) for process, size in zip(processes, known, strict=True)]
+    end = time.monotonic() + ANSWER_S
+    while None in texts and time.monotonic() < end:
+        time.sleep(0.3)
+        for index, process in enumerate(processes):
+            if texts[index] is not None:
+                continue
+            before, sizes[index] = sizes[index], _size(process)
+            if sizes[index] is None:
+                texts[index] = "it no longer runs"
+            elif sizes[index] == before > known[index]:  # complete: it has stopped growing
+                texts[index] = _written(process, known[index])
+    return [
+        f"it did not write its stacks within {ANSWER_S:g} s; the kernel says: {_state(process.pid)}" if t is None else t
+        for process, t in zip(processes, texts, strict=True)
+    ]
+
+
+def _signalled(process: Whereabouts) -> int | None:
+    """What it had written before it was asked, bytes; None: it is gone."""
+    size = 0 if process.path is None else _size(process)
+    if size is not None:
+        try:
+            os.kill(process.pid, signal.SIGUSR1)
+        except ProcessLookupError:
+            return None
+    return size
+
+
+def _unasked(process: Whereabouts, known: int | None) -> str | None:
+    if known is None:
         return "it no longer runs"
-    if process.path is None:
-        return "its stacks are in its own log"
-    end, size = time.monotonic() + ANSWER_S, known
-    while time.monotonic() < end:
-        time.sleep(0.2)
-        before, size = size, os.stat(process.path).st_size
-        if size == before > known:  # complete: it has stopped growing
-            with open(process.path, "rb") as file:
-                file.seek(known)
-                return file.read().decode(errors="replace").strip()
-    return f"it did not write its stacks within {ANSWER_S:g} s; the kernel says: {_state(process.pid)}"
+    return "its stacks are in its own log" if process.path is None else None
+
+
+def _size(process: Whereabouts) -> int | None:
+    """Of its file, bytes; None: the process is gone."""
+    try:
+        found = os.stat(process.path)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return found.st_size if found.st_ino == process.inode else None
+
+
+def _written(process: Whereabouts, after: int) -> str:
+    with open(process.path, "rb") as file:
+        file.seek(after)
+        return file.read().decode(errors="replace").strip()
 
 
 def _state(pid: int) -> str:
-    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return "it is gone"
     return next((line for line in lines if line.startswith("State:")), "nothing").replace("\t", " ")

@@ -5,13 +5,13 @@ A policy gradient leaves a state's probabilities alone, on average over what is 
 zero: E[grad log pi(a | s)] = 0. METHOD §3.1's surrogate is no density of what §2.1 draws, and its score has a mean:
 with one-sided noise every selected component is pushed in the sign of the advantage, and a token that is selected
 whatever the noise (a filler) in every sample. Here J other draws of the same step are made from the learner's own
-logits before the step's first update, and their mean is subtracted:
+logits before the step's first update, and the mean over those that stay latent is subtracted:
 
-    log pi_centered = log pi(drawn) - 1/J sum_j log pi(other draw j)
+    log pi_centered = log pi(drawn) - mean_j log pi(other draw j)
 
-Value and gradient then have mean zero over the noise; what noise changed is what is learned from. Draws that leave
-latent mode are left out of the mean. The draws are functions of the trajectory's identity (METHOD §2.5), so a step is
-replayed exactly.
+Given that a step stays latent, value and gradient then have mean zero over the noise, for samples of the current policy
+(`max_staleness` 0) at the first update of a step; later updates are PPO's, as ever. Hard steps, the end of latent mode
+among them, are not centered. The noise of the draws is a function of the trajectory's identity (METHOD §2.5).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.density import surrogate_log_prob
+from common.density import Flip, surrogate_log_prob
 from common.latent import latent_draws, trajectory_key
 from common.schema import TrajectoryBatch
 from common.types import TokenFacts
@@ -30,27 +30,41 @@ from learner.batching import ReplayInputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherDraws:
-    """J other draws of each of the L latent steps of a micro-batch, constant in the gradient."""
+    """J other draws of each of the L latent steps of a micro-batch, constant in the gradient: 12 bytes x L J K."""
 
-    ids: torch.Tensor  # [L, J, K] int64
+    ids: torch.Tensor  # [L, J, K] int32
     scores: torch.Tensor  # [L, J, K] float32
     weights: torch.Tensor  # [L, J, K] float32
-    log_probs: torch.Tensor  # [L, J, K] float32: of the policy that drew them
     shares: torch.Tensor  # [L, J] float32: what a draw counts in the mean; 0 if it leaves latent mode
 
-    def mean(self, log_probs: torch.Tensor, *, weighting: str) -> torch.Tensor:
-        """Mean surrogate under a policy that gives the ids `log_probs` [L, J, K]: [L]; 0 where all draws leave."""
+    def centered(
+        self,
+        surrogate: torch.Tensor,
+        log_probs: torch.Tensor,
+        *,
+        weighting: str,
+        advantages: torch.Tensor | None = None,
+        flip: Flip = "off",
+    ) -> torch.Tensor:
+        """log pi of the latent steps, `surrogate` [L], relative to the other draws: [L].
+
+        `log_probs` [L, J, K]: what the policy gives the ids. `advantages` [L] with `flip` turn on METHOD §3.2 for the
+        other draws as for the recorded one. A step whose draws all leave latent mode keeps its value without gradient.
+        """
         draws = surrogate_log_prob(
             log_probs.flatten(0, 1),
             self.scores.flatten(0, 1),
+            advantages=None if advantages is None else advantages.repeat_interleave(self.shares.shape[1]),
             component_weights=self.weights.flatten(0, 1) if weighting == "mixture" else None,
-        )
-        return (draws.view(self.shares.shape) * self.shares).sum(-1)
+            flip=flip,
+        ).view(self.shares.shape)
+        mean = torch.where(self.shares > 0, draws * self.shares, 0.0).sum(-1)
+        return torch.where((self.shares > 0).any(-1), surrogate - mean, surrogate.detach())
 
     def widened(self, inputs: ReplayInputs) -> torch.Tensor:
         """The ids of all response steps whose log-probs are wanted: [N, W + J K]; hard steps repeat theirs."""
         others = inputs.selected[:, :1].repeat(1, self.ids.shape[1] * self.ids.shape[2])
-        others[inputs.latent] = self.ids.flatten(1)
+        others[inputs.latent] = self.ids.flatten(1).long()
         return torch.cat([inputs.selected, others], dim=1)
 
 
@@ -71,15 +85,19 @@ class Redraw:
         self._settings = {name: column(view.numbers(f"sampling_{name}")) for name in ("top_p", "noise_scale", "tau")}
         one_sided = np.array([mode == "one_sided" for mode in view.strings("sampling_noise_mode")])
         self._settings["one_sided"] = column(one_sided)
-        self._drawn: list[OtherDraws] = []
+        self._drawn: list[tuple[torch.Tensor, ...]] = []
 
     def visit(self, piece: slice, logits: torch.Tensor) -> None:
         """Draws from the logits [n, V], at the steps' temperatures, of the next response steps `piece`."""
         latent = self._latent[piece]
         first = int(self._latent[: piece.start].sum())
         which = slice(first, first + int(latent.sum()))
+        logits = logits[latent.to(logits.device)]
+        usable = logits.logsumexp(-1).isfinite()
+        if not usable.all():  # nothing can be drawn; what guards updates meets the step's own log-prob
+            logits = torch.where(usable.unsqueeze(-1), logits, 0.0)
         draws = latent_draws(
-            logits[latent.to(logits.device)],
+            logits,
             self._keys[which],
             self._steps[which],
             k=self._k,
@@ -87,15 +105,18 @@ class Redraw:
             allowed=self._allowed,
             **{name: values[which] for name, values in self._settings.items()},
         )
-        stay = torch.stack([~draw.leaves for draw in draws], 1).float()
-        names = ("ids", "scores", "weights", "log_probs")
-        stacked = {name: torch.stack([getattr(draw, name) for draw in draws], 1) for name in names}
-        self._drawn.append(OtherDraws(shares=stay / stay.sum(1, keepdim=True).clamp(min=1), **stacked))
+        stay = torch.stack([~draw.leaves & usable for draw in draws], 1).float()
+        shares = stay / stay.sum(1, keepdim=True).clamp(min=1)
+        ids, scores, weights, log_probs = (
+            torch.stack([getattr(draw, name) for draw in draws], 1)
+            for name in ("ids", "scores", "weights", "log_probs")
+        )
+        self._drawn.append((ids.int(), scores, weights, shares, log_probs))
 
-    def draws(self) -> OtherDraws:
-        """All of them, once every piece has been visited."""
-        names = OtherDraws.__dataclass_fields__
-        return OtherDraws(**{name: torch.cat([getattr(part, name) for part in self._drawn]) for name in names})
+    def draws(self) -> tuple[OtherDraws, torch.Tensor]:
+        """All of them, once every piece has been visited, and their log-probs under these logits [L, J, K]."""
+        ids, scores, weights, shares, log_probs = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
+        return OtherDraws(ids=ids, scores=scores, weights=weights, shares=shares), log_probs
 
 
 def draw_keys(view: TrajectoryBatch, draws: int) -> np.ndarray:

@@ -132,8 +132,9 @@ class RankGroup:
             ready, pending = ray.wait(pending, timeout=max(deadline - time.monotonic(), 0.0))
             if not ready:
                 late = [index for index, ref in enumerate(refs) if ref in pending]
-                for index in late[:SHOWN] if self._processes else ():
-                    log.error("learner rank %d, which was to %s: %s", index, doing, stacks_of(self._processes[index]))
+                shown = late[:SHOWN] if self._processes else []
+                for index, stacks in zip(shown, stacks_of([self._processes[i] for i in shown]), strict=True):
+                    log.error("learner rank %d, which was to %s: %s", index, doing, stacks)
                 needs = self.config.learner.resources
                 raise LearnerError(
                     f"learner rank(s) {late} did not {doing} within {seconds:g} s ({key}); each needs "

@@ -88,5 +88,11 @@ def step_log_probs(
         flip=flip,
     )
     if others is not None:
-        surrogate = surrogate - others.mean(rest[latent].view(others.ids.shape), weighting=weighting)
+        surrogate = others.centered(
+            surrogate,
+            rest[latent].view(others.ids.shape),
+            weighting=weighting,
+            advantages=None if advantages is None else advantages[latent],
+            flip=flip,
+        )
     return log_probs[:, 0].float().masked_scatter(latent, surrogate)

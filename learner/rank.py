@@ -208,8 +208,8 @@ class LearnerRank(RankActor):
                 collector.add(
                     inputs,
                     behaviour_log_probs=self._behaviour(inputs),
-                    old_log_probs=part.old,
-                    new_log_probs=log_probs,
+                    old_log_probs=part.plain_old,
+                    new_log_probs=self._steps(components.detach(), inputs),
                     step_advantages=step_advantages,
                     ratios=ratio,
                     clipped=clip_codes(ratio, step_advantages, **clips),
@@ -236,9 +236,11 @@ class LearnerRank(RankActor):
         plain = self._steps(self.engine.forward(inputs, redraw), inputs)
         old, others = plain, None
         if redraw is not None:
-            others = redraw.draws()
-            old = plain.clone()
-            old[inputs.latent] -= others.mean(others.log_probs, weighting=self.config.component_weighting)
+            others, log_probs = redraw.draws()
+            weighting = self.config.component_weighting
+            old = plain.masked_scatter(
+                inputs.latent, others.centered(plain[inputs.latent], log_probs, weighting=weighting)
+            )
         reference = None if self.reference is None else self._steps(self.reference(inputs), inputs)
         importance = None
         if self.config.max_staleness > 0:

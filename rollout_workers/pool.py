@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from common.config import DeadlineConfig, RolloutConfig
 from common.stacks import Whereabouts, answer_with_stacks, stacks_of
@@ -29,6 +29,7 @@ from rollout_workers.worker import RolloutWorker, WorkerStatus
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 4  # workers whose stacks are shown at once
 STREAM_BACKPRESSURE = 16  # groups a worker may be ahead of the driver: bounds what waits in the object store
 
 
@@ -40,12 +41,15 @@ class WorkerActor:
     """Thin shell round :class:`RolloutWorker`: `results` occupies one thread, the other methods answer beside it."""
 
     def __init__(self, factory: Callable[[str], RolloutWorker], name: str):
-        self._whereabouts = answer_with_stacks()
-        self._worker = factory(name)
+        self._factory, self._name = factory, name
 
     def whereabouts(self) -> Whereabouts:
-        """Answers once the worker is made: the actor is ready."""
-        return self._whereabouts
+        """This process, which from now on answers with its stacks."""
+        return answer_with_stacks()
+
+    def start(self) -> None:
+        """Makes the worker."""
+        self._worker = self._factory(self._name)
 
     def submit(self, ticket: int, requests: list[GroupRequest]) -> None:
         self._worker.submit(ticket, requests)
@@ -225,14 +229,29 @@ class RolloutPool:
     def _watch(self) -> None:
         """Heartbeats: sends them, and gives up workers that do not answer or have work and make no progress."""
         now, limit = time.monotonic(), self._deadlines.rollout_s
-        for member in list(self._members.values()):
+        frozen: dict[str, float] = {}
+        for member in self._members.values():
             if member.heartbeat is None and now - member.asked_at >= self._heartbeat_s:
                 member.heartbeat, member.asked_at = member.actor.status.remote(), now
             silent = now - member.asked_at if member.heartbeat is not None else 0.0
-            stuck = now - member.progressed_at
-            if max(silent, stuck if member.groups or member.updates else 0.0) > limit:
-                logger.warning("rollout %s does not go on: %s", member.name, stacks_of(member.process))
-                self._lose(member, f"no progress for {max(silent, stuck):.0f} s (deadlines.rollout_s = {limit:g})")
+            stuck = now - member.progressed_at if member.groups or member.updates else 0.0
+            if max(silent, stuck) > limit:
+                frozen[member.name] = max(silent, stuck)
+        if frozen:
+            others = [m for m in self._members.values() if m.name not in frozen]
+            self._show_stacks({name: self._members[name].process for name in frozen})
+            for name, seconds in frozen.items():
+                why = f"no progress for {seconds:.0f} s (deadlines.rollout_s = {limit:g})"
+                self._lose(self._members[name], why)
+            unheard = time.monotonic() - now
+            for member in others:
+                member.asked_at += unheard
+                member.progressed_at += unheard
+
+    def _show_stacks(self, processes: dict[str, Whereabouts]) -> None:
+        shown = list(processes)[:SHOWN]
+        for name, stacks in zip(shown, stacks_of([processes[name] for name in shown]), strict=True):
+            logger.warning("rollout %s does not go on: %s", name, stacks)
 
     def _lose(self, member: _Member, why: str) -> None:
         """Gives a worker up, keeps its groups for the others and starts a replacement."""
@@ -258,10 +277,17 @@ class RolloutPool:
         for _ in range(count):
             name = next(self._names)
             starting[name] = self._actor_class.remote(self._factory, name)
+        end, processes = time.monotonic() + self._deadlines.start_s, {}
         try:
             asked = [actor.whereabouts.remote() for actor in starting.values()]
-            processes = ray.get(asked, timeout=self._deadlines.start_s)
+            processes = dict(zip(starting, ray.get(asked, timeout=self._deadlines.start_s), strict=True))
+            started = [actor.start.remote() for actor in starting.values()]
+            ray.get(started, timeout=max(end - time.monotonic(), 0.0))
         except RayError as error:
+            if processes and isinstance(error, GetTimeoutError):
+                done, _ = ray.wait(started, num_returns=len(started), timeout=0)
+                pairs = zip(processes, started, strict=True)
+                self._show_stacks({name: processes[name] for name, ref in pairs if ref not in done})
             for actor in starting.values():
                 ray.kill(actor)
             resources = self._config.resources
@@ -270,11 +296,11 @@ class RolloutPool:
                 f"(deadlines.start_s); each needs {resources.num_cpus:g} CPU and {resources.num_gpus:g} GPU, the "
                 f"cluster has free {_free()}. {type(error).__name__}: {error}"
             ) from error
-        for (name, actor), process in zip(starting.items(), processes, strict=True):
+        for name, actor in starting.items():
             stream = actor.results.options(
                 num_returns="streaming", _generator_backpressure_num_objects=STREAM_BACKPRESSURE
             ).remote()
-            member = self._members[name] = _Member(name, actor, stream, process)
+            member = self._members[name] = _Member(name, actor, stream, processes[name])
             self._send_weights(member)
 
     def _send_weights(self, member: _Member) -> None:

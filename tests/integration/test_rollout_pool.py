@@ -145,3 +145,15 @@ def test_trajectories_do_not_depend_on_the_number_of_workers(ray_session):
         assert np.array_equal(trajectory.latent_ids, three[key].latent_ids)
         assert np.array_equal(trajectory.hard_ids, three[key].hard_ids)
         np.testing.assert_allclose(trajectory.latent_scores, three[key].latent_scores, atol=1e-4)
+
+
+def make_nothing(name):
+    time.sleep(600)
+
+
+def test_a_worker_that_does_not_start_shows_its_stacks(ray_session, caplog):
+    config = RolloutConfig(workers=1, resources=ActorResources(num_cpus=0.1))
+    with pytest.raises(RolloutPoolError, match="worker-0 did not start within 15 s"):
+        RolloutPool(make_nothing, config, DEADLINES.model_copy(update={"start_s": 15.0}), env_vars=HERE)
+    assert "worker-0 does not go on" in caplog.text
+    assert "in make_nothing" in caplog.text

@@ -1,14 +1,17 @@
 """A process that hangs says where, on a real Ray."""
 
+import dataclasses
 import os
 import signal
+import subprocess
 import time
 
 import pytest
 import ray
 
+import common.stacks
 from common.config import parse_config
-from common.stacks import answer_with_stacks, stacks_of
+from common.stacks import Whereabouts, answer_with_stacks, stacks_of
 from learner.actor import RankActor
 from learner.group import LearnerError, RankGroup
 
@@ -31,21 +34,40 @@ def test_stacks_of_a_process_that_hangs_is_stopped_and_is_gone(ray_session):
     process = ray.get(actor.process.remote(), timeout=60)
     actor.waits_for_a_peer.remote()
     end = time.monotonic() + 30
-    while "waits_for_a_peer" not in (stacks := stacks_of(process)):
+    while "waits_for_a_peer" not in (stacks := stacks_of([process])[0]):
         assert time.monotonic() < end, stacks
     assert stacks.count("waits_for_a_peer") == 1, "each answer is given once"
+    other = ray.remote(Hanging).options(num_cpus=0).remote()
+    answers = ray.get(other.process.remote(), timeout=60)
     os.kill(process.pid, signal.SIGSTOP)
-    assert "the kernel says: State: T" in stacks_of(process)
+    stopped, running = stacks_of([process, answers])
+    assert "the kernel says: State: T" in stopped
+    assert "waits_for_a_peer" not in running
+    assert "hread" in running, "the first did not keep the second from answering"
     os.kill(process.pid, signal.SIGKILL)
     time.sleep(1)
-    assert stacks_of(process) == "it no longer runs"
+    assert stacks_of([process]) == ["it no longer runs"]
+    ray.kill(other)
 
 
-def test_stacks_are_asked_for_on_the_process_own_node(ray_session, monkeypatch):
+def test_a_process_that_was_given_a_dead_ones_pid_is_left_alone(ray_session):
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        here = ray.get_runtime_context().get_node_id()
+        gone = Whereabouts(here, stranger.pid, f"/proc/{stranger.pid}/fd/1", inode=1)
+        assert stacks_of([gone]) == ["it no longer runs"]
+        assert stranger.poll() is None, "SIGUSR1 ends a process that does not know it"
+        stranger.kill()
+
+
+def test_other_nodes_are_asked_on_themselves_and_one_that_is_lost_hides_no_other(ray_session, monkeypatch):
     actor = ray.remote(Hanging).options(num_cpus=0).remote()
     process = ray.get(actor.process.remote(), timeout=60)
-    monkeypatch.setattr(ray.runtime_context.RuntimeContext, "get_node_id", lambda self: "another node")
-    assert "Current thread" in stacks_of(process)
+    lost = dataclasses.replace(process, node_id="ab" * 28)
+    monkeypatch.setattr(common.stacks, "ASK_S", 10.0)
+    monkeypatch.setattr(ray.runtime_context.RuntimeContext, "get_node_id", lambda self: "driver's node")
+    unreachable, there = stacks_of([lost, process])
+    assert "its node could not be asked" in unreachable
+    assert "hread" in there
     ray.kill(actor)
 
 

@@ -42,12 +42,13 @@ def test_the_centered_score_has_mean_zero_over_the_noise_and_the_plain_one_has_n
     stacked = {name: torch.stack([getattr(d, name) for d in drawn], 1) for name in names}
     own = {name: values[:, 0] for name, values in stacked.items()}
     other = OtherDraws(
-        shares=torch.full((many, others), 1 / others), **{name: values[:, 1:] for name, values in stacked.items()}
+        shares=torch.full((many, others), 1 / others),
+        **{name: stacked[name][:, 1:] for name in ("ids", "scores", "weights")},
     )
     log_p = torch.log_softmax(logits, -1)
     weights = own["weights"] if weighting == "mixture" else None
     plain = surrogate_log_prob(log_p[own["ids"]], own["scores"], component_weights=weights)
-    centered = plain - other.mean(log_p[other.ids], weighting=weighting)
+    centered = other.centered(plain, log_p[other.ids], weighting=weighting)
     (of_plain,) = torch.autograd.grad(plain.mean(), logits, retain_graph=True)
     (of_centered,) = torch.autograd.grad(centered.mean(), logits)
     # coefficients lie in (-1, 1): the standard error of a mean over the noise is below 0.01
@@ -72,7 +73,7 @@ def redrawn(view, rows, size, sharpness=1.0):
     logits = table[inputs.batch_rows * 100 + inputs.steps]
     for start in range(0, len(logits) + 1, size):
         redraw.visit(slice(start, start + size), logits[start : start + size])
-    return inputs, redraw.draws()
+    return inputs, redraw.draws()[0]
 
 
 def test_draws_do_not_depend_on_the_packing():
@@ -91,17 +92,64 @@ def test_no_two_trajectories_and_draws_share_their_noise():
     assert len(np.unique(draw_keys(some_batch(), 5))) == 4 * 5
 
 
-def test_draws_that_leave_latent_mode_do_not_count():
+def drawn_from(logits):
+    """The draws and their log-probs where every latent step has these logits [V]."""
     view = some_batch()
     inputs = collate(view, range(4))
-    latents = int(inputs.latent.sum())
-    logits = torch.zeros(len(inputs.latent), V)
-    logits[:, END] = 1.0  # the likeliest
     redraw = Redraw(view, inputs, draw_keys(view, 5), FACTS)
-    redraw.visit(slice(0, len(logits)), logits)
-    draws = redraw.draws()
+    redraw.visit(slice(0, len(inputs.latent)), logits.expand(len(inputs.latent), -1))
+    return redraw.draws()
+
+
+def test_a_step_whose_draws_all_leave_keeps_its_value_without_gradient():
+    logits = torch.zeros(V)
+    logits[END] = 1.0  # the likeliest
+    draws, log_probs = drawn_from(logits)
     assert not draws.shares.any()
-    assert torch.equal(draws.mean(draws.log_probs, weighting="mixture"), torch.zeros(latents))
+    surrogate = torch.randn(len(log_probs), requires_grad=True)
+    centered = draws.centered(surrogate, log_probs, weighting="mixture")
+    assert torch.equal(centered, surrogate)
+    assert not torch.autograd.grad(centered.sum(), surrogate)[0].any()
+
+
+def test_the_mean_is_over_the_draws_that_stay():
+    logits = torch.zeros(V)
+    logits[[END, 3]] = torch.tensor([6.0, 6.1])  # either may be first, by the noise
+    draws, log_probs = drawn_from(logits)
+    stay = draws.shares > 0
+    assert 0 < int(stay.sum()) < stay.numel()
+    assert torch.equal(stay, draws.ids[..., 0] != END)
+    each = surrogate_log_prob(log_probs.flatten(0, 1), draws.scores.flatten(0, 1)).view(stay.shape)
+    for step in range(len(stay)):
+        if stay[step].any():
+            centered = draws.centered(torch.zeros(len(stay)), log_probs, weighting="uniform")[step]
+            assert centered == pytest.approx(-float(each[step][stay[step]].mean()), abs=1e-6)
+
+
+def test_logits_that_are_not_numbers_draw_nothing():
+    draws, log_probs = drawn_from(torch.full((V,), torch.nan))
+    assert not draws.shares.any()
+    plain = torch.full((len(log_probs),), torch.nan)
+    assert draws.centered(plain, log_probs, weighting="mixture").isnan().all()
+
+
+@pytest.mark.parametrize("flip", ["reference", "sign"])
+def test_other_draws_are_flipped_like_the_recorded_one(flip):
+    rows, others = 500, 3
+    logits = torch.linspace(2, -2, 8, requires_grad=True)
+    log_p = torch.log_softmax(logits, -1)
+    ids = torch.randint(0, 8, (rows, others, K), generator=torch.Generator().manual_seed(3))
+    scores = log_p.detach()[ids] - 0.3  # d < 0
+    weights = torch.softmax(scores, -1)
+    draws = OtherDraws(ids=ids.int(), scores=scores, weights=weights, shares=torch.full((rows, others), 1 / others))
+    of = {"advantages": torch.full((rows,), -1.0), "flip": flip}
+    own = surrogate_log_prob(log_p[ids[:, 0]], scores[:, 0], component_weights=weights[:, 0], **of)
+    same = dataclasses.replace(
+        draws, **{n: getattr(draws, n)[:, :1].expand(-1, others, -1) for n in ("ids", "scores", "weights")}
+    )
+    centered = same.centered(own, log_p[same.ids], weighting="mixture", **of)
+    (gradient,) = torch.autograd.grad(centered.sum(), logits)
+    assert gradient.abs().max() < 1e-4, "a draw relative to itself"
 
 
 def test_settings_are_those_of_each_trajectory():
@@ -111,8 +159,8 @@ def test_settings_are_those_of_each_trajectory():
     view = TrajectoryBatch(encode([row, quiet], 3))
     inputs, draws = redrawn(view, [0, 1], 1000)
     of_quiet = inputs.batch_rows[inputs.latent] == 1
-    assert torch.equal(draws.scores[of_quiet], draws.log_probs[of_quiet])
-    assert not torch.equal(draws.scores[~of_quiet], draws.log_probs[~of_quiet])
+    alike = (draws.scores == draws.scores[:, :1]).flatten(1).all(-1)
+    assert torch.equal(alike, of_quiet)
 
 
 def test_hard_steps_ask_for_nothing_else():

@@ -182,3 +182,9 @@ def test_a_new_model_must_hold_the_tasks_budgets_and_its_heads():
     message = refused(settings(model=new, tasks=tasks))
     assert "model.new.max_positions (64) is smaller than the longest prompt plus response (120)" in message
     assert "hidden_size (130) is not divisible by num_heads (4)" in message
+
+
+@pytest.mark.parametrize("quiet", [["noise.mode=off"], ["noise.scale=0"]])
+def test_centering_without_noise_is_refused(quiet):
+    with pytest.raises(ConfigError, match=r"centering_draws \(8\) needs noise"):
+        load_config("quickstart", ["centering_draws=8", *quiet])
