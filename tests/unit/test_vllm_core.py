@@ -171,6 +171,37 @@ def test_a_step_that_is_drawn_again_replaces_the_one_that_was_thrown_away():
         assert_equal(a, b)
 
 
+def test_a_step_that_leaves_latent_mode_only_when_drawn_again_ends_the_latent_steps():
+    """Other weights in flight: what had been drawn behind it, and thrown away, is no history any more."""
+    core, (settings,) = new_core(), settings_of(group(samples=1, max_tokens=6), True)
+    slot, complete = np.array([core.add(0, PROMPT, settings)]), torch.tensor([True])
+
+    def draw(step, leave=False):
+        logits = logits_at(0, step + 100) - 30 * (torch.arange(VOCAB) == END)
+        logits[END] += 100 * leave
+        core.draw(logits[None], slot, torch.tensor([PROMPT - 1 + step]), complete)
+
+    for step in range(5):
+        draw(step)
+    draw(2, leave=True)
+    for step in (3, 4, 5):
+        draw(step)
+    record = core.take([0], [6])[0]
+    assert len(record.latent_ids) == 2
+    assert record.hard_ids[0] == END
+    assert len(record.hard_ids) == 4
+
+
+def test_a_sample_that_comes_back_after_preemption_keeps_its_history():
+    core, settings = new_core(), settings_of(group(), True)[2]
+    slot = np.array([core.add(2, PROMPT, settings)])
+    for step in range(12):
+        if step == 2:
+            assert core.add(2, PROMPT, settings) == slot[0]
+        core.draw(logits_at(2, step)[None], slot, torch.tensor([PROMPT - 1 + step]), torch.tensor([True]))
+    assert_equal(core.take([2], [12])[0], decode(new_core(), [group()])[2])
+
+
 def test_incomplete_prompts_draw_nothing():
     core, (settings,) = new_core(), settings_of(group(samples=1), True)
     slot = np.array([core.add(0, PROMPT, settings)])
@@ -216,7 +247,6 @@ def test_slots_grow_and_are_freed():
     settings = settings_of(group(samples=9), True)
     for uid in range(9):
         core.add(uid, PROMPT, settings[uid])
-        assert core.add(uid, PROMPT, settings[uid]) == core.slots[uid], "a preempted sample keeps its slot"
     assert SCRATCH not in core.slots.values()
     assert len(set(core.slots.values())) == 9
     core.forget([0, 3, 77])
