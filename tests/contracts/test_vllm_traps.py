@@ -215,6 +215,7 @@ def test_a_load_that_fails_in_flight_stops_the_samples_until_weights_are_whole_a
         patch.setattr(model, "load_weights", lost_midway(model.load_weights, arrive))
         with pytest.raises(EngineError, match=r"vLLM could not load it \(the connection is gone\); publish again"):
             engine.load_weights(version, tensors)
+    assert not any(p.is_meta for p in model.parameters()), "layers still wait for the rest of the lost publication"
     assert engine.version is None
     assert engine.pending == 3
     with pytest.raises(EngineError, match="abort the pending samples and load_weights again"):
