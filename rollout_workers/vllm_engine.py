@@ -232,12 +232,7 @@ class VLLMEngine:
         self._check(version, tensors)
         buckets = list(_buckets(tensors, BUCKET_BYTES))
         try:
-            self._ask("begin_weights")
-            try:
-                for bucket in buckets:
-                    self._ask("add_weights", bucket)
-            finally:
-                self._ask("end_weights")
+            self._apply(buckets)
         except Exception as error:
             raise EngineError(f"version {version.version}: vLLM could not load it ({error}); publish again") from error
         differing = sorted(
@@ -250,6 +245,15 @@ class VLLMEngine:
             )
         self._drop_cache(version)
         self._version = version
+
+    def _apply(self, buckets: list[list[tuple[str, torch.Tensor]]]) -> None:
+        """vLLM's reload in every worker. What fails in the middle leaves layers that can compute and hold anything."""
+        self._ask("begin_weights")
+        try:
+            for bucket in buckets:
+                self._ask("add_weights", bucket)
+        finally:
+            self._ask("end_weights")
 
     def _drop_cache(self, version: PolicyVersion) -> None:
         """Forgets keys and values of the old weights; running samples compute theirs again, mixtures included."""

@@ -46,8 +46,8 @@ class Record:
 class LatentCore:
     """`allowed` [V] bool or None; `end_id` None only where no request is latent; `placeholder`: no stop id.
 
-    Room for `slots` samples of `steps` response steps of `width` components is taken at once,
-    so that vLLM's measurement of the device sees it. Samples beyond that make it grow.
+    Room for `slots` samples of `steps` response steps of `width` components is taken at once, so that vLLM sees it when
+    it measures the device. Samples beyond that make it grow.
     """
 
     def __init__(
