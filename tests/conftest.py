@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # `make test-vllm-v2`: the interp
 
     driver = types.SimpleNamespace(is_active=lambda: True)
     triton.backends.backends.setdefault("cpu", types.SimpleNamespace(driver=driver, compiler=None))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts jobs in the background so; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RAY_CPUS = 4  # logical: more actors than the machine has cores may run side by side
 
