@@ -1,7 +1,7 @@
 """Ranks of a learner as Ray actors, seen from the driver: one call for all of them, a deadline on every wait.
 
-A rank that dies breaks the process group of all: nothing is retried here. The error names the rank, and the caller
-closes this group, starts a new one and loads the last checkpoint.
+A rank that dies breaks the process group of all: nothing is retried. The error names the rank and ends the run, which
+`train --resume` takes up again from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class RankGroup:
         if isinstance(error, RayActorError):
             return LearnerError(
                 f"learner rank {rank} died while it was to {doing} ({error}); its memory or its node may be exhausted. "
-                "Its peers cannot go on without it: start the learner again and load the last checkpoint"
+                "Its peers cannot go on without it: `latent-grpo train --resume RUN` goes on from the last checkpoint"
             )
         cause = error.cause if isinstance(error, RayTaskError) else error
         return LearnerError(f"learner rank {rank} failed to {doing}: {type(cause).__name__}: {cause}")
