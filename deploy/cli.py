@@ -61,6 +61,18 @@ def overrides(arguments: list[str]) -> list[str]:
     return found
 
 
+def listed(text: str) -> list[str]:
+    """`a, b` as ["a", "b"]."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in listed(text)]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected whole numbers separated by commas, e.g. 0,1,2") from None
+
+
 def settings(profile: str, context: typer.Context) -> RunConfig:
     return load_config(profile, overrides(context.args))
 
@@ -185,7 +197,7 @@ def evaluate(
     """pass@1 (noise off), pass@k (with noise), chain length and invalid rate of a model."""
     from deploy.evaluate import evaluate_model, evaluation_config
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = listed(tasks)
     given = overrides(context.args) + ([] if samples is None else [f"evaluation.samples={samples}"])
     config, name = evaluation_config(model, given, profile=profile, tasks=names, data=data)
     with interruptible():
@@ -197,6 +209,8 @@ def reproduce(
     context: typer.Context,
     suite: Annotated[str, typer.Argument(help="Name of a shipped suite, or the path of a YAML file.")],
     quick: Annotated[bool, typer.Option("--quick", help="The suite's short form.")] = False,
+    arms: Annotated[str, typer.Option(help="Run only these now, with their starts, e.g. mixture,uniform.")] = "",
+    seeds: Annotated[str, typer.Option(help="In place of the suite's, e.g. 0,1,2.")] = "",
     folder: Annotated[
         Path | None, typer.Option(help="Where it is kept, and goes on. Default: runs/reproduce-SUITE.")
     ] = None,
@@ -212,15 +226,21 @@ def reproduce(
     from deploy import reproduce as suites
 
     chosen = folder or suites.default_folder(suite, quick)
-    request = suites.Request(source=suite, folder=chosen, quick=quick, overrides=overrides(context.args))
+    request = suites.Request(
+        source=suite,
+        folder=chosen,
+        quick=quick,
+        seeds=whole_numbers("--seeds", seeds),
+        overrides=overrides(context.args),
+    )
     with interruptible():
         if check:
-            for line in suites.check(request):
+            for line in suites.check(request, arms=listed(arms)):
                 console.print(line, soft_wrap=True, highlight=False)
         elif unit is not None:
             suites.run_unit(request, unit)
         else:
-            suites.reproduce(request, parallel)
+            suites.reproduce(request, parallel, arms=listed(arms))
 
 
 @app.command()

@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from deploy.suite import (
     unit_config,
     unit_folder,
     units,
+    units_of,
 )
 from deploy.suite_manifest import make_manifest, provenance
 from deploy.suite_report import write_report
@@ -66,32 +67,37 @@ class Request:
     source: str
     folder: Path
     quick: bool = False
+    seeds: list[int] = field(default_factory=list)
+    """In place of the suite's."""
     overrides: list[str] = field(default_factory=list)
 
     def load(self) -> Suite:
-        return load_suite(self.source, quick=self.quick, overrides=self.overrides)
+        return load_suite(self.source, quick=self.quick, seeds=self.seeds, overrides=self.overrides)
 
 
 def default_folder(source: str, quick: bool) -> Path:
     return Path("runs") / (f"reproduce-{Path(source).stem}" + ("-quick" if quick else ""))
 
 
-def reproduce(request: Request, parallel: int | None = None, reporter: Reporter | None = None) -> Path:
+def reproduce(
+    request: Request, parallel: int | None = None, reporter: Reporter | None = None, *, arms: Sequence[str] = ()
+) -> Path:
     """Runs what is missing of the suite and writes the report; returns the suite's folder.
 
     `parallel`: units side by side; None: as many as the machine (or the Ray cluster that RAY_ADDRESS names) holds.
+    `arms`: only these, with their starts, are run now; none given: all.
     Raises :class:`SuiteError` for another configuration than the folder's, :class:`SuiteFailed` for failed units.
     """
     reporter = reporter or Reporter()
     suite = request.load()
+    wanted = list(units_of(suite, arms))
     open_folder(request, suite)
-    todo = [unit for unit in units(suite) if read_result(unit_folder(request.folder, unit)) is None]
-    total = len(list(units(suite)))
+    todo = [unit for unit in wanted if read_result(unit_folder(request.folder, unit)) is None]
     if parallel is None:
         parallel = side_by_side([unit_config(suite, unit, request.folder) for unit in todo], suite.runner)
     reporter.say(
-        f"suite {suite.title}: {total} units, {total - len(todo)} finished before, {parallel} side by side · "
-        f"{request.folder}"
+        f"suite {suite.title}: {len(wanted)} units, {len(wanted) - len(todo)} finished before, "
+        f"{parallel} side by side · {request.folder}"
     )
     try:
         with terminated_is_interrupted():
@@ -104,11 +110,11 @@ def reproduce(request: Request, parallel: int | None = None, reporter: Reporter 
     return request.folder
 
 
-def check(request: Request) -> list[str]:
+def check(request: Request, *, arms: Sequence[str] = ()) -> list[str]:
     """What the suite would run, one line a unit; raises :class:`SuiteError` for settings that cannot work."""
     suite = request.load()
     resolved(suite, request.folder)
-    configs = [(unit, unit_config(suite, unit, request.folder)) for unit in units(suite)]
+    configs = [(unit, unit_config(suite, unit, request.folder)) for unit in units_of(suite, arms)]
     lines = [f"suite {suite.title}: {len(configs)} units, all settings valid"]
     for unit, config in configs:
         work = "start" if unit.is_start else f"{config.steps} steps of {config.algorithm}"
@@ -124,6 +130,12 @@ def open_folder(request: Request, suite: Suite) -> None:
     if known.is_file():
         stored = json.loads(known.read_text(encoding="utf-8"))
         held = stored["units"]  # titles and claims may change, and units may be added to those that it holds
+        gone = [key for key in held if key not in wanted["units"]]
+        if gone:
+            raise SuiteError(
+                f"{request.folder} also holds {', '.join(gone[:6])}{' and more' * (len(gone) > 6)}, which is not asked "
+                "for: ask for its seeds and arms too, or give another --folder"
+            )
         differing = [*changes(_computed(stored, held), _computed(wanted, held))]
         if differing:
             shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
@@ -218,7 +230,8 @@ def _start(request: Request, unit: Unit) -> subprocess.Popen:
     folder = unit_folder(request.folder, unit)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "deploy", "reproduce", request.source, "--folder", str(request.folder)]
-    command += ["--unit", unit.key, *(["--quick"] if request.quick else []), *request.overrides]
+    command += ["--unit", unit.key, *(["--quick"] if request.quick else [])]
+    command += [*(["--seeds", ",".join(map(str, request.seeds))] if request.seeds else []), *request.overrides]
     with (folder / "log.txt").open("ab") as log:
         # a session of its own: Ctrl-C reaches the suite first, which passes it on once
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -151,8 +151,13 @@ def suites_folder() -> Path:
     return Path(__file__).resolve().parent / "suites"
 
 
-def load_suite(source: str | Path, *, quick: bool = False, overrides: list[str] = ()) -> Suite:
-    """A suite by name or path, with `overrides` for every unit. Raises :class:`SuiteError` with one line per fault."""
+def load_suite(
+    source: str | Path, *, quick: bool = False, seeds: Sequence[int] = (), overrides: Sequence[str] = ()
+) -> Suite:
+    """A suite by name or path, with `overrides` for every unit, and `seeds` in place of its own.
+
+    Raises :class:`SuiteError` with one line per fault.
+    """
     data = read_mapping(source, suites_folder(), "suite")
     try:
         suite = Suite.model_validate(data)
@@ -160,6 +165,10 @@ def load_suite(source: str | Path, *, quick: bool = False, overrides: list[str] 
         raise SuiteError("\n".join([f"suite {source}:", *map(_explain, error.errors())])) from error
     if quick:
         suite = _quick(suite, source)
+    if seeds:
+        if len(set(seeds)) != len(seeds):
+            raise SuiteError(f"--seeds: seeds must be distinct, got {[*seeds]}")
+        suite = suite.model_copy(update={"seeds": [*seeds]})
     if overrides:
         suite = suite.model_copy(update={"overrides": [*suite.overrides, *overrides]})
     return suite
@@ -207,6 +216,15 @@ def units(suite: Suite) -> Iterator[Unit]:
         for start in suite.starts:
             yield Unit(start, seed, True)
             yield from (Unit(name, seed, False) for name, arm in suite.arms.items() if arm.start == start)
+
+
+def units_of(suite: Suite, arms: Sequence[str]) -> Iterator[Unit]:
+    """The units of these arms with those of their starts; no arms: all. Raises :class:`SuiteError` for unknown ones."""
+    unknown = [name for name in arms if name not in suite.arms]
+    if unknown:
+        raise SuiteError(f"--arms: no arm {', '.join(unknown)}; the suite has {', '.join(suite.arms)}")
+    kept = {*arms, *(suite.arms[name].start for name in arms)}
+    return (unit for unit in units(suite) if not arms or unit.name in kept)
 
 
 def start_of(suite: Suite, unit: Unit) -> Unit:

@@ -34,7 +34,7 @@ def make_manifest(folder: Path, suite: Suite, configs: list[RunConfig]) -> dict:
     now = {"time": time.strftime("%FT%T%z"), **provenance(), "grader": grader_hash(), "data": data_hashes(configs)}
     if path.is_file():
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["sessions"].append(now)
+        manifest = {**manifest, "seeds": suite.seeds, "sessions": [*manifest["sessions"], now]}
     else:
         manifest = {
             "suite": suite.title,

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from deploy.reproduce import Request, _next, open_folder, side_by_side
-from deploy.suite import SuiteError, Unit, changes, load_suite, resolved, suites_folder, unit_config, units
+from deploy.suite import SuiteError, Unit, changes, load_suite, resolved, suites_folder, unit_config, units, units_of
 
 PROFILE = {
     "steps": 3, "k": 3, "group_size": 2, "prompts_per_step": 4, "minibatch_prompts": 2,
@@ -106,7 +106,7 @@ def test_another_configuration_is_refused_and_the_same_one_goes_on(write, tmp_pa
     write(title="a better title", claims={})
     open_folder(request, request.load())
     quick = Request(source=request.source, folder=request.folder, quick=True)
-    with pytest.raises(SuiteError, match="another configuration"):
+    with pytest.raises(SuiteError, match=r"also holds latent-seed3, .* which is not asked for"):
         open_folder(quick, quick.load())
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
@@ -130,8 +130,32 @@ def test_arms_may_be_added_to_a_folder_and_settings_to_the_program(write, tmp_pa
     with pytest.raises(SuiteError, match=r"hot-seed3.temperature: 0.9 -> 0.8"):
         open_folder(request, request.load())
     write()
-    with pytest.raises(SuiteError, match=r"hot-seed3: .* -> None"):
+    with pytest.raises(
+        SuiteError, match=r"also holds hot-seed3, hot-seed5, which is not asked for: ask for its seeds and arms"
+    ):
         open_folder(request, request.load())
+
+
+def test_seeds_are_chosen_and_may_be_added_to_a_folder(write, tmp_path):
+    source, folder = str(write()), tmp_path / "out"
+    one = Request(source=source, folder=folder, seeds=[7])
+    assert {unit.seed for unit in units(one.load())} == {7}
+    open_folder(one, one.load())
+    both = Request(source=source, folder=folder, seeds=[7, 8])
+    open_folder(both, both.load())
+    assert json.loads((folder / "manifest.json").read_text())["seeds"] == [7, 8]
+    with pytest.raises(SuiteError, match=r"also holds .*-seed8, which is not asked for"):
+        open_folder(one, one.load())
+    with pytest.raises(SuiteError, match=r"distinct, got \[7, 7\]"):
+        load_suite(source, seeds=[7, 7])
+
+
+def test_arms_chosen_bring_their_starts_and_no_others(write):
+    suite = load_suite(write(), seeds=[3])
+    assert [unit.key for unit in units_of(suite, ["grpo"])] == ["explicit-seed3", "grpo-seed3"]
+    assert [*units_of(suite, [])] == [*units(suite)]
+    with pytest.raises(SuiteError, match=r"--arms: no arm gpro; the suite has mixture, uniform, grpo"):
+        units_of(suite, ["gpro"])
 
 
 def test_quick_keeps_the_starts_that_its_arms_need(write):
