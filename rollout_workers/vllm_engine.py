@@ -29,7 +29,7 @@ from rollout_workers.engine import EngineError, RequestRefused
 from rollout_workers.rows import SETTINGS, refusal, write_settings
 from rollout_workers.vllm_plugin.core import Record
 from rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
-from rollout_workers.vllm_plugin.settings import extra_args
+from rollout_workers.vllm_plugin.settings import KEY, extra_args
 from rollout_workers.vllm_plugin.support import (
     argument_problem,
     installed,
@@ -356,7 +356,7 @@ def _start(
         "enforce_eager": build == "cpu" if options.eager is None else options.eager,
         "worker_cls": WORKERS[build],
         "additional_config": {
-            "latent_rollout": {
+            KEY: {  # read by `settings.new_core`
                 "vocab_size": facts.vocab_size,
                 "forbidden_ids": forbidden,
                 "end_id": end,

@@ -17,7 +17,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from common.config import VLLMConfig
-from deploy.bench.rollout import (
+from deploy.bench.timing import interleaved
+from deploy.bench.workload import (
     RESPONSE,
     TEMPERATURE,
     TOP_K,
@@ -30,7 +31,6 @@ from deploy.bench.rollout import (
     requests_of,
     run_engine,
 )
-from deploy.bench.timing import interleaved
 from rollout_workers.transformers_engine import TransformersEngine
 from rollout_workers.vllm_plugin.support import installed, vllm_problem
 

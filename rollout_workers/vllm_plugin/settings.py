@@ -1,12 +1,34 @@
-"""How a sample's identity and settings reach the worker processes: `SamplingParams.extra_args` of its request."""
+"""How our settings reach vLLM's worker processes: the core's in `additional_config`, a sample's in its `extra_args`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
+
+from rollout_workers.vllm_plugin.core import LatentCore
 
 KEY = "latent_rollout"
+
+
+def new_core(vllm_config: Any, device: torch.device) -> LatentCore:
+    """The core that the engine described in `additional_config`."""
+    described = vllm_config.additional_config[KEY]
+    allowed = described["forbidden_ids"]
+    flags = None
+    if allowed:
+        flags = np.ones(described["vocab_size"], dtype=bool)
+        flags[allowed] = False
+    return LatentCore(
+        device,
+        slots=vllm_config.scheduler_config.max_num_seqs,
+        steps=described["max_tokens"],
+        width=described["k"],
+        allowed=flags,
+        end_id=described["end_id"],
+        placeholder=described["placeholder"],
+    )
 
 
 def extra_args(uid: int, row: np.void, careful: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from rollout_workers.vllm_plugin.core import SCRATCH
-from rollout_workers.vllm_plugin.settings import request_settings
+from rollout_workers.vllm_plugin.settings import new_core, request_settings
 
 
 def install(model_config: Any) -> None:
@@ -33,8 +33,6 @@ class LatentModelState(DefaultModelState):
     """Slots are the core's own: the runner's indices change hands at every preemption."""
 
     def __init__(self, vllm_config, model, encoder_cache, device):
-        from rollout_workers.vllm_plugin.workers import new_core
-
         super().__init__(vllm_config, model, encoder_cache, device)
         self.core = new_core(vllm_config, device)
         self.slot_of = np.zeros(self.max_num_reqs, dtype=np.int64)  # by the runner's index of a request

@@ -8,34 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from rollout_workers.vllm_plugin import weights
 from rollout_workers.vllm_plugin.core import LatentCore, Record
-
-CONFIG = "latent_rollout"  # in vLLM's additional_config
-
-
-def new_core(vllm_config: Any, device: torch.device) -> LatentCore:
-    """The core that the engine described in `additional_config`."""
-    described = vllm_config.additional_config[CONFIG]
-    allowed = described["forbidden_ids"]
-    flags = None
-    if allowed:
-        flags = np.ones(described["vocab_size"], dtype=bool)
-        flags[allowed] = False
-    return LatentCore(
-        device,
-        slots=vllm_config.scheduler_config.max_num_seqs,
-        steps=described["max_tokens"],
-        width=described["k"],
-        allowed=flags,
-        end_id=described["end_id"],
-        placeholder=described["placeholder"],
-    )
+from rollout_workers.vllm_plugin.settings import new_core
 
 
 class LatentWorker:

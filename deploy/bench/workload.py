@@ -1,0 +1,114 @@
+"""What the rows of `latent-grpo bench rollout` have in common: the model, the work, and a row made of two timings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
+from common.weights import checksum
+from deploy.bench.timing import Timing
+from rollout_workers.engine import LatentEngine, generate
+
+END_ID, PAD_ID = 1, 0
+TEMPERATURE, TOP_P, TOP_K = 0.6, 0.95, 30
+RESPONSE = 64
+LOGIT_SPREAD = 3.6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Prompts [n, P] of one length, `samples` of each, and how long each sample gets."""
+
+    name: str
+    prompts: np.ndarray
+    samples: int
+    lengths: np.ndarray  # [n] response steps, the same for a prompt's samples
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum()) * self.samples
+
+    @property
+    def rows(self) -> int:
+        return len(self.prompts) * self.samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the result."""
+
+    what: str
+    rates: tuple[float, float]  # tokens a CPU second: the first named, the second named
+    ratio: float  # of the first to the second, neighbouring repeats compared
+    goal: str
+
+
+def bench_model(vocabulary: int, hidden: int, layers: int) -> PreTrainedModel:
+    """A random Llama whose head is scaled so that its logits spread as a trained model's do.
+
+    Nearly flat ones, as a plain random model has them, are the sampler's worst case and no model's usual one.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(hidden // 32, 1),
+        head_dim=32,
+        max_position_embeddings=1024,
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=PAD_ID,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(LOGIT_SPREAD / (config.initializer_range * hidden**0.5))
+    return model
+
+
+def facts_of(model: PreTrainedModel) -> TokenFacts:
+    """No end of text; the latent-end token is not allowed, so latent rows stay latent until their budget ends."""
+    allowed = np.ones(model.config.vocab_size, dtype=bool)
+    allowed[[PAD_ID, END_ID]] = False
+    return TokenFacts(vocab_size=len(allowed), allowed=allowed, latent_end_id=END_ID, eos_ids=(), pad_id=PAD_ID)
+
+
+def load_own_weights(engine: LatentEngine, model: PreTrainedModel) -> None:
+    tensors = [(name, p.detach().clone()) for name, p in model.named_parameters()]
+    engine.load_weights(PolicyVersion(version=0, checksum=checksum(tensors)), tensors)
+
+
+def requests_of(work: Workload, mode: str, k: int, noise_mode: str = "one_sided") -> list[GroupRequest]:
+    return [
+        GroupRequest(
+            group_uid=str(i),
+            problem_uid=f"bench/{i}",
+            task="bench",
+            prompt_ids=prompt,
+            sample_indices=tuple(range(work.samples)),
+            sampling=SamplingSettings(
+                mode=mode, max_tokens=int(length), temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K, k=k,
+                noise_mode=noise_mode,
+            ),
+            purpose="training",
+            epoch=0,
+            run_seed=0,
+            verifier="number",
+            gold_answer="",
+        )
+        for i, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True))
+    ]  # fmt: skip
+
+
+def run_engine(engine: LatentEngine, requests: list[GroupRequest]) -> float:
+    return float(sum(t.num_steps for group in generate(engine, requests) for t in group))
+
+
+def compared(what: str, first: Timing, second: Timing, goal: str) -> Row:
+    return Row(what=what, rates=(first.per_second, second.per_second), ratio=first.ratio_to(second), goal=goal)
