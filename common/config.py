@@ -433,12 +433,9 @@ class RunConfig(Section):
     component_weighting: Literal["mixture", "uniform"] | None = None
     flip: Literal["reference", "sign", "off"] | None = None
     first_token: bool | None = None
-    masking: Literal["exclude", "include", "off", "penalise"] | None = None
-    """METHOD §4.1; `penalise` is ours (`learner.advantages`)."""
+    masking: Literal["exclude", "include", "off"] | None = None
+    """METHOD §4.1."""
     scale_by_std: bool = True
-    negative_latent_scale: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Ours: factor on negative advantages at latent steps (docs/study.md); 0: bad samples teach at hard steps only."""
-
     centering_draws: Annotated[int, Field(ge=0, le=64)] = 0
     """Ours: other draws of each latent step whose mean log-density is subtracted (docs/centering.md); 0: none."""
 
@@ -544,7 +541,7 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """METHOD §9: an algorithm is nothing but these defaults (and, for `grpo`, a response that starts visible)."""
 
-LATENT_ONLY_KEYS = ("k", "tau", "noise", "component_weighting", "flip", "negative_latent_scale", "centering_draws")
+LATENT_ONLY_KEYS = ("k", "tau", "noise", "component_weighting", "flip", "centering_draws")
 
 
 # --- loading -----------------------------------------------------------------------------------------------------

@@ -3,11 +3,6 @@
 Rows are samples in any order, `groups` their groups' integer ids. NumPy arrays or torch tensors in, the kind (and the
 device) of the first argument out. A sample is graded unless `graded` says otherwise or its reward is NaN (the record's
 null); an aborted sample is one that was not graded.
-
-`masking` "penalise" is ours, beyond METHOD §4.1. The paper's modes leave an invalid sample without any advantage, so
-nothing ever pushes against chains that do not end; "off" pushes, but its statistics mix wrong answers with unfinished
-ones. Here the valid samples alone set the baseline, as in "exclude", and an invalid sample is only ever pushed
-down from it: A = min(R - mean_S, 0) / (std of all graded + 1e-6).
 """
 
 from __future__ import annotations
@@ -17,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-MASKINGS = ("exclude", "include", "off", "penalise")
+MASKINGS = ("exclude", "include", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +38,6 @@ class _Samples:
     graded: np.ndarray  # [B] bool
     counted: np.ndarray  # [B] bool: S, the samples that enter the statistics
     scored: np.ndarray  # [B] bool: the samples that get an advantage of their own
-    penalised: np.ndarray  # [B] bool: the invalid samples that are pushed down from the others' mean
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """Sums per group: [M] float64."""
@@ -70,16 +64,7 @@ class _Samples:
             scaled = centred / (np.sqrt(variance) + 1e-6)[self.group]
         else:
             scaled = centred
-        own = np.where(self.scored & self.differ[self.group], scaled, 0.0)
-        pushed = np.minimum(centred, 0.0) / (self._spread[self.group] + 1e-6 if scale_by_std else 1.0)
-        return np.where(self.penalised & (self.size > 0)[self.group], pushed, own).astype(np.float32)
-
-    @property
-    def _spread(self) -> np.ndarray:
-        """Sample standard deviation of all graded rewards per group: [M]."""
-        count = self.total(self.graded)
-        centred = self.rewards - (self.total(self.rewards * self.graded) / np.maximum(count, 1))[self.group]
-        return np.sqrt(self.total(centred**2 * self.graded) / np.maximum(count - 1, 1))
+        return np.where(self.scored & self.differ[self.group], scaled, 0.0).astype(np.float32)
 
 
 def _array(values) -> np.ndarray:
@@ -113,9 +98,8 @@ def _samples(rewards, groups, valid, graded, masking: str) -> _Samples:
         group=group,
         rewards=np.where(graded, rewards, 0.0),
         graded=graded,
-        counted=graded & valid if masking in ("exclude", "penalise") else graded,
+        counted=graded & valid if masking == "exclude" else graded,
         scored=graded if masking == "off" else graded & valid,
-        penalised=graded & ~valid & (masking == "penalise"),
     )
 
 
@@ -124,7 +108,7 @@ def group_advantages(rewards, groups, valid, *, graded=None, masking="exclude", 
 
     `rewards` [B] float, `groups` [B] integer ids, `valid` [B] bool (finish reason `stop`), `graded` [B] bool. A group
     with fewer than two samples in its statistics, or with all their rewards equal, gets exactly 0, and so does a
-    sample that is ungraded or, unless `masking` is "off" or "penalise", invalid. Raises ValueError for an unknown
+    sample that is ungraded or, unless `masking` is "off", invalid. Raises ValueError for an unknown
     `masking`, columns of different lengths and infinite rewards.
     """
     return _like(_samples(rewards, groups, valid, graded, masking).advantages(scale_by_std), rewards)
@@ -161,8 +145,8 @@ def keep_groups(rewards, groups, valid, *, graded=None, masking="exclude") -> Gr
     teaches = samples.total(samples.advantages(scale_by_std=False) != 0) > 0
     conditions = [
         samples.total(samples.graded) == 0,
-        ~teaches & (samples.size < 2),
-        ~teaches & ~samples.differ,
+        samples.size < 2,
+        ~samples.differ,
         ~teaches,
     ]
     reasons = np.select(conditions, ["ungraded", "too_few_valid", "all_equal", "no_advantage"], default="")

@@ -176,8 +176,6 @@ class LearnerRank(RankActor):
         for part in parts:
             inputs, rows = part.inputs, part.inputs.batch_rows
             step_advantages = torch.where((inputs.steps == 0) & ~keeps_first[rows], 0.0, advantages[rows])
-            lowered = inputs.latent & (step_advantages < 0)
-            step_advantages = torch.where(lowered, step_advantages * config.negative_latent_scale, step_advantages)
             counted = graded[rows]
             components = self.engine.forward(inputs, None, part.others)
             log_probs = self._steps(

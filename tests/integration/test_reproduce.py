@@ -11,14 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from training import PROFILE, TASK, tiny
+from training import PROFILE, TASK
 
 from common.models import load_model
-from deploy.bench.in_process import train_in_process
-from deploy.progress import Reporter
 from deploy.reproduce import Request, SuiteFailed, reproduce, run_unit
-from deploy.run_folder import create_run
-from learner.objective import policy_loss
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,23 +55,6 @@ def test_both_runners_compute_the_same(ray_session, suite, tmp_path):
     for unit in ("starts/latent-seed4/base", "runs/mixture-seed4/model"):
         ours, alone = (dict(load_model(tmp_path / r / unit).named_parameters()) for r in ("pipeline", "in_process"))
         assert all(torch.allclose(ours[name], alone[name], atol=2e-5) for name in ours)
-
-
-def test_a_negative_advantage_counts_less_at_latent_steps_only(tmp_path, monkeypatch):
-    seen = []
-
-    def recorded(log_probs, old, advantages, *rest, **options):
-        seen.append(advantages.clone())
-        return policy_loss(log_probs, old, advantages, *rest, **options)
-
-    monkeypatch.setattr("learner.rank.policy_loss", recorded)
-    for name in ("1.0", "0.25"):
-        config = tiny(f"negative_latent_scale={name}", "steps=1", "deterministic=true", "evaluation.tasks=[]")
-        train_in_process(create_run(config, name, tmp_path / name), config, Reporter())
-    whole, quarter = torch.cat(seen[: len(seen) // 2]), torch.cat(seen[len(seen) // 2 :])
-    negative = whole < 0
-    assert torch.equal(whole[~negative], quarter[~negative])
-    assert set((quarter[negative] / whole[negative]).tolist()) == {0.25, 1.0}, "latent and hard steps"
 
 
 def test_a_stopped_suite_goes_on_and_reports(suite, tmp_path):

@@ -27,28 +27,6 @@ def test_masking_modes_differ_in_who_enters_and_who_keeps_an_advantage():
     np.testing.assert_allclose(include, [*whole[:3], 0.0], atol=1e-6)
 
 
-def test_penalised_samples_move_nobody_else_and_are_only_pushed_down():
-    rewards, valid = [1, 0, 0, 0, 1], [1, 1, 1, 0, 0]  # the last: a right answer whose budget ended
-    got, exclude = (advantages(rewards, valid, masking=m) for m in ("penalise", "exclude"))
-    np.testing.assert_array_equal(got[:3], exclude[:3])
-    np.testing.assert_allclose(got[3:], [-1 / 3 / (np.std(rewards, ddof=1) + 1e-6), 0.0], atol=1e-6)
-    unscaled = advantages(rewards, valid, masking="penalise", scale_by_std=False)
-    np.testing.assert_allclose(unscaled, [2 / 3, -1 / 3, -1 / 3, -1 / 3, 0.0], atol=1e-6)
-
-
-def test_what_penalising_teaches_where_excluding_does_not():
-    one_right = ([1, 0, 0], [1, 0, 0])
-    assert drop_reason(*one_right) == "too_few_valid"
-    assert drop_reason(*one_right, masking="penalise") is None
-    assert (advantages(*one_right, masking="penalise") < 0).tolist() == [False, True, True]
-    all_right = ([1, 1, 0], [1, 1, 0])
-    assert drop_reason(*all_right) == "all_equal"
-    assert drop_reason(*all_right, masking="penalise") is None
-    for nothing in (([0, 0, 0], [0, 0, 0]), ([0, 0, 0], [1, 1, 0]), ([1, 1], [1, 1])):
-        assert drop_reason(*nothing, masking="penalise") is not None
-        assert (advantages(*nothing, masking="penalise") == 0).all()
-
-
 @pytest.mark.parametrize("rewards", [[1, 1, 1], [0, 0, 0], [0.3, 0.3, 0.3]])
 def test_a_group_without_signal_gets_exactly_zero(rewards):
     assert (advantages(rewards, [1, 1, 1]) == 0).all()
