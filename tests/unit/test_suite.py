@@ -195,3 +195,10 @@ def test_every_shipped_suite_is_valid(name, tmp_path):
         if quick and suite.quick is None:
             continue
         resolved(load_suite(name, quick=quick), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["miniature", "gsm8k"])
+def test_the_long_arms_train_longer_than_their_siblings(name, tmp_path):
+    suite = load_suite(name, seeds=[0])
+    steps = {arm: config_of(suite, arm, 0, tmp_path).steps for arm in suite.arms}
+    assert steps["mixture-400"] == steps["centered-400"] == 2.5 * steps["mixture"] == 2.5 * steps["centered"]
