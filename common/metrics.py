@@ -150,19 +150,29 @@ def read_metrics(
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a :class:`LineFile`; a torn last line is left out. Raises :class:`MetricsError`."""
+    return (parsed_line(path, number, line) for number, line in whole_lines(path))
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of a :class:`LineFile`, as they are; a torn last one is left out. Raises MetricsError."""
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open("rb")
     except FileNotFoundError as error:
         raise MetricsError(f"{path}: no such record; is {path.parent} the folder of a run that has begun?") from error
     with file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 log.warning("%s: line %d is torn and left out", path, number)
                 return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise MetricsError(f"{path}, line {number}: not JSON: {error}") from error
+            yield number, line
+
+
+def parsed_line(path: Path, number: int, line: bytes) -> Any:
+    """What a line of :func:`whole_lines` says. Raises :class:`MetricsError` with its place."""
+    try:
+        return json.loads(line.decode())
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise MetricsError(f"{path}, line {number}: not JSON: {error}") from error
 
 
 class LineFile:

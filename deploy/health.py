@@ -11,12 +11,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from common.config import HealthConfig, RunConfig
-from common.metrics import LineFile, MetricsError, read_lines, read_metrics
+from common.metrics import LineFile, MetricsError, parsed_line, read_metrics, whole_lines
 
 FILE = "alarms.jsonl"
 
@@ -316,17 +316,65 @@ def _words(rule: Rule, value: float, limit: float) -> str:
     return rule.message.format(value=f"{value:.3g}", share=f"{value:.0%}", rest=f"{1 - value:.0%}", limit=f"{limit:g}")
 
 
-def read_alarms(run_folder: str | Path) -> list[Alarm]:
-    """The alarms of a run's live history, oldest first; none for a run without any. Raises :class:`MetricsError`."""
-    folder = Path(run_folder)
-    if not (folder / FILE).is_file():
-        return []
-    live = {(row["step"], row["lineage"]) for row in read_metrics(folder)}
-    try:
-        alarms = [Alarm(**row) for row in read_lines(folder / FILE)]
-    except TypeError as error:
-        raise MetricsError(f"{folder / FILE}: written by another version of this program: {error}") from error
-    return [alarm for alarm in alarms if (alarm.step, alarm.lineage) in live]
+@dataclass(frozen=True, slots=True)
+class AlarmRecord:
+    """A run's alarms, oldest first. `left_out`: a sentence for each line of the file that could not be read."""
+
+    alarms: tuple[Alarm, ...]
+    left_out: tuple[str, ...]
+
+
+def read_alarms(run_folder: str | Path) -> AlarmRecord:
+    """The alarms of a run's live history; none for a run without any. A damaged or foreign line costs only itself.
+
+    Raises :class:`MetricsError` where the run's metrics, which tell its live history, cannot be read.
+    """
+    path = Path(run_folder) / FILE
+    if not path.is_file():
+        return AlarmRecord((), ())
+    live = {(row["step"], row["lineage"]) for row in read_metrics(path.parent)}
+    alarms, left_out = [], []
+    for number, line in whole_lines(path):
+        try:
+            alarm = _alarm(path, number, parsed_line(path, number, line))
+        except MetricsError as error:
+            left_out.append(str(error))
+            continue
+        if (alarm.step, alarm.lineage) in live:
+            alarms.append(alarm)
+    return AlarmRecord(tuple(alarms), tuple(left_out))
+
+
+def _alarm(path: Path, number: int, row: Any) -> Alarm:
+    """Raises :class:`MetricsError` for anything but an alarm of this version of the program."""
+    place = f"{path}, line {number}: not an alarm that this program reads"
+    if not isinstance(row, dict):
+        raise MetricsError(f"{place}: expected an object, got {type(row).__name__}")
+    names = {field.name for field in fields(Alarm)}
+    if missing := sorted(names - row.keys()):
+        raise MetricsError(f"{place}: it has no {', '.join(missing)}; another program or version wrote it")
+    if unknown := sorted(row.keys() - names):
+        raise MetricsError(f"{place}: unknown {', '.join(map(repr, unknown))}; another program or version wrote it")
+    wrong = [name for name, fits in _FITS.items() if not fits(row[name])]
+    if wrong:
+        raise MetricsError(f"{place}: {wrong[0]} is {row[wrong[0]]!r:.100}")
+    return Alarm(**row)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "lineage"), _whole),
+    **dict.fromkeys(("time", "value", "limit"), _finite),
+    **dict.fromkeys(("name", "message", "cause", "remedy"), lambda value: isinstance(value, str)),
+    "state": lambda value: value in ("raised", "lasting", "over"),
+}
 
 
 def last_active(alarms: Iterable[Alarm]) -> list[Alarm]:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.learner_record import REASONS
-from deploy.health import FILE, last_active, read_alarms
+from deploy.health import FILE, last_active
 from deploy.run_facts import facts
 from deploy.run_view import RunView
 from deploy.selection import Filters, InspectionError, Row
@@ -119,9 +119,8 @@ def overview(run: RunView) -> RenderableType:
 
 def _alarm_lines(run: RunView) -> list[Text]:
     """The alarms that were not over at the end, with cause and remedy."""
-    alarms = read_alarms(run.folder.path)
-    lines = [Text(f"alarm since step {a.step}: {visible(a.sentence)}", style="red") for a in last_active(alarms)]
-    over = sum(alarm.state == "over" for alarm in alarms)
+    lines = [Text(f"alarm since step {a.step}: {visible(a.sentence)}", style="red") for a in last_active(run.alarms)]
+    over = sum(alarm.state == "over" for alarm in run.alarms)
     return lines + ([Text(f"{over} earlier alarms are over: {FILE}", style="dim")] if over else [])
 
 
@@ -161,7 +160,7 @@ def overview_json(run: RunView) -> dict[str, Any]:
         "facts": dict(facts(run)),
         "summary": run.summary,
         "manifest": run.manifest,
-        "alarms": [dataclasses.asdict(a) for a in read_alarms(run.folder.path)],
+        "alarms": [dataclasses.asdict(a) for a in run.alarms],
         "steps": overview_steps(run),
     }
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from common.metrics import FILE as METRICS_FILE
 from common.metrics import read_metrics
 from common.store import DumpError, DumpFile, LearnerStore, TrajectoryStore, count_rows, read_columns, step_ranges
+from deploy.health import Alarm, read_alarms
 from deploy.run_folder import RunFolder
 from deploy.run_manifest import ManifestError, read_manifest
 from deploy.selection import Filters, InspectionError, Row, exact_first, no_match, ordered
@@ -24,7 +25,7 @@ from deploy.selection import Filters, InspectionError, Row, exact_first, no_matc
 
 @dataclass
 class RunView:
-    """An open run. `unreadable` collects a sentence for each file that a reading had to leave out."""
+    """An open run. `unreadable` collects a sentence for each file, or line of one, that a reading left out."""
 
     folder: RunFolder
     settings: dict[str, Any]  # config.json as it stands: readable whatever version wrote it
@@ -50,6 +51,14 @@ class RunView:
 
     def metric_rows(self, kind: str) -> list[dict[str, Any]]:
         return [row for row in self.metrics if row["kind"] == kind]
+
+    @cached_property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """Of the live history, oldest first; lines that cannot be read are named in `unreadable`. Raises MetricsError
+        where the run's metrics cannot be read."""
+        record = read_alarms(self.folder.path)
+        self.unreadable += record.left_out
+        return record.alarms
 
     @property
     def wanted_steps(self) -> int:

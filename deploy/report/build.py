@@ -69,9 +69,7 @@ def _sample(run: RunView, filters: Filters, limit: int) -> Sample:
         if filters.choosing:
             raise
         return Sample(notes=[f"No trajectories: {error}."])
-    made = sample(run, rows, limit, run_tokens(run), run.settings.get("component_weighting") or "mixture")
-    made.notes += [f"Left out: {line}." for line in run.unreadable]
-    return made
+    return sample(run, rows, limit, run_tokens(run), run.settings.get("component_weighting") or "mixture")
 
 
 def index(run: RunView, made: Sample) -> dict[str, Any]:
@@ -89,7 +87,7 @@ def index(run: RunView, made: Sample) -> dict[str, Any]:
         "charts": charts(run),
         "health": health,
         "no_health": no_health,
-        "notes": made.notes,
+        "notes": [*made.notes, *(f"Left out: {line}." for line in run.unreadable)],  # the panel's reading among them
         "vocabulary": made.vocabulary,
         "trajectories": made.trajectories,
     }

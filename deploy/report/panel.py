@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from common.config import ConfigError, parse_config
-from deploy.health import Judge, read_alarms
+from deploy.health import Judge
 from deploy.run_view import RunView
 
 
@@ -22,8 +22,7 @@ def panel(run: RunView) -> tuple[dict[str, Any] | None, str]:
     judge = Judge(config, lineage=0)
     for row in rows:
         judge.judge(row["step"], {name: v for name, v in row["metrics"].items() if v is not None})
-    alarms = read_alarms(run.folder.path)
-    raised = Counter(alarm.name for alarm in alarms if alarm.state == "raised")
+    raised = Counter(alarm.name for alarm in run.alarms if alarm.state == "raised")
     watched = [
         {
             "name": standing.rule.name.removeprefix("min_").removeprefix("max_").replace("_", " "),
@@ -38,4 +37,4 @@ def panel(run: RunView) -> tuple[dict[str, Any] | None, str]:
         }
         for standing in judge.standings()
     ]
-    return {"watched": watched, "alarms": [{"step": a.step, "sentence": a.sentence} for a in alarms]}, ""
+    return {"watched": watched, "alarms": [{"step": a.step, "sentence": a.sentence} for a in run.alarms]}, ""

@@ -1,6 +1,7 @@
 """Alarms: each is raised by what it is for, said in a plain sentence with cause and remedy, recorded, and ended."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 from fake_run import fake_config, fake_trajectory
 
 from common.config import HealthConfig, load_config
-from common.metrics import MetricsError, MetricsWriter
+from common.metrics import MetricsWriter
 from common.schema import encode
-from deploy.health import FILE, RULES, HealthMonitor, read_alarms
+from deploy.health import FILE, RULES, AlarmRecord, HealthMonitor, read_alarms
 from deploy.rollout_metrics import rollout_metrics
 from learner.learner import summarize
 from learner.rank import RankReport, UpdateReport
@@ -135,27 +136,47 @@ def test_the_record_is_read_back_without_abandoned_steps_and_without_a_torn_line
         for step in (1, 2, 3):
             first.judge(step, bad if step == 3 else HEALTHY)
             metrics.write(step, {"rollout/reward": 0.5})
-        assert [a.name for a in read_alarms(tmp_path)] == ["max_truncated_share"]
+        assert [a.name for a in read_alarms(tmp_path).alarms] == ["max_truncated_share"]
         with (tmp_path / FILE).open("a") as file:
             file.write('{"step": 4')
-        assert len(read_alarms(tmp_path)) == 1
+        assert len(read_alarms(tmp_path).alarms) == 1
         second = monitor(tmp_path, lineage=1)  # from the checkpoint of step 1; nothing is wrong this time
         for step in (2, 3):
             second.judge(step, HEALTHY)
             metrics.write(step, {"rollout/reward": 0.5}, lineage=1)
-        assert read_alarms(tmp_path) == []
+        assert read_alarms(tmp_path) == AlarmRecord((), ())
         (alarm,) = second.judge(4, bad)
         metrics.write(4, {"rollout/reward": 0.5}, lineage=1)
-    assert read_alarms(tmp_path) == [alarm]
+    assert read_alarms(tmp_path) == AlarmRecord((alarm,), ())
 
 
-def test_a_run_without_alarms_and_a_foreign_record_are_told_apart(tmp_path):
+def test_a_damaged_or_foreign_line_of_the_record_costs_only_itself_and_is_named(tmp_path):
     with MetricsWriter(tmp_path) as metrics:
         metrics.write(1, {"rollout/reward": 0.5})
-    assert read_alarms(tmp_path) == []
-    (tmp_path / FILE).write_text('{"step": 1}\n')
-    with pytest.raises(MetricsError, match="another version"):
-        read_alarms(tmp_path)
+    assert read_alarms(tmp_path) == AlarmRecord((), ())
+    (alarm,) = monitor(tmp_path).judge(1, HEALTHY | {"rollout/truncated_share": 0.9})
+    row = dataclasses.asdict(alarm)
+    bad = {
+        "it has no cause, limit, lineage": {"step": 1},
+        "unknown 'severity'": row | {"severity": 3},
+        "value is nan": row | {"value": float("nan")},
+        "step is [1]": row | {"step": [1]},
+        "state is 'smoking'": row | {"state": "smoking"},
+        "expected an object, got list": [1],
+        "not JSON": "{",
+        "not JSON: 'utf-8'": b"\xff\xfe",
+    }
+    lines = [
+        b if isinstance(b, bytes) else b.encode() if isinstance(b, str) else json.dumps(b).encode()
+        for b in bad.values()
+    ]
+    good = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(b"\n".join(lines) + b"\n" + good)
+    record = read_alarms(tmp_path)
+    assert record.alarms == (alarm,)
+    for number, (sentence, said) in enumerate(zip(bad, record.left_out, strict=True), start=1):
+        assert f"{FILE}, line {number}: " in said
+        assert sentence in said
 
 
 def rollouts(*changes, k=3):

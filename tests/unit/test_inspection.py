@@ -418,3 +418,22 @@ def test_alarms_that_last_are_shown_with_what_to_do_and_those_that_are_over_are_
     assert "raise tasks.*.max_response_tokens" in text
     assert "1 earlier alarms are over" in text
     assert "could not be graded" not in text
+
+
+def test_a_damaged_line_of_the_alarms_is_left_out_and_named_and_everything_else_is_shown(tmp_path):
+    from deploy.health import FILE, HealthMonitor
+
+    folder = make_fake_run(tmp_path / "run")
+    monitor = HealthMonitor(folder.path, folder.config(), 0)
+    monitor.judge(1, {"rollout/truncated_share": 0.9})
+    monitor.close()
+    with (folder.path / FILE).open("a") as file:
+        file.write("{damaged\n")
+    text = " ".join(shown(folder.path, width=400).split())
+    assert "alarm since step 1: 90% of rollouts were cut off by the token budget" in text
+    assert "3 of 3 recorded steps" in text
+    assert f"{FILE}, line 2: not JSON" in text
+    overview = shown_json(folder.path)
+    assert [alarm["step"] for alarm in overview["alarms"]] == [1]
+    (sentence,) = overview["left_out"]
+    assert f"{FILE}, line 2: not JSON" in sentence

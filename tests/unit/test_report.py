@@ -193,7 +193,11 @@ def test_the_health_panel_judges_the_runs_metrics_and_has_its_alarms(tmp_path):
             metrics.write(step, values)
             monitor.judge(step, values)
     monitor.close()
-    health = contents(write_report(open_run(folder.path)))["health"]
+    with (folder.path / "alarms.jsonl").open("a") as file:
+        file.write("{damaged\n")
+    found = contents(write_report(open_run(folder.path)))
+    assert "alarms.jsonl, line 2: not JSON" in " ".join(found["notes"])
+    health = found["health"]
     watched = {rule["name"]: rule for rule in health["watched"]}
     assert (watched["truncated share"]["state"], watched["truncated share"]["value"]) == ("alarm", 0.75)
     assert watched["truncated share"]["raised"] == 1
