@@ -50,8 +50,13 @@ def inspect(
     """Shows a run in the terminal: its steps, its trajectories, and what the model thought in one of them."""
     from deploy import inspection
     from deploy.run_view import open_run
-    from deploy.selection import Filters, parse_steps
+    from deploy.selection import Filters, InspectionError, parse_steps
 
+    if diff is not None and (show is not None or step):
+        raise InspectionError(
+            f"--diff and {'--step' if show is None else '--show'} exclude each other: --diff names its two steps, and "
+            "the problem that it shows at both is chosen by --problem UID"
+        )
     filters = Filters(
         steps=parse_steps(step or []), purpose=purpose, task=task, failed=failed, correct=correct, reason=reason,
         group=group, problem=problem, sample_index=sample_index, min_length=min_length, max_length=max_length,

@@ -13,12 +13,14 @@ import pytest
 from fake_run import fake_records, fake_trajectory
 from fake_run import fake_run as make_fake_run
 from rich.console import Console
+from typer.testing import CliRunner
 
 from common.learner_record import record_schema
 from common.metrics import MetricsWriter
 from common.schema import encode
 from common.store import DumpError, LearnerStore, TrajectoryStore
 from deploy.inspection import diff, inspect
+from deploy.reading import reading
 from deploy.run_view import open_run
 from deploy.selection import Filters, InspectionError, parse_steps
 from deploy.terminal_text import visible, visible_token
@@ -265,6 +267,17 @@ def test_diff_shows_a_problem_whose_grade_changed_at_both_versions(tmp_path):
 def test_diff_without_a_common_problem_says_how_to_get_one(fake):
     with pytest.raises(InspectionError, match=r"no problem was dumped at both steps.*dump.evaluation=true"):
         diff_of(fake, 1, 2)
+
+
+@pytest.mark.parametrize("option", [("--show", "2"), ("--step", "20")])
+def test_diff_refuses_an_option_that_it_would_ignore(tmp_path, option):
+    path = two_evaluations(tmp_path / "run")
+    result = CliRunner().invoke(reading, ["inspect", str(path), "--diff", "0", "20", *option])
+    assert isinstance(result.exception, InspectionError)
+    assert f"--diff and {option[0]} exclude each other" in str(result.exception)
+    assert "--problem UID" in str(result.exception)
+    found = CliRunner().invoke(reading, ["inspect", str(path), "--diff", "0", "20", "--problem", "chains/0"])
+    assert "step 20, version 20" in found.output
 
 
 # --- bad input: one clear sentence each
