@@ -251,7 +251,7 @@ def _read_table(path: Path, names: Sequence[str] | None, kind: type[DumpStore]) 
             return file.read(columns=names, use_threads=False).combine_chunks()
     except FileNotFoundError as error:
         raise DumpError(f"{path}: no such dump") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name is damaged
         size = path.stat().st_size if path.exists() else 0
         raise DumpError(
             f"{path}: not a readable Parquet file ({size} bytes): it is truncated, damaged or foreign; delete it, or "

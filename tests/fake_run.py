@@ -10,6 +10,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from common.config import config_as_json, load_config
 from common.learner_record import STEP_COLUMNS, encode_records, filtered_records
@@ -164,3 +165,14 @@ def fake_run(path, *, steps=3, groups=4, group_size=4, k=3, learner=True, finish
     if finished:
         (path / FINISHED_BY).write_text(json.dumps({"minutes": 0.2, "before": {}, "after": {}}))
     return folder
+
+
+def damage_page(path, column) -> None:
+    """Flips one bit at the end of a Parquet column's values; the file's size and footer stay."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    chunks = map(group.column, range(group.num_columns))
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
+    content = bytearray(path.read_bytes())
+    content[start + chunk.total_compressed_size - 1] ^= 0x10
+    path.write_bytes(content)

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
-from fake_run import fake_records, fake_trajectory
+from fake_run import damage_page, fake_records, fake_trajectory
 from fake_run import fake_run as make_fake_run
 from rich.console import Console
 from typer.testing import CliRunner
@@ -337,6 +337,43 @@ def test_a_damaged_dump_is_left_out_and_named_and_refused_where_it_alone_was_ask
     with pytest.raises(DumpError, match="not a readable Parquet file"):
         shown(path, Filters(steps=((2, 2),)))
     assert "left out: " in shown(path)  # the overview too
+
+
+def test_machines_are_told_what_was_left_out(tmp_path):
+    path = make_fake_run(tmp_path / "run").path
+    first, second, _ = sorted((path / "trajectories").rglob("*.parquet"))
+    for file, column in ((first, "reward"), (second, "latent_scores")):  # one that lists read, one that they do not
+        damage_page(file, column)
+    for found in (shown_json(path, Filters(failed=True)), shown_json(path, Filters(failed=True), show=20)):
+        (sentence,) = found["left_out"]
+        assert str(first) in sentence
+        assert "truncated, damaged or foreign" in sentence
+    assert {row["step"] for row in shown_json(path, Filters(failed=True))["trajectories"]} == {2, 3}
+    assert shown_json(path)["left_out"] == []  # the overview only counts rows, which the damage does not touch
+    second.write_bytes(second.read_bytes()[:-50])
+    (sentence,) = shown_json(path)["left_out"]
+    assert str(second) in sentence
+    with pytest.raises(DumpError, match="damaged"):
+        shown_json(path, Filters(steps=((2, 2),)), show=1)
+
+
+def test_a_trajectory_whose_own_page_is_damaged_is_refused_in_a_sentence(tmp_path):
+    path = make_fake_run(tmp_path / "run", steps=1).path
+    (file,) = (path / "trajectories").rglob("*.parquet")
+    damage_page(file, "latent_scores")
+    assert shown_json(path, Filters(failed=True))["left_out"] == []
+    with pytest.raises(DumpError, match=f"{file.name}: not a readable Parquet file.*damaged"):
+        shown_json(path, show=1)
+
+
+def test_diff_tells_machines_what_was_left_out(tmp_path):
+    path = two_evaluations(tmp_path / "run")
+    broken = path / "trajectories" / "evaluation" / "step=20" / "lineage-0000-part-0001.parquet"
+    broken.write_bytes(b"PAR1 nothing of ours")
+    found = json.loads(diff_of(path, 0, 20, machine=True))
+    assert found["problem"] == "chains/1"
+    (sentence,) = found["left_out"]
+    assert str(broken) in sentence
 
 
 def test_a_damaged_learner_record_costs_only_the_learners_columns(tmp_path):

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_run import damage_page
 
 from common import store as store_module
 from common.schema import TrajectoryBatch, encode
-from common.store import DumpError, TrajectoryStore, read_dump
+from common.store import DumpError, TrajectoryStore, count_rows, read_columns, read_dump
 from common.types import SamplingSettings, Trajectory
 
 
@@ -108,6 +109,32 @@ def test_a_flipped_byte_is_noticed(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DumpError, match="damaged"):
         read_dump(path)
+
+
+@pytest.mark.parametrize("column", ["problem_uid", "prompt_ids", "latent_scores", "hard_log_probs", "reward"])
+def test_a_damaged_data_page_is_noticed_by_whoever_reads_its_column_and_by_nobody_else(tmp_path, column):
+    path = TrajectoryStore(tmp_path).write(1, batch(50))
+    damage_page(path, column)
+    for read in (lambda: read_dump(path), lambda: read_columns(path, ["sample_index", column])):
+        with pytest.raises(
+            DumpError, match=rf"{path.name}: not a readable Parquet file \({path.stat().st_size} bytes\).*damaged"
+        ):
+            read()
+    assert read_columns(path, ["sample_index"])["sample_index"].to_pylist() == list(range(50))
+    assert count_rows(path) == 50
+
+
+def test_a_damaged_byte_anywhere_gives_the_rows_that_were_written_or_a_sentence(tmp_path):
+    path = TrajectoryStore(tmp_path).write(1, batch(5))
+    good, written, refused = path.read_bytes(), read_dump(path), []
+    for place in range(0, len(good), 7):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0xC0]) + good[place + 1 :])
+        try:
+            assert read_dump(path).equals(written)
+        except DumpError as error:
+            refused.append(str(error))
+    assert all(path.name in sentence for sentence in refused)
+    assert len(refused) > len(good) / 7 / 2
 
 
 def test_a_foreign_parquet_file_is_refused(tmp_path):
