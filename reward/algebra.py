@@ -48,7 +48,7 @@ class Unreadable(ValueError):
 
 def equal(gold: str, given: str) -> bool:
     """Whether two normalised answers, one value or relation each, are equal. Raises Unreadable if one means nothing."""
-    gold_value, given_value = parse(gold), parse(given)
+    gold_value, given_value = parse_gold(gold), parse(given)
     try:
         decided = _equal_constants(gold_value, given_value)
         if decided is None:
@@ -86,6 +86,12 @@ def parse(latex: str) -> sympy.Basic:
         raise
     except Exception as error:  # SymPy raises nearly every type on meaningless input
         raise Unreadable(f"{latex[:200]!r} means nothing ({type(error).__name__}: {error})") from error
+
+
+@lru_cache(maxsize=8192)
+def parse_gold(latex: str) -> sympy.Basic:
+    """:func:`parse` of a gold, in a cache of its own: golds come back, most responses do not. Raises Unreadable."""
+    return parse.__wrapped__(latex)
 
 
 def _equal_constants(gold: sympy.Basic, given: sympy.Basic) -> bool | None:

@@ -21,7 +21,7 @@ from reward.choice import read_choice
 from reward.equations import DENIED, states_its_value
 from reward.extraction import Extraction, balanced, extract
 from reward.latex import normalise
-from reward.math_answers import AlgebraicEquality, AlgebraNeeded, Answer, Sequence, read_answer, same_answer
+from reward.math_answers import AlgebraicEquality, AlgebraNeeded, Answer, Sequence, read_answer, read_gold, same_answer
 from reward.numbers import Number, read_number, same_number
 from reward.verifier import Grade, UnreadableGoldError, Verifier, load_verifier, settled
 
@@ -147,11 +147,11 @@ class MathVerifier(BoxedVerifier):
 
     def parses_gold(self, gold: str) -> bool:
         """Whether `gold` is a number, words or another plain form, or is readable to math-verify."""
-        answer = read_answer(gold)
+        answer = read_gold(gold)
         return answer is not None and _has_meaning(answer)
 
     def _grade(self, response_text: str, gold: str, algebra: AlgebraicEquality | None) -> Grade:
-        wanted = read_answer(gold)
+        wanted = read_gold(gold)
         if wanted is None:
             raise UnreadableGoldError(
                 f"The gold answer {gold[:200]!r} of a `math` problem is empty or has unbalanced braces."
@@ -202,7 +202,7 @@ def _has_meaning(answer: Answer) -> bool:
     from reward import algebra, latex
 
     try:
-        algebra.parse(latex.with_mixed_numbers(answer.text))
+        algebra.parse_gold(latex.with_mixed_numbers(answer.text))
     except algebra.Unreadable:
         return False
     return True

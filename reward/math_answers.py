@@ -84,6 +84,12 @@ def read_answer(content: str) -> Answer | None:
     return _read(latex.normalise(content))
 
 
+@lru_cache(maxsize=16_384)
+def read_gold(gold: str) -> Answer | None:
+    """:func:`read_answer` of a gold, in a cache of its own: golds come back, most responses do not."""
+    return read_answer.__wrapped__(gold)
+
+
 def same_answer(gold: Answer, given: Answer, algebra: AlgebraicEquality | None) -> bool:
     """Whether `given` states what `gold` states.
 

@@ -178,6 +178,28 @@ def test_gold_answers_are_checked_before_a_run(kind: str, gold: str, parsable: b
     assert gold_is_parsable(kind, gold) is parsable
 
 
+def test_a_stream_of_distinct_responses_does_not_evict_the_golds(monkeypatch) -> None:
+    from reward import algebra, latex
+
+    read, parsed = [], []
+    normalise, parse = latex.normalise, algebra.math_verify.parse
+    monkeypatch.setattr(latex, "normalise", lambda text: (read.append(text), normalise(text))[1])
+    for i in range(4_201):
+        gold = "7919/3" if i % 4_200 == 0 else "5"
+        MathVerifier().quick_grade(rf"\boxed{{{i}}}", gold)
+    assert read.count("7919/3") == 1
+    some = parse(r"\boxed{5}")
+    monkeypatch.setattr(algebra.math_verify, "parse", lambda text, **_: (parsed.append(text), some)[1])
+    try:
+        for i in range(2_201):
+            gold = "y + 7919" if i % 2_200 == 0 else "y + 5"
+            algebra.equal(gold, f"{i} + y")
+    finally:  # what was parsed is a fake
+        algebra.parse.cache_clear()
+        algebra.parse_gold.cache_clear()
+    assert parsed.count(r"\boxed{y + 7919}") == 1
+
+
 @pytest.mark.parametrize("kind", ["number", "choice", "math"])
 def test_an_unreadable_gold_is_an_error_and_no_verdict(kind: str) -> None:
     with pytest.raises(ValueError, match="gold answer"):
