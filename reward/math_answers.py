@@ -42,6 +42,7 @@ _DROPPED = re.compile(
 )
 _IDLE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])|(?<=[0-9])\s+(?=[A-Za-z])|(?<=[A-Za-z])\s+(?=[0-9])")
 _OPTION = re.compile(r"[A-H]")
+_COORDINATE = re.compile(r"([A-Za-z])(?:\s*_\s*\{?\s*([0-9]{1,4})\s*\}?)?")
 _ASSIGNED = re.compile(r"(?:[A-Za-z]|\\[a-z]+|\\text\{[^{}]*\})(?:_\{?\w+\}?)?\s*(?:\([A-Za-z, ]*\))?")
 
 AlgebraicEquality = Callable[[str, str], bool]
@@ -118,7 +119,7 @@ def same_answer(gold: Answer, given: Answer, algebra: AlgebraicEquality | None) 
         stated = _read(rest[0]) if len(rest) == 1 and _LETTERS.search(named) else None  # "(x, y) = (1, 2)"
         if not isinstance(stated, Sequence) or (stated.brackets == ("", "") and not states_its_value(named)):
             return False
-        return _same_sequence(gold, stated, algebra)
+        return _same_sequence(gold, _by_name(stated, _tuple_names(named)), algebra)
     if isinstance(given, Sequence):
         if given.brackets[0] and _RELATION.search(gold.text) and "=" not in gold.text:
             return _algebraic(gold.text, given.text, algebra)
@@ -220,6 +221,8 @@ def _sequence(text: str, brackets: tuple[str, str], parts: list[str], depth: int
 def _same_sequence(gold: Sequence, given: Sequence, algebra: AlgebraicEquality | None) -> bool:
     if len(gold.items) != len(given.items):
         return False
+    gold_names, given_names = _item_names(gold), _item_names(given)
+    gold, given = _by_name(gold, gold_names), _by_name(given, given_names)
     matrices = [answer for answer in (gold, given) if answer.brackets[0] == "matrix"]
     if len(matrices) == 2 and gold.brackets != given.brackets:
         return False
@@ -229,11 +232,50 @@ def _same_sequence(gold: Sequence, given: Sequence, algebra: AlgebraicEquality |
         return column and brackets == ("(", ")") and _same_in_order(gold, given, algebra)
     bare, braces, tuple_ = ("", ""), ("\\{", "\\}"), ("(", ")")
     brackets = {gold.brackets, given.brackets}
+    if brackets == {bare} and gold_names and not given_names:
+        return _same_in_order(
+            gold, given, algebra
+        )  # "x = 1, y = 2", answered as "1, 2": which is which, its place says
     if brackets <= {bare, braces}:
         return _same_unordered(list(gold.items), list(given.items), algebra)
     if len(brackets) == 1 or brackets == {bare, tuple_}:
         return _same_in_order(gold, given, algebra)
     return False
+
+
+def _item_names(answer: Sequence) -> list[str]:
+    """The names of `x = 1, y = 2`; none unless every item is given to a name of its own."""
+    parts = [latex.split_top_level(item.text, frozenset({"="})) for item in answer.items]
+    if not all(len(part) == 2 and _ASSIGNED.fullmatch(part[0]) for part in parts):
+        return []
+    names = [_spelling(part[0]) for part in parts]
+    return names if len(set(names)) == len(names) else []
+
+
+def _tuple_names(text: str) -> list[str]:
+    """The names of `(x, y)`; none for anything else."""
+    brackets = latex.enclosing_brackets(text)
+    return [] if brackets is None else latex.split_top_level(brackets[1], frozenset({","}))
+
+
+def _by_name(answer: Sequence, names: list[str]) -> Sequence:
+    """The answer with its items in the order that their names have: `y = 1, x = 2` is the point (2, 1).
+
+    Only where names follow one another, in the alphabet (x, y) or by their index (x_1, x_2). Of others, such as m and
+    b, nothing but the problem says which comes first, and the items stay as they were written.
+    """
+    matches = [_COORDINATE.fullmatch(name) for name in names]
+    if len(names) != len(answer.items) or not all(matches):
+        return answer
+    indexed = all(match[2] for match in matches)
+    if not indexed and any(match[2] for match in matches):
+        return answer
+    places = [int(match[2]) if indexed else ord(match[1]) for match in matches]
+    one_run = sorted(places) == list(range(min(places), max(places) + 1))
+    if not one_run or (indexed and len({match[1] for match in matches}) > 1):
+        return answer
+    items = [item for _, item in sorted(zip(places, answer.items, strict=True), key=lambda pair: pair[0])]
+    return Sequence(answer.text, answer.brackets, tuple(items))
 
 
 def _same_in_order(gold: Sequence, given: Sequence, algebra: AlgebraicEquality | None) -> bool:
