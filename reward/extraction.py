@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+from reward.last_number import last_number
+
 MAX_ANSWER_CHARS = 2_000
 """A box with more characters is malformed: no answer of any benchmark comes near it, and parsers are superlinear."""
 MAX_BRACE_DEPTH = 40
@@ -14,7 +16,6 @@ MAX_BRACE_DEPTH = 40
 
 _FALLBACK_TAIL_CHARS = 2_000
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
-_LAST_NUMBER = re.compile(r"(?<![\w.,])[-−]?[$€£¥₹]?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:\s?\\?%)?(?![\w])")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\u200b-\u200f\u2060\ufeff]")
 
 
@@ -23,7 +24,7 @@ class Extraction:
     """What a response offers as its answer: the text inside the last box, or None and why there is none."""
 
     content: str | None
-    raw: str | None  # the content as the response has it, unprintable characters included
+    raw: str | None  # the content as the response has it, unprintable characters included; of a number as it was read
     source: Literal["box", "malformed_box", "last_number", "none"]
 
 
@@ -32,7 +33,7 @@ def extract(response_text: str, *, fallback: Literal["none", "last_number"] = "n
 
     The last `\\boxed{}` (or `\\fbox{}`) counts. If there is a box, nothing outside it counts: an empty, unclosed,
     overlong or too deeply nested last box is `malformed_box`, whatever boxes or numbers stand before it. Without any
-    box the answer is the last number when `fallback` is `last_number`, else `none`.
+    box the answer is the last number when `fallback` is `last_number` (`reward.last_number`), else `none`.
     """
     opening = _last_box(response_text)
     if opening is not None:
@@ -40,9 +41,13 @@ def extract(response_text: str, *, fallback: Literal["none", "last_number"] = "n
         content = "" if raw is None else readable(raw).strip()
         return Extraction(content, raw, "box") if content else Extraction(None, None, "malformed_box")
     if fallback == "last_number":
-        numbers = _LAST_NUMBER.findall(readable(response_text[-_FALLBACK_TAIL_CHARS:]))
-        if numbers:
-            return Extraction(numbers[-1], numbers[-1], "last_number")
+        tail = response_text[-_FALLBACK_TAIL_CHARS:]
+        whole = (
+            tail if len(tail) == len(response_text) else re.sub(r"^\S+", "", tail)
+        )  # no number that the cut shortened
+        number = last_number(readable(whole))
+        if number is not None:
+            return Extraction(number, number, "last_number")
     return Extraction(None, None, "none")
 
 

@@ -34,12 +34,12 @@ _FRACTION = (
     r"\\[dtc]?frac\s*(?:\{\s*(?P<top>[-+]?(?:UNSIGNED))\s*\}|(?P<top1>[0-9]))"
     r"\s*(?:\{\s*(?P<bottom>[-+]?(?:UNSIGNED))\s*\}|(?P<bottom1>[0-9]))"
 )
-_NUMBER = re.compile(
+NUMBER = re.compile(  # of `plain` text
     (
         rf"(?P<sign>(?:(?<![0-9A-Za-z.)}}])|^)[-+]\s*)?(?:{_CURRENCY}\s*)*(?P<inner_sign>[-+])?"
         rf"(?:(?:(?P<whole>[0-9]+)\s*(?:(?:\+|and)\s*)?)?{_FRACTION}"
         rf"|(?:(?P<mixed>[0-9]+)(?:\s*\+\s*|\s+and\s+|\s+))?(?P<numerator>[0-9]+)\s*/\s*(?P<denominator>[0-9]+)"
-        rf"(?![0-9.,])"
+        rf"(?![0-9]|[.,][0-9])"
         rf"|(?P<plain>UNSIGNED)(?:{_POWER_OF_TEN})?)"
     ).replace("UNSIGNED", _UNSIGNED)
 )
@@ -106,7 +106,7 @@ _AROUND = {
     False: re.compile(r"[\s.,;(){}$€£¥₹₩₽₪₫฿¢]*"),
 }
 # A letter that multiplies the number is a variable, unless it is a unit's sign (or, behind a space, "a" or "I").
-_VARIABLE = re.compile(r"(?![mgshlLWVNJCFK])[A-Za-z](?![A-Za-z])|\s+(?![mgshlLWVNJCFKaAI])[A-Za-z](?![A-Za-z/])")
+_VARIABLE = re.compile(r"\s*π|(?![mgshlLWVNJCFK])[A-Za-z](?![A-Za-z])|\s+(?![mgshlLWVNJCFKaAI])[A-Za-z](?![A-Za-z/])")
 # An operator behind the number, unless it joins a unit: 18-inch, 18/day, 18/h.
 _FIRST_OPERAND = re.compile(r"\s*(?:-(?![A-Za-z]{2})|/(?!\s?(?:[A-Za-z]{2}|[mgshlL]\b))|[+*])")
 _SIGNED_BRACKET = re.compile(r"[-/][\s(\[{$€£¥₹₩₽₪₫฿¢]*$")  # -(5), -{5}, 1/(5)
@@ -162,11 +162,11 @@ def read_number(text: str, *, words: bool = True) -> Number | None:
     """
     if len(text) > MAX_NUMBER_CHARS or text.count("\\{") != text.count("\\}"):
         return None
-    text = _plain(text)
+    text = plain(text)
     found = None
     position = 0
     # `finditer` would skip what precedes a match; the words between numbers have to be looked at too.
-    for match in _NUMBER.finditer(text):
+    for match in NUMBER.finditer(text):
         if found is not None:
             return None
         found = match
@@ -233,7 +233,7 @@ def equal_values(given: Fraction, gold: Fraction) -> bool:
     return abs(given - gold) <= min(RELATIVE_TOLERANCE * abs(gold), ABSOLUTE_TOLERANCE)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """The answer with dressing removed: text commands unwrapped, spaces single, thousands joined, signs in ASCII."""
     text = text.translate(_UNICODE)
     for character, (top, bottom) in _VULGAR.items():
@@ -255,8 +255,13 @@ def _plain(text: str) -> str:
     return text.strip().lstrip("~").strip().strip("_").removesuffix("\\$").strip("$").strip()
 
 
+def is_digit(character: str) -> bool:
+    """Whether a character is a digit or a fraction in one character."""
+    return character.isdigit() or character in _VULGAR
+
+
 def _value(match: re.Match[str]) -> Fraction | None:
-    """The signed value of a match of `_NUMBER`; None for a zero denominator, two signs or an absurd exponent."""
+    """The signed value of a match of `NUMBER`; None for a zero denominator, two signs or an absurd exponent."""
     group = match.groupdict()
     signs = [s.strip() for s in (group["sign"], group["inner_sign"]) if s]
     if len(signs) > 1:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import time
 from fractions import Fraction
 
 import pytest
 from corpus_math import MATH_CORRECT, MATH_WRONG
-from corpus_words import CHOICE_CORRECT, CHOICE_WRONG, NUMBER_CORRECT, NUMBER_WRONG
+from corpus_words import CHOICE_CORRECT, CHOICE_WRONG, LAST_NUMBER, NUMBER_CORRECT, NUMBER_WRONG
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reward.answers import ChoiceVerifier, MathVerifier, NumberVerifier, gold_is_parsable, grade
+from reward.last_number import last_number
 from reward.numbers import read_number
 
 CORPUS = [
@@ -83,6 +85,32 @@ def test_the_fallback_takes_the_last_number_only_where_there_is_no_box(kind: str
     assert grade(kind, "no idea", "18", fallback="last_number").reason == "no_answer"
     with pytest.raises(ValueError, match="last_number"):
         grade(kind, "18", "18", fallback="last_nubmer")
+
+
+@pytest.mark.parametrize(("text", "number", "why"), LAST_NUMBER)
+def test_the_last_number_is_taken_whole_or_not_at_all(text: str, number: str | None, why: str) -> None:
+    assert last_number(text) == number, why
+    for kind in ("number", "math"):
+        golds = [number] if number else re.findall("[0-9]+", text)  # none of its parts
+        for gold in golds:
+            verdict = grade(kind, text, gold, fallback="last_number")
+            assert verdict.reason == ("correct" if number else "no_answer"), why
+
+
+@settings(max_examples=300, deadline=None)
+@example("5 " * 900)
+@given(st.text("0123456789 .,-+/=$%xa(){}\\\n", max_size=40) | st.text(max_size=60))
+def test_the_last_number_reads_back_to_itself(text: str) -> None:
+    number = last_number(text)
+    assert number is None or last_number(number) == number
+    for verifier in (NumberVerifier("last_number"), MathVerifier("last_number")):
+        assert verifier.quick_grade(text, "18") == verifier.quick_grade(verifier.condensed(text), "18")
+
+
+def test_a_number_that_the_reach_of_the_fallback_cuts_is_not_taken() -> None:
+    assert grade("number", "7" * 2_001, "7", fallback="last_number").reason == "no_answer"
+    assert grade("number", "5" * 10 + "18" + " " * 1_998, "18", fallback="last_number").reason == "no_answer"
+    assert grade("number", "word " * 1_000 + "18", "18", fallback="last_number").reason == "correct"
 
 
 HOSTILE = [
