@@ -37,18 +37,46 @@ _TAKEN_BACK = re.compile(  # behind a label: a denial, another letter, or nothin
     re.IGNORECASE,
 )
 
+_LETTER = r"(?:(?i:option|choice)\s+)?(?:[(\[]\s*[A-Z]\s*[)\]]|[A-Z](?![A-Za-z]))"
+_NOT_OTHERS = rf"(?i:not)\s+{_LETTER}(?:(?:\s*,\s*{_LETTER})*\s*,?\s+(?i:or|nor)\s+{_LETTER})?"  # "not A, C or D"
+_APART = r"(?:\s*[,;]\s*(?i:(?:and|but)\s+)?|\s+(?i:and|but)\s+)"
+_DENIES_OTHERS = re.compile(rf"(?:{_APART}{_NOT_OTHERS}|\s*\(\s*{_NOT_OTHERS}\s*\))\s*\.?$")  # B, not C
+_OTHERS_ARE_WRONG = re.compile(  # behind "B is correct"
+    rf"(?:{_APART}|\.\s+){_LETTER}(?:(?:\s*,\s*{_LETTER})*\s*,?\s+(?i:and)\s+{_LETTER})?"
+    r"\s+(?i:(?:is|are)(?:\s+not|n't)(?:\s+(?:correct|right|true))?|(?:is|are)\s+(?:wrong|incorrect|false))\s*\.?$"
+)
+
+_MAX_DENYING_CHARS = 200  # a letter and denials alone; searching for them is quadratic in the text
+
 
 def read_choice(content: str) -> str | None:
     """The one option letter that `content` states, upper case; else None. B: "B", "(b)", "B.", "B) 5 m", "option B"."""
     text = _FONT.sub(r"\\text", content.translate(_FULL_WIDTH).replace("\\{", "(").replace("\\}", ")"))
     text, _ = unwrapped(_DRESS.sub(" ", text))
-    text = _SUFFIX.sub("", _PREFIX.sub("", " ".join(text.split()))).strip()
+    text, denied = _without_denied(" ".join(text.split()))
+    text = _SUFFIX.sub("", _PREFIX.sub("", text)).strip()
     while text.startswith("{") and text.endswith("}"):
         text = text[1:-1].strip()
     if match := _ALONE.fullmatch(text):
-        return match[1].upper()
+        letter = match[1].upper()
+        return None if letter in denied else letter
+    if denied:
+        return None  # with the option's text, a denial may belong to it
     match = _LABELLED.fullmatch(text)
     if match is None or match[3][:1] in tuple("+-^_!*/=<>"):
         return None
     other = _ANOTHER.search(match[3]) or _TAKEN_BACK.search(match[3])
     return None if other else match[1] or match[2]
+
+
+def _without_denied(text: str) -> tuple[str, set[str]]:
+    """A text without the other letters that it denies at its end, and these letters."""
+    denied: set[str] = set()
+    if len(text) > _MAX_DENYING_CHARS:
+        return text, denied
+    while (match := _DENIES_OTHERS.search(text)) or (match := _OTHERS_ARE_WRONG.search(text)):
+        head = text[: match.start()]
+        if match.re is _OTHERS_ARE_WRONG and not _SUFFIX.search(head):
+            break
+        text, denied = head, denied | set(re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", match.group()))
+    return text, denied
