@@ -7,6 +7,7 @@ nothing of the spread between seeds; the report says so.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,13 @@ class Estimate:
     low: float | None
     high: float | None
     seeds: int
+
+    @property
+    def of_proportion(self) -> Estimate:
+        """The same for a proportion: its interval ends at 0 and 1. A mean of rewards beyond them is none, and stays."""
+        if self.low is None or not 0.0 <= self.mean <= 1.0:
+            return self
+        return dataclasses.replace(self, low=max(self.low, 0.0), high=min(self.high, 1.0))
 
     def text(self, form: str = "{:+.3f}") -> str:
         shown = form.format(self.mean)

@@ -100,6 +100,11 @@ def is_error(name: str) -> bool:
     return name == "standard_error" or name.startswith("sampled_error_at_")
 
 
+def is_proportion(name: str) -> bool:
+    """Whether a metric lies between 0 and 1: pass@1, pass@k, the invalid rate."""
+    return name.removeprefix("sampled_").startswith("pass_at_") or name == "invalid_rate"
+
+
 def error_of(metrics: dict[str, float], name: str) -> float | None:
     """Standard error over problems of the metric `name`, where there is one."""
     if name == "pass_at_1":

@@ -92,13 +92,14 @@ def _plots(report: dict) -> list[tuple[str, Any]]:
 def _bars(go, report: dict):
     rows = list(reversed(report["arms"]))
     values = [row["metrics"]["pass_at_1"] for row in rows]
-    half = [0.0 if v["low"] is None else v["high"] - v["mean"] for v in values]
+    above = [0.0 if v["low"] is None else v["high"] - v["mean"] for v in values]
+    below = [0.0 if v["low"] is None else v["mean"] - v["low"] for v in values]
     figure = go.Figure(
         go.Bar(
             x=[v["mean"] for v in values],
             y=[row["title"] for row in rows],
             orientation="h",
-            error_x={"type": "data", "array": half},
+            error_x={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
             marker_color=["#c7c7c7" if row["is_start"] else COLORS[0] for row in rows],
         )
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.claims import Results, estimate, judge_all
-from deploy.results import UnitResult, error_of, is_error, read_result
+from deploy.results import UnitResult, error_of, is_error, is_proportion, read_result
 from deploy.run_folder import write_atomically
 from deploy.suite import Suite, unit_folder, units
 
@@ -23,8 +23,9 @@ COLUMNS = (
 )
 RULES = (
     "pass@1 has the noise off. Intervals are 95 %: Student's over seeds, or with one seed the normal one over "
-    "problems, which knows nothing of the spread between seeds. A difference is reproduced if its mean reaches what is "
-    "wanted and its interval lies above 0 (for `at least equal`: unless it lies below 0)."
+    "problems, which knows nothing of the spread between seeds; those of proportions are shown up to 0 and 1. A "
+    "difference is reproduced if its mean reaches what is wanted and its interval lies above 0 (for `at least equal`: "
+    "unless it lies below 0)."
 )
 
 
@@ -91,7 +92,8 @@ def _row(
             continue
         having = [r for r in found if metric in r.metrics]
         errors = [error for r in having if (error := error_of(r.metrics, metric)) is not None]
-        metrics[metric] = dataclasses.asdict(estimate([r.metrics[metric] for r in having], errors))
+        found_metric = estimate([r.metrics[metric] for r in having], errors)
+        metrics[metric] = dataclasses.asdict(found_metric.of_proportion if is_proportion(metric) else found_metric)
     gain = None
     if not is_start:
         start = suite.arms[name].start

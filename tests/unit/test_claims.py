@@ -7,6 +7,8 @@ import pytest
 from deploy.claims import STUDENT, estimate, judge
 from deploy.results import UnitResult, macro
 from deploy.suite import Claim, Suite
+from deploy.suite_page import page
+from deploy.suite_report import figures, markdown
 
 SUITE = Suite.model_validate({
     "title": "s", "profile": "p", "seeds": [0, 1, 2],
@@ -140,3 +142,42 @@ def test_mass_must_leave_the_answer_and_reach_the_fillers():
 def test_every_task_weighs_the_same():
     values = {"a/pass_at_1": 0.2, "b/pass_at_1": 0.6, "a/standard_error": 0.03, "b/standard_error": 0.04, "a/only": 1.0}
     assert macro(values) == pytest.approx({"pass_at_1": 0.4, "standard_error": 0.025})
+
+
+def test_proportions_are_shown_between_0_and_1_and_verdicts_do_not_change():
+    def metrics(at_1, at_32, invalid, length):
+        rates = {"pass_at_1": at_1, "invalid_rate": invalid, "sampled_pass_at_1": at_1, "sampled_pass_at_32": at_32}
+        return rates | {"standard_error": 0.02, "chain_length": length}
+
+    start = [metrics(p, 0.5, 0.0, 0.1) for p in (0.0, 0.02, 0.0)]
+    after = [
+        metrics(p, q, i, n) for p, q, i, n in ((0.98, 1.0, 0.0, 0.1), (0.99, 0.97, 0.0, 0.9), (1.0, 0.98, 0.03, 2))
+    ]
+    found = results(latent=start, mixture=after)
+    claim = Claim(
+        text="c", test={"kind": "difference", "arm": "mixture", "than": "latent", "metric": "sampled_pass_at_32"}
+    )
+    suite = SUITE.model_copy(update={"claims": {"gain": claim}})
+    manifest = {"sessions": [{"time": "t", "commit": "c", "versions": {}, "grader": "g", "data": {}}]}
+    report = figures(suite, found, manifest | {"seeds": [0, 1, 2], "machine": "m"})
+    latent, mixture = report["arms"]
+    for row in (latent, mixture):
+        for name in ("pass_at_1", "sampled_pass_at_32", "invalid_rate"):
+            assert 0.0 <= row["metrics"][name]["low"] <= row["metrics"][name]["high"] <= 1.0
+    free = estimate([metrics["sampled_pass_at_32"] for metrics in after])
+    assert free.high > 1.0
+    assert (mixture["metrics"]["sampled_pass_at_32"]["low"], mixture["metrics"]["sampled_pass_at_32"]["high"]) == (
+        free.low,
+        1.0,
+    )
+    assert "0.983 [0.945, 1.000]" in markdown(report)
+    assert "0.983 [0.945, 1.000]" in page(report)
+    assert mixture["metrics"]["chain_length"]["low"] < 0.0  # no proportion
+    assert mixture["gain"]["high"] > 1.0  # a difference
+    assert report["claims"][0]["verdict"] == "reproduced"
+    assert report["claims"][0]["numbers"].startswith("mixture - latent, sampled_pass_at_32: +0.483 [+0.445, +0.521]")
+
+
+def test_a_mean_reward_above_1_is_no_proportion():
+    shaped = estimate([1.05, 1.15])
+    assert shaped.of_proportion == shaped
