@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.config import ConfigError, RunConfig, config_as_json, load_config
+from common.config import ConfigError, config_as_json
+from deploy.arguments import listed, overrides, settings, whole_numbers
 from deploy.bench import bench
 from deploy.reading import reading
 
@@ -41,40 +42,6 @@ RUN_ERRORS = {
 """By name: importing their modules would load torch and Ray for every command."""
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
-
-
-def overrides(arguments: list[str]) -> list[str]:
-    """`--a.b 1`, `--a.b=1` and `a.b=1` as `a.b=1`. Raises ConfigError for an option without a value."""
-    found, pending = [], None
-    for argument in arguments:
-        if pending is not None:
-            found.append(f"{pending}={argument}")
-            pending = None
-        elif argument.startswith("--") and "=" not in argument:
-            pending = argument[2:]
-        elif "=" in argument:
-            found.append(argument.removeprefix("--"))
-        else:
-            raise ConfigError(f"unexpected argument {argument!r}; settings look like --key.sub VALUE or key.sub=VALUE")
-    if pending is not None:
-        raise ConfigError(f"--{pending} has no value; settings are given as --key.sub VALUE or key.sub=VALUE")
-    return found
-
-
-def listed(text: str) -> list[str]:
-    """`a, b` as ["a", "b"]."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in listed(text)]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected whole numbers separated by commas, e.g. 0,1,2") from None
-
-
-def settings(profile: str, context: typer.Context) -> RunConfig:
-    return load_config(profile, overrides(context.args))
 
 
 @contextmanager

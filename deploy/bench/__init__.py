@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from deploy.arguments import overrides
+
 bench = typer.Typer(no_args_is_help=True, help="Measures a part of the pipeline on this machine.")
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
@@ -41,7 +43,6 @@ def bench_loop(
     """A step of the pipeline (Ray, DeepSpeed) beside a step of the same loop in one process."""
     from common.config import load_config, of_model
     from deploy.bench.loop import compare, show, write_json
-    from deploy.cli import overrides
 
     config = load_config(profile, [*overrides(context.args), *(of_model(model) if model else [])])
     found = compare(config, steps)
