@@ -9,7 +9,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from deploy.suite_report import RULES, arm_table, claim_table, facts, mass_table, seed_table
+from deploy.suite_figures import RULES, arm_table, claim_table, facts, mass_table, seed_table
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }

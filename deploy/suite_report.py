@@ -1,32 +1,21 @@
 """The report of a suite: one set of figures as report.json, report.md and report.html (its plots need no network).
 
-What is shown is computed once (:func:`figures`); Markdown and HTML only lay it out.
+results ─► suite_figures ─┬─► report.json
+                          ├─► suite_markdown ─► report.md
+                          └─► suite_page ─────► report.html
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
-from deploy.claims import Results, estimate, judge_all
-from deploy.results import UnitResult, error_of, is_error, is_proportion, read_result
+from deploy.results import read_result
 from deploy.run_folder import write_atomically
 from deploy.suite import Suite, unit_folder, units
-
-COLUMNS = (
-    ("pass_at_1", "pass@1"),
-    ("chain_length", "chain length"),
-    ("latent_length", "latent steps"),
-    ("invalid_rate", "invalid rate"),
-)
-RULES = (
-    "pass@1 has the noise off. Intervals are 95 %: Student's over seeds, or with one seed the normal one over "
-    "problems, which knows nothing of the spread between seeds; those of proportions are shown up to 0 and 1. A "
-    "difference is reproduced if its mean reaches what is wanted and its interval lies above 0 (for `at least equal`: "
-    "unless it lies below 0)."
-)
+from deploy.suite_figures import figures
+from deploy.suite_markdown import markdown
+from deploy.suite_page import page
 
 
 def write_report(suite: Suite, folder: Path) -> tuple[Path, Path, Path]:
@@ -36,238 +25,8 @@ def write_report(suite: Suite, folder: Path) -> tuple[Path, Path, Path]:
         for unit in units(suite)
         if (result := read_result(unit_folder(folder, unit))) is not None
     }
-    from deploy.suite_page import page  # lays out what this module computes
-
     report = figures(suite, found, json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
     paths = tuple(folder / f"report.{kind}" for kind in ("md", "html", "json"))
     for path, text in zip(paths, (markdown(report), page(report), json.dumps(report, indent=1) + "\n"), strict=True):
         write_atomically(path, text)
     return paths
-
-
-# --- figures -------------------------------------------------------------------------------------------------------
-
-
-def figures(suite: Suite, results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the report says, as plain values."""
-    total = len(list(units(suite)))
-    rows = []
-    for name, title, is_start in _lines(suite):
-        of_unit = [results[name, seed] for seed in suite.seeds if (name, seed) in results]
-        if of_unit:
-            rows.append(_row(suite, name, title, is_start, of_unit, results))
-    return {
-        "title": suite.title,
-        "profile": suite.profile,
-        "runner": suite.runner,
-        "complete": len(results) == total,
-        "units": {"finished": len(results), "all": total},
-        "arms": rows,
-        "claims": [dataclasses.asdict(judged) for judged in judge_all(suite, results)],
-        "curves": _curves(suite, results),
-        "masses": _masses(suite, results),
-        "manifest": {
-            **manifest,
-            "units": {f"{n}-seed{s}": r.provenance.get("commit") for (n, s), r in results.items()},
-        },
-        "minutes": round(sum(r.minutes for r in results.values()), 1),
-    }
-
-
-def _lines(suite: Suite) -> list[tuple[str, str, bool]]:
-    """(name, title, is a start), each start before its arms."""
-    lines = []
-    for name, start in suite.starts.items():
-        lines.append((name, start.title, True))
-        lines += [(arm_name, arm.title, False) for arm_name, arm in suite.arms.items() if arm.start == name]
-    return lines
-
-
-def _row(
-    suite: Suite, name: str, title: str, is_start: bool, found: list[UnitResult], results: Results
-) -> dict[str, Any]:
-    metrics = {}
-    for metric in found[0].metrics:
-        if is_error(metric):
-            continue
-        having = [r for r in found if metric in r.metrics]
-        errors = [error for r in having if (error := error_of(r.metrics, metric)) is not None]
-        found_metric = estimate([r.metrics[metric] for r in having], errors)
-        metrics[metric] = dataclasses.asdict(found_metric.of_proportion if is_proportion(metric) else found_metric)
-    gain = None
-    if not is_start:
-        start = suite.arms[name].start
-        pairs = [(r, results[start, r.seed]) for r in found if (start, r.seed) in results]
-        if pairs:
-            errors = [(a.metrics["standard_error"] ** 2 + b.metrics["standard_error"] ** 2) ** 0.5 for a, b in pairs]
-            values = [a.metrics["pass_at_1"] - b.metrics["pass_at_1"] for a, b in pairs]
-            gain = dataclasses.asdict(estimate(values, errors))
-    speeds = [r.seconds_per_step for r in found if r.seconds_per_step]
-    return {
-        "name": name,
-        "title": title,
-        "is_start": is_start,
-        "start": name if is_start else suite.arms[name].start,
-        "metrics": metrics,
-        "gain": gain,
-        "each": {str(r.seed): r.metrics for r in found},
-        "tasks": {task: values for r in found[:1] for task, values in r.tasks.items()}
-        if len(found[0].tasks) > 1
-        else {},
-        "seconds_per_step": sum(speeds) / len(speeds) if speeds else None,
-        "minutes": sum(r.minutes for r in found),
-    }
-
-
-def _curves(suite: Suite, results: Results) -> dict[str, list[dict[str, float]]]:
-    """Arm -> evaluated pass@1 over steps from its start on: mean, lowest and highest seed."""
-    curves = {}
-    for name, arm in suite.arms.items():
-        by_step: dict[int, list[float]] = {}
-        for seed in suite.seeds:
-            if (name, seed) not in results:
-                continue
-            start = results.get((arm.start, seed))
-            points = [(0, start.metrics["pass_at_1"])] if start else []
-            points += [(int(p["step"]), p["pass_at_1"]) for p in results[name, seed].evaluations]
-            for step, value in points:
-                by_step.setdefault(step, []).append(value)
-        if by_step:
-            curves[name] = [
-                {"step": step, "mean": sum(v) / len(v), "low": min(v), "high": max(v)}
-                for step, v in sorted(by_step.items())
-            ]
-    return curves
-
-
-def _masses(suite: Suite, results: Results) -> dict[str, list[dict[str, float]]]:
-    """Arm -> the last latent step's masses over steps, mean over seeds (`deploy.probe`)."""
-    found = {}
-    for name, arm in suite.arms.items():
-        by_step: dict[int, list[dict[str, float]]] = {}
-        for seed in suite.seeds:
-            if (name, seed) not in results or not results[name, seed].probe:
-                continue
-            start = results.get((arm.start, seed))
-            for point in [*(start.probe if start else []), *results[name, seed].probe]:
-                by_step.setdefault(int(point["step"]), []).append(point)
-        if by_step:
-            kinds = ("answer", "other_numbers", "fillers")
-            found[name] = [
-                {"step": step, **{kind: sum(p[kind] for p in points) / len(points) for kind in kinds}}
-                for step, points in sorted(by_step.items())
-            ]
-    return found
-
-
-# --- tables that both layouts show ---------------------------------------------------------------------------------
-
-
-def _sampled(report: dict) -> list[str]:
-    """Names of the pass@k columns: the largest k that most arms have, and k = 1."""
-    names = {name for row in report["arms"] for name in row["metrics"] if name.startswith("sampled_pass_at_")}
-    ordered = sorted(names, key=lambda name: int(name.rpartition("_")[2]))
-    return ordered if len(ordered) <= 2 else [ordered[0], ordered[-1]]
-
-
-def arm_table(report: dict) -> tuple[list[str], list[list[str]]]:
-    sampled = _sampled(report)
-    header = ["arm", "seeds", "pass@1", "gain over its start", *(title for _, title in COLUMNS[1:])]
-    header += [f"pass@{name.rpartition('_')[2]}, noise on" for name in sampled] + ["s / step"]
-    rows = []
-    for row in report["arms"]:
-        at_1 = row["metrics"]["pass_at_1"]
-        cells = [("" if row["is_start"] else "· ") + row["title"], str(at_1["seeds"]), _interval(at_1, "{:.3f}")]
-        cells.append("" if row["gain"] is None else _interval(row["gain"], "{:+.3f}"))
-        for metric, _ in COLUMNS[1:]:
-            value = row["metrics"].get(metric)
-            cells.append(
-                "-" if value is None else f"{value['mean']:.1%}" if metric == "invalid_rate" else f"{value['mean']:.1f}"
-            )
-        cells += [_interval(row["metrics"][n], "{:.3f}") if n in row["metrics"] else "-" for n in sampled]
-        cells.append(f"{row['seconds_per_step']:.2f}" if row["seconds_per_step"] else "")
-        rows.append(cells)
-    return header, rows
-
-
-def _interval(value: dict, form: str) -> str:
-    text = form.format(value["mean"])
-    return text if value["low"] is None else f"{text} [{form.format(value['low'])}, {form.format(value['high'])}]"
-
-
-def seed_table(report: dict) -> tuple[list[str], list[list[str]]]:
-    """pass@1 of every seed."""
-    seeds = sorted({seed for row in report["arms"] for seed in row["each"]}, key=int)
-    rows = [
-        [row["title"], *(f"{row['each'][s]['pass_at_1']:.3f}" if s in row["each"] else "-" for s in seeds)]
-        for row in report["arms"]
-    ]
-    return ["arm", *(f"seed {seed}" for seed in seeds)], rows
-
-
-def claim_table(report: dict) -> tuple[list[str], list[list[str]]]:
-    rows = [[c["text"], c["source"], c["verdict"], c["numbers"]] for c in report["claims"]]
-    return ["claim", "source", "verdict", "numbers"], rows
-
-
-def mass_table(report: dict) -> tuple[list[str], list[list[str]]]:
-    """First and last probe of each arm."""
-    rows = []
-    for name, points in report["masses"].items():
-        for point in points if len(points) < 2 else (points[0], points[-1]):
-            rows.append(
-                [name, f"{point['step']:g}", *(f"{point[k]:.3f}" for k in ("answer", "other_numbers", "fillers"))]
-            )
-    return ["arm", "step", "answer", "other numbers", "fillers"], rows
-
-
-def facts(report: dict) -> list[tuple[str, str]]:
-    manifest = report["manifest"]
-    last = manifest["sessions"][-1]
-    units_of = sorted({str(commit) for commit in manifest["units"].values()})
-    return [
-        ("profile", f"{report['profile']}, runner {report['runner']}"),
-        (
-            "units",
-            f"{report['units']['finished']} of {report['units']['all']} finished, {report['minutes']} minutes in all",
-        ),
-        ("seeds", ", ".join(map(str, manifest["seeds"]))),
-        ("commit", ", ".join(units_of) or last["commit"]),
-        ("versions", ", ".join(f"{name} {version}" for name, version in last["versions"].items())),
-        ("grader", last["grader"]),
-        *((f"data: {name}", value) for name, value in last["data"].items()),
-        ("machine", manifest["machine"]),
-        ("started", f"{manifest['sessions'][0]['time']}, {len(manifest['sessions'])} session(s)"),
-    ]
-
-
-# --- Markdown ------------------------------------------------------------------------------------------------------
-
-
-def markdown(report: dict) -> str:
-    parts = [f"# {report['title']}", ""]
-    if not report["complete"]:
-        parts += [f"**Incomplete**: {report['units']['finished']} of {report['units']['all']} units have finished.", ""]
-    parts += [RULES, "", "## Arms", "", *_md_table(*arm_table(report)), "", "pass@1 of each seed:", ""]
-    parts += [*_md_table(*seed_table(report)), ""]
-    if report["claims"]:
-        parts += ["## Claims", "", *_md_table(*claim_table(report)), ""]
-    if report["curves"]:
-        parts += ["## Curves", "", "Evaluated pass@1 from the start to the last step:", ""]
-        parts += [*_md_table(["arm", "from step 0 on"], _curve_rows(report)), ""]
-    if report["masses"]:
-        parts += ["## The last latent step", "", "Probability of what its mixture holds, noise off:", ""]
-        parts += [*_md_table(*mass_table(report)), ""]
-    parts += ["## Made with", "", *_md_table(["", ""], [list(pair) for pair in facts(report)]), ""]
-    return "\n".join(parts)
-
-
-def _curve_rows(report: dict) -> list[list[str]]:
-    return [[name, " ".join(f"{p['mean']:.2f}" for p in points)] for name, points in report["curves"].items()]
-
-
-def _md_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(header), "|" + "---|" * len(header), *map(line, rows)]

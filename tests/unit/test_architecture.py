@@ -1,6 +1,7 @@
 """The architecture's promises: imports go one way, and settings are readable without the heavy packages."""
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -42,6 +43,29 @@ def test_imports_go_one_way(package):
         if (top := module.partition(".")[0]) in MAY_IMPORT and top not in MAY_IMPORT[package]
     ]
     assert not wrong, f"{package} may import {sorted(MAY_IMPORT[package])} only:\n" + "\n".join(wrong)
+
+
+def runtime_imports(path, known):
+    """Our modules that a file imports when it runs, inside functions too; not those for annotations alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    for block in [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]:
+        block.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in known else node.module for name in names)
+
+
+def test_no_module_imports_itself_through_others():
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in MAY_IMPORT
+        for path in (ROOT / package).rglob("*.py")
+    }
+    graph = {name: {m for m in runtime_imports(path, files) if m in files} - {name} for name, path in files.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules of a cycle
 
 
 def test_the_packages_never_import_the_tests():

@@ -7,8 +7,9 @@ import pytest
 from deploy.claims import STUDENT, estimate, judge
 from deploy.results import UnitResult, macro
 from deploy.suite import Claim, Suite
+from deploy.suite_figures import figures
+from deploy.suite_markdown import markdown
 from deploy.suite_page import page
-from deploy.suite_report import figures, markdown
 
 SUITE = Suite.model_validate({
     "title": "s", "profile": "p", "seeds": [0, 1, 2],
