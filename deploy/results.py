@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from common.config import RunConfig
 from common.metrics import read_metrics
 from deploy.run_folder import write_atomically
+from deploy.scores import average
 
 FILE = "result.json"
 CURVE_POINTS = 200
@@ -55,14 +55,14 @@ def write_result(
 ) -> UnitResult:
     """Collects the unit's figures from its folder. `probe`: whether to look at the last latent step's masses."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    evaluations = [{"step": row["step"], **macro(row["metrics"])} for row in read_metrics(folder, kind="evaluation")]
+    evaluations = [{"step": row["step"], **_macro(row["metrics"])} for row in read_metrics(folder, kind="evaluation")]
     training = list(read_metrics(folder)) if not unit.is_start else []
     seconds = [row["metrics"]["time/step_s"] for row in training]
     result = UnitResult(
         unit=unit.name,
         seed=unit.seed,
         is_start=unit.is_start,
-        metrics=macro(summary["after"]),
+        metrics=_macro(summary["after"]),
         tasks=by_task(summary["after"]),
         evaluations=evaluations,
         training=thinned(training),
@@ -84,20 +84,8 @@ def by_task(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
     return dict(found)
 
 
-def macro(metrics: dict[str, float]) -> dict[str, float]:
-    """Every task weighs the same; standard errors of independent tasks add as squares."""
-    tasks = list(by_task(metrics).values())
-    names = [name for name in tasks[0] if all(name in task for task in tasks)] if tasks else []
-    return {
-        name: math.hypot(*(task[name] for task in tasks)) / len(tasks)
-        if is_error(name)
-        else sum(task[name] for task in tasks) / len(tasks)
-        for name in names
-    }
-
-
-def is_error(name: str) -> bool:
-    return name == "standard_error" or name.startswith("sampled_error_at_")
+def _macro(metrics: dict[str, float]) -> dict[str, float]:
+    return average([*by_task(metrics).values()])
 
 
 def is_proportion(name: str) -> bool:

@@ -7,7 +7,7 @@ All uncertainty is over problems: the samples of one problem are averaged first,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,13 +46,17 @@ class TaskResult:
     ungraded: int  # samples left out of pass@1: their grading failed
     pass_at_k: tuple[PassAtK, ...] = field(default=())  # from separate samples, with the run's noise
 
-    def metrics(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
+        """What is kept of it: name -> value."""
         names = ("pass_at_1", "standard_error", "chain_length", "latent_length", "invalid_rate", "ungraded")
-        values = {f"{self.task}/{name}": float(getattr(self, name)) for name in names}
+        values = {name: float(getattr(self, name)) for name in names}
         for at in self.pass_at_k:
-            values[f"{self.task}/sampled_pass_at_{at.k}"] = at.value
-            values[f"{self.task}/sampled_error_at_{at.k}"] = at.standard_error
+            values[f"sampled_pass_at_{at.k}"] = at.value
+            values[f"sampled_error_at_{at.k}"] = at.standard_error
         return values
+
+    def metrics(self) -> dict[str, float]:
+        return {f"{self.task}/{name}": value for name, value in self.figures().items()}
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -156,38 +160,48 @@ def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return (float(values.mean()) if len(values) else 0.0), float(error)
 
 
+def is_error(name: str) -> bool:
+    """Whether a figure of this name is a standard error."""
+    return name == "standard_error" or name.startswith("sampled_error_at_")
+
+
+def average(tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Several tasks' :meth:`TaskResult.figures` as one's. Every task weighs the same; the tasks are independent
+    samples, so the squares of their errors add up; `ungraded` is a count. A figure that a task lacks is left out."""
+    found = {}
+    for name in [name for name in tasks[0] if all(name in task for task in tasks)] if tasks else []:
+        values = [task[name] for task in tasks]
+        total = math.hypot(*values) if is_error(name) else sum(values)
+        found[name] = total if name == "ungraded" else total / len(values)
+    return found
+
+
 def macro_average(found: Sequence[TaskResult]) -> TaskResult:
-    """Every task weighs the same; the tasks are independent samples, so the squared errors add up."""
+    """The result that stands for all tasks, by :func:`average`."""
     if not found:
         raise ValueError("macro average of no task")
-    value = _average(found, "pass_at_1")
-    error = math.sqrt(sum(r.standard_error**2 for r in found)) / len(found)
+    values = average([result.figures() for result in found])
     problems = sum(r.problems for r in found)
-    common = [at.k for at in found[0].pass_at_k if all(at.k in {a.k for a in r.pass_at_k} for r in found)]
-    by_k = [[next(a for a in r.pass_at_k if a.k == k) for r in found] for k in common]
     return TaskResult(
         task=MACRO,
         problems=problems,
         samples=sum(r.samples for r in found),
-        pass_at_1=value,
-        standard_error=error,
-        interval=interval(value, error, problems),
+        pass_at_1=values["pass_at_1"],
+        standard_error=values["standard_error"],
+        interval=interval(values["pass_at_1"], values["standard_error"], problems),
         runs=tuple(sum(of_run) / len(found) for of_run in zip(*(r.runs for r in found), strict=False)),
-        chain_length=_average(found, "chain_length"),
-        latent_length=_average(found, "latent_length"),
-        invalid_rate=_average(found, "invalid_rate"),
-        ungraded=sum(r.ungraded for r in found),
+        chain_length=values["chain_length"],
+        latent_length=values["latent_length"],
+        invalid_rate=values["invalid_rate"],
+        ungraded=int(values["ungraded"]),
         pass_at_k=tuple(
             PassAtK(
-                k=k,
-                value=sum(a.value for a in ats) / len(ats),
-                standard_error=math.sqrt(sum(a.standard_error**2 for a in ats)) / len(ats),
-                problems=sum(a.problems for a in ats),
+                k=at.k,
+                value=values[f"sampled_pass_at_{at.k}"],
+                standard_error=values[f"sampled_error_at_{at.k}"],
+                problems=sum(a.problems for r in found for a in r.pass_at_k if a.k == at.k),
             )
-            for k, ats in zip(common, by_k, strict=True)
+            for at in found[0].pass_at_k
+            if f"sampled_pass_at_{at.k}" in values
         ),
     )
-
-
-def _average(found: Sequence[TaskResult], name: str) -> float:
-    return sum(getattr(r, name) for r in found) / len(found)

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from deploy.claims import Results, estimate, judge_all
-from deploy.results import UnitResult, error_of, is_error, is_proportion
+from deploy.results import UnitResult, error_of, is_proportion
+from deploy.scores import is_error
 from deploy.suite import Suite, units
 
 COLUMNS = (

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from deploy.claims import STUDENT, estimate, judge
-from deploy.results import UnitResult, macro
+from deploy.results import UnitResult
 from deploy.suite import Claim, Suite
 from deploy.suite_figures import figures
 from deploy.suite_markdown import markdown
@@ -138,11 +138,6 @@ def test_mass_must_leave_the_answer_and_reach_the_fillers():
     assert verdict(test, start | {("uniform", 0): unit("uniform", 0.1, 0.8)})[0] == "reproduced"
     assert verdict(test, start | {("uniform", 0): unit("uniform", 0.1, 0.4)})[0] == "not reproduced"
     assert verdict(test, {("uniform", 0): unit("uniform", 0.1, 0.8)})[0] == "not testable here"
-
-
-def test_every_task_weighs_the_same():
-    values = {"a/pass_at_1": 0.2, "b/pass_at_1": 0.6, "a/standard_error": 0.03, "b/standard_error": 0.04, "a/only": 1.0}
-    assert macro(values) == pytest.approx({"pass_at_1": 0.4, "standard_error": 0.025})
 
 
 def test_proportions_are_shown_between_0_and_1_and_verdicts_do_not_change():

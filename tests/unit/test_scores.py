@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 
@@ -10,7 +11,8 @@ import pytest
 
 from common.schema import encode
 from common.types import SamplingSettings, Trajectory
-from deploy.scores import interval, macro_average, pass_at_k, pass_at_k_results, results
+from deploy.results import by_task
+from deploy.scores import average, interval, macro_average, pass_at_k, pass_at_k_results, results
 
 K = 2
 
@@ -137,3 +139,16 @@ def test_every_task_weighs_the_same_in_the_macro_average():
     assert macro.pass_at_1 == pytest.approx((0.75 + 0.5) / 2)
     assert macro.standard_error == pytest.approx((a.standard_error**2 + b.standard_error**2) ** 0.5 / 2)
     assert (macro.problems, macro.runs) == (6, (pytest.approx(0.625),))
+
+
+def test_stored_figures_have_the_same_macro_average():
+    table = {"a": [[1], [1], [1], [0]], "b": [[0], [1], [None]]}
+    sampled = pass_at_k_results(groups_of({"a": [[1, 0, 0, 1], [0, 0, 0, 1]], "b": [[1, 1, 0, 0]]}), [1, 2])
+    found = [dataclasses.replace(r, pass_at_k=sampled[r.task]) for r in results(groups_of(table))]
+    found[1] = dataclasses.replace(found[1], pass_at_k=found[1].pass_at_k[:1])  # pass@2 of one task only
+    stored = {name: value for result in found for name, value in result.metrics().items()}
+    averaged = average([*by_task(stored).values()])
+    assert averaged == macro_average(found).figures()
+    assert "sampled_pass_at_1" in averaged
+    assert "sampled_pass_at_2" not in averaged
+    assert averaged["ungraded"] == 1.0
