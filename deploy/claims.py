@@ -1,14 +1,14 @@
 """Verdicts on a suite's claims, from its results. Pure.
 
 A difference is taken seed by seed (both sides at one seed share model, data order and problems), then averaged. Its
-95 % interval is Student's over seeds. With one seed it is the normal one of the two errors over problems, which knows
-nothing of the spread between seeds; the report says so.
+95 % interval (:func:`estimate`) holds the spread between seeds and what the evaluation's problems leave open.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,12 @@ from deploy.results import UnitResult, error_of
 from deploy.suite import Claim, Difference, MassMoves, NoDecline, Ratio, Suite, Untestable, named_in
 
 Verdict = Literal["reproduced", "not reproduced", "not testable here"]
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile at 1, 2, ... 9 degrees
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""97.5 % quantile of Student's distribution at 1, 2, ... 30 degrees of freedom; the last one serves beyond."""
 NORMAL = 1.960
 Results = dict[tuple[str, int], UnitResult]
 """(start or arm, seed) -> result, finished ones only."""
@@ -54,17 +59,31 @@ class Judged:
     numbers: str
 
 
-def estimate(values: list[float], errors: list[float] | None = None) -> Estimate:
-    """`errors`: each value's standard error over problems; used where there is one seed only."""
-    mean, n = sum(values) / len(values), len(values)
-    if n > 1:
-        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-        half = spread * (STUDENT[n - 2] if n - 2 < len(STUDENT) else NORMAL)
-    elif errors:
-        half = NORMAL * errors[0]
-    else:
+def estimate(values: Sequence[float], errors: Iterable[float] = ()) -> Estimate:
+    """Mean over seeds with the half-width sqrt((t s / sqrt(n))^2 + (1.96 e)^2).
+
+    s: standard deviation of the n seeds' `values`, t: Student's quantile. e: root mean square of those `errors`, the
+    values' standard errors over problems, that are known (0 is not: no such error, or all right, or all wrong). All
+    seeds are asked the same problems, so e is not divided by sqrt(n): another set of problems would move them all.
+    That is conservative for a difference of two arms, whose `errors` (:func:`error_of_difference`) take their answers
+    to the same problems for independent.
+    """
+    n, known = len(values), [error for error in errors if error > 0]
+    mean = sum(values) / n
+    if n == 1 and not known:
         return Estimate(mean, None, None, n)
+    between = 0.0
+    if n > 1:
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+        between = STUDENT[min(n - 1, len(STUDENT)) - 1] * deviation / math.sqrt(n)
+    over_problems = math.sqrt(sum(e**2 for e in known) / len(known)) if known else 0.0
+    half = math.hypot(between, NORMAL * over_problems)
     return Estimate(mean, mean - half, mean + half, n)
+
+
+def error_of_difference(*errors: float) -> float:
+    """Standard error over problems of a sum or difference of values with these; 0 (not known) where one's is not."""
+    return math.hypot(*errors) if all(errors) else 0.0
 
 
 def judge_all(suite: Suite, results: Results) -> list[Judged]:
@@ -99,38 +118,46 @@ def _needed(suite: Suite, claim: Claim) -> list[str]:
 
 
 def _difference(suite: Suite, test: Difference, results: Results, seeds: list[int]) -> tuple[Verdict, str]:
-    def side(name: str, seed: int) -> tuple[float, float]:
-        """The metric, or its gain over the start, and its squared standard error."""
-        found = _metric(results[name, seed], test.metric)
+    def side(name: str, seed: int) -> tuple[float, list[float]]:
+        """The metric, or its gain over the start, and the standard errors that it is made of."""
+        value, error = _metric(results[name, seed], test.metric)
         if test.gain and name in suite.arms:
-            start = _metric(results[suite.arms[name].start, seed], test.metric)
-            return found[0] - start[0], found[1] + start[1]
-        return found
+            before, error_before = _metric(results[suite.arms[name].start, seed], test.metric)
+            return value - before, [error, error_before]
+        return value, [error]
 
     try:
         pairs = [(side(test.arm, seed), side(test.than, seed)) for seed in seeds]
     except KeyError as error:
         return "not testable here", f"the results have no {error.args[0]}"
-    values = [a[0] - b[0] for a, b in pairs]
-    # without an error over problems (lengths, rates) a single seed has no interval
-    known = all(a[1] > 0 and b[1] > 0 for a, b in pairs)
-    found = estimate(values, [math.sqrt(a[1] + b[1]) for a, b in pairs] if known else None)
+    found = estimate([a[0] - b[0] for a, b in pairs], [error_of_difference(*a[1], *b[1]) for a, b in pairs])
+    holds, remark = _at_least_equal(found, test.margin) if test.equal_will_do else _better(found, test.at_least)
     what = f"{'gain in ' if test.gain else ''}{test.metric}"
-    numbers = f"{test.arm} - {test.than}, {what}: {found.text()}"
-    if test.equal_will_do:
-        holds = (found.high if found.high is not None else found.mean) >= test.at_least
-    else:
-        holds = found.mean >= test.at_least and (found.mean if found.low is None else found.low) > 0
-    if test.at_least:
-        numbers += f"; wanted at least {test.at_least:+g}"
-    if not holds and found.low is not None and found.mean >= test.at_least:
-        numbers += "; the interval includes 0"
+    numbers = f"{test.arm} - {test.than}, {what}: {found.text()}{remark}"
     return ("reproduced" if holds else "not reproduced"), numbers
 
 
+def _better(found: Estimate, at_least: float) -> tuple[bool, str]:
+    """Whether it holds, and what to say of it. Without an interval the mean stands for its ends."""
+    wanted = f"; wanted at least {at_least:+g}" if at_least else ""
+    if found.low is not None and found.low <= 0 <= found.high:
+        return False, f"{wanted}; undecided: the interval includes 0"
+    low = found.mean if found.low is None else found.low
+    return found.mean >= at_least and low > 0, wanted
+
+
+def _at_least_equal(found: Estimate, margin: float) -> tuple[bool, str]:
+    """As :func:`_better`, where up to `margin` below 0 is as good as 0."""
+    low, high = (found.mean, found.mean) if found.low is None else (found.low, found.high)
+    floor = 0 - margin  # not -margin: a margin of 0 is no "-0"
+    if low >= floor:
+        return True, f"; not below {floor:g}"
+    return False, f"; undecided: the interval reaches below {floor:g}" if high >= 0 else "; worse"
+
+
 def _metric(result: UnitResult, name: str) -> tuple[float, float]:
-    """Value and squared standard error over problems (0: not known)."""
-    return result.metrics[name], (error_of(result.metrics, name) or 0.0) ** 2
+    """Value and standard error over problems (0: not known)."""
+    return result.metrics[name], error_of(result.metrics, name)
 
 
 def _ratio(test: Ratio, results: Results, seeds: list[int]) -> tuple[Verdict, str]:

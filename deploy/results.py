@@ -93,11 +93,11 @@ def is_proportion(name: str) -> bool:
     return name.removeprefix("sampled_").startswith("pass_at_") or name == "invalid_rate"
 
 
-def error_of(metrics: dict[str, float], name: str) -> float | None:
-    """Standard error over problems of the metric `name`, where there is one."""
+def error_of(metrics: dict[str, float], name: str) -> float:
+    """Standard error over problems of the metric `name`; 0: not known."""
     if name == "pass_at_1":
-        return metrics.get("standard_error")
-    return metrics.get(name.replace("sampled_pass_at_", "sampled_error_at_")) if "sampled" in name else None
+        return metrics.get("standard_error", 0.0)
+    return metrics.get(name.replace("sampled_pass_at_", "sampled_error_at_"), 0.0) if "sampled" in name else 0.0
 
 
 def thinned(rows: list[dict]) -> list[dict[str, float]]:

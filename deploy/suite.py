@@ -31,7 +31,11 @@ class SuiteError(ConfigError):
 
 
 class Difference(Section):
-    """`arm` - `than` of a metric: an arm or a start each. With `gain`, each arm's difference to its own start."""
+    """`arm` - `than` of a metric: an arm or a start each. With `gain`, each arm's difference to its own start.
+
+    Better: the mean reaches `at_least` and the 95 % interval is above 0. With `equal_will_do`, at least equal: the
+    interval's lower end is not below -`margin`, so that noise makes neither easier.
+    """
 
     kind: Literal["difference"]
     arm: str
@@ -40,7 +44,18 @@ class Difference(Section):
     gain: bool = False
     at_least: float = 0.0
     equal_will_do: bool = False
-    """Reproduced unless the interval lies below 0 (else: the mean reaches `at_least` and the interval is above 0)."""
+    margin: Annotated[float, Field(ge=0)] = 0.05
+    """In the metric's units: how much less still counts as equal."""
+
+    @model_validator(mode="after")
+    def _one_rule(self):
+        if self.equal_will_do and self.at_least:
+            raise ValueError(
+                f"at_least ({self.at_least:g}) is not for equal_will_do, which goes by margin; leave it out"
+            )
+        if "margin" in self.model_fields_set and not self.equal_will_do:
+            raise ValueError("margin is for equal_will_do: true alone, better goes by at_least; leave it out")
+        return self
 
 
 class Ratio(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from deploy.claims import Results, estimate, judge_all
+from deploy.claims import Results, error_of_difference, estimate, judge_all
 from deploy.results import UnitResult, error_of, is_proportion
 from deploy.scores import is_error
 from deploy.suite import Suite, units
@@ -17,10 +17,12 @@ COLUMNS = (
     ("invalid_rate", "invalid rate"),
 )
 RULES = (
-    "pass@1 has the noise off. Intervals are 95 %: Student's over seeds, or with one seed the normal one over "
-    "problems, which knows nothing of the spread between seeds; those of proportions are shown up to 0 and 1. A "
-    "difference is reproduced if its mean reaches what is wanted and its interval lies above 0 (for `at least equal`: "
-    "unless it lies below 0)."
+    "pass@1 has the noise off. Intervals are 95 %: Student's over seeds and, where it is known, one run's error over "
+    "problems, which is not divided by the number of seeds since all are asked the same problems; with one seed the "
+    "latter alone, which knows nothing of the spread between seeds. Those of proportions are shown up to 0 and 1. A "
+    "difference is reproduced if its mean reaches what is wanted and its interval lies above 0; `at least equal` if "
+    "its interval does not reach below minus a margin (0.05 where the claim says no other). Undecided: the interval "
+    "also holds values that say the opposite."
 )
 
 
@@ -67,7 +69,7 @@ def _row(
         if is_error(metric):
             continue
         having = [r for r in found if metric in r.metrics]
-        errors = [error for r in having if (error := error_of(r.metrics, metric)) is not None]
+        errors = [error_of(r.metrics, metric) for r in having]
         found_metric = estimate([r.metrics[metric] for r in having], errors)
         metrics[metric] = dataclasses.asdict(found_metric.of_proportion if is_proportion(metric) else found_metric)
     gain = None
@@ -75,7 +77,7 @@ def _row(
         start = suite.arms[name].start
         pairs = [(r, results[start, r.seed]) for r in found if (start, r.seed) in results]
         if pairs:
-            errors = [(a.metrics["standard_error"] ** 2 + b.metrics["standard_error"] ** 2) ** 0.5 for a, b in pairs]
+            errors = [error_of_difference(a.metrics["standard_error"], b.metrics["standard_error"]) for a, b in pairs]
             values = [a.metrics["pass_at_1"] - b.metrics["pass_at_1"] for a, b in pairs]
             gain = dataclasses.asdict(estimate(values, errors))
     speeds = [r.seconds_per_step for r in found if r.seconds_per_step]

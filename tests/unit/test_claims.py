@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from pydantic import ValidationError
 
 from deploy.claims import STUDENT, estimate, judge
 from deploy.results import UnitResult
@@ -47,6 +48,35 @@ def test_an_interval_over_seeds_is_students():
     alone = estimate([0.5], [0.02])
     assert (alone.low, alone.high) == pytest.approx((0.5 - 1.96 * 0.02, 0.5 + 1.96 * 0.02))
     assert estimate([0.5]).low is None
+    assert estimate([1.0], [0.0]).low is None, "all right: that error is not known"
+
+
+def test_seeds_do_not_average_away_what_their_common_problems_leave_open():
+    """Three runs at 95 % of 128 problems, all alike: each is known to 4 points only, and so is their mean."""
+    error = math.sqrt(0.95 * 0.05 / 128)
+    found = estimate([0.951, 0.951, 0.951], [error] * 3)
+    assert found.high - found.mean == pytest.approx(1.96 * error)
+    spread = 0.01 / math.sqrt(3)
+    both = estimate([0.94, 0.95, 0.96], [0.03, 0.0, 0.01])
+    problems = math.sqrt((0.03**2 + 0.01**2) / 2)  # the one that is not known does not count
+    assert both.mean - both.low == pytest.approx(math.hypot(4.303 * spread, 1.96 * problems))
+
+
+@pytest.mark.parametrize("degrees", range(1, 31))
+def test_the_quantiles_are_students(degrees):
+    """97.5 % of its density lie below each: integrated here, over x = sqrt(degrees) tan(angle)."""
+    constant = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(math.pi)
+    end, pieces = math.atan(STUDENT[degrees - 1] / math.sqrt(degrees)), 2000
+    angles = [end * (i + 0.5) / pieces for i in range(pieces)]
+    share = 0.5 + constant * sum(math.cos(angle) ** (degrees - 1) for angle in angles) * end / pieces
+    assert share == pytest.approx(0.975, abs=3e-5)
+
+
+def test_eleven_seeds_have_an_interval_of_students_and_a_hundred_no_narrower_one_than_the_normal():
+    eleven = estimate([0.0] * 5 + [0.5] + [1.0] * 5)
+    assert eleven.high - 0.5 == pytest.approx(2.228 * 0.5 / math.sqrt(11))
+    hundred = estimate([0.0, 1.0] * 50)
+    assert hundred.high - 0.5 == pytest.approx(2.042 * math.sqrt(25 / 99) / 10)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +106,68 @@ def test_a_gain_over_its_own_start_is_not_a_difference_of_results():
     assert verdict({**test, "gain": True}, found)[0] == "reproduced"
 
 
+EQUAL = {"kind": "difference", "arm": "mixture", "than": "uniform", "equal_will_do": True}
+
+
+def exact(*values):
+    """Of so many problems that they leave nothing open."""
+    return [{"pass_at_1": value, "standard_error": 1e-4} for value in values]
+
+
 def test_equal_is_told_from_better():
-    found = results(mixture=[0.70, 0.72, 0.71], uniform=[0.71, 0.71, 0.71])
-    test = {"kind": "difference", "arm": "mixture", "than": "uniform"}
-    assert verdict(test, found)[0] == "not reproduced"
-    assert verdict({**test, "equal_will_do": True}, found)[0] == "reproduced"
+    found = results(mixture=exact(0.70, 0.72, 0.71), uniform=exact(0.71, 0.71, 0.71))
+    assert verdict({**EQUAL, "equal_will_do": False}, found)[0] == "not reproduced"
+    assert verdict(EQUAL, found)[0] == "reproduced"
     same = results(mixture=[{"chain_length": 3.0}], uniform=[{"chain_length": 3.0}])
-    assert verdict({**test, "metric": "chain_length"}, same)[0] == "not reproduced"
+    assert verdict({**EQUAL, "equal_will_do": False, "metric": "chain_length"}, same)[0] == "not reproduced"
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "expected", "said"),
+    [
+        ([0.30, 0.76, 0.70], 1e-4, "not reproduced", "undecided: the interval reaches below -0.05"),  # noise, no proof
+        ([0.86, 0.95, 0.20], 1e-4, "not reproduced", "undecided: the interval reaches below -0.05"),
+        ([0.60, 0.61, 0.62], 1e-4, "not reproduced", "worse"),
+        ([0.69, 0.695, 0.70], 1e-4, "reproduced", "not below -0.05"),  # a little less, for sure
+        ([0.80, 0.85, 0.90], 1e-4, "reproduced", "not below -0.05"),
+        ([0.71, 0.71, 0.71], 0.03, "not reproduced", "undecided"),  # the seeds agree, their problems are few
+        ([0.70], 0.0, "reproduced", "not below -0.05"),  # no interval: the mean decides
+        ([0.60], 0.0, "not reproduced", "worse"),
+    ],
+)
+def test_at_least_equal_needs_an_interval_above_minus_the_margin(values, error, expected, said):
+    def side(of_seeds):
+        return [{"pass_at_1": value, "standard_error": error} for value in of_seeds]
+
+    kind, numbers = verdict(EQUAL, results(mixture=side(values), uniform=side([0.71] * len(values))))
+    assert kind == expected
+    assert said in numbers
+
+
+def test_more_noise_never_makes_at_least_equal_easier():
+    held = [
+        verdict(EQUAL, results(mixture=exact(0.7 - noise, 0.7, 0.7 + noise), uniform=exact(0.7, 0.7, 0.7)))[0]
+        for noise in (0.0, 0.01, 0.03, 0.1, 0.3)
+    ]
+    assert held == ["reproduced"] * 2 + ["not reproduced"] * 3
+    wide = {**EQUAL, "margin": 0.5}
+    assert verdict(wide, results(mixture=exact(0.6, 0.7, 0.8), uniform=exact(0.7, 0.7, 0.7)))[0] == "reproduced"
+
+
+def test_a_rule_takes_its_own_bound_only():
+    with pytest.raises(ValidationError, match=r"at_least \(0.2\) is not for equal_will_do"):
+        Claim(text="c", test={**EQUAL, "at_least": 0.2})
+    with pytest.raises(ValidationError, match="margin is for equal_will_do: true alone"):
+        Claim(text="c", test={**GAIN, "margin": 0.1})
+
+
+def test_a_difference_whose_interval_holds_zero_is_undecided():
+    kind, numbers = verdict(
+        {"kind": "difference", "arm": "mixture", "than": "uniform"},
+        results(mixture=exact(0.60, 0.80, 0.60), uniform=exact(0.7, 0.7, 0.7)),
+    )
+    assert kind == "not reproduced"
+    assert "undecided: the interval includes 0" in numbers
 
 
 def test_what_was_not_run_is_not_testable_and_named():
