@@ -48,7 +48,7 @@ from deploy.suite import (
     units,
     units_of,
 )
-from deploy.suite_manifest import make_manifest, provenance
+from deploy.suite_manifest import check_session, make_manifest, provenance, this_session
 from deploy.suite_report import write_report
 
 POLL_S = 0.3
@@ -124,7 +124,7 @@ def check(request: Request, *, arms: Sequence[str] = ()) -> list[str]:
 
 
 def open_folder(request: Request, suite: Suite) -> None:
-    """Creates the suite's folder, or checks that it holds this very suite."""
+    """Creates the suite's folder, or checks that it holds this very suite, made with this grader and these data."""
     wanted = resolved(suite, request.folder)
     known = request.folder / "suite.json"
     if known.is_file():
@@ -145,9 +145,11 @@ def open_folder(request: Request, suite: Suite) -> None:
             )
     elif request.folder.exists() and any(request.folder.iterdir()):
         raise SuiteError(f"{request.folder} is not empty and holds no suite; give another --folder")
+    session = this_session(unit_config(suite, unit, request.folder) for unit in units(suite))
+    check_session(request.folder, session)
     request.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(known, json.dumps(wanted, indent=2) + "\n")
-    make_manifest(request.folder, suite, [unit_config(suite, unit, request.folder) for unit in units(suite)])
+    make_manifest(request.folder, suite, session)
 
 
 def _computed(resolved_suite: dict, keys: Iterable[str]) -> dict:

@@ -29,6 +29,7 @@ from deploy.run_folder import RunFolder
 from deploy.versions import versions
 
 if TYPE_CHECKING:
+    from common.tasks import TaskSource
     from deploy.problems import PreparedTask, Problems
 
 FORMAT = 1
@@ -202,6 +203,15 @@ def file_facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 
+def problems_hash(source: TaskSource, count: int) -> str:
+    """Of the source's first `count` problems."""
+    digest = xxhash.xxh3_128()
+    for index in range(count):
+        problem = source.problem(index)
+        digest.update(json.dumps([problem.uid, problem.messages, problem.answer, problem.cot]).encode())
+    return digest.hexdigest()
+
+
 def model_facts(model: str | Path) -> dict[str, Any]:
     """Every file of a model's folder; of a hub id those of its snapshot, whose name is the revision."""
     folder, facts = Path(model), {"source": str(model)}
@@ -234,8 +244,4 @@ def _content(task: PreparedTask, source: TaskConfig) -> dict[str, Any]:
         return {"options": source.options}  # its problems follow from these, the seed and the program
     if not source.path.startswith("hf:"):
         return file_facts(Path(source.path))
-    digest = xxhash.xxh3_128()
-    for index in range(task.source.size):
-        problem = task.source.problem(index)
-        digest.update(json.dumps([problem.uid, problem.messages, problem.answer, problem.cot]).encode())
-    return {"problems_xxh3_128": digest.hexdigest()}
+    return {"problems_xxh3_128": problems_hash(task.source, task.source.size)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from deploy.claims import Results, error_of_difference, estimate, judge_all
@@ -200,9 +202,10 @@ def mass_table(report: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def facts(report: dict) -> list[tuple[str, str]]:
+    """What the numbers were made with, in words; of what may differ between sessions every one that there was."""
     manifest = report["manifest"]
-    last = manifest["sessions"][-1]
-    units_of = sorted({str(commit) for commit in manifest["units"].values()})
+    sessions = manifest["sessions"]
+    names = list(dict.fromkeys(name for session in sessions for name in session["data"]))
     return [
         ("profile", f"{report['profile']}, runner {report['runner']}"),
         (
@@ -210,10 +213,19 @@ def facts(report: dict) -> list[tuple[str, str]]:
             f"{report['units']['finished']} of {report['units']['all']} finished, {report['minutes']} minutes in all",
         ),
         ("seeds", ", ".join(map(str, manifest["seeds"]))),
-        ("commit", ", ".join(units_of) or last["commit"]),
-        ("versions", ", ".join(f"{name} {version}" for name, version in last["versions"].items())),
-        ("grader", last["grader"]),
-        *((f"data: {name}", value) for name, value in last["data"].items()),
+        ("commit", _counted((s["commit"] for s in sessions), "session")),
+        ("commit of the units", _counted(map(str, manifest["units"].values()), "unit")),
+        ("versions", _counted((", ".join(f"{n} {v}" for n, v in s["versions"].items()) for s in sessions), "session")),
+        ("grader", _counted((s["grader"] for s in sessions), "session")),
+        *(
+            (f"data: {name}", _counted((s["data"][name] for s in sessions if name in s["data"]), "session"))
+            for name in names
+        ),
         ("machine", manifest["machine"]),
-        ("started", f"{manifest['sessions'][0]['time']}, {len(manifest['sessions'])} session(s)"),
+        ("started", f"{sessions[0]['time']}, {len(sessions)} session(s)"),
     ]
+
+
+def _counted(values: Iterable[str], what: str) -> str:
+    """`a (2 sessions), b (1 session)`."""
+    return ", ".join(f"{value} ({n} {what}{'s' * (n > 1)})" for value, n in Counter(values).items())
