@@ -12,7 +12,8 @@ from deploy.results import UnitResult, error_of, is_proportion
 from deploy.scores import is_error
 from deploy.suite import Suite, units
 
-COLUMNS = (
+Columns = tuple[tuple[str, str], ...]
+COLUMNS: Columns = (
     ("pass_at_1", "pass@1"),
     ("chain_length", "chain length"),
     ("latent_length", "latent steps"),
@@ -66,14 +67,6 @@ def _lines(suite: Suite) -> list[tuple[str, str, bool]]:
 def _row(
     suite: Suite, name: str, title: str, is_start: bool, found: list[UnitResult], results: Results
 ) -> dict[str, Any]:
-    metrics = {}
-    for metric in found[0].metrics:
-        if is_error(metric):
-            continue
-        having = [r for r in found if metric in r.metrics]
-        errors = [error_of(r.metrics, metric) for r in having]
-        found_metric = estimate([r.metrics[metric] for r in having], errors)
-        metrics[metric] = dataclasses.asdict(found_metric.of_proportion if is_proportion(metric) else found_metric)
     gain = None
     if not is_start:
         start = suite.arms[name].start
@@ -82,21 +75,30 @@ def _row(
             errors = [error_of_difference(a.metrics["standard_error"], b.metrics["standard_error"]) for a, b in pairs]
             values = [a.metrics["pass_at_1"] - b.metrics["pass_at_1"] for a, b in pairs]
             gain = dataclasses.asdict(estimate(values, errors))
+    tasks = list(dict.fromkeys(task for r in found for task in r.tasks))
     speeds = [r.seconds_per_step for r in found if r.seconds_per_step]
     return {
         "name": name,
         "title": title,
         "is_start": is_start,
         "start": name if is_start else suite.arms[name].start,
-        "metrics": metrics,
+        "metrics": _estimates([r.metrics for r in found]),
         "gain": gain,
         "each": {str(r.seed): r.metrics for r in found},
-        "tasks": {task: values for r in found[:1] for task, values in r.tasks.items()}
-        if len(found[0].tasks) > 1
-        else {},
+        "tasks": {t: _estimates([r.tasks[t] for r in found if t in r.tasks]) for t in tasks} if len(tasks) > 1 else {},
         "seconds_per_step": sum(speeds) / len(speeds) if speeds else None,
         "minutes": sum(r.minutes for r in found),
     }
+
+
+def _estimates(of_seeds: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Metric -> its mean over seeds with its interval as it is shown; the standard errors are in there."""
+    shown = {}
+    for name in dict.fromkeys(name for metrics in of_seeds for name in metrics if not is_error(name)):
+        having = [metrics for metrics in of_seeds if name in metrics]
+        found = estimate([metrics[name] for metrics in having], [error_of(metrics, name) for metrics in having])
+        shown[name] = dataclasses.asdict(found.of_proportion if is_proportion(name) else found)
+    return shown
 
 
 def _curves(suite: Suite, results: Results) -> dict[str, list[dict[str, float]]]:
@@ -152,22 +154,45 @@ def _sampled(report: dict) -> list[str]:
 
 def arm_table(report: dict) -> tuple[list[str], list[list[str]]]:
     sampled = _sampled(report)
-    header = ["arm", "seeds", "pass@1", "gain over its start", *(title for _, title in COLUMNS[1:])]
-    header += [f"pass@{name.rpartition('_')[2]}, noise on" for name in sampled] + ["s / step"]
+    header = ["arm", "seeds", "pass@1", "gain over its start", *_titles(COLUMNS[1:], sampled), "s / step"]
     rows = []
     for row in report["arms"]:
         at_1 = row["metrics"]["pass_at_1"]
         cells = [("" if row["is_start"] else "· ") + row["title"], str(at_1["seeds"]), _interval(at_1, "{:.3f}")]
         cells.append("" if row["gain"] is None else _interval(row["gain"], "{:+.3f}"))
-        for metric, _ in COLUMNS[1:]:
-            value = row["metrics"].get(metric)
-            cells.append(
-                "-" if value is None else f"{value['mean']:.1%}" if metric == "invalid_rate" else f"{value['mean']:.1f}"
-            )
-        cells += [_interval(row["metrics"][n], "{:.3f}") if n in row["metrics"] else "-" for n in sampled]
+        cells += _values(row["metrics"], COLUMNS[1:], sampled)
         cells.append(f"{row['seconds_per_step']:.2f}" if row["seconds_per_step"] else "")
         rows.append(cells)
     return header, rows
+
+
+def task_tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows) of each arm whose units were evaluated on more than one task: one row a task."""
+    sampled = _sampled(report)
+    header = ["task", *_titles(COLUMNS, sampled)]
+    return [
+        (row["title"], header, [[task, *_values(found, COLUMNS, sampled)] for task, found in row["tasks"].items()])
+        for row in report["arms"]
+        if row["tasks"]
+    ]
+
+
+def _titles(columns: Columns, sampled: list[str]) -> list[str]:
+    return [title for _, title in columns] + [f"pass@{name.rpartition('_')[2]}, noise on" for name in sampled]
+
+
+def _values(found: dict, columns: Columns, sampled: list[str]) -> list[str]:
+    """A cell for each of :func:`_titles`: rates of success with their interval, the others as means."""
+    cells = []
+    for name in (*(name for name, _ in columns), *sampled):
+        value = found.get(name)
+        if value is None:
+            cells.append("-")
+        elif name == "pass_at_1" or name in sampled:
+            cells.append(_interval(value, "{:.3f}"))
+        else:
+            cells.append(f"{value['mean']:.1%}" if name == "invalid_rate" else f"{value['mean']:.1f}")
+    return cells
 
 
 def _interval(value: dict, form: str) -> str:

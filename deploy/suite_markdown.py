@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.suite_figures import RULES, arm_table, claim_table, facts, mass_table, seed_table
+from deploy.suite_figures import RULES, arm_table, claim_table, facts, mass_table, seed_table, task_tables
 
 
 def markdown(report: dict) -> str:
@@ -11,6 +11,8 @@ def markdown(report: dict) -> str:
         parts += [f"**Incomplete**: {report['units']['finished']} of {report['units']['all']} units have finished.", ""]
     parts += [RULES, "", "## Arms", "", *_md_table(*arm_table(report)), "", "pass@1 of each seed:", ""]
     parts += [*_md_table(*seed_table(report)), ""]
+    for title, header, rows in task_tables(report):
+        parts += [f"Tasks of {title}:", "", *_md_table(header, rows), ""]
     if report["claims"]:
         parts += ["## Claims", "", *_md_table(*claim_table(report)), ""]
     if report["curves"]:

@@ -9,7 +9,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from deploy.suite_figures import RULES, arm_table, claim_table, facts, mass_table, seed_table
+from deploy.suite_figures import RULES, arm_table, claim_table, facts, mass_table, seed_table, task_tables
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -42,6 +42,9 @@ def page(report: dict) -> str:
         body.append(f"<p><b>Incomplete</b>: {report['units']['finished']} of {report['units']['all']} units.</p>")
     body += [f"<p>{html.escape(RULES)}</p>", "<h2>Arms</h2>", _html_table(*arm_table(report))]
     body += ["<h2>Each seed</h2>", _html_table(*seed_table(report))]
+    if tables := task_tables(report):
+        body.append("<h2>Each task</h2>")
+        body += [f"<h3>{html.escape(title)}</h3>{_html_table(header, rows)}" for title, header, rows in tables]
     if report["claims"]:
         body += ["<h2>Claims</h2>", _html_table(*claim_table(report), verdict=2)]
     figures = {}

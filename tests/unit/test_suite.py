@@ -10,7 +10,6 @@ import yaml
 
 from deploy.reproduce import Request, _next, open_folder, side_by_side
 from deploy.suite import SuiteError, Unit, changes, load_suite, resolved, suites_folder, unit_config, units, units_of
-from deploy.suite_figures import facts
 from deploy.suite_manifest import data_hashes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,23 +195,6 @@ def test_a_manifest_is_made_without_torch():
     )
     output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert output.stdout.split() == ["2", "False"]
-
-
-def test_the_report_names_every_commit_grader_and_data_that_sessions_had():
-    def session(commit, grader, data):
-        return {"time": "t", "commit": commit, "versions": {"torch": "2"}, "grader": grader, "data": {"held": data}}
-
-    manifest = {
-        "seeds": [0], "machine": "m", "units": {"a-seed0": "c1", "b-seed0": "c1", "c-seed0": "c2"},
-        "sessions": [session("c1", "g1", "d1"), session("c2", "g1", "d2"), session("c2", "g2", "d2")],
-    }  # fmt: skip
-    report = {"profile": "p", "runner": "r", "units": {"finished": 3, "all": 3}, "minutes": 1.0, "manifest": manifest}
-    said = dict(facts(report))
-    assert said["commit"] == "c1 (1 session), c2 (2 sessions)"
-    assert said["commit of the units"] == "c1 (2 units), c2 (1 unit)"
-    assert said["grader"] == "g1 (2 sessions), g2 (1 session)"
-    assert said["data: held"] == "d1 (1 session), d2 (2 sessions)"
-    assert said["versions"] == "torch 2 (3 sessions)"
 
 
 def test_seeds_are_chosen_and_may_be_added_to_a_folder(write, tmp_path):
