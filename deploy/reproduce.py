@@ -30,6 +30,7 @@ from pathlib import Path
 
 from common.config import RunConfig, parse_config
 from common.errors import ConfigError
+from deploy.devices import NO_GPU, Devices, GpuNeed, at_once, gpu_need, visible_gpus
 from deploy.progress import Reporter
 from deploy.ray_session import needed_resources
 from deploy.results import UnitResult, read_result, write_result
@@ -171,8 +172,16 @@ def side_by_side(configs: list[RunConfig], runner: str) -> int:
     fits = [max(len(configs), 1)]
     for config in configs:
         needs = {"CPU": 1.0} if runner == "in_process" else needed_resources(config)
+        if (gpus := _gpus_here(config, runner)).devices:  # of this machine each unit sees its own
+            fits.append(at_once(gpus, int(there.get("GPU", 0))))
+            del needs["GPU"]
         fits += [math.floor(there.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items()]
     return max(min(fits), 1)
+
+
+def _gpus_here(config: RunConfig, runner: str) -> GpuNeed:
+    """What a unit needs of this machine's GPUs; a cluster (RAY_ADDRESS) hands out its own."""
+    return NO_GPU if runner == "in_process" or os.environ.get("RAY_ADDRESS") else gpu_need(config)
 
 
 def _resources() -> dict[str, float]:
@@ -193,6 +202,8 @@ def _resources() -> dict[str, float]:
 def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, reporter: Reporter) -> dict[Unit, str]:
     """Runs the units, starts before their arms. Returns those that failed, with the reason."""
     waiting, running, failed = list(todo), {}, {}
+    needs = {unit: _gpus_here(unit_config(suite, unit, request.folder), suite.runner) for unit in todo}
+    devices = _devices(needs.values())
     began, finished = time.monotonic(), 0
     try:
         while waiting or running:
@@ -200,11 +211,14 @@ def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, re
                 waiting.remove(unit)
                 failed[unit] = f"its start {start_of(suite, unit).key} failed"
             while len(running) < parallel and (unit := _next(suite, waiting, running)) is not None:
+                if (gpus := devices.take(unit, needs[unit])) is None:
+                    break  # until a unit ends
                 waiting.remove(unit)
-                running[unit] = _start(request, unit)
-                reporter.say(f"{unit.key}: started")
+                running[unit] = _start(request, unit, gpus)
+                reporter.say(f"{unit.key}: started" + (f" on GPU {', '.join(gpus)}" if gpus else ""))
             for unit in [u for u, process in running.items() if process.poll() is not None]:
                 running.pop(unit)
+                devices.give_back(unit)
                 result = read_result(unit_folder(request.folder, unit))
                 finished += 1
                 if result is None:
@@ -228,7 +242,15 @@ def _next(suite: Suite, waiting: list[Unit], running: dict[Unit, subprocess.Pope
     return next((unit for unit in waiting if unit.is_start or start_of(suite, unit) not in blocked), None)
 
 
-def _start(request: Request, unit: Unit) -> subprocess.Popen:
+def _devices(needs: Iterable[GpuNeed]) -> Devices:
+    if not any(need.devices for need in needs):
+        return Devices([])
+    import torch
+
+    return Devices(visible_gpus(torch.cuda.device_count(), os.environ))
+
+
+def _start(request: Request, unit: Unit, gpus: Sequence[str]) -> subprocess.Popen:
     folder = unit_folder(request.folder, unit)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "deploy", "reproduce", request.source, "--folder", str(request.folder)]
@@ -236,7 +258,8 @@ def _start(request: Request, unit: Unit) -> subprocess.Popen:
     command += [*(["--seeds", ",".join(map(str, request.seeds))] if request.seeds else []), *request.overrides]
     with (folder / "log.txt").open("ab") as log:
         # a session of its own: Ctrl-C reaches the suite first, which passes it on once
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else None
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
 
 def _stop(running: dict[Unit, subprocess.Popen]) -> None:

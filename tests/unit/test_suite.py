@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.reproduce import Request, _next, open_folder, side_by_side
+from deploy.progress import Reporter
+from deploy.reproduce import Request, _next, _run_all, open_folder, side_by_side
 from deploy.suite import SuiteError, Unit, changes, load_suite, resolved, suites_folder, unit_config, units, units_of
 from deploy.suite_manifest import data_hashes
 
@@ -242,6 +243,53 @@ def test_units_run_side_by_side_as_far_as_the_neediest_allows(write, tmp_path, m
     assert side_by_side(configs, "pipeline") == 2
     needy = [c.model_copy(update={"rollout": c.rollout.model_copy(update={"workers": 9})}) for c in configs[:1]]
     assert side_by_side([*configs, *needy], "pipeline") == 1
+
+
+@pytest.fixture
+def on_gpus(write, tmp_path, monkeypatch):
+    """A suite whose units ask for 0.6 of a GPU each, on a machine with two."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("deploy.reproduce._resources", lambda: {"CPU": 9.0, "GPU": 2.0})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    shares = [
+        f"{actor}.resources.{what}" for actor in ("rollout", "learner") for what in ("num_gpus=0.3", "num_cpus=0")
+    ]
+    return Request(source=str(write(overrides=["rollout.workers=1", *shares])), folder=tmp_path / "out")
+
+
+def test_no_more_units_run_side_by_side_than_their_gpus_hold(on_gpus, monkeypatch):
+    suite = on_gpus.load()
+    configs = [unit_config(suite, unit, on_gpus.folder) for unit in units(suite)]
+    assert side_by_side(configs, "pipeline") == 2, "3 by their sum, but no two of them fit into one GPU"
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head")
+    assert side_by_side(configs, "pipeline") == 3, "a cluster hands out its own"
+
+
+def test_units_of_one_machine_see_gpus_of_their_own(on_gpus, monkeypatch):
+    running, seen = [], []
+
+    class Child:
+        def __init__(self, command, *, env, **rest):
+            self.gpu, self.polls = env["CUDA_VISIBLE_DEVICES"], 0
+            assert self.gpu not in running, f"two units at once on GPU {self.gpu}"
+            running.append(self.gpu)
+            seen.append(self.gpu)
+
+        def poll(self):
+            self.polls += 1
+            if self.polls < 3:
+                return None
+            running.remove(self.gpu)
+            return 1
+
+    monkeypatch.setattr("deploy.reproduce.subprocess.Popen", Child)
+    monkeypatch.setattr("deploy.reproduce.POLL_S", 0.0)
+    suite = on_gpus.load()
+    starts = [unit for unit in units(suite) if unit.is_start]
+    failed = _run_all(on_gpus, suite, starts, 9, Reporter())
+    assert list(failed) == starts, "this child leaves no result"
+    assert sorted(seen) == ["0", "0", "1", "1"]
 
 
 def test_changes_name_the_key_and_both_values():
