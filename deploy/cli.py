@@ -185,7 +185,7 @@ def reproduce(
         int | None, typer.Option(min=1, help="Units side by side; default: what there is room for.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only check every unit's settings and list the units.")
+        bool, typer.Option("--check", help="Only check every unit's settings, models and files, and list the units.")
     ] = False,
     unit: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:

@@ -36,13 +36,21 @@ def arithmetic(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def check_files(config: RunConfig) -> None:
-    """Raises :class:`common.config.ConfigError` for a problem file that is named and not there."""
+    """Raises :class:`common.config.ConfigError` with a line for every problem file that is named and not there."""
+    if faults := file_faults(config):
+        raise ConfigError("\n".join(faults))
+
+
+def file_faults(config: RunConfig) -> list[str]:
+    """One sentence for every task whose problems are not there; the hub is not asked."""
+    faults = []
     for task in [*config.tasks, *config.evaluation.tasks]:
         path = task.path
         if path is None:
-            raise ConfigError(f"task {task.name}: set its `path` (.parquet, .jsonl, hf:... or builtin:...)")
-        if not path.startswith(("hf:", "builtin:")) and not Path(path).is_file():
-            raise ConfigError(f"task {task.name}: {path} does not exist; set its `path` to a .parquet or .jsonl file")
+            faults.append(f"task {task.name}: set its `path` (.parquet, .jsonl, hf:... or builtin:...)")
+        elif not path.startswith(("hf:", "builtin:")) and not Path(path).is_file():
+            faults.append(f"task {task.name}: {path} does not exist; set its `path` to a .parquet or .jsonl file")
+    return faults
 
 
 def check_before_start(config: RunConfig) -> None:

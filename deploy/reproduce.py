@@ -28,6 +28,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.markup import escape
+
 from common.config import RunConfig, parse_config
 from common.errors import ConfigError
 from deploy.devices import NO_GPU, Devices, GpuNeed, at_once, gpu_need, visible_gpus
@@ -49,6 +51,7 @@ from deploy.suite import (
     units,
     units_of,
 )
+from deploy.suite_inputs import check_inputs
 from deploy.suite_manifest import check_session, make_manifest, provenance, this_session
 from deploy.suite_report import write_report
 
@@ -87,13 +90,16 @@ def reproduce(
 
     `parallel`: units side by side; None: as many as the machine (or the Ray cluster that RAY_ADDRESS names) holds.
     `arms`: only these, with their starts, are run now; none given: all.
-    Raises :class:`SuiteError` for another configuration than the folder's, :class:`SuiteFailed` for failed units.
+    Raises :class:`SuiteError` for models and files that are not there and for another configuration than the folder's,
+    :class:`SuiteFailed` for failed units.
     """
     reporter = reporter or Reporter()
     suite = request.load()
     wanted = list(units_of(suite, arms))
-    open_folder(request, suite)
     todo = [unit for unit in wanted if read_result(unit_folder(request.folder, unit)) is None]
+    for note in check_inputs(suite, todo, request.folder):
+        reporter.say(f"[yellow]{escape(note)}[/]")
+    open_folder(request, suite)
     if parallel is None:
         parallel = side_by_side([unit_config(suite, unit, request.folder) for unit in todo], suite.runner)
     reporter.say(
@@ -112,11 +118,13 @@ def reproduce(
 
 
 def check(request: Request, *, arms: Sequence[str] = ()) -> list[str]:
-    """What the suite would run, one line a unit; raises :class:`SuiteError` for settings that cannot work."""
+    """What the suite would run, one line a unit; raises :class:`SuiteError` for settings that cannot work, and for
+    models and files that are not there."""
     suite = request.load()
     resolved(suite, request.folder)
     configs = [(unit, unit_config(suite, unit, request.folder)) for unit in units_of(suite, arms)]
-    lines = [f"suite {suite.title}: {len(configs)} units, all settings valid"]
+    notes = check_inputs(suite, [unit for unit, _ in configs], request.folder)
+    lines = [f"suite {suite.title}: {len(configs)} units, all settings valid, local models and files are there", *notes]
     for unit, config in configs:
         work = "start" if unit.is_start else f"{config.steps} steps of {config.algorithm}"
         tasks = ", ".join(task.name for task in config.evaluation.tasks)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deploy.progress import Reporter
-from deploy.reproduce import Request, _next, _run_all, open_folder, side_by_side
+from deploy.reproduce import Request, _next, _run_all, check, open_folder, reproduce, side_by_side
 from deploy.suite import SuiteError, Unit, changes, load_suite, resolved, suites_folder, unit_config, units, units_of
 from deploy.suite_manifest import data_hashes
 
@@ -210,6 +210,41 @@ def test_seeds_are_chosen_and_may_be_added_to_a_folder(write, tmp_path):
         open_folder(one, one.load())
     with pytest.raises(SuiteError, match=r"distinct, got \[7, 7\]"):
         load_suite(source, seeds=[7, 7])
+
+
+def test_all_that_is_missing_is_named_at_once_before_anything_runs(write, tmp_path):
+    held = json.dumps([{"name": "held", "path": "nowhere/held.jsonl"}, {"name": "gsm8k"}])
+    starts = {
+        "latent": {"title": "released", "path": str(tmp_path / "gone")},
+        "explicit": {**SUITE["starts"]["explicit"], "path": "owner/name"},
+    }
+    source = str(write(overrides=[f"evaluation.tasks={held}"], starts=starts))
+    request = Request(source=source, folder=tmp_path / "out")
+    for ask in (check, reproduce):
+        with pytest.raises(SuiteError) as error:
+            ask(request)
+        title, *faults, note = str(error.value).splitlines()
+        assert title == "suite a suite cannot start here:"
+        assert [fault.partition(";")[0] for fault in faults] == [
+            "task held: nowhere/held.jsonl does not exist",
+            "task gsm8k: set its `path` (.parquet, .jsonl, hf:... or builtin:...) (latent-seed3 and 9 more)",
+            f"starts.latent.path: no folder {tmp_path / 'gone'}",
+        ]
+        assert faults[2].endswith("(latent-seed3 and 5 more)")
+        assert "owner/name here, it is taken for a hub id" in note
+    assert not request.folder.exists()
+
+
+def test_a_hub_id_is_let_through_and_said_and_a_start_to_be_made_is_not_missed(write, tmp_path):
+    starts = {**SUITE["starts"], "explicit": {**SUITE["starts"]["explicit"], "path": "owner/name"}}
+    lines = check(Request(source=str(write(starts=starts)), folder=tmp_path / "out"))
+    assert lines[0].startswith("suite a suite: 10 units, all settings valid")
+    assert [line for line in lines if "owner/name" in line] == [
+        "starts.explicit.path: no folder owner/name here, it is taken for a hub id and was not looked for"
+    ]
+    elsewhere = Request(source=str(write()), folder=tmp_path, overrides=["model.path=./gone", "model.new=null"])
+    with pytest.raises(SuiteError, match=r"model.path \(profile .*\): no folder ./gone.*\(latent-seed3 and 3 more\)"):
+        check(elsewhere)
 
 
 def test_arms_chosen_bring_their_starts_and_no_others(write):
