@@ -231,7 +231,8 @@ def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -
                 result = controller.run_step()
                 run.metrics.write(result.step, result.metrics)
                 advance(result.step, f"reward {result.metrics['rollout/reward']:.3f}")
-                if config.evaluation.every and result.step % config.evaluation.every == 0:
+                every = config.evaluation.every
+                if every and result.step % every == 0 and result.step < config.steps:
                     evaluate(run, controller.gather, result.step, f"step-{result.step}")
         if config.evaluation.at_end:
             evaluate(run, controller.gather, config.steps, "after")
