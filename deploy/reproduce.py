@@ -7,7 +7,7 @@
     FOLDER/
         suite.json        the definition and every unit's resolved settings, which may not change when it goes on
         manifest.json     commit, versions, hashes of grader and data, seeds, machine (`deploy.suite_manifest`)
-        starts/, runs/    one run folder a unit, with its result.json and log.txt
+        starts/, runs/    one run folder a unit, with its result.json, log.txt and sessions.json (minutes of each)
         report.*          rewritten after every unit
 
 A unit is a process of its own (`--unit KEY`): what it leaves in memory, and how it ends, is its own affair.
@@ -58,6 +58,7 @@ from deploy.suite_report import write_report
 POLL_S = 0.3
 STOP_S = 30.0
 LOG_LINES = 12
+SESSIONS = "sessions.json"
 
 
 class SuiteFailed(RuntimeError):
@@ -307,8 +308,19 @@ def run_unit(request: Request, key: str, reporter: Reporter | None = None) -> Un
     path.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     run = _in_process if suite.runner == "in_process" else _pipeline
-    run(unit, config, path, reporter)
-    return write_result(path, unit, config, (time.monotonic() - began) / 60, provenance(), probe=suite.probe_every)
+    try:
+        run(unit, config, path, reporter)
+    finally:
+        minutes = _spent(path, (time.monotonic() - began) / 60)
+    return write_result(path, unit, config, minutes, provenance(), probe=suite.probe_every)
+
+
+def _spent(path: Path, minutes: float) -> float:
+    """Minutes of the sessions that the unit's state comes from, this one included; a killed one left no entry."""
+    sessions = path / SESSIONS
+    earlier = json.loads(sessions.read_text(encoding="utf-8")) if sessions.is_file() else []
+    write_atomically(sessions, json.dumps([*earlier, minutes]) + "\n")
+    return sum(earlier) + minutes
 
 
 def _in_process(unit: Unit, config: RunConfig, path: Path, reporter: Reporter) -> None:

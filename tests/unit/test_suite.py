@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deploy.progress import Reporter
-from deploy.reproduce import Request, _next, _run_all, check, open_folder, reproduce, side_by_side
+from deploy.reproduce import Request, _next, _run_all, check, open_folder, reproduce, run_unit, side_by_side
 from deploy.suite import SuiteError, Unit, changes, load_suite, resolved, suites_folder, unit_config, units, units_of
 from deploy.suite_manifest import data_hashes
 
@@ -253,6 +253,28 @@ def test_arms_chosen_bring_their_starts_and_no_others(write):
     assert [*units_of(suite, [])] == [*units(suite)]
     with pytest.raises(SuiteError, match=r"--arms: no arm gpro; the suite has mixture, uniform, grpo"):
         units_of(suite, ["gpro"])
+
+
+@pytest.mark.parametrize(("runner", "expected"), [("pipeline", 5.0), ("in_process", 2.0)])
+def test_a_resumed_units_minutes_are_those_of_all_its_sessions(write, tmp_path, monkeypatch, runner, expected):
+    """One that has no checkpoints begins again, and so do its minutes."""
+    request = Request(source=str(write(runner=runner)), folder=tmp_path / "out")
+    clock, stopped = [0.0], []
+
+    def work(folder, *rest, **options):
+        clock[0] += 120.0 if stopped else 180.0
+        if not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        folder.write_json("summary.json", {"after": {"e/pass_at_1": 0.5}})
+        (folder.path / "metrics.jsonl").touch()
+
+    monkeypatch.setattr("deploy.reproduce.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("deploy.reproduce._make_start", work)
+    monkeypatch.setattr("deploy.bench.in_process.start_in_process", work)
+    with pytest.raises(KeyboardInterrupt):
+        run_unit(request, "latent-seed3")
+    assert run_unit(request, "latent-seed3").minutes == expected
 
 
 def test_quick_keeps_the_starts_that_its_arms_need(write):
