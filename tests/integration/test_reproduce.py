@@ -1,6 +1,7 @@
 """A suite as a user runs it: both runners give the same numbers, and an interrupted suite goes on where it was."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -50,6 +51,8 @@ def test_both_runners_compute_the_same(ray_session, suite, tmp_path):
     (start, arm), (start_alone, arm_alone) = found["pipeline"], found["in_process"]
     assert start.metrics == pytest.approx(start_alone.metrics)
     assert 0 < start.metrics["sampled_pass_at_1"] < 1, "rewards that differ, or equality would say little"
+    evaluated = [[point["step"] for point in result.evaluations] for result in (arm, arm_alone)]
+    assert evaluated == [[1, 2], [1, 2]], "each step once"
     assert [p["rollout/reward"] for p in arm.training] == [p["rollout/reward"] for p in arm_alone.training]
     assert arm.metrics["sampled_pass_at_1"] == pytest.approx(arm_alone.metrics["sampled_pass_at_1"])
     for unit in ("starts/latent-seed4/base", "runs/mixture-seed4/model"):
@@ -81,7 +84,12 @@ def test_a_stopped_suite_goes_on_and_reports(suite, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert report["complete"]
     assert [row["name"] for row in report["arms"]] == ["latent", "mixture", "uniform"]
-    assert report["claims"][0]["verdict"] in ("reproduced", "not reproduced")
+    before, after = (row["each"]["4"] for row in report["arms"][:2])
+    gain = after["pass_at_1"] - before["pass_at_1"]
+    error = math.hypot(after["standard_error"], before["standard_error"])
+    (claim,) = report["claims"]
+    assert f"mixture - latent, pass_at_1: {gain:+.3f}" in claim["numbers"]
+    assert claim["verdict"] == ("reproduced" if gain > 1.96 * error else "not reproduced")
     assert len(report["manifest"]["sessions"]) == 2
     assert all(len(points) == 3 for points in report["curves"].values())
     assert [point["step"] for point in report["masses"]["mixture"]] == [0, 1, 2]
@@ -92,16 +100,16 @@ def test_a_stopped_suite_goes_on_and_reports(suite, tmp_path):
 
     other = subprocess.run([*command, "steps=3"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert other.returncode == 2
-    assert "another configuration" in other.stderr
-    assert "steps: 2 -> 3" in other.stderr.replace("\n", " ") or "overrides" in other.stderr
+    assert "another configuration: units.latent-seed4.steps: 2 -> 3;" in other.stderr
 
 
 def test_a_unit_that_fails_is_named_with_its_reason_and_the_others_go_on(suite, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(ROOT)]))
-    broken = {**TASK, "name": "held-out", "path": str(tmp_path / "missing.jsonl")}
+    (tmp_path / "torn.jsonl").write_text('{"problem": "3+4?", "ans')
+    broken = {**TASK, "name": "held-out", "path": str(tmp_path / "torn.jsonl")}
     arms = {"broken": {"title": "b", "start": "latent", "overrides": [f"evaluation.tasks=[{json.dumps(broken)}]"]}}
     request = Request(source=str(suite(runner="in_process", arms=arms, claims={})), folder=tmp_path / "out")
-    with pytest.raises(SuiteFailed, match=r"broken-seed4: .*missing.jsonl"):
+    with pytest.raises(SuiteFailed, match=r"broken-seed4: .*torn.jsonl, line 1: not valid JSON"):
         reproduce(request, parallel=1)
     report = json.loads((request.folder / "report.json").read_text())
     assert [row["name"] for row in report["arms"]] == ["latent"]
