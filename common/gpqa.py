@@ -9,6 +9,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from common.cells import cell_text
+
 QUESTION, CORRECT = "Question", "Correct Answer"
 INCORRECT = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 COLUMNS = {QUESTION, CORRECT, *INCORRECT}
@@ -17,7 +19,7 @@ LETTERS = "ABCD"
 
 def lettered(number: int, row: Mapping[str, Any]) -> tuple[str, str]:
     """(question with its options, letter of the correct one) of row `number`; ("", "") where a part is missing."""
-    parts = [str(row.get(column) or "").strip() for column in (QUESTION, CORRECT, *INCORRECT)]
+    parts = [cell_text(row.get(column)).strip() for column in (QUESTION, CORRECT, *INCORRECT)]
     if not all(parts):
         return parts[0], ""
     question, *answers = parts

@@ -19,6 +19,7 @@ import numpy as np
 from common import gpqa
 from common.arithmetic import ChainArithmetic
 from common.benchmarks import BENCHMARKS, how_to_get, with_benchmark_defaults
+from common.cells import cell_text
 from common.config import ConfigError, TaskConfig
 from common.types import Problem
 
@@ -266,8 +267,8 @@ def _reader(config: TaskConfig, there: set[str]) -> Callable[[int, dict], Readin
         )
 
     def read(number: int, row: dict) -> Reading:
-        text = _text(row.get(columns.problem))
-        return (("user", text),), _text(row.get(columns.answer)), _text(row.get(columns.cot))
+        text = cell_text(row.get(columns.problem))
+        return (("user", text),), cell_text(row.get(columns.answer)), cell_text(row.get(columns.cot))
 
     return read
 
@@ -279,17 +280,13 @@ def _read_verl(config: TaskConfig, number: int, row: dict) -> Reading:
         raise TaskError(f"task {config.name}: row {number}: `prompt` must be a list of role and content, got {chat!r}")
     if not isinstance(truth, dict) or "ground_truth" not in truth:
         raise TaskError(f"task {config.name}: row {number}: `reward_model` has no ground_truth, got {truth!r}")
-    messages = tuple((str(m["role"]), _text(m["content"])) for m in chat)
-    return messages, _text(truth["ground_truth"]), _text(row.get(config.columns.cot))
+    messages = tuple((str(m["role"]), cell_text(m["content"])) for m in chat)
+    return messages, cell_text(truth["ground_truth"]), cell_text(row.get(config.columns.cot))
 
 
 def _read_gpqa(number: int, row: dict) -> Reading:
     question, letter = gpqa.lettered(number, row)
     return (("user", question),), letter, ""
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
 
 
 # --- the order of training ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.cells import cell_text, is_missing
 from common.config import ConfigError
 
 RESPONSE_COLUMNS = ("response", "response_text", "completion", "output", "prediction", "generation")
@@ -57,10 +58,10 @@ def read_rows(
     for number, record in enumerate(records):
         gold, response = _value(record, gold_name), None if response_name is None else _value(record, response_name)
         for name, value in ((gold_name, gold), (response_name, response)):
-            if name is not None and (value is None or isinstance(value, dict | list)):
+            if name is not None and (is_missing(value) or isinstance(value, dict | list)):
                 raise AuditError(f"{file}, row {number}: {name} is {value!r:.80}; expected a text or a number")
         problem = _value(record, problem_name) if problem_name else ""
-        rows.append(Row(number, None if response is None else str(response), str(gold), str(problem or "")))
+        rows.append(Row(number, None if response is None else str(response), str(gold), cell_text(problem)))
     return rows
 
 

@@ -26,6 +26,9 @@ from reward.numbers import Number, read_number, same_number
 from reward.verifier import Grade, UnreadableGoldError, Verifier, load_verifier, settled
 
 Fallback = Literal["none", "last_number"]
+NO_GOLD = frozenset({"nan", "none", "null", "n/a"})
+"""What programs write for a missing value. `math`, which reads words, does not read these as a gold: they stand where
+an answer was lost (MATH's training split has two such rows). A word that is meant stands in `\\text{...}`."""
 
 
 def grade(kind: str, response_text: str, gold: str, **options: Any) -> Grade:
@@ -147,14 +150,15 @@ class MathVerifier(BoxedVerifier):
 
     def parses_gold(self, gold: str) -> bool:
         """Whether `gold` is a number, words or another plain form, or is readable to math-verify."""
-        answer = read_gold(gold)
+        answer = _gold_answer(gold)
         return answer is not None and _has_meaning(answer)
 
     def _grade(self, response_text: str, gold: str, algebra: AlgebraicEquality | None) -> Grade:
-        wanted = read_gold(gold)
+        wanted = _gold_answer(gold)
         if wanted is None:
             raise UnreadableGoldError(
-                f"The gold answer {gold[:200]!r} of a `math` problem is empty or has unbalanced braces."
+                f"The gold answer {gold[:200]!r} of a `math` problem is empty, stands for a missing value, or has "
+                "unbalanced braces."
             )
         content = self._extract(response_text).content
         given = None if content is None or not balanced(content) else read_answer(content)
@@ -181,6 +185,10 @@ def _gold_number(gold: str) -> Number:
             f"The gold answer of a `number` problem is {gold[:200]!r}; expected exactly one number."
         )
     return number
+
+
+def _gold_answer(gold: str) -> Answer | None:
+    return None if gold.strip().lower() in NO_GOLD else read_gold(gold)
 
 
 def _algebra() -> AlgebraicEquality:

@@ -101,6 +101,7 @@ def test_the_gold_check_lists_unreadable_mislabelled_and_contradictory_rows(fold
         ('{"text": "x", "gold": "1"}', "none of the columns response, .*; there: text, gold. Name it with --response"),
         ('{"response": "x", "gold": {"a": 1}}', "row 0: gold is {'a': 1}"),
         ('{"response": "x", "gold": "1"}\n{"gold": "1"}', "row 1: response is None"),
+        ('{"response": "x", "gold": NaN}', "row 0: gold is nan"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error_that_says_where(tmp_path, text, message):

@@ -178,6 +178,9 @@ def test_any_text_gets_a_verdict(text: str, kind: str) -> None:
     assert quick == verifier.quick_grade(verifier.condensed(response), gold)
 
 
+MISSING = ("nan", "NaN", "None", "null", "N/A", " NONE ")
+
+
 @pytest.mark.parametrize(
     ("kind", "gold", "parsable"),
     [
@@ -188,6 +191,7 @@ def test_any_text_gets_a_verdict(text: str, kind: str) -> None:
         ("number", "eighteen", True),
         ("number", "a dozen", False),
         ("number", "18 or 19", False),
+        *((kind, gold, False) for kind in ("number", "math", "choice") for gold in MISSING),
         ("choice", "C", True),
         ("choice", "(C)", True),
         ("choice", "E", False),
@@ -195,6 +199,8 @@ def test_any_text_gets_a_verdict(text: str, kind: str) -> None:
         ("math", r"\frac{1}{2}", True),
         ("math", r"(-\infty, 1) \cup (1, 3)", True),
         ("math", r"\text{Sunday}", True),
+        ("math", r"\text{None}", True),
+        ("math", "none of them", True),
         ("math", "2021_3", True),
         ("math", "", False),
         ("math", r"\frac{1}{", False),
@@ -229,6 +235,12 @@ def test_a_stream_of_distinct_responses_does_not_evict_the_golds(monkeypatch) ->
 
 
 @pytest.mark.parametrize("kind", ["number", "choice", "math"])
-def test_an_unreadable_gold_is_an_error_and_no_verdict(kind: str) -> None:
+@pytest.mark.parametrize("gold", ["", "NaN"])
+def test_an_unreadable_gold_is_an_error_and_no_verdict(kind: str, gold: str) -> None:
     with pytest.raises(ValueError, match="gold answer"):
-        grade(kind, r"\boxed{5}", "")
+        grade(kind, r"\boxed{nan}", gold)
+
+
+def test_none_can_be_the_answer_where_it_is_written_as_a_word() -> None:
+    assert grade("math", r"\boxed{None}", r"\text{None}").reason == "correct"
+    assert grade("math", r"\boxed{7}", r"\text{None}").reason == "wrong"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from common import gpqa
 from common.arithmetic import make_arithmetic_tokenizer
 from common.benchmarks import BENCHMARKS, benchmark_tasks
+from common.cells import cell_text
 from common.config import ConfigError, TaskConfig, load_config
 from common.tasks import TaskError, load_task
 from deploy.problems import Problems
@@ -75,8 +78,9 @@ def test_gpqa_is_read_as_its_authors_publish_it(tmp_path):
     assert [again.problem(i).messages for i in range(40)] == [p.messages for p in problems]
 
 
-def test_gpqa_row_without_an_answer_has_no_letter():
-    assert gpqa.lettered(0, {**ROW, "Incorrect Answer 2": None}) == ("What is heavier?", "")
+@pytest.mark.parametrize("missing", [None, float("nan"), " "])
+def test_gpqa_row_without_an_answer_has_no_letter(missing):
+    assert gpqa.lettered(0, {**ROW, "Incorrect Answer 2": missing}) == ("What is heavier?", "")
 
 
 def test_a_csv_that_is_none_is_named(tmp_path):
@@ -91,21 +95,42 @@ def test_a_csv_that_is_none_is_named(tmp_path):
 # --- whole files only
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
-    ("answers", "message"),
+    ("name", "answers", "message"),
     [
-        (["1", "", "3", None], r"2 empty answer \(rows 1, 3\)"),
-        (["1", "two apples", "3", "4"], r"1 unreadable gold answer \(row 1\)"),
+        ("svamp", ["1", "", "3", None], r"2 empty answer \(rows 1, 3\)"),
+        ("svamp", [1.0, NAN, 3.0], r"1 empty answer \(row 1\)"),
+        ("svamp", ["1", "two apples", "3", "nan"], r"2 unreadable gold answer \(rows 1, 3\)"),
+        ("aime2024", ["1", "", "3", None], r"2 empty answer \(rows 1, 3\)"),
+        ("aime2024", [1.0, NAN, 3.0], r"1 empty answer \(row 1\)"),
+        ("aime2024", ["1", "NaN", "None", "null", "N/A"], r"4 unreadable gold answer \(rows 1, 2, 3, 4\)"),
+        ("gpqa", ["A", "", "C", None], r"2 empty answer \(rows 1, 3\)"),
+        ("gpqa", ["A", "nan", "None"], r"2 unreadable gold answer \(rows 1, 2\)"),
     ],
 )
-def test_a_benchmark_file_with_missing_answers_is_refused(tmp_path, answers, message):
-    path = tmp_path / "svamp.parquet"
+def test_a_benchmark_file_with_missing_answers_is_refused(tmp_path, name, answers, message):
+    """Whatever the file writes for a missing answer, and whichever verifier reads it: number, math, choice."""
+    path = tmp_path / f"{name}.parquet"
     pq.write_table(pa.table({"problem": ["1+1?"] * len(answers), "answer": answers}), path)
-    task = TaskConfig(name="svamp", path=str(path))
+    task = TaskConfig(name=name, path=str(path))
     config = load_config("quickstart")
     evaluation = config.evaluation.model_copy(update={"tasks": [task]})
-    with pytest.raises(TaskError, match=rf"evaluation task svamp: .*{message}.*of another benchmark"):
+    with pytest.raises(TaskError, match=rf"evaluation task {name}: .*{message}.*of another benchmark"):
         Problems(config.model_copy(update={"evaluation": evaluation}), make_arithmetic_tokenizer())
+
+
+@pytest.mark.parametrize("value", [None, NAN, np.float32("nan"), Decimal("nan"), pytest.param("NA", id="pandas")])
+def test_a_missing_value_is_an_empty_text(value):
+    if value == "NA":
+        value = pytest.importorskip("pandas").NA
+    assert cell_text(value) == ""
+
+
+def test_a_value_that_is_there_is_its_text():
+    assert [cell_text(value) for value in (0, 1.5, False, "nan", "")] == ["0", "1.5", "False", "nan", ""]
 
 
 def test_evaluation_tasks_of_the_same_name_are_refused():
