@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 transformers_logging.disable_progress_bar()  # every actor would draw its own
+CHECKED_TOKENS = 4
+LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest; equal bit for bit where tested
+LOGIT_SETTINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere, Gemma 2
+USABLE = "Use a model of the Llama, Qwen2, Qwen3 or GPT-2 kind, or another that neither scales nor caps its logits"
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 BPE_SPECIAL_TOKENS = ("<pad>", "<eos>", "<think>", "</think>")
 BPE_CHAT_TEMPLATE = (
@@ -108,13 +112,48 @@ def make_tokenizer(config: NewModelConfig, texts: Iterable[str] = ()) -> PreTrai
 
 
 def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
-    """A causal LM from a folder or the hub, in `dtype` (`float32`, `bfloat16`), in evaluation mode (no dropout)."""
+    """A causal LM from a folder or the hub, in `dtype` (`float32`, `bfloat16`), in evaluation mode (no dropout).
+
+    Raises ConfigError for one whose logits are not those that engine and learner compute (:func:`check_logits`).
+    """
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     _check_folder(path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
+    check_logits(model, str(path))
+    return model
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel, name: str) -> None:
+    """Raises ConfigError where the model's own logits are not its output layer on its base model's hidden states.
+
+    Engine and learner compute the latter, and agree with each other, so no self-test would see the difference. Two
+    passes over a handful of tokens, on weights that are all there: a rank loads the whole model, ZeRO shards it later.
+    """
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    architecture = type(model).__name__
+    if head is None:
+        raise ConfigError(f"model {name} ({architecture}) has no output layer; {USABLE}")
+    rows = embed.weight.shape[0]
+    spread = torch.arange(1, rows, max(rows // (CHECKED_TOKENS + 2), 1)).tolist()  # padding would draw a warning
+    ids = torch.tensor([[i for i in spread if i != model.config.pad_token_id][:CHECKED_TOKENS]])
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    computed = head(model.base_model(inputs_embeds=embed(ids), use_cache=False).last_hidden_state).float()
+    if not own.isfinite().all():
+        raise ConfigError(f"model {name} ({architecture}): its logits are not finite; its weights are damaged")
+    gap, largest = float((own - computed).abs().max()), float(computed.abs().max())
+    allowed = LOGIT_TOLERANCE[model.dtype]
+    if not gap <= allowed * largest:
+        found = [f"{key}={value}" for key in LOGIT_SETTINGS if (value := getattr(model.config, key, None)) is not None]
+        named = f" (its configuration: {', '.join(found)})" if found else ""
+        raise ConfigError(
+            f"model {name} ({architecture}) changes what its output layer gives{named}: by up to {gap:.2g} where that "
+            f"is up to {largest:.2g}. Engine and learner take the output layer's logits as they are (allowed: "
+            f"{allowed:g} of the largest) and would sample and train another policy. {USABLE}"
+        )
 
 
 def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:

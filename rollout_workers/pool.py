@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from common.config import DeadlineConfig, RolloutConfig
+from common.config import ConfigError, DeadlineConfig, RolloutConfig
 from common.stacks import Whereabouts, answer_with_stacks, stacks_of
 from common.types import GroupRequest
 from common.weights import Publication, WeightManifest
@@ -290,6 +290,8 @@ class RolloutPool:
                 self._show_stacks({name: processes[name] for name, ref in pairs if ref not in done})
             for actor in starting.values():
                 ray.kill(actor)
+            if isinstance(cause := getattr(error, "cause", None), ConfigError):  # a model that cannot be used, say
+                raise ConfigError(f"rollout worker: {cause}") from error
             resources = self._config.resources
             raise RolloutPoolError(
                 f"rollout worker(s) {', '.join(starting)} did not start within {self._deadlines.start_s:g} s "

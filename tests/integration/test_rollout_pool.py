@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from common.config import ActorResources, DeadlineConfig, RolloutConfig
+from common.config import ActorResources, ConfigError, DeadlineConfig, RolloutConfig
 from common.schema import decode
 from common.types import GroupRequest, PolicyVersion, SamplingSettings
 from common.weights import Publication, WeightManifest, checksum, pack
@@ -157,3 +157,13 @@ def test_a_worker_that_does_not_start_shows_its_stacks(ray_session, caplog):
         RolloutPool(make_nothing, config, DEADLINES.model_copy(update={"start_s": 15.0}), env_vars=HERE)
     assert "worker-0 does not go on" in caplog.text
     assert "in make_nothing" in caplog.text
+
+
+def make_unusable(name):
+    raise ConfigError("model x changes what its output layer gives")
+
+
+def test_a_worker_that_finds_a_setting_wrong_says_that_and_nothing_of_deadlines(ray_session):
+    config = RolloutConfig(workers=1, resources=ActorResources(num_cpus=0.1))
+    with pytest.raises(ConfigError, match=r"^rollout worker: model x changes what its output layer gives$"):
+        RolloutPool(make_unusable, config, DEADLINES, env_vars=HERE)

@@ -1,0 +1,73 @@
+"""A model is refused where its own logits are not those that engine and learner compute from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.arithmetic import make_arithmetic_tokenizer
+from common.config import ConfigError, NewModelConfig
+from common.models import load_model, make_model, save_model
+from learner.policy import load_policy_model
+
+TOKENIZER = make_arithmetic_tokenizer()
+SIZES = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def saved(folder, architecture, **settings):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SIZES, **settings))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("architecture", "settings", "found"),
+    [
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
+        ("cohere", {}, "logit_scale=0.0625"),
+        ("gemma2", {"initializer_range": 0.5}, "final_logit_softcapping=30.0"),  # logits as large as a trained model's
+    ],
+)
+def test_a_model_that_changes_its_logits_is_refused_on_both_sides(tmp_path, dtype, architecture, settings, found):
+    saved(tmp_path, architecture, **settings)
+    message = rf"(?i){architecture}ForCausalLM\) changes what its output layer gives .*{found}.*by up to .*Llama, Qwen2"
+    with pytest.raises(ConfigError, match=message):
+        load_model(tmp_path, dtype)
+    with pytest.raises(ConfigError, match=message):
+        load_policy_model(str(tmp_path))
+
+
+def test_a_small_change_of_small_logits_is_seen_in_float32(tmp_path):
+    with pytest.raises(ConfigError, match=r"by up to 0\.000\d+ where that is up to 0\.\d\d\."):
+        load_model(saved(tmp_path, "gemma2", initializer_range=0.05))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_the_supported_architectures_pass(tmp_path, architecture, tied, dtype):
+    new = NewModelConfig(
+        architecture=architecture, hidden_size=16, intermediate_size=32, num_heads=2, tie_embeddings=tied
+    )
+    save_model(tmp_path, make_model(new, TOKENIZER, seed=0), TOKENIZER)
+    assert not load_model(tmp_path, dtype).training
+
+
+def test_the_numbers_decide_and_not_the_name(tmp_path):
+    load_model(saved(tmp_path, "granite", logits_scaling=1.0))
+
+
+def test_weights_that_are_not_numbers_are_said(tmp_path):
+    model = make_model(NewModelConfig(hidden_size=16, intermediate_size=32, num_heads=2), TOKENIZER, seed=0)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 2] = torch.nan
+    save_model(tmp_path, model, TOKENIZER)
+    with pytest.raises(ConfigError, match="logits are not finite"):
+        load_model(tmp_path)
