@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
+
 from common.config import ConfigError, LatentSFTConfig, RunConfig
 from common.metrics import MetricsWriter
 from common.tasks import PromptStream, StoredTask, TaskError, TaskSource, load_task
@@ -35,6 +37,8 @@ HELD_OUT_SHARE = 0.1
 NO_CHAIN = "no chain of thought"
 TOO_SHORT = "chain of thought under warm_start.compression"
 TOO_LONG = "chain over max_response_tokens"
+HELD_OUT = "held out"
+MOST_DROPPED = 0.5  # of a task's chains, for their length: beyond it training would be on another data set
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,25 @@ class SFTData:
     tasks: list[PreparedTask]
     held_out: list[tuple[PreparedTask, Problem]]
     row: Callable[[PreparedTask, Problem], SFTRow]
+    without_chain: list[PreparedTask]
+
+    @property
+    def dropped(self) -> dict[str, dict[str, int | None]]:
+        """Task -> reason -> how many of its rows are not used (None: of a task that never ends, all)."""
+        found = {
+            task.name: {why: len(rows) for why, rows in task.source.dropped.items() if why != HELD_OUT}
+            for task in self.tasks
+        }
+        found |= {task.name: {NO_CHAIN: task.source.size} for task in self.without_chain}
+        return {name: reasons for name, reasons in found.items() if reasons}
+
+    @property
+    def summaries(self) -> list[str]:
+        """A line a task; in yellow where rows are not used."""
+        dropped = self.dropped
+        lines = {task.name: f"Latent-SFT on {task.summary}" for task in self.tasks}
+        lines |= {task.name: f"Latent-SFT leaves out {task.name}: {NO_CHAIN}" for task in self.without_chain}
+        return [f"[yellow]{escape(line)}[/]" if name in dropped else escape(line) for name, line in lines.items()]
 
     def rows(self, step: int, count: int) -> list[SFTRow]:
         draws = [self.stream[step * count + i] for i in range(count)]
@@ -84,7 +107,10 @@ def prepare_sft(config: RunConfig, tasks: list[PreparedTask], tokenizer, facts: 
         except ConfigError as error:
             raise type(error)(f"problem {problem.uid}: {error}") from error
 
-    found = [task for task in tasks if _has_chain(task.source)]
+    found: list[PreparedTask] = []
+    without: list[PreparedTask] = []
+    for task in tasks:
+        (found if _has_chain(task.source) else without).append(task)
     if not found:
         raise ConfigError(
             "warm_start needs an explicit chain of thought and no training task has one; set the task's columns.cot, "
@@ -99,7 +125,7 @@ def prepare_sft(config: RunConfig, tasks: list[PreparedTask], tokenizer, facts: 
     stream = PromptStream(
         [task.source for task in training], [task.source.config.weight for task in training], config.seed
     )
-    return SFTData(stream, training, held_out, row)
+    return SFTData(stream, training, held_out, row, without)
 
 
 def _has_chain(source: TaskSource) -> bool:
@@ -121,6 +147,7 @@ def _split(
     faults = {problem.uid: _fault(task, problem, row) for problem in problems}
     for reason in (NO_CHAIN, TOO_SHORT, TOO_LONG):
         source = source.filtered(lambda p, reason=reason: faults[p.uid] != reason, reason)
+    _check_lengths(source, _settings(config).compression)
     count = min(count, max(int(source.size * HELD_OUT_SHARE), 1))
     if source.size <= count:
         raise TaskError(
@@ -129,8 +156,21 @@ def _split(
         )
     held_out = [source.problem(i) for i in range(source.size - count, source.size)]
     names = {problem.uid for problem in held_out}
-    rest = source.filtered(lambda p: p.uid not in names, "held out")
+    rest = source.filtered(lambda p: p.uid not in names, HELD_OUT)
     return dataclasses.replace(task, source=rest), held_out
+
+
+def _check_lengths(source: StoredTask, compression: int) -> None:
+    """Raises TaskError where most of a task's chains were dropped for their length."""
+    short, long = (len(source.dropped.get(reason, ())) for reason in (TOO_SHORT, TOO_LONG))
+    chains, budget = source.size + short + long, source.config.max_response_tokens
+    if short + long > MOST_DROPPED * chains:
+        raise TaskError(
+            f"task {source.config.name}: {short + long:,} of {chains:,} rows with a chain of thought would be dropped "
+            f"for its length, allowed is half: {short:,} are shorter than warm_start.compression ({compression} "
+            f"tokens), {long:,} do not fit into max_response_tokens ({budget}). Lower warm_start.compression for "
+            "short chains, raise the task's max_response_tokens for long ones, or give a file of the rows that fit"
+        )
 
 
 def _fault(task: PreparedTask, problem: Problem, row: Callable[[PreparedTask, Problem], SFTRow]) -> str | None:
@@ -269,8 +309,8 @@ def warm_start(run: Run, make_learner: Callable[..., SFTLearner] = SFTLearner) -
     if (base / "config.json").is_file():
         return base
     data = prepare_sft(config, run.problems.training, run.tokenizer, run.facts)
-    for task in data.tasks:
-        run.reporter.say(f"Latent-SFT on {task.summary}")
+    for line in data.summaries:
+        run.reporter.say(line)
     initial = induce(run, data) if config.warm_start.source == "induced" else run.initial
     learner = make_learner(config, initial)
     try:
@@ -289,7 +329,7 @@ def warm_start(run: Run, make_learner: Callable[..., SFTLearner] = SFTLearner) -
     finally:
         learner.close()
     shutil.rmtree(run.folder.sft, ignore_errors=True)
-    run.record(sft={"steps": outcome.steps, "held_out_pass_at_1": outcome.held_out_pass_at_1})
+    run.record(sft={"steps": outcome.steps, "held_out_pass_at_1": outcome.held_out_pass_at_1, "dropped": data.dropped})
     run.reporter.say(f"Latent-SFT: {outcome.steps} steps, held-out pass@1 {outcome.held_out_pass_at_1:.3f}")
     stop_at = config.warm_start.stop_at
     if stop_at is not None and not outcome.reached:

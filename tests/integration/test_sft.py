@@ -1,10 +1,13 @@
 """Latent-SFT as a command, on real ranks: it stops and goes on bit for bit, at any ZeRO stage, latent and explicit."""
 
 import contextlib
+import io
+import json
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from training import tiny
 
 from common.chain import read_chain
@@ -13,8 +16,10 @@ from common.metrics import read_metrics
 from common.models import load_model
 from common.schema import decode
 from common.store import TrajectoryStore
+from deploy.bench.in_process import InProcessSFT, started_in_process
 from deploy.progress import Reporter
-from deploy.sft import resume_sft, sft
+from deploy.run_folder import create_run
+from deploy.sft import resume_sft, sft, warm_start
 from deploy.train import train
 
 pytestmark = pytest.mark.integration
@@ -75,6 +80,21 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(ray_session, tmp_path)
 
     chain = read_chain(whole.base_model)
     assert (chain.chain, chain.source, chain.k, chain.compression) == ("latent", "uniform", 3, 3)
+
+
+def test_rows_that_latent_sft_does_not_use_are_a_warning_and_in_the_summary(tmp_path):
+    rows = [{"problem": f"{i}+1?", "answer": "7", "cot": cot} for i, cot in enumerate(["", "3", *["1+2=3;"] * 8])]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    options = ("tasks.0.options={}", f"tasks.0.path={file}", "warm_start.max_steps=1", "warm_start.evaluate_every=1")
+    config = tiny(*SFT, *options, f"runs_folder={tmp_path}")
+    folder, console = create_run(config, "alone"), Console(width=400, record=True, file=io.StringIO(), highlight=False)
+    with started_in_process(folder, config, Reporter(console)) as run:
+        warm_start(run, InProcessSFT)
+    lost = {"no chain of thought": 1, "chain of thought under warm_start.compression": 1}
+    assert folder.read_json("summary.json")["sft"]["dropped"] == {"chains": lost}
+    (line,) = [line for line in console.export_text().splitlines() if line.startswith("Latent-SFT on chains")]
+    assert "1 no chain of thought (row 0); 1 chain of thought under warm_start.compression (row 1)" in line
 
 
 @pytest.mark.slow

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from common.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
 from common.config import ConfigError, TaskConfig, load_config
 from common.prompts import resolve_tokens
+from common.tasks import StoredTask, TaskError
+from common.types import Problem
 from deploy.problems import prepare_task
 from deploy.sft import NO_CHAIN, TOO_LONG, TOO_SHORT, prepare_sft
 from learner.latent_sft import make_row
@@ -16,6 +21,7 @@ from learner.sft_learner import least_calls, plan_rows, self_feeding_share
 
 TOKENIZER = make_arithmetic_tokenizer()
 FACTS = resolve_tokens(TOKENIZER, len(TOKENIZER), latent=True)
+PLAIN = Problem(uid="plain/0", task="plain", messages=(("user", "1+1?"),), answer="2")
 
 
 def stored(tmp_path, cots: list[str], *overrides: str):
@@ -35,6 +41,41 @@ def test_unusable_chains_are_dropped_and_counted_by_reason(tmp_path):
     dropped = task.source.dropped
     assert (dropped[NO_CHAIN], dropped[TOO_SHORT], dropped[TOO_LONG]) == ([0], [1], [2])
     assert task.source.size == 11  # twelve good ones, one of them held out
+
+
+def test_dropped_chains_are_a_warning_and_their_counts_are_kept(tmp_path):
+    config, tasks = stored(tmp_path, ["", "", "3", *["1+2=3;"] * 12])
+    other = dataclasses.replace(tasks[0], source=StoredTask(TaskConfig(name="[plain]", path="x"), [PLAIN], {}))
+    data = prepare_sft(config, [*tasks, other], TOKENIZER, FACTS)
+    assert data.dropped == {"rows": {NO_CHAIN: 2, TOO_SHORT: 1}, "[plain]": {NO_CHAIN: 1}}
+    console = Console(width=300, record=True, file=io.StringIO(), force_terminal=True, highlight=False)
+    for line in data.summaries:
+        console.print(line)
+    text = console.export_text(styles=True)
+    assert text.count("\x1b[33m") == 2, "both lines are yellow"
+    assert "2 no chain of thought (rows 0, 1); 1 chain of thought under warm_start.compression (row 2)" in text
+    assert "Latent-SFT leaves out [plain]: no chain of thought" in text
+
+    config, tasks = stored(tmp_path, ["1+2=3;"] * 12)
+    data = prepare_sft(config, tasks, TOKENIZER, FACTS)
+    assert (data.dropped, [line.startswith("Latent-SFT on rows: ") for line in data.summaries]) == ({}, [True])
+
+
+@pytest.mark.parametrize(
+    ("bad", "counts"),
+    [
+        (["3"] * 6, r"6 of 11 rows .*: 6 are shorter than warm_start\.compression \(3 tokens\), 0 do not fit"),
+        (["1+2=3;" * 9] * 6, r"6 of 11 rows .*: 0 are shorter .*, 6 do not fit into max_response_tokens \(12\)"),
+        (["3", "1+2=3;" * 9] * 3, r"6 of 11 rows .*: 3 are shorter .*, 3 do not fit .*Lower warm_start\.compression"),
+    ],
+)
+def test_a_file_that_loses_most_of_its_chains_for_their_length_is_refused(tmp_path, bad, counts):
+    config, tasks = stored(tmp_path, ["", "", *bad, *["1+2=3;"] * 5])
+    with pytest.raises(TaskError, match=rf"task rows: {counts}"):
+        prepare_sft(config, tasks, TOKENIZER, FACTS)
+    config, tasks = stored(tmp_path, ["", "", *bad, *["1+2=3;"] * 6])
+    (task,) = prepare_sft(config, tasks, TOKENIZER, FACTS).tasks  # half may go
+    assert task.source.size == 5
 
 
 def test_chains_shorter_than_a_latent_step_alone_are_an_error(tmp_path):
