@@ -26,7 +26,7 @@ from deploy.controller import gather
 from deploy.evaluation_report import REPORT_FILE, report, show, table
 from deploy.problems import PreparedTask, evaluation_requests
 from deploy.progress import Reporter
-from deploy.run import Run, started
+from deploy.run import Run, ready, started
 from deploy.run_folder import create_run
 from deploy.scores import TaskResult, macro_average, pass_at_k_results, results
 from learner.weights import publish
@@ -181,8 +181,9 @@ def evaluate_model(config: RunConfig, name: str, reporter: Reporter | None = Non
     if not config.evaluation.tasks:
         raise ConfigError(f"{name} has no evaluation.tasks; add one with `name` and `path`")
     reporter = reporter or Reporter()
+    parts = ready(config, reporter)
     folder = create_run(config, f"evaluate-{name}")
-    with started(folder, config, 0, reporter) as run:
+    with started(folder, config, 0, reporter, parts=parts) as run:
         model = load_model(run.initial, config.model.dtype)
         weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
         publication = publish(weights, 0, config.learner.weight_bucket_bytes)

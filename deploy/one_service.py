@@ -24,7 +24,7 @@ from deploy.progress import Reporter
 from deploy.recorded import RecordedRun, Start
 from deploy.replay import recorded_learner
 from deploy.rollout_metrics import rollout_metrics
-from deploy.run import save_whole, started
+from deploy.run import ready, save_whole, started
 from deploy.run_folder import RunFolder, create_run
 from deploy.run_manifest import record_model, write_manifest
 from learner.learner import LearnerGroup
@@ -64,8 +64,9 @@ def rollout_only(config: RunConfig, profile: str, reporter: Reporter | None = No
             "model.path=... model.new=null warm_start=null, or leave the start out with warm_start=null"
         )
     reporter = reporter or Reporter()
+    parts = ready(config, reporter)
     folder = create_run(config, f"rollout-{Path(profile).stem}")
-    with started(folder, config, 0, reporter, "rollout") as run:
+    with started(folder, config, 0, reporter, "rollout", parts) as run:
         learner = FrozenLearner(run.initial, config)
         controller = Controller(config, run.pool, learner, run.problems.request)
         controller.begin()

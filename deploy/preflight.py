@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from common.benchmarks import how_to_get
 from common.config import ConfigError, RunConfig
 
 
@@ -47,9 +48,12 @@ def file_faults(config: RunConfig) -> list[str]:
     for task in [*config.tasks, *config.evaluation.tasks]:
         path = task.path
         if path is None:
-            faults.append(f"task {task.name}: set its `path` (.parquet, .jsonl, hf:... or builtin:...)")
+            faults.append(f"task {task.name}: set its `path` (.parquet, .jsonl, .csv, hf:... or builtin:...)")
         elif not path.startswith(("hf:", "builtin:")) and not Path(path).is_file():
-            faults.append(f"task {task.name}: {path} does not exist; set its `path` to a .parquet or .jsonl file")
+            faults.append(
+                f"task {task.name}: {path} does not exist; set its `path` to a .parquet, .jsonl or .csv file"
+                f"{how_to_get(task.name)}"
+            )
     return faults
 
 

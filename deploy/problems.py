@@ -82,7 +82,12 @@ def prepare_task(task: TaskConfig, config: RunConfig, tokenizer, *, whole: bool 
 
 
 def _check_whole(source: TaskSource) -> None:
-    """An evaluation task must not lack problems or answers: the rest would be another benchmark. Raises TaskError."""
+    """An evaluation task must end, and must not lack problems or answers: the rest would be another benchmark.
+
+    Raises TaskError.
+    """
+    if source.size is None:
+        raise TaskError(f"evaluation task {source.config.name} never ends; set its options.size, or its limit")
     faults = (EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER)
     faulty = {reason: source.dropped[reason] for reason in faults if reason in source.dropped}
     if faulty:

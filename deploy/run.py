@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from common.prompts import check_think_start, check_width, resolve_tokens
 from common.store import TrajectoryStore
 from common.tasks import load_task
 from common.types import TokenFacts
-from deploy.preflight import engine_rows
+from deploy.preflight import check_before_start, engine_rows
 from deploy.problems import PreparedTask, Problems
 from deploy.progress import Reporter
 from deploy.ray_session import Services, ray_session
@@ -71,30 +71,56 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a run is made of before anything is started for it."""
+    """What a run is made of, read and checked before anything is started for it."""
 
-    initial: str | Path
+    initial: str | Path | None  # None: a `model.new` that `placed` makes in the run's folder
     tokenizer: PreTrainedTokenizerBase
     facts: TokenFacts
     chain: ChainSettings | None
     problems: Problems
+
+    def placed(self, folder: RunFolder, config: RunConfig, reporter: Reporter) -> Parts:
+        """With a model that workers can load."""
+        if self.initial is not None:
+            return self
+        model = make_model(config.model.new, self.tokenizer, config.seed)
+        reporter.say(f"made a new {config.model.new.architecture} of {model.num_parameters():,} parameters")
+        target = _place_of_new(config, folder)
+        save_whole(target, lambda unfinished: save_model(unfinished, model, self.tokenizer))
+        return replace(self, initial=target)
 
     def run(self, folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, metrics, pool) -> Run:
         initial, tokenizer, facts, problems = self.initial, self.tokenizer, self.facts, self.problems
         return Run(folder, config, lineage, reporter, metrics, initial, tokenizer, facts, problems, pool, self.chain)
 
 
-def prepare(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Parts:
-    """The model, made if need be, its tokenizer and chain, checked against the settings, and the problems."""
-    initial = initial_model(config, folder, reporter)
-    tokenizer = load_tokenizer(initial)
-    facts = token_facts(config, initial, tokenizer)
-    chain = read_chain(initial)
+def ready(config: RunConfig, reporter: Reporter) -> Parts:
+    """What every command that makes a run does first: whatever can be refused is, and nothing is left behind."""
+    check_before_start(config)
+    return prepare(config, reporter)
+
+
+def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = None) -> Parts:
+    """The tokenizer, the model's chain and the problems, checked against the settings; writes nothing.
+
+    `folder`: the run's, where it has one and may hold its `model.new` already.
+    """
+    initial = _initial_model(config, folder)
+    if initial is None:
+        tokenizer = make_tokenizer(config.model.new, _texts(config))
+        vocab_size, eos_ids, limit = len(tokenizer), (), config.model.new.max_positions
+    else:
+        tokenizer = load_tokenizer(initial)
+        (vocab_size, eos_ids), limit = output_facts(initial), position_limit(initial)
+    facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
+    check_width(config, facts)
+    check_think_start(config, tokenizer)
+    chain = None if initial is None else read_chain(initial)
     if chain is not None:
         for line in check_chain(chain, initial, config, tokenizer):
             reporter.say(f"[yellow]{line}[/]")
     problems = Problems(config, tokenizer)
-    check_positions((*problems.training, *problems.evaluation), initial)
+    check_positions((*problems.training, *problems.evaluation), limit, initial or "model.new")
     for line in problems.summaries:
         reporter.say(line)
     return Parts(initial, tokenizer, facts, chain, problems)
@@ -102,21 +128,28 @@ def prepare(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Parts:
 
 @contextlib.contextmanager
 def started(
-    folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, services: Services = "both"
+    folder: RunFolder,
+    config: RunConfig,
+    lineage: int,
+    reporter: Reporter,
+    services: Services = "both",
+    parts: Parts | None = None,
 ) -> Iterator[Run]:
-    """Ray, the model, the problems and the workers of a run; all of it gone afterwards. `services`: which of the two
-    the cluster must have room for."""
+    """Ray and the workers of a run; all of it gone afterwards.
+
+    `services`: which of the two the cluster must have room for. `parts`: of :func:`ready`, where the run is a new one.
+    """
     engine_rows(config)  # raises before anything is started
     folder = RunFolder(folder.path.resolve())
     reporter.say(f"run folder {folder.path}")
     for difference in differences():
         reporter.say(f"[yellow]{difference}[/]")
+    parts = (parts or prepare(config, reporter, folder)).placed(folder, config, reporter)
     with (
         MetricsWriter(folder.path, config.metrics.sinks) as metrics,
         ray_session(config, services),
         terminated_is_interrupted(),
     ):
-        parts = prepare(folder, config, reporter)
         write_manifest(folder, config, lineage, parts.initial, data_facts(parts.problems))
         reporter.say(f"starting {config.rollout.workers} rollout worker(s)")
         factory = WorkerFactory(config_as_json(config), str(parts.initial), folder.name)
@@ -127,18 +160,16 @@ def started(
             yield run
 
 
-def initial_model(config: RunConfig, folder: RunFolder, reporter: Reporter) -> str | Path:
-    """The folder or hub id that the run starts from; a `model.new` is made once, below the run's folder."""
+def _initial_model(config: RunConfig, folder: RunFolder | None) -> str | Path | None:
+    """The folder or hub id that the run starts from; None where it is still to be made."""
     if config.model.new is None:
         return config.model.path
-    target = folder.base_model if config.warm_start is None else folder.path / "initial"
-    if (target / "config.json").is_file():
-        return target
-    tokenizer = make_tokenizer(config.model.new, _texts(config))
-    model = make_model(config.model.new, tokenizer, config.seed)
-    reporter.say(f"made a new {config.model.new.architecture} of {model.num_parameters():,} parameters")
-    save_whole(target, lambda unfinished: save_model(unfinished, model, tokenizer))
-    return target
+    made = None if folder is None else _place_of_new(config, folder)
+    return made if made is not None and (made / "config.json").is_file() else None
+
+
+def _place_of_new(config: RunConfig, folder: RunFolder) -> Path:
+    return folder.base_model if config.warm_start is None else folder.path / "initial"
 
 
 def _texts(config: RunConfig) -> Iterator[str]:
@@ -153,17 +184,8 @@ def _texts(config: RunConfig) -> Iterator[str]:
         yield f"\\boxed{{{problem.answer}}}"
 
 
-def token_facts(config: RunConfig, model: str | Path, tokenizer) -> TokenFacts:
-    vocab_size, eos_ids = output_facts(model)
-    facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
-    check_width(config, facts)
-    check_think_start(config, tokenizer)
-    return facts
-
-
-def check_positions(tasks: Iterable[PreparedTask], model: str | Path) -> None:
-    """Raises ConfigError where a task's longest prompt and response need more positions than the model has."""
-    limit = position_limit(model)
+def check_positions(tasks: Iterable[PreparedTask], limit: int | None, model: str | Path) -> None:
+    """Raises ConfigError where a task's longest prompt and response need more positions than the model's `limit`."""
     for task in tasks:
         budget = task.source.config.max_response_tokens
         if limit is not None and task.longest_prompt + budget > limit:

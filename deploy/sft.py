@@ -25,7 +25,7 @@ from deploy.induction import induce
 from deploy.interrupts import settled
 from deploy.problems import PreparedTask, group_request
 from deploy.progress import Reporter
-from deploy.run import Run, started
+from deploy.run import Parts, Run, ready, started
 from deploy.run_folder import RunFolder, create_run, reopen_run
 from deploy.scores import TaskResult, results
 from learner.checkpoint import latest_checkpoint, write_checkpoint
@@ -277,7 +277,10 @@ def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> Ru
     """Latent-SFT alone (METHOD §7): its model is in the run's `base/`, for `model.path` of later runs."""
     if config.warm_start is None:
         raise ConfigError(f"profile {profile} has no section warm_start; add it (an empty one takes the defaults)")
-    return _alone(create_run(config, profile), config, 0, reporter or Reporter())
+    reporter = reporter or Reporter()
+    parts = ready(config, reporter)
+    data = ready_sft(config, parts)
+    return _alone(create_run(config, profile), config, 0, reporter, parts, data)
 
 
 def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
@@ -293,22 +296,36 @@ def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None
     return _alone(folder, config, lineage, reporter)
 
 
-def _alone(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> RunFolder:
-    with started(folder, config, lineage, reporter) as run:
-        model = warm_start(run)
+def _alone(
+    folder: RunFolder,
+    config: RunConfig,
+    lineage: int,
+    reporter: Reporter,
+    parts: Parts | None = None,
+    data: SFTData | None = None,
+) -> RunFolder:
+    with started(folder, config, lineage, reporter, parts=parts) as run:
+        model = warm_start(run, data=data)
     reporter.say(f"model {model}; train it with model.path={model} model.new=null warm_start=null")
     return folder
 
 
-def warm_start(run: Run, make_learner: Callable[..., SFTLearner] = SFTLearner) -> Path:
+def ready_sft(config: RunConfig, parts: Parts) -> SFTData:
+    """What a new run with a Latent-SFT learns from, checked before anything is started for it."""
+    data = prepare_sft(config, parts.problems.training, parts.tokenizer, parts.facts)
+    data.rows(0, _settings(config).batch_size)  # a generated task drops nothing: a chain that is too short is said now
+    return data
+
+
+def warm_start(run: Run, make_learner: Callable[..., SFTLearner] = SFTLearner, data: SFTData | None = None) -> Path:
     """Latent-SFT of the initial model into `base/` (METHOD §7); a resumed run goes on with it, or has it already.
 
-    `make_learner(config, model)`: what trains, with the face of :class:`SFTLearner`.
+    `make_learner(config, model)`: what trains, with the face of :class:`SFTLearner`. `data`: of :func:`ready_sft`.
     """
     config, base = run.config, run.folder.base_model
     if (base / "config.json").is_file():
         return base
-    data = prepare_sft(config, run.problems.training, run.tokenizer, run.facts)
+    data = data or prepare_sft(config, run.problems.training, run.tokenizer, run.facts)
     for line in data.summaries:
         run.reporter.say(line)
     initial = induce(run, data) if config.warm_start.source == "induced" else run.initial

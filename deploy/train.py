@@ -21,13 +21,12 @@ from deploy.controller import Controller, TrainingStopped, gather
 from deploy.evaluate import evaluate
 from deploy.interrupts import SETTLE_S
 from deploy.observer import StepObserver
-from deploy.preflight import check_before_start
 from deploy.progress import Reporter
 from deploy.report.build import closing_line
-from deploy.run import Run, started
+from deploy.run import Parts, Run, ready, started
 from deploy.run_folder import RunFolder, create_run, reopen_run
 from deploy.run_manifest import record_model
-from deploy.sft import warm_start
+from deploy.sft import SFTData, ready_sft, warm_start
 from learner.checkpoint import latest_checkpoint, write_checkpoint
 from learner.learner import LearnerGroup, ReplayReport
 
@@ -41,8 +40,10 @@ class SelfTestFailed(TrainingStopped):
 
 def train(config: RunConfig, profile: str, reporter: Reporter | None = None, path: Path | None = None) -> RunFolder:
     """A new run (in the folder `path` if given). Returns its folder; raises what stopped it."""
-    check_before_start(config)
-    return _run(create_run(config, profile, path), config, 0, reporter or Reporter())
+    reporter = reporter or Reporter()
+    parts = ready(config, reporter)
+    data = None if config.warm_start is None else ready_sft(config, parts)
+    return _run(create_run(config, profile, path), config, 0, reporter, parts, data)
 
 
 def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
@@ -51,10 +52,17 @@ def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = N
     return _run(folder, config, lineage, reporter or Reporter())
 
 
-def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> RunFolder:
+def _run(
+    folder: RunFolder,
+    config: RunConfig,
+    lineage: int,
+    reporter: Reporter,
+    parts: Parts | None = None,
+    data: SFTData | None = None,
+) -> RunFolder:
     began = time.monotonic()
-    with started(folder, config, lineage, reporter) as run:
-        base = run.initial if config.warm_start is None else warm_start(run)
+    with started(folder, config, lineage, reporter, parts=parts) as run:
+        base = run.initial if config.warm_start is None else warm_start(run, data=data)
         if config.warm_start is not None:
             record_model(folder, "base", base)
         reporter.say(f"starting {config.learner.ranks} learner rank(s)")

@@ -198,7 +198,7 @@ def started_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter)
     """`deploy.run.started` without Ray: the same run, its pool in this process."""
     torch.set_num_threads(1)
     with MetricsWriter(folder.path, config.metrics.sinks) as metrics, one_rank_group():
-        parts = prepare(folder, config, reporter)
+        parts = prepare(config, reporter, folder).placed(folder, config, reporter)
         pool = InProcessPool(config, parts.initial, parts.tokenizer, parts.facts, folder.name)
         yield parts.run(folder, config, 0, reporter, metrics, pool)
 

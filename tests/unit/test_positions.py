@@ -9,7 +9,7 @@ import pytest
 
 from common.arithmetic import make_arithmetic_tokenizer
 from common.config import ConfigError, NewModelConfig, TaskConfig, load_config
-from common.models import make_model, save_model
+from common.models import make_model, position_limit, save_model
 from deploy.problems import prepare_task
 from deploy.run import check_positions
 
@@ -22,13 +22,13 @@ def test_a_budget_beyond_the_model_is_refused_before_anything_starts(tmp_path, a
     save_model(tmp_path, make_model(new, TOKENIZER, seed=0), TOKENIZER)
     config = load_config("quickstart")
     task = prepare_task(config.tasks[0], config, TOKENIZER)
-    check_positions([task], tmp_path)  # at most 32 and 18
+    check_positions([task], position_limit(tmp_path), tmp_path)  # at most 32 and 18
     longer = task.source.config.model_copy(update={"max_response_tokens": 40})
     longer = prepare_task(longer, config, TOKENIZER)
     with pytest.raises(
         ConfigError, match=r"longest prompt \(32 tokens\).*need 72 positions.* has 60; set .* to 28 or less"
     ):
-        check_positions([task, longer], tmp_path)
+        check_positions([task, longer], position_limit(tmp_path), tmp_path)
 
 
 def test_the_longest_prompt_of_a_file_counts_and_not_the_limit_on_it(tmp_path):
