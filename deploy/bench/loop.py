@@ -1,7 +1,8 @@
 """What the distributed loop costs: a step through Ray and DeepSpeed beside a step of the same loop in one process.
 
-Both run the same steps from the same model in turn, so a busy machine disturbs both; CPU seconds are given besides
-wall seconds because it disturbs those less. The first steps of each (compilation, caches) are not counted.
+Both run the same steps from the same model: all steps in one process, then all steps of the pipeline. What else the
+machine does may therefore slow one of them and not the other; measure on an idle machine. CPU seconds are given besides
+wall seconds because other work disturbs those less. The first steps of each (compilation, caches) are not counted.
 """
 
 from __future__ import annotations
