@@ -541,6 +541,7 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """METHOD §9: an algorithm is nothing but these defaults (and, for `grpo`, a response that starts visible)."""
 
+OBJECTIVE_KEYS = {"component_weighting", "flip", "first_token", "masking", "centering_draws"}
 LATENT_ONLY_KEYS = ("k", "tau", "noise", "component_weighting", "flip", "centering_draws")
 
 
@@ -551,14 +552,19 @@ def load_config(source: str | Path | dict, overrides: list[str] = ()) -> RunConf
     """Reads a profile (name, path or mapping), applies dotted overrides and validates.
 
     `overrides`: `key.sub=value`, value in YAML; list items by index (`tasks.0.path=x`). When an override changes
-    `algorithm` to `grpo`, latent-only keys of the file are left out (they would have no effect), while the same keys
-    given as overrides are refused. Raises :class:`ConfigError` with one line per fault.
+    `algorithm`, what the file says of the objective is left to the new algorithm's defaults (METHOD §9), so that
+    `algorithm=soft_grpo` is Soft-GRPO on every profile; for `grpo` all latent-only keys of the file are left out. Keys
+    given as overrides count. Raises :class:`ConfigError` with one line per fault.
     """
     data = dict(source) if isinstance(source, dict) else read_profile(source)
     changed = [parse_override(o) for o in overrides]
-    if any(path == ["algorithm"] and value == "grpo" for path, value in changed):
-        data = {key: value for key, value in data.items() if key not in LATENT_ONLY_KEYS}
-        if isinstance(data.get("warm_start"), dict):
+    algorithm = next((value for path, value in reversed(changed) if path == ["algorithm"]), None)
+    if algorithm not in (None, data.get("algorithm", RunConfig.model_fields["algorithm"].default)):
+        left_out = OBJECTIVE_KEYS | (set(LATENT_ONLY_KEYS) if algorithm == "grpo" else set())
+        data = {key: value for key, value in data.items() if key not in left_out}
+        if isinstance(data.get("noise"), dict):
+            data["noise"] = {key: value for key, value in data["noise"].items() if key != "mode"}
+        if algorithm == "grpo" and isinstance(data.get("warm_start"), dict):
             data["warm_start"] = {**data["warm_start"], "chain": "explicit"}
     for path, value in changed:
         data = with_value(data, path, value, ".".join(path))

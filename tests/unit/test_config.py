@@ -109,6 +109,21 @@ def test_switching_a_profile_to_grpo_drops_its_latent_keys():
     assert (config.latent, config.schema_k, config.warm_start.chain) == (False, 0, "explicit")
 
 
+def test_another_algorithm_is_that_algorithm_on_every_profile():
+    ours = load_config("quickstart")
+    assert (ours.component_weighting, ours.centering_draws) == ("uniform", 8)
+    soft = load_config("quickstart", ["algorithm=soft_grpo"])
+    defaults = load_config(settings(), ["algorithm=soft_grpo"])
+    for key in ("component_weighting", "flip", "first_token", "masking", "centering_draws"):
+        assert getattr(soft, key) == getattr(defaults, key), key
+    assert (soft.noise.mode, soft.noise.scale) == ("two_sided", 0.3), (
+        "the scale is the task's, the mode the algorithm's"
+    )
+    assert load_config("paper-low", ["algorithm=soft_grpo"]).masking == "off"
+    assert load_config("quickstart", ["algorithm=latent_grpo"]) == ours, "no change, nothing left out"
+    assert load_config("quickstart", ["algorithm=soft_grpo", "centering_draws=4"]).centering_draws == 4
+
+
 def test_task_names_are_distinct():
     task = {"name": "a", "path": "a.jsonl"}
     assert "names must be distinct" in refused(settings(tasks=[task, task]))
