@@ -42,10 +42,9 @@ def extract(response_text: str, *, fallback: Literal["none", "last_number"] = "n
         return Extraction(content, raw, "box") if content else Extraction(None, None, "malformed_box")
     if fallback == "last_number":
         tail = response_text[-_FALLBACK_TAIL_CHARS:]
-        whole = (
-            tail if len(tail) == len(response_text) else re.sub(r"^\S+", "", tail)
-        )  # no number that the cut shortened
-        number = last_number(readable(whole))
+        if len(tail) < len(response_text):
+            tail = re.sub(r"^\S+", "", tail)  # no number that the cut shortened
+        number = last_number(readable(tail))
         if number is not None:
             return Extraction(number, number, "last_number")
     return Extraction(None, None, "none")

@@ -232,10 +232,8 @@ def _same_sequence(gold: Sequence, given: Sequence, algebra: AlgebraicEquality |
         return column and brackets == ("(", ")") and _same_in_order(gold, given, algebra)
     bare, braces, tuple_ = ("", ""), ("\\{", "\\}"), ("(", ")")
     brackets = {gold.brackets, given.brackets}
-    if brackets == {bare} and gold_names and not given_names:
-        return _same_in_order(
-            gold, given, algebra
-        )  # "x = 1, y = 2", answered as "1, 2": which is which, its place says
+    if brackets == {bare} and gold_names and not given_names:  # "x = 1, y = 2" as "1, 2": the place says which is which
+        return _same_in_order(gold, given, algebra)
     if brackets <= {bare, braces}:
         return _same_unordered(list(gold.items), list(given.items), algebra)
     if len(brackets) == 1 or brackets == {bare, tuple_}:
