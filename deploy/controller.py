@@ -11,7 +11,8 @@ What each part waits for, and what unblocks it:
 * dispatch waits for free slots of the buffer; a finished learner step or a filtered group frees them;
 * the learner waits for a batch: the first `prompts_per_step` groups with signal, in prompt order;
 * workers wait for work; a weight update is an item of their queue, so no trajectory mixes versions;
-* the controller itself waits in exactly one place, `RolloutPool.poll`, which has a deadline for every worker.
+* the controller itself waits in exactly one place, `RolloutPool.poll`, which has a deadline for every worker; there,
+  and nowhere else, an interrupt is taken (`deploy.interrupts`), so it finds a step either begun or not.
 
 Synchronous training is `max_staleness: 0`: all slots are held by the batch at the learner, so nothing is generated
 meanwhile. Nothing else distinguishes it.
@@ -31,6 +32,7 @@ from common.config import RunConfig
 from common.schema import SchemaError, TrajectoryBatch, concat
 from common.types import GroupRequest
 from deploy.buffer import GroupBuffer, ReadyBatch
+from deploy.interrupts import check_interrupt, settled
 from deploy.rollout_metrics import rollout_metrics
 from learner.advantages import drop_reason
 
@@ -107,7 +109,6 @@ class Controller:
             next_ordinal=next_ordinal,
         )
         self._learning: ReadyBatch | None = None  # at the learner now
-        self._done: StepResult | None = None  # a step that is done and that run_step has not returned yet
 
     @property
     def version(self) -> int:
@@ -131,7 +132,7 @@ class Controller:
         if rows is not None:
             metrics |= self._learned()
         learned = time.perf_counter() - started - waited
-        self._advance(batch, rows, metrics)
+        result = self._advance(batch, rows, metrics)
         publishing = time.perf_counter()
         self.begin()
         metrics |= {
@@ -140,7 +141,7 @@ class Controller:
             "time/publish_s": time.perf_counter() - publishing,
             "time/step_s": time.perf_counter() - started,
         }
-        return self._take_done()
+        return result
 
     def gather(self, requests: Iterable[GroupRequest], on_arrival: Callable[[int], None] = lambda done: None):
         """Groups that are not for training (evaluation, self-test), in the order of `requests`; training's own
@@ -148,36 +149,26 @@ class Controller:
         return gather(self.pool, requests, on_arrival, self._take)
 
     def settle(self, timeout_s: float) -> StepResult | None:
-        """After an interrupt: finishes a step that the learner has begun, so that its state is that of a step.
-
-        Returns the step that `run_step` did not get to return, if there is one.
-        """
+        """After an interrupt: finishes the step that the learner has begun, if there is one, and returns it."""
         if self._learning is None:
-            return self._take_done()
-        deadline = time.monotonic() + timeout_s
-        while not self.learner.finished():
-            if time.monotonic() > deadline:
-                raise TrainingStopped(f"the learner's step did not end within {timeout_s:g} s of the interrupt")
-            time.sleep(POLL_S)
+            return None
+        learned = settled(self.learner, timeout_s)
+        if learned is None:
+            raise TrainingStopped(f"the learner's step did not end within {timeout_s:g} s of the interrupt")
         batch, rows = self._learning, concat(self._learning.groups)
-        self._advance(batch, rows, self.learner.finish_step() | self._batch_metrics(batch, rows))
-        return self._take_done()
+        return self._advance(batch, rows, learned | self._batch_metrics(batch, rows))
 
     def _learned(self) -> dict[str, float]:
         while not self.learner.finished():
             self._exchange(LEARNING_POLL_S)  # with staleness, work goes on while the learner trains
         return self.learner.finish_step()
 
-    def _advance(self, batch: ReadyBatch, rows: pa.RecordBatch | None, metrics: dict[str, float]) -> None:
+    def _advance(self, batch: ReadyBatch, rows: pa.RecordBatch | None, metrics: dict[str, float]) -> StepResult:
         self._learning = None
         self.step += 1
         self.next_ordinal = batch.next_ordinal
         self.buffer.trained(batch)
-        self._done = StepResult(self.step, rows, batch.generated, batch.reasons, metrics)
-
-    def _take_done(self) -> StepResult | None:
-        done, self._done = self._done, None
-        return done
+        return StepResult(self.step, rows, batch.generated, batch.reasons, metrics)
 
     def _next_batch(self) -> ReadyBatch:
         while (batch := self.buffer.take_batch()) is None:
@@ -195,6 +186,7 @@ class Controller:
             self.pool.submit(requests)
         for group in self.pool.poll(timeout_s):
             self._take(group)
+        check_interrupt()
 
     def _take(self, group: pa.RecordBatch) -> None:
         uid = _group_uid(group)
@@ -254,6 +246,7 @@ def gather(
             else:
                 groups[place] = group
         on_arrival(len(groups))
+        check_interrupt()
     return [groups[i] for i in range(len(wanted))]
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from common.config import InductionConfig
 from common.types import Problem
-from deploy.interrupts import settled
+from deploy.interrupts import Interrupted, awaited, check_interrupt, deferred_interrupts, settled
 from deploy.problems import PreparedTask
 from deploy.run import Run, save_whole
 from learner.checkpoint import latest_checkpoint, write_checkpoint
@@ -60,21 +60,27 @@ def _learn(run: Run, data: Rows, learner: InductionLearner, phase: Phase, number
     # each step of stage 1 reads on where the one before it stopped
     first = sum(getattr(settings, f"{earlier}_steps") for earlier in PHASES[: number - 1])
     saved, running = done, False
+
+    def trained(values: dict[str, float]) -> None:
+        nonlocal running, done
+        running, done = False, done + 1
+        run.metrics.write(done, values, kind=kind, lineage=run.lineage)
+
     try:
-        with run.reporter.phase(f"stage 1, {phase}", total) as advance:
+        with deferred_interrupts(), run.reporter.phase(f"stage 1, {phase}", total) as advance:
             advance(done)
             while done < total:
+                check_interrupt()
                 learner.start_step(data.rows(first + done, settings.batch_size), done, total)
                 running = True
-                values = learner.finish_step()
-                running, done = False, done + 1
-                run.metrics.write(done, values, kind=kind, lineage=run.lineage)
+                values = awaited(learner)
+                trained(values)
                 advance(done, f"answer loss {values['answer_loss']:.3f}")
                 if every and done % every == 0 and done < total:
                     saved = _keep(run, learner, states, done)
-    except KeyboardInterrupt:
-        if running and settled(learner):
-            running, done = False, done + 1
+    except Interrupted:
+        if running and (values := settled(learner)) is not None:
+            trained(values)
         if not running and done != saved:
             saved = _keep(run, learner, states, done)
         kept = f"; the state of stage 1, {phase}, step {saved} is complete" if saved else ""

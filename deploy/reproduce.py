@@ -33,10 +33,10 @@ from rich.markup import escape
 from common.config import RunConfig, parse_config
 from common.errors import ConfigError
 from deploy.devices import NO_GPU, Devices, GpuNeed, at_once, gpu_need, visible_gpus
+from deploy.interrupts import terminated_is_interrupted
 from deploy.progress import Reporter
 from deploy.ray_session import needed_resources
 from deploy.results import UnitResult, read_result, write_result
-from deploy.run import terminated_is_interrupted
 from deploy.run_folder import RunFolder, create_run, reopen_run, write_atomically
 from deploy.suite import (
     Suite,

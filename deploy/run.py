@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from common.prompts import check_think_start, check_width, resolve_tokens
 from common.store import TrajectoryStore
 from common.tasks import load_task
 from common.types import TokenFacts
+from deploy.interrupts import terminated_is_interrupted
 from deploy.preflight import check_before_start, engine_rows
 from deploy.problems import PreparedTask, Problems
 from deploy.progress import Reporter
@@ -204,17 +204,3 @@ def save_whole(target: Path, write: Callable[[Path], None]) -> None:
     write(unfinished)
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
-
-
-@contextlib.contextmanager
-def terminated_is_interrupted() -> Iterator[None]:
-    """SIGTERM (a job that is stopped, a pod that is evicted) ends a run as Ctrl-C does: with a checkpoint."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

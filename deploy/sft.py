@@ -22,7 +22,7 @@ from common.tasks import PromptStream, StoredTask, TaskError, TaskSource, load_t
 from common.types import Problem, TokenFacts
 from deploy.controller import Pool, gather
 from deploy.induction import induce
-from deploy.interrupts import settled
+from deploy.interrupts import Interrupted, awaited, check_interrupt, deferred_interrupts, settled
 from deploy.problems import PreparedTask, group_request
 from deploy.progress import Reporter
 from deploy.run import Parts, Run, ready, started
@@ -210,8 +210,14 @@ def run_latent_sft(
     `keep` writes the learner's state with the progress: every `checkpoint.every` steps, and at an interrupt.
     """
     settings, saved, running = _settings(config), progress.steps, False
+
+    def trained(values: dict[str, float]) -> None:
+        nonlocal running, progress
+        running, progress = False, dataclasses.replace(progress, steps=progress.steps + 1)
+        metrics.write(progress.steps, values, kind="sft", lineage=lineage)
+
     try:
-        with reporter.phase("Latent-SFT", settings.max_steps) as advance:
+        with deferred_interrupts(), reporter.phase("Latent-SFT", settings.max_steps) as advance:
             advance(progress.steps)
             rows = data.rows(progress.steps, settings.batch_size)
             while True:
@@ -227,17 +233,16 @@ def run_latent_sft(
                 if _due(config.checkpoint.every, progress.steps) and progress.steps != saved:
                     keep(progress)
                     saved = progress.steps
+                check_interrupt()
                 learner.start_step(rows, progress.steps)
                 running = True
                 rows = data.rows(progress.steps + 1, settings.batch_size)  # while the ranks train
-                values = learner.finish_step()
-                running, progress = False, dataclasses.replace(progress, steps=progress.steps + 1)
-                metrics.write(progress.steps, values, kind="sft", lineage=lineage)
+                values = awaited(learner)
+                trained(values)
                 advance(progress.steps, _note(values["loss"], progress))
-    except KeyboardInterrupt:
-        if running and settled(learner):
-            progress = dataclasses.replace(progress, steps=progress.steps + 1)
-            running = False
+    except Interrupted:
+        if running and (values := settled(learner)) is not None:
+            trained(values)
         if not running and progress.steps != saved:
             keep(progress)
             saved = progress.steps

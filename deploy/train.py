@@ -19,7 +19,7 @@ from common.config import RunConfig
 from common.schema import concat
 from deploy.controller import Controller, TrainingStopped, gather
 from deploy.evaluate import evaluate
-from deploy.interrupts import SETTLE_S
+from deploy.interrupts import SETTLE_S, Interrupted, deferred_interrupts
 from deploy.observer import StepObserver
 from deploy.progress import Reporter
 from deploy.report.build import closing_line
@@ -108,7 +108,7 @@ def _train(run: Run, learner: LearnerGroup) -> None:
 def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver) -> None:
     config, saved = run.config, controller.step
     try:
-        with run.reporter.phase(config.algorithm, config.steps) as advance:
+        with deferred_interrupts(), run.reporter.phase(config.algorithm, config.steps) as advance:
             advance(controller.step)
             rewards: list[float] = []
             while controller.step < config.steps:
@@ -120,7 +120,7 @@ def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: St
                 if _due(config.evaluation.every, result.step) and result.step < config.steps:
                     evaluate(run, controller.gather, controller.step, f"step-{result.step}")
                 advance(result.step, f"reward {rewards[-1]:.3f} {sparkline(rewards)}")
-    except KeyboardInterrupt:
+    except Interrupted:
         result = controller.settle(SETTLE_S)
         if result is not None:
             observer.observe(result, learner.last_report if result.batch is not None else None)

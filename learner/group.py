@@ -81,14 +81,9 @@ class RankGroup:
         """Waits for the step: every rank's report."""
         refs, deadline = self._running()
         try:
-            reports = self._wait(refs, max(deadline - time.monotonic(), 0.0), "train", "deadlines.learner_s")
-        except KeyboardInterrupt:
-            raise  # the step goes on: it can be waited for again
-        except BaseException:
+            return self._wait(refs, max(deadline - time.monotonic(), 0.0), "train", "deadlines.learner_s")
+        finally:
             self._step = None
-            raise
-        self._step = None
-        return reports
 
     def _running(self) -> tuple[list[ray.ObjectRef], float]:
         if self._step is None:

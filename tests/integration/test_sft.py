@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ class InterruptedAt(Reporter):
     def phase(self, name, total, unit="steps"):
         def advance(completed, note=""):
             if name == self.name and completed == self.step:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
         yield advance
 

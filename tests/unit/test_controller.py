@@ -1,6 +1,7 @@
 """The loop with a simulated pool and learner: order, versions and staleness, whatever the timing."""
 
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from common.config import load_config
 from common.schema import encode
 from common.types import GroupRequest, Trajectory
 from deploy.controller import Controller, TrainingStopped, gather
+from deploy.interrupts import Interrupted, deferred_interrupts
 from deploy.problems import sampling_settings
 
 BASE = {"model": {"path": "x"}, "tasks": [{"name": "t", "path": "t.jsonl"}], "k": 2, "group_size": 2}
@@ -167,17 +169,17 @@ def test_gather_returns_groups_in_order_and_hands_on_what_was_not_asked_for():
     assert [g.column("group_uid")[0].as_py() for g in others] == ["g99"]
 
 
-def test_an_interrupt_in_the_learners_step_settles_to_the_state_after_it():
+@pytest.mark.parametrize("moment", ["start_step", "finished"])
+def test_an_interrupt_in_the_learners_step_settles_to_the_state_after_it(moment):
     cfg = config()
     pool, learner = SimulatedPool(mixed), SimulatedLearner()
     controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
     controller.begin()
-    pool.poll, poll = interrupted(learner, pool.poll), pool.poll
-    with pytest.raises(KeyboardInterrupt):
+    interrupt_in(learner, moment)
+    with pytest.raises(Interrupted), deferred_interrupts():
         controller.run_step()
     assert controller.step == 0
     result = controller.settle(5.0)
-    pool.poll = poll
     assert (controller.step, controller.next_ordinal) == (1, 6)
     assert (result.step, result.metrics["learner/loss"]) == (1, 0.0), "its metrics and dump are not lost"
     assert result.reasons == ("all_equal", None, None, "all_equal", None, None)
@@ -185,28 +187,43 @@ def test_an_interrupt_in_the_learners_step_settles_to_the_state_after_it():
     assert controller.step == 1
 
 
-def test_an_interrupt_while_weights_are_published_does_not_lose_the_step():
+@pytest.mark.parametrize("moment", ["finish_step", "publish"])
+def test_an_interrupt_once_the_learner_is_done_lets_the_step_end(moment):
     cfg = config()
     pool, learner = SimulatedPool(mixed), SimulatedLearner()
     controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
     controller.begin()
-    learner.publish = raise_interrupt
-    with pytest.raises(KeyboardInterrupt):
+    results = []
+    interrupt_in(learner, moment)
+    with pytest.raises(Interrupted), deferred_interrupts():
+        results.extend(controller.run_step() for _ in range(2))
+    assert [result.step for result in results] == [1]
+    assert controller.settle(5.0) is None, "no second step was begun"
+    assert (controller.step, len(learner.batches)) == (1, 1)
+
+
+def test_an_interrupt_while_groups_are_waited_for_begins_no_step():
+    cfg = config()
+    pool, learner = SimulatedPool(mixed), SimulatedLearner()
+    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
+    controller.begin()
+    interrupt_in(pool, "submit")
+    with pytest.raises(Interrupted), deferred_interrupts():
         controller.run_step()
-    assert controller.settle(5.0).step == controller.step == 1
+    assert controller.settle(5.0) is None
+    assert (controller.step, learner.batches) == (0, [])
 
 
-def raise_interrupt(version):
-    raise KeyboardInterrupt
+def interrupt_in(service, method):
+    """Ctrl-C in the middle of the next call."""
+    original = getattr(service, method)
 
+    def call(*arguments):
+        setattr(service, method, original)
+        signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
 
-def interrupted(learner, poll):
-    def poll_until_learning(timeout_s):
-        if learner.batches:
-            raise KeyboardInterrupt
-        return poll(timeout_s)
-
-    return poll_until_learning
+    setattr(service, method, call)
 
 
 @pytest.mark.parametrize("sampling", ["refill", "drop"])
