@@ -355,7 +355,16 @@ def group_table(siblings: Sequence[Thoughts], tokens: TokenTexts, chosen: int) -
 # --- one problem at two policy versions ----------------------------------------------------------------------------
 
 
-def diff(run: RunView, step_a: int, step_b: int, filters: Filters, *, machine: bool = False, console: Console) -> None:
+def diff(
+    run: RunView,
+    step_a: int,
+    step_b: int,
+    filters: Filters,
+    *,
+    max_thoughts: int = 64,
+    machine: bool = False,
+    console: Console,
+) -> None:
     """The same problem at two steps, side by side. Without `--problem`: one whose grade changed, else the first."""
     before, after = (_by_problem(run, step, filters) for step in (step_a, step_b))
     common = [problem for problem in before if problem in after]
@@ -384,7 +393,7 @@ def diff(run: RunView, step_a: int, step_b: int, filters: Filters, *, machine: b
             title_align="left",
         )
     )
-    console.print(_side_by_side(pair, tokens))
+    console.print(_side_by_side(pair, tokens, max_thoughts))
     if tokens.missing:
         console.print(Text(tokens.missing, style="yellow"))
     console.print(
@@ -407,7 +416,7 @@ def _by_problem(run: RunView, step: int, filters: Filters) -> dict[str, Row]:
     return found
 
 
-def _side_by_side(pair: Sequence[Thoughts], tokens: TokenTexts) -> RenderableType:
+def _side_by_side(pair: Sequence[Thoughts], tokens: TokenTexts, max_thoughts: int) -> RenderableType:
     table = Table(header_style="bold", box=None, padding=(0, 3, 0, 0))
     table.add_column("step", justify="right", style="cyan")
     for thoughts in pair:
@@ -416,11 +425,18 @@ def _side_by_side(pair: Sequence[Thoughts], tokens: TokenTexts) -> RenderableTyp
         header.append(f", answer {visible(row.parsed_answer or 'none')}", style="default")
         table.add_column(header)
         table.add_column("width", justify="right")
+    left_out: list[int] = []
     for i in range(max(t.trajectory.num_steps for t in pair)):
+        says = any(len(t.trajectory.latent_ids) <= i < t.trajectory.num_steps for t in pair)
+        if i >= max_thoughts and not says:
+            left_out.append(i)
+            continue
         cells: list[RenderableType] = []
         for thoughts in pair:
             cells += _diff_cells(thoughts, tokens, i)
         table.add_row(str(i + 1), *cells)
+    if left_out:
+        table.add_row("…", f"{len(left_out)} more latent steps: --thoughts {left_out[-1] + 1}")
     return table
 
 

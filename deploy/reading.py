@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 reading = typer.Typer()
+MATCHES = 20  # listed without --limit
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
 Step = Annotated[list[str] | None, typer.Option(help="A step, or a range: 10-40. May be repeated.")]
 Purpose = Annotated[str | None, typer.Option(help="training, evaluation, ...; all without.")]
@@ -42,7 +43,7 @@ def inspect(
     sort: Sort = "step",
     lineage: Lineage = None,
     show: Annotated[int | None, typer.Option(help="This one of the matches, in full.")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Matches listed; 0: all.")] = 20,
+    limit: Annotated[int | None, typer.Option(min=0, help=f"Matches listed, {MATCHES} without; 0: all.")] = None,
     thoughts: Annotated[int, typer.Option(min=1, help="Latent steps shown in full.")] = 64,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
     diff: Annotated[tuple[int, int] | None, typer.Option(help="The same problem at two steps.")] = None,
@@ -52,10 +53,12 @@ def inspect(
     from deploy.run_view import open_run
     from deploy.selection import Filters, InspectionError, parse_steps
 
-    if diff is not None and (show is not None or step):
+    ignored = {"--step": step or None, "--show": show, "--limit": limit}
+    given = [option for option, value in ignored.items() if value is not None]
+    if diff is not None and given:
         raise InspectionError(
-            f"--diff and {'--step' if show is None else '--show'} exclude each other: --diff names its two steps, and "
-            "the problem that it shows at both is chosen by --problem UID"
+            f"--diff and {given[0]} exclude each other: --diff names its two steps, and the one problem that it shows "
+            "at both is chosen by --problem UID"
         )
     filters = Filters(
         steps=parse_steps(step or []), purpose=purpose, task=task, failed=failed, correct=correct, reason=reason,
@@ -64,8 +67,9 @@ def inspect(
     )  # fmt: skip
     view, console = open_run(run), Console()
     if diff is not None:
-        inspection.diff(view, *diff, filters, machine=json, console=console)
+        inspection.diff(view, *diff, filters, max_thoughts=thoughts, machine=json, console=console)
     else:
+        limit = MATCHES if limit is None else limit
         inspection.inspect(view, filters, show=show, limit=limit, max_thoughts=thoughts, machine=json, console=console)
 
 

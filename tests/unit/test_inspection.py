@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +18,11 @@ from typer.testing import CliRunner
 
 from common.learner_record import record_schema
 from common.metrics import MetricsWriter
-from common.schema import encode
+from common.schema import decode, encode
 from common.store import DumpError, LearnerStore, TrajectoryStore
 from deploy.inspection import diff, inspect
 from deploy.reading import reading
+from deploy.run_folder import RunFolder
 from deploy.run_view import open_run
 from deploy.selection import Filters, InspectionError, parse_steps
 from deploy.terminal_text import visible, visible_token
@@ -247,9 +249,9 @@ def two_evaluations(path):
     return folder.path
 
 
-def diff_of(path, a, b, filters=None, machine=False):
+def diff_of(path, a, b, filters=None, machine=False, thoughts=64):
     console = Console(file=io.StringIO(), width=120)
-    diff(open_run(path), a, b, filters or Filters(), machine=machine, console=console)
+    diff(open_run(path), a, b, filters or Filters(), max_thoughts=thoughts, machine=machine, console=console)
     return console.file.getvalue()
 
 
@@ -264,12 +266,24 @@ def test_diff_shows_a_problem_whose_grade_changed_at_both_versions(tmp_path):
     assert "step 20, version 20" in text
 
 
+def test_diff_shows_so_many_thoughts_and_all_that_was_said(tmp_path):
+    path = two_evaluations(tmp_path / "run")
+    store = TrajectoryStore(RunFolder(path).trajectories)
+    pair = [t for step in (0, 20) for t in decode(store.read(step, "evaluation")) if t.problem_uid == "chains/0"]
+    silent = min(len(t.latent_ids) for t in pair)  # up to there neither of the two says anything
+    whole, short = (diff_of(path, 0, 20, Filters(problem="chains/0"), thoughts=t) for t in (64, 1))
+    steps = [set(re.findall(r"^ *([0-9]+) ", text, re.MULTILINE)) for text in (whole, short)]
+    assert steps[0] - steps[1] == {str(i) for i in range(2, silent + 1)}
+    assert f"{silent - 1} more latent steps: --thoughts {silent}" in short
+    assert "more latent steps" not in whole
+
+
 def test_diff_without_a_common_problem_says_how_to_get_one(fake):
     with pytest.raises(InspectionError, match=r"no problem was dumped at both steps.*dump.evaluation=true"):
         diff_of(fake, 1, 2)
 
 
-@pytest.mark.parametrize("option", [("--show", "2"), ("--step", "20")])
+@pytest.mark.parametrize("option", [("--show", "2"), ("--step", "20"), ("--limit", "3")])
 def test_diff_refuses_an_option_that_it_would_ignore(tmp_path, option):
     path = two_evaluations(tmp_path / "run")
     result = CliRunner().invoke(reading, ["inspect", str(path), "--diff", "0", "20", *option])
