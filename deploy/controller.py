@@ -11,8 +11,8 @@ What each part waits for, and what unblocks it:
 * dispatch waits for free slots of the buffer; a finished learner step or a filtered group frees them;
 * the learner waits for a batch: the first `prompts_per_step` groups with signal, in prompt order;
 * workers wait for work; a weight update is an item of their queue, so no trajectory mixes versions;
-* the controller itself waits in exactly one place, `RolloutPool.poll`, which has a deadline for every worker; there,
-  and nowhere else, an interrupt is taken (`deploy.interrupts`), so it finds a step either begun or not.
+* the controller itself waits in exactly one place, `RolloutPool.poll`, which has a deadline for every worker. An
+  interrupt is taken only there and before a step is begun (`common.interrupts`): it finds a step begun or not.
 
 Synchronous training is `max_staleness: 0`: all slots are held by the batch at the learner, so nothing is generated
 meanwhile. Nothing else distinguishes it.
@@ -29,10 +29,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from common.config import RunConfig
+from common.interrupts import check_interrupt, settled
 from common.schema import SchemaError, TrajectoryBatch, concat
 from common.types import GroupRequest
 from deploy.buffer import GroupBuffer, ReadyBatch
-from deploy.interrupts import check_interrupt, settled
 from deploy.rollout_metrics import rollout_metrics
 from learner.advantages import drop_reason
 
@@ -123,6 +123,7 @@ class Controller:
         """One step of the run: a batch, the learner's update on it, and the publication of the result."""
         started = time.perf_counter()
         batch = self._next_batch()
+        check_interrupt()  # the batch may have been there without a wait
         waited = time.perf_counter() - started
         rows = concat(batch.groups) if batch.groups else None
         if rows is not None:

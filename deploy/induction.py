@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from common.config import InductionConfig
+from common.interrupts import Interrupted, awaited, check_interrupt, deferred_interrupts, settled
 from common.types import Problem
-from deploy.interrupts import Interrupted, awaited, check_interrupt, deferred_interrupts, settled
 from deploy.problems import PreparedTask
 from deploy.run import Run, save_whole
 from learner.checkpoint import latest_checkpoint, write_checkpoint
@@ -45,7 +45,9 @@ def induce(run: Run, data: Rows) -> Path:
             learner = InductionLearner(run.config, model, phase)
             try:
                 _learn(run, data, learner, phase, number)
-                save_whole(folder, learner.export)
+                with deferred_interrupts():  # what was trained is there before an interrupt ends the run
+                    _judge(run, data, learner, phase)
+                    save_whole(folder, learner.export)
             finally:
                 learner.close()
             shutil.rmtree(run.folder.induction / f"{phase}-states", ignore_errors=True)
@@ -86,9 +88,14 @@ def _learn(run: Run, data: Rows, learner: InductionLearner, phase: Phase, number
         kept = f"; the state of stage 1, {phase}, step {saved} is complete" if saved else ""
         run.reporter.say(f"interrupted{kept}")
         raise
+
+
+def _judge(run: Run, data: Rows, learner: InductionLearner, phase: Phase) -> None:
+    """Says how well the decoder answers held-out problems from their own induced latents, and from other problems'."""
     rows = [data.row(task, problem) for task, problem in data.held_out[:JUDGED]]
     own, shuffled = (learner.judge(rows, shuffled=s)["answer_loss"] for s in (False, True))
-    run.metrics.write(done, {"answer_loss": own, "shuffled": shuffled}, kind=f"{kind}_held_out", lineage=run.lineage)
+    done, kind = getattr(run.config.warm_start.induction, f"{phase}_steps"), f"induction_{phase}_held_out"
+    run.metrics.write(done, {"answer_loss": own, "shuffled": shuffled}, kind=kind, lineage=run.lineage)
     run.reporter.say(
         f"stage 1, {phase}: held-out answer loss {own:.3f} from induced latents, {shuffled:.3f} from other problems'"
     )

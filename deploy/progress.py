@@ -14,11 +14,19 @@ Advance = Callable[..., None]
 """advance(completed, note="")"""
 
 
+class LastingConsole(Console):
+    """Falls silent when its reader is gone (`| tee log`, which the same Ctrl-C ends): the run keeps its state."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class Reporter:
     """What the user sees of a run. `say` prints a line; `phase` shows one long piece of work."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or LastingConsole(highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         self.console.print(text)

@@ -32,8 +32,8 @@ from rich.markup import escape
 
 from common.config import RunConfig, parse_config
 from common.errors import ConfigError
+from common.interrupts import check_interrupt, deferred_interrupts, terminated_is_interrupted
 from deploy.devices import NO_GPU, Devices, GpuNeed, at_once, gpu_need, visible_gpus
-from deploy.interrupts import terminated_is_interrupted
 from deploy.progress import Reporter
 from deploy.ray_session import needed_resources
 from deploy.results import UnitResult, read_result, write_result
@@ -215,31 +215,33 @@ def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, re
     devices = _devices(needs.values())
     began, finished = time.monotonic(), 0
     try:
-        while waiting or running:
-            for unit in [u for u in waiting if not u.is_start and start_of(suite, u) in failed]:
-                waiting.remove(unit)
-                failed[unit] = f"its start {start_of(suite, unit).key} failed"
-            while len(running) < parallel and (unit := _next(suite, waiting, running)) is not None:
-                if (gpus := devices.take(unit, needs[unit])) is None:
-                    break  # until a unit ends
-                waiting.remove(unit)
-                running[unit] = _start(request, unit, gpus)
-                reporter.say(f"{unit.key}: started" + (f" on GPU {', '.join(gpus)}" if gpus else ""))
-            for unit in [u for u, process in running.items() if process.poll() is not None]:
-                running.pop(unit)
-                devices.give_back(unit)
-                result = read_result(unit_folder(request.folder, unit))
-                finished += 1
-                if result is None:
-                    failed[unit] = f"see {unit_folder(request.folder, unit) / 'log.txt'}: {_tail(request, unit)}"
-                    reporter.say(f"[red]{unit.key}: failed[/]")
-                    continue
-                left = (time.monotonic() - began) / finished * (len(waiting) + len(running))
-                reporter.say(
-                    f"{unit.key}: {result.headline} · {result.minutes:.1f} min · about {left / 60:.0f} min left"
-                )
-                write_report(suite, request.folder)
-            time.sleep(POLL_S)
+        with deferred_interrupts():  # a process that has been started is known here before an interrupt
+            while waiting or running:
+                for unit in [u for u in waiting if not u.is_start and start_of(suite, u) in failed]:
+                    waiting.remove(unit)
+                    failed[unit] = f"its start {start_of(suite, unit).key} failed"
+                while len(running) < parallel and (unit := _next(suite, waiting, running)) is not None:
+                    if (gpus := devices.take(unit, needs[unit])) is None:
+                        break  # until a unit ends
+                    waiting.remove(unit)
+                    running[unit] = _start(request, unit, gpus)
+                    reporter.say(f"{unit.key}: started" + (f" on GPU {', '.join(gpus)}" if gpus else ""))
+                for unit in [u for u, process in running.items() if process.poll() is not None]:
+                    running.pop(unit)
+                    devices.give_back(unit)
+                    result = read_result(unit_folder(request.folder, unit))
+                    finished += 1
+                    if result is None:
+                        failed[unit] = f"see {unit_folder(request.folder, unit) / 'log.txt'}: {_tail(request, unit)}"
+                        reporter.say(f"[red]{unit.key}: failed[/]")
+                        continue
+                    left = (time.monotonic() - began) / finished * (len(waiting) + len(running))
+                    reporter.say(
+                        f"{unit.key}: {result.headline} · {result.minutes:.1f} min · about {left / 60:.0f} min left"
+                    )
+                    write_report(suite, request.folder)
+                time.sleep(POLL_S)
+                check_interrupt()
     finally:
         _stop(running)
     return failed
@@ -272,10 +274,10 @@ def _start(request: Request, unit: Unit, gpus: Sequence[str]) -> subprocess.Pope
 
 
 def _stop(running: dict[Unit, subprocess.Popen]) -> None:
-    """Interrupts what still runs, so that it keeps a checkpoint; kills what does not end in time."""
+    """Stops what still runs, so that it keeps a checkpoint; kills what does not end in time."""
     for process in running.values():
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # SIGINT is ignored where the suite runs in a script's background
     deadline = time.monotonic() + STOP_S
     for process in running.values():
         try:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from common.chain import ChainSettings, chain_of, check_chain, read_chain, write_chain
 from common.config import ConfigError, RunConfig, config_as_json
+from common.interrupts import terminated_is_interrupted
 from common.metrics import MetricsWriter
 from common.models import load_tokenizer, make_model, make_tokenizer, output_facts, position_limit, save_model
 from common.prompts import check_think_start, check_width, resolve_tokens
 from common.store import TrajectoryStore
 from common.tasks import load_task
 from common.types import TokenFacts
-from deploy.interrupts import terminated_is_interrupted
 from deploy.preflight import check_before_start, engine_rows
 from deploy.problems import PreparedTask, Problems
 from deploy.progress import Reporter

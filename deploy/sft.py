@@ -17,12 +17,12 @@ from pathlib import Path
 from rich.markup import escape
 
 from common.config import ConfigError, LatentSFTConfig, RunConfig
+from common.interrupts import Interrupted, awaited, check_interrupt, deferred_interrupts, settled
 from common.metrics import MetricsWriter
 from common.tasks import PromptStream, StoredTask, TaskError, TaskSource, load_task
 from common.types import Problem, TokenFacts
 from deploy.controller import Pool, gather
 from deploy.induction import induce
-from deploy.interrupts import Interrupted, awaited, check_interrupt, deferred_interrupts, settled
 from deploy.problems import PreparedTask, group_request
 from deploy.progress import Reporter
 from deploy.run import Parts, Run, ready, started
@@ -347,11 +347,13 @@ def warm_start(run: Run, make_learner: Callable[..., SFTLearner] = SFTLearner, d
             progress=_restored(run, learner),
             keep=lambda progress: _keep(run, learner, progress),
         )
-        run.export(base, learner.export)
+        with deferred_interrupts():  # what was trained is there before an interrupt ends the run
+            run.export(base, learner.export)
+            pass_at_1 = outcome.held_out_pass_at_1
+            run.record(sft={"steps": outcome.steps, "held_out_pass_at_1": pass_at_1, "dropped": data.dropped})
     finally:
         learner.close()
     shutil.rmtree(run.folder.sft, ignore_errors=True)
-    run.record(sft={"steps": outcome.steps, "held_out_pass_at_1": outcome.held_out_pass_at_1, "dropped": data.dropped})
     run.reporter.say(f"Latent-SFT: {outcome.steps} steps, held-out pass@1 {outcome.held_out_pass_at_1:.3f}")
     stop_at = config.warm_start.stop_at
     if stop_at is not None and not outcome.reached:

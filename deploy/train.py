@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.config import RunConfig
+from common.interrupts import SETTLE_S, Interrupted, deferred_interrupts
 from common.schema import concat
 from deploy.controller import Controller, TrainingStopped, gather
 from deploy.evaluate import evaluate
-from deploy.interrupts import SETTLE_S, Interrupted, deferred_interrupts
 from deploy.observer import StepObserver
 from deploy.progress import Reporter
 from deploy.report.build import closing_line

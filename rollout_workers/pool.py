@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from common.config import ConfigError, DeadlineConfig, RolloutConfig
+from common.interrupts import check_interrupt
 from common.stacks import Whereabouts, answer_with_stacks, stacks_of
 from common.types import GroupRequest
 from common.weights import Publication, WeightManifest
@@ -30,6 +31,7 @@ from rollout_workers.worker import RolloutWorker, WorkerStatus
 logger = logging.getLogger(__name__)
 
 SHOWN = 4  # workers whose stacks are shown at once
+LOOK_S = 0.5  # between looks for an interrupt
 STREAM_BACKPRESSURE = 16  # groups a worker may be ahead of the driver: bounds what waits in the object store
 
 
@@ -280,9 +282,9 @@ class RolloutPool:
         end, processes = time.monotonic() + self._deadlines.start_s, {}
         try:
             asked = [actor.whereabouts.remote() for actor in starting.values()]
-            processes = dict(zip(starting, ray.get(asked, timeout=self._deadlines.start_s), strict=True))
+            processes = dict(zip(starting, _answers(asked, end), strict=True))
             started = [actor.start.remote() for actor in starting.values()]
-            ray.get(started, timeout=max(end - time.monotonic(), 0.0))
+            _answers(started, end)
         except RayError as error:
             if processes and isinstance(error, GetTimeoutError):
                 done, _ = ray.wait(started, num_returns=len(started), timeout=0)
@@ -316,6 +318,18 @@ class RolloutPool:
         for member in [m for m in self._members.values() if m.leaving and not m.groups]:
             del self._members[member.name]
             ray.kill(member.actor)
+
+
+def _answers(refs: list[ray.ObjectRef], end: float) -> list:
+    """As `ray.get` until `end`, unless an interrupt ends it: a start may take minutes."""
+    while True:
+        left = max(end - time.monotonic(), 0.0)
+        try:
+            return ray.get(refs, timeout=min(left, LOOK_S))
+        except GetTimeoutError:
+            if left <= LOOK_S:
+                raise
+            check_interrupt()
 
 
 def _free() -> str:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from common.config import load_config
+from common.interrupts import Interrupted, deferred_interrupts
 from common.schema import encode
 from common.types import GroupRequest, Trajectory
 from deploy.controller import Controller, TrainingStopped, gather
-from deploy.interrupts import Interrupted, deferred_interrupts
 from deploy.problems import sampling_settings
 
 BASE = {"model": {"path": "x"}, "tasks": [{"name": "t", "path": "t.jsonl"}], "k": 2, "group_size": 2}
@@ -54,12 +54,12 @@ class SimulatedPool:
 class SimulatedLearner:
     """Takes a few polls for a step; remembers what it was given."""
 
-    def __init__(self):
-        self.batches, self.left = [], 0
+    def __init__(self, looks=3):
+        self.batches, self.looks, self.left = [], looks, 0
 
     def start_step(self, batch, step):
         self.batches.append((step, batch))
-        self.left = 3
+        self.left = self.looks
 
     def finished(self):
         self.left -= 1
@@ -187,10 +187,11 @@ def test_an_interrupt_in_the_learners_step_settles_to_the_state_after_it(moment)
     assert controller.step == 1
 
 
+@pytest.mark.parametrize("staleness", [0, 1, 2])
 @pytest.mark.parametrize("moment", ["finish_step", "publish"])
-def test_an_interrupt_once_the_learner_is_done_lets_the_step_end(moment):
-    cfg = config()
-    pool, learner = SimulatedPool(mixed), SimulatedLearner()
+def test_an_interrupt_once_the_learner_is_done_lets_the_step_end_and_begins_no_other(moment, staleness):
+    cfg = config(max_staleness=staleness)
+    pool, learner = SimulatedPool(mixed), SimulatedLearner(looks=30)  # so slow that the next batch is there before it
     controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
     controller.begin()
     results = []
@@ -212,6 +213,16 @@ def test_an_interrupt_while_groups_are_waited_for_begins_no_step():
         controller.run_step()
     assert controller.settle(5.0) is None
     assert (controller.step, learner.batches) == (0, [])
+
+
+def test_an_interrupt_while_an_evaluation_is_gathered_is_taken_there():
+    cfg = config()
+    pool = SimulatedPool(mixed)
+    pool.publish(0)
+    interrupt_in(pool, "submit")
+    with pytest.raises(Interrupted), deferred_interrupts():
+        gather(pool, [request(i, cfg) for i in range(50)])
+    assert pool.todo, "it did not wait for the rest"
 
 
 def interrupt_in(service, method):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
+import sys
 
 import pytest
 
-from deploy.interrupts import (
+from common.interrupts import (
     Interrupted,
     awaited,
     check_interrupt,
@@ -58,6 +60,10 @@ def signalled(*numbers, then=lambda: None):
     return done
 
 
+def fail():
+    raise ValueError("the cause")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_first_signal_waits_for_a_check(number, capfd):
     assert signalled(number, then=check_interrupt) == ["went on"]
@@ -77,12 +83,18 @@ def test_a_second_signal_ends_at_once():
 
 
 def test_an_error_is_not_hidden_by_an_interrupt_and_no_signal_stays_behind():
-    def fail():
-        raise ValueError("the cause")
-
     with pytest.raises(ValueError, match="the cause"):
         signalled(signal.SIGINT, then=fail)
     assert signalled(then=check_interrupt) == ["went on", "beyond"]
+
+
+@pytest.mark.parametrize(
+    "fault", [lambda: signalled(signal.SIGINT, signal.SIGINT), lambda: signalled(signal.SIGINT, then=fail)]
+)
+def test_what_was_noted_does_not_outlive_the_block(fault):
+    with contextlib.suppress(KeyboardInterrupt, ValueError):
+        fault()
+    check_interrupt()
 
 
 def test_the_handlers_before_are_there_again():
@@ -90,6 +102,49 @@ def test_the_handlers_before_are_there_again():
     with terminated_is_interrupted(), deferred_interrupts():
         assert signal.getsignal(signal.SIGINT) is not handlers[0]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert signalled(signal.SIGINT, then=check_interrupt) == ["went on", "beyond"]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_block_in_a_block_leaves_the_outer_one_as_it_was():
+    def inner():
+        with deferred_interrupts():
+            pass
+        signal.raise_signal(signal.SIGINT)
+
+    assert signalled(then=inner) == ["went on", "beyond"], "only the outer block's end raised"
+
+
+def test_a_signal_is_kept_when_nobody_reads_the_message():
+    """`train 2>&1 | tee log`: the reader ends at the same Ctrl-C."""
+    code = (
+        "import signal, sys\n"
+        "from common.interrupts import Interrupted, deferred_interrupts\n"
+        "from deploy.progress import Reporter\n"
+        "sys.stdin.readline()\n"
+        "reporter, kept = Reporter(), False\n"
+        "try:\n"
+        "    with deferred_interrupts(), reporter.phase('steps', 1):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "        reporter.say('going on')\n"
+        "except Interrupted:\n"
+        "    reporter.say('keeping the state')\n"
+        "    sys.exit(130)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    process.stdout.close()
+    process.stdin.write(b"go\n")
+    process.stdin.close()
+    assert process.wait(60) == 130
 
 
 def test_a_wait_for_a_step_can_be_interrupted_and_settled():
