@@ -38,6 +38,7 @@ from deploy.progress import Reporter
 from deploy.ray_session import needed_resources
 from deploy.results import UnitResult, read_result, write_result
 from deploy.run_folder import RunFolder, create_run, reopen_run, write_atomically
+from deploy.run_lock import run_lock
 from deploy.suite import (
     Suite,
     SuiteError,
@@ -103,15 +104,16 @@ def reproduce(
     open_folder(request, suite)
     if parallel is None:
         parallel = side_by_side([unit_config(suite, unit, request.folder) for unit in todo], suite.runner)
-    reporter.say(
-        f"suite {suite.title}: {len(wanted)} units, {len(wanted) - len(todo)} finished before, "
-        f"{parallel} side by side · {request.folder}"
-    )
-    try:
-        with terminated_is_interrupted():
-            failed = _run_all(request, suite, todo, parallel, reporter)
-    finally:
-        paths = write_report(suite, request.folder)
+    with run_lock(request.folder):
+        reporter.say(
+            f"suite {suite.title}: {len(wanted)} units, {len(wanted) - len(todo)} finished before, "
+            f"{parallel} side by side · {request.folder}"
+        )
+        try:
+            with terminated_is_interrupted():
+                failed = _run_all(request, suite, todo, parallel, reporter)
+        finally:
+            paths = write_report(suite, request.folder)
     reporter.say(f"report {paths[0]} · {paths[1]} · {paths[2]}")
     if failed:
         raise SuiteFailed("; ".join(f"{unit.key}: {reason}" for unit, reason in failed.items()))

@@ -23,6 +23,7 @@ from deploy.problems import PreparedTask, Problems
 from deploy.progress import Reporter
 from deploy.ray_session import Services, ray_session
 from deploy.run_folder import RunFolder
+from deploy.run_lock import run_lock
 from deploy.run_manifest import data_facts, write_manifest
 from deploy.versions import differences
 from deploy.workers import WorkerFactory
@@ -144,20 +145,20 @@ def started(
     reporter.say(f"run folder {folder.path}")
     for difference in differences():
         reporter.say(f"[yellow]{difference}[/]")
-    parts = (parts or prepare(config, reporter, folder)).placed(folder, config, reporter)
-    with (
-        MetricsWriter(folder.path, config.metrics.sinks) as metrics,
-        ray_session(config, services),
-        terminated_is_interrupted(),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run_lock(folder.path))
+        parts = (parts or prepare(config, reporter, folder)).placed(folder, config, reporter)
+        metrics = stack.enter_context(MetricsWriter(folder.path, config.metrics.sinks))
+        stack.enter_context(ray_session(config, services))
+        stack.enter_context(terminated_is_interrupted())
         write_manifest(folder, config, lineage, parts.initial, data_facts(parts.problems))
         reporter.say(f"starting {config.rollout.workers} rollout worker(s)")
         factory = WorkerFactory(config_as_json(config), str(parts.initial), folder.name)
-        with RolloutPool(factory, config.rollout, config.deadlines) as pool:
-            run = parts.run(folder, config, lineage, reporter, metrics, pool)
-            if lineage and (folder.path / "summary.json").is_file():
-                run.summary = folder.read_json("summary.json")
-            yield run
+        pool = stack.enter_context(RolloutPool(factory, config.rollout, config.deadlines))
+        run = parts.run(folder, config, lineage, reporter, metrics, pool)
+        if lineage and (folder.path / "summary.json").is_file():
+            run.summary = folder.read_json("summary.json")
+        yield run
 
 
 def _initial_model(config: RunConfig, folder: RunFolder | None) -> str | Path | None:

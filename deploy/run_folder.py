@@ -14,6 +14,7 @@ runs/NAME/
     checkpoints/       complete states (learner.checkpoint)
     model/             the trained policy, Hugging Face format
     summary.json       the final table
+    .lock              held by the process that writes here (deploy.run_lock)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import ConfigError, RunConfig, config_as_json, load_config, parse_config
+from deploy.run_lock import run_lock
 from deploy.versions import versions
 
 HARMLESS = (
@@ -145,11 +147,12 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None) -> Run
 def reopen_run(path: str | Path, overrides: list[str]) -> tuple[RunFolder, RunConfig, int]:
     """A run to go on with: its folder, its settings with the harmless changes, and its new lineage.
 
-    Raises :class:`ResumeError`.
+    Raises :class:`ResumeError`, and :class:`deploy.run_lock.FolderInUse` where it has not stopped.
     """
     folder, config = open_run(path, overrides, "--resume")
-    lineage = int(folder.read_json("run.json")["lineage"]) + 1
-    _write_identity(folder, config, lineage)
+    with run_lock(folder.path):
+        lineage = int(folder.read_json("run.json")["lineage"]) + 1
+        _write_identity(folder, config, lineage)
     return folder, config, lineage
 
 

@@ -1,0 +1,42 @@
+"""One process at a time writes into a run's folder, or a suite's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from common.errors import ConfigError
+
+FILE = ".lock"
+
+
+class FolderInUse(ConfigError):
+    """Another process is writing there."""
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Held inside; it goes with the process, however that ends, and what is left of the file locks nothing.
+
+    Raises :class:`FolderInUse` at once where another process, or this one, holds it.
+    """
+    path = folder / FILE
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        raise FolderInUse(
+            f"{folder} is in use by {holder}: two at once would overwrite each other's files. Wait for it, or stop it "
+            "(it keeps a checkpoint) and run this again"
+        ) from None
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
