@@ -106,7 +106,7 @@ def judge(suite: Suite, claim: Claim, results: Results) -> tuple[Verdict, str]:
     if isinstance(test, Ratio):
         return _ratio(test, results, seeds)
     if isinstance(test, NoDecline):
-        return _no_decline(test, results, seeds)
+        return _no_decline(suite, test, results, seeds)
     return _mass_moves(suite, test, results, seeds)
 
 
@@ -174,12 +174,15 @@ def _ratio(test: Ratio, results: Results, seeds: list[int]) -> tuple[Verdict, st
     return ("reproduced" if found.mean >= test.at_least else "not reproduced"), numbers
 
 
-def _no_decline(test: NoDecline, results: Results, seeds: list[int]) -> tuple[Verdict, str]:
+def _no_decline(suite: Suite, test: NoDecline, results: Results, seeds: list[int]) -> tuple[Verdict, str]:
     parts, holds = [], True
     for seed in seeds:
         curve = [(point["step"], point["pass_at_1"]) for point in results[test.arm, seed].evaluations]
         if len(curve) < 2:
             return "not testable here", f"{test.arm} was evaluated {len(curve)} time(s); set evaluation.every"
+        start = results.get((suite.arms[test.arm].start, seed)) if test.arm in suite.arms else None
+        if start is not None:
+            curve.insert(0, (0.0, start.metrics["pass_at_1"]))
         best_step, best = max(curve, key=lambda point: point[1])
         last_step, last = curve[-1]
         holds &= last >= best - test.drop

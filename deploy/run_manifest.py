@@ -37,7 +37,8 @@ FILE = "manifest.json"
 COMMIT_VARIABLE = "LATENT_GRPO_COMMIT"
 """Set for a submitted job, whose upload is no git checkout."""
 OUR_PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
-OTHER_PACKAGES = ("safetensors", "tokenizers", "datasets", "math-verify", "latex2sympy2-extended", "sympy", "vllm")
+GRADING_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
+OTHER_PACKAGES = ("safetensors", "tokenizers", "datasets", *GRADING_PACKAGES, "vllm")
 ROOT = Path(__file__).resolve().parent.parent
 _READ_BYTES = 8 * 2**20
 
@@ -59,7 +60,7 @@ def write_manifest(
             "config": config.model_dump(mode="json"),
             "data": data,
             "model": {"initial": model_facts(model)},
-            "grader": {"sources": source_hash(["reward"]), "math-verify": _version("math-verify")},
+            "grader": {"sources": source_hash(["reward"]), **grading_versions()},
             "seeds": {"run": config.seed, "model": config.seed if config.model.new else None, "data": config.seed},
             "lineages": [*(e for e in earlier if e["lineage"] < lineage), lineage_facts(lineage)],
         },
@@ -107,7 +108,7 @@ def lineage_facts(lineage: int) -> dict[str, Any]:
             "changed_since_commit": changed,
             "sources": source_hash(OUR_PACKAGES),
         },
-        "versions": versions() | {package: _version(package) for package in OTHER_PACKAGES},
+        "versions": versions() | {package: package_version(package) for package in OTHER_PACKAGES},
         "hardware": hardware(),
     }
 
@@ -175,7 +176,12 @@ def _gpus() -> list[str]:
     return [name.strip() for name in names.splitlines() if name.strip()]
 
 
-def _version(package: str) -> str | None:
+def grading_versions() -> dict[str, str | None]:
+    """Of the packages that decide a reward together with the sources of `reward`."""
+    return {name: package_version(name) for name in GRADING_PACKAGES}
+
+
+def package_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -69,7 +69,7 @@ class Ratio(Section):
 
 
 class NoDecline(Section):
-    """The last evaluation of every seed's run is at most `drop` below its best one."""
+    """The last evaluation of every seed's run is at most `drop` below its best one, its start's included."""
 
     kind: Literal["no_decline"]
     arm: str

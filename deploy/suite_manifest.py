@@ -18,7 +18,7 @@ from typing import Any
 from common.config import RunConfig, TaskConfig
 from common.tasks import load_task
 from deploy.run_folder import write_atomically
-from deploy.run_manifest import file_facts, problems_hash, program_commit, source_hash
+from deploy.run_manifest import file_facts, grading_versions, problems_hash, program_commit, source_hash
 from deploy.suite import Suite, SuiteError
 from deploy.versions import versions
 
@@ -42,7 +42,8 @@ def commit() -> str:
 
 def this_session(configs: Iterable[RunConfig]) -> dict[str, Any]:
     """The manifest's entry of the session that begins now."""
-    return {"time": time.strftime("%FT%T%z"), **provenance(), "grader": grader_hash(), "data": data_hashes(configs)}
+    grader = {"grader": grader_hash(), "graded_with": grading_versions()}
+    return {"time": time.strftime("%FT%T%z"), **provenance(), **grader, "data": data_hashes(configs)}
 
 
 def check_session(folder: Path, session: dict[str, Any]) -> None:
@@ -55,7 +56,7 @@ def check_session(folder: Path, session: dict[str, Any]) -> None:
     for what, value in _comparable(session).items():
         known = sorted({hashes[what] for hashes in map(_comparable, earlier) if what in hashes})
         if known and value not in known:
-            differing.append(f"{what} had hash {', '.join(known)}, now {value}")
+            differing.append(f"{what} was {', '.join(known)}, now {value}")
     if differing:
         commits = ", ".join(dict.fromkeys(s["commit"] for s in earlier))
         raise SuiteError(
@@ -66,9 +67,11 @@ def check_session(folder: Path, session: dict[str, Any]) -> None:
 
 
 def _comparable(session: dict[str, Any]) -> dict[str, str]:
-    named = {"the grader (sources of `reward`)": session["grader"]}
-    named |= {f"the data of {name}": value for name, value in session["data"].items()}
-    return {what: value for what, value in named.items() if HASH.fullmatch(value)}
+    named = {"the grader (hash of the sources of `reward`)": session["grader"]}
+    named |= {f"the hash of the data of {name}": value for name, value in session["data"].items()}
+    hashes = {what: value for what, value in named.items() if HASH.fullmatch(value)}
+    packages = session.get("graded_with", {})  # sessions of earlier versions did not say
+    return hashes | {f"{name}, which grades,": str(version) for name, version in packages.items()}
 
 
 def make_manifest(folder: Path, suite: Suite, session: dict[str, Any]) -> dict[str, Any]:

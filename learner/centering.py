@@ -37,6 +37,11 @@ class OtherDraws:
     weights: torch.Tensor  # [L, J, K] float32
     shares: torch.Tensor  # [L, J] float32: what a draw counts in the mean; 0 if it leaves latent mode
 
+    @property
+    def usable(self) -> torch.Tensor:
+        """Whether any of a step's draws stays latent: [L] bool."""
+        return (self.shares > 0).any(-1)
+
     def centered(
         self,
         surrogate: torch.Tensor,
@@ -59,7 +64,7 @@ class OtherDraws:
             flip=flip,
         ).view(self.shares.shape)
         mean = torch.where(self.shares > 0, draws * self.shares, 0.0).sum(-1)
-        return torch.where((self.shares > 0).any(-1), surrogate - mean, surrogate.detach())
+        return torch.where(self.usable, surrogate - mean, surrogate.detach())
 
     def widened(self, inputs: ReplayInputs) -> torch.Tensor:
         """The ids of all response steps whose log-probs are wanted: [N, W + J K]; hard steps repeat theirs."""

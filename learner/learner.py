@@ -81,10 +81,14 @@ class LearnerGroup(RankGroup):
 
     def replay(self, batch: pa.RecordBatch) -> ReplayReport:
         """Component log-probs of recorded trajectories against the learner's own; updates nothing."""
-        gaps: list[RankGaps] = self._all("replay", ray.put(batch))
-        return ReplayReport(
-            latent=_gap(np.concatenate([g.latent for g in gaps])), hard=_gap(np.concatenate([g.hard for g in gaps]))
-        )
+        return gaps_of(self._all("replay", ray.put(batch)))
+
+
+def gaps_of(ranks: list[RankGaps]) -> ReplayReport:
+    """The ranks' gaps as one report."""
+    return ReplayReport(
+        latent=_gap(np.concatenate([r.latent for r in ranks])), hard=_gap(np.concatenate([r.hard for r in ranks]))
+    )
 
 
 # --- metrics -----------------------------------------------------------------------------------------------------
@@ -128,6 +132,9 @@ def summarize(ranks: list[RankReport]) -> LearnerReport:
         "learner/steps": float(drift.count),
         "learner/seconds": max(r.seconds for r in ranks),
     }
+    uncentered = np.concatenate([r.uncentered for r in ranks])
+    if uncentered.size:
+        metrics["learner/uncentered_share"] = _mean(uncentered)
     return LearnerReport(
         metrics=metrics,
         advantages=first.advantages,

@@ -64,6 +64,7 @@ class RankReport:
     updates: tuple[UpdateReport, ...]
     drift: np.ndarray  # [steps of the rank] float32: |log pi_old - log pi_behaviour| (METHOD §6)
     latent_mass: np.ndarray  # [latent steps of the rank] float32: probability of the K components together
+    uncentered: np.ndarray  # [latent steps of the rank] float32: 1 where no other draw stayed; empty without centering
     hard_log_probs: np.ndarray  # [hard steps of the rank] float32
     learning_rate: float
     seconds: float
@@ -155,6 +156,7 @@ class LearnerRank(RankActor):
             updates=tuple(updates),
             drift=_joined([(p.plain_old - self._behaviour(p.inputs)).abs() for p in pieces]),
             latent_mass=_joined([self._mass(p) for p in pieces]),
+            uncentered=_joined([~p.others.usable for p in pieces if p.others is not None]),
             hard_log_probs=_joined([p.old[~p.inputs.latent] for p in pieces]),
             learning_rate=lr,
             seconds=time.perf_counter() - started,

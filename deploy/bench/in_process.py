@@ -36,9 +36,10 @@ from deploy.progress import Reporter
 from deploy.run import Run, prepare
 from deploy.run_folder import RunFolder
 from deploy.sft import warm_start
+from deploy.train import self_test
 from deploy.workers import ResponseText
 from learner.actor import RankActor
-from learner.learner import summarize
+from learner.learner import ReplayReport, gaps_of, summarize
 from learner.policy import load_policy_model
 from learner.rank import LearnerRank, RankReport
 from learner.sft_learner import SFTRank, SFTReport
@@ -183,6 +184,9 @@ class InProcessLearner(_InProcessRank, LearnerRank):
     def finish_step(self) -> dict[str, float]:
         return summarize([self._report]).metrics
 
+    def replay(self, batch: pa.RecordBatch) -> ReplayReport:
+        return gaps_of([super().replay(batch)])
+
 
 class InProcessSFT(_InProcessRank, SFTRank):
     def start_step(self, rows: list, step: int) -> None:
@@ -224,6 +228,7 @@ def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -
         learner = InProcessLearner(config, base)
         controller = Controller(config, run.pool, learner, run.problems.request)
         controller.begin()
+        self_test(run, learner)
         if config.evaluation.at_start:
             evaluate(run, controller.gather, 0, "before")
         with reporter.phase(config.algorithm, config.steps) as advance:

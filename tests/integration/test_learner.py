@@ -258,6 +258,7 @@ def test_a_centered_step_is_that_of_plain_torch(ray_session, folder, batch):
     finally:
         group.close()
     check_records(report, batch, mean_old)  # plain, as is what first-token selection ranks by
+    assert 0 <= report.metrics["learner/uncentered_share"] < 1
     ratios = [r.ratios for r in decode_records(report.records)]
     np.testing.assert_allclose(np.concatenate(ratios[: len(ratios) // 2]), 1, atol=1e-5)  # of the first update
     before = load(folder)

@@ -211,6 +211,17 @@ def test_a_decline_in_any_seed_counts():
     assert "best 0.800 at step 20, last 0.600 at step 40" in numbers
 
 
+def test_a_run_that_only_falls_from_its_start_on_declines():
+    points = [{"step": step, "pass_at_1": 0.2} for step in (20.0, 40.0)]
+    found = {
+        ("latent", 0): UnitResult(unit="latent", seed=0, is_start=True, metrics={"pass_at_1": 0.5}),
+        ("mixture", 0): UnitResult(unit="mixture", seed=0, is_start=False, metrics={}, evaluations=points),
+    }
+    kind, numbers = verdict({"kind": "no_decline", "arm": "mixture"}, found)
+    assert kind == "not reproduced"
+    assert "best 0.500 at step 0, last 0.200 at step 40" in numbers
+
+
 def test_mass_must_leave_the_answer_and_reach_the_fillers():
     def unit(name, answer, fillers):
         probe = [

@@ -215,7 +215,7 @@ def test_trajectories_raise_what_is_wrong_with_them(tmp_path, changes, expected)
     assert {alarm.name for alarm in monitor(tmp_path).judge(1, rollouts(*changes))} == expected
 
 
-def learned(*, ratio=1.0, drift=0.0, applied=True, clipped=0):
+def learned(*, ratio=1.0, drift=0.0, applied=True, clipped=0, uncentered=()):
     """The metrics of a learner's step of a hundred response steps."""
     hundred = np.full(100, 1.0, np.float32)
     update = UpdateReport(
@@ -224,10 +224,15 @@ def learned(*, ratio=1.0, drift=0.0, applied=True, clipped=0):
     )  # fmt: skip
     report = RankReport(
         advantages=hundred, mean_old_log_probs=hundred, first_token=hundred > 0, updates=(update,),
-        drift=hundred * drift, latent_mass=hundred, hard_log_probs=hundred, learning_rate=1e-3, seconds=1.0,
-        records=None,
+        drift=hundred * drift, latent_mass=hundred, uncentered=np.array(uncentered, np.float32), hard_log_probs=hundred,
+        learning_rate=1e-3, seconds=1.0, records=None,
     )  # fmt: skip
     return summarize([report]).metrics
+
+
+def test_steps_that_could_not_be_centered_are_counted_and_only_where_centering_is_on():
+    assert learned(uncentered=(0, 1, 0, 0))["learner/uncentered_share"] == 0.25
+    assert "learner/uncentered_share" not in learned()
 
 
 @pytest.mark.parametrize(

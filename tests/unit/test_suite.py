@@ -155,11 +155,15 @@ def test_another_grader_or_other_data_are_refused_before_anything_is_written(on_
     open_folder(on_a_file, on_a_file.load())
     kept = (on_a_file.folder / "manifest.json").read_bytes()
     (tmp_path / "held.jsonl").write_text('{"problem": "3+5?", "answer": "8"}\n')
-    with pytest.raises(SuiteError, match=r"the data of held \(.*held.jsonl\) had hash [0-9a-f]{32}, now .*--folder"):
+    with pytest.raises(SuiteError, match=r"data of held \(.*held.jsonl\) was [0-9a-f]{32}, now .*--folder"):
         open_folder(on_a_file, on_a_file.load())
     (tmp_path / "held.jsonl").write_text('{"problem": "3+4?", "answer": "7"}\n')
     monkeypatch.setattr("deploy.suite_manifest.grader_hash", lambda: "0" * 32)
-    with pytest.raises(SuiteError, match=r"the grader .* had hash [0-9a-f]{32}, now 0{32}\. .*of then \(commit "):
+    with pytest.raises(SuiteError, match=r"the grader .* was [0-9a-f]{32}, now 0{32}\. .*of then \(commit "):
+        open_folder(on_a_file, on_a_file.load())
+    monkeypatch.undo()
+    monkeypatch.setattr("deploy.suite_manifest.grading_versions", lambda: {"sympy": "0.1"})
+    with pytest.raises(SuiteError, match=r"sympy, which grades, was [0-9.]+, now 0\.1"):
         open_folder(on_a_file, on_a_file.load())
     assert (on_a_file.folder / "manifest.json").read_bytes() == kept
 
