@@ -38,7 +38,7 @@ from deploy.progress import Reporter
 from deploy.ray_session import needed_resources
 from deploy.results import UnitResult, read_result, write_result
 from deploy.run_folder import RunFolder, create_run, reopen_run, write_atomically
-from deploy.run_lock import run_lock
+from deploy.run_lock import LOCK_FILE, run_lock
 from deploy.suite import (
     Suite,
     SuiteError,
@@ -330,10 +330,12 @@ def _spent(path: Path, minutes: float) -> float:
 def _in_process(unit: Unit, config: RunConfig, path: Path, reporter: Reporter) -> None:
     from deploy.bench.in_process import start_in_process, train_in_process
 
-    for left in (p for p in path.iterdir() if p.name != "log.txt"):  # it has no checkpoints: it begins anew
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    folder = create_run(config, unit.name, path)
-    (start_in_process if unit.is_start else train_in_process)(folder, config, reporter)
+    with run_lock(path):
+        kept = {"log.txt", LOCK_FILE}
+        for left in (p for p in path.iterdir() if p.name not in kept):  # it has no checkpoints: it begins anew
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        folder = create_run(config, unit.name, path)
+        (start_in_process if unit.is_start else train_in_process)(folder, config, reporter)
 
 
 def _pipeline(unit: Unit, config: RunConfig, path: Path, reporter: Reporter) -> None:

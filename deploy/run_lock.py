@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from common.errors import ConfigError
 
-FILE = ".lock"
+LOCK_FILE = ".lock"
 
 
 class FolderInUse(ConfigError):
@@ -25,7 +25,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     Raises :class:`FolderInUse` at once where another process, or this one, holds it.
     """
-    path = folder / FILE
+    path = folder / LOCK_FILE
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

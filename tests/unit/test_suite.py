@@ -10,7 +10,19 @@ import yaml
 
 from deploy.progress import Reporter
 from deploy.reproduce import Request, _next, _run_all, check, open_folder, reproduce, run_unit, side_by_side
-from deploy.suite import SuiteError, Unit, changes, load_suite, resolved, suites_folder, unit_config, units, units_of
+from deploy.run_lock import FolderInUse, run_lock
+from deploy.suite import (
+    SuiteError,
+    Unit,
+    changes,
+    load_suite,
+    resolved,
+    suites_folder,
+    unit_config,
+    unit_folder,
+    units,
+    units_of,
+)
 from deploy.suite_manifest import data_hashes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,6 +178,17 @@ def test_another_grader_or_other_data_are_refused_before_anything_is_written(on_
     with pytest.raises(SuiteError, match=r"sympy, which grades, was [0-9.]+, now 0\.1"):
         open_folder(on_a_file, on_a_file.load())
     assert (on_a_file.folder / "manifest.json").read_bytes() == kept
+
+
+def test_a_unit_that_another_process_is_at_is_left_alone(write, tmp_path):
+    request = Request(source=str(write(runner="in_process")), folder=tmp_path / "out")
+    unit = next(iter(units(request.load())))
+    folder = unit_folder(request.folder, unit)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("of the other\n")
+    with run_lock(folder), pytest.raises(FolderInUse, match="in use by process"):
+        run_unit(request, unit.key)
+    assert (folder / "metrics.jsonl").read_text() == "of the other\n"
 
 
 def test_a_manifest_of_hashes_that_cannot_be_compared_is_not_refused(write, tmp_path):
