@@ -126,6 +126,11 @@ def _difference(suite: Suite, test: Difference, results: Results, seeds: list[in
             return value - before, [error, error_before]
         return value, [error]
 
+    unlike = _unmatched(suite, test, results, seeds)
+    left_out = "".join(f"; seed {seed} left out: starts of {a:.3f} and {b:.3f}" for seed, (a, b) in unlike.items())
+    seeds = [seed for seed in seeds if seed not in unlike]
+    if not seeds:
+        return "not testable here", f"no seed has starts within {test.matched:g} of each other{left_out}"
     try:
         pairs = [(side(test.arm, seed), side(test.than, seed)) for seed in seeds]
     except KeyError as error:
@@ -133,8 +138,17 @@ def _difference(suite: Suite, test: Difference, results: Results, seeds: list[in
     found = estimate([a[0] - b[0] for a, b in pairs], [error_of_difference(*a[1], *b[1]) for a, b in pairs])
     holds, remark = _at_least_equal(found, test.margin) if test.equal_will_do else _better(found, test.at_least)
     what = f"{'gain in ' if test.gain else ''}{test.metric}"
-    numbers = f"{test.arm} - {test.than}, {what}: {found.text()}{remark}"
+    numbers = f"{test.arm} - {test.than}, {what}: {found.text()}{remark}{left_out}"
     return ("reproduced" if holds else "not reproduced"), numbers
+
+
+def _unmatched(suite: Suite, test: Difference, results: Results, seeds: list[int]) -> dict[int, tuple[float, float]]:
+    """Seeds whose two starts are further apart than `test.matched`, with the starts' pass@1."""
+    if test.matched is None:
+        return {}
+    names = [suite.arms[name].start if name in suite.arms else name for name in (test.arm, test.than)]
+    starts = {seed: tuple(results[name, seed].metrics["pass_at_1"] for name in names) for seed in seeds}
+    return {seed: (a, b) for seed, (a, b) in starts.items() if abs(a - b) > test.matched}
 
 
 def _better(found: Estimate, at_least: float) -> tuple[bool, str]:

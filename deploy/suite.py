@@ -46,9 +46,15 @@ class Difference(Section):
     equal_will_do: bool = False
     margin: Annotated[float, Field(ge=0)] = 0.05
     """In the metric's units: how much less still counts as equal."""
+    matched: Annotated[float, Field(gt=0)] | None = None
+    """With `gain`: seeds whose two starts differ by more than this in pass@1 are left out, and named."""
 
     @model_validator(mode="after")
     def _one_rule(self):
+        if self.matched is not None and not self.gain:
+            raise ValueError(
+                "matched compares the starts of two gains: it needs gain: true; add it, or leave matched out"
+            )
         if self.equal_will_do and self.at_least:
             raise ValueError(
                 f"at_least ({self.at_least:g}) is not for equal_will_do, which goes by margin; leave it out"

@@ -106,6 +106,20 @@ def test_a_gain_over_its_own_start_is_not_a_difference_of_results():
     assert verdict({**test, "gain": True}, found)[0] == "reproduced"
 
 
+def test_gains_from_starts_that_are_not_matched_are_not_compared():
+    test = {"kind": "difference", "arm": "mixture", "than": "grpo", "gain": True, "matched": 0.1}
+    found = results(latent=[0.5, 0.5, 0.7], explicit=[0.45, 0.5, 0.2], mixture=[0.8, 0.8, 0.9], grpo=[0.55, 0.6, 0.2])
+    kind, numbers = verdict(test, found)
+    assert kind == "reproduced"
+    assert "+0.200" in numbers
+    assert "(2 seeds)" in numbers
+    assert numbers.endswith("; seed 2 left out: starts of 0.700 and 0.200")
+    only = {key: value for key, value in found.items() if key[1] == 2}
+    assert verdict(test, only)[0] == "not testable here"
+    with pytest.raises(ValidationError, match="it needs gain: true"):
+        verdict({**test, "gain": False}, found)
+
+
 EQUAL = {"kind": "difference", "arm": "mixture", "than": "uniform", "equal_will_do": True}
 
 
