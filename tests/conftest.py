@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # `make test-vllm-v2`: the interp
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts jobs in the background so; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+INTEGRATION_S = 1200  # of one test: processes, models and Ray start slowly on a busy machine
 RAY_CPUS = 4  # logical: more actors than the machine has cores may run side by side
 
 
@@ -32,6 +33,8 @@ def pytest_collection_modifyitems(items):
     if importlib.util.find_spec("vllm") is None:
         missing["vllm"] = "needs vLLM: make vllm (CPU), or pip install '.[vllm]' (CUDA)"
     for item in items:
+        if item.get_closest_marker("integration") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(INTEGRATION_S))
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
