@@ -31,22 +31,22 @@ class Hanging:
 
 def test_stacks_of_a_process_that_hangs_is_stopped_and_is_gone(ray_session):
     actor = ray.remote(Hanging).options(num_cpus=0, max_concurrency=2).remote()
-    process = ray.get(actor.process.remote(), timeout=60)
+    process = ray.get(actor.process.remote(), timeout=300)
     actor.waits_for_a_peer.remote()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while "waits_for_a_peer" not in (stacks := stacks_of([process])[0]):
         assert time.monotonic() < end, stacks
     assert stacks.count("waits_for_a_peer") == 1, "each answer is given once"
     other = ray.remote(Hanging).options(num_cpus=0).remote()
-    answers = ray.get(other.process.remote(), timeout=60)
+    answers = ray.get(other.process.remote(), timeout=300)
     os.kill(process.pid, signal.SIGSTOP)
     stopped, running = stacks_of([process, answers])
     assert "the kernel says: State: T" in stopped
     assert "waits_for_a_peer" not in running
     assert "hread" in running, "the first did not keep the second from answering"
     os.kill(process.pid, signal.SIGKILL)
-    time.sleep(1)
-    assert stacks_of([process]) == ["it no longer runs"]
+    while stacks_of([process]) != ["it no longer runs"]:
+        assert time.monotonic() < end, "its end is not seen"
     ray.kill(other)
 
 
@@ -61,9 +61,9 @@ def test_a_process_that_was_given_a_dead_ones_pid_is_left_alone(ray_session):
 
 def test_other_nodes_are_asked_on_themselves_and_one_that_is_lost_hides_no_other(ray_session, monkeypatch):
     actor = ray.remote(Hanging).options(num_cpus=0).remote()
-    process = ray.get(actor.process.remote(), timeout=60)
+    process = ray.get(actor.process.remote(), timeout=300)
     lost = dataclasses.replace(process, node_id="ab" * 28)
-    monkeypatch.setattr(common.stacks, "ASK_S", 10.0)
+    monkeypatch.setattr(common.stacks, "ASK_S", 60.0)  # the lost one is refused at once
     monkeypatch.setattr(ray.runtime_context.RuntimeContext, "get_node_id", lambda self: "driver's node")
     unreachable, there = stacks_of([lost, process])
     assert "its node could not be asked" in unreachable
@@ -79,14 +79,21 @@ class StuckRank(RankActor):
         time.sleep(600)
 
 
+class HastyGroup(RankGroup):
+    """Waits a 60th of its deadline for the model, once the process is there: that may take long on a busy machine."""
+
+    def _wait(self, refs, seconds, doing, key):
+        return super()._wait(refs, seconds / 60 if doing == "load the model" else seconds, doing, key)
+
+
 def test_a_learner_that_misses_its_deadline_shows_its_stacks(ray_session, caplog):
     config = parse_config(
         {
             "model": {"path": "unused"}, "tasks": [{"name": "t", "path": "builtin:arithmetic"}],
-            "learner": {"resources": {"num_cpus": 0.1}}, "deadlines": {"start_s": 25},
+            "learner": {"resources": {"num_cpus": 0.1}}, "deadlines": {"start_s": 300},
         }
     )  # fmt: skip
-    with pytest.raises(LearnerError, match=r"learner rank\(s\) \[0\] did not load the model within 25 s"):
-        RankGroup(StuckRank, config, "unused")
+    with pytest.raises(LearnerError, match=r"learner rank\(s\) \[0\] did not load the model within 5 s"):
+        HastyGroup(StuckRank, config, "unused")
     assert "learner rank 0, which was to load the model" in caplog.text
     assert "in never_loads" in caplog.text
