@@ -20,7 +20,8 @@ from learner.checkpoint import latest_checkpoint
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
-INTERRUPT_S = 30
+INTERRUPT_S = 30  # what the product promises of a machine that has time for it
+BUSY_S = 60  # what a test grants on top, so that a busy machine is no failure
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def start(environment, log, *arguments):
     )  # fmt: skip
 
 
-def wait_for(condition, what, process, log, timeout=120):
+def wait_for(condition, what, process, log, timeout=300):
     end = time.monotonic() + timeout
     while not (found := condition()):
         assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text()}"
@@ -51,9 +52,23 @@ def family(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def gone(processes, timeout):
+def command_line(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it has just ended
+        return ""
+
+
+def runs_on(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def left_of(processes, timeout):
     _, alive = psutil.wait_procs(processes, timeout)
-    return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in alive if runs_on(p)]
 
 
 def steps_done(folder):
@@ -70,22 +85,22 @@ def test_a_killed_learner_is_named_and_an_interrupt_keeps_its_checkpoint(environ
     (folder,) = runs.iterdir()
     wait_for(lambda: steps_done(folder) >= 3, "three steps", process, log)
     processes = family(process)
-    (learner,) = [p for p in processes if "LearnerRank" in " ".join(p.cmdline())]
+    (learner,) = [p for p in processes if "LearnerRank" in command_line(p)]
     learner.send_signal(signal.SIGKILL)
-    assert process.wait(60) == 1, log.read_text()
+    assert process.wait(300) == 1, log.read_text()
     assert "learner rank 0 died" in log.read_text()
     assert "Traceback" not in log.read_text()
-    assert not gone(processes, INTERRUPT_S)
+    assert not left_of(processes, INTERRUPT_S + BUSY_S)
     kept = latest_checkpoint(folder / "checkpoints")
     assert kept.step >= 2
 
     process = start(environment, log, "--resume", str(folder), "checkpoint.every=0")
     wait_for(lambda: steps_done(folder) >= kept.step + 3, "more steps", process, log)
     processes = family(process)
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(INTERRUPT_S) == 130, log.read_text()
-    assert not gone(processes, INTERRUPT_S - (time.monotonic() - began))
+    end = time.monotonic() + INTERRUPT_S + BUSY_S
+    process.send_signal(signal.SIGTERM)  # as a job that is stopped; Ctrl-C of a command: test_reproduce
+    assert process.wait(INTERRUPT_S + BUSY_S) == 130, log.read_text()
+    assert not left_of(processes, max(5.0, end - time.monotonic()))
     last = latest_checkpoint(folder / "checkpoints")
     live = list(read_metrics(folder))
     assert last.step == live[-1]["step"] > kept.step, "the interrupt saved what was trained"
