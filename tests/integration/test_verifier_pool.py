@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def pool() -> Iterator[VerifierPool]:
-    with VerifierPool(processes=2, time_limit_s=0.5, memory_limit_bytes=512 * MIB) as pool:
+    with VerifierPool(processes=2, time_limit_s=2.0, memory_limit_bytes=512 * MIB) as pool:
         yield pool
 
 
@@ -39,7 +40,15 @@ def reasons(pool: VerifierPool, *responses: str) -> list[str]:
     return [verdict.reason for verdict in pool.grade_many([(BAD, response, "") for response in responses])]
 
 
-def wait_until(condition, seconds: float = 20.0) -> bool:
+@contextlib.contextmanager
+def time_limit(pool: VerifierPool, seconds: float) -> Iterator[None]:
+    """For cases that are to miss it: the others need one that a busy machine keeps."""
+    before, pool._dispatcher._time_limit_s = pool._dispatcher._time_limit_s, seconds
+    yield
+    pool._dispatcher._time_limit_s = before
+
+
+def wait_until(condition, seconds: float = 120.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -52,6 +61,13 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # where nobody reaps orphans
+    except psutil.NoSuchProcess:
+        return True
+
+
 def zombies() -> list[int]:
     return [p.pid for p in psutil.Process().children(recursive=True) if p.status() == psutil.STATUS_ZOMBIE]
 
@@ -59,13 +75,14 @@ def zombies() -> list[int]:
 def hang_many(hangs: int) -> None:
     gc.collect()
     descriptors, children = open_descriptors(), len(psutil.Process().children())
-    with VerifierPool(processes=2, time_limit_s=0.2) as pool:
+    with VerifierPool(processes=2, time_limit_s=5.0) as pool:
         assert reasons(pool, "ok ", "ok2 ") == ["correct", "correct"]
         memory = psutil.Process().memory_info().rss
-        verdicts = pool.grade_many([(BAD, f"hang {i}", "") for i in range(hangs)])
+        with time_limit(pool, 0.2):
+            verdicts = pool.grade_many([(BAD, f"hang {i}", "") for i in range(hangs)])
         assert verdicts == [Grade(0.0, "timeout")] * hangs
         assert wait_until(lambda: len(pool.process_ids()) == 2 and not zombies())
-        assert all(psutil.pid_exists(pid) for pid in pool.process_ids())
+        assert not any(map(gone, pool.process_ids()))
         assert reasons(pool, "ok3 ", "ok4 ") == ["correct", "correct"]
         assert pool.counts()["timeout"] == hangs
         assert psutil.Process().memory_info().rss - memory < 30 * MIB
@@ -94,7 +111,8 @@ def test_a_hang_costs_the_other_cases_of_its_request_nothing(pool: VerifierPool)
 
 
 def test_many_slow_cases_do_not_share_one_time_limit(pool: VerifierPool) -> None:
-    assert reasons(pool, *(f"sleep 0.{i:02d}" for i in range(10, 26))) == ["wrong"] * 16
+    slow = [f"sleep 0.{i}" for i in range(55, 59)]  # the first request takes four of sixteen: longer than one limit
+    assert reasons(pool, *slow, *(f"sleep 0.0{i:02d}" for i in range(12))) == ["wrong"] * 16
 
 
 def test_a_memory_bomb_ends_alone(pool: VerifierPool) -> None:
@@ -122,7 +140,7 @@ def test_a_case_that_kills_its_process_twice_stays_ungraded(pool: VerifierPool) 
 
 
 def test_killing_every_grader_from_outside_loses_no_verdict() -> None:
-    with VerifierPool(processes=2, time_limit_s=5) as pool:
+    with VerifierPool(processes=2, time_limit_s=30) as pool:
         assert reasons(pool, "ok ") == ["correct"]
         killer = threading.Timer(0.3, lambda: [os.kill(pid, signal.SIGKILL) for pid in pool.process_ids()])
         killer.start()
@@ -174,7 +192,7 @@ def test_threads_share_a_pool(pool: VerifierPool) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
         assert not thread.is_alive()
     assert wrong == []
 
@@ -188,7 +206,7 @@ def test_asynchronous_verifiers_and_options_work() -> None:
 def test_asynchronous_verifiers_have_the_same_limits() -> None:
     kind = "verifiers_under_test:Asynchronous"
     cases = [(kind, text, "a") for text in ("a", "hang", "eat", "b")]
-    with VerifierPool(processes=1, time_limit_s=0.5, memory_limit_bytes=512 * MIB) as pool:
+    with VerifierPool(processes=1, time_limit_s=2.0, memory_limit_bytes=512 * MIB) as pool:
         assert [v.reason for v in pool.grade_many(cases)] == ["correct", "timeout", "out_of_memory", "wrong"]
 
 
@@ -283,12 +301,11 @@ def test_the_pool_agrees_with_grading_here_and_bounds_hostile_mathematics() -> N
         r"\boxed{" + r"\sqrt{" * 38 + "2" + "}" * 38 + "}",
         r"\boxed{__import__('os').system('touch /tmp/never')}",
     ]
-    with VerifierPool(processes=1, time_limit_s=1.0) as pool:
+    with VerifierPool(processes=1, time_limit_s=60.0) as pool:
         pool.start()
         assert pool.grade_many(cases) == [grade(*case) for case in cases]
-        start = time.monotonic()
-        verdicts = pool.grade_many([("math", bomb, r"x+\sqrt{2}") for bomb in bombs])
-        assert time.monotonic() - start < 60
+        with time_limit(pool, 1.0):
+            verdicts = pool.grade_many([("math", bomb, r"x+\sqrt{2}") for bomb in bombs])
         assert [verdict.reward for verdict in verdicts] == [0.0] * len(bombs), verdicts
 
 
@@ -319,11 +336,11 @@ def test_the_folder_stands_alone(tmp_path: Path) -> None:
         "assert not {'common', 'deploy', 'learner', 'pydantic'} & set(sys.modules), 'not alone'"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=120, cwd=tmp_path, env=environment)
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=300, cwd=tmp_path, env=environment)
 
 
 def test_closing_ends_waiting_calls_and_later_ones() -> None:
-    pool = VerifierPool(processes=1, time_limit_s=30)
+    pool = VerifierPool(processes=1, time_limit_s=600)
     errors: list[BaseException] = []
 
     def call() -> None:
@@ -335,12 +352,10 @@ def test_closing_ends_waiting_calls_and_later_ones() -> None:
     thread = threading.Thread(target=call)
     thread.start()
     assert wait_until(lambda: len(pool.process_ids()) == 1)
-    start = time.monotonic()
     pool.close()
     pool.close()
-    thread.join(10)
+    thread.join(60)  # a tenth of the time limit
     assert not thread.is_alive()
-    assert time.monotonic() - start < 5
     assert "closed" in str(errors[0])
     with pytest.raises(RuntimeError, match="closed"):
         pool.grade_many([(BAD, "ok ", "")])
@@ -352,7 +367,7 @@ def test_a_pool_that_is_forgotten_frees_its_processes() -> None:
     (pid,) = pool.process_ids()
     del pool
     gc.collect()
-    assert wait_until(lambda: not psutil.pid_exists(pid))
+    assert wait_until(lambda: gone(pid))
 
 
 PARENT = """
@@ -376,9 +391,9 @@ def test_graders_end_when_their_parent_is_killed(action: str) -> None:
     graders = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(graders) == 2
     parent.kill()
-    parent.wait(10)
+    parent.wait(60)
     parent.stdout.close()
-    assert wait_until(lambda: not any(psutil.pid_exists(pid) for pid in graders))
+    assert wait_until(lambda: all(map(gone, graders)))
 
 
 def test_a_grader_process_imports_neither_torch_nor_ray() -> None:
@@ -387,7 +402,7 @@ def test_a_grader_process_imports_neither_torch_nor_ray() -> None:
         "load_verifier('math').warm_up(); "
         "assert not {'torch', 'ray', 'numpy', 'transformers'} & set(sys.modules), 'heavy imports'"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300, cwd=ROOT)
 
 
 def test_a_pool_works_inside_a_ray_actor(ray_session) -> None:
@@ -403,4 +418,4 @@ def test_a_pool_works_inside_a_ray_actor(ray_session) -> None:
 
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     worker = ray.remote(Worker).options(runtime_env={"env_vars": {"PYTHONPATH": path}}).remote()
-    assert ray.get(worker.grade.remote(), timeout=120) == ["timeout", "correct", "correct", "no_answer"]
+    assert ray.get(worker.grade.remote(), timeout=300) == ["timeout", "correct", "correct", "no_answer"]
