@@ -20,7 +20,7 @@ from learner.actor import RankActor
 
 log = logging.getLogger(__name__)
 SHOWN = 4  # ranks whose stacks are shown: in a collective all late ones are alike
-PEER_DEATH_S = 3.0  # a survivor's broken collective is often reported before the death that caused it
+PEER_DEATH_S = 15.0  # a survivor's broken collective is often reported before the death that caused it
 
 
 class LearnerError(RuntimeError):
@@ -140,12 +140,14 @@ class RankGroup:
         return ray.get(refs, timeout=60)
 
     def _explained(self, refs: list[ray.ObjectRef], doing: str, rank: int, error: Exception) -> LearnerError:
-        """Names the death behind a survivor's error, if there was one."""
-        if not isinstance(error, RayActorError):
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=PEER_DEATH_S)
-            for ref in ready:
-                if isinstance(other := _failed(ref), RayActorError):
-                    rank, error = refs.index(ref), other
+        """Names the death behind a survivor's error, if one is reported before all calls end or `PEER_DEATH_S` pass."""
+        end, pending = time.monotonic() + PEER_DEATH_S, list(refs)
+        while pending and not isinstance(error, RayActorError):
+            ready, pending = ray.wait(pending, timeout=max(end - time.monotonic(), 0.0))
+            if not ready:
+                break
+            if isinstance(other := _failed(ready[0]), RayActorError):
+                rank, error = refs.index(ready[0]), other
         if isinstance(error, RayActorError):
             return LearnerError(
                 f"learner rank {rank} died while it was to {doing} ({error}); its memory or its node may be exhausted. "
