@@ -55,7 +55,7 @@ def settings(**changes):
             "k": K, "group_size": SAMPLES, "prompts_per_step": GROUPS, "minibatch_prompts": 2,
             "kl_coefficient": 0.05, "max_staleness": 1, "model": {"path": "unused", "dtype": "float32"},
             "tasks": [{"name": "t", "path": "builtin:arithmetic"}], "learner": learner, "optimizer": optimizer,
-            "deadlines": {"start_s": 120, "learner_s": 120, "weights_s": 60},
+            "deadlines": {"start_s": 300, "learner_s": 300, "weights_s": 300},
         } | changes
     )  # fmt: skip
 
@@ -198,7 +198,7 @@ def plain_step(folder, config, batch):
 
 def published(group, version=1):
     publication = group.publish(version)
-    pairs = zip(publication.manifest.buckets, ray.get(list(publication.buckets), timeout=60), strict=True)
+    pairs = zip(publication.manifest.buckets, ray.get(list(publication.buckets), timeout=300), strict=True)
     tensors = {name: tensor.clone() for manifest, data in pairs for name, tensor in unpack(manifest, data)}
     assert publication.manifest.version.checksum == checksum(tensors.items())
     assert publication.manifest.version.version == version
@@ -362,7 +362,7 @@ def poison(batch):
 def test_the_death_of_a_rank_is_named(ray_session, folder, batch):
     group = LearnerGroup(settings(learner={"ranks": 2}), folder)
     try:
-        pid = ray.get(group._ranks[1].__ray_call__.remote(lambda self: os.getpid()), timeout=60)
+        pid = ray.get(group._ranks[1].__ray_call__.remote(lambda self: os.getpid()), timeout=300)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(LearnerError, match="learner rank 1 died"):
             group.train(batch, 0)

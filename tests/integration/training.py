@@ -36,7 +36,7 @@ PROFILE = {
         "tasks": [{**TASK, "name": "held-out", "options": {"operations": 2, "split": "evaluation", "size": 8}}],
     },
     "checkpoint": {"every": 1}, "metrics": {"sinks": []},
-    "deadlines": {"start_s": 120, "rollout_s": 60, "learner_s": 60, "weights_s": 60},
+    "deadlines": {"start_s": 300, "rollout_s": 300, "learner_s": 300, "weights_s": 300},
 }  # fmt: skip
 
 
