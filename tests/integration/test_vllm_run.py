@@ -42,4 +42,4 @@ def test_weights_in_flight_keep_a_run_going_and_its_versions_close(ray_session, 
         for low, high in zip(view.numbers("policy_version_min"), view.numbers("policy_version_max"), strict=True)
     ]
     assert all(low <= high <= low + 2 for low, high in pairs)
-    assert {high for _, high in pairs} >= {3, 4}, "later steps are sampled on later weights"
+    assert max(high for _, high in pairs) >= 4, "later steps are sampled on later weights"
