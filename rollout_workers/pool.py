@@ -10,10 +10,11 @@ Every wait has a deadline; a worker that misses one is killed and replaced, and 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -192,9 +193,11 @@ class RolloutPool:
             except RayError as error:
                 if isinstance(cause := getattr(error, "cause", None), RequestRefused):
                     raise RolloutPoolError(f"rollout {member.name} refused what it was sent: {cause}") from error
-                self._lose(member, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+                with self._unheard():
+                    self._lose(member, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
             except StopIteration:
-                self._lose(member, "its stream of results ended")
+                with self._unheard():
+                    self._lose(member, "its stream of results ended")
         self._watch()
         self._release_leavers()
         if self._waiting:
@@ -240,15 +243,21 @@ class RolloutPool:
             if max(silent, stuck) > limit:
                 frozen[member.name] = max(silent, stuck)
         if frozen:
-            others = [m for m in self._members.values() if m.name not in frozen]
-            self._show_stacks({name: self._members[name].process for name in frozen})
-            for name, seconds in frozen.items():
-                why = f"no progress for {seconds:.0f} s (deadlines.rollout_s = {limit:g})"
-                self._lose(self._members[name], why)
-            unheard = time.monotonic() - now
-            for member in others:
-                member.asked_at += unheard
-                member.progressed_at += unheard
+            with self._unheard():
+                self._show_stacks({name: self._members[name].process for name in frozen})
+                for name, seconds in frozen.items():
+                    why = f"no progress for {seconds:.0f} s (deadlines.rollout_s = {limit:g})"
+                    self._lose(self._members[name], why)
+
+    @contextlib.contextmanager
+    def _unheard(self) -> Iterator[None]:
+        """While a replacement starts nobody listens to the others: that time is not held against them."""
+        began, others = time.monotonic(), list(self._members.values())
+        yield
+        unheard = time.monotonic() - began
+        for member in others:
+            member.asked_at += unheard
+            member.progressed_at += unheard
 
     def _show_stacks(self, processes: dict[str, Whereabouts]) -> None:
         shown = list(processes)[:SHOWN]
