@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import PositiveInt, ValidationError, model_validator
 
 from common.config import ConfigError, RunConfig, Section
+from common.hub import asked_of_hub, check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,17 +83,22 @@ def write_chain(folder: str | Path, settings: ChainSettings) -> None:
 
 
 def read_chain(model: str | Path) -> ChainSettings | None:
-    """Of a model folder or hub id; None where the model has no such file. Raises ConfigError for a damaged one."""
+    """Of a model folder or hub id; None where the model has no such file.
+
+    Raises ConfigError for a damaged one, and for a `model` that is no folder here and cannot be a hub id.
+    """
     path = Path(model, CHAIN_FILE)
     if not Path(model).is_dir():
         from transformers.utils import cached_file
 
-        found = cached_file(
-            str(model),
-            CHAIN_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        check_folder(model)
+        with asked_of_hub(model):
+            found = cached_file(
+                str(model),
+                CHAIN_FILE,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
         path = Path(found) if found else path
     if not path.is_file():
         return None

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.arithmetic import make_arithmetic_tokenizer
 from common.config import ConfigError, NewModelConfig
+from common.hub import asked_of_hub, check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -120,8 +121,9 @@ def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
 
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    _check_folder(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
+    check_folder(path)
+    with asked_of_hub(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
     check_logits(model, str(path))
     return model
 
@@ -160,8 +162,9 @@ def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:
     """Rows of the model's output, and the ids that its configuration says end a text; reads no weights."""
     from transformers import AutoConfig, GenerationConfig
 
-    _check_folder(path)
-    config = AutoConfig.from_pretrained(path)
+    check_folder(path)
+    with asked_of_hub(path):
+        config = AutoConfig.from_pretrained(path)
     try:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # a model without generation_config.json
@@ -173,22 +176,22 @@ def position_limit(path: str | Path) -> int | None:
     """How many positions the model has (None: it does not say); reads no weights."""
     from transformers import AutoConfig
 
-    _check_folder(path)
+    check_folder(path)
     return getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id."""
+    """The tokenizer of a model folder or hub id. Raises ConfigError where there is none of that name."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    _check_folder(path)
+    check_folder(path)
     # For some architectures (qwen2) AutoTokenizer puts the family's tokenizer round another one's vocabulary, and its
     # normaliser and decoder change the text; a folder that names the general class means its file as it is.
     settings = Path(path) / "tokenizer_config.json"
     named = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
-    if named in GENERAL_TOKENIZERS and (Path(path) / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    return AutoTokenizer.from_pretrained(path)
+    general = named in GENERAL_TOKENIZERS and (Path(path) / "tokenizer.json").is_file()
+    with asked_of_hub(path):
+        return (PreTrainedTokenizerFast if general else AutoTokenizer).from_pretrained(path)
 
 
 def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -197,11 +200,3 @@ def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrained
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _check_folder(path: str | Path) -> None:
-    """A mistyped folder must not become a search for a hub repository of that name."""
-    folder = Path(path)
-    looks_local = folder.is_absolute() or str(path).startswith((".", "~")) or folder.is_dir()
-    if looks_local and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path {str(path)!r}: no config.json there; expected a Hugging Face model folder")

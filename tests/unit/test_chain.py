@@ -7,6 +7,7 @@ import pytest
 from common.arithmetic import make_arithmetic_tokenizer
 from common.chain import CHAIN_FILE, ChainSettings, chain_of, check_chain, read_chain, write_chain
 from common.config import ConfigError, load_config
+from common.models import load_tokenizer, output_facts
 
 TOKENIZER = make_arithmetic_tokenizer()
 END = TOKENIZER.encode("</think>", add_special_tokens=False)
@@ -100,3 +101,36 @@ def test_a_model_without_the_file_says_nothing_and_a_damaged_one_is_named(tmp_pa
         (tmp_path / CHAIN_FILE).write_text(text)
         with pytest.raises(ConfigError, match=f"{CHAIN_FILE} is damaged or of another version"):
             read_chain(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_chain, load_tokenizer, output_facts])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./typo", r"^model\.path '\./typo': no config\.json there; expected a Hugging Face model folder"),
+        (
+            "runs/gone/base",  # no hub id either, so the network is not asked
+            r"^model\.path 'runs/gone/base': there is no such folder here, and as a hub id .*'runs/gone/base'.* Give",
+        ),
+    ],
+)
+def test_a_mistyped_model_is_named_with_what_to_give(monkeypatch, tmp_path, read, model, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        read(model)
+
+
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch, tmp_path):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to the hub\nCheck your connection")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
+    with pytest.raises(ConfigError, match=r"'nosuch': there is no such folder here.*couldn't connect.*this machine"):
+        load_tokenizer("nosuch")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 10}')
+    with pytest.raises(ConfigError, match=r"cannot be read \(.*\); expected a whole Hugging Face model folder"):
+        load_tokenizer(tmp_path)

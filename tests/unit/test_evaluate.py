@@ -65,6 +65,12 @@ def test_nothing_to_evaluate_on_says_what_to_give(tmp_path):
         evaluation_config(str(tmp_path), [])
 
 
+def test_a_mistyped_model_is_said_before_its_chain_is_looked_for(tmp_path):
+    (tmp_path / "svamp.parquet").touch()
+    with pytest.raises(ConfigError, match=r"model\.path '\./typo': no config\.json there"):
+        evaluation_config("./typo", [], tasks=["svamp"], data=str(tmp_path))
+
+
 def test_pass_at_k_takes_the_usual_k_that_the_samples_allow():
     assert load_config("quickstart", ["evaluation.samples=20"]).evaluation.ks == [1, 4, 8, 16]
     assert load_config("quickstart").evaluation.ks == []
