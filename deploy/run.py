@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.chain import ChainSettings, chain_of, check_chain, read_chain, write_chain
+from rich.markup import escape
+
+from common.chain import CHAIN_FILE, ChainSettings, chain_of, check_chain, read_chain, write_chain
 from common.config import ConfigError, RunConfig, config_as_json
 from common.interrupts import terminated_is_interrupted
 from common.metrics import MetricsWriter
@@ -120,6 +122,12 @@ def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = No
     if chain is not None:
         for line in check_chain(chain, initial, config, tokenizer):
             reporter.say(f"[yellow]{line}[/]")
+    elif config.model.new is None and config.latent and config.warm_start is None:
+        reporter.say(
+            f"[yellow]model {escape(str(initial))} has no {CHAIN_FILE}: k ({config.k}), tau ({config.tau:g}) and "
+            f"think_end ({escape(repr(config.model.prompt.think_end))}) are the settings' and must be those that it "
+            "was trained with[/]"
+        )
     problems = Problems(config, tokenizer)
     check_positions((*problems.training, *problems.evaluation), limit, initial or "model.new")
     for line in problems.summaries:

@@ -82,6 +82,8 @@ def test_another_width_or_tau_is_a_warning():
     assert "k is 5, the model was trained with 3" in line
     (line,) = check_chain(latent(), "m", on_a_model("tau=0.5"), TOKENIZER)
     assert "tau is 0.5" in line
+    (line,) = check_chain(latent(source="induced"), "m", on_a_model("k=2"), TOKENIZER)
+    assert "k is 2, the model was trained with 3" in line, "an induced label need not hold its step's tokens"
 
 
 def test_a_warm_start_changes_the_chain_so_only_the_tokenizer_is_compared():

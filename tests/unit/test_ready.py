@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from common.arithmetic import make_arithmetic_tokenizer
-from common.chain import ChainSettings, write_chain
+from common.chain import CHAIN_FILE, ChainSettings, write_chain
 from common.config import ConfigError, NewModelConfig, load_config, of_model
 from common.models import make_model, save_model
 from common.types import Problem
@@ -109,6 +110,29 @@ def test_a_mixture_narrower_than_the_compression_is_said_before_anything_starts(
     with pytest.raises(ConfigError, match=r"k \(3\) is smaller than the model's compression \(4"):
         COMMANDS[command](config)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], True),
+        ([WARM], False),  # it gets a chain of these settings
+        (["algorithm=grpo", "tasks.0.max_response_tokens=28", "evaluation.tasks.0.max_response_tokens=28"], False),
+    ],
+)
+def test_a_latent_model_that_does_not_say_its_chain_is_one_line(tmp_path, overrides, said):
+    model = model_in(tmp_path / "[model]")
+    console = Console(width=400, record=True, file=io.StringIO(), force_terminal=True, highlight=False)
+    if not overrides:
+        prepare(config_of(tmp_path, model=model), Reporter(console))
+    assert CHAIN_FILE not in console.export_text()
+    (model / CHAIN_FILE).unlink()
+    prepare(config_of(tmp_path, *overrides, model=model), Reporter(console))
+    lines = [line for line in console.export_text(styles=True).splitlines() if CHAIN_FILE in line]
+    assert len(lines) == said
+    for line in lines:
+        assert line.startswith("\x1b[33m")
+        assert f"model {model} has no {CHAIN_FILE}: k (3), tau (1) and think_end ('</think>') are the settings'" in line
 
 
 @pytest.mark.parametrize("command", ["train", "sft"])
