@@ -41,6 +41,10 @@ HELD_OUT = "held out"
 MOST_DROPPED = 0.5  # of a task's chains, for their length: beyond it training would be on another data set
 
 
+class NoChain(ConfigError):
+    """A problem without a chain of thought."""
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Where a Latent-SFT is."""
@@ -92,16 +96,17 @@ def prepare_sft(config: RunConfig, tasks: list[PreparedTask], tokenizer, facts: 
     settings = _settings(config)
 
     def row(task: PreparedTask, problem: Problem) -> SFTRow:
+        think_end = (task.source.config.prompt or config.model.prompt).think_end
         try:
             return make_row(
                 tokenizer,
                 task.prompt_ids(problem),
-                problem.cot,
+                _chain_text(problem, think_end),
                 problem.answer,
                 c=settings.compression,
                 k=config.k,
                 latent_end_id=facts.latent_end_id,
-                think_end=(task.source.config.prompt or config.model.prompt).think_end,
+                think_end=think_end,
                 explicit=settings.chain == "explicit",
             )
         except ConfigError as error:
@@ -126,6 +131,20 @@ def prepare_sft(config: RunConfig, tasks: list[PreparedTask], tokenizer, facts: 
         [task.source for task in training], [task.source.config.weight for task in training], config.seed
     )
     return SFTData(stream, training, held_out, row, without)
+
+
+def _chain_text(problem: Problem, think_end: str) -> str:
+    """Without the end of thinking: the row puts one behind the chain, and one inside would end it early.
+
+    Raises :class:`NoChain` where nothing else is there.
+    """
+    text = problem.cot.replace(think_end, "") if think_end else problem.cot
+    if not text.strip():
+        raise NoChain(
+            f"Latent-SFT needs an explicit chain of thought, got {problem.cot!r}; set the task's columns.cot or leave "
+            "the problem out"
+        )
+    return text
 
 
 def _has_chain(source: TaskSource) -> bool:
@@ -175,10 +194,10 @@ def _check_lengths(source: StoredTask, compression: int) -> None:
 
 def _fault(task: PreparedTask, problem: Problem, row: Callable[[PreparedTask, Problem], SFTRow]) -> str | None:
     """Why a stored problem cannot be learned from."""
-    if not problem.cot.strip():
-        return NO_CHAIN
     try:
         made = row(task, problem)
+    except NoChain:
+        return NO_CHAIN
     except ChainTooShort:
         return TOO_SHORT
     return TOO_LONG if len(made.chain.ids) + len(made.hard_ids) > task.source.config.max_response_tokens else None

@@ -61,6 +61,19 @@ def test_dropped_chains_are_a_warning_and_their_counts_are_kept(tmp_path):
     assert (data.dropped, [line.startswith("Latent-SFT on rows: ") for line in data.summaries]) == ({}, [True])
 
 
+@pytest.mark.parametrize("overrides", [(), ("algorithm=grpo", "tasks.0.max_response_tokens=44")])
+def test_a_chain_is_learned_with_one_end_of_thinking(tmp_path, overrides):
+    """Whatever its text holds, latent or explicit; nothing but an end is no chain."""
+    ends = ["1+2=3;</think>", "</think>1+2</think>=3;", " </think>"]
+    config, tasks = stored(tmp_path, [*ends, *["1+2=3;"] * 12], *overrides)
+    data = prepare_sft(config, tasks, TOKENIZER, FACTS)
+    assert data.dropped == {"rows": {NO_CHAIN: 1}}
+    rows = [data.row(tasks[0], tasks[0].source.problem(index)) for index in (0, 1, 3)]
+    assert {tuple(row.hard_ids) for row in rows} == {tuple(rows[2].hard_ids)}
+    assert all((row.hard_ids == FACTS.latent_end_id).sum() == 1 for row in rows)
+    assert {tuple(row.cot_ids) for row in rows} == {tuple(rows[2].cot_ids)}
+
+
 @pytest.mark.parametrize(
     ("bad", "counts"),
     [
