@@ -166,9 +166,9 @@ def evaluate(
 
     names = listed(tasks)
     given = overrides(context.args) + ([] if samples is None else [f"evaluation.samples={samples}"])
-    config, name = evaluation_config(model, given, profile=profile, tasks=names, data=data)
+    config, name, noise = evaluation_config(model, given, profile=profile, tasks=names, data=data)
     with interruptible():
-        evaluate_model(config, name)
+        evaluate_model(config, name, noise=noise)
 
 
 @app.command(context_settings=SETTINGS)

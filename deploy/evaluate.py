@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain as chained
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+from rich.markup import escape
 
 from common.benchmarks import BENCHMARKS, benchmark_tasks
-from common.chain import ChainSettings, read_chain
+from common.chain import CHAIN_FILE, ChainSettings, read_chain
 from common.config import ConfigError, EvaluationConfig, RunConfig, load_config, of_model, read_profile
 from common.models import load_model
 from common.schema import concat
 from common.types import GroupRequest
+from common.yaml_files import parse_override
 from deploy.controller import gather
 from deploy.evaluation_report import REPORT_FILE, report, show, table
 from deploy.problems import PreparedTask, evaluation_requests
@@ -134,10 +136,19 @@ def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
 # --- as a command --------------------------------------------------------------------------------------------------
 
 
+class Asked(NamedTuple):
+    """What an evaluation was asked for."""
+
+    config: RunConfig
+    name: str
+    noise: str | None
+    """Who gave the scale of pass@k's noise; None: nobody, it is the default."""
+
+
 def evaluation_config(
     model: str, overrides: list[str], *, profile: str | None = None, tasks: Sequence[str] = (), data: str = "data"
-) -> tuple[RunConfig, str]:
-    """Settings of an evaluation of `model`, and a name for it.
+) -> Asked:
+    """Settings of an evaluation of `model`, a name for it, and where its noise comes from.
 
     They come from `profile`; without one from the run whose folder the model lies in; without that, for named
     benchmarks, from the model's own chain (`common.chain`) and the defaults. `tasks` replaces the evaluation tasks by
@@ -146,10 +157,12 @@ def evaluation_config(
     run_config = Path(model).parent / "config.json"
     if profile is not None:
         settings, name = read_profile(profile), Path(profile).stem
+        noise = f"profile {name}"
     elif (Path(model).parent / "run.json").is_file() and run_config.is_file():
         settings, name = read_profile(run_config), Path(model).resolve().parent.name
+        noise = f"run {name}"
     elif tasks:
-        settings, name = _settings_of(read_chain(model)), "benchmarks"
+        settings, name, noise = _settings_of(read_chain(model)), "benchmarks", None
     else:
         raise ConfigError(
             f"what shall {model} be evaluated on? Give --tasks (of {', '.join(BENCHMARKS)}), or --profile with "
@@ -163,7 +176,11 @@ def evaluation_config(
         raise ConfigError(f"{name} has no evaluation.tasks; give --tasks, or add one with `name` and `path`")
     settings |= {"evaluation": evaluation, "tasks": evaluation["tasks"]}
     config = load_config(settings, [*overrides, *of_model(model)])
-    return config.model_copy(update={"tasks": config.evaluation.tasks}), name
+    if any(parse_override(override)[0] in (["noise"], ["noise", "scale"]) for override in overrides):
+        noise = "the command"
+    if "scale" not in config.noise.model_fields_set:
+        noise = None
+    return Asked(config.model_copy(update={"tasks": config.evaluation.tasks}), name, noise)
 
 
 def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
@@ -175,13 +192,30 @@ def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
     return {"k": chain.k, "tau": chain.tau, "model": {"prompt": {"think_end": chain.think_end}}}
 
 
-def evaluate_model(config: RunConfig, name: str, reporter: Reporter | None = None) -> Evaluation:
+def noise_line(config: RunConfig, noise: str | None) -> str | None:
+    """The noise that pass@k is sampled with, and who gave its scale (:class:`Asked`); None where none is used."""
+    if not config.evaluation.samples or config.noise.mode == "off":
+        return None
+    used = f"pass@k is sampled with noise.scale {config.noise.scale:g} ({config.noise.mode})"
+    if noise is not None:
+        return f"{used}, of {escape(noise)}"
+    return (
+        f"[yellow]{used}, the default: the settings name none, and {CHAIN_FILE} does not keep the one that the model "
+        "was trained with; give it as noise.scale=...[/]"
+    )
+
+
+def evaluate_model(
+    config: RunConfig, name: str, reporter: Reporter | None = None, noise: str | None = None
+) -> Evaluation:
     """A finished model on `config.evaluation.tasks`, in a run folder of its own: `evaluation.json`, all trajectories,
-    and a table."""
+    and a table. `noise`: see :class:`Asked`."""
     if not config.evaluation.tasks:
         raise ConfigError(f"{name} has no evaluation.tasks; add one with `name` and `path`")
     reporter = reporter or Reporter()
     parts = ready(config, reporter)
+    if (line := noise_line(config, noise)) is not None:
+        reporter.say(line)
     folder = create_run(config, f"evaluate-{name}")
     with started(folder, config, 0, reporter, parts=parts) as run:
         model = load_model(run.initial, config.model.dtype)

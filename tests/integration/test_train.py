@@ -100,7 +100,7 @@ def test_what_a_run_leaves(ray_session, tmp_path):
 
 def check_evaluation(folder, last_pass_at_1):
     """`evaluate --model RUN/model`: the run's own settings and tasks, the last evaluation's figure, and pass@k."""
-    config, name = evaluation_config(str(folder.model), ["evaluation.samples=4"])
+    config, name, _ = evaluation_config(str(folder.model), ["evaluation.samples=4"])
     (result,) = evaluate_model(config, name).tasks
     assert result.pass_at_1 == pytest.approx(last_pass_at_1)
     (evaluated,) = folder.path.parent.glob("evaluate-*")

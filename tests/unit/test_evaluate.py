@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from common.chain import ChainSettings, write_chain
 from common.config import ConfigError, load_config
 from common.schema import encode
 from common.types import Trajectory
-from deploy.evaluate import evaluation_config, measure
+from deploy.evaluate import evaluation_config, measure, noise_line
 from deploy.evaluation_report import report, show, table
 from deploy.problems import Problems
 from deploy.progress import Reporter
@@ -37,7 +38,7 @@ def model_of_a_run(tmp_path, *overrides):
 
 
 def test_a_run_s_model_is_evaluated_with_its_run_s_settings(tmp_path):
-    config, name = evaluation_config(str(model_of_a_run(tmp_path, "seed=7")), ["evaluation.runs=2"])
+    config, name, _ = evaluation_config(str(model_of_a_run(tmp_path, "seed=7")), ["evaluation.runs=2"])
     assert (config.k, config.noise.scale, config.seed, config.evaluation.runs) == (3, 0.3, 7, 2)
     assert (config.model.path, config.model.new, config.warm_start) == (str(tmp_path / name / "model"), None, None)
     assert [t.name for t in config.tasks] == ["chain-arithmetic-held-out"], "training tasks are not loaded"
@@ -48,7 +49,7 @@ def test_named_benchmarks_bring_prompt_grader_and_budget_and_the_chain_its_width
         (tmp_path / benchmark.files[0]).touch()
     chain = ChainSettings(chain="latent", k=4, tau=0.5, compression=2, think_end="</t>", think_end_ids=[9])
     write_chain(tmp_path, chain)
-    config, name = evaluation_config(str(tmp_path), [], tasks=["svamp", "math500"], data=str(tmp_path))
+    config, name, _ = evaluation_config(str(tmp_path), [], tasks=["svamp", "math500"], data=str(tmp_path))
     assert (name, config.algorithm, config.k, config.tau) == ("svamp-math500", "latent_grpo", 4, 0.5)
     assert config.model.prompt.think_end == "</t>"
     assert [t.path for t in config.evaluation.tasks] == [
@@ -56,8 +57,35 @@ def test_named_benchmarks_bring_prompt_grader_and_budget_and_the_chain_its_width
         str(tmp_path / "math500.parquet"),
     ]
     write_chain(tmp_path, ChainSettings(chain="explicit", think_end="</think>", think_end_ids=[]))
-    config, _ = evaluation_config(str(tmp_path), [], tasks=["svamp"], data=str(tmp_path))
+    config, _, _ = evaluation_config(str(tmp_path), [], tasks=["svamp"], data=str(tmp_path))
     assert config.algorithm == "grpo"
+
+
+@pytest.mark.parametrize(
+    ("in_its_run", "profile", "overrides", "line"),
+    [
+        (True, None, [], r"^pass@k is sampled with noise\.scale 0\.3 \(one_sided\), of run mine-.*$"),
+        (True, None, ["noise.mode=two_sided"], r"^.*noise\.scale 0\.3 \(two_sided\), of run mine-.*$"),
+        (True, None, ["noise.scale=0.5"], r"^.*noise\.scale 0\.5 \(one_sided\), of the command$"),
+        (False, "quickstart", [], r"^.*noise\.scale 0\.3 \(one_sided\), of profile quickstart$"),
+        (False, None, [], r"^\[yellow\].*noise\.scale 1 \(one_sided\), the default: .*give it as noise\.scale=\.\.\."),
+        (False, None, ["noise.scale=0.5"], r"^.*noise\.scale 0\.5 \(one_sided\), of the command$"),
+        (False, None, ["noise.mode=off"], None),
+        (True, None, ["evaluation.samples=0"], None),
+    ],
+)
+def test_whose_noise_pass_at_k_has_is_one_line(tmp_path, in_its_run, profile, overrides, line):
+    model, tasks = model_of_a_run(tmp_path), []
+    if not in_its_run:  # moved out: its chain's file says K and tau, and no noise
+        model = model.rename(tmp_path / "moved")
+        write_chain(model, ChainSettings(chain="latent", k=4, tau=0.5, think_end="</t>", think_end_ids=[9]))
+        (tmp_path / "svamp.parquet").touch()
+        tasks = ["svamp"]
+    config, _, noise = evaluation_config(
+        str(model), ["evaluation.samples=4", *overrides], profile=profile, tasks=tasks, data=str(tmp_path)
+    )
+    said = noise_line(config, noise)
+    assert said is None if line is None else re.match(line, said), said
 
 
 def test_nothing_to_evaluate_on_says_what_to_give(tmp_path):
@@ -139,7 +167,7 @@ def test_trajectories_are_asked_for_and_given_away_in_parts(monkeypatch):
 
 
 def test_an_evaluation_alone_is_no_training(tmp_path):
-    config, _ = evaluation_config(str(model_of_a_run(tmp_path)), ["evaluation.tasks.0.options.size=4"])
+    config, _, _ = evaluation_config(str(model_of_a_run(tmp_path)), ["evaluation.tasks.0.options.size=4"])
     problems = Problems(config, make_arithmetic_tokenizer())
     assert [line.split(":")[0] for line in problems.summaries] == ["evaluation chain-arithmetic-held-out"]
 

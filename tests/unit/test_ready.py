@@ -164,6 +164,14 @@ def test_a_good_run_gets_its_folder_and_its_ray(tmp_path, command):
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
+def test_an_evaluation_says_whose_noise_it_samples_with(tmp_path):
+    console = Console(width=400, record=True, file=io.StringIO())
+    config = config_of(tmp_path, "evaluation.samples=4", model=model_in(tmp_path / "model"))
+    with pytest.raises(RayTouched):
+        evaluate.evaluate_model(config, "x", Reporter(console), "run [mine]")
+    assert "pass@k is sampled with noise.scale 0.3 (one_sided), of run [mine]\n" in console.export_text()
+
+
 def test_a_resumed_run_reads_its_problems_before_ray_too(tmp_path):
     file = rows_in(tmp_path / "rows.jsonl")
     config = config_of(tmp_path, f"tasks.0.path={file}", "tasks.0.options={}", model=model_in(tmp_path / "model"))
