@@ -38,7 +38,7 @@ from deploy.progress import Reporter
 from deploy.ray_session import needed_resources
 from deploy.results import UnitResult, read_result, write_result
 from deploy.run_folder import RunFolder, create_run, reopen_run, write_atomically
-from deploy.run_lock import LOCK_FILE, run_lock
+from deploy.run_lock import LOCK_FILE, in_use, run_lock
 from deploy.suite import (
     Suite,
     SuiteError,
@@ -60,6 +60,7 @@ POLL_S = 0.3
 STOP_S = 30.0
 LOG_LINES = 12
 SESSIONS = "sessions.json"
+SUITE_FILE = "suite.json"
 
 
 class SuiteFailed(RuntimeError):
@@ -121,12 +122,15 @@ def reproduce(
 
 
 def check(request: Request, *, arms: Sequence[str] = ()) -> list[str]:
-    """What the suite would run, one line a unit; raises :class:`SuiteError` for settings that cannot work, and for
-    models and files that are not there."""
+    """What the suite would run, one line a unit; writes nothing. Raises :class:`SuiteError` for settings that cannot
+    work, for models and files that are not there, and for another configuration than the folder's."""
     suite = request.load()
     resolved(suite, request.folder)
     configs = [(unit, unit_config(suite, unit, request.folder)) for unit in units_of(suite, arms)]
     notes = check_inputs(suite, [unit for unit, _ in configs], request.folder)
+    check_folder(request, suite)
+    if (used := in_use(request.folder)) is not None:
+        notes.append(used)
     lines = [f"suite {suite.title}: {len(configs)} units, all settings valid, local models and files are there", *notes]
     for unit, config in configs:
         work = "start" if unit.is_start else f"{config.steps} steps of {config.algorithm}"
@@ -136,9 +140,20 @@ def check(request: Request, *, arms: Sequence[str] = ()) -> list[str]:
 
 
 def open_folder(request: Request, suite: Suite) -> None:
-    """Creates the suite's folder, or checks that it holds this very suite, made with this grader and these data."""
+    """Creates the suite's folder, or goes on with the one that :func:`check_folder` lets through."""
+    wanted, session = check_folder(request, suite)
+    request.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(request.folder / SUITE_FILE, json.dumps(wanted, indent=2) + "\n")
+    make_manifest(request.folder, suite, session)
+
+
+def check_folder(request: Request, suite: Suite) -> tuple[dict, dict]:
+    """Checks that the suite's folder is new, or holds this very suite, made with this grader and these data.
+
+    Writes nothing. Returns the resolved suite and the manifest's entry of this session.
+    """
     wanted = resolved(suite, request.folder)
-    known = request.folder / "suite.json"
+    known = request.folder / SUITE_FILE
     if known.is_file():
         stored = json.loads(known.read_text(encoding="utf-8"))
         held = stored["units"]  # titles and claims may change, and units may be added to those that it holds
@@ -159,9 +174,7 @@ def open_folder(request: Request, suite: Suite) -> None:
         raise SuiteError(f"{request.folder} is not empty and holds no suite; give another --folder")
     session = this_session(unit_config(suite, unit, request.folder) for unit in units(suite))
     check_session(request.folder, session)
-    request.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(known, json.dumps(wanted, indent=2) + "\n")
-    make_manifest(request.folder, suite, session)
+    return wanted, session
 
 
 def _computed(resolved_suite: dict, keys: Iterable[str]) -> dict:

@@ -40,3 +40,14 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def in_use(folder: Path) -> str | None:
+    """A sentence about who is writing there; None where nobody is. Makes no file."""
+    if not (folder / LOCK_FILE).is_file():
+        return None
+    try:
+        with run_lock(folder):
+            return None
+    except FolderInUse as error:
+        return str(error)

@@ -1,6 +1,7 @@
 """Suites: what is refused before anything runs, who starts from what, and the shipped ones."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,23 @@ def test_another_configuration_is_refused_and_the_same_one_goes_on(write, tmp_pa
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
     with pytest.raises(SuiteError, match="not empty and holds no suite"):
         open_folder(Request(source=request.source, folder=tmp_path / "foreign"), request.load())
+
+
+def test_check_compares_with_the_folder_as_a_run_does_and_writes_nothing(write, tmp_path):
+    request = Request(source=str(write()), folder=tmp_path / "out")
+    check(request)
+    assert not request.folder.exists()
+    open_folder(request, request.load())
+    kept = {path.name: path.read_bytes() for path in request.folder.iterdir()}
+    check(request)
+    other = Request(source=request.source, folder=request.folder, overrides=["steps=80"])
+    for ask in (check, reproduce):
+        with pytest.raises(SuiteError, match=r"another configuration: .*mixture-seed3\.steps: 3 -> 80"):
+            ask(other)
+    assert {path.name: path.read_bytes() for path in request.folder.iterdir()} == kept
+    with run_lock(request.folder):
+        assert [line for line in check(request) if f"{request.folder} is in use by process {os.getpid()} on" in line]
+    assert not [line for line in check(request) if "in use" in line]
 
 
 def test_arms_may_be_added_to_a_folder_and_settings_to_the_program(write, tmp_path):
