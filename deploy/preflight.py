@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.benchmarks import how_to_get
 from common.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common.types import TokenFacts
 
 
 def arithmetic(config: RunConfig) -> list[tuple[str, str]]:
@@ -67,8 +73,8 @@ def check_before_start(config: RunConfig) -> None:
 def token_rows(config: RunConfig) -> list[tuple[str, str]]:
     """(what, found) of the tokenizer: vocabulary, end of thinking, EOS, a rendered prompt.
 
-    Raises ConfigError where the run could not start: k over the vocabulary, no token for the end of thinking, no EOS.
-    A model that is not on this machine is not looked for; the rows say so.
+    Raises ConfigError where the run could not start: k over the vocabulary, no token for the end of thinking, no EOS,
+    generated chains that fill no latent step. A model that is not on this machine is not looked for; the rows say so.
     """
     from common.chain import check_chain, read_chain
     from common.models import load_tokenizer, make_tokenizer, output_facts
@@ -89,6 +95,7 @@ def token_rows(config: RunConfig) -> list[tuple[str, str]]:
     if new is None or new.tokenizer != "bpe":  # that one's tokens come from the task's text
         check_width(config, facts)
         check_think_start(config, tokenizer)
+        check_generated_chains(config, tokenizer, facts)
     chain = None if new is not None else read_chain(config.model.path)
     warnings = [] if chain is None else check_chain(chain, config.model.path, config, tokenizer)
     problem = Problem(uid="0", task="", messages=(("user", "(problem)"),), answer="")
@@ -106,6 +113,29 @@ def token_rows(config: RunConfig) -> list[tuple[str, str]]:
         ("the model's chain", chain.describe() if chain else "not said by the model (no latent_chain.json)"),
         *(("warning", line) for line in warnings),
     ]
+
+
+def check_generated_chains(config: RunConfig, tokenizer: PreTrainedTokenizerBase, facts: TokenFacts) -> None:
+    """Raises ConfigError where a first batch of a generated task has a chain that Latent-SFT cannot learn from: such a
+    task can drop no problem. A stored one drops them, with a count, when it is read."""
+    from common.tasks import load_task
+    from learner.latent_sft import make_row
+
+    settings = config.warm_start
+    if settings is None or settings.chain == "explicit":
+        return
+    for task in config.tasks:
+        if task.path is None or not task.path.startswith("builtin:"):
+            continue
+        source = load_task(task, config.seed)
+        think_end = (source.config.prompt or config.model.prompt).think_end
+        for index in range(min(settings.batch_size, source.size or settings.batch_size)):
+            problem = source.problem(index)
+            options = {"c": settings.compression, "k": config.k, "latent_end_id": facts.latent_end_id}
+            try:
+                make_row(tokenizer, [], problem.cot, problem.answer, think_end=think_end, **options)
+            except ConfigError as error:
+                raise type(error)(f"problem {problem.uid}: {error}") from error
 
 
 NEW_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

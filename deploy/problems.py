@@ -62,10 +62,7 @@ def prepare_task(task: TaskConfig, config: RunConfig, tokenizer, *, whole: bool 
 
     Raises TaskError when nothing is left, and for a `whole` one (an evaluation's) where a row cannot be graded.
     """
-    verifier = build_verifier(config, with_benchmark_defaults(task).verifier)
-    source = load_task(task, config.seed, lambda gold: gold_is_parsable(verifier, gold))
-    if whole:
-        _check_whole(source)
+    source = read_task(task, config, whole=whole)
     renderer = PromptRenderer(tokenizer, source.config.prompt or config.model.prompt)
     if isinstance(source, StoredTask):
         limit, longest = source.config.max_prompt_tokens, 0
@@ -79,6 +76,15 @@ def prepare_task(task: TaskConfig, config: RunConfig, tokenizer, *, whole: bool 
 
         return PreparedTask(source.filtered(fits, TOO_LONG), renderer, longest)
     return PreparedTask(source, renderer, source.config.max_prompt_tokens)
+
+
+def read_task(task: TaskConfig, config: RunConfig, *, whole: bool = False) -> TaskSource:
+    """The problems of :func:`prepare_task` before any is too long for a tokenizer, which is not needed here."""
+    verifier = build_verifier(config, with_benchmark_defaults(task).verifier)
+    source = load_task(task, config.seed, lambda gold: gold_is_parsable(verifier, gold))
+    if whole:
+        _check_whole(source)
+    return source
 
 
 def _check_whole(source: TaskSource) -> None:

@@ -28,6 +28,21 @@ def test_validate_accepts_the_profile_on_a_machine_without_gpu_and_vllm(name, mo
     assert "prompts a step" in result.output
 
 
+@pytest.mark.parametrize("chain", ["latent", "explicit"])
+def test_validate_refuses_a_generated_chain_that_fills_no_latent_step(chain):
+    short = ["warm_start.compression=7", "tasks.0.options.operations=1"]
+    short += ["k=7"] if chain == "latent" else ["algorithm=grpo"]
+    result = CliRunner().invoke(app, ["validate", "--profile", "quickstart", *short])
+    if chain == "explicit":  # which has no latent steps
+        assert result.exit_code == 0, result.output
+    else:
+        assert isinstance(result.exception, ConfigError)
+        assert "problem chain-arithmetic/0: the chain of thought" in str(result.exception)
+        assert "has 6 token(s), fewer than one latent step stands for (warm_start.compression 7)" in str(
+            result.exception
+        )
+
+
 def test_a_run_without_vllm_is_refused_where_it_would_start(monkeypatch):
     monkeypatch.setattr("rollout_workers.vllm_plugin.support.installed", lambda: None)
     with pytest.raises(ConfigError, match="vLLM is not installed here"):

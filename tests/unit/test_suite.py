@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.arithmetic import make_arithmetic_tokenizer
+from common.chain import ChainSettings, write_chain
+from common.config import NewModelConfig
+from common.models import make_model, save_model
 from deploy.progress import Reporter
 from deploy.reproduce import Request, _next, _run_all, check, open_folder, reproduce, run_unit, side_by_side
 from deploy.run_lock import FolderInUse, run_lock
@@ -278,6 +282,56 @@ def test_all_that_is_missing_is_named_at_once_before_anything_runs(write, tmp_pa
         assert faults[2].endswith("(latent-seed3 and 5 more)")
         assert "owner/name here, it is taken for a hub id" in note
     assert not request.folder.exists()
+
+
+def test_a_given_model_whose_tokenizer_does_not_fit_is_refused_once_for_its_units(write, tmp_path, monkeypatch):
+    tokenizer = make_arithmetic_tokenizer()
+    new = NewModelConfig(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2)
+    save_model(tmp_path / "given", make_model(new, tokenizer, seed=0), tokenizer)
+    chain = {"chain": "latent", "source": "uniform", "k": 3, "compression": 3, "tau": 1.0, "think_end": "</think>"}
+    ids = tokenizer.encode("</think>", add_special_tokens=False)
+    starts = {**SUITE["starts"], "latent": {"title": "given", "path": str(tmp_path / "given")}}
+    request = Request(source=str(write(starts=starts)), folder=tmp_path / "out")
+
+    write_chain(tmp_path / "given", ChainSettings(**chain, think_end_ids=ids))
+    loaded = []
+    monkeypatch.setattr("common.models.load_tokenizer", lambda path: loaded.append(path) or tokenizer)
+    assert "all settings valid" in check(request)[0]
+    assert loaded == [str(tmp_path / "given")], "six units share it"
+
+    write_chain(tmp_path / "given", ChainSettings(**chain, think_end_ids=[4, 5]))
+    for ask in (check, reproduce):
+        with pytest.raises(SuiteError) as error:
+            ask(request)
+        (line,) = str(error.value).splitlines()[1:]
+        assert line.startswith(
+            f"starts.latent.path, {tmp_path / 'given'}: the tokenizer of {tmp_path / 'given'} splits"
+        )
+        assert line.endswith("(latent-seed3 and 5 more)")
+    assert not request.folder.exists()
+
+
+@pytest.mark.parametrize("ask", [check, reproduce])
+def test_generated_chains_that_fill_no_latent_step_are_refused(write, tmp_path, ask):
+    short = ["k=7", "warm_start.compression=7", "tasks.0.options.operations=1"]
+    starts = {**SUITE["starts"], "latent": {"title": "latent", "overrides": short}}
+    request = Request(source=str(write(starts=starts)), folder=tmp_path / "out")
+    with pytest.raises(SuiteError, match=r"(?m)^problem t/0: .* has 6 token\(s\).*compression 7.*\(latent-seed3\)$"):
+        ask(request)
+    assert not request.folder.exists()
+
+
+@pytest.mark.parametrize("ask", [check, reproduce])
+def test_evaluation_files_are_read_as_the_units_read_them(on_a_file, tmp_path, ask):
+    (tmp_path / "held.jsonl").write_text('{"problem": "3+4?", "answer": "7"}\n{"problem": "5+4?", "answer": null}\n')
+    with pytest.raises(
+        SuiteError, match=r"evaluation task held: .*1 empty answer \(row 1\).*\(latent-seed3 and 9 more\)$"
+    ):
+        ask(on_a_file)
+    (tmp_path / "held.jsonl").write_text('{"question": "3+4?", "answer": "7"}\n')
+    with pytest.raises(SuiteError, match=r"has no column 'problem'; there: answer, question\."):
+        ask(on_a_file)
+    assert not on_a_file.folder.exists()
 
 
 def test_a_hub_id_is_let_through_and_said_and_a_start_to_be_made_is_not_missed(write, tmp_path):
