@@ -16,6 +16,7 @@ CHOICE_PROMPT = PromptConfig(
     system=INSTRUCTION,
     user="{problem}\nPlease give the letter of the correct option (A, B, C, or D) as the final answer.",
 )
+GSM8K_AUG = "https://github.com/da03/Internalize_CoT_Step_by_Step"
 GET_GPQA = (
     "GPQA does not come with this program: its authors ask that it not be published in plain text. Accept their terms "
     "at https://huggingface.co/datasets/Idavidrein/gpqa and download gpqa_diamond.csv (or unpack the archive of "
@@ -65,7 +66,7 @@ def _source(repository: str) -> str:
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "gsm8k-aug": _low("gsm8k_aug_test.parquet", 1319, "https://github.com/da03/Internalize_CoT_Step_by_Step"),
+    "gsm8k-aug": _low("gsm8k_aug_test.parquet", 1319, GSM8K_AUG),
     "gsm-hard": _low("gsm_hard.parquet", 1319, "https://github.com/reasoning-machines/pal"),
     "svamp": _low("svamp.parquet", 1000, "https://github.com/arkilpatel/SVAMP"),
     "multiarith": _low("multiarith.parquet", 600, "https://github.com/reasoning-machines/pal"),
@@ -78,6 +79,17 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+MADE_FROM_TEXT = f"docs/latent_sft.md says how to make it from the text that is published at {GSM8K_AUG}"
+PROFILE_FILES = {
+    "gsm8k-train": (
+        "a .parquet file with the columns problem, answer and cot (`<<48/2=24>> <<48+24=72>>`) is expected; "
+        + MADE_FROM_TEXT
+    ),
+    "gsm8k-test": f"a .parquet file with the columns problem and answer is expected; {MADE_FROM_TEXT}",
+}
+"""Task of a shipped profile that is no benchmark -> how to get its file."""
+
+
 def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:
     """`config` with the benchmark's values where the user gave none; any other name is returned as it is."""
     benchmark = BENCHMARKS.get(config.name)
@@ -87,8 +99,9 @@ def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:
 
 
 def how_to_get(name: str) -> str:
-    """A sentence for the message that a benchmark's file is missing; empty for another task."""
-    return f". {name}: {BENCHMARKS[name].how_to_get}" if name in BENCHMARKS else ""
+    """A sentence for the message that the file of a benchmark or a profile is missing; empty for another task."""
+    known = BENCHMARKS[name].how_to_get if name in BENCHMARKS else PROFILE_FILES.get(name)
+    return f". {name}: {known}" if known else ""
 
 
 def benchmark_tasks(names: Sequence[str], folder: str | Path) -> list[TaskConfig]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from decimal import Decimal
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from common.benchmarks import BENCHMARKS, benchmark_tasks
 from common.cells import cell_text
 from common.config import ConfigError, TaskConfig, load_config
 from common.tasks import TaskError, load_task
-from deploy.problems import Problems
+from deploy.preflight import file_faults
+from deploy.problems import Problems, read_task
 from reward.answers import gold_is_parsable
 
+ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROW = {
     "Question": "What is heavier?",
@@ -55,6 +58,32 @@ def test_a_missing_file_says_where_it_was_looked_for_and_gpqa_how_to_get_it(tmp_
         benchmark_tasks(["gpqa"], tmp_path)
     with pytest.raises(TaskError, match=how):
         load_task(TaskConfig(name="gpqa", path=str(tmp_path / "mine.csv")), 0)
+
+
+@pytest.mark.parametrize("profile", ["gsm8k-small", "gsm8k-scratch"])
+def test_a_missing_gsm8k_file_says_its_columns_and_where_to_read_how_it_is_made(tmp_path, monkeypatch, profile):
+    monkeypatch.chdir(tmp_path)
+    train, test = file_faults(load_config(profile))
+    assert "gsm8k_train.parquet does not exist" in train
+    assert "the columns problem, answer and cot (`<<48/2=24>> <<48+24=72>>`)" in train
+    assert "gsm8k_test.parquet does not exist" in test
+    assert "the columns problem and answer is expected" in test
+    for fault in (train, test):
+        assert "docs/latent_sft.md says how to make it from the text" in fault
+
+
+def test_gsm8k_files_made_as_the_page_says_are_what_the_profiles_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.txt").write_text("Half of 48?||<<48/2=24>> <<48+24=72>> #### 72\n\u2028 6+1||<<6+1=7>> #### 7\n")
+    (tmp_path / "test.txt").write_text("1+1?||<<1+1=2>> #### 2")
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "latent_sft.md").read_text(), re.DOTALL)
+    exec(program, {})
+    config = load_config("gsm8k-scratch")
+    training, evaluation = (read_task(t, config, whole=True) for t in (config.tasks[0], config.evaluation.tasks[0]))
+    assert (training.size, training.dropped, evaluation.size) == (2, {}, 1)
+    problem = training.problem(0)
+    assert (problem.messages[0][1], problem.cot) == ("Half of 48?", "<<48/2=24>> <<48+24=72>>")
+    assert [training.problem(0).answer, training.problem(1).answer, evaluation.problem(0).answer] == ["72", "7", "2"]
 
 
 # --- GPQA
