@@ -108,8 +108,8 @@ def test_a_stopped_suite_goes_on_and_reports(suite, tmp_path):
 def test_a_unit_that_fails_is_named_with_its_reason_and_the_others_go_on(suite, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(ROOT)]))
     (tmp_path / "torn.jsonl").write_text('{"problem": "3+4?", "ans')
-    broken = {**TASK, "name": "held-out", "path": str(tmp_path / "torn.jsonl")}
-    arms = {"broken": {"title": "b", "start": "latent", "overrides": [f"evaluation.tasks=[{json.dumps(broken)}]"]}}
+    broken = {**TASK, "path": str(tmp_path / "torn.jsonl")}  # to train on: a suite's check reads what is evaluated on
+    arms = {"broken": {"title": "b", "start": "latent", "overrides": [f"tasks=[{json.dumps(broken)}]"]}}
     request = Request(source=str(suite(runner="in_process", arms=arms, claims={})), folder=tmp_path / "out")
     with pytest.raises(SuiteFailed, match=r"broken-seed4: .*torn.jsonl, line 1: not valid JSON"):
         reproduce(request, parallel=1)
