@@ -23,7 +23,9 @@ class FolderInUse(ConfigError):
 def run_lock(folder: Path) -> Iterator[None]:
     """Held inside; it goes with the process, however that ends, and what is left of the file locks nothing.
 
-    Raises :class:`FolderInUse` at once where another process, or this one, holds it.
+    That takes a file system with flock: on one without, `filelock` falls back on the file itself being there, and after
+    a `kill -9` the file has to be deleted. Raises :class:`FolderInUse` at once where another process, or this one,
+    holds it.
     """
     path = folder / LOCK_FILE
     lock = FileLock(path)

@@ -108,7 +108,7 @@ def lineage_facts(lineage: int) -> dict[str, Any]:
             "changed_since_commit": changed,
             "sources": source_hash(OUR_PACKAGES),
         },
-        "versions": versions() | {package: package_version(package) for package in OTHER_PACKAGES},
+        "versions": versions() | {package: _version(package) for package in OTHER_PACKAGES},
         "hardware": hardware(),
     }
 
@@ -178,10 +178,10 @@ def _gpus() -> list[str]:
 
 def grading_versions() -> dict[str, str | None]:
     """Of the packages that decide a reward together with the sources of `reward`."""
-    return {name: package_version(name) for name in GRADING_PACKAGES}
+    return {name: _version(name) for name in GRADING_PACKAGES}
 
 
-def package_version(package: str) -> str | None:
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
