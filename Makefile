@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
-	@$(BIN)/python deploy/torch_build.py
+	@$(BIN)/python deploy/checks/torch_build.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \

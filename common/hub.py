@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import ConfigError
+from latent_grpo.common.errors import ConfigError
 
 REASON = 200  # characters of what the Hugging Face libraries say
 

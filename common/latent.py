@@ -15,214 +15,34 @@ give what is asked (fewer than k allowed ids with a finite logit, NaN) raises Va
 
 from __future__ import annotations
 
-import hashlib
-import json
-import operator
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0  # METHOD §2.1.3; the one-sided shift is -GUMBEL_LOW
-TOP_M = 128  # ids that the keyed forms look at first: few distributions reach further, and noise costs by the id
-WIDEN = 2  # how much further they look, at the least, where that was too few
-ROUNDING = 2e-6  # over what three float32 operations lose
-
-Setting = float | torch.Tensor
-Switch = bool | torch.Tensor
-Noise = Callable[[torch.Tensor], torch.Tensor]  # draws [N, M] for ids [N, M]
-Drawn = tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]
-"""What was drawn, [N] bool: it can be used, and [N]: no id with a logit below this could have changed it."""
-
+from latent_grpo.common.candidates import (
+    ROUNDING,
+    TOP_M,
+    WIDEN,
+    Drawn,
+    Noise,
+    Setting,
+    Switch,
+    _check,
+    _column,
+    _keyed,
+    _last_kept,
+    _nucleus,
+    _order_key,
+    _plain,
+    _Table,
+    _table,
+)
+from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW
 
 # --- noise (METHOD §2.5) -----------------------------------------------------------------------------------------
 
 
-def trajectory_key(
-    *, run_seed: int, purpose: str, problem_uid: str, epoch: int, sample_index: int, policy_version: int
-) -> int:
-    """The key of a trajectory's randomness (METHOD §2.5): an int in [0, 2**63), equal on every machine and Python.
-
-    `policy_version` is that of the rollout's start, 0 in evaluation; `sample_index` is the run or the pass@k sample
-    there. Raises TypeError for a number that is not an integer: 1 and 1.0 would be two trajectories.
-    """
-    numbers = [operator.index(n) for n in (run_seed, epoch, sample_index, policy_version)]  # NumPy's 3 is 3
-    identity = json.dumps([str(purpose), str(problem_uid), *numbers]).encode()  # quoted: no two identities read alike
-    return int.from_bytes(hashlib.blake2b(identity, digest_size=8, person=b"latent-grpo").digest(), "big") >> 1
-
-
-def _signed(word: int) -> int:
-    """A uint64 as the int64 of the same bits."""
-    return word - (1 << 64) if word >> 63 else word
-
-
-_STRIDE = _signed(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: no two steps or ids of nearby keys meet
-_MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser, a bijection of 64-bit words kept in int64, in place.
-
-    Products wrap modulo 2**64 in int64 as in uint64 (two's complement, CPU and CUDA alike); the shifts of a uint64 are
-    those of int64 with the copies of the sign cut off.
-    """
-    for shift, multiplier in zip((30, 27), _MULTIPLIERS):
-        x ^= (x >> shift).bitwise_and_((1 << (64 - shift)) - 1)
-        x *= multiplier
-    x ^= (x >> 31).bitwise_and_((1 << 33) - 1)
-    return x
-
-
-def gumbel_noise(keys: torch.Tensor, step: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel draws, a function of (trajectory key, step, token id) only (METHOD §2.5).
-
-    `keys` [N] int64 (:func:`trajectory_key`), `step` [N] int64, `ids` [N, M] int64 -> float32 [N, M] in [-3.61, 36.8].
-    The integers behind the draws are the same on every device. All 63 bits of a key count.
-    """
-    row = _mix((step + 1) * _STRIDE + keys)
-    bits = _mix(ids * _STRIDE + row.unsqueeze(-1))
-    # u in (0, 1): 52 bits and a half, exact in float64, so that the top word does not round to u = 1 (noise +inf)
-    uniform = (bits >> 11).bitwise_and_((1 << 53) - 1).bitwise_or_(1).double().mul_(2.0**-53)
-    return uniform.log_().neg_().log_().neg_().float()
-
-
 # --- candidates --------------------------------------------------------------------------------------------------
-
-
-class _Table(NamedTuple):
-    """The ids of N rows among which to choose, most likely first, ties to the lower id."""
-
-    ids: torch.Tensor  # [N, M] int64
-    logits: torch.Tensor  # [N, M] float32, descending; -inf where not allowed
-    floor: torch.Tensor | None  # [N]: no id outside of the table has a larger logit. None: all V ids are here
-
-
-def _table(logits: torch.Tensor, allowed: torch.Tensor | None, top_m: int) -> _Table:
-    rows, vocabulary = logits.shape
-    ids, floor = torch.arange(vocabulary, device=logits.device).expand(rows, -1), None
-    if vocabulary > top_m:
-        logits, ids = logits.topk(top_m, dim=-1)
-        floor = logits[:, -1]
-        if allowed is not None:
-            allowed = allowed[ids] if allowed.ndim == 1 else allowed.gather(-1, ids)
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, float("-inf"))
-    order = _order_key(logits, ids).sort(dim=-1, descending=True).indices
-    return _Table(order if floor is None else ids.gather(-1, order), logits.gather(-1, order), floor)
-
-
-def _order_key(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """int64 keys, all different, that order as float32 `values` do and equal values from higher to lower id.
-
-    One sort or topk of them is exact, where that of the floats breaks ties as the kernel likes. A float's bits order
-    as an integer once those below the sign of a negative are inverted; + 0.0 turns -0.0 into its equal.
-    """
-    bits = (values + 0.0).view(torch.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (bits.long() << 32) | (0x7FFFFFFF - ids)
-
-
-def _column(value: Setting, dtype: torch.dtype) -> Setting:
-    """A setting as something that broadcasts over [N, M]; a number stays one."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    value = value.to(dtype)
-    return value.unsqueeze(-1) if value.ndim == 1 else value
-
-
-def _rows_of(value: Setting | None, rows: torch.Tensor) -> Setting | None:
-    return value[rows] if isinstance(value, torch.Tensor) and value.ndim == 1 else value
-
-
-def _nucleus(probabilities: torch.Tensor, top_p: Setting, total: Setting = 1.0) -> torch.Tensor:
-    """METHOD §2.1.2: which of the float64 `probabilities` [N, M], in descending order, the nucleus keeps: [N, M] bool.
-
-    float64, so that neither the table's width nor a parallel scan's order of addition shows in the result. A `top_p`
-    of 1 keeps everything, whatever the sum of the rounded probabilities is.
-    """
-    top_p = _column(top_p, torch.float64)
-    inside = (probabilities.cumsum(-1) - probabilities) < top_p * total
-    if isinstance(top_p, torch.Tensor):
-        return inside | (top_p >= 1.0)
-    return inside if top_p < 1.0 else torch.ones_like(inside)
-
-
-def _last_kept(table: _Table, keep: torch.Tensor) -> torch.Tensor:
-    """The lowest logit in the prefix `keep` [N, M] of the table: [N]. An id below it does not belong to the prefix."""
-    return table.logits.gather(-1, keep.sum(-1, keepdim=True) - 1).squeeze(-1)
-
-
-def _plain(
-    draw: Callable,
-    logits: torch.Tensor,
-    gumbel: torch.Tensor,
-    allowed: torch.Tensor | None,
-    settings: tuple[Setting, ...],
-) -> tuple[torch.Tensor, ...]:
-    """`draw` on all V ids with the given noise."""
-    table = _table(logits, allowed, logits.shape[-1])
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    drawn, usable, _ = draw(table, normaliser, lambda ids: gumbel.float().gather(-1, ids), *settings)
-    if not bool(usable.all()):
-        raise _unusable(usable)
-    return drawn
-
-
-def _keyed(
-    draw: Callable,
-    logits: torch.Tensor,
-    normaliser: torch.Tensor,
-    keys: torch.Tensor,
-    steps: torch.Tensor,
-    allowed: torch.Tensor | None,
-    top_m: int,
-    settings: tuple[Setting, ...],
-    widen: bool = True,
-    table: _Table | None = None,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """`draw` on the `top_m` most likely ids; rows that reach further are drawn again from as many as they reach.
-
-    `table`: those ids, where the caller has them. Returns what was drawn and [N] bool, which rows are exact: all of
-    them, unless `widen` is False.
-    """
-    table = _table(logits, allowed, top_m) if table is None else table
-    drawn, usable, reach = draw(table, normaliser, lambda ids: gumbel_noise(keys, steps, ids), *settings)
-    exact = usable if table.floor is None else usable & (reach > table.floor)
-    if not widen or bool(exact.all()):
-        return drawn, exact
-    if table.floor is None:
-        raise _unusable(exact)
-    rows = (~exact).nonzero().squeeze(-1)
-    wider = logits[rows]
-    reached = (wider >= reach[rows].unsqueeze(-1)).sum(-1)
-    wide, _ = _keyed(
-        draw,
-        wider,
-        normaliser[rows],
-        keys[rows],
-        steps[rows],
-        allowed[rows] if allowed is not None and allowed.ndim == 2 else allowed,
-        max(int(reached.max()) + 1, WIDEN * top_m),  # one more, to see that nothing else reaches as far
-        tuple(_rows_of(setting, rows) for setting in settings),
-    )
-    drawn = tuple(narrow.index_copy(0, rows, again) for narrow, again in zip(drawn, wide, strict=True))
-    return drawn, torch.ones_like(exact)
-
-
-def _unusable(usable: torch.Tensor) -> ValueError:
-    return ValueError(
-        f"the logits of {int((~usable).sum())} rows leave nothing to select: fewer allowed ids with a finite logit "
-        "than asked for, or NaN or +inf among logits or settings. Check the model's output, `allowed` (the "
-        "tokenizer's ids) and the sampling settings"
-    )
-
-
-def _check(k: int, vocabulary: int, **positive: Setting) -> None:
-    if not 1 <= k <= vocabulary:
-        raise ValueError(f"k must be between 1 and the vocabulary's {vocabulary} rows, got {k}")
-    for name, value in positive.items():
-        if not isinstance(value, torch.Tensor) and not value > 0:
-            raise ValueError(f"{name} must be > 0, got {value}")
 
 
 # --- latent steps (METHOD §2.1, §2.2) ----------------------------------------------------------------------------

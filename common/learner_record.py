@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from common.schema import Ragged, SchemaError
+from latent_grpo.common.schema import Ragged, SchemaError
 
 RECORD_VERSION = 1
 _VERSION_KEY = b"latent_grpo.learner_record_version"

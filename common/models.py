@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from common.arithmetic import make_arithmetic_tokenizer
-from common.config import ConfigError, NewModelConfig
-from common.hub import asked_of_hub, check_folder
+from latent_grpo.common.config import ConfigError, NewModelConfig
+from latent_grpo.common.hub import asked_of_hub, check_folder
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast

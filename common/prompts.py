@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.config import ConfigError, PromptConfig
-from common.types import Problem, TokenFacts
+from latent_grpo.common.config import ConfigError, PromptConfig
+from latent_grpo.common.types import Problem, TokenFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from common.config import RunConfig
+    from latent_grpo.common.config import RunConfig
 
 logger = logging.getLogger(__name__)
 

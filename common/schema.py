@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from common.types import SamplingSettings, Trajectory
+from latent_grpo.common.types import SamplingSettings, Trajectory
 
 SCHEMA_VERSION = 1
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.learner_record import LearnerBatch, check_version
-from common.schema import SchemaError, TrajectoryBatch, schema_k
+from latent_grpo.common.learner_record import LearnerBatch, check_version
+from latent_grpo.common.schema import SchemaError, TrajectoryBatch, schema_k
 
 _STEP_FOLDER = re.compile(r"step=(\d+)")
 _FILE = re.compile(r"lineage-(\d+)-part-(\d+)\.parquet")

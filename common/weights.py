@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import xxhash
 
-from common.types import PolicyVersion
+from latent_grpo.common.types import PolicyVersion
 
 ALIGNMENT = 64  # bytes; every tensor starts on a boundary that any dtype may be viewed at
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from common.types import GroupRequest
+from latent_grpo.common.types import GroupRequest
 
 
 class TooManyDispatched(RuntimeError):

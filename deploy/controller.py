@@ -28,13 +28,13 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from common.config import RunConfig
-from common.interrupts import check_interrupt, settled
-from common.schema import SchemaError, TrajectoryBatch, concat
-from common.types import GroupRequest
-from deploy.buffer import GroupBuffer, ReadyBatch
-from deploy.rollout_metrics import rollout_metrics
-from learner.advantages import drop_reason
+from latent_grpo.common.config import RunConfig
+from latent_grpo.common.interrupts import check_interrupt, settled
+from latent_grpo.common.schema import SchemaError, TrajectoryBatch, concat
+from latent_grpo.common.types import GroupRequest
+from latent_grpo.deploy.buffer import GroupBuffer, ReadyBatch
+from latent_grpo.learner.advantages import drop_reason
+from latent_grpo.rollout_workers.metrics import rollout_metrics
 
 log = logging.getLogger(__name__)
 POLL_S = 0.2

@@ -15,20 +15,21 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from common.config import RunConfig
-from common.interrupts import SETTLE_S, Interrupted, deferred_interrupts
-from common.schema import concat
-from deploy.controller import Controller, TrainingStopped, gather
-from deploy.evaluate import evaluate
-from deploy.observer import StepObserver
-from deploy.progress import Reporter
-from deploy.report.build import closing_line
-from deploy.run import Parts, Run, ready, started
-from deploy.run_folder import RunFolder, create_run, reopen_run
-from deploy.run_manifest import record_model
-from deploy.sft import SFTData, ready_sft, warm_start
-from learner.checkpoint import latest_checkpoint, write_checkpoint
-from learner.learner import LearnerGroup, ReplayReport
+from latent_grpo.common.config import RunConfig
+from latent_grpo.common.interrupts import SETTLE_S, Interrupted, deferred_interrupts
+from latent_grpo.common.schema import concat
+from latent_grpo.deploy.controller import Controller, TrainingStopped, gather
+from latent_grpo.deploy.evaluation.evaluate import evaluate
+from latent_grpo.deploy.run.folder import RunFolder, create_run, reopen_run
+from latent_grpo.deploy.run.manifest import record_model
+from latent_grpo.deploy.run.observer import StepObserver
+from latent_grpo.deploy.run.preparation import Parts, ready
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.session import Run, started
+from latent_grpo.deploy.sft.loop import SFTData, ready_sft, warm_start
+from latent_grpo.deploy.view.report.build import closing_line
+from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
+from latent_grpo.learner.learner import LearnerGroup, ReplayReport
 
 TOLERANCE = {"float32": ("max", 1e-3), "bfloat16": ("p99", 0.2)}  # METHOD §6, component log-probs
 MEAN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}

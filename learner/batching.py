@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from common.schema import TrajectoryBatch
+from latent_grpo.common.schema import TrajectoryBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

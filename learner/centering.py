@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.density import Flip, surrogate_log_prob
-from common.latent import latent_draws, trajectory_key
-from common.schema import TrajectoryBatch
-from common.types import TokenFacts
-from learner.batching import ReplayInputs
+from latent_grpo.common.density import Flip, surrogate_log_prob
+from latent_grpo.common.latent import latent_draws
+from latent_grpo.common.noise import trajectory_key
+from latent_grpo.common.schema import TrajectoryBatch
+from latent_grpo.common.types import TokenFacts
+from latent_grpo.learner.batching import ReplayInputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

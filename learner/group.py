@@ -13,10 +13,10 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from common.config import RunConfig, config_as_json
-from common.stacks import Whereabouts, stacks_of
-from common.weights import Publication
-from learner.actor import RankActor
+from latent_grpo.common.config import RunConfig, config_as_json
+from latent_grpo.common.stacks import Whereabouts, stacks_of
+from latent_grpo.common.weights import Publication
+from latent_grpo.learner.base_rank import RankActor
 
 log = logging.getLogger(__name__)
 SHOWN = 4  # ranks whose stacks are shown: in a collective all late ones are alike

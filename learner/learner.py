@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from common.config import RunConfig
-from learner.group import LearnerError, RankGroup
-from learner.rank import LearnerRank, RankGaps, RankReport
-from learner.records import RowFacts, UpdateOutcome, assemble
+from latent_grpo.common.config import RunConfig
+from latent_grpo.learner.group import LearnerError, RankGroup
+from latent_grpo.learner.rank import LearnerRank, RankGaps, RankReport
+from latent_grpo.learner.recorder import RowFacts, UpdateOutcome, assemble
 
 __all__ = ["Gap", "LearnerError", "LearnerGroup", "LearnerReport", "ReplayReport"]
 

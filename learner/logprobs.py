@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common.density import surrogate_log_prob
+from latent_grpo.common.density import surrogate_log_prob
 
 if TYPE_CHECKING:
-    from learner.batching import ReplayInputs
-    from learner.centering import OtherDraws
+    from latent_grpo.learner.batching import ReplayInputs
+    from latent_grpo.learner.centering import OtherDraws
 
 
 def selected_log_probs(

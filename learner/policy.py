@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.latent import mix_embeddings
-from learner.batching import ReplayInputs
-from learner.centering import OtherDraws, Redraw
-from learner.logprobs import selected_log_probs
+from latent_grpo.common.latent import mix_embeddings
+from latent_grpo.learner.batching import ReplayInputs
+from latent_grpo.learner.centering import OtherDraws, Redraw
+from latent_grpo.learner.logprobs import selected_log_probs
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,6 @@ def freeze_input_embeddings(model: nn.Module) -> None:
 
 def load_policy_model(folder: str) -> nn.Module:
     """The model in float32 (DeepSpeed keeps float32 master weights and casts by itself)."""
-    from common.models import load_model
+    from latent_grpo.common.models import load_model
 
     return load_model(folder, "float32")

@@ -20,19 +20,19 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from common.config import OptimizerConfig
-from common.models import load_tokenizer
-from common.prompts import resolve_tokens
-from common.schema import TrajectoryBatch
-from learner.actor import RankActor
-from learner.advantages import first_token_mask, group_advantages
-from learner.batching import MiniBatch, ReplayInputs, collate, group_indices, plan
-from learner.centering import OtherDraws, Redraw, draw_keys
-from learner.logprobs import step_log_probs
-from learner.objective import clip_codes, k3_kl, policy_loss
-from learner.policy import PolicyModule, load_policy_model
-from learner.records import StepCollector, flip_shares
-from learner.zero_engine import learning_rate
+from latent_grpo.common.config import OptimizerConfig
+from latent_grpo.common.models import load_tokenizer
+from latent_grpo.common.prompts import resolve_tokens
+from latent_grpo.common.schema import TrajectoryBatch
+from latent_grpo.learner.advantages import first_token_mask, group_advantages
+from latent_grpo.learner.base_rank import RankActor
+from latent_grpo.learner.batching import MiniBatch, ReplayInputs, collate, group_indices, plan
+from latent_grpo.learner.centering import OtherDraws, Redraw, draw_keys
+from latent_grpo.learner.logprobs import step_log_probs
+from latent_grpo.learner.objective import clip_codes, k3_kl, policy_loss
+from latent_grpo.learner.policy import PolicyModule, load_policy_model
+from latent_grpo.learner.recorder import StepCollector, flip_shares
+from latent_grpo.learner.zero_engine import learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class RankReport:
     hard_log_probs: np.ndarray  # [hard steps of the rank] float32
     learning_rate: float
     seconds: float
-    records: pa.RecordBatch | None  # step columns of the rank's rows (`learner.records`), where they are asked for
+    records: pa.RecordBatch | None  # step columns of the rank's rows (`learner.recorder`), where they are asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.config import LearnerConfig, OptimizerConfig
+from latent_grpo.common.config import LearnerConfig, OptimizerConfig
 
 TAG = "zero"
 FACTS = "learner.json"

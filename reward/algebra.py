@@ -14,7 +14,7 @@ import math_verify
 import sympy
 from latex2sympy2_extended import NormalizationConfig
 
-from reward.numbers import ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE
+from latent_grpo.reward.numbers import ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE
 
 # math-verify warns once that its time limits are off; here that is intended.
 logging.getLogger("math_verify").setLevel(logging.ERROR)

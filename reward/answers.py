@@ -17,13 +17,21 @@ import json
 from functools import lru_cache
 from typing import Any, Literal
 
-from reward.choice import read_choice
-from reward.equations import DENIED, states_its_value
-from reward.extraction import Extraction, balanced, extract
-from reward.latex import normalise
-from reward.math_answers import AlgebraicEquality, AlgebraNeeded, Answer, Sequence, read_answer, read_gold, same_answer
-from reward.numbers import Number, read_number, same_number
-from reward.verifier import Grade, UnreadableGoldError, Verifier, load_verifier, settled
+from latent_grpo.reward.choice import read_choice
+from latent_grpo.reward.equations import DENIED, states_its_value
+from latent_grpo.reward.extraction import Extraction, balanced, extract
+from latent_grpo.reward.latex import normalise
+from latent_grpo.reward.math_answers import (
+    AlgebraicEquality,
+    AlgebraNeeded,
+    Answer,
+    Sequence,
+    read_answer,
+    read_gold,
+    same_answer,
+)
+from latent_grpo.reward.numbers import Number, read_number, same_number
+from latent_grpo.reward.verifier import Grade, UnreadableGoldError, Verifier, load_verifier, settled
 
 Fallback = Literal["none", "last_number"]
 NO_GOLD = frozenset({"nan", "none", "null", "n/a"})
@@ -195,7 +203,7 @@ def _algebra() -> AlgebraicEquality:
     """Computer algebra, imported when the first answer needs it: it costs a second and 60 MB."""
 
     def equal(gold: str, given: str) -> bool:
-        from reward import algebra
+        from latent_grpo.reward import algebra
 
         return algebra.equal(gold, given)
 
@@ -207,7 +215,7 @@ def _has_meaning(answer: Answer) -> bool:
         return all(_has_meaning(item) for item in answer.items)
     if answer.number or answer.words or answer.numeral or answer.clock:
         return True
-    from reward import algebra, latex
+    from latent_grpo.reward import algebra, latex
 
     try:
         algebra.parse_gold(latex.with_mixed_numbers(answer.text))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from reward.latex import unwrapped
+from latent_grpo.reward.latex import unwrapped
 
 _DRESS = re.compile(
     r"\\(?:left|right|[bB]ig{1,2}[lr]?|displaystyle|bf|rm|it|[Ll]arge|LARGE|[Hh]uge|boldsymbol|underline|checkmark)(?![A-Za-z])"

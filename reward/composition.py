@@ -19,8 +19,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reward.extraction import extract
-from reward.verifier import Grade, Verifier, load_verifier, settled
+from latent_grpo.reward.extraction import extract
+from latent_grpo.reward.verifier import Grade, Verifier, load_verifier, settled
 
 Definition = Mapping[str, Any]
 """{"kind": ..., "options": {...}}"""

@@ -22,9 +22,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from reward.framing import FrameError
-from reward.grader import Grader
-from reward.verifier import Definitions, Grade, UnknownVerifierError
+from latent_grpo.reward.framing import FrameError
+from latent_grpo.reward.grader import Grader
+from latent_grpo.reward.verifier import Definitions, Grade, UnknownVerifierError
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from reward.latex import unwrapped
+from latent_grpo.reward.latex import unwrapped
 
 DENIED = re.compile(r"!=|/=|=/|<>|≠|\\n(?:ot|eq?)(?![A-Za-z])")
 """An equation that is denied, however it is spelled."""

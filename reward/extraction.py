@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from reward.last_number import last_number
+from latent_grpo.reward.last_number import last_number
 
 MAX_ANSWER_CHARS = 2_000
 """A box with more characters is malformed: no answer of any benchmark comes near it, and parsers are superlinear."""

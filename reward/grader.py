@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from reward.framing import FrameReader, encode
+from latent_grpo.reward.framing import FrameReader, encode
 
 # The child takes over this process's import path, so that a user's verifier is found there too. An own program text
 # instead of `-m` keeps the working directory and the module search of the parent.
 _PROGRAM = (
     "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); "
-    "from reward.grader_process import main; main(sys.argv[1:])"
+    "from latent_grpo.reward.grader_process import main; main(sys.argv[1:])"
 )
 _READ_BYTES = 1 << 16
 

@@ -17,8 +17,8 @@ import signal
 import sys
 from typing import Any
 
-from reward.framing import FrameReader, encode
-from reward.verifier import UnknownVerifierError, Verifier, load_verifier, settled
+from latent_grpo.reward.framing import FrameReader, encode
+from latent_grpo.reward.verifier import UnknownVerifierError, Verifier, load_verifier, settled
 
 _READ_BYTES = 1 << 16
 _ORPHAN_GRACE_S = 10.0

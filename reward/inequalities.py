@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from reward.latex import split_top_level
+from latent_grpo.reward.latex import split_top_level
 
 _SIGN = re.compile(r"(\\(?:le|ge|ne|neq)(?![A-Za-z])|[<>])")
 _MEANING = {"<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\neq": "!="}

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import re
 
-from reward.equations import states_its_value
-from reward.latex import normalise, unwrapped
-from reward.numbers import MAX_NUMBER_CHARS, NUMBER, Number, is_digit, plain, read_number
+from latent_grpo.reward.equations import states_its_value
+from latent_grpo.reward.latex import normalise, unwrapped
+from latent_grpo.reward.numbers import MAX_NUMBER_CHARS, NUMBER, Number, is_digit, plain, read_number
 
 _REACH = 120  # characters that are looked at on each side of the last digit
 _BREAK = re.compile(r"\n|(?<=[.?!])\s+|;\s")

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from reward import latex
-from reward.choice import read_choice
-from reward.equations import DENIED, states_its_value
-from reward.extraction import balanced
-from reward.inequalities import stated_set
-from reward.numbers import Number, read_number, same_number
+from latent_grpo.reward import latex
+from latent_grpo.reward.choice import read_choice
+from latent_grpo.reward.equations import DENIED, states_its_value
+from latent_grpo.reward.extraction import balanced
+from latent_grpo.reward.inequalities import stated_set
+from latent_grpo.reward.numbers import Number, read_number, same_number
 
 _MAX_DEPTH = 30
 _SEPARATORS = frozenset({",", ";", "and", "or"})

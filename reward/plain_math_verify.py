@@ -10,7 +10,7 @@ import logging
 
 import math_verify
 
-from reward.verifier import Grade
+from latent_grpo.reward.verifier import Grade
 
 # math-verify warns once that its time limits are off; the pool has its own.
 logging.getLogger("math_verify").setLevel(logging.ERROR)

@@ -18,13 +18,13 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from reward.answers import BoxedVerifier
-from reward.dispatcher import Dispatcher, Key
-from reward.verifier import REASONS, Definitions, Grade, UnreadableGoldError, load_verifier
+from latent_grpo.reward.answers import BoxedVerifier
+from latent_grpo.reward.dispatcher import Dispatcher, Key
+from latent_grpo.reward.verifier import REASONS, Definitions, Grade, UnreadableGoldError, load_verifier
 
 logger = logging.getLogger(__name__)
 
-_BUILT_IN_MODULE = "reward.answers:"
+_BUILT_IN_MODULE = "latent_grpo.reward.answers:"
 _MIN_MEMORY_BYTES = 64 * 2**20
 _MAX_WARNINGS = 20
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from reward.pool import VerifierPool
-from reward.verifier import REASONS, Grade
+from latent_grpo.reward.pool import VerifierPool
+from latent_grpo.reward.verifier import REASONS, Grade
 
 HOSTILE_TEXTS: tuple[str, ...] = (
     "",

@@ -76,13 +76,13 @@ class UnreadableGoldError(ValueError):
 
 
 _REGISTERED: dict[str, str] = {
-    "choice": "reward.answers:ChoiceVerifier",
-    "format": "reward.composition:Format",
-    "gate": "reward.composition:Gate",
-    "length_penalty": "reward.composition:LengthPenalty",
-    "math": "reward.answers:MathVerifier",
-    "number": "reward.answers:NumberVerifier",
-    "weighted_sum": "reward.composition:WeightedSum",
+    "choice": "latent_grpo.reward.answers:ChoiceVerifier",
+    "format": "latent_grpo.reward.composition:Format",
+    "gate": "latent_grpo.reward.composition:Gate",
+    "length_penalty": "latent_grpo.reward.composition:LengthPenalty",
+    "math": "latent_grpo.reward.answers:MathVerifier",
+    "number": "latent_grpo.reward.answers:NumberVerifier",
+    "weighted_sum": "latent_grpo.reward.composition:WeightedSum",
 }
 _MAX_NESTING = 20
 
@@ -166,7 +166,7 @@ class Definitions:
     names defined here too. `defaults`: options of a kind wherever it occurs and does not give them itself.
 
     >>> Definitions({"mine": {"kind": "number", "options": {"fallback": "last_number"}}}).resolve("mine")
-    ('reward.answers:NumberVerifier', {'fallback': 'last_number'})
+    ('latent_grpo.reward.answers:NumberVerifier', {'fallback': 'last_number'})
     """
 
     def __init__(

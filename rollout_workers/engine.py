@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from common.types import GroupRequest, PolicyVersion, Trajectory
+from latent_grpo.common.types import GroupRequest, PolicyVersion, Trajectory
 
 
 class EngineError(RuntimeError):

@@ -21,13 +21,13 @@ import pyarrow as pa
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from common.config import ConfigError, DeadlineConfig, RolloutConfig
-from common.interrupts import check_interrupt
-from common.stacks import Whereabouts, answer_with_stacks, stacks_of
-from common.types import GroupRequest
-from common.weights import Publication, WeightManifest
-from rollout_workers.engine import RequestRefused
-from rollout_workers.worker import RolloutWorker, WorkerStatus
+from latent_grpo.common.config import ConfigError, DeadlineConfig, RolloutConfig
+from latent_grpo.common.interrupts import check_interrupt
+from latent_grpo.common.stacks import Whereabouts, answer_with_stacks, stacks_of
+from latent_grpo.common.types import GroupRequest
+from latent_grpo.common.weights import Publication, WeightManifest
+from latent_grpo.rollout_workers.engine import RequestRefused
+from latent_grpo.rollout_workers.worker import RolloutWorker, WorkerStatus
 
 logger = logging.getLogger(__name__)
 

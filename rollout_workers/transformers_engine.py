@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from common.density import hard_log_prob
-from common.latent import latent_step, mix_embeddings, visible_step
-from common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
-from common.weights import checksum
-from rollout_workers.engine import EngineError, RequestRefused
-from rollout_workers.kv_cache import SlotCache
-from rollout_workers.rows import SETTINGS, Draw, on_device, refusal, write_settings
+from latent_grpo.common.density import hard_log_prob
+from latent_grpo.common.latent import latent_step, mix_embeddings, visible_step
+from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
+from latent_grpo.common.weights import checksum
+from latent_grpo.rollout_workers.engine import EngineError, RequestRefused
+from latent_grpo.rollout_workers.kv_cache import SlotCache
+from latent_grpo.rollout_workers.requests import SETTINGS, Draw, on_device, refusal, write_settings
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass: bounds its memory, not what is admitted
 

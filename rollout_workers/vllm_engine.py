@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from common.config import VLLMConfig
-from common.models import DTYPES
-from common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
-from common.weights import checksum
-from rollout_workers.engine import EngineError, RequestRefused
-from rollout_workers.rows import SETTINGS, refusal, write_settings
-from rollout_workers.vllm_plugin.core import Record
-from rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
-from rollout_workers.vllm_plugin.settings import KEY, extra_args
-from rollout_workers.vllm_plugin.support import (
+from latent_grpo.common.config import VLLMConfig
+from latent_grpo.common.models import DTYPES
+from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
+from latent_grpo.common.weights import checksum
+from latent_grpo.rollout_workers.engine import EngineError, RequestRefused
+from latent_grpo.rollout_workers.requests import SETTINGS, refusal, write_settings
+from latent_grpo.rollout_workers.vllm_plugin.core import Record
+from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
+from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
+from latent_grpo.rollout_workers.vllm_plugin.support import (
     argument_problem,
     installed,
     model_problem,
@@ -42,8 +42,8 @@ BUCKET_BYTES = 64 * 2**20  # of weights in one call to the workers, which copies
 CACHE_ATTEMPTS = 3
 CPU_CACHE_BYTES = 2**30  # of keys and values, where a CPU run does not say how many
 WORKERS = {
-    "cpu": "rollout_workers.vllm_plugin.cpu_worker.LatentCPUWorker",
-    "cuda": "rollout_workers.vllm_plugin.workers.LatentGPUWorker",
+    "cpu": "latent_grpo.rollout_workers.vllm_plugin.cpu_worker.LatentCPUWorker",
+    "cuda": "latent_grpo.rollout_workers.vllm_plugin.workers.LatentGPUWorker",
 }
 
 

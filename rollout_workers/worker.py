@@ -24,12 +24,12 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from common.schema import encode
-from common.types import GroupRequest, PolicyVersion, Trajectory
-from common.weights import WeightManifest, unpack
-from reward.pool import VerifierPool
-from reward.verifier import Grade
-from rollout_workers.engine import LatentEngine
+from latent_grpo.common.schema import encode
+from latent_grpo.common.types import GroupRequest, PolicyVersion, Trajectory
+from latent_grpo.common.weights import WeightManifest, unpack
+from latent_grpo.reward.pool import VerifierPool
+from latent_grpo.reward.verifier import Grade
+from latent_grpo.rollout_workers.engine import LatentEngine
 
 IDLE_WAIT_S = 0.2
 

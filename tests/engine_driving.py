@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from redraw import Redraw, redraw
 
-from common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
-from common.weights import checksum
-from rollout_workers.engine import LatentEngine, generate
+from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
+from latent_grpo.common.weights import checksum
+from latent_grpo.rollout_workers.engine import LatentEngine, generate
 
 Groups = dict[str, tuple[Trajectory, ...]]  # by group_uid
 

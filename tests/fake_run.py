@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.config import config_as_json, load_config
-from common.learner_record import STEP_COLUMNS, encode_records, filtered_records
-from common.metrics import MetricsWriter
-from common.schema import Ragged, TrajectoryBatch, concat, encode
-from common.store import LearnerStore, TrajectoryStore
-from common.types import SamplingSettings, Trajectory
-from deploy.run_folder import RunFolder
+from latent_grpo.common.config import config_as_json, load_config
+from latent_grpo.common.learner_record import STEP_COLUMNS, encode_records, filtered_records
+from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.common.schema import Ragged, TrajectoryBatch, concat, encode
+from latent_grpo.common.store import LearnerStore, TrajectoryStore
+from latent_grpo.common.types import SamplingSettings, Trajectory
+from latent_grpo.deploy.run.folder import RunFolder
 
 FINISHED_BY = "summary.json"
 

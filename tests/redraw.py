@@ -14,17 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.latent import (
-    GUMBEL_HIGH,
-    GUMBEL_LOW,
-    gumbel_noise,
-    latent_step,
-    mix_embeddings,
-    mixture_weights,
-    trajectory_key,
-    visible_step,
-)
-from common.types import GroupRequest, TokenFacts, Trajectory
+from latent_grpo.common.latent import latent_step, mix_embeddings, mixture_weights, visible_step
+from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW, gumbel_noise, trajectory_key
+from latent_grpo.common.types import GroupRequest, TokenFacts, Trajectory
 
 NOISE_ROUNDING = 1e-4  # score and log-prob are float32 of some tens
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import ConfigError
+from latent_grpo.common.config import ConfigError
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

@@ -18,14 +18,14 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from common.config import RunConfig
-from deploy.bench.in_process import InProcessLearner, InProcessSFT, started_in_process
-from deploy.controller import Controller
-from deploy.progress import Reporter
-from deploy.run import Run, started
-from deploy.run_folder import create_run
-from deploy.sft import warm_start
-from learner.learner import LearnerGroup
+from latent_grpo.common.config import RunConfig
+from latent_grpo.deploy.controller import Controller
+from latent_grpo.deploy.reproduce.in_process import InProcessLearner, InProcessSFT, started_in_process
+from latent_grpo.deploy.run.folder import create_run
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.session import Run, started
+from latent_grpo.deploy.sft.loop import warm_start
+from latent_grpo.learner.learner import LearnerGroup
 
 WARM_UP = 3
 

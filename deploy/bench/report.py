@@ -16,15 +16,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from common.config import config_as_json, load_config
-from common.metrics import MetricsWriter
-from common.schema import encode
-from common.store import TrajectoryStore
-from common.types import SamplingSettings, Trajectory
-from deploy.bench.browser import chromium, open_report, wait_for
-from deploy.report.build import write_report
-from deploy.run_folder import RunFolder
-from deploy.run_view import open_run
+from latent_grpo.common.config import config_as_json, load_config
+from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.common.schema import encode
+from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.common.types import SamplingSettings, Trajectory
+from latent_grpo.deploy.bench.browser import chromium, open_report, wait_for
+from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.view.report.build import write_report
+from latent_grpo.deploy.view.run_view import open_run
 
 GROUP, STEPS, SPOKEN, VOCABULARY = 8, 10, 40, 30_000
 

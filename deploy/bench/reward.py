@@ -20,7 +20,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from reward.pool import VerifierPool
+from latent_grpo.reward.pool import VerifierPool
 
 Case = tuple[str, str, str]
 BATCH = 512

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, StoppingCriteria
 
-from deploy.bench.rollout_vllm import measure_vllm, vllm_missing
-from deploy.bench.timing import interleaved
-from deploy.bench.workload import (
+from latent_grpo.deploy.bench.rollout_vllm import measure_vllm, vllm_missing
+from latent_grpo.deploy.bench.timing import interleaved
+from latent_grpo.deploy.bench.workload import (
     RESPONSE,
     TEMPERATURE,
     TOP_K,
@@ -36,7 +36,7 @@ from deploy.bench.workload import (
     requests_of,
     run_engine,
 )
-from rollout_workers.transformers_engine import TransformersEngine
+from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
 
 class _OwnLength(StoppingCriteria):

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from common.config import VLLMConfig
-from deploy.bench.timing import interleaved
-from deploy.bench.workload import (
+from latent_grpo.common.config import VLLMConfig
+from latent_grpo.deploy.bench.timing import interleaved
+from latent_grpo.deploy.bench.workload import (
     RESPONSE,
     TEMPERATURE,
     TOP_K,
@@ -31,8 +31,8 @@ from deploy.bench.workload import (
     requests_of,
     run_engine,
 )
-from rollout_workers.transformers_engine import TransformersEngine
-from rollout_workers.vllm_plugin.support import installed, vllm_problem
+from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
+from latent_grpo.rollout_workers.vllm_plugin.support import installed, vllm_problem
 
 BATCHES = (32, 64, 128)
 PROMPT = 32
@@ -48,7 +48,7 @@ def vllm_missing() -> str | None:
 def measure_vllm(model: PreTrainedModel, k: int, repeats: int) -> list[Row]:
     """vLLM latent to vLLM ordinary (goal) and to the Transformers engine, at every batch size."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # both run eagerly; tracing their small helpers takes minutes
-    from rollout_workers.vllm_engine import VLLMEngine, quiet_vllm
+    from latent_grpo.rollout_workers.vllm_engine import VLLMEngine, quiet_vllm
 
     quiet_vllm()
     facts, rng, rows = facts_of(model), np.random.default_rng(1), []

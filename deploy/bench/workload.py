@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
-from common.weights import checksum
-from deploy.bench.timing import Timing
-from rollout_workers.engine import LatentEngine, generate
+from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
+from latent_grpo.common.weights import checksum
+from latent_grpo.deploy.bench.timing import Timing
+from latent_grpo.rollout_workers.engine import LatentEngine, generate
 
 END_ID, PAD_ID = 1, 0
 TEMPERATURE, TOP_P, TOP_K = 0.6, 0.95, 30

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.density import hard_log_prob
-from common.latent import latent_step, mix_embeddings, mixture_weights, visible_step
-from rollout_workers.rows import SETTINGS, Draw, on_device, upload
+from latent_grpo.common.density import hard_log_prob
+from latent_grpo.common.latent import latent_step, mix_embeddings, mixture_weights, visible_step
+from latent_grpo.rollout_workers.requests import SETTINGS, Draw, on_device, upload
 
 ROW = np.dtype([("prompt_len", np.int64), ("careful", np.int64), *SETTINGS])
 """A slot's settings. `careful`: draws look as far as they must, which waits for the device; else at a set number."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from rollout_workers.vllm_plugin.weights import keep_plain_weights
-from rollout_workers.vllm_plugin.workers import LatentWorker
+from latent_grpo.rollout_workers.vllm_plugin.weights import keep_plain_weights
+from latent_grpo.rollout_workers.vllm_plugin.workers import LatentWorker
 
 
 class LatentCPUWorker(LatentWorker, CPUWorker):

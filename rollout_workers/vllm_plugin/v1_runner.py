@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
 
-from rollout_workers.vllm_plugin.core import LatentCore
-from rollout_workers.vllm_plugin.settings import request_settings
+from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
+from latent_grpo.rollout_workers.vllm_plugin.settings import request_settings
 
 
 class LatentRunner:

@@ -17,8 +17,8 @@ import torch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from rollout_workers.vllm_plugin.core import SCRATCH
-from rollout_workers.vllm_plugin.settings import new_core, request_settings
+from latent_grpo.rollout_workers.vllm_plugin.core import SCRATCH
+from latent_grpo.rollout_workers.vllm_plugin.settings import new_core, request_settings
 
 
 def install(model_config: Any) -> None:

@@ -12,9 +12,9 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
-from rollout_workers.vllm_plugin import weights
-from rollout_workers.vllm_plugin.core import LatentCore, Record
-from rollout_workers.vllm_plugin.settings import new_core
+from latent_grpo.rollout_workers.vllm_plugin import weights
+from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore, Record
+from latent_grpo.rollout_workers.vllm_plugin.settings import new_core
 
 
 class LatentWorker:
@@ -61,7 +61,7 @@ class LatentWorker:
     def init_device(self) -> None:
         super().init_device()
         if not self.use_v2_model_runner:
-            from rollout_workers.vllm_plugin.v1_runner import LatentRunner
+            from latent_grpo.rollout_workers.vllm_plugin.v1_runner import LatentRunner
 
             runner = self.model_runner
             runner.__class__ = type("LatentModelRunner", (LatentRunner, type(runner)), {})
@@ -69,7 +69,7 @@ class LatentWorker:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         if self.use_v2_model_runner:
-            from rollout_workers.vllm_plugin.v2_state import install
+            from latent_grpo.rollout_workers.vllm_plugin.v2_state import install
 
             install(self.model_config)
         super().load_model(*args, **kwargs)

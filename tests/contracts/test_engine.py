@@ -16,10 +16,11 @@ from redraw import Redraw, redraw
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from common.latent import gumbel_noise, sample_mixture, sample_visible, trajectory_key
-from common.types import GroupRequest, SamplingSettings, TokenFacts, Trajectory
-from rollout_workers.engine import EngineError, LatentEngine
-from rollout_workers.transformers_engine import TransformersEngine
+from latent_grpo.common.latent import sample_mixture, sample_visible
+from latent_grpo.common.noise import gumbel_noise, trajectory_key
+from latent_grpo.common.types import GroupRequest, SamplingSettings, TokenFacts, Trajectory
+from latent_grpo.rollout_workers.engine import EngineError, LatentEngine
+from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
 VOCAB, END, EOS = 48, 5, (1, 7, 12, 20, 33, 41)
 ALLOWED = np.arange(VOCAB) < 45
@@ -60,8 +61,8 @@ def bare_engine(kind: str, architecture: str = "llama", facts: TokenFacts = FACT
     if kind == "transformers":
         return TransformersEngine(make_model(architecture), facts, **options)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    from common.config import VLLMConfig
-    from rollout_workers.vllm_engine import VLLMEngine
+    from latent_grpo.common.config import VLLMConfig
+    from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
 
     settings = VLLMConfig(**{"kv_cache_bytes": 2**24, "batched_tokens": 64, **options.pop("vllm", {})})
     folder = model_folder(architecture, options.pop("positions", 64))

@@ -4,12 +4,12 @@ import pytest
 import torch
 from test_engine import ARCHITECTURES, make_engine, make_request
 
-from common.density import hard_log_prob, latent_log_prob
-from common.schema import TrajectoryBatch, encode
-from learner.batching import collate
-from learner.logprobs import step_log_probs
-from learner.policy import PolicyModule
-from rollout_workers.engine import generate
+from latent_grpo.common.density import hard_log_prob, latent_log_prob
+from latent_grpo.common.schema import TrajectoryBatch, encode
+from latent_grpo.learner.batching import collate
+from latent_grpo.learner.logprobs import step_log_probs
+from latent_grpo.learner.policy import PolicyModule
+from latent_grpo.rollout_workers.engine import generate
 
 SETTINGS = {
     "one_sided": {},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from reward import verifier as registry
-from reward.testing import check_verifier
-from reward.verifier import (
+from latent_grpo.reward import verifier as registry
+from latent_grpo.reward.testing import check_verifier
+from latent_grpo.reward.verifier import (
     Grade,
     UnknownVerifierError,
     Verifier,

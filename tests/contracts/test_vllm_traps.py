@@ -28,11 +28,11 @@ from test_engine import (
     mixed_requests,
 )
 
-from rollout_workers import vllm_engine
-from rollout_workers.engine import EngineError
-from rollout_workers.vllm_engine import VLLMEngine
-from rollout_workers.vllm_plugin import core
-from rollout_workers.vllm_plugin.settings import KEY
+from latent_grpo.rollout_workers import vllm_engine
+from latent_grpo.rollout_workers.engine import EngineError
+from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
+from latent_grpo.rollout_workers.vllm_plugin import core
+from latent_grpo.rollout_workers.vllm_plugin.settings import KEY
 
 pytestmark = pytest.mark.vllm
 
@@ -275,7 +275,7 @@ def test_samples_that_looked_too_narrowly_are_drawn_again(monkeypatch):
 def test_a_request_that_is_no_rollout_is_refused():
     from vllm import SamplingParams
 
-    from rollout_workers.vllm_plugin.settings import request_settings
+    from latent_grpo.rollout_workers.vllm_plugin.settings import request_settings
 
     with pytest.raises(ValueError, match="another vLLM for ordinary requests"):
         request_settings(SamplingParams(max_tokens=3))

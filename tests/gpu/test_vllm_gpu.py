@@ -23,11 +23,11 @@ from engine_driving import (
     weights_in_flight,
 )
 
-from common.latent import sample_mixture
-from common.types import GroupRequest, SamplingSettings, TokenFacts
-from rollout_workers.rows import SETTINGS, write_settings
-from rollout_workers.vllm_plugin.core import LatentCore
-from rollout_workers.vllm_plugin.settings import KEY, extra_args
+from latent_grpo.common.latent import sample_mixture
+from latent_grpo.common.types import GroupRequest, SamplingSettings, TokenFacts
+from latent_grpo.rollout_workers.requests import SETTINGS, write_settings
+from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
+from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
 
 pytestmark = [pytest.mark.gpu]
 VOCAB, END, EOS, K = 32_000, 5, 1, 10
@@ -66,8 +66,8 @@ def request(uid, samples=8, **sampling):
 
 def start(model, version=3, dtype="float32", rows=64, max_length=256, **options):
     """A vLLM engine that holds the model."""
-    from common.config import VLLMConfig
-    from rollout_workers.vllm_engine import VLLMEngine
+    from latent_grpo.common.config import VLLMConfig
+    from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
 
     folder = tempfile.mkdtemp(prefix="lgg-")
     model.save_pretrained(folder)

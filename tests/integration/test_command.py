@@ -14,9 +14,9 @@ import pytest
 import yaml
 from training import PROFILE
 
-from common.metrics import read_metrics
-from common.store import TrajectoryStore
-from learner.checkpoint import latest_checkpoint
+from latent_grpo.common.metrics import read_metrics
+from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.learner.checkpoint import latest_checkpoint
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from common.config import TaskConfig
-from common.tasks import StoredTask, load_task
-from deploy.answer_file import read_rows
-from deploy.gold_check import check_golds
-from deploy.problem_notes import notes
-from reward.answers import grade
-from reward.pool import VerifierPool
+from latent_grpo.common.config import TaskConfig
+from latent_grpo.common.tasks.sources import StoredTask, load_task
+from latent_grpo.deploy.grading.answer_file import read_rows
+from latent_grpo.deploy.grading.gold_check import check_golds
+from latent_grpo.deploy.run.problems import notes
+from latent_grpo.reward.answers import grade
+from latent_grpo.reward.pool import VerifierPool
 
 pytestmark = pytest.mark.integration
 

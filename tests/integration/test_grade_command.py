@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
-from common.known_faults import KnownFault
-from deploy import gold_check
-from deploy.answer_file import AuditError, read_rows
-from deploy.cli import app
+from latent_grpo.common.tasks.known_faults import KnownFault
+from latent_grpo.deploy.cli import app
+from latent_grpo.deploy.grading import gold_check
+from latent_grpo.deploy.grading.answer_file import AuditError, read_rows
 
 pytestmark = pytest.mark.integration
 

@@ -9,17 +9,18 @@ import pytest
 import ray
 import torch
 
-from common.arithmetic import make_arithmetic_tokenizer
-from common.config import parse_config
-from common.density import surrogate_log_prob
-from common.latent import gumbel_noise, sample_mixture, trajectory_key
-from common.learner_record import decode_records
-from common.schema import decode, encode
-from common.types import SamplingSettings, Trajectory
-from common.weights import checksum, unpack
-from learner.advantages import first_token_mask, group_advantages
-from learner.learner import LearnerError, LearnerGroup
-from learner.objective import k3_kl, policy_loss
+from latent_grpo.common.config import parse_config
+from latent_grpo.common.density import surrogate_log_prob
+from latent_grpo.common.latent import sample_mixture
+from latent_grpo.common.learner_record import decode_records
+from latent_grpo.common.noise import gumbel_noise, trajectory_key
+from latent_grpo.common.schema import decode, encode
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
+from latent_grpo.common.types import SamplingSettings, Trajectory
+from latent_grpo.common.weights import checksum, unpack
+from latent_grpo.learner.advantages import first_token_mask, group_advantages
+from latent_grpo.learner.learner import LearnerError, LearnerGroup
+from latent_grpo.learner.objective import k3_kl, policy_loss
 
 pytestmark = pytest.mark.integration
 K, VOCABULARY, GROUPS, SAMPLES = 3, 48, 4, 4

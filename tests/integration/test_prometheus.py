@@ -5,7 +5,7 @@ import urllib.request
 
 import pytest
 
-from common.metrics import MetricsWriter
+from latent_grpo.common.metrics import MetricsWriter
 
 pytestmark = pytest.mark.integration
 REWARD, STEP = "ray_latent_grpo_rollout_reward{", "ray_latent_grpo_step{"

@@ -8,15 +8,15 @@ import pytest
 from training import tiny
 from typer.testing import CliRunner
 
-from common.metrics import read_metrics
-from common.schema import TrajectoryBatch
-from common.store import LearnerStore, TrajectoryStore
-from deploy.cli import app
-from deploy.one_service import rollout_only, train_only
-from deploy.recorded import RecordedRun
-from deploy.replay import replay
-from deploy.run_manifest import read_manifest
-from deploy.train import train
+from latent_grpo.common.metrics import read_metrics
+from latent_grpo.common.schema import TrajectoryBatch
+from latent_grpo.common.store import LearnerStore, TrajectoryStore
+from latent_grpo.deploy.cli import app
+from latent_grpo.deploy.replay import replay
+from latent_grpo.deploy.replay.recorded import RecordedRun
+from latent_grpo.deploy.run.manifest import read_manifest
+from latent_grpo.deploy.single_service import rollout_only, train_only
+from latent_grpo.deploy.train import train
 
 pytestmark = pytest.mark.integration
 QUIET = ("evaluation.at_start=false", "evaluation.at_end=false", "self_test_groups=0")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from fake_run import fake_run, fake_trajectory
 
-from common.schema import encode
-from common.store import TrajectoryStore
-from deploy.bench.browser import chromium, missing, open_report, wait_for
-from deploy.report.build import write_report
-from deploy.run_view import open_run
+from latent_grpo.common.schema import encode
+from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.deploy.bench.browser import chromium, missing, open_report, wait_for
+from latent_grpo.deploy.view.report.build import write_report
+from latent_grpo.deploy.view.run_view import open_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 HOSTILE = (

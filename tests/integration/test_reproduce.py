@@ -14,8 +14,9 @@ import torch
 import yaml
 from training import PROFILE, TASK
 
-from common.models import load_model
-from deploy.reproduce import Request, SuiteFailed, reproduce, run_unit
+from latent_grpo.common.models import load_model
+from latent_grpo.deploy.reproduce.scheduler import SuiteFailed, reproduce
+from latent_grpo.deploy.reproduce.unit import Request, run_unit
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,12 +11,12 @@ import pytest
 import ray
 import torch
 
-import rollout_workers.pool
-from common.config import ActorResources, ConfigError, DeadlineConfig, RolloutConfig
-from common.schema import decode
-from common.types import GroupRequest, PolicyVersion, SamplingSettings
-from common.weights import Publication, WeightManifest, checksum, pack
-from rollout_workers.pool import RolloutPool, RolloutPoolError
+import latent_grpo.rollout_workers.pool
+from latent_grpo.common.config import ActorResources, ConfigError, DeadlineConfig, RolloutConfig
+from latent_grpo.common.schema import decode
+from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings
+from latent_grpo.common.weights import Publication, WeightManifest, checksum, pack
+from latent_grpo.rollout_workers.pool import RolloutPool, RolloutPoolError
 
 pytestmark = pytest.mark.integration
 SAMPLING = SamplingSettings(mode="latent", max_tokens=6, k=2)
@@ -28,10 +28,10 @@ def make_worker(name):
     """Runs in the actor: a real engine on a tiny model."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from common.types import TokenFacts
-    from reward.pool import VerifierPool
-    from rollout_workers.transformers_engine import TransformersEngine
-    from rollout_workers.worker import RolloutWorker
+    from latent_grpo.common.types import TokenFacts
+    from latent_grpo.reward.pool import VerifierPool
+    from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
+    from latent_grpo.rollout_workers.worker import RolloutWorker
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_config(tiny_config(LlamaConfig), attn_implementation="sdpa")
@@ -167,7 +167,7 @@ class ClockThatLeaps:
 
 def test_a_worker_that_does_not_start_shows_its_stacks(ray_session, caplog, monkeypatch, tmp_path):
     config, reached = RolloutConfig(workers=1, resources=ActorResources(num_cpus=0.1)), tmp_path / "reached"
-    monkeypatch.setattr(rollout_workers.pool, "time", ClockThatLeaps(reached))
+    monkeypatch.setattr(latent_grpo.rollout_workers.pool, "time", ClockThatLeaps(reached))
     with pytest.raises(RolloutPoolError, match="worker-0 did not start within 300 s"):
         RolloutPool(functools.partial(make_nothing, reached), config, DEADLINES, env_vars=HERE)
     assert "worker-0 does not go on" in caplog.text

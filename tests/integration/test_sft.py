@@ -11,17 +11,17 @@ import torch
 from rich.console import Console
 from training import tiny
 
-from common.chain import read_chain
-from common.config import ConfigError
-from common.metrics import read_metrics
-from common.models import load_model
-from common.schema import decode
-from common.store import TrajectoryStore
-from deploy.bench.in_process import InProcessSFT, started_in_process
-from deploy.progress import Reporter
-from deploy.run_folder import create_run
-from deploy.sft import resume_sft, sft, warm_start
-from deploy.train import train
+from latent_grpo.common.config import ConfigError
+from latent_grpo.common.metrics import read_metrics
+from latent_grpo.common.model_chain import read_chain
+from latent_grpo.common.models import load_model
+from latent_grpo.common.schema import decode
+from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.deploy.reproduce.in_process import InProcessSFT, started_in_process
+from latent_grpo.deploy.run.folder import create_run
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.sft.loop import resume_sft, sft, warm_start
+from latent_grpo.deploy.train import train
 
 pytestmark = pytest.mark.integration
 SFT = (

@@ -9,11 +9,11 @@ import time
 import pytest
 import ray
 
-import common.stacks
-from common.config import parse_config
-from common.stacks import Whereabouts, answer_with_stacks, stacks_of
-from learner.actor import RankActor
-from learner.group import LearnerError, RankGroup
+import latent_grpo.common.stacks
+from latent_grpo.common.config import parse_config
+from latent_grpo.common.stacks import Whereabouts, answer_with_stacks, stacks_of
+from latent_grpo.learner.base_rank import RankActor
+from latent_grpo.learner.group import LearnerError, RankGroup
 
 pytestmark = pytest.mark.integration
 
@@ -63,7 +63,7 @@ def test_other_nodes_are_asked_on_themselves_and_one_that_is_lost_hides_no_other
     actor = ray.remote(Hanging).options(num_cpus=0).remote()
     process = ray.get(actor.process.remote(), timeout=300)
     lost = dataclasses.replace(process, node_id="ab" * 28)
-    monkeypatch.setattr(common.stacks, "ASK_S", 60.0)  # the lost one is refused at once
+    monkeypatch.setattr(latent_grpo.common.stacks, "ASK_S", 60.0)  # the lost one is refused at once
     monkeypatch.setattr(ray.runtime_context.RuntimeContext, "get_node_id", lambda self: "driver's node")
     unreachable, there = stacks_of([lost, process])
     assert "its node could not be asked" in unreachable

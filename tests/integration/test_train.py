@@ -10,16 +10,17 @@ import pytest
 import torch
 from training import tiny
 
-from common.learner_record import decode_records, join
-from common.metrics import gauge_name, read_metrics
-from common.models import load_model, load_tokenizer
-from common.schema import TrajectoryBatch, decode
-from common.store import DumpError, LearnerStore, TrajectoryStore
-from deploy.evaluate import evaluate_model, evaluation_config
-from deploy.run_folder import ResumeError
-from deploy.run_manifest import read_manifest
-from deploy.train import SelfTestFailed, resume, train
-from learner.checkpoint import latest_checkpoint
+from latent_grpo.common.learner_record import decode_records, join
+from latent_grpo.common.metrics import read_metrics
+from latent_grpo.common.models import load_model, load_tokenizer
+from latent_grpo.common.schema import TrajectoryBatch, decode
+from latent_grpo.common.sinks import gauge_name
+from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
+from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
+from latent_grpo.deploy.run.folder import ResumeError
+from latent_grpo.deploy.run.manifest import read_manifest
+from latent_grpo.deploy.train import SelfTestFailed, resume, train
+from latent_grpo.learner.checkpoint import latest_checkpoint
 
 pytestmark = pytest.mark.integration
 SAME = ("group_uid", "sample_index", "policy_version_min", "latent_ids", "latent_scores", "latent_log_probs")
@@ -174,6 +175,6 @@ def test_a_full_disk_stops_the_run_with_the_reason_and_leaves_the_last_checkpoin
 
 
 def test_a_learner_that_computes_something_else_is_not_trained(ray_session, tmp_path, monkeypatch):
-    monkeypatch.setattr("deploy.train.TOLERANCE", {"float32": ("max", -1.0)})
+    monkeypatch.setattr("latent_grpo.deploy.train.TOLERANCE", {"float32": ("max", -1.0)})
     with pytest.raises(SelfTestFailed, match="latent components differ"):
         train(tiny(f"runs_folder={tmp_path}"), "self-test")

@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from reward.answers import grade
-from reward.dispatcher import GraderStartError
-from reward.pool import VerifierPool
-from reward.verifier import Grade, UnknownVerifierError
+from latent_grpo.reward.answers import grade
+from latent_grpo.reward.dispatcher import GraderStartError
+from latent_grpo.reward.pool import VerifierPool
+from latent_grpo.reward.verifier import Grade, UnknownVerifierError
 
 pytestmark = pytest.mark.integration
 
@@ -330,7 +330,7 @@ def test_the_folder_stands_alone(tmp_path: Path) -> None:
     """Copied into another project it grades there: nothing of this one is imported."""
     shutil.copytree(ROOT / "reward", tmp_path / "reward", ignore=shutil.ignore_patterns("__pycache__"))
     program = (
-        "import sys; from reward.answers import grade; from reward.pool import VerifierPool; "
+        "import sys; from latent_grpo.reward.answers import grade; from latent_grpo.reward.pool import VerifierPool; "
         "pool = VerifierPool(processes=1); case = ('math', r'\\boxed{(x+1)^2}', 'x^2+2x+1'); "
         "assert pool.grade_many([case]) == [grade(*case)] and grade(*case).reward == 1.0; pool.close(); "
         "assert not {'common', 'deploy', 'learner', 'pydantic'} & set(sys.modules), 'not alone'"
@@ -373,7 +373,7 @@ def test_a_pool_that_is_forgotten_frees_its_processes() -> None:
 PARENT = """
 import sys, time, threading
 sys.path.insert(0, {here!r})
-from reward.pool import VerifierPool
+from latent_grpo.reward.pool import VerifierPool
 pool = VerifierPool(processes=2, time_limit_s=1.0)
 pool.grade_many([({bad!r}, "ok ", "")])
 threading.Thread(target=pool.grade_many, args=([({bad!r}, {action!r}, "")],), daemon=True).start()
@@ -398,7 +398,7 @@ def test_graders_end_when_their_parent_is_killed(action: str) -> None:
 
 def test_a_grader_process_imports_neither_torch_nor_ray() -> None:
     program = (
-        "import sys; import reward.grader_process, reward.answers; from reward.verifier import load_verifier; "
+        "import sys; import latent_grpo.reward.grader_process, latent_grpo.reward.answers; from latent_grpo.reward.verifier import load_verifier; "
         "load_verifier('math').warm_up(); "
         "assert not {'torch', 'ray', 'numpy', 'transformers'} & set(sys.modules), 'heavy imports'"
     )

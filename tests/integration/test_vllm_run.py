@@ -3,10 +3,10 @@
 import pytest
 from training import tiny
 
-from common.metrics import read_metrics
-from common.schema import TrajectoryBatch
-from common.store import TrajectoryStore
-from deploy.train import train
+from latent_grpo.common.metrics import read_metrics
+from latent_grpo.common.schema import TrajectoryBatch
+from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.deploy.train import train
 
 pytestmark = [pytest.mark.integration, pytest.mark.vllm]
 VLLM = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zlib
 
-from common.config import load_config
-from reward.verifier import Grade
+from latent_grpo.common.config import load_config
+from latent_grpo.reward.verifier import Grade
 
 
 class Parity:

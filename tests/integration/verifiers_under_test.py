@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from reward.verifier import Grade
+from latent_grpo.reward.verifier import Grade
 
 
 class Misbehaving:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.advantages import drop_reason, first_token_mask, group_advantages
+from latent_grpo.learner.advantages import drop_reason, first_token_mask, group_advantages
 
 
 def advantages(rewards, valid, **settings):

@@ -12,9 +12,9 @@ from corpus_words import CHOICE_CORRECT, CHOICE_WRONG, LAST_NUMBER, NUMBER_CORRE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reward.answers import ChoiceVerifier, MathVerifier, NumberVerifier, gold_is_parsable, grade
-from reward.last_number import last_number
-from reward.numbers import read_number
+from latent_grpo.reward.answers import ChoiceVerifier, MathVerifier, NumberVerifier, gold_is_parsable, grade
+from latent_grpo.reward.last_number import last_number
+from latent_grpo.reward.numbers import read_number
 
 CORPUS = [
     pytest.param(kind, gold, content, reward, id=f"{kind}: {reason} [{content[:24]}]")
@@ -148,7 +148,7 @@ def test_what_runs_without_limits_is_fast_on_hostile_text(verifier: NumberVerifi
 @example(gold=10**12, offset=1, form=2)
 @given(gold=st.integers(-(10**12), 10**12), offset=st.sampled_from([0, 0, 1, -1, 10, 1000]), form=st.integers(0, 5))
 def test_the_fast_path_for_numbers_agrees_with_computer_algebra(gold: int, offset: int, form: int) -> None:
-    from reward import algebra
+    from latent_grpo.reward import algebra
 
     value = gold + offset
     content = [f"{value}", f"{value:,}", f"{value}.0", rf"\frac{{{value * 2}}}{{2}}", f"{value * 3}/3", f" {value} "][
@@ -213,7 +213,7 @@ def test_gold_answers_are_checked_before_a_run(kind: str, gold: str, parsable: b
 
 
 def test_a_stream_of_distinct_responses_does_not_evict_the_golds(monkeypatch) -> None:
-    from reward import algebra, latex
+    from latent_grpo.reward import algebra, latex
 
     read, parsed = [], []
     normalise, parse = latex.normalise, algebra.math_verify.parse

@@ -18,7 +18,13 @@ MAY_IMPORT = {
     "deploy": {"deploy", "common", "reward", "rollout_workers", "learner"},
 }
 HEAVY = ("torch", "transformers", "ray", "deepspeed", "vllm", "datasets")
-LIGHT_MODULES = ("common.config", "common.schema", "common.types", "common.store", "common.metrics")
+LIGHT_MODULES = (
+    "latent_grpo.common.config",
+    "latent_grpo.common.schema",
+    "latent_grpo.common.types",
+    "latent_grpo.common.store",
+    "latent_grpo.common.metrics",
+)
 
 
 def imported(path):

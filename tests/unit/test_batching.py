@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import OptimizerConfig
-from common.schema import TrajectoryBatch, encode
-from common.types import SamplingSettings, Trajectory
-from learner.batching import collate, group_indices, plan
-from learner.zero_engine import learning_rate
+from latent_grpo.common.config import OptimizerConfig
+from latent_grpo.common.schema import TrajectoryBatch, encode
+from latent_grpo.common.types import SamplingSettings, Trajectory
+from latent_grpo.learner.batching import collate, group_indices, plan
+from latent_grpo.learner.zero_engine import learning_rate
 
 CASES = st.fixed_dictionaries(
     {

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from deploy.bench import loop
-from deploy.bench.loop import WARM_UP, Comparison, LoopCost, show, write_json
-from deploy.progress import Reporter
+from latent_grpo.deploy.bench import loop
+from latent_grpo.deploy.bench.loop import WARM_UP, Comparison, LoopCost, show, write_json
+from latent_grpo.deploy.run.progress import Reporter
 
 PIPELINE = LoopCost(wall_s=3.0, rollout_s=2.0, learner_s=0.5, cpu_s=4.0, steps=7)
 ALONE = LoopCost(wall_s=2.0, rollout_s=1.25, learner_s=0.75, cpu_s=1.6, steps=9)

@@ -5,8 +5,8 @@ from itertools import islice
 
 import pytest
 
-from deploy.bench.reward import gsm8k_like, math_like
-from reward.answers import MathVerifier, NumberVerifier, grade
+from latent_grpo.deploy.bench.reward import gsm8k_like, math_like
+from latent_grpo.reward.answers import MathVerifier, NumberVerifier, grade
 
 
 def test_math_like_answers_are_right_right_in_another_form_and_wrong():

@@ -4,9 +4,9 @@ import json
 
 from rich.console import Console
 
-from deploy.bench.rollout import RolloutBench, show, write_json
-from deploy.bench.timing import Timing
-from deploy.bench.workload import compared
+from latent_grpo.deploy.bench.rollout import RolloutBench, show, write_json
+from latent_grpo.deploy.bench.timing import Timing
+from latent_grpo.deploy.bench.workload import compared
 
 
 def test_every_row_is_shown_with_its_ratio_and_what_is_missing_is_said(tmp_path):

@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from common import gpqa
-from common.arithmetic import make_arithmetic_tokenizer
-from common.benchmarks import BENCHMARKS, benchmark_tasks
-from common.cells import cell_text
-from common.config import ConfigError, TaskConfig, load_config
-from common.tasks import TaskError, load_task
-from deploy.preflight import file_faults
-from deploy.problems import Problems, read_task
-from reward.answers import gold_is_parsable
+from latent_grpo.common.config import ConfigError, TaskConfig, load_config
+from latent_grpo.common.tasks import gpqa
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks
+from latent_grpo.common.tasks.cells import cell_text
+from latent_grpo.common.tasks.sources import TaskError, load_task
+from latent_grpo.deploy.run.preparation import file_faults
+from latent_grpo.deploy.run.problems import Problems, read_task
+from latent_grpo.reward.answers import gold_is_parsable
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from common.types import GroupRequest, SamplingSettings
-from deploy.buffer import GroupBuffer, TooManyDispatched
+from latent_grpo.common.types import GroupRequest, SamplingSettings
+from latent_grpo.deploy.buffer import GroupBuffer, TooManyDispatched
 
 
 def request(ordinal):

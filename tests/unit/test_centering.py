@@ -7,12 +7,12 @@ import pytest
 import torch
 from fake_run import fake_trajectory
 
-from common.density import surrogate_log_prob
-from common.latent import latent_draws, latent_step
-from common.schema import TrajectoryBatch, encode
-from common.types import TokenFacts
-from learner.batching import collate
-from learner.centering import OtherDraws, Redraw, draw_keys
+from latent_grpo.common.density import surrogate_log_prob
+from latent_grpo.common.latent import latent_draws, latent_step
+from latent_grpo.common.schema import TrajectoryBatch, encode
+from latent_grpo.common.types import TokenFacts
+from latent_grpo.learner.batching import collate
+from latent_grpo.learner.centering import OtherDraws, Redraw, draw_keys
 
 V, K, END = 300, 3, 7
 SETTINGS = {"k": K, "top_p": 0.95, "noise_scale": 0.5, "tau": 1.0, "one_sided": True, "end_id": END}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from common.arithmetic import make_arithmetic_tokenizer
-from common.chain import CHAIN_FILE, ChainSettings, chain_of, check_chain, read_chain, write_chain
-from common.config import ConfigError, load_config
-from common.models import load_tokenizer, output_facts
+from latent_grpo.common.config import ConfigError, load_config
+from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, chain_of, check_chain, read_chain, write_chain
+from latent_grpo.common.models import load_tokenizer, output_facts
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 
 TOKENIZER = make_arithmetic_tokenizer()
 END = TOKENIZER.encode("</think>", add_special_tokens=False)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from learner.checkpoint import (
+from latent_grpo.learner.checkpoint import (
     MANIFEST,
     CheckpointError,
     latest_checkpoint,
@@ -114,7 +114,7 @@ def test_state_that_json_cannot_hold_is_refused(tmp_path):
 _ENDLESS_WRITER = """
 import sys
 from pathlib import Path
-from learner.checkpoint import write_checkpoint
+from latent_grpo.learner.checkpoint import write_checkpoint
 def fill(folder):
     for i in range(20):
         (folder / f"shard{i}").write_bytes(bytes([i]) * 50_000)

@@ -5,12 +5,12 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from deploy.claims import STUDENT, estimate, judge
-from deploy.results import UnitResult
-from deploy.suite import Claim, Suite
-from deploy.suite_figures import figures
-from deploy.suite_markdown import markdown
-from deploy.suite_page import page
+from latent_grpo.deploy.reproduce.claims import STUDENT, estimate, judge
+from latent_grpo.deploy.reproduce.figures import figures
+from latent_grpo.deploy.reproduce.page import page
+from latent_grpo.deploy.reproduce.report import markdown
+from latent_grpo.deploy.reproduce.results import UnitResult
+from latent_grpo.deploy.reproduce.suite import Claim, Suite
 
 SUITE = Suite.model_validate({
     "title": "s", "profile": "p", "seeds": [0, 1, 2],

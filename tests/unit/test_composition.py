@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import ConfigError, RunConfig, load_config
-from deploy.verifiers import build_verifier, verifier_rows
-from reward.answers import gold_is_parsable, grade
-from reward.verifier import Definitions, Grade, UnknownVerifierError, load_verifier, settled
+from latent_grpo.common.config import ConfigError, RunConfig, load_config
+from latent_grpo.reward.answers import gold_is_parsable, grade
+from latent_grpo.reward.verifier import Definitions, Grade, UnknownVerifierError, load_verifier, settled
+from latent_grpo.rollout_workers.verifiers import build_verifier, verifier_rows
 
 TAGGED = {"kind": "format", "options": {"pattern": "<answer>.*</answer>"}}
 SHORT = {"verifier": TAGGED, "free_chars": 9, "max_chars": 9, "penalty": 1}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.config import (
+from latent_grpo.common.config import (
     ALGORITHM_DEFAULTS,
     ConfigError,
     config_as_json,

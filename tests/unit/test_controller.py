@@ -6,12 +6,12 @@ import signal
 import numpy as np
 import pytest
 
-from common.config import load_config
-from common.interrupts import Interrupted, deferred_interrupts
-from common.schema import encode
-from common.types import GroupRequest, Trajectory
-from deploy.controller import Controller, TrainingStopped, gather
-from deploy.problems import sampling_settings
+from latent_grpo.common.config import load_config
+from latent_grpo.common.interrupts import Interrupted, deferred_interrupts
+from latent_grpo.common.schema import encode
+from latent_grpo.common.types import GroupRequest, Trajectory
+from latent_grpo.deploy.controller import Controller, TrainingStopped, gather
+from latent_grpo.deploy.run.problems import sampling_settings
 
 BASE = {"model": {"path": "x"}, "tasks": [{"name": "t", "path": "t.jsonl"}], "k": 2, "group_size": 2}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.density import hard_log_prob, latent_log_prob, surrogate_log_prob
+from latent_grpo.common.density import hard_log_prob, latent_log_prob, surrogate_log_prob
 
 
 def test_surrogate_is_the_gumbel_log_density_weighted_over_components():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.config import load_config
-from deploy.devices import NO_GPU, Devices, GpuNeed, at_once, gpu_need, place, visible_gpus
+from latent_grpo.common.config import load_config
+from latent_grpo.deploy.reproduce.gpus import NO_GPU, Devices, GpuNeed, at_once, gpu_need, place, visible_gpus
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from fake_run import fake_config, fake_group, fake_records
 
-from common.config import ConfigError, DumpConfig, load_config
-from common.learner_record import LearnerBatch, decode_records, join
-from common.schema import TrajectoryBatch, concat, decode
-from common.store import DumpError, LearnerStore, TrajectoryStore
-from deploy.dumps import DumpWriter, StepDump, failures
-from deploy.run_folder import RunFolder
+from latent_grpo.common.config import ConfigError, DumpConfig, load_config
+from latent_grpo.common.learner_record import LearnerBatch, decode_records, join
+from latent_grpo.common.schema import TrajectoryBatch, concat, decode
+from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
+from latent_grpo.deploy.run.dumps import DumpWriter, StepDump, failures
+from latent_grpo.deploy.run.folder import RunFolder
 
 RNG = np.random.default_rng(0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake_run import fake_run
 
-from common.store import TrajectoryStore
+from latent_grpo.common.store import TrajectoryStore
 
 duckdb = pytest.importorskip("duckdb", reason="needs duckdb: pip install -e .[dev]")
 pandas = pytest.importorskip("pandas")

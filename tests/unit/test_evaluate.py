@@ -11,19 +11,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common.arithmetic import make_arithmetic_tokenizer
-from common.benchmarks import BENCHMARKS
-from common.chain import ChainSettings, write_chain
-from common.config import ConfigError, load_config
-from common.schema import encode
-from common.types import Trajectory
-from deploy.evaluate import evaluation_config, measure, noise_line
-from deploy.evaluation_report import report, show, table
-from deploy.problems import Problems
-from deploy.progress import Reporter
-from deploy.published import published
-from deploy.run_folder import create_run
-from deploy.scores import MACRO, TaskResult, macro_average
+from latent_grpo.common.config import ConfigError, load_config
+from latent_grpo.common.model_chain import ChainSettings, write_chain
+from latent_grpo.common.schema import encode
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS
+from latent_grpo.common.types import Trajectory
+from latent_grpo.deploy.evaluation.evaluate import evaluation_config, measure, noise_line
+from latent_grpo.deploy.evaluation.report import published, report, show, table
+from latent_grpo.deploy.evaluation.scores import MACRO, TaskResult, macro_average
+from latent_grpo.deploy.run.folder import create_run
+from latent_grpo.deploy.run.problems import Problems
+from latent_grpo.deploy.run.progress import Reporter
 
 QUIET = Reporter(Console(quiet=True))
 
@@ -159,7 +158,7 @@ def test_pass_at_1_is_asked_without_noise_and_pass_at_k_with_the_run_s():
 
 
 def test_trajectories_are_asked_for_and_given_away_in_parts(monkeypatch):
-    monkeypatch.setattr("deploy.evaluate.SAMPLES_AT_ONCE", 4)
+    monkeypatch.setattr("latent_grpo.deploy.evaluation.evaluate.SAMPLES_AT_ONCE", 4)
     config, problems = evaluation_of("evaluation.runs=2")
     kept = []
     measure(config, Cluster(lambda *_: 1).gather, problems.evaluation, "t", reporter=QUIET, keep=kept.append)

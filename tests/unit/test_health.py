@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from fake_run import fake_config, fake_trajectory
 
-from common.config import HealthConfig, load_config
-from common.metrics import MetricsWriter
-from common.schema import encode
-from deploy.health import FILE, RULES, AlarmRecord, HealthMonitor, read_alarms
-from deploy.rollout_metrics import rollout_metrics
-from learner.learner import summarize
-from learner.rank import RankReport, UpdateReport
+from latent_grpo.common.config import HealthConfig, load_config
+from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.common.schema import encode
+from latent_grpo.deploy.run.health import FILE, RULES, AlarmRecord, HealthMonitor, read_alarms
+from latent_grpo.learner.learner import summarize
+from latent_grpo.learner.rank import RankReport, UpdateReport
+from latent_grpo.rollout_workers.metrics import rollout_metrics
 
 HEALTHY = {
     "rollout/reward": 0.5,

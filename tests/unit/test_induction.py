@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
-from common.config import NewModelConfig, PromptConfig
-from common.models import make_model
-from common.prompts import PromptRenderer, resolve_tokens
-from learner import latent_sft
-from learner.chains import Chain, UniformChains, chain_length
-from learner.induction import (
+from latent_grpo.common.config import NewModelConfig, PromptConfig
+from latent_grpo.common.models import make_model
+from latent_grpo.common.prompts import PromptRenderer, resolve_tokens
+from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
+from latent_grpo.learner.sft import module as latent_sft
+from latent_grpo.learner.sft.induction import (
     PHASES,
     InducedChains,
     InductionModule,
@@ -24,6 +23,8 @@ from learner.induction import (
     encoder_layout,
     label_ids,
 )
+from latent_grpo.learner.sft.rows import make_row
+from latent_grpo.learner.sft.soft_labels import Chain, UniformChains, chain_length
 
 C = K = 3
 TOKENIZER = make_arithmetic_tokenizer()
@@ -40,9 +41,7 @@ def small_model(hidden=32, architecture="llama", seed=0):
 
 def row(index, operations=2):
     problem = ChainArithmetic(name="a", operations=operations).problem(index)
-    return latent_sft.make_row(
-        TOKENIZER, RENDERER.encode(problem), problem.cot, problem.answer, c=C, k=K, latent_end_id=SLOT
-    )
+    return make_row(TOKENIZER, RENDERER.encode(problem), problem.cot, problem.answer, c=C, k=K, latent_end_id=SLOT)
 
 
 def batch_of(indices, operations=2):

@@ -16,17 +16,18 @@ from fake_run import fake_run as make_fake_run
 from rich.console import Console
 from typer.testing import CliRunner
 
-from common.learner_record import record_schema
-from common.metrics import MetricsWriter
-from common.schema import decode, encode
-from common.store import DumpError, LearnerStore, TrajectoryStore
-from deploy.inspection import diff, inspect
-from deploy.reading import reading
-from deploy.run_folder import RunFolder
-from deploy.run_view import open_run
-from deploy.selection import Filters, InspectionError, parse_steps
-from deploy.terminal_text import visible, visible_token
-from deploy.thoughts import TokenTexts, drawn_noise, load
+from latent_grpo.common.learner_record import record_schema
+from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.common.schema import decode, encode
+from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
+from latent_grpo.deploy.cli.reading import reading
+from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.view.inspect import inspect
+from latent_grpo.deploy.view.run_view import open_run
+from latent_grpo.deploy.view.selection import Filters, InspectionError, parse_steps
+from latent_grpo.deploy.view.terminal_text import visible, visible_token
+from latent_grpo.deploy.view.thoughts import TokenTexts, drawn_noise, load
+from latent_grpo.deploy.view.trajectory import diff
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,8 @@ def test_without_learner_records_the_rollouts_own_log_probs_are_shown_and_it_say
 def test_the_noise_is_drawn_again_from_the_key(tmp_path):
     import torch
 
-    from common.latent import sample_mixture_keyed, trajectory_key
+    from latent_grpo.common.latent import sample_mixture_keyed
+    from latent_grpo.common.noise import trajectory_key
 
     rng = np.random.default_rng(0)
     base = fake_trajectory(rng, step=1, group=0, index=2, reward=1.0)
@@ -448,7 +450,7 @@ def test_a_resumed_run_shows_its_live_history(tmp_path):
 
 
 def test_the_manifest_is_shown(tmp_path):
-    from deploy.run_manifest import write_manifest
+    from latent_grpo.deploy.run.manifest import write_manifest
 
     folder = make_fake_run(tmp_path / "run", steps=1)
     model = tmp_path / "model"
@@ -469,7 +471,7 @@ def test_the_manifest_is_shown(tmp_path):
 
 
 def test_alarms_that_last_are_shown_with_what_to_do_and_those_that_are_over_are_counted(tmp_path):
-    from deploy.health import HealthMonitor
+    from latent_grpo.deploy.run.health import HealthMonitor
 
     folder = make_fake_run(tmp_path / "run")
     monitor = HealthMonitor(folder.path, folder.config(), 0)
@@ -485,7 +487,7 @@ def test_alarms_that_last_are_shown_with_what_to_do_and_those_that_are_over_are_
 
 
 def test_a_damaged_line_of_the_alarms_is_left_out_and_named_and_everything_else_is_shown(tmp_path):
-    from deploy.health import FILE, HealthMonitor
+    from latent_grpo.deploy.run.health import FILE, HealthMonitor
 
     folder = make_fake_run(tmp_path / "run")
     monitor = HealthMonitor(folder.path, folder.config(), 0)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from common.interrupts import (
+from latent_grpo.common.interrupts import (
     Interrupted,
     awaited,
     check_interrupt,
@@ -126,8 +126,8 @@ def test_a_signal_is_kept_when_nobody_reads_the_message():
     """`train 2>&1 | tee log`: the reader ends at the same Ctrl-C."""
     code = (
         "import signal, sys\n"
-        "from common.interrupts import Interrupted, deferred_interrupts\n"
-        "from deploy.progress import Reporter\n"
+        "from latent_grpo.common.interrupts import Interrupted, deferred_interrupts\n"
+        "from latent_grpo.deploy.run.progress import Reporter\n"
         "sys.stdin.readline()\n"
         "reporter, kept = Reporter(), False\n"
         "try:\n"

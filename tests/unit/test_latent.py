@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from common.latent import (
-    gumbel_noise,
+from latent_grpo.common.latent import (
     latent_step,
     mix_embeddings,
     sample_mixture,
     sample_mixture_keyed,
     sample_visible,
-    trajectory_key,
     visible_step,
 )
+from latent_grpo.common.noise import gumbel_noise, trajectory_key
 
 
 def reference_mixture(row, gumbel, k, top_p, scale, tau, one_sided):

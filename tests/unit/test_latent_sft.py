@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from common.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
-from common.config import NewModelConfig, PromptConfig
-from common.models import make_model
-from common.prompts import PromptRenderer, resolve_tokens
-from learner.chains import build_chain
-from learner.latent_sft import LatentSFTModule, SFTRow, collate, combine, make_row, perturb, row_key
+from latent_grpo.common.config import NewModelConfig, PromptConfig
+from latent_grpo.common.models import make_model
+from latent_grpo.common.prompts import PromptRenderer, resolve_tokens
+from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
+from latent_grpo.learner.sft.module import LatentSFTModule, collate, combine, perturb, row_key
+from latent_grpo.learner.sft.rows import SFTRow, make_row
+from latent_grpo.learner.sft.soft_labels import build_chain
 
 K, C = 3, 3
 TOKENIZER = make_arithmetic_tokenizer()

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_run import fake_group, fake_records, fake_run
 
-from common.learner_record import (
+from latent_grpo.common.learner_record import (
     OUTCOMES,
     REASONS,
     STEP_COLUMNS,
@@ -17,8 +17,8 @@ from common.learner_record import (
     join,
     record_schema,
 )
-from common.schema import Ragged, SchemaError, TrajectoryBatch, concat, decode, take_rows
-from common.store import DumpError, LearnerStore, TrajectoryStore
+from latent_grpo.common.schema import Ragged, SchemaError, TrajectoryBatch, concat, decode, take_rows
+from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
 
 RNG = np.random.default_rng(0)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from fake_run import fake_trajectory
 
-from common.learner_record import CLIPS, STEP_COLUMNS, decode_records
-from common.schema import TrajectoryBatch, encode
-from learner.batching import collate
-from learner.objective import clip_codes
-from learner.records import RowFacts, StepCollector, UpdateOutcome, assemble, flip_shares, mask_reasons
+from latent_grpo.common.learner_record import CLIPS, STEP_COLUMNS, decode_records
+from latent_grpo.common.schema import TrajectoryBatch, encode
+from latent_grpo.learner.batching import collate
+from latent_grpo.learner.objective import clip_codes
+from latent_grpo.learner.recorder import RowFacts, StepCollector, UpdateOutcome, assemble, flip_shares, mask_reasons
 
 
 def batch(*changes, groups=1):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.arithmetic import make_arithmetic_tokenizer
-from common.config import ConfigError, NewModelConfig
-from common.models import load_model, make_model, save_model
-from learner.policy import load_policy_model
+from latent_grpo.common.config import ConfigError, NewModelConfig
+from latent_grpo.common.models import load_model, make_model, save_model
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
+from latent_grpo.learner.policy import load_policy_model
 
 TOKENIZER = make_arithmetic_tokenizer()
 SIZES = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from learner.logprobs import selected_log_probs
+from latent_grpo.learner.logprobs import selected_log_probs
 
 N, D, V, W = 11, 6, 40, 3
 

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common import metrics as metrics_module
-from common.metrics import FILE, MetricsError, MetricsWriter, gauge_name, make_sink, read_metrics, register_sink
+from latent_grpo.common import sinks as sinks_module
+from latent_grpo.common.errors import MetricsError
+from latent_grpo.common.metrics import FILE, MetricsWriter, read_metrics
+from latent_grpo.common.sinks import gauge_name, make_sink, register_sink
 
 
 def lines(folder):
@@ -60,7 +62,7 @@ def test_repeated_steps_of_a_restart_count_once(tmp_path):
 
 
 def test_a_sink_that_fails_is_switched_off_and_the_record_goes_on(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(metrics_module, "_SINKS", {})
+    monkeypatch.setattr(sinks_module, "_SINKS", {})
     calls = []
 
     @register_sink("broken")
@@ -96,7 +98,7 @@ def test_sinks_get_finite_values_only(tmp_path, monkeypatch):
         def close(self):
             seen.append("closed")
 
-    monkeypatch.setattr(metrics_module, "_SINKS", {"recorder": Recorder})
+    monkeypatch.setattr(sinks_module, "_SINKS", {"recorder": Recorder})
     with MetricsWriter(tmp_path, ["recorder"]) as writer:
         writer.write(1, {"a": 1.0, "b": float("inf")})
         writer.write(1, {"a": 1.0}, kind="evaluation")
@@ -110,15 +112,15 @@ def test_an_unknown_sink_names_the_known_ones(tmp_path):
 
 @pytest.mark.parametrize(("sink", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
 def test_a_missing_package_is_refused_with_what_to_install(tmp_path, monkeypatch, sink, module):
-    monkeypatch.setitem(metrics_module.importlib.sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MetricsError, match=f"pip install {sink}"):
         MetricsWriter(tmp_path, [sink])
 
 
 def test_a_sink_of_the_users_own_is_found_by_import_path(tmp_path):
-    assert type(make_sink("common.metrics:ConsoleSink", tmp_path)).__name__ == "ConsoleSink"
+    assert type(make_sink("latent_grpo.common.sinks:ConsoleSink", tmp_path)).__name__ == "ConsoleSink"
     with pytest.raises(MetricsError, match="cannot be imported"):
-        make_sink("common.metrics:Nope", tmp_path)
+        make_sink("latent_grpo.common.metrics:Nope", tmp_path)
 
 
 def test_the_console_shows_the_important_figures_first(tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from learner.objective import k3_kl, policy_loss
+from latent_grpo.learner.objective import k3_kl, policy_loss
 
 
 def reference_loss(new, old, advantage, mask, low, high, dual):

@@ -4,9 +4,9 @@ import pytest
 from fake_run import fake_config, fake_run
 from typer.testing import CliRunner
 
-from common.config import ConfigError
-from deploy.cli import app
-from deploy.one_service import rollout_only, train_only
+from latent_grpo.common.config import ConfigError
+from latent_grpo.deploy.cli.app import app
+from latent_grpo.deploy.single_service import rollout_only, train_only
 
 
 def test_the_modes_exclude_each_other():

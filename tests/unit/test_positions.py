@@ -7,11 +7,11 @@ import json
 
 import pytest
 
-from common.arithmetic import make_arithmetic_tokenizer
-from common.config import ConfigError, NewModelConfig, TaskConfig, load_config
-from common.models import make_model, position_limit, save_model
-from deploy.problems import prepare_task
-from deploy.run import check_positions
+from latent_grpo.common.config import ConfigError, NewModelConfig, TaskConfig, load_config
+from latent_grpo.common.models import make_model, position_limit, save_model
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
+from latent_grpo.deploy.run.preparation import check_positions
+from latent_grpo.deploy.run.problems import prepare_task
 
 TOKENIZER = make_arithmetic_tokenizer()
 

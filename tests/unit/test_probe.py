@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from common.schema import encode
-from common.types import SamplingSettings, Trajectory
-from deploy.probe import last_step_masses
+from latent_grpo.common.schema import encode
+from latent_grpo.common.types import SamplingSettings, Trajectory
+from latent_grpo.deploy.reproduce.probe import last_step_masses
 
 TEXTS = {1: "7", 2: "3", 3: "=", 4: ";"}
 

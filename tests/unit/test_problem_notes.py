@@ -1,11 +1,11 @@
 """Rows that are known to be wrong, and problems in two tasks, are said at the start and never dropped."""
 
-from common.config import TaskConfig
-from common.known_faults import KnownFault, fingerprint
-from common.tasks import StoredTask
-from common.types import Problem
-from deploy import problem_notes
-from deploy.problem_notes import mislabelled, notes, overlaps
+from latent_grpo.common.config import TaskConfig
+from latent_grpo.common.tasks.known_faults import KnownFault, fingerprint
+from latent_grpo.common.tasks.sources import StoredTask
+from latent_grpo.common.types import Problem
+from latent_grpo.deploy.run import problems as problem_notes
+from latent_grpo.deploy.run.problems import mislabelled, notes, overlaps
 
 
 def task(name, *rows):

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from common.arithmetic import make_arithmetic_tokenizer
-from common.config import ConfigError, load_config, profiles_folder
-from common.models import make_model
-from common.prompts import PromptRenderer
-from common.tasks import BENCHMARKS, load_task, with_benchmark_defaults
-from deploy.cli import app
-from deploy.preflight import engine_rows, resource_rows
+from latent_grpo.common.config import ConfigError, load_config, profiles_folder
+from latent_grpo.common.models import make_model
+from latent_grpo.common.prompts import PromptRenderer
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
+from latent_grpo.common.tasks.sources import BENCHMARKS, load_task, with_benchmark_defaults
+from latent_grpo.deploy.checks.validate import resource_rows
+from latent_grpo.deploy.cli.app import app
+from latent_grpo.deploy.run.preparation import engine_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = sorted(path.stem for path in profiles_folder().glob("*.yaml"))
@@ -22,7 +23,7 @@ PROFILES = sorted(path.stem for path in profiles_folder().glob("*.yaml"))
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_validate_accepts_the_profile_on_a_machine_without_gpu_and_vllm(name, monkeypatch):
-    monkeypatch.setattr("rollout_workers.vllm_plugin.support.installed", lambda: None)
+    monkeypatch.setattr("latent_grpo.rollout_workers.vllm_plugin.support.installed", lambda: None)
     result = CliRunner().invoke(app, ["validate", "--profile", name])
     assert result.exit_code == 0, result.output
     assert "prompts a step" in result.output
@@ -44,13 +45,15 @@ def test_validate_refuses_a_generated_chain_that_fills_no_latent_step(chain):
 
 
 def test_a_run_without_vllm_is_refused_where_it_would_start(monkeypatch):
-    monkeypatch.setattr("rollout_workers.vllm_plugin.support.installed", lambda: None)
+    monkeypatch.setattr("latent_grpo.rollout_workers.vllm_plugin.support.installed", lambda: None)
     with pytest.raises(ConfigError, match="vLLM is not installed here"):
         engine_rows(load_config("gsm8k-aug"))
 
 
 def test_every_file_of_the_packages_is_installed_with_them():
-    globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["deploy"]
+    globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "latent_grpo.deploy"
+    ]
     installed = {path for pattern in globs for path in (ROOT / "deploy").glob(pattern)}
     files = [p for p in (ROOT / "deploy").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert [str(p) for p in files if p.suffix != ".py" and p not in installed] == []

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
-from common.config import ConfigError, NewModelConfig, PromptConfig, load_config
-from common.models import load_model, load_tokenizer, make_model, make_tokenizer, save_model
-from common.prompts import PromptRenderer, check_think_start, check_width, resolve_tokens
-from common.types import Problem
+from latent_grpo.common.config import ConfigError, NewModelConfig, PromptConfig, load_config
+from latent_grpo.common.models import load_model, load_tokenizer, make_model, make_tokenizer, save_model
+from latent_grpo.common.prompts import PromptRenderer, check_think_start, check_width, resolve_tokens
+from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
+from latent_grpo.common.types import Problem
 
 PROBLEM = Problem(uid="t/0", task="t", messages=(("user", "one plus {two}?"),), answer="3")
 

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common.arithmetic import make_arithmetic_tokenizer
-from common.chain import CHAIN_FILE, ChainSettings, write_chain
-from common.config import ConfigError, NewModelConfig, load_config, of_model
-from common.models import make_model, save_model
-from common.types import Problem
-from deploy import evaluate, one_service, sft, train
-from deploy.progress import Reporter
-from deploy.run import prepare
-from deploy.run_folder import RunFolder
+from latent_grpo.common.config import ConfigError, NewModelConfig, load_config, of_model
+from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, write_chain
+from latent_grpo.common.models import make_model, save_model
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
+from latent_grpo.common.types import Problem
+from latent_grpo.deploy import single_service as one_service
+from latent_grpo.deploy import train
+from latent_grpo.deploy.evaluation import evaluate
+from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.preparation import prepare
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.sft import loop as sft
 
 TOKENIZER = make_arithmetic_tokenizer()
 END_IDS = TOKENIZER.encode("</think>", add_special_tokens=False)
@@ -35,7 +38,7 @@ def no_ray(monkeypatch):
     def session(*_):
         raise RayTouched
 
-    monkeypatch.setattr("deploy.run.ray_session", session)
+    monkeypatch.setattr("latent_grpo.deploy.run.session.ray_session", session)
 
 
 def reporter():

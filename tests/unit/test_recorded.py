@@ -5,11 +5,11 @@ import shutil
 import pytest
 from fake_run import fake_run
 
-from common.learner_record import LearnerBatch, join
-from common.schema import take_rows
-from common.store import LearnerStore, TrajectoryStore
-from deploy.recorded import RecordedError, RecordedRun
-from learner.checkpoint import write_checkpoint
+from latent_grpo.common.learner_record import LearnerBatch, join
+from latent_grpo.common.schema import take_rows
+from latent_grpo.common.store import LearnerStore, TrajectoryStore
+from latent_grpo.deploy.replay.recorded import RecordedError, RecordedRun
+from latent_grpo.learner.checkpoint import write_checkpoint
 
 
 def run(path, steps=6, **options):

@@ -15,15 +15,15 @@ import pytest
 from fake_run import fake_run, fake_trajectory
 from typer.testing import CliRunner
 
-from common.metrics import MetricsWriter
-from common.schema import encode
-from common.store import TrajectoryStore
-from deploy.report.build import PARTS, closing_line, write_report
-from deploy.report.curves import charts
-from deploy.report.sample import sample, sampled_groups
-from deploy.run_view import open_run
-from deploy.selection import Filters, InspectionError
-from deploy.thoughts import TokenTexts, load
+from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.common.schema import encode
+from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.deploy.view.report.build import PARTS, closing_line, write_report
+from latent_grpo.deploy.view.report.curves import charts
+from latent_grpo.deploy.view.report.sample import sample, sampled_groups
+from latent_grpo.deploy.view.run_view import open_run
+from latent_grpo.deploy.view.selection import Filters, InspectionError
+from latent_grpo.deploy.view.thoughts import TokenTexts, load
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_what_the_sample_leaves_out_is_said(fake, tmp_path):
 
 
 def test_more_than_a_browser_can_hold_is_cut_and_said(fake, monkeypatch):
-    monkeypatch.setattr("deploy.report.sample.MAX_COMPONENTS", 200)
+    monkeypatch.setattr("latent_grpo.deploy.view.report.sample.MAX_COMPONENTS", 200)
     run = open_run(fake.path)
     made = sample(run, run.rows(Filters()), 48, TokenTexts(None), "mixture")
     assert 0 < len(made.trajectories) < 48
@@ -129,7 +129,7 @@ def test_more_than_a_browser_can_hold_is_cut_and_said(fake, monkeypatch):
 
 
 def test_questions_are_prompts_without_what_all_have_in_common(fake):
-    from deploy.report.sample import Sample, _shorten_prompts
+    from latent_grpo.deploy.view.report.sample import Sample, _shorten_prompts
 
     prompts = ["<u>Reason.\n12 + 7?<think>", "<u>Reason.\n13 * 7?<think>", "<u>Reason.\nHow many?<think>"]
     made = Sample(groups=[{"prompt": p} for p in prompts])
@@ -141,7 +141,7 @@ def test_questions_are_prompts_without_what_all_have_in_common(fake):
 
 
 def test_chain_arithmetic_is_written_out_in_words(fake):
-    from deploy.report.sample import Sample, _write_out
+    from latent_grpo.deploy.view.report.sample import Sample, _write_out
 
     tasks = [{"name": "sums", "path": "builtin:chain_arithmetic", "options": {"modulus": 10}}, {"name": "gsm8k"}]
     questions = [("sums", "2-9*5"), ("gsm8k", "2-9*5"), ("sums", "how many?"), ("sums", "2-9*")]
@@ -183,7 +183,7 @@ def test_evaluations_have_their_errors_and_lost_values_leave_gaps(tmp_path):
 
 
 def test_the_health_panel_judges_the_runs_metrics_and_has_its_alarms(tmp_path):
-    from deploy.health import HealthMonitor
+    from latent_grpo.deploy.run.health import HealthMonitor
 
     folder = fake_run(tmp_path / "run")
     monitor = HealthMonitor(folder.path, folder.config(), 0)
@@ -253,7 +253,7 @@ def test_a_filter_without_a_match_is_an_error_and_writes_nothing(tmp_path):
 
 
 def test_the_command_writes_the_chosen_part(fake, tmp_path):
-    from deploy.cli import app
+    from latent_grpo.deploy.cli.app import app
 
     out = tmp_path / "failed.html"
     result = CliRunner().invoke(app, ["report", str(fake.path), "--failed", "--step", "2", "--out", str(out)])
@@ -268,7 +268,7 @@ def test_a_run_ends_with_its_report_or_with_the_command_for_it(tmp_path, monkeyp
     folder = fake_run(tmp_path / "run")
     assert str(folder.path / "report.html") in closing_line(folder)
     assert (folder.path / "report.html").is_file()
-    monkeypatch.setattr("deploy.report.build.QUICK_BYTES", 10)
+    monkeypatch.setattr("latent_grpo.deploy.view.report.build.QUICK_BYTES", 10)
     assert f"latent-grpo report {folder.path}" in closing_line(folder)
     monkeypatch.undo()
     (folder.path / "metrics.jsonl").write_text("no json\n")
@@ -278,7 +278,7 @@ def test_a_run_ends_with_its_report_or_with_the_command_for_it(tmp_path, monkeyp
 def test_every_part_of_the_page_is_in_the_package():
     from importlib import resources
 
-    files = {file.name for file in (resources.files("deploy.report") / "page").iterdir()}
+    files = {file.name for file in (resources.files("latent_grpo.deploy.view.report") / "page").iterdir()}
     assert files == {"index.html", "style.css", *(f"{part}.js" for part in PARTS)}
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert "report/page/*" in project["tool"]["setuptools"]["package-data"]["deploy"]
+    assert "view/report/page/*" in project["tool"]["setuptools"]["package-data"]["latent_grpo.deploy"]

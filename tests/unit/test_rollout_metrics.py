@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fake_run import fake_trajectory
 
-from common.schema import encode
-from deploy.rollout_metrics import mixture_entropy, rollout_metrics
+from latent_grpo.common.schema import encode
+from latent_grpo.rollout_workers.metrics import mixture_entropy, rollout_metrics
 
 
 def rows(*changes, k=3):

@@ -9,15 +9,14 @@ import sys
 
 import pytest
 
-from common.config import load_config
-from deploy.run_folder import create_run, reopen_run
-from deploy.run_lock import FolderInUse, run_lock
+from latent_grpo.common.config import load_config
+from latent_grpo.deploy.run.folder import FolderInUse, create_run, reopen_run, run_lock
 
 BASE = {"model": {"path": "x"}, "tasks": [{"name": "t", "path": "t.jsonl"}]}
 HOLD = """
 import sys
 from pathlib import Path
-from deploy.run_lock import run_lock
+from latent_grpo.deploy.run.folder import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

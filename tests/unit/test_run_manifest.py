@@ -8,12 +8,11 @@ from types import SimpleNamespace
 import pytest
 from fake_run import fake_config
 
-from common.config import TaskConfig
-from common.tasks import load_task
-from deploy import run_manifest as manifest_module
-from deploy.problems import PreparedTask
-from deploy.run_folder import RunFolder
-from deploy.run_manifest import (
+from latent_grpo.common.config import TaskConfig
+from latent_grpo.common.tasks.sources import load_task
+from latent_grpo.deploy.run import manifest as manifest_module
+from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.manifest import (
     COMMIT_VARIABLE,
     ManifestError,
     data_facts,
@@ -25,6 +24,7 @@ from deploy.run_manifest import (
     source_hash,
     write_manifest,
 )
+from latent_grpo.deploy.run.problems import PreparedTask
 
 
 @pytest.fixture

@@ -8,8 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.schema import SchemaError, TrajectoryBatch, concat, decode, encode, schema_k, take_rows, trajectory_schema
-from common.types import SamplingSettings, Trajectory
+from latent_grpo.common.schema import (
+    SchemaError,
+    TrajectoryBatch,
+    concat,
+    decode,
+    encode,
+    schema_k,
+    take_rows,
+    trajectory_schema,
+)
+from latent_grpo.common.types import SamplingSettings, Trajectory
 
 
 def trajectory(index=0, latent=2, hard=3, k=3, **changes):

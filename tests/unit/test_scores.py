@@ -9,10 +9,10 @@ import statistics
 import numpy as np
 import pytest
 
-from common.schema import encode
-from common.types import SamplingSettings, Trajectory
-from deploy.results import by_task
-from deploy.scores import average, interval, macro_average, pass_at_k, pass_at_k_results, results
+from latent_grpo.common.schema import encode
+from latent_grpo.common.types import SamplingSettings, Trajectory
+from latent_grpo.deploy.evaluation.scores import average, interval, macro_average, pass_at_k, pass_at_k_results, results
+from latent_grpo.deploy.reproduce.results import by_task
 
 K = 2
 

@@ -9,15 +9,15 @@ import json
 import pytest
 from rich.console import Console
 
-from common.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
-from common.config import ConfigError, TaskConfig, load_config
-from common.prompts import resolve_tokens
-from common.tasks import StoredTask, TaskError
-from common.types import Problem
-from deploy.problems import prepare_task
-from deploy.sft import NO_CHAIN, TOO_LONG, TOO_SHORT, prepare_sft
-from learner.latent_sft import make_row
-from learner.sft_learner import least_calls, plan_rows, self_feeding_share
+from latent_grpo.common.config import ConfigError, TaskConfig, load_config
+from latent_grpo.common.prompts import resolve_tokens
+from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
+from latent_grpo.common.tasks.sources import StoredTask, TaskError
+from latent_grpo.common.types import Problem
+from latent_grpo.deploy.run.problems import prepare_task
+from latent_grpo.deploy.sft.loop import NO_CHAIN, TOO_LONG, TOO_SHORT, prepare_sft
+from latent_grpo.learner.sft.learner import least_calls, plan_rows, self_feeding_share
+from latent_grpo.learner.sft.rows import make_row
 
 TOKENIZER = make_arithmetic_tokenizer()
 FACTS = resolve_tokens(TOKENIZER, len(TOKENIZER), latent=True)

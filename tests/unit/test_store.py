@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from fake_run import damage_page
 
-from common import store as store_module
-from common.schema import TrajectoryBatch, encode
-from common.store import DumpError, TrajectoryStore, count_rows, read_columns, read_dump
-from common.types import SamplingSettings, Trajectory
+from latent_grpo.common import store as store_module
+from latent_grpo.common.schema import TrajectoryBatch, encode
+from latent_grpo.common.store import DumpError, TrajectoryStore, count_rows, read_columns, read_dump
+from latent_grpo.common.types import SamplingSettings, Trajectory
 
 
 def trajectory(index=0, steps=2, k=3):

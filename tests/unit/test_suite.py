@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.arithmetic import make_arithmetic_tokenizer
-from common.chain import ChainSettings, write_chain
-from common.config import NewModelConfig
-from common.models import make_model, save_model
-from deploy.progress import Reporter
-from deploy.reproduce import Request, _next, _run_all, check, open_folder, reproduce, run_unit, side_by_side
-from deploy.run_lock import FolderInUse, run_lock
-from deploy.suite import (
+from latent_grpo.common.config import NewModelConfig
+from latent_grpo.common.model_chain import ChainSettings, write_chain
+from latent_grpo.common.models import make_model, save_model
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
+from latent_grpo.deploy.reproduce.manifest import data_hashes
+from latent_grpo.deploy.reproduce.scheduler import _next, _run_all, check, open_folder, reproduce, side_by_side
+from latent_grpo.deploy.reproduce.suite import (
     SuiteError,
     Unit,
     changes,
@@ -28,7 +27,9 @@ from deploy.suite import (
     units,
     units_of,
 )
-from deploy.suite_manifest import data_hashes
+from latent_grpo.deploy.reproduce.unit import Request, run_unit
+from latent_grpo.deploy.run.folder import FolderInUse, run_lock
+from latent_grpo.deploy.run.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILE = {
@@ -192,11 +193,11 @@ def test_another_grader_or_other_data_are_refused_before_anything_is_written(on_
     with pytest.raises(SuiteError, match=r"data of held \(.*held.jsonl\) was [0-9a-f]{32}, now .*--folder"):
         open_folder(on_a_file, on_a_file.load())
     (tmp_path / "held.jsonl").write_text('{"problem": "3+4?", "answer": "7"}\n')
-    monkeypatch.setattr("deploy.suite_manifest.grader_hash", lambda: "0" * 32)
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.manifest.grader_hash", lambda: "0" * 32)
     with pytest.raises(SuiteError, match=r"the grader .* was [0-9a-f]{32}, now 0{32}\. .*of then \(commit "):
         open_folder(on_a_file, on_a_file.load())
     monkeypatch.undo()
-    monkeypatch.setattr("deploy.suite_manifest.grading_versions", lambda: {"sympy": "0.1"})
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.manifest.grading_versions", lambda: {"sympy": "0.1"})
     with pytest.raises(SuiteError, match=r"sympy, which grades, was [0-9.]+, now 0\.1"):
         open_folder(on_a_file, on_a_file.load())
     assert (on_a_file.folder / "manifest.json").read_bytes() == kept
@@ -232,15 +233,15 @@ def test_generated_data_have_the_hash_of_their_problems(write, tmp_path, monkeyp
     assert len(set(found.values())) == 2
     more = [c.model_copy(update={"evaluation": c.evaluation.model_copy(update={"tasks": []})}) for c in configs[::-1]]
     assert data_hashes(more).items() <= found.items(), "neither the order nor what else there is decides a hash"
-    monkeypatch.setattr("deploy.suite_manifest.source_hash", lambda packages: "another program")
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.manifest.source_hash", lambda packages: "another program")
     assert data_hashes(configs) == found
-    monkeypatch.setattr("common.arithmetic.solve", lambda numbers, *rest: ("", numbers[0]))
+    monkeypatch.setattr("latent_grpo.common.tasks.arithmetic.solve", lambda numbers, *rest: ("", numbers[0]))
     assert not set(data_hashes(configs).values()) & set(found.values())
 
 
 def test_a_manifest_is_made_without_torch():
     program = (
-        "import sys; from common.config import load_config; from deploy.suite_manifest import this_session; "
+        "import sys; from latent_grpo.common.config import load_config; from latent_grpo.deploy.reproduce.manifest import this_session; "
         "print(len(this_session([load_config('quickstart')])['data']), 'torch' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -295,7 +296,7 @@ def test_a_given_model_whose_tokenizer_does_not_fit_is_refused_once_for_its_unit
 
     write_chain(tmp_path / "given", ChainSettings(**chain, think_end_ids=ids))
     loaded = []
-    monkeypatch.setattr("common.models.load_tokenizer", lambda path: loaded.append(path) or tokenizer)
+    monkeypatch.setattr("latent_grpo.common.models.load_tokenizer", lambda path: loaded.append(path) or tokenizer)
     assert "all settings valid" in check(request)[0]
     assert loaded == [str(tmp_path / "given")], "six units share it"
 
@@ -368,9 +369,9 @@ def test_a_resumed_units_minutes_are_those_of_all_its_sessions(write, tmp_path, 
         folder.write_json("summary.json", {"after": {"e/pass_at_1": 0.5}})
         (folder.path / "metrics.jsonl").touch()
 
-    monkeypatch.setattr("deploy.reproduce.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("deploy.reproduce._make_start", work)
-    monkeypatch.setattr("deploy.bench.in_process.start_in_process", work)
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.unit._make_start", work)
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.in_process.start_in_process", work)
     with pytest.raises(KeyboardInterrupt):
         run_unit(request, "latent-seed3")
     assert run_unit(request, "latent-seed3").minutes == expected
@@ -395,7 +396,7 @@ def test_an_arm_waits_for_its_start_only(write):
 def test_units_run_side_by_side_as_far_as_the_neediest_allows(write, tmp_path, monkeypatch):
     suite = load_suite(write(), overrides=["rollout.resources.num_cpus=0.5", "learner.resources.num_cpus=0.5"])
     configs = [unit_config(suite, unit, tmp_path) for unit in units(suite)]
-    monkeypatch.setattr("deploy.reproduce._resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler._resources", lambda: {"CPU": 2.0, "GPU": 1.0})
     assert side_by_side(configs, "pipeline") == 2
     needy = [c.model_copy(update={"rollout": c.rollout.model_copy(update={"workers": 9})}) for c in configs[:1]]
     assert side_by_side([*configs, *needy], "pipeline") == 1
@@ -406,7 +407,7 @@ def on_gpus(write, tmp_path, monkeypatch):
     """A suite whose units ask for 0.6 of a GPU each, on a machine with two."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("deploy.reproduce._resources", lambda: {"CPU": 9.0, "GPU": 2.0})
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler._resources", lambda: {"CPU": 9.0, "GPU": 2.0})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     shares = [
         f"{actor}.resources.{what}" for actor in ("rollout", "learner") for what in ("num_gpus=0.3", "num_cpus=0")
@@ -439,8 +440,8 @@ def test_units_of_one_machine_see_gpus_of_their_own(on_gpus, monkeypatch):
             running.remove(self.gpu)
             return 1
 
-    monkeypatch.setattr("deploy.reproduce.subprocess.Popen", Child)
-    monkeypatch.setattr("deploy.reproduce.POLL_S", 0.0)
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler.subprocess.Popen", Child)
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler.POLL_S", 0.0)
     suite = on_gpus.load()
     starts = [unit for unit in units(suite) if unit.is_start]
     failed = _run_all(on_gpus, suite, starts, 9, Reporter())

@@ -2,11 +2,11 @@
 
 import pytest
 
-from deploy.results import UnitResult
-from deploy.suite import Suite
-from deploy.suite_figures import facts, figures
-from deploy.suite_markdown import markdown
-from deploy.suite_page import page
+from latent_grpo.deploy.reproduce.figures import facts, figures
+from latent_grpo.deploy.reproduce.page import page
+from latent_grpo.deploy.reproduce.report import markdown
+from latent_grpo.deploy.reproduce.results import UnitResult
+from latent_grpo.deploy.reproduce.suite import Suite
 
 SUITE = Suite.model_validate({
     "title": "s", "profile": "p", "seeds": [0, 1],

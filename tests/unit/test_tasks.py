@@ -9,9 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from common.arithmetic import MODULUS, ChainArithmetic, split_of
-from common.config import Columns, PromptConfig, TaskConfig
-from common.tasks import BENCHMARKS, PromptStream, TaskError, describe_dropped, load_task, with_benchmark_defaults
+from latent_grpo.common.config import Columns, PromptConfig, TaskConfig
+from latent_grpo.common.tasks.arithmetic import MODULUS, ChainArithmetic, split_of
+from latent_grpo.common.tasks.sources import (
+    BENCHMARKS,
+    PromptStream,
+    TaskError,
+    describe_dropped,
+    load_task,
+    with_benchmark_defaults,
+)
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 

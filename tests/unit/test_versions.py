@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from common.config import ConfigError
-from deploy import versions
-from deploy.cli import app, command_of_job
+from latent_grpo.common.config import ConfigError
+from latent_grpo.deploy.cli.app import app, command_of_job
+from latent_grpo.deploy.run import versions
 
 
 def test_nothing_is_said_where_all_versions_agree(monkeypatch):

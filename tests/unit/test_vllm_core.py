@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from common import density
-from common import latent as sampling
-from common.latent import mix_embeddings
-from common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
-from rollout_workers.rows import SETTINGS, refusal, write_settings
-from rollout_workers.vllm_plugin.core import SCRATCH, LatentCore
-from rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
-from rollout_workers.vllm_plugin.settings import KEY, extra_args
+from latent_grpo.common import density
+from latent_grpo.common import latent as sampling
+from latent_grpo.common.latent import mix_embeddings
+from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
+from latent_grpo.rollout_workers.requests import SETTINGS, refusal, write_settings
+from latent_grpo.rollout_workers.vllm_plugin.core import SCRATCH, LatentCore
+from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
+from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
 
 VOCAB, END, PROMPT = 400, 5, 3
 

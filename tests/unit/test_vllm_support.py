@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from common.config import ConfigError, load_config
-from deploy import preflight
-from deploy.workers import make_engine
-from rollout_workers import vllm_engine
-from rollout_workers.vllm_plugin import support
-from rollout_workers.vllm_plugin.support import (
+from latent_grpo.common.config import ConfigError, load_config
+from latent_grpo.deploy.run import preparation as preflight
+from latent_grpo.rollout_workers import vllm_engine
+from latent_grpo.rollout_workers.factory import make_engine
+from latent_grpo.rollout_workers.vllm_plugin import support
+from latent_grpo.rollout_workers.vllm_plugin.support import (
     ACCEPTED,
     RESERVED,
     argument_problem,

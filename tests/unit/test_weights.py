@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.weights import ALIGNMENT, WeightsCorrupt, checksum, pack, unpack
+from latent_grpo.common.weights import ALIGNMENT, WeightsCorrupt, checksum, pack, unpack
 
 
 def tensors():

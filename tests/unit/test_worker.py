@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.schema import decode
-from common.types import GroupRequest, PolicyVersion, SamplingSettings, Trajectory
-from common.weights import WeightManifest, WeightsCorrupt, checksum, pack
-from reward.pool import VerifierPool
-from rollout_workers.engine import EngineError
-from rollout_workers.worker import RolloutWorker
+from latent_grpo.common.schema import decode
+from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings, Trajectory
+from latent_grpo.common.weights import WeightManifest, WeightsCorrupt, checksum, pack
+from latent_grpo.reward.pool import VerifierPool
+from latent_grpo.rollout_workers.engine import EngineError
+from latent_grpo.rollout_workers.worker import RolloutWorker
 
 SAMPLING = SamplingSettings(mode="visible", max_tokens=4, k=2)
 

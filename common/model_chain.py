@@ -1,0 +1,167 @@
+"""What a model's chain is: a small file beside its weights, written by Latent-SFT and RL, read before either and before
+an evaluation.
+
+A chain is a contract between the weights and whoever samples from them: how many ids a latent step mixes, how many
+tokens of the explicit chain it stands for, and which token ends it. Another setting is not an error that anybody sees,
+only a worse model; so it is compared here, where it can still be said.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import PositiveInt, ValidationError, model_validator
+
+from latent_grpo.common.config import ConfigError, RunConfig, Section
+from latent_grpo.common.hub import asked_of_hub, check_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHAIN_FILE = "latent_chain.json"
+
+
+class ChainSettings(Section):
+    """Contents of :data:`CHAIN_FILE`."""
+
+    format: Literal[1] = 1
+    chain: Literal["latent", "explicit"]
+    """`latent`: mixtures up to the latent-end token; `explicit`: the chain is text."""
+    source: Literal["uniform", "induced"] | None = None
+    """Where the soft labels came from (METHOD §7 a, b); None: not known, or an explicit chain."""
+    k: PositiveInt | None = None
+    """K of the mixtures; None for an explicit chain."""
+    compression: PositiveInt | None = None
+    """c: tokens of the explicit chain per latent step; None where Latent-SFT was not done by this program."""
+    tau: float | None = None
+    """Of softmax(r / tau); None for an explicit chain."""
+    think_end: str
+    think_end_ids: list[int]
+    """Its ids under the model's tokenizer; the first is the latent-end token. Empty: an explicit chain, and the
+    tokenizer cannot write it."""
+
+    @model_validator(mode="after")
+    def _latent_has_a_width(self):
+        if self.chain == "latent" and (self.k is None or self.tau is None or not self.think_end_ids):
+            raise ValueError("a latent chain needs k, tau and think_end_ids")
+        return self
+
+    def describe(self) -> str:
+        """`latent, K 3, c 3 (uniform), ends with '</think>' [20]`."""
+        parts = [self.chain]
+        if self.k is not None:
+            parts.append(f"K {self.k}")
+        if self.compression is not None:
+            parts.append(f"c {self.compression} ({self.source or 'source not known'})")
+        return ", ".join([*parts, f"ends with {self.think_end!r} {self.think_end_ids}"])
+
+
+def chain_of(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, before: ChainSettings | None = None
+) -> ChainSettings:
+    """The chain of the model that a run leaves: of its Latent-SFT if it has one, else what `before` says of c."""
+    think_end = config.model.prompt.think_end
+    ids = _ids(tokenizer, think_end)
+    if not config.latent:
+        return ChainSettings(chain="explicit", think_end=think_end, think_end_ids=ids)
+    sft = config.warm_start
+    return ChainSettings(
+        chain="latent",
+        source=sft.source if sft else before.source if before else None,
+        k=config.k,
+        compression=sft.compression if sft else before.compression if before else None,
+        tau=config.tau,
+        think_end=think_end,
+        think_end_ids=ids,
+    )
+
+
+def write_chain(folder: str | Path, settings: ChainSettings) -> None:
+    Path(folder, CHAIN_FILE).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_chain(model: str | Path) -> ChainSettings | None:
+    """Of a model folder or hub id; None where the model has no such file.
+
+    Raises ConfigError for a damaged one, and for a `model` that is no folder here and cannot be a hub id.
+    """
+    path = Path(model, CHAIN_FILE)
+    if not Path(model).is_dir():
+        from transformers.utils import cached_file
+
+        check_folder(model)
+        with asked_of_hub(model):
+            found = cached_file(
+                str(model),
+                CHAIN_FILE,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        path = Path(found) if found else path
+    if not path.is_file():
+        return None
+    try:
+        return ChainSettings.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, ValidationError) as error:
+        raise ConfigError(
+            f"{path} is damaged or of another version: {error}. Copy it again from where the model was made, or remove "
+            "it to run without its checks"
+        ) from error
+
+
+def check_chain(
+    settings: ChainSettings, model: str | Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Warnings about a run of `config` on `model`. Raises ConfigError where the two cannot fit.
+
+    A run with a warm start gives the model another chain: then only the tokenizer is compared.
+    """
+    think_end = config.model.prompt.think_end
+    if think_end != settings.think_end:
+        raise ConfigError(
+            f"model {model} ends its thinking with {settings.think_end!r} ({CHAIN_FILE}), model.prompt.think_end is "
+            f"{think_end!r}; set model.prompt.think_end to the model's"
+        )
+    ids = _ids(tokenizer, think_end)
+    if ids != settings.think_end_ids:
+        raise ConfigError(
+            f"the tokenizer of {model} splits {think_end!r} into {ids}, the model was trained with "
+            f"{settings.think_end_ids} ({CHAIN_FILE}): the end of its thinking would not be recognised. Use the "
+            "tokenizer that was saved with the model"
+        )
+    if config.warm_start is not None:
+        return []
+    if settings.chain == "explicit" and config.latent:
+        raise ConfigError(
+            f"model {model} has an explicit chain ({CHAIN_FILE}), algorithm {config.algorithm} samples a latent one "
+            "that it never learned (METHOD §7). Set algorithm to grpo, or give the model a latent start first: "
+            "`latent-grpo sft` with warm_start.chain latent"
+        )
+    if settings.chain == "latent" and not config.latent:
+        raise ConfigError(
+            f"model {model} has a latent chain ({CHAIN_FILE}), algorithm grpo samples an explicit one that it was not "
+            "trained to write. Set algorithm to latent_grpo, or start from a model with an explicit chain: "
+            "`latent-grpo sft` with algorithm grpo"
+        )
+    if not config.latent:
+        return []
+    if settings.source == "uniform" and settings.compression is not None and config.k < settings.compression:
+        raise ConfigError(
+            f"k ({config.k}) is smaller than the model's compression ({settings.compression} tokens a latent step, "
+            f"{CHAIN_FILE}): a step could not hold its tokens; set k to the model's {settings.k}"
+        )
+    return [
+        f"{key} is {wanted:g}, the model was trained with {had:g} ({CHAIN_FILE}): it meets mixtures it has not seen"
+        for key, wanted, had in (("k", config.k, settings.k), ("tau", config.tau, settings.tau))
+        if wanted != had
+    ]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Empty where the tokenizer has no way to write the text (an explicit chain needs none)."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception:  # tokenizers raises bare Exception for a text outside a vocabulary without <unk>
+        return []

@@ -1,0 +1,178 @@
+"""Metric sinks: console, TensorBoard, Weights & Biases, Prometheus, and a user's own by import path."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import netrc
+import os
+import urllib.parse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from latent_grpo.common.errors import MetricsError
+
+log = logging.getLogger(__name__)
+
+
+class MetricSink(Protocol):
+    """Somewhere to show metrics. Made once per run with the run's folder.
+
+    `values` are finite floats; names have the form `section/name` (`rollout/reward`).
+    """
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+SinkFactory = Callable[[Path], MetricSink]
+
+
+_SINKS: dict[str, SinkFactory] = {}
+
+
+def register_sink(name: str) -> Callable[[SinkFactory], SinkFactory]:
+    """Class decorator: makes a sink available as `metrics.sinks: [name]`."""
+
+    def add(factory: SinkFactory) -> SinkFactory:
+        _SINKS[name] = factory
+        return factory
+
+    return add
+
+
+def make_sink(name: str, run_folder: Path) -> MetricSink:
+    """The sink registered as `name`, or of an import path `package.module:Name`."""
+    if name in _SINKS:
+        return _SINKS[name](run_folder)
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise MetricsError(f"no metric sink {name!r}; known: {', '.join(sorted(_SINKS))}, or package.module:Name")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise MetricsError(f"metric sink {name!r} cannot be imported: {error}") from error
+    return factory(run_folder)
+
+
+@register_sink("console")
+class ConsoleSink:
+    """One line per step: the figures that tell whether a run is healthy, then the rest if the terminal is wide."""
+
+    FIRST = ("reward", "pass_at_1", "loss", "grad_norm", "steps", "latent_steps", "invalid_share", "step_s")
+
+    def __init__(self, run_folder: Path):
+        from rich.console import Console
+
+        self._console = Console(soft_wrap=False, highlight=False)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        ranked = sorted(values, key=self._rank)
+        line, width = f"step {step:>5}", max(self._console.width, 80)
+        for name in ranked:
+            figure = f"  {name} {_short(values[name])}"
+            if len(line) + len(figure) > width:
+                break
+            line += figure
+        self._console.print(line, markup=False, overflow="crop", no_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+    @classmethod
+    def _rank(cls, name: str) -> int:
+        leaf = name.rpartition("/")[2]
+        return cls.FIRST.index(leaf) if leaf in cls.FIRST else len(cls.FIRST)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
+
+
+def _needs(module: str, sink: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MetricsError(
+            f"metric sink {sink} needs the package {package}: pip install {package}, or drop it from metrics.sinks"
+        ) from error
+
+
+@register_sink("tensorboard")
+class TensorBoardSink:
+    def __init__(self, run_folder: Path):
+        _needs("tensorboard", "tensorboard", "tensorboard")
+        self._writer = _needs("torch.utils.tensorboard", "tensorboard", "tensorboard").SummaryWriter(
+            str(run_folder / "tensorboard")
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@register_sink("wandb")
+class WandbSink:
+    """Project, entity and key come from wandb's own settings (WANDB_PROJECT, WANDB_API_KEY, ...).
+
+    Without a key, and unless WANDB_MODE says otherwise, it records offline below `RUN/wandb`, for `wandb sync` later.
+    """
+
+    def __init__(self, run_folder: Path):
+        wandb = _needs("wandb", "wandb", "wandb")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+        if mode == "offline":
+            log.warning("wandb records offline; upload with: wandb sync %s", run_folder / "wandb" / "offline-run-*")
+        self._run = wandb.init(dir=str(run_folder), name=run_folder.name, resume="allow", id=run_folder.name, mode=mode)
+        self._run.define_metric("*", step_metric="step")  # its own counter never goes back, a resumed run's step does
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_key() -> bool:
+    """Whether wandb can log in: its variable, or an entry of the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+@register_sink("prometheus")
+class PrometheusSink:
+    """Gauges of Ray's metrics, tagged with the run's name: `rollout/reward` is `ray_latent_grpo_rollout_reward`.
+
+    Every node's Ray serves them on its metrics port, which KubeRay and `ray metrics launch-prometheus` scrape;
+    `deploy/cluster/grafana-dashboard.json` shows them.
+    """
+
+    def __init__(self, run_folder: Path):
+        self._make = _needs("ray.util.metrics", "prometheus", "ray").Gauge
+        self._run = run_folder.name
+        self._gauges: dict[str, Any] = {}
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in {"step": float(step), **values}.items():
+            if name not in self._gauges:
+                self._gauges[name] = self._make(gauge_name(name), description=name, tag_keys=("run",))
+            self._gauges[name].set(value, tags={"run": self._run})
+
+    def close(self) -> None:
+        self._gauges.clear()
+
+
+def gauge_name(metric: str) -> str:
+    """`rollout/reward` -> `latent_grpo_rollout_reward`; Ray puts `ray_` in front."""
+    return "latent_grpo_" + "".join(c if c.isascii() and c.isalnum() else "_" for c in metric)

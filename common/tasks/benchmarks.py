@@ -1,0 +1,123 @@
+"""The eight benchmarks (METHOD §8): grader, prompt and budget of each, which file holds it, how to get that file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from latent_grpo.common.config import ConfigError, PromptConfig, TaskConfig
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+LOW_PROMPT = PromptConfig(user=INSTRUCTION + "\n{problem}")
+HIGH_PROMPT = PromptConfig(system=INSTRUCTION)
+CHOICE_PROMPT = PromptConfig(
+    system=INSTRUCTION,
+    user="{problem}\nPlease give the letter of the correct option (A, B, C, or D) as the final answer.",
+)
+GSM8K_AUG = "https://github.com/da03/Internalize_CoT_Step_by_Step"
+GET_GPQA = (
+    "GPQA does not come with this program: its authors ask that it not be published in plain text. Accept their terms "
+    "at https://huggingface.co/datasets/Idavidrein/gpqa and download gpqa_diamond.csv (or unpack the archive of "
+    "https://github.com/idavidrein/gpqa); put it into the data folder as it is. Or let it be read from the hub: "
+    "path hf:Idavidrein/gpqa with options.config gpqa_diamond, after `hf auth login`"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """Defaults of a task of this name. Budgets in tokens, the response's latent and hard steps together."""
+
+    level: Literal["low", "high"]
+    verifier: str
+    prompt: PromptConfig
+    max_prompt_tokens: int
+    max_response_tokens: int
+    problems: int  # of the whole benchmark, as published
+    files: tuple[str, ...]  # looked for in the data folder, in this order
+    how_to_get: str
+
+    def defaults(self) -> dict[str, object]:
+        names = ("verifier", "prompt", "max_prompt_tokens", "max_response_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+def _low(file: str, problems: int, source: str) -> Benchmark:
+    return Benchmark(
+        level="low", verifier="number", prompt=LOW_PROMPT, max_prompt_tokens=192, max_response_tokens=128,
+        problems=problems, files=(file,), how_to_get=_source(source),
+    )  # fmt: skip
+
+
+def _high(
+    files: tuple[str, ...], problems: int, how_to_get: str, verifier: str = "math", prompt: PromptConfig = HIGH_PROMPT
+) -> Benchmark:
+    return Benchmark(
+        level="high", verifier=verifier, prompt=prompt, max_prompt_tokens=1024, max_response_tokens=4096,
+        problems=problems, files=files, how_to_get=how_to_get,
+    )  # fmt: skip
+
+
+def _source(repository: str) -> str:
+    return (
+        f"its problems are published at {repository}; a .parquet file with the columns problem and answer is expected"
+    )
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "gsm8k-aug": _low("gsm8k_aug_test.parquet", 1319, GSM8K_AUG),
+    "gsm-hard": _low("gsm_hard.parquet", 1319, "https://github.com/reasoning-machines/pal"),
+    "svamp": _low("svamp.parquet", 1000, "https://github.com/arkilpatel/SVAMP"),
+    "multiarith": _low("multiarith.parquet", 600, "https://github.com/reasoning-machines/pal"),
+    "math500": _high(("math500.parquet",), 500, _source("https://github.com/openai/prm800k")),
+    "aime2024": _high(("aime2024.parquet",), 30, _source("https://github.com/QwenLM/Qwen2.5-Math")),
+    "aime2025": _high(("aime2025.parquet",), 30, _source("https://artofproblemsolving.com/wiki/index.php/2025_AIME_I")),
+    "gpqa": _high(
+        ("gpqa_diamond.csv", "gpqa_diamond.parquet", "gpqa_diamond.jsonl"), 198, GET_GPQA, "choice", CHOICE_PROMPT
+    ),
+}
+
+
+MADE_FROM_TEXT = f"docs/latent_sft.md says how to make it from the text that is published at {GSM8K_AUG}"
+PROFILE_FILES = {
+    "gsm8k-train": (
+        "a .parquet file with the columns problem, answer and cot (`<<48/2=24>> <<48+24=72>>`) is expected; "
+        + MADE_FROM_TEXT
+    ),
+    "gsm8k-test": f"a .parquet file with the columns problem and answer is expected; {MADE_FROM_TEXT}",
+}
+"""Task of a shipped profile that is no benchmark -> how to get its file."""
+
+
+def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:
+    """`config` with the benchmark's values where the user gave none; any other name is returned as it is."""
+    benchmark = BENCHMARKS.get(config.name)
+    if benchmark is None:
+        return config
+    return config.model_copy(update={k: v for k, v in benchmark.defaults().items() if k not in config.model_fields_set})
+
+
+def how_to_get(name: str) -> str:
+    """A sentence for the message that the file of a benchmark or a profile is missing; empty for another task."""
+    known = BENCHMARKS[name].how_to_get if name in BENCHMARKS else PROFILE_FILES.get(name)
+    return f". {name}: {known}" if known else ""
+
+
+def benchmark_tasks(names: Sequence[str], folder: str | Path) -> list[TaskConfig]:
+    """The named benchmarks, with the files of `folder`. Raises ConfigError for an unknown name or a missing file."""
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown or not names:
+        raise ConfigError(
+            f"unknown benchmark(s) {', '.join(unknown) or '(none given)'}; there is: {', '.join(BENCHMARKS)}"
+        )
+    tasks, missing = [], []
+    for name in dict.fromkeys(names):
+        there = [path for file in BENCHMARKS[name].files if (path := Path(folder, file)).is_file()]
+        if there:
+            tasks.append(TaskConfig(name=name, path=str(there[0])))
+        else:
+            missing.append(f"no {' or '.join(BENCHMARKS[name].files)} in {Path(folder).resolve()}{how_to_get(name)}")
+    if missing:
+        raise ConfigError("; ".join(missing))
+    return tasks

@@ -1,0 +1,238 @@
+"""Is this machine able to run the pipeline? Every check says what it found and what to mend.
+
+The checks are independent and quick; only the last one starts something: a Ray of its own, in a child process that is
+ended (with everything it started) when its time is up.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from packaging.requirements import Requirement
+
+from latent_grpo.deploy.checks.torch_build import describe_torch
+from latent_grpo.rollout_workers.vllm_plugin.support import installed, vllm_problem
+
+RAY_DEADLINE_S = 90.0
+SHM_BYTES = 2 * 2**30
+DISK_BYTES = 2 * 2**30
+MEMORY_BYTES = 3 * 2**30
+
+_RAY_PROBE = """
+import ray, sys
+ray.init(address="local", num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False,
+         logging_level="error", object_store_memory=128 * 2**20, _temp_dir=sys.argv[1])
+@ray.remote(num_cpus=1)
+def answer():
+    return 42
+print("answer", ray.get(answer.remote(), timeout=float(sys.argv[2])))
+ray.shutdown()
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One finding. `warn`: works, but something will not be as fast or as safe as it could be."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    found: str
+    mend: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.status != "fail"
+
+
+def run_doctor(folder: str | Path = ".", ray_deadline_s: float = RAY_DEADLINE_S) -> list[Check]:
+    """All checks; `folder` is where run folders will be made. Fit to run only if every check is `ok`."""
+    checks: list[Callable[[], list[Check]]] = [
+        _python,
+        _packages,
+        _torch,
+        _vllm,
+        _compiler,
+        _shared_memory,
+        lambda: _disk(Path(folder)),
+        _memory,
+        _security,
+        lambda: _ray(ray_deadline_s),
+    ]
+    return [finding for check in checks for finding in check()]
+
+
+def _python() -> list[Check]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    mend = "" if good else "use Python 3.11 to 3.13: make clean install PYTHON=python3.12"
+    return [Check(name="python", status="ok" if good else "fail", found=f"{version} at {sys.executable}", mend=mend)]
+
+
+def _packages() -> list[Check]:
+    """Every requirement of this package (without extras) against what is installed."""
+    findings, fine = [], []
+    try:
+        requirements = importlib.metadata.requires("latent-grpo") or []
+    except importlib.metadata.PackageNotFoundError:
+        mend = "run `make install`, or `pip install -c constraints.txt -e .` in the checkout"
+        return [Check(name="packages", status="warn", found="latent-grpo itself is not installed", mend=mend)]
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        mend = f"pip install -c constraints.txt '{requirement.name}{requirement.specifier}'"
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Check(name=requirement.name, status="fail", found="not installed", mend=mend))
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            found = f"{version}, needed {requirement.specifier}"
+            findings.append(Check(name=requirement.name, status="fail", found=found, mend=mend))
+        fine.append(f"{requirement.name} {version}")
+    return findings or [Check(name="packages", status="ok", found=", ".join(fine))]
+
+
+def _torch() -> list[Check]:
+    try:
+        description = describe_torch()
+    except (importlib.metadata.PackageNotFoundError, OSError) as error:
+        return [Check(name="torch build", status="fail", found=f"cannot be read: {error}", mend="run `make install`")]
+    has_gpu = shutil.which("nvidia-smi") is not None
+    found, _, advice = description.partition(". ")
+    if has_gpu and "CPU build" in found:
+        return [Check(name="torch build", status="warn", found=f"{found}, but this machine has a GPU", mend=advice)]
+    return [Check(name="torch build", status="ok", found=found)]
+
+
+def _vllm() -> list[Check]:
+    """Only for rollout.engine vllm; nothing else needs it."""
+    found = installed()
+    if found is None:
+        return [Check(name="vllm", status="ok", found="not installed; only rollout.engine vllm needs it")]
+    build, version = found
+    problem = vllm_problem(found)
+    return [
+        Check(name="vllm", status="warn" if problem else "ok", found=f"{version}, {build} build", mend=problem or "")
+    ]
+
+
+def _compiler() -> list[Check]:
+    """Nothing here needs one on CPU; DeepSpeed's fused optimizers and vLLM's kernels do on GPUs."""
+    name = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if name:
+        return [Check(name="compiler", status="ok", found=shutil.which(name) or name)]
+    mend = "only needed for GPU kernels that are built at first use (Triton, vLLM): install g++"
+    return [Check(name="compiler", status="warn", found="no C++ compiler on PATH", mend=mend)]
+
+
+def _shared_memory() -> list[Check]:
+    """Ray's object store lives in /dev/shm; without room there it falls back to the disk, which is slow."""
+    path = Path("/dev/shm")
+    if not path.is_dir():
+        return [Check(name="/dev/shm", status="ok", found="not used on this system")]
+    free = shutil.disk_usage(path).free
+    mend = "in a container: --shm-size=8g (Docker), or an emptyDir with medium: Memory at /dev/shm (Kubernetes)"
+    return [_room("/dev/shm", free, SHM_BYTES, "warn", mend)]
+
+
+def _disk(folder: Path) -> list[Check]:
+    """Run folders on one side, Ray's session and spill files on the other."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    temporary = Path(tempfile.gettempdir())
+    findings = [
+        _room(
+            f"disk at {folder}", shutil.disk_usage(folder).free, DISK_BYTES, "fail", "free space, or set runs_folder"
+        ),
+        _room(
+            f"disk at {temporary}",
+            shutil.disk_usage(temporary).free,
+            DISK_BYTES,
+            "warn",
+            "free space, or point TMPDIR elsewhere (a short path)",
+        ),
+    ]
+    if not os.access(folder, os.W_OK):
+        mend = "run from a folder of your own, or set runs_folder"
+        findings.append(Check(name="run folder", status="fail", found=f"{folder} is not writable", mend=mend))
+    return findings
+
+
+def _memory() -> list[Check]:
+    free = psutil.virtual_memory().available
+    return [_room("memory", free, MEMORY_BYTES, "warn", "close other programs, or lower rollout.workers and max_rows")]
+
+
+def _security() -> list[Check]:
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode == "token":
+        return [Check(name="ray authentication", status="ok", found="token")]
+    mend = "unset RAY_AUTH_MODE (or set it to token): whoever reaches an open Ray port can run code"
+    return [Check(name="ray authentication", status="warn", found=f"RAY_AUTH_MODE={mode}", mend=mend)]
+
+
+def _room(name: str, free: int, needed: int, status: Literal["warn", "fail"], mend: str) -> Check:
+    found = f"{free / 2**30:.1f} GiB free"
+    if free >= needed:
+        return Check(name=name, status="ok", found=found)
+    return Check(name=name, status=status, found=f"{found}, {needed / 2**30:.0f} GiB wanted", mend=mend)
+
+
+def _ray(deadline_s: float) -> list[Check]:
+    home = tempfile.mkdtemp(prefix="lgd-")  # a private home: the check leaves no token and no session behind
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment |= {"HOME": home, "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-c", _RAY_PROBE, os.path.join(home, "r"), str(deadline_s)]
+    try:
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+            try:
+                code: int | None = process.wait(deadline_s)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                _end(process)
+            output.seek(0)
+            said = output.read().decode(errors="replace").strip()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    if code == 0 and "answer 42" in said:
+        return [Check(name="ray", status="ok", found="a local Ray started and ran a task")]
+    last = said.splitlines()[-1] if said else "it said nothing"
+    if code is None:
+        found = f"a local Ray did not answer within {deadline_s:.0f} s ({last})"
+        mend = "look for a full /tmp, a firewall on the loopback interface, or http_proxy without no_proxy=127.0.0.1"
+    else:
+        found, mend = (
+            f"a local Ray did not start: {last}",
+            "run `python -c 'import ray; ray.init()'` for the whole story",
+        )
+    return [Check(name="ray", status="fail", found=found, mend=mend)]
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the child and its descendants; Ray's daemons outlive a driver that is killed."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    for child in family:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue

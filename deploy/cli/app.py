@@ -1,0 +1,294 @@
+"""`latent-grpo` = `python -m deploy`: one function a command; each says only what its module does.
+
+Settings are given as `--key.sub VALUE` or `key.sub=VALUE` after the command's own options.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from latent_grpo.common.config import ConfigError, config_as_json
+from latent_grpo.deploy.cli.arguments import listed, overrides, settings, whole_numbers
+from latent_grpo.deploy.cli.bench import bench
+from latent_grpo.deploy.cli.reading import reading
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(bench, name="bench")
+app.add_typer(reading)
+console = Console()
+STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+RUN_ERRORS = {
+    "TrainingStopped",
+    "SelfTestFailed",
+    "TooManyDispatched",
+    "LearnerError",
+    "RolloutPoolError",
+    "DumpError",
+    "MetricsError",
+    "CheckpointError",
+    "SuiteFailed",
+    "SchemaError",
+}
+"""By name: importing their modules would load torch and Ray for every command."""
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """An interrupted command ends with the shell's exit code for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command(context_settings=SETTINGS)
+def validate(
+    context: typer.Context,
+    profile: Profile = "quickstart",
+    files: Annotated[bool, typer.Option(help="Also require that every problem file exists.")] = False,
+    cpus: Annotated[float | None, typer.Option(help="CPUs of the cluster it will run on.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="GPUs of the cluster it will run on.")] = None,
+) -> None:
+    """Checks a profile and prints the resolved settings and the arithmetic of a step. Needs no GPU and no weights."""
+    from latent_grpo.deploy.checks.validate import arithmetic, resource_rows
+    from latent_grpo.deploy.run.preparation import check_files, engine_rows, token_rows
+    from latent_grpo.rollout_workers.verifiers import verifier_rows
+
+    config = settings(profile, context)
+    if files:
+        check_files(config)
+    rows = [
+        *arithmetic(config),
+        *resource_rows(config, cpus, gpus),
+        *engine_rows(config, runs_here=False),
+        *verifier_rows(config),
+        *token_rows(config),
+    ]
+    console.print_json(config_as_json(config))
+    table = Table("", "", title=f"{profile}: {config.algorithm}", show_header=False)
+    for name, found in rows:
+        table.add_row(name, escape(found))
+    console.print(table)
+
+
+@app.command(context_settings=SETTINGS)
+def train(
+    context: typer.Context,
+    profile: Profile = "quickstart",
+    resume: Annotated[str | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    rollout_only: Annotated[
+        bool, typer.Option("--rollout-only", help="Start no learner: rollouts on the initial weights.")
+    ] = False,
+    train_only: Annotated[
+        str | None, typer.Option(help="Start no worker: learn from this run's dumps, with its settings.")
+    ] = None,
+) -> None:
+    """Trains. A new run from a profile, or (`--resume RUN`) a stopped one from its last checkpoint."""
+    from latent_grpo.deploy import train as training
+
+    if sum(map(bool, (resume, rollout_only, train_only))) > 1:
+        raise ConfigError("--resume, --rollout-only and --train-only exclude each other; give one of them")
+    with interruptible():
+        if rollout_only or train_only:
+            from latent_grpo.deploy import single_service as one_service
+
+            if rollout_only:
+                one_service.rollout_only(settings(profile, context), profile)
+            else:
+                one_service.train_only(train_only, overrides(context.args))
+        elif resume:
+            training.resume(resume, overrides(context.args))
+        else:
+            training.train(settings(profile, context), profile)
+
+
+@app.command(context_settings=SETTINGS)
+def replay(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(help="A run's folder.")],
+    step: Annotated[int, typer.Option(help="Which step, from 1.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The comparison as JSON, and nothing else.")] = False,
+) -> None:
+    """A step's loss and gradient norm again, from dump and checkpoint; exit code 1: they deviate, 2: it cannot be."""
+    from latent_grpo.deploy.replay import replay as replaying
+    from latent_grpo.deploy.run.progress import Reporter
+
+    with interruptible():
+        reporter = Reporter(Console(stderr=True, highlight=False)) if as_json else None
+        result = replaying.replay(run, step, overrides(context.args), reporter)
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), allow_nan=False))
+    else:
+        replaying.show(result, console)
+    if not result.reproduced:
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=SETTINGS)
+def sft(
+    context: typer.Context,
+    profile: Profile = "quickstart",
+    resume: Annotated[str | None, typer.Option(help="Go on with the stopped Latent-SFT in this folder.")] = None,
+) -> None:
+    """Latent-SFT alone: the latent start that RL needs, or (algorithm=grpo) the explicit one of its baseline."""
+    from latent_grpo.deploy.sft.loop import resume_sft
+    from latent_grpo.deploy.sft.loop import sft as latent_sft
+
+    with interruptible():
+        if resume:
+            resume_sft(resume, overrides(context.args))
+        else:
+            latent_sft(settings(profile, context), profile)
+
+
+@app.command(context_settings=SETTINGS)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Folder or hub id of a Hugging Face model.")],
+    tasks: Annotated[str, typer.Option(help="Named benchmarks, e.g. gsm8k-aug,svamp; default: the profile's.")] = "",
+    data: Annotated[str, typer.Option(help="Folder with the benchmarks' files.")] = "data",
+    profile: Annotated[str | None, typer.Option(help="Settings; default: those of the model's own run.")] = None,
+    samples: Annotated[int | None, typer.Option(help="pass@k with noise on so many samples a problem.")] = None,
+) -> None:
+    """pass@1 (noise off), pass@k (with noise), chain length and invalid rate of a model."""
+    from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
+
+    names = listed(tasks)
+    given = overrides(context.args) + ([] if samples is None else [f"evaluation.samples={samples}"])
+    config, name, noise = evaluation_config(model, given, profile=profile, tasks=names, data=data)
+    with interruptible():
+        evaluate_model(config, name, noise=noise)
+
+
+@app.command(context_settings=SETTINGS)
+def reproduce(
+    context: typer.Context,
+    suite: Annotated[str, typer.Argument(help="Name of a shipped suite, or the path of a YAML file.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The suite's short form.")] = False,
+    arms: Annotated[str, typer.Option(help="Run only these now, with their starts, e.g. mixture,uniform.")] = "",
+    seeds: Annotated[str, typer.Option(help="In place of the suite's, e.g. 0,1,2.")] = "",
+    folder: Annotated[
+        Path | None, typer.Option(help="Where it is kept, and goes on. Default: runs/reproduce-SUITE.")
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Units side by side; default: what there is room for.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check every unit's settings, models and files, and list the units.")
+    ] = False,
+    unit: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Runs the arms of a suite over its seeds and writes one report; goes on where it was stopped."""
+    from latent_grpo.deploy.reproduce import scheduler as suites
+
+    chosen = folder or suites.default_folder(suite, quick)
+    request = suites.Request(
+        source=suite,
+        folder=chosen,
+        quick=quick,
+        seeds=whole_numbers("--seeds", seeds),
+        overrides=overrides(context.args),
+    )
+    with interruptible():
+        if check:
+            for line in suites.check(request, arms=listed(arms)):
+                console.print(line, soft_wrap=True, highlight=False)
+        elif unit is not None:
+            suites.run_unit(request, unit)
+        else:
+            suites.reproduce(request, parallel, arms=listed(arms))
+
+
+@app.command()
+def grade(
+    file: Annotated[Path, typer.Argument(help="JSONL or Parquet with a response and a gold answer a row.")],
+    kind: Annotated[str, typer.Option(help="math, number, choice, an import path, or a name of --profile.")],
+    profile: Annotated[str | None, typer.Option(help="Take verifiers and limits from this profile.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also list where plain math-verify disagrees.")] = False,
+    golds: Annotated[bool, typer.Option("--golds", help="Check the gold answers alone; needs no responses.")] = False,
+    response_column: Annotated[str | None, typer.Option(help="Default: response, completion, output, ...")] = None,
+    gold_column: Annotated[str | None, typer.Option(help="Default: gold, answer, ground_truth, ...")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Rows shown of each reason.")] = 3,
+    fallback: Annotated[str, typer.Option(help="none, or last_number: what counts where there is no box.")] = "none",
+    processes: Annotated[int, typer.Option(min=1, help="Grader processes.")] = 2,
+    time_limit: Annotated[float, typer.Option(help="Seconds a row.")] = 5.0,
+    output: Annotated[Path | None, typer.Option(help="Write every row's verdict to this JSONL file.")] = None,
+    machine: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Grades a file of responses and shows the reasons with examples; or checks a file's gold answers."""
+    from latent_grpo.deploy.grading.audit import Limits, run_audit
+
+    with interruptible():
+        run_audit(
+            file, kind, Limits(processes=processes, time_limit_s=time_limit, fallback=fallback), profile=profile,
+            compare=compare, golds=golds, columns=(response_column, gold_column), examples=examples, output=output,
+            machine=machine, console=console,
+        )  # fmt: skip
+
+
+@app.command()
+def doctor() -> None:
+    """Checks the installation and says what to mend; exit code 1 if something must be."""
+    from latent_grpo.deploy.checks.doctor import run_doctor
+
+    checks = run_doctor()
+    table = Table("", "check", "found", "what to do", title="latent-grpo doctor")
+    for check in checks:
+        table.add_row(STATUS[check.status], check.name, check.found, check.mend)
+    console.print(table)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=SETTINGS)
+def submit(
+    context: typer.Context,
+    address: Annotated[str | None, typer.Option(help="The cluster's job server, http://head:8265.")] = None,
+    follow: Annotated[bool, typer.Option(help="Print the driver's log and return its exit code.")] = True,
+) -> None:
+    """Runs a command of this program as a Ray job: `latent-grpo submit [train] --profile svamp`."""
+    from latent_grpo.deploy.cluster.submit import submit as submit_job
+
+    raise typer.Exit(submit_job(command_of_job(context.args), address, follow))
+
+
+def command_of_job(arguments: list[str]) -> list[str]:
+    """The arguments with their command: `train` where none is named. Raises ConfigError for an unknown one."""
+    first = arguments[0] if arguments else ""
+    if not first or first.startswith("-") or "=" in first:
+        return ["train", *arguments]
+    known = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+    if first not in known:
+        raise ConfigError(f"submit: {first!r} is not a command; expected one of {', '.join(known)}, or only settings")
+    return arguments
+
+
+def main() -> None:
+    """Entry point. A fault in what the user gave is one clear line and exit code 2, one of the run exit code 1."""
+    try:
+        app()
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2: what the user gave; 1: what happened to the run; None: a fault of this program, with its traceback."""
+    if isinstance(error, ConfigError) or type(error).__name__ == "SubmitError":
+        return 2
+    return 1 if type(error).__name__ in RUN_ERRORS else None

@@ -1,0 +1,42 @@
+"""What a command's own words mean: settings after its options, and lists in one word."""
+
+from __future__ import annotations
+
+import typer
+
+from latent_grpo.common.config import ConfigError, RunConfig, load_config
+
+
+def overrides(arguments: list[str]) -> list[str]:
+    """`--a.b 1`, `--a.b=1` and `a.b=1` as `a.b=1`. Raises ConfigError for an option without a value."""
+    found, pending = [], None
+    for argument in arguments:
+        if pending is not None:
+            found.append(f"{pending}={argument}")
+            pending = None
+        elif argument.startswith("--") and "=" not in argument:
+            pending = argument[2:]
+        elif "=" in argument:
+            found.append(argument.removeprefix("--"))
+        else:
+            raise ConfigError(f"unexpected argument {argument!r}; settings look like --key.sub VALUE or key.sub=VALUE")
+    if pending is not None:
+        raise ConfigError(f"--{pending} has no value; settings are given as --key.sub VALUE or key.sub=VALUE")
+    return found
+
+
+def listed(text: str) -> list[str]:
+    """`a, b` as ["a", "b"]."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """`0,1` as [0, 1]. Raises ConfigError, which names the option."""
+    try:
+        return [int(part) for part in listed(text)]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected whole numbers separated by commas, e.g. 0,1,2") from None
+
+
+def settings(profile: str, context: typer.Context) -> RunConfig:
+    return load_config(profile, overrides(context.args))

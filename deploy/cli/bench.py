@@ -1,0 +1,87 @@
+"""`latent-grpo bench ...`: one command a benchmark, one module of this package each.
+
+A benchmark prints what it measured on this machine; it passes no verdict.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latent_grpo.deploy.cli.arguments import overrides
+
+bench = typer.Typer(no_args_is_help=True, help="Measures a part of the pipeline on this machine.")
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+
+@bench.command("reward")
+def bench_reward(
+    cases: Annotated[int, typer.Option(min=1, help="Gradings of each workload.")] = 4000,
+    processes: Annotated[int, typer.Option(min=1, help="Grader processes of the pool.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the generated answers.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Gradings per second and core, and the time of single gradings, on GSM8K-like and MATH-like answers."""
+    from latent_grpo.deploy.bench.reward import measure, show, write_json
+
+    results = measure(cases, processes, seed)
+    show(results)
+    if json_file is not None:
+        write_json(results, json_file)
+
+
+@bench.command("loop", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_loop(
+    context: typer.Context,
+    profile: Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")] = "quickstart",
+    model: Annotated[str | None, typer.Option(help="A model to begin from, instead of the profile's start.")] = None,
+    steps: Annotated[int, typer.Option(min=6, help="Steps of each loop; the first three are not counted.")] = 20,
+    json_file: JsonFile = None,
+) -> None:
+    """A step of the pipeline (Ray, DeepSpeed) beside a step of the same loop in one process."""
+    from latent_grpo.common.config import load_config, of_model
+    from latent_grpo.deploy.bench.loop import compare, show, write_json
+
+    config = load_config(profile, [*overrides(context.args), *(of_model(model) if model else [])])
+    found = compare(config, steps)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)
+
+
+@bench.command("report")
+def bench_report(
+    trajectories: Annotated[int, typer.Option(min=8, help="In the report.")] = 2000,
+    latent_steps: Annotated[int, typer.Option(min=1, help="Of each trajectory.")] = 20,
+    k: Annotated[int, typer.Option(min=1, help="Tokens of a latent step.")] = 10,
+    openings: Annotated[int, typer.Option(min=1, help="Of the page, at its list and at its front.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the made-up trajectories.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """How fast a report is written, and opens and searches in a real Chromium."""
+    from latent_grpo.deploy.bench.report import measure, show, write_json
+
+    result = measure(trajectories, latent_steps, k, openings, seed)
+    show(result)
+    if json_file is not None:
+        write_json(result, json_file)
+
+
+@bench.command("rollout")
+def bench_rollout(
+    vocabulary: Annotated[int, typer.Option(min=64, help="Rows of the model's output.")] = 2048,
+    hidden: Annotated[int, typer.Option(min=32, help="Hidden size, a multiple of 32.")] = 128,
+    layers: Annotated[int, typer.Option(min=1)] = 2,
+    k: Annotated[int, typer.Option(min=1, help="Mixture width of latent steps.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each way; medians are shown.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """The Transformers engine beside `model.generate`, latent steps beside hard ones, the same in vLLM. On the CPU."""
+    from latent_grpo.deploy.bench.rollout import measure, show, write_json
+
+    found = measure(vocabulary=vocabulary, hidden=hidden, layers=layers, k=k, repeats=repeats)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)

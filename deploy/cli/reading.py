@@ -1,0 +1,106 @@
+"""The commands that read a run and change nothing: `inspect` and `report`, with the same filters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+reading = typer.Typer()
+MATCHES = 20  # listed without --limit
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
+Step = Annotated[list[str] | None, typer.Option(help="A step, or a range: 10-40. May be repeated.")]
+Purpose = Annotated[str | None, typer.Option(help="training, evaluation, ...; all without.")]
+Task = Annotated[str | None, typer.Option(help="Part of a task's name.")]
+Failed = Annotated[bool, typer.Option("--failed", help="Reward 0, or none.")]
+Correct = Annotated[bool, typer.Option("--correct", help="A positive reward.")]
+Reason = Annotated[str | None, typer.Option(help="Of the grade, the end or the learner: wrong, length, masked, ...")]
+Group = Annotated[str | None, typer.Option(help="Part of a group's uid.")]
+Problem = Annotated[str | None, typer.Option(help="Part of a problem's uid.")]
+Sample = Annotated[int | None, typer.Option("--sample-index", help="Which sample of each group.")]
+MinLength = Annotated[int | None, typer.Option(help="Response steps, latent and hard.")]
+MaxLength = Annotated[int | None, typer.Option(help="Response steps, latent and hard.")]
+Sort = Annotated[str, typer.Option(help="step, length, latent, reward, seconds, advantage; -length: descending.")]
+Lineage = Annotated[int | None, typer.Option(help="Of a resumed run; its live history without.")]
+
+
+@reading.command()
+def inspect(
+    run: RunArgument,
+    step: Step = None,
+    purpose: Purpose = None,
+    task: Task = None,
+    failed: Failed = False,
+    correct: Correct = False,
+    reason: Reason = None,
+    group: Group = None,
+    problem: Problem = None,
+    sample_index: Sample = None,
+    min_length: MinLength = None,
+    max_length: MaxLength = None,
+    sort: Sort = "step",
+    lineage: Lineage = None,
+    show: Annotated[int | None, typer.Option(help="This one of the matches, in full.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help=f"Matches listed, {MATCHES} without; 0: all.")] = None,
+    thoughts: Annotated[int, typer.Option(min=1, help="Latent steps shown in full.")] = 64,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    diff: Annotated[tuple[int, int] | None, typer.Option(help="The same problem at two steps.")] = None,
+) -> None:
+    """Shows a run in the terminal: its steps, its trajectories, and what the model thought in one of them."""
+    from latent_grpo.deploy.view import inspect as overview
+    from latent_grpo.deploy.view.run_view import open_run
+    from latent_grpo.deploy.view.selection import Filters, InspectionError, parse_steps
+    from latent_grpo.deploy.view.trajectory import diff as compare
+
+    ignored = {"--step": step or None, "--show": show, "--limit": limit}
+    given = [option for option, value in ignored.items() if value is not None]
+    if diff is not None and given:
+        raise InspectionError(
+            f"--diff and {given[0]} exclude each other: --diff names its two steps, and the one problem that it shows "
+            "at both is chosen by --problem UID"
+        )
+    filters = Filters(
+        steps=parse_steps(step or []), purpose=purpose, task=task, failed=failed, correct=correct, reason=reason,
+        group=group, problem=problem, sample_index=sample_index, min_length=min_length, max_length=max_length,
+        sort=sort, lineage=lineage,
+    )  # fmt: skip
+    view, console = open_run(run), Console()
+    if diff is not None:
+        compare(view, *diff, filters, max_thoughts=thoughts, machine=json, console=console)
+    else:
+        limit = MATCHES if limit is None else limit
+        overview.inspect(view, filters, show=show, limit=limit, max_thoughts=thoughts, machine=json, console=console)
+
+
+@reading.command()
+def report(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="The file; without: report.html in the run's folder.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="At most this many trajectories.")] = 1000,
+    step: Step = None,
+    purpose: Purpose = None,
+    task: Task = None,
+    failed: Failed = False,
+    correct: Correct = False,
+    reason: Reason = None,
+    group: Group = None,
+    problem: Problem = None,
+    min_length: MinLength = None,
+    max_length: MaxLength = None,
+    lineage: Lineage = None,
+) -> None:
+    """Writes one HTML file about a run: curves, health, and trajectories to browse offline."""
+    from latent_grpo.deploy.view.report.build import write_report
+    from latent_grpo.deploy.view.run_view import open_run
+    from latent_grpo.deploy.view.selection import Filters, parse_steps
+
+    filters = Filters(
+        steps=parse_steps(step or []), purpose=purpose, task=task, failed=failed, correct=correct, reason=reason,
+        group=group, problem=problem, min_length=min_length, max_length=max_length, lineage=lineage,
+    )  # fmt: skip
+    path = write_report(open_run(run), out, filters, sample)
+    Console(highlight=False, soft_wrap=True).print(
+        f"report {path} ({path.stat().st_size / 2**20:.1f} MB)", markup=False
+    )

@@ -1,0 +1,166 @@
+"""Sends a command to a Ray cluster as a job and follows it: `latent-grpo submit train --profile gsm8k-aug`.
+
+What is uploaded is a staged copy of the five packages and of the profile files that the command names: well under a
+megabyte, whatever lies in the user's folder. The cluster's image holds the dependencies (`deploy/cluster/Dockerfile`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import latent_grpo
+from latent_grpo.deploy.run.manifest import commit_for_job
+from latent_grpo.deploy.run.versions import SUBMITTED, versions
+
+PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
+UPLOAD_LIMIT_BYTES = 20 * 2**20
+INTERRUPTED = 130
+_POLL_S = 2.0
+_STOP_DEADLINE_S = 30.0
+
+
+class SubmitError(RuntimeError):
+    """The job could not be handed over; the message says what was tried and what to do."""
+
+
+def submit(
+    arguments: Sequence[str],
+    address: str | None = None,
+    follow: bool = True,
+    *,
+    environment: dict[str, str] | None = None,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Runs `python -m latent_grpo.deploy ARGUMENTS` on the cluster and returns the driver's exit code (without `follow` 0).
+
+    `address`: the job server, `http://head:8265`; default RAY_API_SERVER_ADDRESS or RAY_ADDRESS. `environment`:
+    variables for the job, never printed. The authentication token is found by Ray itself (RAY_AUTH_TOKEN,
+    RAY_AUTH_TOKEN_PATH). While following, Ctrl-C stops the job and returns 130. Raises :class:`SubmitError` if there
+    is no cluster.
+    """
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
+    arguments = list(arguments)
+    if not arguments:
+        raise SubmitError("nothing to run: give a command, for example `train --profile gsm8k-aug`")
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise SubmitError("no cluster: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
+    with tempfile.TemporaryDirectory(prefix="lgs-") as folder:
+        staged = stage(Path(folder), arguments)
+        try:
+            client = JobSubmissionClient(address)
+            job = client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "latent_grpo.deploy", *staged]),
+                runtime_env={
+                    "working_dir": folder,
+                    "env_vars": {
+                        "PYTHONUNBUFFERED": "1",
+                        SUBMITTED: json.dumps(versions()),
+                        **commit_for_job(),
+                        **(environment or {}),
+                    },
+                },
+            )
+        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+            raise SubmitError(
+                f"{address} did not take the job: {error}. Is the head running, is 8265 reachable (kubectl "
+                "port-forward, ssh -L), and is RAY_AUTH_TOKEN the cluster's token?"
+            ) from error
+    say(f"job {job} submitted to {address}")
+    if not follow:
+        say(f"follow it: ray job logs --address {address} --follow {job}")
+        return 0
+    try:
+        asyncio.run(_tail(client, job))
+        return _exit_code(client, job, say)
+    except KeyboardInterrupt:
+        _stop(client, job, say)
+        return INTERRUPTED
+
+
+def stage(folder: Path, arguments: Sequence[str]) -> list[str]:
+    """Copies the packages, laid out as in a wheel, and the named local YAML files into `folder`.
+
+    Returns the arguments as the job sees them.
+    """
+    root, upload = Path(__file__).resolve().parents[2], folder / "latent_grpo"
+    upload.mkdir()
+    shutil.copyfile(Path(latent_grpo.__file__), upload / "__init__.py")
+    for package in PACKAGES:
+        shutil.copytree(root / package, upload / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    staged = []
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+        path = Path(value)
+        if path.suffix in {".yaml", ".yml"} and path.is_file():
+            profiles = folder / "submitted"
+            profiles.mkdir(exist_ok=True)
+            copy = profiles / path.name
+            if copy.exists() and copy.read_bytes() != path.read_bytes():
+                raise SubmitError(
+                    f"two different files are called {path.name}; rename one, they share a folder in the job"
+                )
+            shutil.copyfile(path, copy)
+            value = f"submitted/{path.name}"
+        staged.append(f"{option}{equals}{value}")
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    if size > UPLOAD_LIMIT_BYTES:
+        raise SubmitError(
+            f"the upload would be {size / 2**20:.0f} MiB, at most {UPLOAD_LIMIT_BYTES / 2**20:.0f} are allowed: keep "
+            f"data and runs out of {root} ({', '.join(PACKAGES)})"
+        )
+    return staged
+
+
+async def _tail(client, job: str) -> None:
+    """Prints the driver's output until the job ends. A connection that breaks is taken up where it stopped."""
+    shown = 0
+    while True:
+        position = 0
+        try:
+            async for text in client.tail_job_logs(job):
+                fresh = text[max(0, shown - position) :]  # the server starts from the beginning each time
+                position += len(text)
+                shown = max(shown, position)
+                sys.stdout.write(fresh)
+                sys.stdout.flush()
+        except (ConnectionError, RuntimeError, OSError) as error:
+            print(f"log stream interrupted ({error}); connecting again", file=sys.stderr)
+        if client.get_job_status(job).is_terminal():
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+def _exit_code(client, job: str, say: Callable[[str], None]) -> int:
+    details = client.get_job_info(job)
+    status = str(details.status.value)
+    if status == "SUCCEEDED":
+        say(f"job {job}: {status}")
+        return 0
+    # Ray appends the log's end to its message; it has just been streamed
+    reason = (details.message or "no reason given").partition(", last available logs")[0]
+    say(f"job {job}: {status}: {reason}")
+    return details.driver_exit_code or 1
+
+
+def _stop(client, job: str, say: Callable[[str], None]) -> None:
+    say(f"stopping job {job}")
+    client.stop_job(job)
+    deadline = time.monotonic() + _STOP_DEADLINE_S
+    while time.monotonic() < deadline:
+        if client.get_job_status(job).is_terminal():
+            say(f"job {job} stopped")
+            return
+        time.sleep(1.0)
+    say(f"job {job} has not stopped within {_STOP_DEADLINE_S:.0f} s; see `ray job status {job}`")

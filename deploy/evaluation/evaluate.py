@@ -1,0 +1,246 @@
+"""Evaluation (METHOD §8) on a rollout pool: pass@1 with noise off, pass@k with the run's noise, per task and averaged.
+
+problems ─► groups of `runs` samples, noise off ─────► pass@1, lengths, invalid rate ─┐
+        └─► groups of `samples`, the run's noise ────► pass@k ────────────────────────┴─► macro average
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain as chained
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from rich.markup import escape
+
+from latent_grpo.common.config import ConfigError, EvaluationConfig, RunConfig, load_config, of_model, read_profile
+from latent_grpo.common.config.yaml_files import parse_override
+from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, read_chain
+from latent_grpo.common.models import load_model
+from latent_grpo.common.schema import concat
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks
+from latent_grpo.common.types import GroupRequest
+from latent_grpo.deploy.controller import gather
+from latent_grpo.deploy.evaluation.report import REPORT_FILE, report, show, table
+from latent_grpo.deploy.evaluation.scores import TaskResult, macro_average, pass_at_k_results, results
+from latent_grpo.deploy.run.folder import create_run
+from latent_grpo.deploy.run.preparation import ready
+from latent_grpo.deploy.run.problems import PreparedTask, evaluation_requests
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.session import Run, started
+from latent_grpo.learner.publication import publish
+
+SAMPLES_AT_ONCE = 8192  # asked of the pool together; bounds the trajectories in memory
+
+Gather = Callable[[list[GroupRequest], Callable[[int], None]], list[pa.RecordBatch]]
+"""Generates groups on the pool's current weights and waits for all (`Controller.gather`, `controller.gather`)."""
+Keep = Callable[[list[pa.RecordBatch]], None]
+"""What is done with trajectories as they come: dumped, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model can do, task by task."""
+
+    tasks: tuple[TaskResult, ...]
+
+    @property
+    def macro(self) -> TaskResult:
+        return macro_average(self.tasks)
+
+    def metrics(self) -> dict[str, float]:
+        return {name: value for result in self.tasks for name, value in result.metrics().items()}
+
+
+def measure(
+    config: RunConfig,
+    gather: Gather,
+    tasks: Sequence[PreparedTask],
+    tag: str,
+    *,
+    settings: EvaluationConfig | None = None,
+    reporter: Reporter | None = None,
+    keep: Keep = lambda groups: None,
+) -> Evaluation:
+    """Evaluates the weights that the pool behind `gather` holds.
+
+    `settings` (the run's own by default): `runs` samples a problem with noise off for pass@1; where `samples` is above
+    0, so many more with the run's noise for pass@k. `tag` is part of the groups' identity and must be new for each
+    evaluation of a run, while the draws depend on problem and sample index only (METHOD §2.5).
+    """
+    settings, reporter = settings or config.evaluation, reporter or Reporter()
+    if not tasks:
+        return Evaluation(())
+    quiet = _requests(config, tasks, tag, settings.runs)
+    found = results(_generated(gather, quiet, f"evaluate {tag}", reporter, keep))
+    if settings.samples:
+        noisy = _requests(
+            config, tasks, f"{tag}-sampled", settings.samples, noise=config.noise.mode, limit=settings.sampled_problems
+        )
+        groups = _generated(gather, noisy, f"pass@k {tag}", reporter, keep)
+        at_k = pass_at_k_results(groups, settings.ks)
+        found = [dataclasses.replace(result, pass_at_k=at_k[result.task]) for result in found]
+    return Evaluation(tuple(found))
+
+
+def _requests(
+    config: RunConfig, tasks: Iterable[PreparedTask], tag: str, samples: int, **options
+) -> list[GroupRequest]:
+    return list(chained.from_iterable(evaluation_requests(config, task, samples, tag, **options) for task in tasks))
+
+
+def _generated(
+    gather: Gather, requests: list[GroupRequest], name: str, reporter: Reporter, keep: Keep
+) -> Iterator[pa.RecordBatch]:
+    """The groups in the order of `requests`, a part at a time."""
+    size = max(SAMPLES_AT_ONCE // len(requests[0].sample_indices), 1)
+    with reporter.phase(name, len(requests), "problems") as advance:
+        for start in range(0, len(requests), size):
+            groups = gather(requests[start : start + size], lambda done, start=start: advance(start + done))
+            keep(groups)
+            yield from groups
+
+
+def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
+    """Every evaluation task on the workers' weights; into the metrics and the summary. pass@k before and after only."""
+    ends = tag in ("before", "after")
+    settings = run.config.evaluation
+    if not ends:
+        settings = settings.model_copy(update={"samples": 0})
+
+    def keep(groups: list[pa.RecordBatch]) -> None:
+        run.store.write(step, concat(groups), "evaluation", run.lineage)
+
+    options = {"keep": keep} if run.config.dump.evaluation else {}
+    found = measure(
+        run.config, gather, run.problems.evaluation, tag, settings=settings, reporter=run.reporter, **options
+    )
+    if not found.tasks:
+        return []
+    run.metrics.write(step, found.metrics(), kind="evaluation", lineage=run.lineage)
+    if ends:
+        run.record(**{tag: found.metrics()})
+    for result in found.tasks:
+        low, high = result.interval
+        run.reporter.say(
+            f"{result.task}: pass@1 {result.pass_at_1:.3f} (95 % {low:.3f} to {high:.3f}), chain length "
+            f"{result.chain_length:.1f} ({result.latent_length:.1f} latent), invalid {result.invalid_rate:.1%}"
+            + "".join(f", pass@{at.k} {at.value:.3f}" for at in result.pass_at_k)
+        )
+    return list(found.tasks)
+
+
+# --- as a command --------------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """What an evaluation was asked for."""
+
+    config: RunConfig
+    name: str
+    noise: str | None
+    """Who gave the scale of pass@k's noise; None: nobody, it is the default."""
+
+
+def evaluation_config(
+    model: str, overrides: list[str], *, profile: str | None = None, tasks: Sequence[str] = (), data: str = "data"
+) -> Asked:
+    """Settings of an evaluation of `model`, a name for it, and where its noise comes from.
+
+    They come from `profile`; without one from the run whose folder the model lies in; without that, for named
+    benchmarks, from the model's own chain (`common.model_chain`) and the defaults. `tasks` replaces the evaluation tasks by
+    named benchmarks with the files of the folder `data`. Training tasks are not loaded.
+    """
+    run_config = Path(model).parent / "config.json"
+    if profile is not None:
+        settings, name = read_profile(profile), Path(profile).stem
+        noise = f"profile {name}"
+    elif (Path(model).parent / "run.json").is_file() and run_config.is_file():
+        settings, name = read_profile(run_config), Path(model).resolve().parent.name
+        noise = f"run {name}"
+    elif tasks:
+        settings, name, noise = _settings_of(read_chain(model)), "benchmarks", None
+    else:
+        raise ConfigError(
+            f"what shall {model} be evaluated on? Give --tasks (of {', '.join(BENCHMARKS)}), or --profile with "
+            "evaluation.tasks"
+        )
+    evaluation = dict(settings.get("evaluation") or {})
+    if tasks:
+        evaluation["tasks"] = [task.model_dump(exclude_unset=True) for task in benchmark_tasks(tasks, data)]
+        name = "-".join(tasks) if len(tasks) < 4 else f"{len(tasks)}-benchmarks"
+    if not evaluation.get("tasks"):
+        raise ConfigError(f"{name} has no evaluation.tasks; give --tasks, or add one with `name` and `path`")
+    settings |= {"evaluation": evaluation, "tasks": evaluation["tasks"]}
+    config = load_config(settings, [*overrides, *of_model(model)])
+    if any(parse_override(override)[0] in (["noise"], ["noise", "scale"]) for override in overrides):
+        noise = "the command"
+    if "scale" not in config.noise.model_fields_set:
+        noise = None
+    return Asked(config.model_copy(update={"tasks": config.evaluation.tasks}), name, noise)
+
+
+def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
+    """A model's own: how it was made to think."""
+    if chain is None:
+        return {}
+    if chain.chain == "explicit":
+        return {"algorithm": "grpo", "model": {"prompt": {"think_end": chain.think_end}}}
+    return {"k": chain.k, "tau": chain.tau, "model": {"prompt": {"think_end": chain.think_end}}}
+
+
+def noise_line(config: RunConfig, noise: str | None) -> str | None:
+    """The noise that pass@k is sampled with, and who gave its scale (:class:`Asked`); None where none is used."""
+    if not config.evaluation.samples or config.noise.mode == "off":
+        return None
+    used = f"pass@k is sampled with noise.scale {config.noise.scale:g} ({config.noise.mode})"
+    if noise is not None:
+        return f"{used}, of {escape(noise)}"
+    return (
+        f"[yellow]{used}, the default: the settings name none, and {CHAIN_FILE} does not keep the one that the model "
+        "was trained with; give it as noise.scale=...[/]"
+    )
+
+
+def evaluate_model(
+    config: RunConfig, name: str, reporter: Reporter | None = None, noise: str | None = None
+) -> Evaluation:
+    """A finished model on `config.evaluation.tasks`, in a run folder of its own: `evaluation.json`, all trajectories,
+    and a table. `noise`: see :class:`Asked`."""
+    if not config.evaluation.tasks:
+        raise ConfigError(f"{name} has no evaluation.tasks; add one with `name` and `path`")
+    reporter = reporter or Reporter()
+    parts = ready(config, reporter)
+    if (line := noise_line(config, noise)) is not None:
+        reporter.say(line)
+    folder = create_run(config, f"evaluate-{name}")
+    with started(folder, config, 0, reporter, parts=parts) as run:
+        model = load_model(run.initial, config.model.dtype)
+        weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+        publication = publish(weights, 0, config.learner.weight_bucket_bytes)
+        run.pool.publish(publication)
+        del model, weights
+
+        def keep(groups: list[pa.RecordBatch]) -> None:
+            run.store.write(0, concat(groups), "evaluation", run.lineage)
+
+        ask = partial(gather, run.pool)
+        found = measure(config, ask, run.problems.evaluation, "model", reporter=reporter, keep=keep)
+        run.metrics.write(0, found.metrics(), kind="evaluation")
+        content = report(
+            found.tasks,
+            run.problems.evaluation,
+            config,
+            model=str(run.initial),
+            checksum=publication.manifest.version.checksum,
+            chain=run.chain,
+            versions=folder.read_json("run.json")["versions"],
+        )
+        run.folder.write_json(REPORT_FILE, content)
+    show(reporter.console, table(found.tasks, str(config.model.path)))
+    reporter.say(f"{run.folder.path / REPORT_FILE} · trajectories in {run.folder.trajectories}")
+    return found

@@ -1,0 +1,209 @@
+"""What an evaluation leaves: `evaluation.json` with everything that decided its numbers, and a table for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from latent_grpo.common.config import RunConfig
+from latent_grpo.common.model_chain import ChainSettings
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS
+from latent_grpo.deploy.evaluation.scores import MACRO, TaskResult, macro_average
+from latent_grpo.deploy.run.problems import PreparedTask
+
+REPORT_FILE = "evaluation.json"
+READ_BYTES = 2**20
+WIDEST = 400  # columns of a table in a log
+
+
+def report(
+    results: Sequence[TaskResult],
+    tasks: Sequence[PreparedTask],
+    config: RunConfig,
+    *,
+    model: str,
+    checksum: str,
+    chain: ChainSettings | None,
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """Contents of :data:`REPORT_FILE`. `checksum`: of the published weights; `versions`: of program and packages."""
+    numbers = published(results)
+    evaluation = config.evaluation
+    return {
+        "model": model,
+        "weights_checksum": checksum,
+        "chain": chain.model_dump(mode="json") if chain else None,
+        "evaluated": time.strftime("%FT%T%z"),
+        "versions": versions,
+        "settings": {
+            "algorithm": config.algorithm,
+            "seed": config.seed,
+            "dtype": config.model.dtype,
+            "engine": config.rollout.engine,
+            "k": config.schema_k,
+            "tau": config.tau,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+            "runs": evaluation.runs,
+            "samples": evaluation.samples,
+            "sampled_problems": evaluation.sampled_problems,
+            "sampled_noise": {"mode": config.noise.mode, "scale": config.noise.scale},
+            "answer_fallback": config.rollout.verifier.fallback,
+        },
+        "tasks": [
+            {**dataclasses.asdict(result), **_origin(task), "published": _published(numbers.get(result.task, ()))}
+            for result, task in zip(results, tasks, strict=True)
+        ],
+        "macro_average": {
+            **dataclasses.asdict(macro_average(results)),
+            "published": _published(numbers.get(MACRO, ())),
+        },
+    }
+
+
+def _origin(task: PreparedTask) -> dict[str, Any]:
+    """Where a task's problems came from, and how they were asked and graded."""
+    config, renderer = task.source.config, task.renderer.config
+    file = Path(config.path)
+    return {
+        "path": config.path,
+        "options": config.options,
+        "sha256": _sha256(file) if file.is_file() else None,
+        "verifier": config.verifier,
+        "prompt": renderer.model_dump(mode="json"),
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "max_response_tokens": config.max_response_tokens,
+        "dropped": {reason: len(rows) for reason, rows in task.source.dropped.items()},
+    }
+
+
+def _published(numbers) -> list[dict[str, Any]]:
+    return [{k: v for k, v in dataclasses.asdict(n).items() if v is not None} for n in numbers]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def table(results: Sequence[TaskResult], title: str) -> Table:
+    """One row a task, and the macro average below two or more."""
+    numbers = published(results)
+    ks = list(dict.fromkeys(at.k for result in results for at in result.pass_at_k))
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("task", "problems", "pass@1", "95 %", *(f"pass@{k} ~" for k in ks), "steps", "latent", "invalid"):
+        if name == "task":
+            shown.add_column(name, min_width=len("gsm8k-aug"), overflow="fold")
+        else:
+            shown.add_column(name, justify="right", no_wrap=True)
+    if numbers:
+        shown.add_column("published, percent")
+    rows = [*results, macro_average(results)] if len(results) > 1 else list(results)
+    for result in rows:
+        if result.task == MACRO:
+            shown.add_section()
+        low, high = result.interval
+        at_k = {at.k: at for at in result.pass_at_k}
+        cells = [
+            result.task + (f" ({result.ungraded} samples ungraded)" if result.ungraded else ""),
+            f"{result.problems:,}",
+            f"{result.pass_at_1:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            *(f"{at_k[k].value:.3f}" if k in at_k else "-" for k in ks),
+            f"{result.chain_length:.1f}",
+            f"{result.latent_length:.1f}",
+            f"{result.invalid_rate:.1%}",
+        ]
+        if numbers:
+            of_task = numbers.get(result.task, ())
+            cells.append("\n".join(p.describe() for p in of_task) + (f" ({of_task[0].model})" if of_task else ""))
+        shown.add_row(*cells)
+    if ks:
+        shown.caption = "pass@1: noise off; ~: sampled with noise"
+    return shown
+
+
+def show(console: Console, shown: Table) -> None:
+    """A log has no width of its own: there the table is as wide as it needs."""
+    width = console.width
+    if not console.is_terminal:
+        console.width = WIDEST
+        console.width = max(width, console.measure(shown).maximum)
+    console.print(shown)
+    console.width = width
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Percent; a chain length in response steps."""
+
+    model: str
+    method: str
+    pass_at_1: float | None = None
+    chain_length: float | None = None
+    pass_at_64: float | None = None  # with noise
+
+    def describe(self) -> str:
+        parts = [f"{self.method} {self.pass_at_1:.2f}" if self.pass_at_1 is not None else self.method]
+        parts += [f"pass@64 {self.pass_at_64:.1f}"] if self.pass_at_64 is not None else []
+        parts += [f"{self.chain_length:g} steps"] if self.chain_length is not None else []
+        return ", ".join(parts)
+
+
+LOW, HIGH = "Llama-3.2-1B", "Qwen2.5-Math-7B"
+
+
+AVERAGES = {
+    "low": (
+        Published(LOW, "Latent-SFT", 50.46),
+        Published(LOW, "Soft-GRPO", 50.73),
+        Published(LOW, "explicit GRPO", 57.98, chain_length=94.2),
+        Published(LOW, "Latent-GRPO", 58.32, chain_length=21.2),
+    ),
+    "high": (
+        Published(HIGH, "Latent-SFT", 26.95),
+        Published(HIGH, "Soft-GRPO", 24.38),
+        Published(HIGH, "explicit GRPO", 37.45, chain_length=5466),
+        Published(HIGH, "Latent-GRPO", 41.72, chain_length=1649),
+    ),
+}
+
+
+TASKS = {
+    "math500": (
+        Published(HIGH, "Latent-GRPO", 80.40, pass_at_64=87.8),
+        Published(HIGH, "explicit GRPO", pass_at_64=84.2),
+    ),
+    "aime2024": (
+        Published(HIGH, "Latent-GRPO", 26.56, pass_at_64=50.0),
+        Published(HIGH, "explicit GRPO", pass_at_64=23.3),
+    ),
+    "aime2025": (
+        Published(HIGH, "Latent-GRPO", 23.23, pass_at_64=53.3),
+        Published(HIGH, "explicit GRPO", pass_at_64=30.0),
+    ),
+}
+
+
+def published(results: Sequence[TaskResult]) -> dict[str, tuple[Published, ...]]:
+    """Task name (or the macro average's) -> what was published for it. A benchmark of another size is another one, and
+    an average is compared only with that of the same four."""
+    whole = {r.task for r in results if r.task in BENCHMARKS and r.problems == BENCHMARKS[r.task].problems}
+    found = {name: numbers for name, numbers in TASKS.items() if name in whole}
+    for level, numbers in AVERAGES.items():
+        if {r.task for r in results} == whole == {n for n, b in BENCHMARKS.items() if b.level == level}:
+            found[MACRO] = numbers
+    return found

@@ -1,0 +1,207 @@
+"""The figures of an evaluation (METHOD §8), pure: pass@1 with its interval, pass@k, lengths, invalid rate, averages.
+
+All uncertainty is over problems: the samples of one problem are averaged first, so that five runs of 30 problems are
+30 observations and not 150.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from latent_grpo.common.schema import TrajectoryBatch
+
+Z = 1.959964  # of a two-sided 95 % interval
+MACRO = "macro average"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassAtK:
+    """Unbiased pass@k over the problems that have at least k graded samples."""
+
+    k: int
+    value: float
+    standard_error: float
+    problems: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """One task's figures. Lengths are in response steps, invalid samples included."""
+
+    task: str
+    problems: int
+    samples: int
+    pass_at_1: float  # mean over problems of their samples' mean
+    standard_error: float  # of pass@1, over problems
+    interval: tuple[float, float]  # 95 % of pass@1 (:func:`interval`)
+    runs: tuple[float, ...]  # accuracy of each repetition
+    chain_length: float
+    latent_length: float
+    invalid_rate: float
+    ungraded: int  # samples left out of pass@1: their grading failed
+    pass_at_k: tuple[PassAtK, ...] = field(default=())  # from separate samples, with the run's noise
+
+    def figures(self) -> dict[str, float]:
+        """What is kept of it: name -> value."""
+        names = ("pass_at_1", "standard_error", "chain_length", "latent_length", "invalid_rate", "ungraded")
+        values = {name: float(getattr(self, name)) for name in names}
+        for at in self.pass_at_k:
+            values[f"sampled_pass_at_{at.k}"] = at.value
+            values[f"sampled_error_at_{at.k}"] = at.standard_error
+        return values
+
+    def metrics(self) -> dict[str, float]:
+        return {f"{self.task}/{name}": value for name, value in self.figures().items()}
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that k of `samples` drawn without replacement hold a correct one: 1 - C(n - c, k) / C(n, k)."""
+    if not 0 <= correct <= samples or not 1 <= k <= samples:
+        raise ValueError(f"need 0 <= correct <= samples and 1 <= k <= samples, got n={samples}, c={correct}, k={k}")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def interval(value: float, standard_error: float, observations: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a rate, at the number of independent observations that its standard error speaks for.
+
+    A standard error of 0 (all right or all wrong) speaks for `observations`; the interval then still has a width, which
+    value +- 1.96 standard errors would not have.
+    """
+    if observations == 0:
+        return 0.0, 1.0
+    n = float(observations) if standard_error == 0.0 else value * (1.0 - value) / standard_error**2
+    n = max(n, 1.0)
+    centre = (value + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(value * (1 - value) / n + Z * Z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+# --- from groups ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Collected:
+    """What is kept of a task's groups: a few numbers a sample, so that trajectories need not stay in memory."""
+
+    rewards: list[np.ndarray] = field(default_factory=list)  # per group [samples] float32; NaN: ungraded
+    indices: list[np.ndarray] = field(default_factory=list)  # sample index: the repetition
+    steps: int = 0
+    latent_steps: int = 0
+    valid: int = 0
+
+    def add(self, group: pa.RecordBatch) -> None:
+        view = TrajectoryBatch(group)
+        self.rewards.append(view.rewards.copy())  # a view would keep the whole batch
+        self.indices.append(view.numbers("sample_index").copy())
+        self.steps += int(view.num_steps.sum())
+        self.latent_steps += int(view.num_latent_steps.sum())
+        self.valid += int(view.valid.sum())
+
+
+def _collect(groups: Iterable[pa.RecordBatch], together: str | None) -> dict[str, _Collected]:
+    by_task: dict[str, _Collected] = {}
+    for group in groups:
+        by_task.setdefault(together or group.column("task")[0].as_py(), _Collected()).add(group)
+    return by_task
+
+
+def results(groups: Iterable[pa.RecordBatch], together: str | None = None) -> list[TaskResult]:
+    """pass@1 and lengths per task, in order of first appearance; `together` names one result of all tasks instead.
+
+    `groups` is read once; a generator's groups are not kept.
+    """
+    return [_result(task, found) for task, found in _collect(groups, together).items()]
+
+
+def _result(task: str, found: _Collected) -> TaskResult:
+    rewards, indices = np.concatenate(found.rewards), np.concatenate(found.indices)
+    graded = ~np.isnan(rewards)
+    means = np.array([group[~np.isnan(group)].mean() for group in found.rewards if not np.isnan(group).all()])
+    value, error = _mean_and_error(means)
+    each = (rewards[graded & (indices == run)] for run in np.unique(indices))
+    return TaskResult(
+        task=task,
+        problems=len(found.rewards),
+        samples=len(rewards),
+        pass_at_1=value,
+        standard_error=error,
+        interval=interval(value, error, len(means)),
+        runs=tuple(float(of_run.mean()) for of_run in each if len(of_run)),
+        chain_length=found.steps / len(rewards),
+        latent_length=found.latent_steps / len(rewards),
+        invalid_rate=1.0 - found.valid / len(rewards),
+        ungraded=int((~graded).sum()),
+    )
+
+
+def pass_at_k_results(groups: Iterable[pa.RecordBatch], ks: Sequence[int]) -> dict[str, tuple[PassAtK, ...]]:
+    """Task -> pass@k for each k. A sample counts as correct if its reward is above 0.5; ungraded ones are left out."""
+    return {
+        task: tuple(_pass_at_k(found.rewards, k) for k in ks) for task, found in _collect(groups, together=None).items()
+    }
+
+
+def _pass_at_k(rewards: list[np.ndarray], k: int) -> PassAtK:
+    counts = [(int((~np.isnan(group)).sum()), int((group > 0.5).sum())) for group in rewards]
+    values = np.array([pass_at_k(n, correct, k) for n, correct in counts if n >= k])
+    value, error = _mean_and_error(values)
+    return PassAtK(k=k, value=value, standard_error=error, problems=len(values))
+
+
+def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error; (0, 0) of nothing."""
+    values = values.astype(np.float64)
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return (float(values.mean()) if len(values) else 0.0), float(error)
+
+
+def is_error(name: str) -> bool:
+    """Whether a figure of this name is a standard error."""
+    return name == "standard_error" or name.startswith("sampled_error_at_")
+
+
+def average(tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Several tasks' :meth:`TaskResult.figures` as one's. Every task weighs the same; the tasks are independent
+    samples, so the squares of their errors add up; `ungraded` is a count. A figure that a task lacks is left out."""
+    found = {}
+    for name in [name for name in tasks[0] if all(name in task for task in tasks)] if tasks else []:
+        values = [task[name] for task in tasks]
+        total = math.hypot(*values) if is_error(name) else sum(values)
+        found[name] = total if name == "ungraded" else total / len(values)
+    return found
+
+
+def macro_average(found: Sequence[TaskResult]) -> TaskResult:
+    """The result that stands for all tasks, by :func:`average`."""
+    if not found:
+        raise ValueError("macro average of no task")
+    values = average([result.figures() for result in found])
+    problems = sum(r.problems for r in found)
+    return TaskResult(
+        task=MACRO,
+        problems=problems,
+        samples=sum(r.samples for r in found),
+        pass_at_1=values["pass_at_1"],
+        standard_error=values["standard_error"],
+        interval=interval(values["pass_at_1"], values["standard_error"], problems),
+        runs=tuple(sum(of_run) / len(found) for of_run in zip(*(r.runs for r in found), strict=False)),
+        chain_length=values["chain_length"],
+        latent_length=values["latent_length"],
+        invalid_rate=values["invalid_rate"],
+        ungraded=int(values["ungraded"]),
+        pass_at_k=tuple(
+            PassAtK(
+                k=at.k,
+                value=values[f"sampled_pass_at_{at.k}"],
+                standard_error=values[f"sampled_error_at_{at.k}"],
+                problems=sum(a.problems for r in found for a in r.pass_at_k if a.k == at.k),
+            )
+            for at in found[0].pass_at_k
+            if f"sampled_pass_at_{at.k}" in values
+        ),
+    )

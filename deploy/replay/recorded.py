@@ -1,0 +1,162 @@
+"""What a run's dumps and checkpoints allow to compute again: the batches the learner was given, and where it stood.
+
+The state before step N is the checkpoint after step N - 1 (before the first step: the model that RL began from). Where
+that checkpoint is gone, an earlier one and the dumps of all steps between serve as well: the learner takes those steps
+again, each on its recorded batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.errors import MetricsError
+from latent_grpo.common.learner_record import LearnerBatch, join
+from latent_grpo.common.metrics import read_metrics
+from latent_grpo.common.schema import TrajectoryBatch, take_rows
+from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore, step_ranges
+from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.learner.advantages import drop_reason
+from latent_grpo.learner.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
+
+
+class RecordedError(ConfigError):
+    """A step that cannot be computed again; the message says what is missing and which steps can."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedStep:
+    """A step as it was: what it was trained on, and what came out."""
+
+    step: int
+    batch: pa.RecordBatch | None  # what the learner was given; None: no group had signal
+    records: pa.RecordBatch | None  # of the batch's rows, in its order; None: the dump has none
+    metrics: dict[str, float | None]  # of metrics.jsonl; empty where the line is missing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Where the learner begins: after `step` steps, from a checkpoint, or (None, step 0) from the initial model."""
+
+    step: int
+    checkpoint: Path | None
+
+
+class RecordedRun:
+    """A run's folder, read only. `config`: its settings."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig):
+        self.folder, self.config = folder, config
+        self.trajectories = TrajectoryStore(folder.trajectories)
+        self.records = LearnerStore(folder.learner_records)
+        try:
+            lines = list(read_metrics(folder.path))
+        except MetricsError:  # killed before its first step
+            lines = []
+        self._metrics = {row["step"]: row["metrics"] for row in lines}
+        self._live = {(row["step"], row["lineage"]) for row in lines}
+
+    @property
+    def base(self) -> str | Path:
+        """The model that RL began from."""
+        if self.config.model.new is None and self.config.warm_start is None:
+            return self.config.model.path
+        if not (self.folder.base_model / "config.json").is_file():
+            raise RecordedError(f"{self.folder.path}: no model in base/; the run ended before RL began")
+        return self.folder.base_model
+
+    @property
+    def dumped(self) -> list[int]:
+        return self.trajectories.steps()
+
+    def step(self, step: int) -> RecordedStep:
+        """Raises :class:`RecordedError` for a step whose dump is not there, not readable or not whole."""
+        try:
+            batch = self.trajectories.read(step)
+            records = self.records.read(step) if step in self.records.steps() else None
+        except DumpError as error:
+            raise RecordedError(str(error)) from error
+        self._check_whole(step, batch)
+        rows = self._trained_rows(batch, records)
+        chosen = take_rows(batch, rows) if len(rows) else None
+        if records is not None:
+            records = take_rows(records, join(batch, records)[rows])
+        return RecordedStep(step=step, batch=chosen, records=records, metrics=self._metrics.get(step, {}))
+
+    def _check_whole(self, step: int, batch: pa.RecordBatch) -> None:
+        sizes = Counter(batch.column("group_uid").to_pylist())
+        torn = [uid for uid, size in sizes.items() if size != self.config.group_size]
+        if torn:
+            raise RecordedError(
+                f"the dump of step {step} is not whole: group {torn[0]} has {sizes[torn[0]]} of "
+                f"{self.config.group_size} samples, and {len(torn)} of {len(sizes)} groups are like it. The run was "
+                f"dumped with dump.which: {self.config.dump.which}; only dump.which: all can be computed again"
+            )
+
+    def _trained_rows(self, batch: pa.RecordBatch, records: pa.RecordBatch | None) -> np.ndarray:
+        """Rows of the groups that were trained on: by the learner's records, else by the rule (METHOD §4.3)."""
+        if records is not None:
+            places = join(batch, records)
+            if (places < 0).any():
+                raise RecordedError(
+                    f"{(places < 0).sum()} of {batch.num_rows} trajectories of a step have no learner record: the two "
+                    "files of the step do not belong together; was one of them replaced?"
+                )
+            return np.flatnonzero(LearnerBatch(records).taught[places])
+        view = TrajectoryBatch(batch)
+        _, group = np.unique(batch.column("group_uid").to_pylist(), return_inverse=True)
+        kept = [
+            drop_reason(view.rewards[group == g], view.valid[group == g], masking=self.config.masking) is None
+            for g in range(group.max() + 1)
+        ]
+        return np.flatnonzero(np.array(kept, dtype=bool)[group])
+
+    # --- where to begin --------------------------------------------------------------------------------------------
+
+    def starts(self) -> dict[int, Path | None]:
+        """Steps after which the learner's state is there; 0 is the initial model. Damaged checkpoints are left out."""
+        found: dict[int, Path | None] = {0: None}
+        for step, path in list_checkpoints(self.folder.checkpoints):
+            try:
+                state = verify_checkpoint(path)
+            except CheckpointError:
+                continue
+            if (step, state["lineage"]) in self._live or step not in self._metrics:
+                found[step] = path
+        return found
+
+    def start_for(self, step: int) -> Start:
+        """The nearest state from which step `step` can be reached. Raises :class:`RecordedError`."""
+        if step < 1:
+            raise RecordedError(f"step {step}: steps are numbered from 1")
+        dumped, starts = set(self.dumped), self.starts()
+        if step not in dumped:
+            raise RecordedError(
+                f"{self.trajectories.folder}: step {step} was not dumped, or its dump was removed; dumped: "
+                f"{step_ranges(sorted(dumped)) or 'none'}. Which steps are dumped, and how long dumps are kept, is set "
+                "by the section dump of the run's settings"
+            )
+        for start in sorted((s for s in starts if s < step), reverse=True):
+            if all(between in dumped for between in range(start + 1, step)):
+                return Start(step=start, checkpoint=starts[start])
+        there = step_ranges([s for s in starts if s]) or "none"
+        raise RecordedError(
+            f"step {step} needs the learner's state after step {step - 1}, or an earlier one and the dumps of all "
+            f"steps between. Checkpoints there: {there} (and the initial model, 0); dumped steps: "
+            f"{step_ranges(sorted(dumped))}. Steps of this run that can be replayed: "
+            f"{step_ranges(self.replayable()) or 'none'}. Keep more in the next run with checkpoint.every, "
+            "checkpoint.keep and dump.every: 1"
+        )
+
+    def replayable(self) -> list[int]:
+        dumped, found, reach = self.dumped, [], set(self.starts())
+        for step in dumped:
+            if step - 1 in reach:
+                found.append(step)
+                reach.add(step)
+        return found

@@ -1,0 +1,254 @@
+"""The pipeline's loop in one process: no Ray, no DeepSpeed, one thread; generation and learning take turns.
+
+It is the yardstick of what the distributed loop costs (`latent-grpo bench loop`), and the cheap vehicle of a suite
+(`runner: in_process`). Engine, prompts, controller, method and run folder are the pipeline's own; three things are not:
+
+* the pool is a list of requests that `poll` generates and grades at once,
+* the learner is one rank whose optimizer is plain torch AdamW,
+* weights go from one to the other as tensors.
+
+It has no worker to lose, no time limit for verifiers and no checkpoints of RL steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from latent_grpo.common.config import OptimizerConfig, RunConfig
+from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.common.models import load_model
+from latent_grpo.common.schema import encode
+from latent_grpo.common.types import GroupRequest, PolicyVersion, Trajectory
+from latent_grpo.common.weights import checksum
+from latent_grpo.deploy.controller import Controller, gather
+from latent_grpo.deploy.evaluation.evaluate import evaluate
+from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.preparation import prepare
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.session import Run, run_of
+from latent_grpo.deploy.sft.loop import warm_start
+from latent_grpo.deploy.train import self_test
+from latent_grpo.learner.base_rank import RankActor
+from latent_grpo.learner.learner import ReplayReport, gaps_of, summarize
+from latent_grpo.learner.policy import load_policy_model
+from latent_grpo.learner.rank import LearnerRank, RankReport
+from latent_grpo.learner.sft.learner import SFTRank, SFTReport
+from latent_grpo.learner.zero_engine import LearnerDiverged, UpdateResult
+from latent_grpo.reward.answers import grade
+from latent_grpo.rollout_workers.engine import generate
+from latent_grpo.rollout_workers.factory import ResponseText
+from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
+
+Weights = tuple[PolicyVersion, list[tuple[str, torch.Tensor]]]
+
+
+def versioned(version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> Weights:
+    """What the pool is given as a publication."""
+    tensors = [(name, parameter.detach()) for name, parameter in parameters]
+    return PolicyVersion(version=version, checksum=checksum(tensors)), tensors
+
+
+class InProcessPool:
+    """The controller's `Pool`. `poll` generates everything that was submitted and returns it graded."""
+
+    def __init__(self, config: RunConfig, model: str | Path, tokenizer, facts, run_id: str):
+        self._config, self._facts, self._run_id = config, facts, run_id
+        self._engine = TransformersEngine(
+            load_model(model, config.model.dtype),
+            facts,
+            max_rows=config.rollout.max_rows * config.rollout.workers,
+            deterministic=config.deterministic,
+        )
+        self._text = ResponseText(tokenizer, facts.eos_ids)
+        self._waiting: list[GroupRequest] = []
+
+    def submit(self, requests: list[GroupRequest]) -> None:
+        self._waiting += requests
+
+    def publish(self, publication: Weights) -> None:
+        self._engine.load_weights(*publication)
+
+    def poll(self, timeout_s: float = 0.0) -> list[pa.RecordBatch]:
+        requests, self._waiting = self._waiting, []
+        verifiers = {request.group_uid: request.verifier for request in requests}
+        return [self._graded(group, verifiers[group[0].group_uid]) for group in generate(self._engine, requests)]
+
+    def _graded(self, group: tuple[Trajectory, ...], verifier: str) -> pa.RecordBatch:
+        options = {"fallback": self._config.rollout.verifier.fallback} if verifier in ("math", "number") else {}
+        rows = []
+        for trajectory in group:
+            text = self._text(trajectory.hard_ids, trajectory.finish_reason)
+            verdict = grade(verifier, text, trajectory.gold_answer, **options)
+            rows.append(
+                dataclasses.replace(
+                    trajectory,
+                    run_id=self._run_id,
+                    worker="in-process",
+                    response_text=text,
+                    parsed_answer=verdict.parsed,
+                    reward=verdict.reward,
+                    grade_reason=verdict.reason,
+                )
+            )
+        return encode(rows, self._config.schema_k)
+
+
+class PlainEngine:
+    """What a rank needs of :class:`learner.zero_engine.ZeroEngine`, in plain torch with one rank."""
+
+    def __init__(self, module: nn.Module, optimizer: OptimizerConfig):
+        self.module, self._clip = module, optimizer.grad_clip
+        self._max_bad, self._bad_in_a_row = optimizer.max_bad_updates, 0
+        self._trainable = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._trainable,
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+
+    def forward(self, *inputs):
+        return self.module(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> UpdateResult:
+        norm = float(nn.utils.clip_grad_norm_(self._trainable, self._clip))
+        applied = bool(np.isfinite(norm))
+        if applied:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._bad_in_a_row = 0 if applied else self._bad_in_a_row + 1
+        return UpdateResult(norm, applied, self._bad_in_a_row)
+
+    def ensure_finite(self) -> None:
+        if self._bad_in_a_row >= self._max_bad:
+            raise LearnerDiverged(f"{self._bad_in_a_row} non-finite updates in a row; lower the learning rate")
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save({"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, _state(folder))
+
+    def load(self, folder: str | Path) -> None:
+        state = torch.load(_state(folder), weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def full_parameters(self, bucket_bytes: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            yield name.removeprefix("model."), parameter
+
+
+def _state(folder: str | Path) -> Path:
+    return Path(folder) / "state.pt"
+
+
+class _InProcessRank(RankActor):
+    """A rank that is the only one, in this process; the face of `learner.group.RankGroup` that the loops use."""
+
+    def __init__(self, config: RunConfig, model: str | Path):
+        self.config, self.rank, self.world, self.model_folder, self.device = config, 0, 1, str(model), "cpu"
+        self.engine = PlainEngine(*self.build(load_policy_model(str(model))))
+
+    def publish(self, version: int) -> Weights:
+        return versioned(version, self.engine.full_parameters())
+
+    def finished(self) -> bool:
+        return True
+
+    def export(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        super().export(str(folder))
+
+    def close(self) -> None:
+        pass
+
+
+class InProcessLearner(_InProcessRank, LearnerRank):
+    def start_step(self, batch: pa.RecordBatch, step: int) -> None:
+        self._report: RankReport = self.train_step(batch, step)
+
+    def finish_step(self) -> dict[str, float]:
+        return summarize([self._report]).metrics
+
+    def replay(self, batch: pa.RecordBatch) -> ReplayReport:
+        return gaps_of([super().replay(batch)])
+
+
+class InProcessSFT(_InProcessRank, SFTRank):
+    def start_step(self, rows: list, step: int) -> None:
+        self._report: SFTReport = self.sft_step(rows, step)
+
+    def finish_step(self) -> dict[str, float]:
+        report = self._report
+        return {"loss": report.loss, "grad_norm": report.grad_norm, "seconds": report.seconds}
+
+
+@contextlib.contextmanager
+def started_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Iterator[Run]:
+    """`deploy.run.session.started` without Ray: the same run, its pool in this process."""
+    torch.set_num_threads(1)
+    with MetricsWriter(folder.path, config.metrics.sinks) as metrics, one_rank_group():
+        parts = prepare(config, reporter, folder).placed(folder, config, reporter)
+        pool = InProcessPool(config, parts.initial, parts.tokenizer, parts.facts, folder.name)
+        yield run_of(parts, folder, config, 0, reporter, metrics, pool)
+
+
+@contextlib.contextmanager
+def one_rank_group() -> Iterator[None]:
+    """A process group of this process alone: the rank's collectives then are no operation."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
+    """A training run in this process: metrics, summary and model in `folder`, as `latent-grpo train` leaves them."""
+    began = time.monotonic()
+    with started_in_process(folder, config, reporter) as run:
+        base = run.initial if config.warm_start is None else warm_start(run, InProcessSFT)
+        learner = InProcessLearner(config, base)
+        controller = Controller(config, run.pool, learner, run.problems.request)
+        controller.begin()
+        self_test(run, learner)
+        if config.evaluation.at_start:
+            evaluate(run, controller.gather, 0, "before")
+        with reporter.phase(config.algorithm, config.steps) as advance:
+            while controller.step < config.steps:
+                result = controller.run_step()
+                run.metrics.write(result.step, result.metrics)
+                advance(result.step, f"reward {result.metrics['rollout/reward']:.3f}")
+                every = config.evaluation.every
+                if every and result.step % every == 0 and result.step < config.steps:
+                    evaluate(run, controller.gather, result.step, f"step-{result.step}")
+        if config.evaluation.at_end:
+            evaluate(run, controller.gather, config.steps, "after")
+        run.export(folder.model, learner.export)
+        run.record(minutes=round((time.monotonic() - began) / 60, 2))
+
+
+def start_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
+    """The warm start of a suite (if the model has none yet) and its evaluation, in this process."""
+    with started_in_process(folder, config, reporter) as run:
+        base = run.initial if config.warm_start is None else warm_start(run, InProcessSFT)
+        run.pool.publish(versioned(0, load_model(base, config.model.dtype).named_parameters()))
+        evaluate(run, partial(gather, run.pool), 0, "after")

@@ -1,0 +1,91 @@
+"""Whether the models and problem files that a suite's units begin with are there and can be used, asked before anything
+runs: what is on this machine is read as the unit would read it, weights excepted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
+from latent_grpo.deploy.reproduce.suite import Suite, SuiteError, Unit, unit_config
+from latent_grpo.deploy.run.preparation import file_faults, token_rows
+from latent_grpo.deploy.run.problems import read_task
+
+DECIDE_TOKENS = {
+    **dict.fromkeys(("algorithm", "k", "tau", "model", "warm_start", "tasks"), True),
+    "evaluation": {"tasks": True},
+}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # no ./name
+
+
+def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]:
+    """What could not be checked, a line each.
+
+    Raises :class:`SuiteError` with a line for everything that is missing, for tokenizers, chains and generated problems
+    that do not fit a unit's settings, and for evaluation files that cannot be graded.
+    """
+    faults: dict[str, list[str]] = {}
+    notes: dict[str, None] = {}
+    found_before: dict[str, str | None] = {}  # what was asked -> its fault: units share models and files
+
+    def fault(asked: str, ask: Callable[[], object]) -> list[str]:
+        if asked not in found_before:
+            found_before[asked] = _fault(ask)
+        return [] if found_before[asked] is None else [found_before[asked]]
+
+    for unit in units:
+        config = unit_config(suite, unit, folder)
+        found = file_faults(config)
+        key, model = _given_model(suite, unit, config)
+        if model is not None and not Path(model).is_dir():
+            if HUB_ID.fullmatch(model):
+                notes[f"{key}: no folder {model} here, it is taken for a hub id and was not looked for"] = None
+            else:
+                found.append(f"{key}: no folder {model}; set it to a model's folder or to a hub id (owner/name)")
+        named = "" if model is None else f"{key}, {model}: "
+        found += [named + line for line in fault(_of_tokens(config), partial(token_rows, config))]
+        for task in filter(_is_here, config.evaluation.tasks):
+            found += fault(_of_task(task, config), partial(read_task, task, config, whole=True))
+        for line in found:
+            faults.setdefault(line, []).append(unit.key)
+    if faults:
+        lines = (f"{line} ({_shown(keys)})" for line, keys in faults.items())
+        raise SuiteError("\n".join([f"suite {suite.title} cannot start here:", *lines, *notes]))
+    return list(notes)
+
+
+def _given_model(suite: Suite, unit: Unit, config: RunConfig) -> tuple[str, str | None]:
+    """The key that names the unit's model, and the model; None where one is made: anew, or by the arm's start."""
+    start = unit.name if unit.is_start else suite.arms[unit.name].start
+    if suite.starts[start].path is not None:
+        return f"starts.{start}.path", config.model.path
+    return f"model.path (profile {suite.profile})", config.model.path if unit.is_start else None
+
+
+def _fault(ask: Callable[[], object]) -> str | None:
+    try:
+        ask()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _of_tokens(config: RunConfig) -> str:
+    """What decides whether a unit's tokenizer and chain fit: equal for most arms of a start."""
+    seed = None if config.warm_start is None else config.seed  # of the generated problems that it learns from
+    return f"tokens {seed} {config.model_dump_json(include=DECIDE_TOKENS)}"
+
+
+def _of_task(task: TaskConfig, config: RunConfig) -> str:
+    return f"task {task.model_dump_json()} {config.model_dump_json(include={'verifiers'})}"
+
+
+def _is_here(task: TaskConfig) -> bool:
+    path = task.path or "hf:"
+    return path.startswith("builtin:") or (not path.startswith("hf:") and Path(path).is_file())
+
+
+def _shown(keys: list[str]) -> str:
+    return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")

@@ -1,0 +1,294 @@
+"""`latent-grpo reproduce SUITE`: runs a suite's starts and arms over its seeds, and writes one report.
+
+    suite ─► units (start or arm, seed) ─► child processes, side by side where resources allow ─► result.json each
+                     │ finished ones are skipped, interrupted ones go on                               │
+                     └────────────────────── report.md, report.html, report.json ◄─────────────────────┘
+
+    FOLDER/
+        suite.json        the definition and every unit's resolved settings, which may not change when it goes on
+        manifest.json     commit, versions, hashes of grader and data, seeds, machine (`deploy.reproduce.manifest`)
+        starts/, runs/    one run folder a unit, with its result.json, log.txt and sessions.json (minutes of each)
+        report.*          rewritten after every unit
+
+A unit is a process of its own (`--unit KEY`): what it leaves in memory, and how it ends, is its own affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.markup import escape
+
+from latent_grpo.common.config import RunConfig, parse_config
+from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.files import write_atomically
+from latent_grpo.common.interrupts import check_interrupt, deferred_interrupts, terminated_is_interrupted
+from latent_grpo.deploy.reproduce.gpus import NO_GPU, Devices, GpuNeed, at_once, gpu_need, visible_gpus
+from latent_grpo.deploy.reproduce.inputs import check_inputs
+from latent_grpo.deploy.reproduce.manifest import check_session, make_manifest, this_session
+from latent_grpo.deploy.reproduce.report import write_report
+from latent_grpo.deploy.reproduce.results import read_result
+from latent_grpo.deploy.reproduce.suite import (
+    Suite,
+    SuiteError,
+    Unit,
+    changes,
+    resolved,
+    start_of,
+    unit_config,
+    unit_folder,
+    units,
+    units_of,
+)
+from latent_grpo.deploy.reproduce.unit import Request
+from latent_grpo.deploy.run.folder import in_use, run_lock
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.ray_session import needed_resources
+
+POLL_S = 0.3
+STOP_S = 30.0
+LOG_LINES = 12
+SUITE_FILE = "suite.json"
+
+
+class SuiteFailed(RuntimeError):
+    """Units that did not finish; the others did, and the report has them."""
+
+
+def default_folder(source: str, quick: bool) -> Path:
+    return Path("runs") / (f"reproduce-{Path(source).stem}" + ("-quick" if quick else ""))
+
+
+def reproduce(
+    request: Request, parallel: int | None = None, reporter: Reporter | None = None, *, arms: Sequence[str] = ()
+) -> Path:
+    """Runs what is missing of the suite and writes the report; returns the suite's folder.
+
+    `parallel`: units side by side; None: as many as the machine (or the Ray cluster that RAY_ADDRESS names) holds.
+    `arms`: only these, with their starts, are run now; none given: all.
+    Raises :class:`SuiteError` for models and files that are not there and for another configuration than the folder's,
+    :class:`SuiteFailed` for failed units.
+    """
+    reporter = reporter or Reporter()
+    suite = request.load()
+    wanted = list(units_of(suite, arms))
+    todo = [unit for unit in wanted if read_result(unit_folder(request.folder, unit)) is None]
+    for note in check_inputs(suite, todo, request.folder):
+        reporter.say(f"[yellow]{escape(note)}[/]")
+    open_folder(request, suite)
+    if parallel is None:
+        parallel = side_by_side([unit_config(suite, unit, request.folder) for unit in todo], suite.runner)
+    with run_lock(request.folder):
+        reporter.say(
+            f"suite {suite.title}: {len(wanted)} units, {len(wanted) - len(todo)} finished before, "
+            f"{parallel} side by side · {request.folder}"
+        )
+        try:
+            with terminated_is_interrupted():
+                failed = _run_all(request, suite, todo, parallel, reporter)
+        finally:
+            paths = write_report(suite, request.folder)
+    reporter.say(f"report {paths[0]} · {paths[1]} · {paths[2]}")
+    if failed:
+        raise SuiteFailed("; ".join(f"{unit.key}: {reason}" for unit, reason in failed.items()))
+    return request.folder
+
+
+def check(request: Request, *, arms: Sequence[str] = ()) -> list[str]:
+    """What the suite would run, one line a unit; writes nothing. Raises :class:`SuiteError` for settings that cannot
+    work, for models and files that are not there, and for another configuration than the folder's."""
+    suite = request.load()
+    resolved(suite, request.folder)
+    configs = [(unit, unit_config(suite, unit, request.folder)) for unit in units_of(suite, arms)]
+    notes = check_inputs(suite, [unit for unit, _ in configs], request.folder)
+    check_folder(request, suite)
+    if (used := in_use(request.folder)) is not None:
+        notes.append(used)
+    lines = [f"suite {suite.title}: {len(configs)} units, all settings valid, local models and files are there", *notes]
+    for unit, config in configs:
+        work = "start" if unit.is_start else f"{config.steps} steps of {config.algorithm}"
+        tasks = ", ".join(task.name for task in config.evaluation.tasks)
+        lines.append(f"  {unit.key}: {work}, evaluated on {tasks}")
+    return lines
+
+
+def open_folder(request: Request, suite: Suite) -> None:
+    """Creates the suite's folder, or goes on with the one that :func:`check_folder` lets through."""
+    wanted, session = check_folder(request, suite)
+    request.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(request.folder / SUITE_FILE, json.dumps(wanted, indent=2) + "\n")
+    make_manifest(request.folder, suite, session)
+
+
+def check_folder(request: Request, suite: Suite) -> tuple[dict, dict]:
+    """Checks that the suite's folder is new, or holds this very suite, made with this grader and these data.
+
+    Writes nothing. Returns the resolved suite and the manifest's entry of this session.
+    """
+    wanted = resolved(suite, request.folder)
+    known = request.folder / SUITE_FILE
+    if known.is_file():
+        stored = json.loads(known.read_text(encoding="utf-8"))
+        held = stored["units"]  # titles and claims may change, and units may be added to those that it holds
+        gone = [key for key in held if key not in wanted["units"]]
+        if gone:
+            raise SuiteError(
+                f"{request.folder} also holds {', '.join(gone[:6])}{' and more' * (len(gone) > 6)}, which is not asked "
+                "for: ask for its seeds and arms too, or give another --folder"
+            )
+        differing = [*changes(_computed(stored, held), _computed(wanted, held))]
+        if differing:
+            shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
+            raise SuiteError(
+                f"{request.folder} holds the suite with another configuration: {shown}. Its finished units would not "
+                "be comparable with new ones; go on with the same configuration, or give another --folder"
+            )
+    elif request.folder.exists() and any(request.folder.iterdir()):
+        raise SuiteError(f"{request.folder} is not empty and holds no suite; give another --folder")
+    session = this_session(unit_config(suite, unit, request.folder) for unit in units(suite))
+    check_session(request.folder, session)
+    return wanted, session
+
+
+def _computed(resolved_suite: dict, keys: Iterable[str]) -> dict:
+    """What decides the numbers of these units."""
+    configs = {key: _complete(resolved_suite["units"].get(key)) for key in keys}
+    return {"runner": resolved_suite["suite"]["runner"], "units": configs}
+
+
+def _complete(config: dict | None) -> dict | None:
+    """Settings that an earlier version wrote, with the defaults of those that came later."""
+    with contextlib.suppress(ConfigError):
+        return config and json.loads(parse_config(config).model_dump_json(exclude={"runs_folder"}))
+    return config
+
+
+def side_by_side(configs: list[RunConfig], runner: str) -> int:
+    """How many units fit at once, by the most demanding of them."""
+    there = _resources()
+    fits = [max(len(configs), 1)]
+    for config in configs:
+        needs = {"CPU": 1.0} if runner == "in_process" else needed_resources(config)
+        if (gpus := _gpus_here(config, runner)).devices:  # of this machine each unit sees its own
+            fits.append(at_once(gpus, int(there.get("GPU", 0))))
+            del needs["GPU"]
+        fits += [math.floor(there.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items()]
+    return max(min(fits), 1)
+
+
+def _gpus_here(config: RunConfig, runner: str) -> GpuNeed:
+    """What a unit needs of this machine's GPUs; a cluster (RAY_ADDRESS) hands out its own."""
+    return NO_GPU if runner == "in_process" or os.environ.get("RAY_ADDRESS") else gpu_need(config)
+
+
+def _resources() -> dict[str, float]:
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        if not ray.is_initialized():
+            ray.init(address=os.environ["RAY_ADDRESS"], logging_level="warning")
+        return ray.cluster_resources()
+    import torch
+
+    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+
+
+# --- scheduling ----------------------------------------------------------------------------------------------------
+
+
+def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, reporter: Reporter) -> dict[Unit, str]:
+    """Runs the units, starts before their arms. Returns those that failed, with the reason."""
+    waiting, running, failed = list(todo), {}, {}
+    needs = {unit: _gpus_here(unit_config(suite, unit, request.folder), suite.runner) for unit in todo}
+    devices = _devices(needs.values())
+    began, finished = time.monotonic(), 0
+    try:
+        with deferred_interrupts():  # a process that has been started is known here before an interrupt
+            while waiting or running:
+                for unit in [u for u in waiting if not u.is_start and start_of(suite, u) in failed]:
+                    waiting.remove(unit)
+                    failed[unit] = f"its start {start_of(suite, unit).key} failed"
+                while len(running) < parallel and (unit := _next(suite, waiting, running)) is not None:
+                    if (gpus := devices.take(unit, needs[unit])) is None:
+                        break  # until a unit ends
+                    waiting.remove(unit)
+                    running[unit] = _start(request, unit, gpus)
+                    reporter.say(f"{unit.key}: started" + (f" on GPU {', '.join(gpus)}" if gpus else ""))
+                for unit in [u for u, process in running.items() if process.poll() is not None]:
+                    running.pop(unit)
+                    devices.give_back(unit)
+                    result = read_result(unit_folder(request.folder, unit))
+                    finished += 1
+                    if result is None:
+                        failed[unit] = f"see {unit_folder(request.folder, unit) / 'log.txt'}: {_tail(request, unit)}"
+                        reporter.say(f"[red]{unit.key}: failed[/]")
+                        continue
+                    left = (time.monotonic() - began) / finished * (len(waiting) + len(running))
+                    reporter.say(
+                        f"{unit.key}: {result.headline} · {result.minutes:.1f} min · about {left / 60:.0f} min left"
+                    )
+                    write_report(suite, request.folder)
+                time.sleep(POLL_S)
+                check_interrupt()
+    finally:
+        _stop(running)
+    return failed
+
+
+def _next(suite: Suite, waiting: list[Unit], running: dict[Unit, subprocess.Popen]) -> Unit | None:
+    """The first unit whose start is there."""
+    blocked = {*waiting, *running}
+    return next((unit for unit in waiting if unit.is_start or start_of(suite, unit) not in blocked), None)
+
+
+def _devices(needs: Iterable[GpuNeed]) -> Devices:
+    if not any(need.devices for need in needs):
+        return Devices([])
+    import torch
+
+    return Devices(visible_gpus(torch.cuda.device_count(), os.environ))
+
+
+def _start(request: Request, unit: Unit, gpus: Sequence[str]) -> subprocess.Popen:
+    folder = unit_folder(request.folder, unit)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "latent_grpo.deploy", "reproduce", request.source, "--folder", str(request.folder)]
+    command += ["--unit", unit.key, *(["--quick"] if request.quick else [])]
+    command += [*(["--seeds", ",".join(map(str, request.seeds))] if request.seeds else []), *request.overrides]
+    with (folder / "log.txt").open("ab") as log:
+        # a session of its own: Ctrl-C reaches the suite first, which passes it on once
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else None
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+
+
+def _stop(running: dict[Unit, subprocess.Popen]) -> None:
+    """Stops what still runs, so that it keeps a checkpoint; kills what does not end in time."""
+    for process in running.values():
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)  # SIGINT is ignored where the suite runs in a script's background
+    deadline = time.monotonic() + STOP_S
+    for process in running.values():
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _tail(request: Request, unit: Unit) -> str:
+    log = unit_folder(request.folder, unit) / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    wanted = [line for line in lines if line.startswith("error ")] or lines[-LOG_LINES:]
+    return " ".join(wanted[-LOG_LINES:]) or "no output"
+
+
+# --- one unit ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,304 @@
+"""A suite: arms of one profile over seeds, the initialisations they share, and the claims that they test.
+
+    starts (one a seed)          arms (one run a seed)            claims
+    latent   ─── base model ──┬─ mixture, uniform, two-sided ... ─┬─► reproduced / not reproduced /
+    explicit ─── base model ──┴─ explicit GRPO                   ─┘    not testable here
+
+A suite is a YAML file below `deploy/suites/` (or a path); `extends: NAME` starts from another one. Every unit's
+settings are resolved and checked before anything runs. Imports neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from latent_grpo.common.config import ConfigError, RunConfig, Section, load_config
+from latent_grpo.common.config.yaml_files import read_mapping
+
+Metric = str
+"""`pass_at_1`, `chain_length`, `latent_length`, `invalid_rate` or `sampled_pass_at_K`."""
+
+
+class SuiteError(ConfigError):
+    """A suite that cannot be run as asked; the message says what to change."""
+
+
+class Difference(Section):
+    """`arm` - `than` of a metric: an arm or a start each. With `gain`, each arm's difference to its own start.
+
+    Better: the mean reaches `at_least` and the 95 % interval is above 0. With `equal_will_do`, at least equal: the
+    interval's lower end is not below -`margin`, so that noise makes neither easier.
+    """
+
+    kind: Literal["difference"]
+    arm: str
+    than: str
+    metric: Metric = "pass_at_1"
+    gain: bool = False
+    at_least: float = 0.0
+    equal_will_do: bool = False
+    margin: Annotated[float, Field(ge=0)] = 0.05
+    """In the metric's units: how much less still counts as equal."""
+    matched: Annotated[float, Field(gt=0)] | None = None
+    """With `gain`: seeds whose two starts differ by more than this in pass@1 are left out, and named."""
+
+    @model_validator(mode="after")
+    def _one_rule(self):
+        if self.matched is not None and not self.gain:
+            raise ValueError(
+                "matched compares the starts of two gains: it needs gain: true; add it, or leave matched out"
+            )
+        if self.equal_will_do and self.at_least:
+            raise ValueError(
+                f"at_least ({self.at_least:g}) is not for equal_will_do, which goes by margin; leave it out"
+            )
+        if "margin" in self.model_fields_set and not self.equal_will_do:
+            raise ValueError("margin is for equal_will_do: true alone, better goes by at_least; leave it out")
+        return self
+
+
+class Ratio(Section):
+    """`arm` / `than` of a metric reaches `at_least`."""
+
+    kind: Literal["ratio"]
+    arm: str
+    than: str
+    metric: Metric = "chain_length"
+    at_least: float
+
+
+class NoDecline(Section):
+    """The last evaluation of every seed's run is at most `drop` below its best one, its start's included."""
+
+    kind: Literal["no_decline"]
+    arm: str
+    drop: float = 0.03
+
+
+class MassMoves(Section):
+    """Of the last latent step's probability: the answer's share falls and the fillers' share rises during the run."""
+
+    kind: Literal["mass_moves"]
+    arm: str
+
+
+class Untestable(Section):
+    kind: Literal["untestable"]
+    reason: str
+
+
+class Claim(Section):
+    text: str
+    source: str = "paper"
+    test: Annotated[Difference | Ratio | NoDecline | MassMoves | Untestable, Field(discriminator="kind")]
+
+
+class Start(Section):
+    """An initialisation: made by the profile's warm start, once a seed, or a finished model."""
+
+    title: str
+    overrides: list[str] = Field(default_factory=list)
+    """For the start and for every arm that begins there (another task, the explicit chain)."""
+    path: str | None = None
+    """A finished model's folder or hub id: nothing is trained for it."""
+
+
+class Arm(Section):
+    title: str
+    start: str
+    overrides: list[str] = Field(default_factory=list)
+
+
+class Quick(Section):
+    """What `--quick` leaves of the suite."""
+
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    arms: list[str]
+    overrides: list[str] = Field(default_factory=list)
+
+
+class Suite(Section):
+    title: str
+    profile: str
+    runner: Literal["pipeline", "in_process"] = "pipeline"
+    """`in_process`: each unit in one thread of one process (`deploy.reproduce.in_process`), for small models on CPU."""
+    seeds: list[int] = Field(min_length=1)
+    overrides: list[str] = Field(default_factory=list)
+    """For every start and arm."""
+    starts: dict[str, Start] = Field(min_length=1)
+    arms: dict[str, Arm]
+    claims: dict[str, Claim] = Field(default_factory=dict)
+    quick: Quick | None = None
+    probe_every: PositiveInt | None = None
+    """Where set, each run's evaluations are also searched for the mass of the answer's token (`deploy.reproduce.probe`)."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        both = sorted(self.starts.keys() & self.arms.keys())
+        if both:
+            raise ValueError(f"starts and arms need different names, both have {both}")
+        for name, arm in self.arms.items():
+            if arm.start not in self.starts:
+                raise ValueError(f"arms.{name}.start: no start {arm.start!r}; there is {sorted(self.starts)}")
+        known = {*self.starts, *self.arms}
+        for name, claim in self.claims.items():
+            missing = [n for n in named_in(claim) if n not in known]
+            if missing:
+                raise ValueError(f"claims.{name}: no start or arm {missing}; there is {sorted(known)}")
+        unknown = [n for n in (self.quick.arms if self.quick else []) if n not in self.arms]
+        if unknown:
+            raise ValueError(f"quick.arms: no arm {unknown}; there is {sorted(self.arms)}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must be distinct, got {self.seeds}")
+        return self
+
+
+def named_in(claim: Claim) -> list[str]:
+    """The starts and arms that a claim compares."""
+    return [getattr(claim.test, name) for name in ("arm", "than") if hasattr(claim.test, name)]
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def suites_folder() -> Path:
+    return Path(__file__).resolve().parents[1] / "suites"
+
+
+def load_suite(
+    source: str | Path, *, quick: bool = False, seeds: Sequence[int] = (), overrides: Sequence[str] = ()
+) -> Suite:
+    """A suite by name or path, with `overrides` for every unit, and `seeds` in place of its own.
+
+    Raises :class:`SuiteError` with one line per fault.
+    """
+    data = read_mapping(source, suites_folder(), "suite")
+    try:
+        suite = Suite.model_validate(data)
+    except ValidationError as error:
+        raise SuiteError("\n".join([f"suite {source}:", *map(_explain, error.errors())])) from error
+    if quick:
+        suite = _quick(suite, source)
+    if seeds:
+        if len(set(seeds)) != len(seeds):
+            raise SuiteError(f"--seeds: seeds must be distinct, got {[*seeds]}")
+        suite = suite.model_copy(update={"seeds": [*seeds]})
+    if overrides:
+        suite = suite.model_copy(update={"overrides": [*suite.overrides, *overrides]})
+    return suite
+
+
+def _explain(error: dict) -> str:
+    where = ".".join(map(str, error["loc"])) or "suite"
+    return f"{where}: {error['msg']}, got {error['input']!r:.200}"
+
+
+def _quick(suite: Suite, source: str | Path) -> Suite:
+    if suite.quick is None:
+        raise SuiteError(f"suite {source} has no section quick; run it without --quick")
+    arms = {name: suite.arms[name] for name in suite.quick.arms}
+    starts = {name: start for name, start in suite.starts.items() if name in {arm.start for arm in arms.values()}}
+    changed = {
+        "seeds": suite.quick.seeds,
+        "arms": arms,
+        "starts": starts,
+        "overrides": [*suite.overrides, *suite.quick.overrides],
+        "quick": None,
+    }
+    return suite.model_copy(update=changed)
+
+
+# --- units ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One start or one arm at one seed: what is run, skipped or resumed as a whole."""
+
+    name: str
+    seed: int
+    is_start: bool
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-seed{self.seed}"
+
+
+def units(suite: Suite) -> Iterator[Unit]:
+    """Seed by seed, so that an interrupted suite has whole seeds; a start comes right before its arms."""
+    for seed in suite.seeds:
+        for start in suite.starts:
+            yield Unit(start, seed, True)
+            yield from (Unit(name, seed, False) for name, arm in suite.arms.items() if arm.start == start)
+
+
+def units_of(suite: Suite, arms: Sequence[str]) -> Iterator[Unit]:
+    """The units of these arms with those of their starts; no arms: all. Raises :class:`SuiteError` for unknown ones."""
+    unknown = [name for name in arms if name not in suite.arms]
+    if unknown:
+        raise SuiteError(f"--arms: no arm {', '.join(unknown)}; the suite has {', '.join(suite.arms)}")
+    kept = {*arms, *(suite.arms[name].start for name in arms)}
+    return (unit for unit in units(suite) if not arms or unit.name in kept)
+
+
+def start_of(suite: Suite, unit: Unit) -> Unit:
+    """The unit that an arm begins from."""
+    return Unit(suite.arms[unit.name].start, unit.seed, True)
+
+
+def unit_config(suite: Suite, unit: Unit, folder: Path) -> RunConfig:
+    """The unit's settings. `folder`: the suite's; an arm's model is its start's result there, or the start's `path`."""
+    start = suite.starts[unit.name if unit.is_start else suite.arms[unit.name].start]
+    chosen = [*suite.overrides, *start.overrides]
+    model = start.path
+    if not unit.is_start:
+        chosen += suite.arms[unit.name].overrides
+        model = model or str(unit_folder(folder, start_of(suite, unit)) / "base")
+    if model is not None:
+        chosen += [f"model.path={model}", "model.new=null", "warm_start=null"]
+    chosen += [f"seed={unit.seed}", f"runs_folder={folder}"]
+    if not unit.is_start:
+        chosen.append("evaluation.at_start=false")  # its start was evaluated, on the same problems
+    if suite.probe_every is not None:
+        chosen += ["dump.evaluation=true", f"evaluation.every={suite.probe_every}"]
+    try:
+        return load_config(suite.profile, chosen)
+    except ConfigError as error:
+        raise SuiteError(f"{unit.key}: {error}") from error
+
+
+def unit_folder(folder: Path, unit: Unit) -> Path:
+    return folder / ("starts" if unit.is_start else "runs") / unit.key
+
+
+def resolved(suite: Suite, folder: Path) -> dict:
+    """Everything that decides what a suite computes: its definition, and every unit's settings.
+
+    Raises :class:`SuiteError` for settings that cannot work, before anything runs.
+    """
+    configs = {}
+    for unit in units(suite):
+        config = unit_config(suite, unit, folder)
+        if unit.is_start and config.warm_start is None and suite.starts[unit.name].path is None:
+            raise SuiteError(
+                f"{unit.key}: a start needs a warm start (profile {suite.profile} has no section warm_start) or a "
+                f"finished model; set starts.{unit.name}.path"
+            )
+        configs[unit.key] = json.loads(config.model_dump_json(exclude={"runs_folder"}))
+    return {"suite": json.loads(suite.model_dump_json()), "units": configs}
+
+
+def changes(before: object, after: object, at: str = "") -> Iterator[str]:
+    """`key: old -> new` for every difference of two resolved suites."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in dict.fromkeys(itertools.chain(before, after)):
+            yield from changes(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
+    elif before != after:
+        yield f"{at}: {before!r:.80} -> {after!r:.80}"

@@ -1,0 +1,190 @@
+"""A run's folder: its layout, its identity, and what may change when the run goes on.
+
+runs/NAME/
+    config.json        the resolved settings
+    run.json           lineage, program and package versions
+    manifest.json      what it was made with: program, data, model, hardware, seeds (deploy.run.manifest)
+    metrics.jsonl      one line per step
+    alarms.jsonl       alarms raised, lasting, over (deploy.run.health)
+    base/              the model RL started from, where the run made it (absent with model.path)
+    induction/         stage 1 of Latent-SFT with induced labels: encoder and decoder of each of its steps
+    sft/               states of a Latent-SFT that is not finished
+    trajectories/      dumps (common.store)
+    learner_records/   what the learner made of them, files of the same relative paths
+    checkpoints/       complete states (learner.checkpoint)
+    model/             the trained policy, Hugging Face format
+    summary.json       the final table
+    .lock              held by the process that writes here (deploy.run_lock)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from latent_grpo.common.config import ConfigError, RunConfig, config_as_json, load_config, parse_config
+from latent_grpo.common.config.resume import refused_changes
+from latent_grpo.common.files import write_atomically
+from latent_grpo.deploy.run.versions import versions
+
+
+class ResumeError(ConfigError):
+    """A run that cannot go on as asked; the message names the keys or the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def base_model(self) -> Path:
+        return self.path / "base"
+
+    @property
+    def induction(self) -> Path:
+        return self.path / "induction"
+
+    @property
+    def sft(self) -> Path:
+        return self.path / "sft"
+
+    @property
+    def trajectories(self) -> Path:
+        return self.path / "trajectories"
+
+    @property
+    def learner_records(self) -> Path:
+        return self.path / "learner_records"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def config(self) -> RunConfig:
+        return parse_config(json.loads((self.path / "config.json").read_text(encoding="utf-8")))
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+def create_run(config: RunConfig, profile: str, path: Path | None = None) -> RunFolder:
+    """A new folder `PROFILE-DATE-TIME` below `runs_folder`; a number is added where that name is taken.
+
+    `path`: this very folder instead, which may exist and holds no run yet.
+    """
+    if path is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_identity(RunFolder(path), config, lineage=0)
+        return RunFolder(path)
+    root = Path(config.runs_folder)
+    stem = re.sub(r"[^\w.-]+", "-", Path(profile).stem) or "run"
+    stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1000):
+        path = root / (stem if not number else f"{stem}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"runs_folder {root}: {error.strerror}; choose a folder that can be written") from error
+        folder = RunFolder(path)
+        _write_identity(folder, config, lineage=0)
+        return folder
+    raise ConfigError(f"runs_folder {root}: no free name for {stem}")
+
+
+def reopen_run(path: str | Path, overrides: list[str]) -> tuple[RunFolder, RunConfig, int]:
+    """A run to go on with: its folder, its settings with the harmless changes, and its new lineage.
+
+    Raises :class:`ResumeError`, and :class:`deploy.run.folder.FolderInUse` where it has not stopped.
+    """
+    folder, config = open_run(path, overrides, "--resume")
+    with run_lock(folder.path):
+        lineage = int(folder.read_json("run.json")["lineage"]) + 1
+        _write_identity(folder, config, lineage)
+    return folder, config, lineage
+
+
+def open_run(path: str | Path, overrides: list[str], asked_by: str) -> tuple[RunFolder, RunConfig]:
+    """A run's folder and its settings with harmless changes; nothing is written. Raises :class:`ResumeError`."""
+    folder = RunFolder(Path(path))
+    if not (folder.path / "config.json").is_file():
+        raise ResumeError(f"{asked_by} {path}: no config.json there; expected a run folder such as runs/quickstart-...")
+    stored = folder.config()
+    config = load_config(stored.model_dump(mode="json"), overrides)
+    refused = refused_changes(stored, config)
+    if refused:
+        raise ResumeError(
+            f"{folder.path} cannot go on with other settings: {'; '.join(refused)}. They decide what is computed; "
+            "start a new run for them, or leave them out"
+        )
+    return folder, config
+
+
+def _write_identity(folder: RunFolder, config: RunConfig, lineage: int) -> None:
+    folder.write_json("run.json", {"lineage": lineage, "started": time.strftime("%FT%T%z"), "versions": versions()})
+    write_atomically(folder.path / "config.json", config_as_json(config))
+
+
+LOCK_FILE = ".lock"
+
+
+class FolderInUse(ConfigError):
+    """Another process is writing there."""
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Held inside; it goes with the process, however that ends, and what is left of the file locks nothing.
+
+    That takes a file system with flock: on one without, `filelock` falls back on the file itself being there, and after
+    a `kill -9` the file has to be deleted. Raises :class:`FolderInUse` at once where another process, or this one,
+    holds it.
+    """
+    path = folder / LOCK_FILE
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        raise FolderInUse(
+            f"{folder} is in use by {holder}: two at once would overwrite each other's files. Wait for it, or stop it "
+            "(it keeps a checkpoint) and run this again"
+        ) from None
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def in_use(folder: Path) -> str | None:
+    """A sentence about who is writing there; None where nobody is. Makes no file."""
+    if not (folder / LOCK_FILE).is_file():
+        return None
+    try:
+        with run_lock(folder):
+            return None
+    except FolderInUse as error:
+        return str(error)

@@ -1,0 +1,268 @@
+"""`manifest.json` of a run: what it was made with, so that its numbers can be traced and repeated (REQUIREMENTS 23).
+
+Resolved settings, seeds, data, model and grader by hash; and of every lineage (the start and each resume) when, by
+which command, with which program (commit, hash of its sources, versions of what it uses) and on which hardware.
+Hashes are xxh3-128 of bytes: they say whether two things are the same, they are no signature.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import xxhash
+
+from latent_grpo.common import __version__
+from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
+from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.versions import versions
+
+if TYPE_CHECKING:
+    from latent_grpo.common.tasks.sources import TaskSource
+    from latent_grpo.deploy.run.problems import PreparedTask, Problems
+
+FORMAT = 1
+FILE = "manifest.json"
+COMMIT_VARIABLE = "LATENT_GRPO_COMMIT"
+"""Set for a submitted job, whose upload is no git checkout."""
+OUR_PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
+GRADING_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
+OTHER_PACKAGES = ("safetensors", "tokenizers", "datasets", *GRADING_PACKAGES, "vllm")
+ROOT = Path(__file__).resolve().parents[2]
+_READ_BYTES = 8 * 2**20
+
+
+class ManifestError(ConfigError):
+    """A run folder without a manifest that this program can read; the message says what it is."""
+
+
+def write_manifest(
+    folder: RunFolder, config: RunConfig, lineage: int, model: str | Path, data: list[dict[str, Any]]
+) -> None:
+    """Written once the model and the problems (`data`, of :func:`data_facts`) are there; a resume adds its lineage."""
+    earlier = read_manifest(folder.path)["lineages"] if (folder.path / FILE).is_file() else []
+    folder.write_json(
+        FILE,
+        {
+            "format": FORMAT,
+            "run": folder.name,
+            "config": config.model_dump(mode="json"),
+            "data": data,
+            "model": {"initial": model_facts(model)},
+            "grader": {"sources": source_hash(["reward"]), **grading_versions()},
+            "seeds": {"run": config.seed, "model": config.seed if config.model.new else None, "data": config.seed},
+            "lineages": [*(e for e in earlier if e["lineage"] < lineage), lineage_facts(lineage)],
+        },
+    )
+
+
+def record_model(folder: RunFolder, name: str, model: str | Path) -> None:
+    """Adds a model to the manifest: `base`, what RL starts from; `trained`, what it made."""
+    manifest = read_manifest(folder.path)
+    manifest["model"][name] = model_facts(model)
+    folder.write_json(FILE, manifest)
+
+
+def read_manifest(run_folder: str | Path) -> dict[str, Any]:
+    """Raises :class:`ManifestError` in one sentence."""
+    path = Path(run_folder) / FILE
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format"]
+    except FileNotFoundError as error:
+        raise ManifestError(
+            f"{path.parent}: no {FILE}; the run ended before it had its model and data, or an older program made it"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{path}: not a manifest of this program ({error})") from error
+    if version != FORMAT:
+        raise ManifestError(f"{path}: manifest format {version}, this program reads format {FORMAT}")
+    if not (isinstance(manifest.get("lineages"), list) and isinstance(manifest.get("model"), dict)):
+        raise ManifestError(f"{path}: not a manifest of this program (its lineages or model are missing)")
+    return manifest
+
+
+# --- program and hardware ----------------------------------------------------------------------------------------
+
+
+def lineage_facts(lineage: int) -> dict[str, Any]:
+    commit, changed = program_commit()
+    return {
+        "lineage": lineage,
+        "started": time.strftime("%FT%T%z"),
+        "command": shlex.join(sys.argv),
+        "program": {
+            "version": __version__,
+            "commit": commit,
+            "changed_since_commit": changed,
+            "sources": source_hash(OUR_PACKAGES),
+        },
+        "versions": versions() | {package: _version(package) for package in OTHER_PACKAGES},
+        "hardware": hardware(),
+    }
+
+
+def program_commit() -> tuple[str | None, bool | None]:
+    """(commit, whether sources differ from it); (None, None) outside of a checkout and of a job sent from one."""
+    try:
+        _git("ls-files", "--error-unmatch", str(Path(__file__).resolve()))  # else it is somebody else's repository
+        return _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--", *OUR_PACKAGES))
+    except (OSError, subprocess.SubprocessError):
+        commit, _, changed = os.environ.get(COMMIT_VARIABLE, "").partition("+")
+        return (commit, bool(changed)) if commit else (None, None)
+
+
+def commit_for_job() -> dict[str, str]:
+    """The environment that tells a submitted job its commit; `+changed` where the checkout differs from it."""
+    commit, changed = program_commit()
+    return {COMMIT_VARIABLE: commit + ("+changed" if changed else "")} if commit else {}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20, check=True
+    ).stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """This machine, and the cluster where a Ray is connected."""
+    facts: dict[str, Any] = {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": _gpus(),
+    }
+    import ray
+
+    if ray.is_initialized():
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        facts["nodes"] = [
+            {name: amount for name, amount in sorted(n["Resources"].items()) if not name.startswith("node:")}
+            for n in nodes
+        ]
+    return facts
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    """Names of this machine's; asked of the driver, since torch would take memory of each to answer."""
+    try:
+        names = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [name.strip() for name in names.splitlines() if name.strip()]
+
+
+def grading_versions() -> dict[str, str | None]:
+    """Of the packages that decide a reward together with the sources of `reward`."""
+    return {name: _version(name) for name in GRADING_PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- hashes ------------------------------------------------------------------------------------------------------
+
+
+def source_hash(packages: Iterable[str]) -> str:
+    """The hash of the Python files of our packages: their paths and their bytes in :func:`_hashed_form`."""
+    digest = xxhash.xxh3_128()
+    for package in packages:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
+            digest.update(_hashed_form(path.read_bytes()))
+    return digest.hexdigest()
+
+
+def _hashed_form(source: bytes) -> bytes:
+    """A source file as version 0.1.0 would have written its imports.
+
+    Up to 0.1.0 the packages were top-level ones. Without the name `latent_grpo` and the line breaks that it caused in
+    imports, a file whose imports alone changed keeps its hash, and an unchanged grader is not reported as another one.
+    """
+    source = source.replace(b"latent_grpo.", b"")
+    return re.sub(rb"(?m)^(from \S+ import )\(\n((?:    .+,\n)+)\)$", _one_line, source)
+
+
+def _one_line(wrapped: re.Match[bytes]) -> bytes:
+    return wrapped[1] + b" ".join(wrapped[2].split()).removesuffix(b",")
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def problems_hash(source: TaskSource, count: int) -> str:
+    """Of the source's first `count` problems."""
+    digest = xxhash.xxh3_128()
+    for index in range(count):
+        problem = source.problem(index)
+        digest.update(json.dumps([problem.uid, problem.messages, problem.answer, problem.cot]).encode())
+    return digest.hexdigest()
+
+
+def model_facts(model: str | Path) -> dict[str, Any]:
+    """Every file of a model's folder; of a hub id those of its snapshot, whose name is the revision."""
+    folder, facts = Path(model), {"source": str(model)}
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        folder = Path(cached_file(str(model), "config.json")).parent
+        facts["revision"] = folder.name
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return facts | {"files": {p.relative_to(folder).as_posix(): file_facts(p) for p in files}}
+
+
+def data_facts(problems: Problems) -> list[dict[str, Any]]:
+    """Every task's source and what is in it."""
+    uses = [("training", problems.training), ("evaluation", problems.evaluation)]
+    if problems.training is problems.evaluation:
+        del uses[0]  # an evaluation alone
+    return [_data(task, use) for use, tasks in uses for task in tasks]
+
+
+def _data(task: PreparedTask, use: str) -> dict[str, Any]:
+    source = task.source.config
+    facts = {"task": task.name, "use": use, "source": source.path, "problems": task.source.size}
+    dropped = {reason: len(rows) for reason, rows in task.source.dropped.items()}
+    return facts | {"dropped": dropped} | _content(task, source)
+
+
+def _content(task: PreparedTask, source: TaskConfig) -> dict[str, Any]:
+    if source.path.startswith("builtin:"):
+        return {"options": source.options}  # its problems follow from these, the seed and the program
+    if not source.path.startswith("hf:"):
+        return file_facts(Path(source.path))
+    return {"problems_xxh3_128": problems_hash(task.source, task.source.size)}

@@ -1,0 +1,79 @@
+"""What becomes of a step once it is done: its dump, its alarms, its line of metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.markup import escape
+
+from latent_grpo.common.config import RunConfig
+from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.deploy.controller import StepResult, TrainingStopped
+from latent_grpo.deploy.run.dumps import DumpWriter, StepDump
+from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.health import HealthMonitor
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.learner.learner import LearnerReport
+
+COLOURS = {"raised": "yellow", "lasting": "yellow", "over": "green"}
+
+
+class StepObserver:
+    """Of one run. Use as a context manager: at the end everything is on the disk, or the reason why not is raised."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, lineage: int, metrics: MetricsWriter, reporter: Reporter):
+        self._config, self._lineage, self._metrics, self._reporter = config, lineage, metrics, reporter
+        self._monitor = HealthMonitor(folder.path, config, lineage)
+        self._dumps = DumpWriter(folder, config.dump, lineage, config.deadlines.dump_s)
+
+    def __enter__(self) -> StepObserver:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._monitor.close()
+        self._dumps.__exit__(*error)
+
+    def flush(self, seconds: float | None = None) -> None:
+        """Waits until the dumps of all observed steps are on the disk. Raises DumpError."""
+        self._dumps.flush(seconds)
+
+    def observe(self, result: StepResult, report: LearnerReport | None) -> None:
+        """`report`: what the learner said of the step; None where it had no part in it. Raises DumpError."""
+        metrics = dict(result.metrics)
+        if self._config.dump_due(result.step):
+            records = None if report is None else report.records
+            dump = StepDump(step=result.step, groups=result.generated, reasons=result.reasons, records=records)
+            metrics["time/dump_wait_s"] = self._dumps.submit(dump)
+        if metrics.get("learner/skipped_updates"):
+            self._dump_bad(result, report)
+        for alarm in self._monitor.judge(result.step, metrics):
+            colour = COLOURS[alarm.state]
+            self._reporter.say(f"[{colour}]alarm, step {alarm.step}: {escape(alarm.sentence)}[/]")
+        metrics["health/alarms"] = len(self._monitor.active)
+        self._metrics.write(result.step, metrics, lineage=self._lineage)
+        in_a_row, limit = metrics.get("learner/bad_updates_in_a_row", 0), self._config.optimizer.max_bad_updates
+        if in_a_row >= limit:
+            self.flush()  # what shows why is on the disk before the run ends
+            raise TrainingStopped(
+                f"step {result.step}: {in_a_row:g} non-finite updates in a row (optimizer.max_bad_updates {limit}); "
+                f"samples: {self._named(result, report)}; their batch: {self._bad_folder(result)}. The parameters are "
+                "those before them: look at the samples, lower optimizer.lr, or resume from an earlier checkpoint"
+            )
+
+    def _dump_bad(self, result: StepResult, report: LearnerReport) -> None:
+        """The batch of an update that was not applied, whatever the section dump says."""
+        self._dumps.submit(
+            StepDump(step=result.step, groups=(result.batch,), reasons=(None,), records=None, purpose="non_finite")
+        )
+        self._reporter.say(
+            f"[red]step {result.step}: non-finite update not applied; samples: "
+            f"{escape(self._named(result, report))}; batch: {escape(str(self._bad_folder(result)))}[/]"
+        )
+
+    @staticmethod
+    def _named(result: StepResult, report: LearnerReport) -> str:
+        uids, indices = (result.batch.column(name) for name in ("group_uid", "sample_index"))
+        return ", ".join(f"{uids[row]} #{indices[row]}" for row in report.bad_rows) or "no single one"
+
+    def _bad_folder(self, result: StepResult) -> Path:
+        return self._dumps.trajectories.folder_of(result.step, "non_finite")

@@ -1,0 +1,273 @@
+"""From a run's tasks to the groups that workers generate: what is asked at every place of the prompt order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
+from latent_grpo.common.prompts import PromptRenderer
+from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
+from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
+from latent_grpo.common.tasks.sources import (
+    EMPTY_ANSWER,
+    EMPTY_PROBLEM,
+    UNREADABLE_ANSWER,
+    PromptStream,
+    StoredTask,
+    TaskError,
+    TaskSource,
+    describe_dropped,
+    load_task,
+)
+from latent_grpo.common.types import GroupRequest, NoiseMode, Problem, Purpose, SamplingSettings
+from latent_grpo.reward.answers import gold_is_parsable
+from latent_grpo.rollout_workers.verifiers import build_verifier
+
+TOO_LONG = "prompt over max_prompt_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedTask:
+    """A task whose problems all have an encoded prompt that fits; dropped ones are counted in `source.dropped`."""
+
+    source: TaskSource
+    renderer: PromptRenderer
+    longest_prompt: int = 0  # tokens; of a generated task: what they may be
+
+    @property
+    def name(self) -> str:
+        return self.source.config.name
+
+    @property
+    def summary(self) -> str:
+        size = "generated without end" if self.source.size is None else f"{self.source.size:,} problems"
+        dropped = describe_dropped(self.source.dropped)
+        return f"{self.name}: {size}" + (f"; {dropped}" if dropped else "")
+
+    def prompt_ids(self, problem: Problem):
+        """int32 [P]. Raises TaskError for a generated problem that breaks the limit."""
+        ids = self.renderer.encode(problem)
+        limit = self.source.config.max_prompt_tokens
+        if len(ids) > limit:
+            raise TaskError(
+                f"task {self.name}: the prompt of {problem.uid} has {len(ids)} tokens, max_prompt_tokens is {limit}; "
+                "raise it (a generated task cannot drop problems)"
+            )
+        return ids
+
+
+def prepare_task(task: TaskConfig, config: RunConfig, tokenizer, *, whole: bool = False) -> PreparedTask:
+    """Loads a task and drops, with a count, what cannot be asked: empty, ungradable, too long.
+
+    Raises TaskError when nothing is left, and for a `whole` one (an evaluation's) where a row cannot be graded.
+    """
+    source = read_task(task, config, whole=whole)
+    renderer = PromptRenderer(tokenizer, source.config.prompt or config.model.prompt)
+    if isinstance(source, StoredTask):
+        limit, longest = source.config.max_prompt_tokens, 0
+
+        def fits(problem: Problem) -> bool:
+            nonlocal longest
+            length = len(renderer.encode(problem))
+            if length <= limit:
+                longest = max(longest, length)
+            return length <= limit
+
+        return PreparedTask(source.filtered(fits, TOO_LONG), renderer, longest)
+    return PreparedTask(source, renderer, source.config.max_prompt_tokens)
+
+
+def read_task(task: TaskConfig, config: RunConfig, *, whole: bool = False) -> TaskSource:
+    """The problems of :func:`prepare_task` before any is too long for a tokenizer, which is not needed here."""
+    verifier = build_verifier(config, with_benchmark_defaults(task).verifier)
+    source = load_task(task, config.seed, lambda gold: gold_is_parsable(verifier, gold))
+    if whole:
+        _check_whole(source)
+    return source
+
+
+def _check_whole(source: TaskSource) -> None:
+    """An evaluation task must end, and must not lack problems or answers: the rest would be another benchmark.
+
+    Raises TaskError.
+    """
+    if source.size is None:
+        raise TaskError(f"evaluation task {source.config.name} never ends; set its options.size, or its limit")
+    faults = (EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER)
+    faulty = {reason: source.dropped[reason] for reason in faults if reason in source.dropped}
+    if faulty:
+        config = source.config
+        raise TaskError(
+            f"evaluation task {config.name}: {config.path} has rows that cannot be graded with verifier "
+            f"{config.verifier!r} ({describe_dropped(faulty).removeprefix('dropped ')}); figures of the other "
+            "rows would be of another benchmark. Mend the file, set columns.answer, or evaluate on a file of good rows"
+        )
+
+
+class Problems:
+    """The run's prompts: the endless training order and the evaluation sets."""
+
+    def __init__(self, config: RunConfig, tokenizer) -> None:
+        self.config = config
+        self.evaluation = [prepare_task(task, config, tokenizer, whole=True) for task in config.evaluation.tasks]
+        if config.tasks == config.evaluation.tasks:  # an evaluation alone: its files are read once
+            self.training = self.evaluation
+        else:
+            self.training = [prepare_task(task, config, tokenizer) for task in config.tasks]
+        self._stream = PromptStream([t.source for t in self.training], [t.weight for t in config.tasks], config.seed)
+
+    @property
+    def summaries(self) -> list[str]:
+        learned = [] if self.training is self.evaluation else self.training
+        training, evaluation = ([task.source for task in tasks] for tasks in (learned, self.evaluation))
+        return [
+            *(f"training {t.summary}" for t in learned),
+            *(f"evaluation {t.summary}" for t in self.evaluation),
+            *notes(training, evaluation),
+        ]
+
+    @property
+    def dropped(self) -> list[str]:
+        """One line for each task of which problems were dropped, with counts and reasons."""
+        tasks = {task.name: describe_dropped(task.source.dropped) for task in (*self.training, *self.evaluation)}
+        return [f"{name}: {found}" for name, found in tasks.items() if found]
+
+    def request(self, ordinal: int, purpose: Purpose = "training") -> GroupRequest:
+        """The group at a place of the training order."""
+        draw = self._stream[ordinal]
+        return group_request(
+            self.config,
+            self.training[draw.task],
+            draw.problem,
+            samples=self.config.group_size,
+            purpose=purpose,
+            uid=f"{purpose}/{ordinal}/{draw.problem.uid}",
+            epoch=draw.epoch,
+        )
+
+    def evaluation_requests(self, tag: str) -> Iterator[GroupRequest]:
+        """Every problem of every evaluation task, `evaluation.runs` samples each; `tag` keeps evaluations apart."""
+        for task in self.evaluation:
+            yield from evaluation_requests(self.config, task, self.config.evaluation.runs, tag)
+
+
+def evaluation_requests(
+    config: RunConfig,
+    task: PreparedTask,
+    samples: int,
+    tag: str,
+    *,
+    noise: NoiseMode = "off",
+    limit: int | None = None,
+) -> Iterator[GroupRequest]:
+    """Groups of `samples` per problem, with noise off unless given (pass@k, METHOD §8)."""
+    size = task.source.size
+    if size is None and limit is None:
+        raise ConfigError(f"task {task.name} never ends: give options.size (or `limit`) to evaluate on it")
+    count = min(n for n in (size, limit) if n is not None)
+    for index in range(count):
+        problem = task.source.problem(index)
+        yield group_request(
+            config,
+            task,
+            problem,
+            samples=samples,
+            purpose="evaluation",
+            uid=f"evaluation/{tag}/{problem.uid}",
+            noise=noise,
+        )
+
+
+def group_request(
+    config: RunConfig,
+    task: PreparedTask,
+    problem: Problem,
+    *,
+    samples: int,
+    purpose: Purpose,
+    uid: str,
+    epoch: int = 0,
+    noise: NoiseMode | None = None,
+) -> GroupRequest:
+    """`noise` None: the run's own."""
+    return GroupRequest(
+        group_uid=uid,
+        problem_uid=problem.uid,
+        task=task.name,
+        prompt_ids=task.prompt_ids(problem),
+        sample_indices=tuple(range(samples)),
+        sampling=sampling_settings(config, task.source.config.max_response_tokens, noise),
+        purpose=purpose,
+        epoch=epoch,
+        run_seed=config.seed,
+        verifier=task.source.config.verifier,
+        gold_answer=problem.answer,
+    )
+
+
+def sampling_settings(config: RunConfig, max_tokens: int, noise: NoiseMode | None = None) -> SamplingSettings:
+    """How a group is sampled: the run's record settings, with `noise` instead of its own if given (METHOD §8)."""
+    return SamplingSettings(
+        mode="latent" if config.latent else "visible",
+        max_tokens=max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        k=config.k,
+        tau=config.tau,
+        noise_mode=noise or config.noise.mode,
+        noise_scale=config.noise.scale,
+    )
+
+
+LISTED = 5
+
+
+def notes(training: Sequence[TaskSource], evaluation: Sequence[TaskSource]) -> list[str]:
+    """One line a finding, about stored tasks. Nothing is dropped: published figures include such rows."""
+    tasks = [task for task in dict.fromkeys([*training, *evaluation]) if isinstance(task, StoredTask)]
+    return [line for task in tasks if (line := mislabelled(task))] + overlaps(tasks)
+
+
+def mislabelled(task: StoredTask) -> str:
+    """`svamp: 1 row is known to be mislabelled, kept as published: row 679, answer 1, right 5`; empty if none is."""
+    found = [
+        (problem, fault)
+        for problem in map(task.problem, range(len(task)))
+        if (fault := known_fault(_text(problem), problem.answer)) is not None
+    ]
+    if not found:
+        return ""
+    listed = "; ".join(f"row {_row(p)}, answer {f.published}, right {f.right}" for p, f in found[:LISTED])
+    rows = "1 row is" if len(found) == 1 else f"{len(found)} rows are"
+    return f"{task.config.name}: {rows} known to be mislabelled, kept as published: {listed}"
+
+
+def overlaps(tasks: Sequence[StoredTask]) -> list[str]:
+    """A line for each two tasks that share problems; with the rows whose answers differ."""
+    rows = [{fingerprint(_text(p)): p for p in map(task.problem, range(len(task)))} for task in tasks]
+    lines = []
+    for later in range(len(tasks)):
+        for earlier in range(later):
+            shared = [key for key in rows[earlier] if key in rows[later]]
+            if not shared:
+                continue
+            pairs = [(rows[earlier][key], rows[later][key]) for key in shared]
+            differing = [
+                f"row {_row(a)}: {a.answer}, row {_row(b)}: {b.answer}" for a, b in pairs if a.answer != b.answer
+            ]
+            line = f"{tasks[earlier].config.name} and {tasks[later].config.name} share {len(shared):,} problems"
+            if differing:
+                listed = "; ".join(differing[:LISTED]) + ("; ..." if len(differing) > LISTED else "")
+                line += f", {len(differing)} of them with answers that are written differently ({listed})"
+            lines.append(line)
+    return lines
+
+
+def _text(problem: Problem) -> str:
+    return "\n".join(content for role, content in problem.messages if role == "user")
+
+
+def _row(problem: Problem) -> str:
+    return problem.uid.rpartition("/")[2]

@@ -1,0 +1,82 @@
+"""The Ray that a run uses: the cluster it was submitted to, or one of its own on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Literal
+
+from latent_grpo.common.config import ConfigError, RunConfig
+
+LOCAL_STORE_BYTES = 512 * 2**20
+log = logging.getLogger(__name__)
+
+
+Services = Literal["both", "rollout", "learner"]
+
+
+def needed_resources(config: RunConfig, services: Services = "both") -> dict[str, float]:
+    """What all actors of the run reserve together."""
+    total: dict[str, float] = {}
+    for count, resources in (
+        (config.rollout.workers if services != "learner" else 0, config.rollout.resources),
+        (config.learner.ranks if services != "rollout" else 0, config.learner.resources),
+    ):
+        for name, amount in {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}.items():
+            total[name] = total.get(name, 0.0) + count * amount
+    return {name: amount for name, amount in total.items() if amount > 0}
+
+
+def check_resources(config: RunConfig, there: dict[str, float], where: str, services: Services = "both") -> None:
+    """Raises ConfigError where the run's actors can never all be placed: Ray would wait for ever, in silence."""
+    short = [
+        f"{name}: {amount:g} needed, {there.get(name, 0):g} there"
+        for name, amount in needed_resources(config, services).items()
+        if amount > there.get(name, 0) + 1e-6
+    ]
+    if short:
+        rollout, learner = config.rollout, config.learner
+        raise ConfigError(
+            f"{where} cannot hold {rollout.workers} rollout worker(s) and {learner.ranks} learner rank(s) ("
+            f"{'; '.join(short)}); lower rollout.workers or learner.ranks, or let actors share a device with fractions "
+            "of rollout.resources.num_cpus/num_gpus and learner.resources.num_cpus/num_gpus"
+        )
+
+
+@contextlib.contextmanager
+def ray_session(config: RunConfig, services: Services = "both") -> Iterator[None]:
+    """Connects, checks that the cluster can hold the run, and leaves nothing behind.
+
+    RAY_ADDRESS (set inside a job) names the cluster; without it a local Ray is started with this machine's cores.
+    """
+    import ray
+
+    if ray.is_initialized():  # a notebook, a test, a program round this one: its Ray is used and left
+        check_resources(config, ray.cluster_resources(), "this Ray", services)
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    temporary = None
+    if address:
+        ray.init(address=address, logging_level="warning")
+    else:
+        temporary = tempfile.mkdtemp(prefix="lg-")  # short: Unix socket paths end at 107 bytes
+        ray.init(
+            address="local",  # never a Ray that somebody else has left on this machine
+            include_dashboard=False,
+            object_store_memory=LOCAL_STORE_BYTES,
+            logging_level="warning",
+            _temp_dir=temporary,
+        )
+    try:
+        check_resources(config, ray.cluster_resources(), address or "this machine", services)
+        yield
+    finally:
+        ray.shutdown()
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,42 @@
+"""Which versions run: of this program's code, of its installation, and of the packages; here and where a job came from.
+
+A job brings its code along and finds its packages there. Both can differ from what the submitter has tested, so a run
+compares them at its start and says every difference.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+
+from latent_grpo.common import __version__
+
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
+SUBMITTED = "LATENT_GRPO_SUBMITTED"
+"""Environment variable of a job: the submitter's :func:`versions`, as JSON."""
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this program's code and the packages."""
+    found = {"python": platform.python_version(), "latent-grpo": __version__}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def differences() -> list[str]:
+    """One sentence for each version that is not the one it should be; empty where all agree."""
+    here, found = versions(), []
+    try:
+        installed = importlib.metadata.version("latent-grpo")
+    except importlib.metadata.PackageNotFoundError:
+        installed = __version__  # an image with the dependencies only
+    if installed != __version__:
+        found.append(f"the code that runs is latent-grpo {__version__}, installed here is {installed}")
+    submitted = json.loads(os.environ.get(SUBMITTED, "{}"))
+    found += [
+        f"{name} is {here[name]} here and {version} where the job was submitted"
+        for name, version in submitted.items()
+        if name in here and here[name] != version
+    ]
+    return found

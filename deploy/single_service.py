@@ -1,0 +1,136 @@
+"""One of the two services alone, for debugging: rollouts on weights that never change, or learning from dumps.
+
+rollout_only:  problems ─► workers ─► controller ─► dumps, metrics, alarms          (no learner)
+train_only:    dumps of a run ─► learner ─► metrics, learner records, model         (no worker)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from latent_grpo.common.config import ConfigError, RunConfig, load_config
+from latent_grpo.common.files import save_whole
+from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.common.model_chain import read_chain, write_chain
+from latent_grpo.common.models import load_model
+from latent_grpo.common.store import step_ranges
+from latent_grpo.common.types import PolicyVersion
+from latent_grpo.common.weights import Publication
+from latent_grpo.deploy.controller import Controller, StepResult
+from latent_grpo.deploy.replay.recorded import RecordedRun, Start
+from latent_grpo.deploy.replay.replay import recorded_learner
+from latent_grpo.deploy.run.folder import RunFolder, create_run
+from latent_grpo.deploy.run.manifest import record_model, write_manifest
+from latent_grpo.deploy.run.observer import StepObserver
+from latent_grpo.deploy.run.preparation import ready
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.session import started
+from latent_grpo.learner.learner import LearnerGroup
+from latent_grpo.learner.publication import publish
+from latent_grpo.rollout_workers.metrics import rollout_metrics
+
+
+class FrozenLearner:
+    """The controller's `Learner` that learns nothing: every version has the weights of the first."""
+
+    last_report = None
+
+    def __init__(self, model: str | Path, config: RunConfig):
+        loaded = load_model(model, config.model.dtype)
+        weights = ((name, parameter.detach()) for name, parameter in loaded.named_parameters())
+        self._publication: Publication = publish(weights, 0, config.learner.weight_bucket_bytes)
+
+    def start_step(self, batch: pa.RecordBatch, step: int) -> None:
+        pass
+
+    def finished(self) -> bool:
+        return True
+
+    def finish_step(self) -> dict[str, float]:
+        return {}
+
+    def publish(self, version: int) -> Publication:
+        manifest = self._publication.manifest
+        relabelled = PolicyVersion(version=version, checksum=manifest.version.checksum)
+        return replace(self._publication, manifest=replace(manifest, version=relabelled))
+
+
+def rollout_only(config: RunConfig, profile: str, reporter: Reporter | None = None) -> RunFolder:
+    """`config.steps` steps of rollouts on the initial weights, with dumps, metrics and alarms; nothing is learned."""
+    if config.warm_start is not None:
+        raise ConfigError(
+            "--rollout-only starts no learner, so it cannot make a warm start: give a finished model with "
+            "model.path=... model.new=null warm_start=null, or leave the start out with warm_start=null"
+        )
+    reporter = reporter or Reporter()
+    parts = ready(config, reporter)
+    folder = create_run(config, f"rollout-{Path(profile).stem}")
+    with started(folder, config, 0, reporter, "rollout", parts) as run:
+        learner = FrozenLearner(run.initial, config)
+        controller = Controller(config, run.pool, learner, run.problems.request)
+        controller.begin()
+        with (
+            StepObserver(run.folder, config, 0, run.metrics, reporter) as observer,
+            reporter.phase("rollouts", config.steps) as advance,
+        ):
+            while controller.step < config.steps:
+                result = controller.run_step()
+                observer.observe(result, None)
+                advance(result.step, f"reward {result.metrics['rollout/reward']:.3f}")
+    reporter.say(f"dumps and metrics in {folder.path}")
+    return folder
+
+
+def train_only(source: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
+    """The learner on the dumped batches of run `source`, step by step, from the model that it began from.
+
+    Settings are the run's with `overrides` (any but `k` may change). Metrics, dumps and the model go into a new run
+    folder. Steps that were not dumped are left out, the others numbered from 1; `steps` bounds how many are taken.
+    """
+    reporter = reporter or Reporter()
+    origin = RunFolder(Path(source).resolve())
+    if not (origin.path / "config.json").is_file():
+        raise ConfigError(f"--train-only {source}: no config.json there; expected a run folder (runs/quickstart-...)")
+    recorded = RecordedRun(origin, origin.config())
+    model = [f"model.path={recorded.base}", "model.new=null", "warm_start=null"]  # the new run begins at a finished one
+    config = load_config(origin.config().model_dump(mode="json"), [*overrides, *model])
+    dumped = recorded.dumped[: config.steps]
+    if not dumped:
+        every = recorded.config.dump.every
+        raise ConfigError(f"--train-only {source}: the run has no dumped trajectories; its dump.every was {every}")
+    if config.schema_k != recorded.config.schema_k:
+        raise ConfigError(
+            f"k ({config.schema_k}) differs from that of the dumps ({recorded.config.schema_k}); leave k and algorithm"
+        )
+    folder = create_run(config, f"train-{origin.name}")
+    reporter.say(f"run folder {folder.path}; {len(dumped)} dumped steps of {origin.path}")
+    source_facts = [{"task": "dumps", "use": "training", "source": str(origin.path), "steps": step_ranges(dumped)}]
+    write_manifest(folder, config, 0, config.model.path, source_facts)
+    with (
+        MetricsWriter(folder.path, config.metrics.sinks) as metrics,
+        recorded_learner(config, config.model.path, Start(step=0, checkpoint=None)) as learner,
+        StepObserver(folder, config, 0, metrics, reporter) as observer,
+        reporter.phase("learner", len(dumped)) as advance,
+    ):
+        for number, step in enumerate(dumped, start=1):
+            batch = recorded.step(step).batch
+            if batch is not None:
+                report = learner.train(batch, number - 1)
+                found = report.metrics | rollout_metrics(batch) | {"batch/source_step": step}
+                observer.observe(StepResult(number, batch, (batch,), (None,), found), report)
+            advance(number)
+        save_whole(folder.model, lambda unfinished: _export(learner, config.model.path, unfinished))
+    record_model(folder, "trained", folder.model)
+    reporter.say(f"model {folder.model}; metrics and learner records in {folder.path}")
+    return folder
+
+
+def _export(learner: LearnerGroup, base: str | Path, target: Path) -> None:
+    """The model, with what its base says of its chain."""
+    learner.export(target)
+    chain = read_chain(base)
+    if chain is not None:
+        write_chain(target, chain)

@@ -1,0 +1,206 @@
+"""Which curves a report shows, and what each is for: the metrics of a run as charts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from latent_grpo.deploy.view.run_view import RunView
+
+MEAN_OVER = 10  # steps of the smoothed curves
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line of a chart. `metric`: a name, or a function of a step's metrics."""
+
+    name: str
+    metric: str | Callable[[dict[str, Any]], float | None]
+    smoothed: bool = False
+
+    def value(self, metrics: dict[str, Any]) -> float | None:
+        found = self.metric(metrics) if callable(self.metric) else metrics.get(self.metric)
+        return found if found is not None and math.isfinite(found) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """`explain`: what it shows and what is healthy, for somebody who sees it for the first time."""
+
+    title: str
+    explain: str
+    curves: tuple[Curve, ...]
+    form: str = "line"  # from 0 up | free | log | percent | stack (shares that add up to 100 %)
+
+
+CHARTS = (
+    Chart(
+        "Reward",
+        "Mean reward of each step's rollouts, noise on. Training works if the smoothed line climbs.",
+        (Curve("each step", "rollout/reward"), Curve(f"mean of {MEAN_OVER} steps", "rollout/reward", smoothed=True)),
+    ),
+    Chart(
+        "Chain length",
+        "Response steps per rollout: latent thoughts plus spoken tokens. A sudden fall or rise deserves a look.",
+        (Curve("all steps", "rollout/steps"), Curve("latent steps", "rollout/latent_steps")),
+    ),
+    Chart(
+        "Invalid rate",
+        "Share of rollouts that used up their token budget without finishing. Should stay near zero.",
+        (Curve("invalid", "rollout/invalid_share"),),
+        "percent",
+    ),
+    Chart(
+        "Log-prob gap",
+        "How far the learner's log-probabilities are from those of the rollout worker. With synchronous training it "
+        "measures numerical drift alone and should be tiny and flat.",
+        (Curve("mean", "learner/drift_mean"), Curve("p99", "learner/drift_p99"), Curve("largest", "learner/drift_max")),
+        "log",
+    ),
+    Chart(
+        "Width of the thoughts",
+        "Effective number of tokens in a latent step, exp(entropy of the weights). 1 means thoughts have collapsed to "
+        "single tokens; K means they are undecided.",
+        (Curve("effective width", "latent/effective_width"),),
+    ),
+    Chart(
+        "Entropy of the thoughts",
+        "Entropy of the mixture weights in nats. It falls as the model makes up its mind.",
+        (Curve("entropy", "latent/entropy"),),
+    ),
+    Chart(
+        "Thinking ends",
+        "Share of rollouts that left latent mode by themselves. Without it there is no answer to grade.",
+        (Curve("left latent mode", "latent/thinking_end_rate"),),
+        "percent",
+    ),
+    Chart(
+        "Policy ratio",
+        "New probability over old when a step's updates are computed. Values far from 1: the policy moves too fast.",
+        (Curve("mean", "learner/ratio_mean"), Curve("p99", "learner/ratio_p99"), Curve("p1", "learner/ratio_p01")),
+        "free",
+    ),
+    Chart(
+        "Clipped steps",
+        "Share of response steps whose gradient a bound held back.",
+        (
+            Curve("low", "learner/clip_fraction_low"),
+            Curve("high", "learner/clip_fraction_high"),
+            Curve("dual", "learner/clip_fraction_dual"),
+        ),
+        "percent",
+    ),
+    Chart("Gradient norm", "Before clipping. Spikes announce trouble.", (Curve("norm", "learner/grad_norm"),)),
+    Chart(
+        "Groups without signal",
+        "Share of groups whose samples all have the same reward: nothing to compare, nothing learned.",
+        (Curve("all equal", "batch/zero_variance_share"),),
+        "percent",
+    ),
+)
+
+
+def charts(run: RunView) -> list[dict[str, Any]]:
+    """The charts that the run has metrics for, as JSON for the page."""
+    train = run.metric_rows("train")
+    found = [_pass_at_1(run), *(_chart(chart, train) for chart in CHARTS)]
+    found += [_stack("Grades", GRADES, _grades(train)), _stack("Where the time goes", TIMES, _time_shares(train))]
+    found.append(_warm_start(run))
+    return [chart for chart in found if chart is not None]
+
+
+GRADES = "What became of each step's rollouts, by the verifier's reason."
+TIMES = (
+    "Share of each step's wall-clock time. A large wait for rollouts means that workers are the bottleneck, a large "
+    "learner share that the learner is."
+)
+
+
+def _chart(chart: Chart, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    series = []
+    for curve in chart.curves:
+        points = [(row["step"], curve.value(row["metrics"])) for row in rows]
+        points = [(step, value) for step, value in points if value is not None]
+        if not points or (curve.smoothed and len(points) < MEAN_OVER):
+            continue
+        values = [value for _, value in points]
+        series.append(_series(curve.name, [s for s, _ in points], _smoothed(values) if curve.smoothed else values))
+        if curve.smoothed:
+            series[0]["faint"] = True
+    return _json(chart.title, chart.explain, chart.form, series)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value and those before it, at most `MEAN_OVER` together."""
+    return [sum(part) / len(part) for part in (values[max(0, i + 1 - MEAN_OVER) : i + 1] for i in range(len(values)))]
+
+
+def _pass_at_1(run: RunView) -> dict[str, Any] | None:
+    """Evaluations: noise off, problems that are not trained on. One line a task, with its standard error."""
+    rows = run.metric_rows("evaluation")
+    tasks = list(dict.fromkeys(key for row in rows for key in row["metrics"] if key.endswith("/pass_at_1")))
+    series = []
+    for key in tasks:
+        task = key.removesuffix("/pass_at_1")
+        has = [row for row in rows if row["metrics"].get(key) is not None]
+        errors = [row["metrics"].get(f"{task}/standard_error") or 0.0 for row in has]
+        series.append(_series(task, [r["step"] for r in has], [r["metrics"][key] for r in has], error=_rounded(errors)))
+    return _json(
+        "pass@1",
+        "Accuracy on problems that are not trained on, noise off. The number that counts; bars are standard errors.",
+        "percent",
+        series,
+    )
+
+
+def _stack(title: str, explain: str, shares: dict[str, list[tuple[int, float]]]) -> dict[str, Any] | None:
+    series = [_series(name, [s for s, _ in points], [v for _, v in points]) for name, points in shares.items()]
+    return _json(title, explain, "stack", series)
+
+
+def _grades(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    prefix, rows = "rollout/reason_", list(rows)
+    names = sorted({key for row in rows for key in row["metrics"] if key.startswith(prefix)})
+    return {
+        name.removeprefix(prefix).replace("_", " "): [(r["step"], r["metrics"].get(name) or 0.0) for r in rows]
+        for name in names
+    }
+
+
+def _time_shares(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Every `time/..._s` as a share of `time/step_s`, and what is left of it."""
+    rows = [row for row in rows if row["metrics"].get("time/step_s")]
+    keys = {key for row in rows for key in row["metrics"] if key.startswith("time/") and key.endswith("_s")}
+    parts = sorted(keys - {"time/step_s"})
+    shares: dict[str, list[tuple[int, float]]] = {key: [] for key in parts}
+    other: list[tuple[int, float]] = []
+    for row in rows:
+        total, left = row["metrics"]["time/step_s"], 1.0
+        for key in parts:
+            share = (row["metrics"].get(key) or 0.0) / total
+            shares[key].append((row["step"], share))
+            left -= share
+        other.append((row["step"], max(left, 0.0)))
+    named = {key.removeprefix("time/").removesuffix("_s").replace("_", " "): points for key, points in shares.items()}
+    return named | ({"other": other} if other else {})
+
+
+def _warm_start(run: RunView) -> dict[str, Any] | None:
+    rows = [row for row in run.metric_rows("sft") if row["metrics"].get("loss") is not None]
+    series = [_series("loss", [r["step"] for r in rows], [r["metrics"]["loss"] for r in rows])] if rows else []
+    explain = "Latent-SFT, before RL: the model learns to think in mixtures at all. Steps here are its own."
+    return _json("Warm start", explain, "line", series)
+
+
+def _series(name: str, x: list[int], y: list[float], **more: Any) -> dict[str, Any]:
+    return {"name": name, "x": x, "y": _rounded(y), **more}
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]
+
+
+def _json(title: str, explain: str, form: str, series: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return {"title": title, "explain": explain, "form": form, "series": series} if series else None

@@ -1,0 +1,91 @@
+"""What a run is and was made with, in words: the panel over `inspect` and at the end of `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latent_grpo.deploy.view.run_view import RunView
+
+
+def facts(run: RunView) -> list[tuple[str, str]]:
+    """What the run is and was made with, in words, for people: (name, value)."""
+    settings, noise = run.settings, run.settings.get("noise", {})
+    minutes = f", {run.summary['minutes']:g} minutes" if "minutes" in run.summary else ""
+    found = [("state", run.state + minutes)]
+    for tag in ("before", "after"):
+        scores = {
+            name.removesuffix("/pass_at_1"): value
+            for name, value in run.summary.get(tag, {}).items()
+            if name.endswith("/pass_at_1")
+        }
+        if scores:
+            found.append((f"pass@1 {tag}", ", ".join(f"{task} {value:.3f}" for task, value in scores.items())))
+    found += [
+        ("algorithm", f"{settings.get('algorithm')}, {settings.get('component_weighting')} weighting"),
+        ("tasks", ", ".join(task["name"] for task in settings.get("tasks", []))),
+        ("batch", f"{settings.get('prompts_per_step')} prompts x {settings.get('group_size')} samples"),
+        (
+            "mixtures",
+            f"K {settings.get('k')}, tau {settings.get('tau')}, noise {noise.get('mode')} x {noise.get('scale')}",
+        ),
+    ]
+    return found + _made_with(run)
+
+
+def _made_with(run: RunView) -> list[tuple[str, str]]:
+    if not run.manifest:
+        return [
+            ("started", str(run.identity.get("started", "unknown"))),
+            ("versions", _versions(run.identity.get("versions", {}))),
+            ("manifest", run.manifest_missing),
+        ]
+    manifest, newest = run.manifest, run.manifest["lineages"][-1]
+    program, hardware = newest["program"], newest["hardware"]
+    commit = program["commit"] or "unknown commit"
+    models = (
+        f"{name}: {_short(run, facts['source'])} ({_digest(facts['files'])})"
+        for name, facts in manifest["model"].items()
+    )
+    data = (f"{d['task']} ({d['use']}, {d['source']}{_fingerprint(d)})" for d in manifest["data"])
+    return [
+        ("seeds", ", ".join(f"{name} {seed}" for name, seed in manifest["seeds"].items() if seed is not None)),
+        ("data", "; ".join(data)),
+        ("models", "; ".join(models)),
+        (
+            "program",
+            f"{program['version']}, {commit}" + (", with changes" if program["changed_since_commit"] else ""),
+        ),
+        ("sources", f"{program['sources']}; grader {manifest['grader']['sources']}"),
+        ("command", newest["command"]),
+        ("started", "; ".join(f"lineage {e['lineage']} {e['started']}" for e in manifest["lineages"])),
+        ("hardware", _hardware(hardware)),
+        ("versions", _versions(newest["versions"])),
+    ]
+
+
+def _short(run: RunView, source: str) -> str:
+    """A model's folder below the run's by its name."""
+    path = Path(source)
+    return path.name if path.parent.name == run.folder.name else source
+
+
+def _versions(versions: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+def _digest(files: dict[str, Any]) -> str:
+    """The weights' hashes, which are what tells two models apart."""
+    weights = {name: facts for name, facts in files.items() if name.endswith((".safetensors", ".bin"))}
+    return ", ".join(f"{name} {facts['xxh3_128']}" for name, facts in weights.items()) or f"{len(files)} files"
+
+
+def _fingerprint(data: dict[str, Any]) -> str:
+    found = data.get("xxh3_128") or data.get("problems_xxh3_128")
+    return f", {found}" if found else ""
+
+
+def _hardware(hardware: dict[str, Any]) -> str:
+    gpus = ", ".join(hardware["gpus"]) or "no GPU"
+    memory = f"{hardware['memory_bytes'] / 2**30:.0f} GiB"
+    return f"{hardware['host']}: {hardware['cpus']} x {hardware['cpu']}, {memory}, {gpus}; {hardware['system']}"

@@ -1,0 +1,258 @@
+"""A run's folder as its readers see it: settings, metrics, dumps; while it goes on, after it ended, or after it failed.
+
+Nothing here writes, starts Ray or loads a model. `RunView.rows` reads only the small columns of the dumps, so that
+filters are fast on long runs; :mod:`deploy.view.thoughts` then loads what is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from latent_grpo.common.metrics import FILE as METRICS_FILE
+from latent_grpo.common.metrics import read_metrics
+from latent_grpo.common.store import (
+    DumpError,
+    DumpFile,
+    LearnerStore,
+    TrajectoryStore,
+    count_rows,
+    read_columns,
+    step_ranges,
+)
+from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.health import Alarm, read_alarms
+from latent_grpo.deploy.run.manifest import ManifestError, read_manifest
+from latent_grpo.deploy.view.selection import Filters, InspectionError, Row, exact_first, no_match, ordered
+
+
+@dataclass
+class RunView:
+    """An open run. `unreadable` collects a sentence for each file, or line of one, that a reading left out."""
+
+    folder: RunFolder
+    settings: dict[str, Any]  # config.json as it stands: readable whatever version wrote it
+    unreadable: list[str] = field(default_factory=list)
+    manifest_missing: str = ""
+    _rows_of: dict[Path, list[Row]] = field(default_factory=dict, init=False, repr=False)
+
+    # --- the run ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        return _optional_json(self.folder.path / "summary.json")
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return _optional_json(self.folder.path / "run.json")
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of the live history, of every kind; empty where the run has recorded nothing yet."""
+        path = self.folder.path / METRICS_FILE
+        return list(read_metrics(path, kind=None)) if path.is_file() else []
+
+    def metric_rows(self, kind: str) -> list[dict[str, Any]]:
+        return [row for row in self.metrics if row["kind"] == kind]
+
+    @cached_property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """Of the live history, oldest first; lines that cannot be read are named in `unreadable`. Raises MetricsError
+        where the run's metrics cannot be read."""
+        record = read_alarms(self.folder.path)
+        self.unreadable += record.left_out
+        return record.alarms
+
+    @property
+    def wanted_steps(self) -> int:
+        return int(self.settings.get("steps", 0))
+
+    @property
+    def done_steps(self) -> int:
+        return max((row["step"] for row in self.metric_rows("train")), default=0)
+
+    @property
+    def finished(self) -> bool:
+        return "minutes" in self.summary and self.done_steps >= self.wanted_steps
+
+    @property
+    def state(self) -> str:
+        """One phrase."""
+        if self.finished:
+            return f"finished after {self.done_steps} steps"
+        return f"unfinished: {self.done_steps} of {self.wanted_steps} steps recorded so far"
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the run was made with; empty for a run that has none (`manifest_missing` then says why)."""
+        try:
+            return read_manifest(self.folder.path)
+        except ManifestError as error:
+            self.manifest_missing = str(error)
+            return {}
+
+    # --- dumps -----------------------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> TrajectoryStore:
+        return TrajectoryStore(self.folder.trajectories)
+
+    def files(self, filters: Filters) -> list[DumpFile]:
+        """Dump files that can hold what is asked for. Raises InspectionError naming what is there instead."""
+        files = self.store.files(purpose=filters.purpose, lineage=filters.lineage)
+        if not files:
+            raise InspectionError(self._no_dumps(filters))
+        chosen = [file for file in files if filters.has_step(file.step)]
+        if not chosen:
+            by_purpose: dict[str, set[int]] = {}
+            for file in files:
+                by_purpose.setdefault(file.purpose, set()).add(file.step)
+            have = "; ".join(f"{purpose}: {step_ranges(sorted(steps))}" for purpose, steps in by_purpose.items())
+            raise InspectionError(f"{filters}: no trajectory of that step was dumped. Steps with dumps: {have}")
+        return chosen
+
+    def _no_dumps(self, filters: Filters) -> str:
+        every = self.settings.get("dump", {}).get("every")
+        if filters.purpose is not None or filters.lineage is not None:
+            other = sorted({file.purpose for file in self.store.files(purpose=None)})
+            if other:
+                return f"{filters}: no such dumps in {self.folder.path}; it has dumps of {', '.join(other)}"
+        if every == 0:
+            return f"{self.folder.path} has no trajectory dumps: its setting dump.every is 0, which turns them off"
+        if not self.finished:
+            return (
+                f"{self.folder.path} has no trajectory dumps yet: {self.state}, and dump.every is {every}; "
+                "look again after that step"
+            )
+        return (
+            f"{self.folder.path} has no trajectory dumps: none was written by step {self.done_steps} "
+            f"(dump.every {every}), or they were deleted"
+        )
+
+    def rows(self, filters: Filters) -> list[Row]:
+        """Matching trajectories in the asked order. Raises InspectionError if none match, DumpError if nothing is
+        readable; a damaged file among good ones is left out and named in `unreadable`."""
+        files = self.files(filters)
+        every: list[Row] = []
+        failures: list[DumpError] = []
+        for file in files:
+            try:
+                every += self._file_rows(file)
+            except DumpError as error:
+                failures.append(error)
+        if failures and not every:
+            raise failures[0]
+        for error in failures:
+            self.leave_out(error)
+        chosen = exact_first([row for row in every if filters.accepts(row)], filters)
+        if not chosen:
+            raise InspectionError(no_match(filters, every))
+        return ordered(chosen, filters.sort)
+
+    def group(self, row: Row) -> list[Row]:
+        """The dumped samples of a row's group, the row included, in sample order."""
+        rows = [r for r in self._file_rows(row.file) if r.group_uid == row.group_uid]
+        return sorted(rows, key=lambda r: r.sample_index)
+
+    def count(self, file: DumpFile) -> int:
+        """Its trajectories; 0 for a file that cannot be read, which is then named in `unreadable`."""
+        try:
+            return count_rows(file.path)
+        except DumpError as error:
+            self.leave_out(error)
+            return 0
+
+    def _read_rows(self, file: DumpFile) -> list[Row]:
+        """The small columns of a dump, with those of the learner's record where it can be read. Raises DumpError."""
+        table = read_columns(file.path, [*_COLUMNS, "hard_ids"])
+        hard = pc.list_value_length(table["hard_ids"]).to_pylist()
+        columns = {ours: table[theirs].to_pylist() for theirs, ours in _COLUMNS.items()}
+        records = self.records_path(file)
+        if records.is_file():
+            try:
+                columns |= _learner_columns(records, list(zip(columns["group_uid"], columns["sample_index"])))
+            except DumpError as error:
+                self.leave_out(error)
+        return [
+            Row(file=file, index=i, length=columns["latent"][i] + hard[i], **{n: v[i] for n, v in columns.items()})
+            for i in range(table.num_rows)
+        ]
+
+    def leave_out(self, error: DumpError) -> None:
+        if str(error) not in self.unreadable:
+            self.unreadable.append(str(error))
+
+    def records_path(self, file: DumpFile) -> Path:
+        """Where the learner's record of a dump is, if there is one."""
+        return self.folder.learner_records / file.path.relative_to(self.folder.trajectories)
+
+    def _file_rows(self, file: DumpFile) -> list[Row]:
+        if file.path not in self._rows_of:
+            self._rows_of[file.path] = self._read_rows(file)
+        return self._rows_of[file.path]
+
+
+_COLUMNS = {
+    "task": "task",
+    "problem_uid": "problem_uid",
+    "group_uid": "group_uid",
+    "sample_index": "sample_index",
+    "policy_version_min": "version",
+    "reward": "reward",
+    "grade_reason": "grade_reason",
+    "finish_reason": "finish_reason",
+    "gold_answer": "gold_answer",
+    "parsed_answer": "parsed_answer",
+    "num_latent_steps": "latent",
+    "generation_seconds": "seconds",
+}
+"""Columns of the dump that a :class:`Row` holds, by the row's names."""
+
+
+_LEARNER_COLUMNS = {"outcome": "outcome", "reason": "why", "advantage": "advantage"}
+
+
+def _learner_columns(path: Path, keys: list[tuple[str, int]]) -> dict[str, list]:
+    table = read_columns(path, ["group_uid", "sample_index", *_LEARNER_COLUMNS], LearnerStore)
+    found = zip(table["group_uid"].to_pylist(), table["sample_index"].to_pylist(), strict=True)
+    place = {key: row for row, key in enumerate(found)}
+    columns = {ours: table[theirs].to_pylist() for theirs, ours in _LEARNER_COLUMNS.items()}
+    return {name: [values[place[key]] if key in place else None for key in keys] for name, values in columns.items()}
+
+
+def open_run(path: str | Path) -> RunView:
+    """Raises InspectionError for a folder that is not there or not a run's."""
+    path = Path(path)
+    if not path.is_dir():
+        around = path.parent if path.parent.is_dir() else Path()
+        raise InspectionError(f"{path}: no such run folder{_runs_in(around)}")
+    config = path / "config.json"
+    if not config.is_file():
+        raise InspectionError(f"{path} is not a run folder: it has no config.json{_runs_in(path)}")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InspectionError(f"{config}: not readable JSON ({error}); the run cannot be shown without it") from error
+    if not isinstance(settings, dict):
+        raise InspectionError(f"{config}: expected a mapping of settings, got a {type(settings).__name__}")
+    return RunView(RunFolder(path), settings)
+
+
+def _runs_in(folder: Path) -> str:
+    found = sorted((p.parent for p in folder.glob("*/config.json")), key=lambda p: p.stat().st_mtime, reverse=True)
+    return f"; runs in {folder.resolve()}: {', '.join(p.name for p in found[:5])}" if found else ""
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    """What a run writes later than its other files; absent: empty. Raises InspectionError if damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InspectionError(f"{path}: not readable JSON ({error}); delete it to go on without") from error

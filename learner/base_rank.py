@@ -1,0 +1,100 @@
+"""What every rank of a learner is: a process of a group with a ZeRO engine, that publishes, saves, loads and exports.
+
+Plain classes; `learner.group` puts them into Ray actors.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from latent_grpo.common.config import OptimizerConfig, RunConfig
+from latent_grpo.common.stacks import Whereabouts, answer_with_stacks
+from latent_grpo.common.weights import Publication
+from latent_grpo.learner.policy import load_policy_model
+from latent_grpo.learner.publication import publish
+from latent_grpo.learner.zero_engine import ZeroEngine, init_distributed
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+class RankActor:
+    """Subclasses give the module to train (:meth:`build`) and their own step."""
+
+    def build(self, model: nn.Module) -> tuple[nn.Module, OptimizerConfig]:
+        """The module round `model` whose forward pass is the step's, and its optimizer's settings."""
+        raise NotImplementedError
+
+    def whereabouts(self) -> Whereabouts:
+        """This process, which from now on answers with its stacks."""
+        return answer_with_stacks()
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0's process group listens: this node, a free port."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def setup(self, rank: int, world: int, address: str, port: int, config: str, model_folder: str) -> None:
+        """Joins the group and loads the model. `config`: the run's, as JSON."""
+        self.config = config = RunConfig.model_validate_json(config)
+        self.rank, self.world, self.model_folder = rank, world, model_folder
+        self.device = config.learner.device
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(config.learner.resources.threads)
+        init_distributed(rank=rank, world=world, address=address, port=port, device=self.device)
+        module, optimizer = self.build(load_policy_model(model_folder))
+        self.engine = ZeroEngine(module, optimizer, config.learner, config.model.dtype, self.device)
+
+    def publish(self, version: int) -> Publication | None:
+        """The weights as buckets in the object store, from rank 0; the other ranks help to gather."""
+        size = self.config.learner.weight_bucket_bytes
+        parameters = self.engine.full_parameters(size)
+        if self.rank == 0:
+            return publish(parameters, version, size)
+        for _ in parameters:
+            pass
+        return None
+
+    def save(self, folder: str) -> None:
+        self.engine.save(folder)
+
+    def load(self, folder: str) -> None:
+        self.engine.load(folder)
+
+    def export(self, folder: str) -> None:
+        """The model in Hugging Face format with the tokenizer it came with."""
+        parameters = dict(self.engine.full_parameters(self.config.learner.weight_bucket_bytes))
+        if self.rank == 0:
+            self.write_model(parameters, self.model_folder, Path(folder))
+
+    def write_model(self, parameters: dict[str, torch.Tensor], source: str, folder: Path) -> None:
+        """A model folder like `source` (a folder or hub id) with these parameters, and its tokenizer."""
+        model = load_policy_model(source).to(getattr(torch, self.config.model.dtype))
+        names = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in parameters.items():
+                names[name].copy_(tensor)
+        model.save_pretrained(folder)
+        if Path(source).is_dir():
+            for pattern in TOKENIZER_FILES:
+                for path in Path(source).glob(pattern):
+                    shutil.copy(path, folder / path.name)
+        else:
+            from latent_grpo.common.models import load_tokenizer
+
+            load_tokenizer(source).save_pretrained(folder)

@@ -1,0 +1,202 @@
+"""Stage 1 of Latent-SFT on the learner's ranks (METHOD §7b): one of its three steps at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from torch import nn
+
+from latent_grpo.common.config import OptimizerConfig, RunConfig
+from latent_grpo.learner.base_rank import RankActor
+from latent_grpo.learner.group import RankGroup
+from latent_grpo.learner.policy import load_policy_model
+from latent_grpo.learner.sft.induction import (
+    DECODER,
+    ENCODER,
+    InductionModule,
+    InductionParts,
+    Phase,
+    collate,
+    encoder_beside,
+    label_ids,
+)
+from latent_grpo.learner.sft.learner import SFTPiece, plan_rows
+from latent_grpo.learner.sft.rows import SFTRow
+from latent_grpo.learner.zero_engine import learning_rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InductionReport:
+    """A step on one rank: its shares of the means."""
+
+    text_loss: float
+    answer_loss: float
+    anchor_distance: float
+    grad_norm: float
+    applied: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Targets of a step over all ranks."""
+
+    text: int
+    answer: int
+    slots: int
+
+
+def counts_of(rows: Sequence[SFTRow], c: int) -> Counts:
+    """The first segment of a chain is never a target: no slot comes before it."""
+    return Counts(
+        text=sum(max(len(row.cot_ids) - c, 0) for row in rows),
+        answer=sum(len(row.hard_ids) for row in rows),
+        slots=sum(len(row.chain.ids) for row in rows),
+    )
+
+
+class InductionRank(RankActor):
+    """`phase`: set by the subclass that Ray starts."""
+
+    phase: Phase
+
+    def build(self, model: nn.Module) -> tuple[nn.Module, OptimizerConfig]:
+        from latent_grpo.common.models import load_tokenizer
+        from latent_grpo.common.prompts import resolve_tokens
+
+        config = self.config
+        rows = model.get_output_embeddings().weight.shape[0]
+        facts = resolve_tokens(load_tokenizer(self.model_folder), rows, config.latent, config.model.prompt.think_end)
+        self.pad_id, self.slot_id = facts.pad_id, facts.latent_end_id
+        module = InductionModule(
+            load_policy_model(encoder_beside(self.model_folder)),
+            model,
+            k=config.k,
+            phase=self.phase,
+            allowed=label_ids(np.asarray(facts.allowed), facts.latent_end_id),
+            chunk_tokens=config.learner.logprob_chunk_tokens,
+            gradient_checkpointing=config.learner.gradient_checkpointing,
+        )
+        return module, config.warm_start.induction.optimizer
+
+    def train_step(self, rows: list[SFTRow], step: int, total_steps: int) -> InductionReport:
+        """One update on `rows` (the whole step's, on every rank)."""
+        started = time.perf_counter()
+        settings = self.config.warm_start.induction
+        counts = counts_of(rows, self.config.warm_start.compression)
+        anchor = settings.anchor if self.phase == "encoder" else 0.0
+        sums = np.zeros(3)
+        for parts, piece in self._parts(rows):
+            loss = parts.combine(counts.text, counts.answer, counts.slots, anchor) * float(piece.counts)
+            self.engine.backward(loss)
+            sums += _sums(parts) * float(piece.counts)
+        result = self.engine.step(learning_rate(settings.optimizer, step, total_steps))
+        self.engine.ensure_finite()
+        return self._report(sums, counts, started, result.grad_norm, result.applied)
+
+    @torch.no_grad()
+    def judge(self, rows: list[SFTRow], shuffled: bool) -> InductionReport:
+        """The losses on `rows` without an update; `shuffled`: the decoder is given other rows' latents."""
+        started, sums = time.perf_counter(), np.zeros(3)
+        for parts, piece in self._parts(rows, shuffled):
+            sums += _sums(parts) * float(piece.counts)
+        counts = counts_of(rows, self.config.warm_start.compression)
+        return self._report(sums, counts, started, grad_norm=0.0, applied=True)
+
+    def _parts(self, rows: list[SFTRow], shuffled: bool = False):
+        """(loss parts, piece) of every micro-batch of this rank; all ranks make equally many calls (ZeRO-3)."""
+        c, learner = self.config.warm_start.compression, self.config.learner
+        # both sides: the chain's text and its slots, and the visible part
+        plan = plan_rows(
+            [len(r.prompt_ids) + len(r.cot_ids) + len(r.chain.ids) + len(r.hard_ids) for r in rows],
+            self.world,
+            learner.tokens_per_microbatch,
+        )
+        for column in zip(*plan, strict=True):
+            piece: SFTPiece = column[self.rank]
+            each = [counts_of([rows[i] for i in p.rows], c) for p in column]
+            chunk = learner.logprob_chunk_tokens
+            calls = tuple(max(-(-getattr(n, name) // chunk) for n in each) for name in ("text", "answer", "slots"))
+            batch = collate(
+                [rows[i] for i in piece.rows],
+                c=c,
+                slot_id=self.slot_id,
+                pad_id=self.pad_id,
+                calls=calls,
+                shuffled=shuffled,
+            )
+            yield self.engine.forward(batch.to(self.device)), piece
+
+    def _report(self, sums: np.ndarray, counts: Counts, started: float, grad_norm: float, applied: bool):
+        text, answer, anchor = sums / np.maximum([counts.text, counts.answer, counts.slots], 1)
+        return InductionReport(
+            text_loss=float(text),
+            answer_loss=float(answer),
+            anchor_distance=float(anchor),
+            grad_norm=grad_norm,
+            applied=applied,
+            seconds=time.perf_counter() - started,
+        )
+
+    def export(self, folder: str) -> None:
+        """Both models in Hugging Face format, with the tokenizer."""
+        parameters = dict(self.engine.full_parameters(self.config.learner.weight_bucket_bytes))
+        if self.rank:
+            return
+        for name, prefix, source in (
+            (ENCODER, "encoder.model.", encoder_beside(self.model_folder)),
+            (DECODER, "decoder.", self.model_folder),
+        ):
+            own = {n.removeprefix(prefix): p for n, p in parameters.items() if n.startswith(prefix)}
+            self.write_model(own, source, Path(folder, name))
+
+
+def _sums(parts: InductionParts) -> np.ndarray:
+    return np.array([float(s.detach()) for s in (parts.text_sum, parts.answer_sum, parts.anchor_sum)])
+
+
+class EncoderRank(InductionRank):
+    phase = "encoder"
+
+
+class DecoderRank(InductionRank):
+    phase = "decoder"
+
+
+class UnionRank(InductionRank):
+    phase = "union"
+
+
+RANKS: dict[Phase, type[InductionRank]] = {"encoder": EncoderRank, "decoder": DecoderRank, "union": UnionRank}
+
+
+class InductionLearner(RankGroup):
+    """The ranks of one step of stage 1; `model_folder`: the initial model, or the last step's decoder."""
+
+    def __init__(self, config: RunConfig, model_folder: str | Path, phase: Phase):
+        super().__init__(RANKS[phase], config, model_folder)
+
+    def start_step(self, rows: list[SFTRow], step: int, total_steps: int) -> None:
+        self._begin("train_step", ray.put(rows), step, total_steps)
+
+    def finish_step(self) -> dict[str, float]:
+        """Waits for the step and gives its metrics."""
+        return _summed(self._finish())
+
+    def judge(self, rows: list[SFTRow], shuffled: bool = False) -> dict[str, float]:
+        return _summed(self._all("judge", ray.put(rows), shuffled))
+
+
+def _summed(reports: list[InductionReport]) -> dict[str, float]:
+    return {
+        **{n: sum(getattr(r, n) for r in reports) for n in ("text_loss", "answer_loss", "anchor_distance")},
+        "grad_norm": reports[0].grad_norm,
+        "skipped_updates": float(not reports[0].applied),
+        "seconds": max(r.seconds for r in reports),
+    }

@@ -1,0 +1,70 @@
+"""One problem as a training row of Latent-SFT (METHOD §7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from latent_grpo.common.config import ConfigError
+from latent_grpo.learner.sft.soft_labels import Chain, UniformChains
+
+EMPTY = Chain(np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1), dtype=np.float32))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTRow:
+    """One problem: prompt, then either a latent or an explicit chain, then the visible part."""
+
+    prompt_ids: np.ndarray  # [P] int64
+    cot_ids: np.ndarray  # [N] int64: what the latent steps stand for, without the latent-end token; N = 0 if explicit
+    chain: Chain  # uniform labels (METHOD §7a); L = 0 in explicit mode
+    hard_ids: np.ndarray  # [H] int64: (explicit chain,) end of thinking, boxed answer, EOS
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.chain.ids) + len(self.hard_ids)
+
+
+class ChainTooShort(ConfigError):
+    """A chain of thought that does not fill one latent step."""
+
+
+def make_row(
+    tokenizer,
+    prompt_ids: np.ndarray,
+    cot: str,
+    answer: str,
+    *,
+    c: int,
+    k: int,
+    latent_end_id: int | None,
+    think_end: str = "</think>",
+    explicit: bool = False,
+) -> SFTRow:
+    """The training row of a problem; `explicit` keeps the chain as hard tokens (the baseline's start).
+
+    Raises ConfigError for an empty chain, for an end of thinking that the tokenizer merges with the answer, and
+    (:class:`ChainTooShort`) for a chain of fewer than c tokens.
+    """
+    if not cot.strip():
+        raise ConfigError("Latent-SFT needs an explicit chain of thought, got an empty one; set the task's columns.cot")
+    cot_ids = tokenizer.encode(cot, add_special_tokens=False)
+    visible = tokenizer.encode(f"{think_end}\\boxed{{{answer}}}", add_special_tokens=False)
+    if latent_end_id is not None and visible[0] != latent_end_id:
+        raise ConfigError(
+            f"{think_end!r} starts with token {visible[0]} before the answer and with {latent_end_id} alone: the "
+            "tokenizer merges it with what follows; use another prompt.think_end"
+        )
+    compressed = [] if explicit else [i for i in cot_ids if i != latent_end_id]
+    if not explicit and len(compressed) < c:
+        raise ChainTooShort(
+            f"the chain of thought {cot!r} has {len(compressed)} token(s), fewer than one latent step stands for "
+            f"(warm_start.compression {c}); lower it or leave the problem out"
+        )
+    hard = [*(cot_ids if explicit else ()), *visible, tokenizer.eos_token_id]
+    return SFTRow(
+        prompt_ids=np.asarray(prompt_ids, dtype=np.int64),
+        cot_ids=np.asarray(compressed, dtype=np.int64),
+        chain=EMPTY if explicit else UniformChains(c, k).chains([prompt_ids], [compressed])[0],
+        hard_ids=np.asarray(hard, dtype=np.int64),
+    )

@@ -1,0 +1,61 @@
+"""Latent chains from explicit ones (METHOD §7): every c consecutive tokens become one soft label.
+
+The plug point is :class:`ChainSource`. :class:`UniformChains` is METHOD §7a, `learner.sft.induction.InducedChains` §7b;
+both give equally many steps, so that a row's length does not depend on the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Chain(NamedTuple):
+    """L latent steps. Unused slots of a step have label 0 and repeat its first id."""
+
+    ids: np.ndarray  # [L, K] int64
+    labels: np.ndarray  # [L, K] float32: q, rows sum to 1
+
+
+class ChainSource(Protocol):
+    """Soft labels of explicit chains."""
+
+    def chains(self, prompts: Sequence[np.ndarray], cots: Sequence[np.ndarray]) -> list[Chain]:
+        """One chain of :func:`chain_length` steps a row. `prompts` [P] int64 and `cots` [N] int64, one each a row;
+        the latent-end token is in no `cot` and in no label."""
+
+
+def chain_length(tokens: int, c: int) -> int:
+    """L: the last step may stand for fewer than c tokens."""
+    return -(-tokens // c)
+
+
+class UniformChains:
+    """METHOD §7a: q is uniform over the step's tokens."""
+
+    def __init__(self, c: int, k: int):
+        self.c, self.k = c, k
+
+    def chains(self, prompts: Sequence[np.ndarray], cots: Sequence[np.ndarray]) -> list[Chain]:
+        return [build_chain(cot, self.c, self.k) for cot in cots]
+
+
+def build_chain(cot_ids: Sequence[int], c: int, k: int, latent_end_id: int | None = None) -> Chain:
+    """METHOD §7a: every c consecutive tokens become one step, q uniform over them (equal tokens merged).
+
+    The last step may be shorter. The latent-end token is never in a label: as a proxy it would end the chain.
+    """
+    if c < 1 or k < c:
+        raise ValueError(f"a latent step of k = {k} ids cannot hold c = {c} tokens; need 1 <= c <= k")
+    tokens = [int(i) for i in cot_ids if i != latent_end_id]
+    steps = [tokens[start : start + c] for start in range(0, len(tokens), c)]
+    ids = np.zeros((len(steps), k), dtype=np.int64)
+    labels = np.zeros((len(steps), k), dtype=np.float32)
+    for row, step in enumerate(steps):
+        distinct = list(dict.fromkeys(step))
+        ids[row] = distinct[0]
+        ids[row, : len(distinct)] = distinct
+        labels[row, : len(distinct)] = [step.count(i) / len(step) for i in distinct]
+    return Chain(ids, labels)

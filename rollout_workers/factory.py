@@ -1,0 +1,95 @@
+"""How a rollout worker of a run is made, inside its actor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from latent_grpo.common.config import RunConfig
+from latent_grpo.common.types import FinishReason, TokenFacts
+from latent_grpo.rollout_workers.engine import LatentEngine
+from latent_grpo.rollout_workers.verifiers import verifier_pool
+from latent_grpo.rollout_workers.worker import RolloutWorker
+
+GPU_SHARE = 0.9  # of what a worker reserves of a GPU: weights, keys and values
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFactory:
+    """Picklable: settings and places only. `model`: a folder or hub id that every node can read."""
+
+    config_json: str
+    model: str
+    run_id: str
+
+    def __call__(self, name: str) -> RolloutWorker:
+        import torch
+
+        from latent_grpo.common.models import load_tokenizer, output_facts
+        from latent_grpo.common.prompts import resolve_tokens
+
+        config = RunConfig.model_validate_json(self.config_json)
+        rollout = config.rollout
+        torch.set_num_threads(rollout.resources.threads)
+        tokenizer = load_tokenizer(self.model)
+        vocab_size, eos_ids = output_facts(self.model)
+        facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
+        return RolloutWorker(
+            name,
+            make_engine(config, self.model, facts),
+            verifier_pool(config),
+            ResponseText(tokenizer, facts.eos_ids),
+            k=config.schema_k,
+            run_id=self.run_id,
+            in_flight=rollout.vllm.in_flight_updates,
+        )
+
+
+def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngine:
+    """The engine that the run asks for; it samples nothing before its first publication."""
+    rollout = config.rollout
+    if rollout.engine == "vllm":
+        from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
+
+        tasks = (*config.tasks, *config.evaluation.tasks)
+        gpus, options = rollout.resources.num_gpus, rollout.vllm
+        if options.memory_share is None and gpus:
+            options = options.model_copy(update={"memory_share": GPU_SHARE * min(gpus, 1.0)})
+        return VLLMEngine(
+            model,
+            facts,
+            dtype=config.model.dtype,
+            max_rows=rollout.max_rows,
+            max_length=max(t.max_prompt_tokens + t.max_response_tokens for t in tasks),
+            max_tokens=max(t.max_response_tokens for t in tasks),
+            k=max(config.schema_k, 1),
+            options=options,
+        )
+    import torch
+
+    from latent_grpo.common.models import load_model
+    from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
+
+    device = rollout.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TransformersEngine(
+        load_model(model, config.model.dtype),
+        facts,
+        max_rows=rollout.max_rows,
+        deterministic=config.deterministic,
+        device=device,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseText:
+    """Hard ids to the text that is graded (METHOD §1): everything but the EOS that ended it."""
+
+    tokenizer: object
+    eos_ids: tuple[int, ...]
+
+    def __call__(self, hard_ids: np.ndarray, finish_reason: FinishReason) -> str:
+        ids = hard_ids[:-1] if finish_reason == "stop" and len(hard_ids) and hard_ids[-1] in self.eos_ids else hard_ids
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)

@@ -1,0 +1,60 @@
+"""The verifiers of a run: what its names stand for, whether they can be built, and the pool of one worker."""
+
+from __future__ import annotations
+
+from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
+from latent_grpo.reward.pool import VerifierPool
+from latent_grpo.reward.verifier import Definitions, UnknownVerifierError, Verifier
+
+
+def verifier_pool(config: RunConfig) -> VerifierPool:
+    """The graders of one worker, with the run's limits and names."""
+    settings = config.rollout.verifier
+    return VerifierPool(
+        settings.processes,
+        settings.time_limit_s,
+        settings.memory_limit_bytes,
+        options=_options(config),
+        definitions=_definitions(config),
+    )
+
+
+def build_verifier(config: RunConfig, kind: str) -> Verifier:
+    """The verifier that a task names, in this process. Raises ConfigError if it cannot be imported and built."""
+    try:
+        return Definitions(_definitions(config), _options(config)).build(kind)
+    except UnknownVerifierError as error:
+        raise ConfigError(str(error)) from error
+
+
+def verifier_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """(verifier, tasks that use it), each built once. Raises ConfigError for one that is wrong or has no effect."""
+    tasks = [with_benchmark_defaults(task) for task in (*config.tasks, *config.evaluation.tasks)]
+    users: dict[str, list[str]] = {}
+    for task in tasks:
+        users.setdefault(task.verifier, []).append(task.name)
+    for kind in [*users, *config.verifiers]:
+        build_verifier(config, kind)
+    used = set(users) | _named_inside([config.verifiers[kind].options for kind in users if kind in config.verifiers])
+    unused = sorted(set(config.verifiers) - used)
+    if unused:
+        raise ConfigError(f"verifiers.{unused[0]}: no task names it; set a task's `verifier` to it, or remove it")
+    return [(f"verifier {kind}", f"can be built; grades {', '.join(names)}") for kind, names in users.items()]
+
+
+def _named_inside(node: object) -> set[str]:
+    """Every `kind` inside the options of compositions."""
+    if isinstance(node, dict):
+        own = {node["kind"]} if isinstance(node.get("kind"), str) else set()
+        return own.union(*(_named_inside(value) for value in node.values()))
+    return set().union(*(_named_inside(item) for item in node)) if isinstance(node, list) else set()
+
+
+def _definitions(config: RunConfig) -> dict[str, dict]:
+    return {name: definition.model_dump() for name, definition in config.verifiers.items()}
+
+
+def _options(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Options of kinds wherever they occur in the run, inside compositions too."""
+    return {kind: {"fallback": config.rollout.verifier.fallback} for kind in ("math", "number")}
