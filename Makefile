@@ -61,6 +61,7 @@ test-gpu:
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/typecheck.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 
@@ -21,6 +21,9 @@ ROUNDING = 2e-6  # over what three float32 operations lose
 Setting = float | torch.Tensor
 
 
+Count = int | torch.Tensor
+
+
 Switch = bool | torch.Tensor
 
 
@@ -29,6 +32,10 @@ Noise = Callable[[torch.Tensor], torch.Tensor]  # draws [N, M] for ids [N, M]
 
 Drawn = tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]
 """What was drawn, [N] bool: it can be used, and [N]: no id with a logit below this could have changed it."""
+
+
+Draw = Callable[..., Drawn]
+"""A step of METHOD §2: of a table, a normaliser [N, 1], noise, and the step's settings in their order."""
 
 
 class _Table(NamedTuple):
@@ -64,6 +71,14 @@ def _order_key(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return (bits.long() << 32) | (0x7FFFFFFF - ids)
 
 
+@overload
+def _column(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+
+
+@overload
+def _column(value: Setting, dtype: torch.dtype) -> Setting: ...
+
+
 def _column(value: Setting, dtype: torch.dtype) -> Setting:
     """A setting as something that broadcasts over [N, M]; a number stays one."""
     if not isinstance(value, torch.Tensor):
@@ -72,7 +87,7 @@ def _column(value: Setting, dtype: torch.dtype) -> Setting:
     return value.unsqueeze(-1) if value.ndim == 1 else value
 
 
-def _rows_of(value: Setting | None, rows: torch.Tensor) -> Setting | None:
+def _rows_of(value: Setting, rows: torch.Tensor) -> Setting:
     return value[rows] if isinstance(value, torch.Tensor) and value.ndim == 1 else value
 
 
@@ -95,7 +110,7 @@ def _last_kept(table: _Table, keep: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(
-    draw: Callable,
+    draw: Draw,
     logits: torch.Tensor,
     gumbel: torch.Tensor,
     allowed: torch.Tensor | None,
@@ -111,7 +126,7 @@ def _plain(
 
 
 def _keyed(
-    draw: Callable,
+    draw: Draw,
     logits: torch.Tensor,
     normaliser: torch.Tensor,
     keys: torch.Tensor,

@@ -1,9 +1,26 @@
-"""Faults of what the user gave."""
+"""The errors that end a command with one line instead of a traceback. Every one of ours derives from one base class."""
+
+from __future__ import annotations
+
+from typing import ClassVar
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work. The message says what was received, what is allowed and what to change."""
+class LatentGRPOError(Exception):
+    """An expected fault. The message says what was received, what is allowed and what to do."""
+
+    exit_code: ClassVar[int] = 1
+    """Exit code of the command that it ends: 1 for what happened to a run, 2 for what the user gave."""
 
 
-class MetricsError(RuntimeError):
-    """A sink that cannot work, or the record that cannot be written; the message says what to do."""
+class ConfigError(LatentGRPOError, ValueError):
+    """A setting, a file or an argument that cannot work. The message says what to change."""
+
+    exit_code = 2
+
+
+class RunError(LatentGRPOError, RuntimeError):
+    """A run that cannot go on. The message names the part that failed and what to do."""
+
+
+class MetricsError(RunError):
+    """A metric sink that cannot work, or a record that cannot be written."""

@@ -1,4 +1,4 @@
-"""Atomic writes, fsync and file checksums: one of each."""
+"""Writing files that are whole or absent, and knowing a file by its bytes: one function for each."""
 
 from __future__ import annotations
 
@@ -7,18 +7,49 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import xxhash
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+_READ_BYTES = 8 * 2**20
+
+
+def write_atomically(path: Path, content: str | bytes | memoryview, *, temporary: str | None = None) -> None:
+    """Writes a file that appears whole, or leaves the earlier one; it is on the disk when this returns.
+
+    `temporary`: the name that it has meanwhile in the same folder. Raises OSError and then leaves nothing behind.
+    """
+    unfinished = path.with_name(temporary or f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Puts a file, or the names in a folder, on the disk: a rename is durable only once its folder is."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_hash(path: Path) -> str:
+    """The xxh3-128 of a file's bytes: whether two files are the same; it is no signature."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def save_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """`write(folder)`, and only then the name: a killed run leaves no half a model under it."""
+    """Fills a folder with `write(folder)` and only then gives it its name: a killed run leaves no half a model."""
     unfinished = target.with_name(f".unfinished-{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     write(unfinished)

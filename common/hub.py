@@ -21,7 +21,7 @@ def check_folder(model: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def asked_of_hub(model: str | Path) -> Iterator[None]:
+def hub_errors(model: str | Path) -> Iterator[None]:
     """Inside, files of `model` are read. Raises ConfigError where they cannot be had."""
     try:
         yield

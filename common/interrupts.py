@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Protocol
 
 SETTLE_S = 15.0  # of the 30 s that an interrupt may take
@@ -29,7 +30,7 @@ class _Deferral:
     noted = False
     taken = False
 
-    def note(self, number: int, frame) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
         if self.noted:
             raise KeyboardInterrupt
         self.noted = True
@@ -74,7 +75,7 @@ def check_interrupt() -> None:
 
 
 @contextlib.contextmanager
-def terminated_is_interrupted() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM (a job that is stopped, a pod that is evicted) ends a run as Ctrl-C does: with a checkpoint."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -91,7 +92,7 @@ class Stepping(Protocol):
     def finish_step(self) -> dict[str, float]: ...
 
 
-def awaited(learner: Stepping) -> dict[str, float]:
+def wait_for_step(learner: Stepping) -> dict[str, float]:
     """The running step's metrics, once it is done; an interrupt is taken meanwhile."""
     while not learner.finished():
         check_interrupt()
@@ -99,8 +100,8 @@ def awaited(learner: Stepping) -> dict[str, float]:
     return learner.finish_step()
 
 
-def settled(learner: Stepping, seconds: float = SETTLE_S) -> dict[str, float] | None:
-    """As :func:`awaited`, after an interrupt; None: it took too long, and the last state stays the last."""
+def finish_within(learner: Stepping, seconds: float = SETTLE_S) -> dict[str, float] | None:
+    """As :func:`wait_for_step`, after an interrupt; None: it took too long, and the last state stays the last."""
     deadline = time.monotonic() + seconds
     while not learner.finished():
         if time.monotonic() > deadline:

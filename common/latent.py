@@ -23,6 +23,7 @@ from latent_grpo.common.candidates import (
     ROUNDING,
     TOP_M,
     WIDEN,
+    Count,
     Drawn,
     Noise,
     Setting,
@@ -65,16 +66,15 @@ def _mixture(
         drawn = (ids, scores, scores, table.ids[:, 0])
         keep = torch.ones_like(ids, dtype=torch.bool)
     else:
-        mixed = isinstance(noisy, torch.Tensor)
-        pick = _column(noisy, torch.bool)
+        pick = _column(noisy, torch.bool) if isinstance(noisy, torch.Tensor) else None  # None: noise in all rows
         # without noise nothing but the k most likely can be selected: an empty nucleus says so
-        keep = _nucleus(log_p.double().exp(), _per_row(pick, top_p, 0.0) if mixed else top_p)
+        keep = _nucleus(log_p.double().exp(), top_p if pick is None else _per_row(pick, top_p, 0.0))
         keep[:, :k] = True
         shift, scale = _column(one_sided, torch.float32) * -GUMBEL_LOW, _column(noise_scale, torch.float32)
         noise = gumbel(table.ids).clamp(GUMBEL_LOW, GUMBEL_HIGH) + shift
         score = log_p + noise * scale
         by = score
-        if mixed:
+        if pick is not None:
             score = torch.where(pick, score, log_p)
             by = torch.where(pick, score, table.logits)  # not log p, which can tie where logits do not
         by = by.masked_fill(~keep, float("-inf"))
@@ -87,7 +87,7 @@ def _mixture(
         taken, lift = drawn[1][:, -1:], (GUMBEL_HIGH + shift) * scale
         slack = ROUNDING * (taken.abs() + lift + normaliser.abs())
         lowest = (taken - lift + normaliser - slack).squeeze(-1)
-        reach = torch.maximum(reach, lowest.where(pick.squeeze(-1), reach) if mixed else lowest)
+        reach = torch.maximum(reach, lowest if pick is None else lowest.where(pick.squeeze(-1), reach))
     return drawn, usable, reach
 
 
@@ -263,13 +263,13 @@ def _visible(
     normaliser: torch.Tensor,
     gumbel: Noise,
     top_p: Setting,
-    top_k: Setting,
+    top_k: Count,
 ) -> Drawn:
     """METHOD §2.4 on temperature-divided logits: ids [N], log-probs [N]."""
     width = table.ids.shape[-1]
     position = torch.arange(width, device=table.ids.device)
-    top_k = _column(top_k, torch.int64)
     if isinstance(top_k, torch.Tensor):
+        top_k = _column(top_k, torch.int64)
         within = ((position < top_k) | (top_k == 0)).expand(table.ids.shape)
     else:
         within = (position < (top_k or width)).expand(table.ids.shape)
@@ -290,7 +290,7 @@ def sample_visible(
     *,
     temperature: Setting,
     top_p: Setting,
-    top_k: Setting,
+    top_k: Count,
     allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A hard step (METHOD §2.4) by Gumbel-max: `logits` [N, V], `gumbel` [N, V] -> ids [N], log-probs [N].
@@ -300,7 +300,8 @@ def sample_visible(
     """
     _check(1, logits.shape[-1], temperature=temperature)
     scaled = logits.float() / _column(temperature, torch.float32)
-    return _plain(_visible, scaled, gumbel, allowed, (top_p, top_k))
+    ids, log_probs = _plain(_visible, scaled, gumbel, allowed, (top_p, top_k))
+    return ids, log_probs
 
 
 class VisibleStep(NamedTuple):
@@ -318,7 +319,7 @@ def visible_step(
     *,
     temperature: Setting,
     top_p: Setting,
-    top_k: Setting,
+    top_k: Count,
     largest_top_k: int | None = None,
     allowed: torch.Tensor | None = None,
     widen: bool = True,
@@ -337,4 +338,5 @@ def visible_step(
     top_m = reach + 1 if widen else max(TOP_M, WIDEN * reach)
     normaliser = scaled.logsumexp(-1, keepdim=True)
     drawn, exact = _keyed(_visible, scaled, normaliser, keys, steps, allowed, top_m, (top_p, top_k), widen)
-    return VisibleStep(*drawn, exact)
+    ids, log_probs = drawn
+    return VisibleStep(ids, log_probs, exact)

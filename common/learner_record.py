@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -102,7 +103,7 @@ def record_schema() -> pa.Schema:
     return pa.schema(fields, metadata={_VERSION_KEY: str(RECORD_VERSION)})
 
 
-def encode_records(rows: Mapping[str, Sequence | np.ndarray], steps: Mapping[str, Ragged]) -> pa.RecordBatch:
+def encode_records(rows: Mapping[str, Sequence[object] | np.ndarray], steps: Mapping[str, Ragged]) -> pa.RecordBatch:
     """One record batch. `rows`: the row columns, [B] each; `steps`: the step columns, B rows each.
 
     Raises :class:`SchemaError` where columns are missing, unknown or of different length.
@@ -213,9 +214,12 @@ def check_version(schema: pa.Schema) -> None:
 
 def decode_records(batch: pa.RecordBatch) -> list[LearnerRecord]:
     view = LearnerBatch(batch)
-    rows = batch.select([name for name, *_ in _ROW_COLUMNS]).to_pylist()
-    steps = {name: view.steps(name) for name in STEP_COLUMNS}
-    return [LearnerRecord(**row, **{name: steps[name][i] for name in steps}) for i, row in enumerate(rows)]
+    rows: list[dict[str, Any]] = batch.select([name for name, *_ in _ROW_COLUMNS]).to_pylist()
+    for name in STEP_COLUMNS:
+        steps = view.steps(name)
+        for index, row in enumerate(rows):
+            row[name] = steps[index]
+    return [LearnerRecord(**row) for row in rows]
 
 
 def join(trajectories: pa.RecordBatch, records: pa.RecordBatch) -> np.ndarray:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import PositiveInt, ValidationError, model_validator
 
 from latent_grpo.common.config import ConfigError, RunConfig, Section
-from latent_grpo.common.hub import asked_of_hub, check_folder
+from latent_grpo.common.hub import check_folder, hub_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,14 +43,14 @@ class ChainSettings(Section):
     tokenizer cannot write it."""
 
     @model_validator(mode="after")
-    def _latent_has_a_width(self):
+    def _latent_has_a_width(self) -> Self:
         if self.chain == "latent" and (self.k is None or self.tau is None or not self.think_end_ids):
             raise ValueError("a latent chain needs k, tau and think_end_ids")
         return self
 
     def describe(self) -> str:
         """`latent, K 3, c 3 (uniform), ends with '</think>' [20]`."""
-        parts = [self.chain]
+        parts: list[str] = [self.chain]
         if self.k is not None:
             parts.append(f"K {self.k}")
         if self.compression is not None:
@@ -58,7 +58,7 @@ class ChainSettings(Section):
         return ", ".join([*parts, f"ends with {self.think_end!r} {self.think_end_ids}"])
 
 
-def chain_of(
+def exported_chain(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, before: ChainSettings | None = None
 ) -> ChainSettings:
     """The chain of the model that a run leaves: of its Latent-SFT if it has one, else what `before` says of c."""
@@ -89,10 +89,10 @@ def read_chain(model: str | Path) -> ChainSettings | None:
     """
     path = Path(model, CHAIN_FILE)
     if not Path(model).is_dir():
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         check_folder(model)
-        with asked_of_hub(model):
+        with hub_errors(model):
             found = cached_file(
                 str(model),
                 CHAIN_FILE,

@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from latent_grpo.common.config import ConfigError, NewModelConfig
-from latent_grpo.common.hub import asked_of_hub, check_folder
+from latent_grpo.common.hub import check_folder, hub_errors
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_folder(path)
-    with asked_of_hub(path):
+    with hub_errors(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
     check_logits(model, str(path))
     return model
@@ -139,7 +139,7 @@ def check_logits(model: PreTrainedModel, name: str) -> None:
     architecture = type(model).__name__
     if head is None:
         raise ConfigError(f"model {name} ({architecture}) has no output layer; {USABLE}")
-    rows = embed.weight.shape[0]
+    rows = embed.get_parameter("weight").shape[0]
     spread = torch.arange(1, rows, max(rows // (CHECKED_TOKENS + 2), 1)).tolist()  # padding would draw a warning
     ids = torch.tensor([[i for i in spread if i != model.config.pad_token_id][:CHECKED_TOKENS]])
     own = model(input_ids=ids, use_cache=False).logits.float()
@@ -163,7 +163,7 @@ def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:
     from transformers import AutoConfig, GenerationConfig
 
     check_folder(path)
-    with asked_of_hub(path):
+    with hub_errors(path):
         config = AutoConfig.from_pretrained(path)
     try:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
@@ -190,7 +190,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     settings = Path(path) / "tokenizer_config.json"
     named = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
     general = named in GENERAL_TOKENIZERS and (Path(path) / "tokenizer.json").is_file()
-    with asked_of_hub(path):
+    with hub_errors(path):
         return (PreTrainedTokenizerFast if general else AutoTokenizer).from_pretrained(path)
 
 

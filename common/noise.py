@@ -8,6 +8,8 @@ import operator
 
 import torch
 
+from latent_grpo.common.types import Purpose
+
 GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0  # METHOD §2.1.3; the one-sided shift is -GUMBEL_LOW
 
 
@@ -22,6 +24,12 @@ def trajectory_key(
     numbers = [operator.index(n) for n in (run_seed, epoch, sample_index, policy_version)]  # NumPy's 3 is 3
     identity = json.dumps([str(purpose), str(problem_uid), *numbers]).encode()  # quoted: no two identities read alike
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8, person=b"latent-grpo").digest(), "big") >> 1
+
+
+def noise_version(purpose: Purpose, version: int) -> int:
+    """The policy version that keys a trajectory's noise: that of the rollout's start, and 0 in evaluation, so that two
+    policies are evaluated with the same draws (METHOD §2.5)."""
+    return 0 if purpose == "evaluation" else version
 
 
 def _signed(word: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,8 +53,8 @@ class PromptRenderer:
             question = "\n\n".join(content for _, content in problem.messages)
             text = self.config.format.replace("{problem}", question)
         else:
-            text = self.tokenizer.apply_chat_template(
-                self.messages(problem), tokenize=False, add_generation_prompt=True
+            text = str(
+                self.tokenizer.apply_chat_template(self.messages(problem), tokenize=False, add_generation_prompt=True)
             )
         # templates of reasoning models end with "<think>\n": already there, white space or not
         return text if text.rstrip().endswith(self.config.think_start) else text + self.config.think_start
@@ -74,6 +75,18 @@ class PromptRenderer:
         if not ids:
             raise ConfigError(f"problem {problem.uid}: its prompt has no tokens")
         return np.asarray(ids, dtype=np.int32)
+
+
+def read_tokens(config: RunConfig, model: str | Path) -> tuple[PreTrainedTokenizerBase, TokenFacts]:
+    """The tokenizer and the token facts of a run on `model` (a folder or hub id).
+
+    The driver, the rollout workers and the learner's ranks all call it, so they agree on them. Raises ConfigError.
+    """
+    from latent_grpo.common.models import load_tokenizer, output_facts
+
+    tokenizer = load_tokenizer(model)
+    vocab_size, eos_ids = output_facts(model)
+    return tokenizer, resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
 
 
 def check_width(config: RunConfig, facts: TokenFacts) -> None:
@@ -160,7 +173,7 @@ def _latent_end(
         fault = "gives the unknown token for it"
     elif ids[0] in eos_ids:
         fault = f"gives the end-of-sequence id {ids[0]} first: leaving latent mode would end the response"
-    elif not tokenizer.decode([ids[0]]).strip():
+    elif not str(tokenizer.decode([ids[0]])).strip():
         fault = f"gives white space first (id {ids[0]}): any space would end latent mode"
     if fault is None:
         return int(ids[0])

@@ -14,10 +14,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from latent_grpo.common.errors import LatentGRPOError
 from latent_grpo.common.types import SamplingSettings, Trajectory
 
 SCHEMA_VERSION = 1
@@ -60,7 +62,7 @@ _GRADE_COLUMNS: tuple[tuple[str, pa.DataType, bool], ...] = (
 _STEP_COLUMNS = ("latent_ids", "latent_scores", "latent_log_probs")
 
 
-class SchemaError(ValueError):
+class SchemaError(LatentGRPOError, ValueError):
     """A batch that is not of the trajectory schema; the message names the column and what was found."""
 
 
@@ -189,7 +191,12 @@ class TrajectoryBatch:
     def __len__(self) -> int:
         return self.batch.num_rows
 
-    def strings(self, name: str) -> list[str | None]:
+    def strings(self, name: str) -> list[str]:
+        """A column of texts that has no nulls."""
+        return self.batch.column(name).to_pylist()
+
+    def values(self, name: str) -> list[Any]:
+        """Any plain column as Python's values; null is None."""
         return self.batch.column(name).to_pylist()
 
     def numbers(self, name: str) -> np.ndarray:
@@ -282,16 +289,12 @@ class TrajectoryBatch:
 def decode(batch: pa.RecordBatch) -> list[Trajectory]:
     """Rows for people and for tests; the hot path reads a :class:`TrajectoryBatch` instead."""
     view = TrajectoryBatch(batch)
-    plain = {name: view.strings(name) for name, _ in _PLAIN_COLUMNS}
-    grades = {name: view.strings(name) for name, _, _ in _GRADE_COLUMNS}
-    ragged = ("prompt_ids", "hard_ids", "hard_log_probs", *_STEP_COLUMNS)
+    names = [name for name, _ in _PLAIN_COLUMNS] + [name for name, _, _ in _GRADE_COLUMNS]
+    columns: dict[str, Any] = {name: view.values(name) for name in names}
+    for name in ("prompt_ids", "hard_ids", "hard_log_probs", *_STEP_COLUMNS):
+        columns[name] = getattr(view, name)
     return [
-        Trajectory(
-            **{name: values[row] for name, values in plain.items()},
-            **{name: values[row] for name, values in grades.items()},
-            **{name: getattr(view, name)[row] for name in ragged},
-            sampling=view.sampling(row),
-        )
+        Trajectory(**{name: column[row] for name, column in columns.items()}, sampling=view.sampling(row))
         for row in range(len(view))
     ]
 

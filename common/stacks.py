@@ -25,7 +25,7 @@ _kept: list[BinaryIO] = []  # the fault handler holds a file's number only
 
 
 @dataclass(frozen=True, slots=True)
-class Whereabouts:
+class ProcessAddress:
     """A process of the cluster, and where it writes its stacks."""
 
     node_id: str
@@ -34,7 +34,7 @@ class Whereabouts:
     inode: int  # of that file: another process that was given the pid has another
 
 
-def answer_with_stacks() -> Whereabouts:
+def serve_stacks() -> ProcessAddress:
     """From now on this process (an actor's) writes the stacks of its threads when it gets SIGUSR1."""
     import ray
 
@@ -44,10 +44,10 @@ def answer_with_stacks() -> Whereabouts:
         _kept.append(file)
         path, inode = f"/proc/{os.getpid()}/fd/{file.fileno()}", os.fstat(file.fileno()).st_ino
     faulthandler.register(signal.SIGUSR1, file, all_threads=True)
-    return Whereabouts(ray.get_runtime_context().get_node_id(), os.getpid(), path, inode)
+    return ProcessAddress(ray.get_runtime_context().get_node_id(), os.getpid(), path, inode)
 
 
-def stacks_of(processes: Sequence[Whereabouts]) -> list[str]:
+def ask_for_stacks(processes: Sequence[ProcessAddress]) -> list[str]:
     """The stacks of all threads of each process, or in words why there are none.
 
     All are asked at once; waits at most `ASK_S`, or `ANSWER_S` for processes of this node. Never raises.
@@ -79,30 +79,32 @@ def stacks_of(processes: Sequence[Whereabouts]) -> list[str]:
         return [f"its stacks could not be asked for: {type(error).__name__}: {error}"] * len(processes)
 
 
-def _ask(processes: Sequence[Whereabouts]) -> list[str]:
+def _ask(processes: Sequence[ProcessAddress]) -> list[str]:
     """On their node: all are signalled, then all files are watched until they stop growing."""
     known = [_signalled(process) for process in processes]
-    sizes, texts = list(known), [_unasked(process, size) for process, size in zip(processes, known, strict=True)]
+    texts = [_unasked(process, size) for process, size in zip(processes, known, strict=True)]
+    sizes = list(known)
     end = time.monotonic() + ANSWER_S
     while None in texts and time.monotonic() < end:
         time.sleep(0.3)
-        for index, process in enumerate(processes):
-            if texts[index] is not None:
-                continue
-            before, sizes[index] = sizes[index], _size(process)
-            if sizes[index] is None:
+        for index, (process, asked_at) in enumerate(zip(processes, known, strict=True)):
+            if texts[index] is not None or asked_at is None or process.path is None:
+                continue  # its answer is there
+            before, size = sizes[index], _size(process.path, process.inode)
+            sizes[index] = size
+            if size is None:
                 texts[index] = "it no longer runs"
-            elif sizes[index] == before > known[index]:  # complete: it has stopped growing
-                texts[index] = _written(process, known[index])
+            elif size == before and size > asked_at:  # complete: it has stopped growing
+                texts[index] = _written(process.path, asked_at)
     return [
         f"it did not write its stacks within {ANSWER_S:g} s; the kernel says: {_state(process.pid)}" if t is None else t
         for process, t in zip(processes, texts, strict=True)
     ]
 
 
-def _signalled(process: Whereabouts) -> int | None:
+def _signalled(process: ProcessAddress) -> int | None:
     """What it had written before it was asked, bytes; None: it is gone."""
-    size = 0 if process.path is None else _size(process)
+    size = 0 if process.path is None else _size(process.path, process.inode)
     if size is not None:
         try:
             os.kill(process.pid, signal.SIGUSR1)
@@ -111,23 +113,23 @@ def _signalled(process: Whereabouts) -> int | None:
     return size
 
 
-def _unasked(process: Whereabouts, known: int | None) -> str | None:
+def _unasked(process: ProcessAddress, known: int | None) -> str | None:
     if known is None:
         return "it no longer runs"
     return "its stacks are in its own log" if process.path is None else None
 
 
-def _size(process: Whereabouts) -> int | None:
-    """Of its file, bytes; None: the process is gone."""
+def _size(path: str, inode: int) -> int | None:
+    """Of the file of that inode, bytes; None: its process is gone."""
     try:
-        found = os.stat(process.path)
+        found = os.stat(path)
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return found.st_size if found.st_ino == process.inode else None
+    return found.st_size if found.st_ino == inode else None
 
 
-def _written(process: Whereabouts, after: int) -> str:
-    with open(process.path, "rb") as file:
+def _written(path: str, after: int) -> str:
+    with open(path, "rb") as file:
         file.seek(after)
         return file.read().decode(errors="replace").strip()
 

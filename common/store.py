@@ -23,6 +23,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latent_grpo.common.errors import LatentGRPOError
+from latent_grpo.common.files import write_atomically
 from latent_grpo.common.learner_record import LearnerBatch, check_version
 from latent_grpo.common.schema import SchemaError, TrajectoryBatch, schema_k
 
@@ -31,7 +33,7 @@ _FILE = re.compile(r"lineage-(\d+)-part-(\d+)\.parquet")
 _TEMPORARY = ".tmp-"
 
 
-class DumpError(OSError):
+class DumpError(LatentGRPOError, OSError):
     """A dump that could not be written or read. The message names the file, the reason and what to do."""
 
 
@@ -77,20 +79,12 @@ class DumpStore:
             raise ValueError(f"step and lineage must be >= 0, got step {step}, lineage {lineage}")
         self.check(batch)  # a malformed record must fail here and not when somebody needs the dump
         target = self.folder_of(step, purpose)
-        temporary: Path | None = None
         try:
             target.mkdir(parents=True, exist_ok=True)
             path = target / f"lineage-{lineage:04d}-part-{self._next_part(target, lineage):04d}.parquet"
-            temporary = target / f"{_TEMPORARY}{os.getpid()}-{path.stem}"  # no .parquet: `**/*.parquet` must not see it
-            with temporary.open("wb") as file:
-                file.write(_parquet_bytes(batch))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-            _fsync_folder(target)
+            unseen = f"{_TEMPORARY}{os.getpid()}-{path.stem}"  # no .parquet: `**/*.parquet` must not find it
+            write_atomically(path, memoryview(_parquet_bytes(batch)), temporary=unseen)
         except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
             raise _explained(error, target, self.what) from error
         return path
 
@@ -266,22 +260,13 @@ def _parquet_bytes(batch: pa.RecordBatch) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _fsync_folder(folder: Path) -> None:
-    """A rename is durable only once its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _explained(error: OSError, folder: Path, what: str) -> DumpError:
     reason = {
         errno.ENOSPC: "the disk is full; free space, keep fewer (dump.keep_bytes) or dump less often (dump.every)",
         errno.EDQUOT: "the disk quota is used up; free space there, or dump less often (dump.every)",
         errno.EACCES: "no permission to write there; choose another runs_folder",
         errno.EROFS: "the file system is read-only; choose another runs_folder",
-    }.get(error.errno, str(error))
+    }.get(error.errno or 0, str(error))
     return DumpError(error.errno, f"{what} not dumped: {reason}", str(folder))
 
 

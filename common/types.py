@@ -9,7 +9,7 @@ Example: one sample of a group, K = 3, two latent steps, then `</think>`, an ans
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -40,6 +40,13 @@ class TokenFacts:
     latent_end_id: int | None  # first token of `</think>`; None only for `grpo` with a tokenizer that lacks it
     eos_ids: tuple[int, ...]
     pad_id: int
+
+    @property
+    def latent_end(self) -> int:
+        """`latent_end_id` for what takes latent steps; a run of latent steps refuses a tokenizer without one."""
+        if self.latent_end_id is None:
+            raise ValueError("this tokenizer has no token for the end of thinking, so it has no latent steps")
+        return self.latent_end_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,11 +129,3 @@ class Trajectory:
     def num_steps(self) -> int:
         """T: response steps, latent and hard, end token and EOS included (METHOD §8's chain length)."""
         return len(self.latent_ids) + len(self.hard_ids)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """The samples of one prompt at one policy version, complete and graded, in sample order."""
-
-    group_uid: str
-    trajectories: tuple[Trajectory, ...] = field(repr=False)

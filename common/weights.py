@@ -17,12 +17,13 @@ import numpy as np
 import torch
 import xxhash
 
+from latent_grpo.common.errors import LatentGRPOError
 from latent_grpo.common.types import PolicyVersion
 
 ALIGNMENT = 64  # bytes; every tensor starts on a boundary that any dtype may be viewed at
 
 
-class WeightsCorrupt(ValueError):
+class WeightsCorrupt(LatentGRPOError, ValueError):
     """Published bytes do not match their checksum."""
 
 
@@ -77,7 +78,7 @@ def checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 def tensor_checksum(name: str, tensor: torch.Tensor) -> str:
     digest = xxhash.xxh3_128(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|".encode())
-    digest.update(tensor_bytes(tensor))
+    digest.update(tensor_bytes(tensor).data)
     return digest.hexdigest()
 
 
@@ -102,14 +103,14 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iter
 
 def unpack(manifest: BucketManifest, data: np.ndarray) -> list[tuple[str, torch.Tensor]]:
     """The tensors of a bucket, as read-only views of `data`. Raises :class:`WeightsCorrupt` before returning any."""
-    found = xxhash.xxh3_128_hexdigest(data) if len(data) == manifest.nbytes else f"{len(data)} bytes"
+    found = xxhash.xxh3_128_hexdigest(data.data) if len(data) == manifest.nbytes else f"{len(data)} bytes"
     if found != manifest.checksum:
         raise WeightsCorrupt(
             f"bucket of {len(manifest.tensors)} tensors from {manifest.tensors[0].name!r}: expected checksum "
             f"{manifest.checksum} over {manifest.nbytes} bytes, got {found}; the transfer is damaged, publish again"
         )
     if not data.flags.writeable:  # torch only warns about read-only memory; the views below are never written
-        data = np.frombuffer(memoryview(data).toreadonly(), dtype=np.uint8)
+        data = np.frombuffer(data.data.toreadonly(), dtype=np.uint8)
     return [(slot.name, _view(slot, data)) for slot in manifest.tensors]
 
 
@@ -126,7 +127,7 @@ def _bucket(tensors: list[tuple[str, torch.Tensor]], size: int) -> tuple[BucketM
         dtype = str(tensor.dtype).removeprefix("torch.")
         slots.append(TensorSlot(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=offset, nbytes=raw.nbytes))
         offset += _aligned(raw.nbytes)
-    return BucketManifest(nbytes=size, checksum=xxhash.xxh3_128_hexdigest(data), tensors=tuple(slots)), data
+    return BucketManifest(nbytes=size, checksum=xxhash.xxh3_128_hexdigest(data.data), tensors=tuple(slots)), data
 
 
 def _view(slot: TensorSlot, data: np.ndarray) -> torch.Tensor:

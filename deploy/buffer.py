@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from latent_grpo.common.errors import RunError
 from latent_grpo.common.types import GroupRequest
 
 
-class TooManyDispatched(RuntimeError):
+class TooManyDispatched(RunError):
     """Dynamic sampling found too few groups with signal (METHOD §4.3)."""
 
 
@@ -36,7 +37,7 @@ class ReadyBatch:
     generated: tuple[pa.RecordBatch, ...]
     reasons: tuple[str | None, ...]  # of `generated`: why it was filtered; None: it is one of `groups`
     next_ordinal: int  # the first prompt that no batch has consumed: the state a checkpoint keeps
-    dropped: Counter  # reason -> groups, since the previous batch
+    dropped: Counter[str]  # reason -> groups, since the previous batch
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ class GroupBuffer:
     _by_uid: dict[str, int] = field(default_factory=dict)
     _training: int = 0  # slots held by the batch at the learner
     _settled_since_batch: int = 0
-    _dropped: Counter = field(default_factory=Counter)
+    _dropped: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
 
     @property
@@ -101,7 +102,7 @@ class GroupBuffer:
         return ordinal
 
     def arrived(self, group_uid: str, group: pa.RecordBatch) -> str | None:
-        """Takes a complete, graded group; returns why it was dropped. A group that is not awaited is a duplicate
+        """Takes a complete, graded group; returns why it was dropped. A group that is not wait_for_step is a duplicate
         (its worker was given up and came back, or it was generated before a restart): counted and ignored."""
         ordinal = self._by_uid.get(group_uid)
         entry = self._entries.get(ordinal) if ordinal is not None else None
@@ -116,7 +117,7 @@ class GroupBuffer:
         return reason
 
     def drop(self, group_uid: str, reason: str) -> None:
-        """Gives up an awaited group that cannot be used (malformed records); nothing of it is generated or kept."""
+        """Gives up an wait_for_step group that cannot be used (malformed records); nothing of it is generated or kept."""
         entry = self._entries[self._by_uid[group_uid]]
         entry.group = None
         self._drop(entry, reason)

@@ -29,7 +29,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from latent_grpo.common.config import RunConfig
-from latent_grpo.common.interrupts import check_interrupt, settled
+from latent_grpo.common.errors import RunError
+from latent_grpo.common.interrupts import check_interrupt, finish_within
 from latent_grpo.common.schema import SchemaError, TrajectoryBatch, concat
 from latent_grpo.common.types import GroupRequest
 from latent_grpo.deploy.buffer import GroupBuffer, ReadyBatch
@@ -42,7 +43,7 @@ MALFORMED = "malformed"  # why a group was dropped
 LEARNING_POLL_S = 0.02  # nothing wakes the loop when the learner is done, so it looks often
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RunError):
     """The run cannot go on; the message says why and what to do. The last checkpoint stays valid."""
 
 
@@ -144,7 +145,9 @@ class Controller:
         }
         return result
 
-    def gather(self, requests: Iterable[GroupRequest], on_arrival: Callable[[int], None] = lambda done: None):
+    def gather(
+        self, requests: Iterable[GroupRequest], on_arrival: Callable[[int], None] = lambda done: None
+    ) -> list[pa.RecordBatch]:
         """Groups that are not for training (evaluation, self-test), in the order of `requests`; training's own
         results go on arriving meanwhile. `on_arrival` is told how many are there."""
         return gather(self.pool, requests, on_arrival, self._take)
@@ -153,7 +156,7 @@ class Controller:
         """After an interrupt: finishes the step that the learner has begun, if there is one, and returns it."""
         if self._learning is None:
             return None
-        learned = settled(self.learner, timeout_s)
+        learned = finish_within(self.learner, timeout_s)
         if learned is None:
             raise TrainingStopped(f"the learner's step did not end within {timeout_s:g} s of the interrupt")
         batch, rows = self._learning, concat(self._learning.groups)
@@ -199,7 +202,7 @@ class Controller:
 
     def _drop_reason(self, group: pa.RecordBatch) -> str | None:
         view = TrajectoryBatch(group)
-        return drop_reason(view.rewards, view.valid, masking=self.config.masking)
+        return drop_reason(view.rewards, view.valid, masking=self.config.objective.masking)
 
     def _batch_metrics(self, batch: ReadyBatch, rows: pa.RecordBatch | None) -> dict[str, float]:
         """Of all that was generated, and of what of it is trained on (`rows`). Raises :class:`TrainingStopped`."""

@@ -15,7 +15,6 @@ from latent_grpo.common.config import ConfigError, RunConfig, load_config
 from latent_grpo.common.files import save_whole
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.model_chain import read_chain, write_chain
-from latent_grpo.common.models import load_model
 from latent_grpo.common.store import step_ranges
 from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import Publication
@@ -24,12 +23,13 @@ from latent_grpo.deploy.replay.recorded import RecordedRun, Start
 from latent_grpo.deploy.replay.replay import recorded_learner
 from latent_grpo.deploy.run.folder import RunFolder, create_run
 from latent_grpo.deploy.run.manifest import record_model, write_manifest
+from latent_grpo.deploy.run.manifest_schema import DataFacts
 from latent_grpo.deploy.run.observer import StepObserver
-from latent_grpo.deploy.run.preparation import ready
+from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.progress import Reporter
-from latent_grpo.deploy.run.session import started
+from latent_grpo.deploy.run.session import run_session
 from latent_grpo.learner.learner import LearnerGroup
-from latent_grpo.learner.publication import publish
+from latent_grpo.learner.publication import publish_model
 from latent_grpo.rollout_workers.metrics import rollout_metrics
 
 
@@ -39,9 +39,7 @@ class FrozenLearner:
     last_report = None
 
     def __init__(self, model: str | Path, config: RunConfig):
-        loaded = load_model(model, config.model.dtype)
-        weights = ((name, parameter.detach()) for name, parameter in loaded.named_parameters())
-        self._publication: Publication = publish(weights, 0, config.learner.weight_bucket_bytes)
+        self._publication: Publication = publish_model(model, 0, config)
 
     def start_step(self, batch: pa.RecordBatch, step: int) -> None:
         pass
@@ -66,9 +64,9 @@ def rollout_only(config: RunConfig, profile: str, reporter: Reporter | None = No
             "model.path=... model.new=null warm_start=null, or leave the start out with warm_start=null"
         )
     reporter = reporter or Reporter()
-    parts = ready(config, reporter)
+    prepared = prepare(config, reporter)
     folder = create_run(config, f"rollout-{Path(profile).stem}")
-    with started(folder, config, 0, reporter, "rollout", parts) as run:
+    with run_session(folder, config, 0, reporter, prepared, "rollout") as run:
         learner = FrozenLearner(run.initial, config)
         controller = Controller(config, run.pool, learner, run.problems.request)
         controller.begin()
@@ -107,11 +105,11 @@ def train_only(source: str | Path, overrides: list[str], reporter: Reporter | No
         )
     folder = create_run(config, f"train-{origin.name}")
     reporter.say(f"run folder {folder.path}; {len(dumped)} dumped steps of {origin.path}")
-    source_facts = [{"task": "dumps", "use": "training", "source": str(origin.path), "steps": step_ranges(dumped)}]
-    write_manifest(folder, config, 0, config.model.path, source_facts)
+    source_facts = DataFacts(task="dumps", use="training", source=str(origin.path), steps=step_ranges(dumped))
+    write_manifest(folder, config, 0, recorded.base, [source_facts])
     with (
         MetricsWriter(folder.path, config.metrics.sinks) as metrics,
-        recorded_learner(config, config.model.path, Start(step=0, checkpoint=None)) as learner,
+        recorded_learner(config, recorded.base, Start(step=0, checkpoint=None)) as learner,
         StepObserver(folder, config, 0, metrics, reporter) as observer,
         reporter.phase("learner", len(dumped)) as advance,
     ):
@@ -122,7 +120,7 @@ def train_only(source: str | Path, overrides: list[str], reporter: Reporter | No
                 found = report.metrics | rollout_metrics(batch) | {"batch/source_step": step}
                 observer.observe(StepResult(number, batch, (batch,), (None,), found), report)
             advance(number)
-        save_whole(folder.model, lambda unfinished: _export(learner, config.model.path, unfinished))
+        save_whole(folder.model, lambda unfinished: _export(learner, recorded.base, unfinished))
     record_model(folder, "trained", folder.model)
     reporter.say(f"model {folder.model}; metrics and learner records in {folder.path}")
     return folder

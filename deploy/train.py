@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Protocol
 
+import pyarrow as pa
 from rich.markup import escape
 from rich.table import Table
 
 from latent_grpo.common.config import RunConfig
-from latent_grpo.common.interrupts import SETTLE_S, Interrupted, deferred_interrupts
+from latent_grpo.common.interrupts import SETTLE_S
 from latent_grpo.common.schema import concat
 from latent_grpo.deploy.controller import Controller, TrainingStopped, gather
 from latent_grpo.deploy.evaluation.evaluate import evaluate
 from latent_grpo.deploy.run.folder import RunFolder, create_run, reopen_run
 from latent_grpo.deploy.run.manifest import record_model
 from latent_grpo.deploy.run.observer import StepObserver
-from latent_grpo.deploy.run.preparation import Parts, ready
+from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.progress import Reporter
-from latent_grpo.deploy.run.session import Run, started
-from latent_grpo.deploy.sft.loop import SFTData, ready_sft, warm_start
-from latent_grpo.deploy.view.report.build import closing_line
+from latent_grpo.deploy.run.session import Run, run_session
+from latent_grpo.deploy.run.stepping import interruptible
+from latent_grpo.deploy.sft.loop import warm_start
+from latent_grpo.deploy.view.report.build import report_note
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.learner import LearnerGroup, ReplayReport
 
@@ -42,28 +45,21 @@ class SelfTestFailed(TrainingStopped):
 def train(config: RunConfig, profile: str, reporter: Reporter | None = None, path: Path | None = None) -> RunFolder:
     """A new run (in the folder `path` if given). Returns its folder; raises what stopped it."""
     reporter = reporter or Reporter()
-    parts = ready(config, reporter)
-    data = None if config.warm_start is None else ready_sft(config, parts)
-    return _run(create_run(config, profile, path), config, 0, reporter, parts, data)
+    prepared = prepare(config, reporter)
+    return _run(create_run(config, profile, path), config, 0, reporter, prepared)
 
 
 def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
     """Goes on with a run from its last complete checkpoint (from the beginning if there is none)."""
+    reporter = reporter or Reporter()
     folder, config, lineage = reopen_run(path, overrides)
-    return _run(folder, config, lineage, reporter or Reporter())
+    return _run(folder, config, lineage, reporter, prepare(config, reporter, folder))
 
 
-def _run(
-    folder: RunFolder,
-    config: RunConfig,
-    lineage: int,
-    reporter: Reporter,
-    parts: Parts | None = None,
-    data: SFTData | None = None,
-) -> RunFolder:
+def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, prepared: Prepared) -> RunFolder:
     began = time.monotonic()
-    with started(folder, config, lineage, reporter, parts=parts) as run:
-        base = run.initial if config.warm_start is None else warm_start(run, data=data)
+    with run_session(folder, config, lineage, reporter, prepared) as run:
+        base = run.initial if config.warm_start is None else warm_start(run)
         if config.warm_start is not None:
             record_model(folder, "base", base)
         reporter.say(f"starting {config.learner.ranks} learner rank(s)")
@@ -77,7 +73,7 @@ def _run(
     for line in run.problems.dropped:
         reporter.say(f"[yellow]{escape(line)}[/]")
     reporter.say(f"model {run.folder.model} · dumps, metrics and checkpoints in {run.folder.path}")
-    reporter.say(escape(closing_line(run.folder)))
+    reporter.say(escape(report_note(run.folder)))
     return run.folder
 
 
@@ -108,35 +104,42 @@ def _train(run: Run, learner: LearnerGroup) -> None:
 
 def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver) -> None:
     config, saved = run.config, controller.step
-    try:
-        with deferred_interrupts(), run.reporter.phase(config.algorithm, config.steps) as advance:
-            advance(controller.step)
-            rewards: list[float] = []
-            while controller.step < config.steps:
-                result = controller.run_step()
-                observer.observe(result, learner.last_report if result.batch is not None else None)
-                rewards.append(result.metrics["rollout/reward"])
-                if _due(config.checkpoint.every, result.step) or result.step == config.steps:
-                    saved = save(run, controller, learner, observer)
-                if _due(config.evaluation.every, result.step) and result.step < config.steps:
-                    evaluate(run, controller.gather, controller.step, f"step-{result.step}")
-                advance(result.step, f"reward {rewards[-1]:.3f} {sparkline(rewards)}")
-    except Interrupted:
+
+    def settle() -> str:
+        nonlocal saved
         result = controller.settle(SETTLE_S)
         if result is not None:
             observer.observe(result, learner.last_report if result.batch is not None else None)
         observer.flush(SETTLE_S)
         if controller.step > saved:
             saved = save(run, controller, learner, observer)
-        run.reporter.say(f"interrupted; the checkpoint of step {saved} is complete")
-        raise
+        return f"interrupted; the checkpoint of step {saved} is complete"
+
+    with interruptible(settle, run.reporter), run.reporter.phase(config.algorithm, config.steps) as advance:
+        advance(controller.step)
+        rewards: list[float] = []
+        while controller.step < config.steps:
+            result = controller.run_step()
+            observer.observe(result, learner.last_report if result.batch is not None else None)
+            rewards.append(result.metrics["rollout/reward"])
+            if _due(config.checkpoint.every, result.step) or result.step == config.steps:
+                saved = save(run, controller, learner, observer)
+            if _due(config.evaluation.every, result.step) and result.step < config.steps:
+                evaluate(run, controller.gather, controller.step, f"step-{result.step}")
+            advance(result.step, f"reward {rewards[-1]:.3f} {sparkline(rewards)}")
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def self_test(run: Run, learner: LearnerGroup) -> None:
+class Replaying(Protocol):
+    """A learner that computes recorded trajectories again (`learner.learner.LearnerGroup`)."""
+
+    def replay(self, batch: pa.RecordBatch) -> ReplayReport: ...
+
+
+def self_test(run: Run, learner: Replaying) -> None:
     """Replays a few rollouts in the learner; refuses to train on log-probs that differ (METHOD §6)."""
     if not run.config.self_test_groups:
         return
@@ -197,13 +200,13 @@ def final_table(run: Run) -> Table:
     table = Table(title=f"{run.folder.name}: {run.config.algorithm}, {run.summary['minutes']:g} minutes")
     for column in ("task", "", "before", "after"):
         table.add_column(column, justify="left" if column in ("task", "") else "right")
-    rows = (
+    rows = [
         ("pass_at_1", "pass@1", "{:.3f}"),
         ("chain_length", "chain length", "{:.1f}"),
         ("latent_length", "of it latent", "{:.1f}"),
         ("invalid_rate", "invalid rate", "{:.1%}"),
-    )
-    rows += tuple((f"sampled_pass_at_{k}", f"pass@{k}, noise on", "{:.3f}") for k in run.config.evaluation.ks)
+    ]
+    rows += [(f"sampled_pass_at_{k}", f"pass@{k}, noise on", "{:.3f}") for k in run.config.evaluation.ks]
     for task in run.config.evaluation.tasks:
         for name, title, form in rows:
             key = f"{task.name}/{name}"

@@ -7,12 +7,19 @@ null); an aborted sample is one that was not graded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 MASKINGS = ("exclude", "include", "off")
+
+Column = np.ndarray | torch.Tensor | Sequence[float]
+"""One value per sample, [B]."""
+
+Kind = TypeVar("Kind", np.ndarray, torch.Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +74,15 @@ class _Samples:
         return np.where(self.scored & self.differ[self.group], scaled, 0.0).astype(np.float32)
 
 
-def _array(values) -> np.ndarray:
+def _array(values: Column) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
-def _like(result: np.ndarray, given):
+def _like(result: np.ndarray, given: Kind) -> Kind:
     return torch.from_numpy(result).to(given.device) if isinstance(given, torch.Tensor) else result
 
 
-def _columns(**columns) -> list[np.ndarray]:
+def _columns(**columns: Column) -> list[np.ndarray]:
     arrays = {name: _array(values) for name, values in columns.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
@@ -83,7 +90,7 @@ def _columns(**columns) -> list[np.ndarray]:
     return list(arrays.values())
 
 
-def _samples(rewards, groups, valid, graded, masking: str) -> _Samples:
+def _samples(rewards: Column, groups: Column, valid: Column, graded: Column | None, masking: str) -> _Samples:
     if masking not in MASKINGS:
         raise ValueError(f"masking must be one of {', '.join(MASKINGS)}, got {masking!r}")
     graded = np.ones(len(rewards), dtype=bool) if graded is None else graded
@@ -103,7 +110,15 @@ def _samples(rewards, groups, valid, graded, masking: str) -> _Samples:
     )
 
 
-def group_advantages(rewards, groups, valid, *, graded=None, masking="exclude", scale_by_std=True):
+def group_advantages(
+    rewards: Kind,
+    groups: Column,
+    valid: Column,
+    *,
+    graded: Column | None = None,
+    masking: str = "exclude",
+    scale_by_std: bool = True,
+) -> Kind:
     """Advantage of every sample, [B] float32, without first-token selection (METHOD §4.1).
 
     `rewards` [B] float, `groups` [B] integer ids, `valid` [B] bool (finish reason `stop`), `graded` [B] bool. A group
@@ -114,7 +129,7 @@ def group_advantages(rewards, groups, valid, *, graded=None, masking="exclude", 
     return _like(_samples(rewards, groups, valid, graded, masking).advantages(scale_by_std), rewards)
 
 
-def first_token_mask(advantages, groups, valid, mean_old_log_probs):
+def first_token_mask(advantages: Kind, groups: Column, valid: Column, mean_old_log_probs: Column) -> Kind:
     """Which samples keep their advantage at the first response step (METHOD §4.2): [B] bool.
 
     In each group the winner is the valid sample with A > 0 of the highest mean old log-prob over its steps; every other
@@ -135,7 +150,9 @@ def first_token_mask(advantages, groups, valid, mean_old_log_probs):
     return _like(keep, advantages)
 
 
-def keep_groups(rewards, groups, valid, *, graded=None, masking="exclude") -> GroupSelection:
+def keep_groups(
+    rewards: Column, groups: Column, valid: Column, *, graded: Column | None = None, masking: str = "exclude"
+) -> GroupSelection:
     """Which groups have something to teach (METHOD §4.3), and why the others have not. All columns [B].
 
     Reasons: `ungraded` (no sample was graded), `too_few_valid` (fewer than two samples in the statistics),
@@ -153,7 +170,9 @@ def keep_groups(rewards, groups, valid, *, graded=None, masking="exclude") -> Gr
     return GroupSelection(samples.ids, tuple(reasons.tolist()))
 
 
-def drop_reason(rewards, valid, *, graded=None, masking="exclude") -> str | None:
+def drop_reason(
+    rewards: Column, valid: Column, *, graded: Column | None = None, masking: str = "exclude"
+) -> str | None:
     """:func:`keep_groups` of one group: why it is dropped; None: it is kept. `rewards`, `valid`: [G]."""
     groups = np.zeros(len(rewards), dtype=np.int64)
     selection = keep_groups(rewards, groups, valid, graded=graded, masking=masking)

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from latent_grpo.common.config import OptimizerConfig, RunConfig
-from latent_grpo.common.stacks import Whereabouts, answer_with_stacks
+from latent_grpo.common.stacks import ProcessAddress, serve_stacks
 from latent_grpo.common.weights import Publication
 from latent_grpo.learner.policy import load_policy_model
 from latent_grpo.learner.publication import publish
-from latent_grpo.learner.zero_engine import ZeroEngine, init_distributed
+from latent_grpo.learner.zero_engine import UpdateResult, ZeroEngine, init_distributed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -29,16 +34,41 @@ TOKENIZER_FILES = (
 )
 
 
+class TrainingEngine(Protocol):
+    """What trains a rank's module: :class:`learner.zero_engine.ZeroEngine`, or one with its face."""
+
+    def forward(self, *inputs: Any) -> Any: ...
+
+    def backward(self, loss: torch.Tensor) -> None: ...
+
+    def step(self, lr: float) -> UpdateResult: ...
+
+    def ensure_finite(self) -> None: ...
+
+    def full_parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def save(self, folder: str | Path) -> None: ...
+
+    def load(self, folder: str | Path) -> None: ...
+
+
 class RankActor:
     """Subclasses give the module to train (:meth:`build`) and their own step."""
 
-    def build(self, model: nn.Module) -> tuple[nn.Module, OptimizerConfig]:
+    config: RunConfig
+    rank: int
+    world: int
+    model_folder: str
+    device: str
+    engine: TrainingEngine
+
+    def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
         """The module round `model` whose forward pass is the step's, and its optimizer's settings."""
         raise NotImplementedError
 
-    def whereabouts(self) -> Whereabouts:
+    def whereabouts(self) -> ProcessAddress:
         """This process, which from now on answers with its stacks."""
-        return answer_with_stacks()
+        return serve_stacks()
 
     def address(self) -> tuple[str, int]:
         """Where rank 0's process group listens: this node, a free port."""
@@ -50,15 +80,16 @@ class RankActor:
 
     def setup(self, rank: int, world: int, address: str, port: int, config: str, model_folder: str) -> None:
         """Joins the group and loads the model. `config`: the run's, as JSON."""
-        self.config = config = RunConfig.model_validate_json(config)
+        self.config = RunConfig.model_validate_json(config)
+        learner = self.config.learner
         self.rank, self.world, self.model_folder = rank, world, model_folder
-        self.device = config.learner.device
+        self.device = learner.device
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.set_num_threads(config.learner.resources.threads)
+        torch.set_num_threads(learner.resources.threads)
         init_distributed(rank=rank, world=world, address=address, port=port, device=self.device)
         module, optimizer = self.build(load_policy_model(model_folder))
-        self.engine = ZeroEngine(module, optimizer, config.learner, config.model.dtype, self.device)
+        self.engine = ZeroEngine(module, optimizer, learner, self.config.model.dtype, self.device)
 
     def publish(self, version: int) -> Publication | None:
         """The weights as buckets in the object store, from rank 0; the other ranks help to gather."""
@@ -84,7 +115,8 @@ class RankActor:
 
     def write_model(self, parameters: dict[str, torch.Tensor], source: str, folder: Path) -> None:
         """A model folder like `source` (a folder or hub id) with these parameters, and its tokenizer."""
-        model = load_policy_model(source).to(getattr(torch, self.config.model.dtype))
+        model = load_policy_model(source)
+        model.to(getattr(torch, self.config.model.dtype))
         names = dict(model.named_parameters())
         with torch.no_grad():
             for name, tensor in parameters.items():

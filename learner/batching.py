@@ -39,9 +39,9 @@ def group_indices(group_uids: Sequence[str]) -> np.ndarray:
 
 
 def plan(
-    prompt_lengths: Sequence[int],
-    num_steps: Sequence[int],
-    groups: Sequence[int],
+    prompt_lengths: Sequence[int] | np.ndarray,
+    num_steps: Sequence[int] | np.ndarray,
+    groups: Sequence[int] | np.ndarray,
     *,
     minibatch_prompts: int,
     ranks: int,

@@ -85,7 +85,7 @@ class Redraw:
         def column(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values[rows])).to(device)
 
-        self._k, self._end_id, self._latent = view.k, facts.latent_end_id, latent
+        self._k, self._end_id, self._latent = view.k, facts.latent_end, latent
         self._allowed = None if facts.allowed.all() else torch.from_numpy(facts.allowed).to(device)
         self._steps, self._keys = inputs.steps[inputs.latent], column(keys)
         self._settings = {name: column(view.numbers(f"sampling_{name}")) for name in ("top_p", "noise_scale", "tau")}
@@ -109,7 +109,10 @@ class Redraw:
             k=self._k,
             end_id=self._end_id,
             allowed=self._allowed,
-            **{name: values[which] for name, values in self._settings.items()},
+            top_p=self._settings["top_p"][which],
+            noise_scale=self._settings["noise_scale"][which],
+            tau=self._settings["tau"][which],
+            one_sided=self._settings["one_sided"][which],
         )
         stay = torch.stack([~draw.leaves & usable for draw in draws], 1).float()
         shares = stay / stay.sum(1, keepdim=True).clamp(min=1)
@@ -128,7 +131,7 @@ class Redraw:
 def draw_keys(view: TrajectoryBatch, draws: int) -> np.ndarray:
     """The keys of the other draws' randomness, a function of each trajectory's identity: [B, draws] int64."""
     names = ("run_seed", "problem_uid", "epoch", "sample_index", "policy_version_min")
-    identities = zip(*(view.strings(name) for name in names), strict=True)
+    identities = zip(*(view.values(name) for name in names), strict=True)
     keys = [
         [
             trajectory_key(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -26,17 +25,19 @@ from typing import Any
 
 import xxhash
 
+from latent_grpo.common.errors import RunError
+from latent_grpo.common.files import file_hash, fsync
+
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 _NAME = re.compile(r"(\d{5,})-step-(\d+)")
 _UNFINISHED, _DISCARDED = ".unfinished-", ".discarded-"
-_READ_BYTES = 8 * 2**20
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """No usable checkpoint, or one that could not be written. The message says which and why."""
 
 
@@ -80,7 +81,7 @@ def write_checkpoint(
         (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         _seal(temporary, step)
         temporary.rename(root / name)
-        _fsync(root)
+        fsync(root)
     except BaseException:  # an interrupt too: what is left of this attempt is of no use to anybody
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -140,7 +141,7 @@ def verify_checkpoint(path: str | Path) -> dict[str, Any]:
         found = file.stat().st_size
         if found != size:
             raise CheckpointError(f"{name} has {found} bytes, expected {size}")
-        if _file_checksum(file) != checksum:
+        if file_hash(file) != checksum:
             raise CheckpointError(f"{name} is damaged: its bytes do not match their checksum")
     if STATE not in files:
         raise CheckpointError(f"{STATE} is not in the manifest; this folder was not written by this program")
@@ -155,14 +156,14 @@ def _seal(folder: Path, step: int) -> None:
     files: dict[str, list[int | str]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            _fsync(path)
-            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _file_checksum(path)]
+            fsync(path)
+            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_hash(path)]
     body = {"format": FORMAT, "step": step, "files": files}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**body, "checksum": _body_checksum(body)}, indent=1), encoding="utf-8")
-    _fsync(manifest)
+    fsync(manifest)
     for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        _fsync(path)
+        fsync(path)
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
@@ -185,14 +186,6 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 def _body_checksum(body: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
-
-
-def _file_checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # --- folders -------------------------------------------------------------------------------------------------------
@@ -218,11 +211,3 @@ def _discard(folder: Path) -> None:
     hidden = folder.with_name(f"{_DISCARDED}{folder.name}")
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

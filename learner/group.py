@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from latent_grpo.common.config import RunConfig, config_as_json
-from latent_grpo.common.stacks import Whereabouts, stacks_of
+from latent_grpo.common.errors import RunError
+from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
 from latent_grpo.common.weights import Publication
 from latent_grpo.learner.base_rank import RankActor
 
@@ -23,7 +25,7 @@ SHOWN = 4  # ranks whose stacks are shown: in a collective all late ones are ali
 PEER_DEATH_S = 15.0  # a survivor's broken collective is often reported before the death that caused it
 
 
-class LearnerError(RuntimeError):
+class LearnerError(RunError):
     """The learner cannot go on: a rank died, raised or missed its deadline."""
 
 
@@ -32,20 +34,20 @@ class RankGroup:
 
     def __init__(self, rank_class: type[RankActor], config: RunConfig, model_folder: str | Path):
         self.config = config
-        self._step: tuple[list[ray.ObjectRef], float] | None = None
+        self._step: tuple[list[ray.ObjectRef[Any]], float] | None = None
         learner, resources = config.learner, config.learner.resources
         device = {"OMP_NUM_THREADS": str(resources.threads)}
         if learner.device == "cpu" or not resources.num_gpus:
             device["DS_ACCELERATOR"] = "cpu"
-        actor = ray.remote(rank_class).options(
+        actor: Any = ray.remote(rank_class).options(  # Ray's own types know no class that comes as a value
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
             resources=resources.custom or None,
             runtime_env={"env_vars": device},
             max_restarts=0,
         )
-        self._ranks = [actor.remote() for _ in range(learner.ranks)]
-        self._processes: list[Whereabouts] = []
+        self._ranks: list[Any] = [actor.remote() for _ in range(learner.ranks)]  # actor handles
+        self._processes: list[ProcessAddress] = []
         try:
             asked = [rank.whereabouts.remote() for rank in self._ranks]
             self._processes = self._wait(asked, config.deadlines.start_s, "start", "deadlines.start_s")
@@ -64,7 +66,7 @@ class RankGroup:
 
     # -- the step
 
-    def _begin(self, method: str, *arguments) -> None:
+    def _begin(self, method: str, *arguments: object) -> None:
         """Starts a step on every rank and returns at once."""
         if self._step is not None:
             raise LearnerError(f"{method} started before the last step was finished; call finish_step first")
@@ -77,7 +79,7 @@ class RankGroup:
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         return len(ready) == len(refs) or time.monotonic() > deadline or any(map(_failed, ready))
 
-    def _finish(self) -> list:
+    def _finish(self) -> list[Any]:
         """Waits for the step: every rank's report."""
         refs, deadline = self._running()
         try:
@@ -85,7 +87,7 @@ class RankGroup:
         finally:
             self._step = None
 
-    def _running(self) -> tuple[list[ray.ObjectRef], float]:
+    def _running(self) -> tuple[list[ray.ObjectRef[Any]], float]:
         if self._step is None:
             raise LearnerError("no step was started; call start_step first")
         return self._step
@@ -116,11 +118,11 @@ class RankGroup:
             ray.kill(rank)
         self._ranks = []
 
-    def _all(self, method: str, *arguments) -> list:
+    def _all(self, method: str, *arguments: object) -> list[Any]:
         refs = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
         return self._wait(refs, self.config.deadlines.learner_s, method, "deadlines.learner_s")
 
-    def _wait(self, refs: list[ray.ObjectRef], seconds: float, doing: str, key: str) -> list:
+    def _wait(self, refs: list[ray.ObjectRef[Any]], seconds: float, doing: str, key: str) -> list[Any]:
         """Results of all ranks. The first failure ends the wait: the others may hang in a collective."""
         deadline, pending = time.monotonic() + seconds, list(refs)
         while pending:
@@ -128,7 +130,7 @@ class RankGroup:
             if not ready:
                 late = [index for index, ref in enumerate(refs) if ref in pending]
                 shown = late[:SHOWN] if self._processes else []
-                for index, stacks in zip(shown, stacks_of([self._processes[i] for i in shown]), strict=True):
+                for index, stacks in zip(shown, ask_for_stacks([self._processes[i] for i in shown]), strict=True):
                     log.error("learner rank %d, which was to %s: %s", index, doing, stacks)
                 needs = self.config.learner.resources
                 raise LearnerError(
@@ -139,7 +141,7 @@ class RankGroup:
                 raise self._explained(refs, doing, refs.index(ready[0]), error) from error
         return ray.get(refs, timeout=60)
 
-    def _explained(self, refs: list[ray.ObjectRef], doing: str, rank: int, error: Exception) -> LearnerError:
+    def _explained(self, refs: list[ray.ObjectRef[Any]], doing: str, rank: int, error: Exception) -> LearnerError:
         """Names the death behind a survivor's error, if one is reported before all calls end or `PEER_DEATH_S` pass."""
         end, pending = time.monotonic() + PEER_DEATH_S, list(refs)
         while pending and not isinstance(error, RayActorError):
@@ -157,7 +159,7 @@ class RankGroup:
         return LearnerError(f"learner rank {rank} failed to {doing}: {type(cause).__name__}: {cause}")
 
 
-def _failed(ref: ray.ObjectRef) -> Exception | None:
+def _failed(ref: ray.ObjectRef[Any]) -> Exception | None:
     """The error of a finished call, or None."""
     try:
         ray.get(ref, timeout=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,25 +67,28 @@ class LearnerGroup(RankGroup):
 
     def finish_step(self) -> dict[str, float]:
         """Waits for the step and gives its metrics; the whole report is in `last_report`."""
+        return self._report().metrics
+
+    def _report(self) -> LearnerReport:
         ranks: list[RankReport] = self._finish()
         report = summarize(ranks)
-        if ranks[0].records is not None:
-            report = replace(report, records=_records(ranks, self._training, report.updates, self.config))
+        shares = [rank.records for rank in ranks if rank.records is not None]
+        if shares and self._training is not None:
+            report = replace(report, records=_records(ranks[0], shares, self._training, report.updates, self.config))
         self.last_report = report
-        return report.metrics
+        return report
 
     def train(self, batch: pa.RecordBatch, step: int) -> LearnerReport:
         """A whole step: started, waited for, reported."""
         self.start_step(batch, step)
-        self.finish_step()
-        return self.last_report
+        return self._report()
 
     def replay(self, batch: pa.RecordBatch) -> ReplayReport:
         """Component log-probs of recorded trajectories against the learner's own; updates nothing."""
-        return gaps_of(self._all("replay", ray.put(batch)))
+        return summarize_gaps(self._all("replay", ray.put(batch)))
 
 
-def gaps_of(ranks: list[RankGaps]) -> ReplayReport:
+def summarize_gaps(ranks: list[RankGaps]) -> ReplayReport:
     """The ranks' gaps as one report."""
     return ReplayReport(
         latent=_gap(np.concatenate([r.latent for r in ranks])), hard=_gap(np.concatenate([r.hard for r in ranks]))
@@ -146,11 +150,16 @@ def summarize(ranks: list[RankReport]) -> LearnerReport:
     )
 
 
-def _records(ranks: list[RankReport], batch: pa.RecordBatch, updates: tuple[UpdateOutcome, ...], config):
-    first = ranks[0]
+def _records(
+    first: RankReport,
+    shares: list[pa.RecordBatch],
+    batch: pa.RecordBatch,
+    updates: tuple[UpdateOutcome, ...],
+    config: RunConfig,
+) -> pa.RecordBatch:
     return assemble(
         batch,
-        [r.records for r in ranks],
+        shares,
         RowFacts(
             advantages=first.advantages,
             mean_old_log_probs=first.mean_old_log_probs,
@@ -158,8 +167,8 @@ def _records(ranks: list[RankReport], batch: pa.RecordBatch, updates: tuple[Upda
         ),
         list(updates),
         minibatch_prompts=config.minibatch_prompts,
-        masking=config.masking,
-        first_token=config.first_token,
+        masking=config.objective.masking,
+        first_token=config.objective.first_token,
     )
 
 
@@ -167,7 +176,7 @@ def _gap(values: np.ndarray) -> Gap:
     return Gap(mean=_mean(values), p99=_quantile(values), max=float(values.max(initial=0.0)), count=int(values.size))
 
 
-def _mean(values) -> float:
+def _mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 

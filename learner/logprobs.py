@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from latent_grpo.common.density import surrogate_log_prob
+from latent_grpo.common.density import Flip, surrogate_log_prob
 
 if TYPE_CHECKING:
     from latent_grpo.learner.batching import ReplayInputs
@@ -69,7 +69,7 @@ def step_log_probs(
     *,
     weighting: str,
     advantages: torch.Tensor | None = None,
-    flip: str = "off",
+    flip: Flip = "off",
     others: OtherDraws | None = None,
 ) -> torch.Tensor:
     """log pi of every response step: [N] (METHOD §3.1 for latent steps, §3.3 for hard ones).

@@ -9,17 +9,12 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossDiagnostics:
-    """Sums over the counted steps (so that micro-batches and ranks add up) and extrema; detached scalars."""
+    """Sums over the counted steps (so that micro-batches and ranks add up); detached scalars."""
 
     steps: torch.Tensor  # counted steps
-    ratio_sum: torch.Tensor
-    ratio_min: torch.Tensor  # 1 without any counted step, like the maximum
-    ratio_max: torch.Tensor
     clipped_low: torch.Tensor  # steps with A < 0 whose gradient the lower clip holds back
     clipped_high: torch.Tensor  # steps with A > 0 whose gradient the upper clip holds back
     clipped_dual: torch.Tensor  # steps with A < 0 whose loss the dual clip bounds
-    approx_kl_sum: torch.Tensor  # old - new, k1 estimator
-    weight_sum: torch.Tensor  # importance weights; the number of steps without any
 
 
 def policy_loss(
@@ -63,17 +58,11 @@ def policy_loss(
         losses = losses * weights
     steps = mask.sum()
     loss = losses.sum() / (steps.clamp(min=1) if denominator is None else denominator)
-    detached, counted = gap.detach(), mask.any()
     diagnostics = PolicyLossDiagnostics(
         steps=steps,
-        ratio_sum=torch.where(mask, ratio, 0.0).sum(),
-        ratio_min=_extremum(ratio, mask, counted, torch.inf, torch.Tensor.amin),
-        ratio_max=_extremum(ratio, mask, counted, -torch.inf, torch.Tensor.amax),
         clipped_low=low.sum(),
         clipped_high=high.sum(),
         clipped_dual=dual.sum(),
-        approx_kl_sum=-detached.sum(),
-        weight_sum=steps.float() if weights is None else weights.sum(),
     )
     return loss, diagnostics
 
@@ -86,12 +75,6 @@ def clip_codes(
     low, dual = ratio < 1.0 - clip_low, ratio > dual_clip
     high = (advantages > 0) & (ratio > 1.0 + clip_high)
     return negative * low + 3 * negative * dual + 2 * high.to(torch.int8)
-
-
-def _extremum(ratio: torch.Tensor, mask: torch.Tensor, counted: torch.Tensor, neutral: float, reduce) -> torch.Tensor:
-    if not ratio.numel():
-        return ratio.new_ones(())
-    return torch.where(counted, reduce(torch.where(mask, ratio, neutral)), 1.0)
 
 
 def k3_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from latent_grpo.common.latent import mix_embeddings
 from latent_grpo.learner.batching import ReplayInputs
 from latent_grpo.learner.centering import OtherDraws, Redraw
 from latent_grpo.learner.logprobs import selected_log_probs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +27,7 @@ class PolicyModule(nn.Module):
     Each layer is called equally often whatever the micro-batch holds, as ZeRO-3's collectives need.
     """
 
-    def __init__(self, model: nn.Module, *, freeze_embeddings: bool = True, gradient_checkpointing: bool = False):
+    def __init__(self, model: PreTrainedModel, *, freeze_embeddings: bool = True, gradient_checkpointing: bool = False):
         super().__init__()
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
@@ -76,16 +80,16 @@ def checkpoint_layers(module: nn.Module) -> None:
             layer.training = True
 
 
-def freeze_input_embeddings(model: nn.Module) -> None:
+def freeze_input_embeddings(model: PreTrainedModel) -> None:
     """METHOD §5; with tied embeddings the output layer is the same parameter and is frozen with them."""
-    embedding = model.get_input_embeddings()
-    embedding.weight.requires_grad_(False)
+    embedding = model.get_input_embeddings().get_parameter("weight")
+    embedding.requires_grad_(False)
     head = model.get_output_embeddings()
-    if head is not None and head.weight is embedding.weight:
+    if head is not None and head.weight is embedding:
         log.warning("freeze_embeddings: the output layer shares the input embeddings and is frozen with them")
 
 
-def load_policy_model(folder: str) -> nn.Module:
+def load_policy_model(folder: str) -> PreTrainedModel:
     """The model in float32 (DeepSpeed keeps float32 master weights and casts by itself)."""
     from latent_grpo.common.models import load_model
 

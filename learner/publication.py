@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import ray
 import torch
 
+from latent_grpo.common.config import RunConfig
+from latent_grpo.common.models import load_model
 from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import Publication, WeightManifest, combine_checksums, pack, tensor_checksum
 
@@ -26,3 +29,10 @@ def publish(tensors: Iterable[tuple[str, torch.Tensor]], version: int, bucket_by
         refs.append(ray.put(data))
     policy = PolicyVersion(version=version, checksum=combine_checksums(parts))
     return Publication(manifest=WeightManifest(version=policy, buckets=tuple(manifests)), buckets=tuple(refs))
+
+
+def publish_model(model: str | Path, version: int, config: RunConfig) -> Publication:
+    """Publishes the weights of a finished model, a folder or hub id, that no learner holds."""
+    loaded = load_model(model, config.model.dtype)
+    weights = ((name, parameter.detach()) for name, parameter in loaded.named_parameters())
+    return publish(weights, version, config.learner.weight_bucket_bytes)

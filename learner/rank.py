@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,8 @@ import torch
 from torch import nn
 
 from latent_grpo.common.config import OptimizerConfig
-from latent_grpo.common.models import load_tokenizer
-from latent_grpo.common.prompts import resolve_tokens
+from latent_grpo.common.density import Flip
+from latent_grpo.common.prompts import read_tokens
 from latent_grpo.common.schema import TrajectoryBatch
 from latent_grpo.learner.advantages import first_token_mask, group_advantages
 from latent_grpo.learner.base_rank import RankActor
@@ -33,6 +34,9 @@ from latent_grpo.learner.objective import clip_codes, k3_kl, policy_loss
 from latent_grpo.learner.policy import PolicyModule, load_policy_model
 from latent_grpo.learner.recorder import StepCollector, flip_shares
 from latent_grpo.learner.zero_engine import learning_rate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -92,17 +96,14 @@ class _Replayed:
 
 
 class LearnerRank(RankActor):
-    def build(self, model: nn.Module) -> tuple[nn.Module, OptimizerConfig]:
+    def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
         config = self.config
         self.reference = None
         if config.kl_coefficient > 0:
             dtype = getattr(torch, config.model.dtype)
             frozen = PolicyModule(load_policy_model(self.model_folder))
             self.reference = frozen.to(self.device, dtype).requires_grad_(False)
-        self.facts = None
-        if config.centering_draws:
-            tokenizer, rows = load_tokenizer(self.model_folder), model.get_output_embeddings().weight.shape[0]
-            self.facts = resolve_tokens(tokenizer, rows, config.latent, config.model.prompt.think_end)
+        self.facts = read_tokens(config, self.model_folder)[1] if config.centering_draws else None
         module = PolicyModule(
             model,
             freeze_embeddings=config.freeze_embeddings,
@@ -134,11 +135,11 @@ class LearnerRank(RankActor):
             groups,
             view.valid,
             graded=graded,
-            masking=self.config.masking,
+            masking=self.config.objective.masking,
             scale_by_std=self.config.scale_by_std,
         )
         keeps_first = np.ones(len(view), dtype=bool)
-        if self.config.first_token:
+        if self.config.objective.first_token:
             # a row whose log-probs are not numbers never wins; its loss is caught where updates are guarded
             ranking = np.where(np.isnan(mean_old), -np.inf, mean_old)
             keeps_first = first_token_mask(advantages, groups, view.valid & graded, ranking)
@@ -181,7 +182,7 @@ class LearnerRank(RankActor):
             counted = graded[rows]
             components = self.engine.forward(inputs, None, part.others)
             log_probs = self._steps(
-                components, inputs, advantages=step_advantages, flip=config.flip, others=part.others
+                components, inputs, advantages=step_advantages, flip=config.objective.flip, others=part.others
             )
             loss, diagnostics = policy_loss(
                 log_probs,
@@ -202,7 +203,7 @@ class LearnerRank(RankActor):
             clipped += [int(diagnostics.clipped_low), int(diagnostics.clipped_high), int(diagnostics.clipped_dual)]
             ratio = (log_probs.detach() - part.old).exp()
             ratios.append(ratio[counted])
-            flipped = flip_shares(components, inputs, step_advantages, config.flip)
+            flipped = flip_shares(components, inputs, step_advantages, config.objective.flip)
             flips.append(flipped[inputs.latent & (step_advantages < 0)])
             if collector is not None:
                 collector.add(
@@ -237,7 +238,7 @@ class LearnerRank(RankActor):
         old, others = plain, None
         if redraw is not None:
             others, log_probs = redraw.draws()
-            weighting = self.config.component_weighting
+            weighting = self.config.objective.component_weighting
             old = plain.masked_scatter(
                 inputs.latent, others.centered(plain[inputs.latent], log_probs, weighting=weighting)
             )
@@ -249,10 +250,11 @@ class LearnerRank(RankActor):
 
     def _redrawn(self, view: TrajectoryBatch) -> Callable[[ReplayInputs], Redraw | None]:
         """What makes the other draws of a micro-batch of `view` (`learner.centering`)."""
-        if not self.config.centering_draws:
+        facts = self.facts
+        if facts is None:
             return lambda inputs: None
         keys = draw_keys(view, self.config.centering_draws)
-        return lambda inputs: Redraw(view, inputs, keys, self.facts)
+        return lambda inputs: Redraw(view, inputs, keys, facts)
 
     def _plan(self, view: TrajectoryBatch, groups: np.ndarray, minibatch_prompts: int) -> tuple[MiniBatch, ...]:
         return plan(
@@ -275,10 +277,10 @@ class LearnerRank(RankActor):
         inputs: ReplayInputs,
         *,
         advantages: torch.Tensor | None = None,
-        flip: str = "off",
+        flip: Flip = "off",
         others: OtherDraws | None = None,
     ) -> torch.Tensor:
-        weighting = self.config.component_weighting
+        weighting = self.config.objective.component_weighting
         return step_log_probs(components, inputs, weighting=weighting, advantages=advantages, flip=flip, others=others)
 
     def _behaviour(self, inputs: ReplayInputs) -> torch.Tensor:

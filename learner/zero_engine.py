@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from latent_grpo.common.config import LearnerConfig, OptimizerConfig
+from latent_grpo.common.errors import ConfigError, RunError
 
 TAG = "zero"
 FACTS = "learner.json"
@@ -28,11 +29,11 @@ COMMUNICATION_BUCKET = 5_000_000  # elements
 log = logging.getLogger(__name__)
 
 
-class LearnerDiverged(RuntimeError):
+class LearnerDiverged(RunError):
     """Too many non-finite updates in a row."""
 
 
-class LearnerStateMismatch(ValueError):
+class LearnerStateMismatch(ConfigError):
     """A saved state that another arrangement of ranks wrote."""
 
 
@@ -66,7 +67,7 @@ class GuardedAdamW(torch.optim.AdamW):
     grad_norm = math.nan
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # two overloads
         if self.skip:
             return None
         if self.max_norm is not None:
@@ -221,9 +222,11 @@ class ZeroEngine:
 
 
 def _by_size(named: list[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    bucket, size = [], 0
+    bucket: list[tuple[str, nn.Parameter]] = []
+    size = 0
     for name, parameter in named:
-        need = parameter.ds_numel * parameter.element_size()
+        elements: int = getattr(parameter, "ds_numel")  # noqa: B009  # ZeRO-3's: of the whole, not of this rank's part
+        need = elements * parameter.element_size()
         if bucket and size + need > bucket_bytes:
             yield bucket
             bucket, size = [], 0

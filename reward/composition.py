@@ -43,10 +43,12 @@ class WeightedSum:
     def grade(self, response_text: str, gold: str) -> Grade:
         """The sum; the parts' verdicts on the same response."""
         grades = [settled(part.grade(response_text, gold)) for part in self._parts]
-        if any(grade.reward is None for grade in grades):
-            return _UNGRADED
-        total = sum(weight * grade.reward for weight, grade in zip(self._weights, grades, strict=True))
-        return Grade(float(total), grades[0].reason, grades[0].parsed)
+        total = 0.0
+        for weight, grade in zip(self._weights, grades, strict=True):
+            if grade.reward is None:
+                return _UNGRADED
+            total += weight * grade.reward
+        return Grade(total, grades[0].reason, grades[0].parsed)
 
     def parses_gold(self, gold: str) -> bool:
         """Whether every part can grade against `gold`."""

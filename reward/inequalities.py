@@ -28,8 +28,9 @@ def stated_set(text: str) -> tuple[str, str] | None:
     for word, operator in (("or", r" \cup "), ("and", r" \cap ")):
         if split_top_level(text, frozenset({word})) == [text.strip()]:
             continue
-        stated = [_one(part) for part in split_top_level(text, frozenset({word, ","}))]
-        if None in stated or len({variable for variable, _ in stated}) > 1:
+        parts = split_top_level(text, frozenset({word, ","}))
+        stated = [found for part in parts if (found := _one(part)) is not None]
+        if len(stated) < len(parts) or len({variable for variable, _ in stated}) > 1:
             return None
         return stated[0][0], operator.join(found for _, found in stated)
     return _one(text)
@@ -42,7 +43,7 @@ def _one(text: str) -> tuple[str, str] | None:
     if len(terms) == 2:
         if _VARIABLE.fullmatch(terms[1]):
             terms, signs = terms[::-1], [_MIRRORED[signs[0]]]
-        return _two_terms(*terms, signs[0])
+        return _two_terms(terms[0], terms[1], signs[0])
     if len(terms) != 3 or not (_VARIABLE.fullmatch(terms[1]) and _is_bound(terms[0]) and _is_bound(terms[2])):
         return None
     if {sign[0] for sign in signs} == {">"}:

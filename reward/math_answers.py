@@ -102,12 +102,13 @@ def same_answer(gold: Answer, given: Answer, algebra: AlgebraicEquality | None) 
     if gold_set is not None and gold_set == given_set:
         return True
     if gold_set is not None and given_set is not None:
-        as_sets = _read(gold_set[1]), _read(given_set[1])
-        return gold_set[0] == given_set[0] and all(as_sets) and same_answer(*as_sets, algebra)
+        a, b = _read(gold_set[1]), _read(given_set[1])
+        return gold_set[0] == given_set[0] and a is not None and b is not None and same_answer(a, b, algebra)
     if (gold_set is None) != (given_set is None):
-        as_sets = _read(gold_set[1] if gold_set else gold.text), _read(given_set[1] if given_set else given.text)
-        if all(as_sets) and (_is_set(as_sets[0]) and _is_set(as_sets[1])):
-            return same_answer(*as_sets, algebra)
+        a = _read(gold_set[1] if gold_set else gold.text)
+        b = _read(given_set[1] if given_set else given.text)
+        if a is not None and b is not None and _is_set(a) and _is_set(b):
+            return same_answer(a, b, algebra)
     if isinstance(gold, Sequence):
         if isinstance(given, Sequence):
             return _same_sequence(gold, given, algebra)
@@ -146,9 +147,10 @@ def _read(text: str, depth: int = 0) -> Answer | None:
     if letters := _LETTER_LIST.fullmatch(text):
         return _sequence(text, ("", ""), re.findall(r"\b[A-Z]\b", letters[1]), depth)
     if (rows := latex.matrix_rows(text)) is not None:
-        cells = tuple(_read(cell, depth + 1) for row in rows for cell in row)
-        if all(cells):
-            return Sequence(text, ("matrix", f"{len(rows)}x{len(rows[0])}"), cells)
+        cells = [_read(cell, depth + 1) for row in rows for cell in row]
+        items = tuple(cell for cell in cells if cell is not None)
+        if len(items) == len(cells):
+            return Sequence(text, ("matrix", f"{len(rows)}x{len(rows[0])}"), items)
     if (brackets := latex.enclosing_brackets(text)) is not None:
         opening, inside, closing = brackets
         parts = latex.split_top_level(inside, _SEPARATORS)
@@ -163,9 +165,9 @@ def _read(text: str, depth: int = 0) -> Answer | None:
         return _sequence(text, ("", ""), parts, depth)
     if text == "\\mathbb{R}":
         return _read("(-\\infty,\\infty)", depth + 1)
-    named, equals, value = text.rpartition("=")
+    named, equals, stated = text.rpartition("=")
     if text.count("\\pm") == 1 and (not equals or states_its_value(named.split("=")[0])):
-        both = [re.sub(r"^[+\s]+|(?<=[{(])\s*\+", "", value.replace("\\pm", sign)) for sign in "+-"]
+        both = [re.sub(r"^[+\s]+|(?<=[{(])\s*\+", "", stated.replace("\\pm", sign)) for sign in "+-"]
         return _sequence(text, ("", ""), both, depth)
     shorter = latex.without_units(text)
     if shorter != text:
@@ -213,8 +215,10 @@ def _sequence(text: str, brackets: tuple[str, str], parts: list[str], depth: int
         item = _read(part, depth + 1)
         if item is None:
             return None
-        bare = isinstance(item, Sequence) and item.brackets == ("", "")  # of a `\\pm`: two of the values
-        items += item.items if bare and brackets[0] in ("", "\\{") else (item,)
+        if isinstance(item, Sequence) and item.brackets == ("", "") and brackets[0] in ("", "\\{"):
+            items += item.items  # of a `\\pm`: two of the values
+        else:
+            items.append(item)
     return Sequence(text, brackets, tuple(items))
 
 
@@ -231,12 +235,12 @@ def _same_sequence(gold: Sequence, given: Sequence, algebra: AlgebraicEquality |
         column = matrices[0].brackets[1] == f"{len(gold.items)}x1"
         return column and brackets == ("(", ")") and _same_in_order(gold, given, algebra)
     bare, braces, tuple_ = ("", ""), ("\\{", "\\}"), ("(", ")")
-    brackets = {gold.brackets, given.brackets}
-    if brackets == {bare} and gold_names and not given_names:  # "x = 1, y = 2" as "1, 2": the place says which is which
+    kinds = {gold.brackets, given.brackets}
+    if kinds == {bare} and gold_names and not given_names:  # "x = 1, y = 2" as "1, 2": the place says which is which
         return _same_in_order(gold, given, algebra)
-    if brackets <= {bare, braces}:
+    if kinds <= {bare, braces}:
         return _same_unordered(list(gold.items), list(given.items), algebra)
-    if len(brackets) == 1 or brackets == {bare, tuple_}:
+    if len(kinds) == 1 or kinds == {bare, tuple_}:
         return _same_in_order(gold, given, algebra)
     return False
 
@@ -262,8 +266,8 @@ def _by_name(answer: Sequence, names: list[str]) -> Sequence:
     Only where names follow one another, in the alphabet (x, y) or by their index (x_1, x_2). Of others, such as m and
     b, nothing but the problem says which comes first, and the items stay as they were written.
     """
-    matches = [_COORDINATE.fullmatch(name) for name in names]
-    if len(names) != len(answer.items) or not all(matches):
+    matches = [match for name in names if (match := _COORDINATE.fullmatch(name))]
+    if not len(matches) == len(names) == len(answer.items):
         return answer
     indexed = all(match[2] for match in matches)
     if not indexed and any(match[2] for match in matches):
@@ -354,6 +358,8 @@ def _same_clock(gold: Value, given: Value) -> bool:
         suffixes = {gold.clock[1], given.clock[1]} - {""}
         return gold.clock[0] == given.clock[0] and len(suffixes) < 2
     clock, other = (gold.clock, given) if gold.clock is not None else (given.clock, gold)
+    if clock is None:
+        return False
     fields, suffix = clock
     if other.number is None or len(fields) != 2 or suffix or fields[1] == 0:
         return False

@@ -12,10 +12,11 @@ from typing import Protocol
 
 import torch
 
+from latent_grpo.common.errors import RunError
 from latent_grpo.common.types import GroupRequest, PolicyVersion, Trajectory
 
 
-class EngineError(RuntimeError):
+class EngineError(RunError):
     """The engine cannot do what was asked; the message says what and what to change."""
 
 

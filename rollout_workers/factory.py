@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from latent_grpo.common.types import FinishReason, TokenFacts
 from latent_grpo.rollout_workers.engine import LatentEngine
 from latent_grpo.rollout_workers.verifiers import verifier_pool
 from latent_grpo.rollout_workers.worker import RolloutWorker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GPU_SHARE = 0.9  # of what a worker reserves of a GPU: weights, keys and values
 
@@ -26,15 +30,12 @@ class WorkerFactory:
     def __call__(self, name: str) -> RolloutWorker:
         import torch
 
-        from latent_grpo.common.models import load_tokenizer, output_facts
-        from latent_grpo.common.prompts import resolve_tokens
+        from latent_grpo.common.prompts import read_tokens
 
         config = RunConfig.model_validate_json(self.config_json)
         rollout = config.rollout
         torch.set_num_threads(rollout.resources.threads)
-        tokenizer = load_tokenizer(self.model)
-        vocab_size, eos_ids = output_facts(self.model)
-        facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
+        tokenizer, facts = read_tokens(config, self.model)
         return RolloutWorker(
             name,
             make_engine(config, self.model, facts),
@@ -87,9 +88,9 @@ def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngin
 class ResponseText:
     """Hard ids to the text that is graded (METHOD §1): everything but the EOS that ended it."""
 
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
 
     def __call__(self, hard_ids: np.ndarray, finish_reason: FinishReason) -> str:
         ids = hard_ids[:-1] if finish_reason == "stop" and len(hard_ids) and hard_ids[-1] in self.eos_ids else hard_ids
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False))

@@ -8,6 +8,8 @@ samples finish, the last rows move into the holes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -66,7 +68,8 @@ class SlotCache(Cache):
         Prompts are right-padded to the longest; the padding's keys land beyond the row's length and are overwritten.
         """
         last = first + owners.shape[0]
-        for layer, prompt in zip(self._kv, prefill.layers):
+        prompts: list[Any] = prefill.layers  # their type has room for layers without keys, which full attention has not
+        for layer, prompt in zip(self._kv, prompts):
             length = prompt.keys.shape[2]
             layer[0, first:last, :, :length] = prompt.keys[owners]
             layer[1, first:last, :, :length] = prompt.values[owners]

@@ -16,15 +16,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
 from latent_grpo.common.config import ConfigError, DeadlineConfig, RolloutConfig
+from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import check_interrupt
-from latent_grpo.common.stacks import Whereabouts, answer_with_stacks, stacks_of
-from latent_grpo.common.types import GroupRequest
+from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks, serve_stacks
+from latent_grpo.common.types import GroupRequest, PolicyVersion
 from latent_grpo.common.weights import Publication, WeightManifest
 from latent_grpo.rollout_workers.engine import RequestRefused
 from latent_grpo.rollout_workers.worker import RolloutWorker, WorkerStatus
@@ -36,7 +40,7 @@ LOOK_S = 0.5  # between looks for an interrupt
 STREAM_BACKPRESSURE = 16  # groups a worker may be ahead of the driver: bounds what waits in the object store
 
 
-class RolloutPoolError(RuntimeError):
+class RolloutPoolError(RunError):
     """The pool cannot go on; the message names the stage, the worker and its last event."""
 
 
@@ -46,9 +50,9 @@ class WorkerActor:
     def __init__(self, factory: Callable[[str], RolloutWorker], name: str):
         self._factory, self._name = factory, name
 
-    def whereabouts(self) -> Whereabouts:
+    def whereabouts(self) -> ProcessAddress:
         """This process, which from now on answers with its stacks."""
-        return answer_with_stacks()
+        return serve_stacks()
 
     def start(self) -> None:
         """Makes the worker."""
@@ -57,13 +61,15 @@ class WorkerActor:
     def submit(self, ticket: int, requests: list[GroupRequest]) -> None:
         self._worker.submit(ticket, requests)
 
-    def update_weights(self, ticket: int, manifest: WeightManifest, timeout_s: float, *buckets):
+    def update_weights(
+        self, ticket: int, manifest: WeightManifest, timeout_s: float, *buckets: np.ndarray
+    ) -> PolicyVersion:
         return self._worker.update_weights(ticket, manifest, list(buckets), timeout_s)
 
     def status(self) -> WorkerStatus:
         return self._worker.status()
 
-    def results(self):
+    def results(self) -> Iterator[pa.RecordBatch]:
         yield from self._worker.results()
 
     def stop(self) -> None:
@@ -73,13 +79,13 @@ class WorkerActor:
 @dataclass(slots=True)
 class _Member:
     name: str
-    actor: ray.actor.ActorHandle
+    actor: ActorHandle[Any]
     stream: ray.ObjectRefGenerator
-    process: Whereabouts
-    tickets: itertools.count = field(default_factory=itertools.count)  # order of the calls to it
+    process: ProcessAddress
+    tickets: itertools.count[int] = field(default_factory=itertools.count)  # order of the calls to it
     groups: dict[str, GroupRequest] = field(default_factory=dict)  # dispatched, not delivered
-    updates: list[ray.ObjectRef] = field(default_factory=list)
-    heartbeat: ray.ObjectRef | None = None
+    updates: list[ray.ObjectRef[Any]] = field(default_factory=list)
+    heartbeat: ray.ObjectRef[Any] | None = None
     asked_at: float = 0.0  # when the pending heartbeat was sent
     progress: int = -1
     progressed_at: float = field(default_factory=time.monotonic)
@@ -104,7 +110,7 @@ class RolloutPool:
         heartbeat_s: float = 2.0,
     ):
         resources = config.resources
-        self._actor_class = ray.remote(WorkerActor).options(
+        self._actor_class: Any = ray.remote(WorkerActor).options(  # Ray's own types lose it here
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
             resources=resources.custom or None,
@@ -123,7 +129,7 @@ class RolloutPool:
     def __enter__(self) -> RolloutPool:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -176,7 +182,7 @@ class RolloutPool:
         Raises :class:`RolloutPoolError` when more workers were lost than `rollout.max_restarts` allows, or when new
         weights are refused.
         """
-        by_ref: dict = {}
+        by_ref: dict[Any, _Member] = {}  # of references and streams
         for member in self._members.values():
             by_ref[member.stream] = member
             by_ref.update((r, member) for r in (*member.updates, member.heartbeat) if r is not None)
@@ -215,7 +221,7 @@ class RolloutPool:
 
     # --- what happens to workers ---------------------------------------------------------------------------------
 
-    def _receive(self, member: _Member, ref, arrived: list[pa.RecordBatch]) -> None:
+    def _receive(self, member: _Member, ref: Any, arrived: list[pa.RecordBatch]) -> None:
         timeout = self._deadlines.weights_s
         if ref is member.stream:
             batch = ray.get(next(member.stream), timeout=timeout)
@@ -224,7 +230,7 @@ class RolloutPool:
         elif ref in member.updates:
             member.updates.remove(ref)
             ray.get(ref, timeout=timeout)
-        elif ref is member.heartbeat:
+        elif member.heartbeat is not None and ref is member.heartbeat:
             status: WorkerStatus = ray.get(ref, timeout=timeout)
             member.heartbeat, member.last_event = None, status.last_event
             idle = not member.groups and not member.updates
@@ -259,9 +265,9 @@ class RolloutPool:
             member.asked_at += unheard
             member.progressed_at += unheard
 
-    def _show_stacks(self, processes: dict[str, Whereabouts]) -> None:
+    def _show_stacks(self, processes: dict[str, ProcessAddress]) -> None:
         shown = list(processes)[:SHOWN]
-        for name, stacks in zip(shown, stacks_of([processes[name] for name in shown]), strict=True):
+        for name, stacks in zip(shown, ask_for_stacks([processes[name] for name in shown]), strict=True):
             logger.warning("rollout %s does not go on: %s", name, stacks)
 
     def _lose(self, member: _Member, why: str) -> None:
@@ -329,7 +335,7 @@ class RolloutPool:
             ray.kill(member.actor)
 
 
-def _answers(refs: list[ray.ObjectRef], end: float) -> list:
+def _answers(refs: list[ray.ObjectRef[Any]], end: float) -> list[Any]:
     """As `ray.get` until `end`, unless an interrupt ends it: a start may take minutes."""
     while True:
         left = max(end - time.monotonic(), 0.0)

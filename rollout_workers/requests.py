@@ -1,4 +1,4 @@
-"""What both engines read of a request: refusals, the settings of a sample as a row, and those settings for a sampler.
+"""What both engines do with a request: admission, the settings of a sample as a row, and its trajectory at the end.
 
 A running sample is a row of a structured array on the host; engines append columns of their own to `SETTINGS`. The
 same bytes lie on the device as int64 [rows, columns], so one upload carries every setting of every row.
@@ -6,21 +6,104 @@ same bytes lie on the device as int64 [rows, columns], so one upload carries eve
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 
-from latent_grpo.common.noise import trajectory_key
-from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts
+from latent_grpo.common.noise import noise_version, trajectory_key
+from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
+from latent_grpo.rollout_workers.engine import RequestRefused
 
 REALS = ("temperature", "top_p", "noise_scale", "tau")
-SETTINGS = [(name, np.int64) for name in ("key", "budget", "k", "latent", "noisy", "one_sided", "top_k")]
+COUNTS = ("key", "budget", "k", "latent", "noisy", "one_sided", "top_k")
+SETTINGS: list[tuple[str, type[np.generic]]] = [(name, np.int64) for name in COUNTS]
 SETTINGS += [(name, np.float64) for name in REALS]
 """`key`: of the sample's randomness; `budget`: max_tokens; `latent`: 1 while in latent mode; the rest: its settings."""
 
 
-def write_settings(rows: np.ndarray, request: GroupRequest, version: int) -> None:
-    """Fills the `SETTINGS` columns of a group's rows, one per sample. `version`: the policy's (METHOD §2.5)."""
-    settings = request.sampling
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRecord:
+    """What a sample has drawn: L latent steps of K components, H hard ones (see `common.types.Trajectory`)."""
+
+    latent_ids: np.ndarray  # [L, K] int32
+    latent_scores: np.ndarray  # [L, K] float32
+    latent_log_probs: np.ndarray  # [L, K] float32
+    hard_ids: np.ndarray  # [H] int32
+    hard_log_probs: np.ndarray  # [H] float32
+
+
+@dataclass(slots=True)
+class RunningGroup:
+    """A request in an engine, and the trajectories of its samples that have finished."""
+
+    request: GroupRequest
+    settings: np.ndarray  # [G] SETTINGS, one a sample
+    version: int  # the policy's when the group was admitted: it keys the noise and is the lowest that sampled
+    started: float = 0.0  # by the engine's clock, seconds
+    _done: dict[int, Trajectory] = field(default_factory=dict)  # by position in request.sample_indices
+
+    @property
+    def size(self) -> int:
+        """G, the number of samples."""
+        return len(self.request.sample_indices)
+
+    def finish(
+        self, position: int, record: SampleRecord, reason: FinishReason, *, engine: str, version: int, now: float
+    ) -> tuple[Trajectory, ...] | None:
+        """Makes a finished sample's trajectory; returns all of them once the last one has finished.
+
+        `position`: the sample's in the request. `version`: the policy's that sampled last. `now`: the engine's clock.
+        """
+        request = self.request
+        self._done[position] = Trajectory(
+            purpose=request.purpose,
+            task=request.task,
+            problem_uid=request.problem_uid,
+            group_uid=request.group_uid,
+            sample_index=request.sample_indices[position],
+            epoch=request.epoch,
+            run_seed=request.run_seed,
+            policy_version_min=self.version,
+            policy_version_max=version,
+            engine=engine,
+            sampling=request.sampling,
+            prompt_ids=np.asarray(request.prompt_ids, dtype=np.int32),
+            latent_ids=record.latent_ids,
+            latent_scores=record.latent_scores,
+            latent_log_probs=record.latent_log_probs,
+            hard_ids=record.hard_ids,
+            hard_log_probs=record.hard_log_probs,
+            finish_reason=reason,
+            gold_answer=request.gold_answer,
+            generation_seconds=now - self.started,
+        )
+        if len(self._done) < self.size:
+            return None
+        return tuple(self._done[i] for i in range(self.size))
+
+
+def admit(
+    request: GroupRequest,
+    facts: TokenFacts,
+    version: PolicyVersion | None,
+    *,
+    max_rows: int,
+    max_length: int | None,
+) -> RunningGroup:
+    """The group as an engine of these limits takes it. Raises :class:`RequestRefused` where it never could.
+
+    `version`: of the engine's weights. `max_length`: positions of prompt and response together; None: no limit.
+    """
+    problem = _refusal(request, facts, version, max_rows=max_rows, max_length=max_length)
+    if problem is not None or version is None:
+        raise RequestRefused(f"group {request.group_uid!r}: {problem}")
+    return RunningGroup(request, sample_settings(request, version.version), version.version)
+
+
+def sample_settings(request: GroupRequest, version: int) -> np.ndarray:
+    """`SETTINGS` [G], one a sample. `version`: the policy's (METHOD §2.5)."""
+    rows, settings = np.zeros(len(request.sample_indices), dtype=SETTINGS), request.sampling
     rows["budget"] = settings.max_tokens
     rows["latent"], rows["noisy"] = settings.mode == "latent", settings.noise_mode != "off"
     rows["one_sided"] = settings.noise_mode == "one_sided"
@@ -33,10 +116,11 @@ def write_settings(rows: np.ndarray, request: GroupRequest, version: int) -> Non
             problem_uid=request.problem_uid,
             epoch=request.epoch,
             sample_index=sample_index,
-            policy_version=0 if request.purpose == "evaluation" else version,
+            policy_version=noise_version(request.purpose, version),
         )
         for sample_index in request.sample_indices
     ]
+    return rows
 
 
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -50,7 +134,7 @@ def on_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
     return upload(rows.view(np.int64).reshape(len(rows), -1), device)
 
 
-def refusal(
+def _refusal(
     request: GroupRequest,
     facts: TokenFacts,
     version: PolicyVersion | None,
@@ -98,7 +182,8 @@ class Draw:
 
     def column(self, name: str) -> torch.Tensor:
         """An integer column [n] int64."""
-        return self._table[:, self._rows.dtype.names.index(name)]
+        names = self._rows.dtype.names or ()
+        return self._table[:, names.index(name)]
 
     def real(self, name: str) -> torch.Tensor:
         """A real column [n] float64: a setting has the same value alone and in company."""
@@ -113,9 +198,12 @@ class Draw:
         """Of an integer column."""
         return int(self._rows[name].max())
 
-    def setting(self, name: str) -> float | torch.Tensor:
-        """A number where all rows agree (the usual case, and cheaper), else [n]."""
+    def count(self, name: str) -> int | torch.Tensor:
+        """An integer column: a number where all rows agree (the usual case, and cheaper), else [n]."""
         values = self._rows[name]
-        if (values == values[0]).all():
-            return values[0].item()
-        return self.real(name) if name in REALS else self.column(name)
+        return int(values[0]) if (values == values[0]).all() else self.column(name)
+
+    def setting(self, name: str) -> float | torch.Tensor:
+        """The same of a real column."""
+        values = self._rows[name]
+        return float(values[0]) if (values == values[0]).all() else self.real(name)

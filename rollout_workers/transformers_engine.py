@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,9 +24,10 @@ from latent_grpo.common.density import hard_log_prob
 from latent_grpo.common.latent import latent_step, mix_embeddings, visible_step
 from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import checksum
-from latent_grpo.rollout_workers.engine import EngineError, RequestRefused
+from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.kv_cache import SlotCache
-from latent_grpo.rollout_workers.requests import SETTINGS, Draw, on_device, refusal, write_settings
+from latent_grpo.rollout_workers.requests import SETTINGS, Draw, RunningGroup, SampleRecord, admit, on_device
+from latent_grpo.rollout_workers.verification import TensorShape, check_checksum, checked_tensors
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass: bounds its memory, not what is admitted
 
@@ -35,29 +35,17 @@ ROW = np.dtype([(name, np.int64) for name in ("slot", "length", "step")] + SETTI
 """A running sample. `slot`: where its record is; `length`: columns of its KV; `step`: response steps done."""
 
 
-@dataclass(slots=True)
-class _Group:
-    """A request in the engine and what has come of its samples."""
-
-    request: GroupRequest
-    started: float = 0.0
-    done: dict[int, Trajectory] = field(default_factory=dict)  # by position in request.sample_indices
-
-    @property
-    def size(self) -> int:
-        return len(self.request.sample_indices)
-
-    @property
-    def length(self) -> int:
-        """KV columns that a sample can come to need."""
-        return len(self.request.prompt_ids) + self.request.sampling.max_tokens
-
-
 class _Records:
     """What running samples have drawn, by slot, on the device; grows as requests need it.
 
     `latent_ids`, `scores`, `log_probs` [slots, steps, K]; `hard_ids`, `hard_log_probs` [slots, steps].
     """
+
+    latent_ids: torch.Tensor
+    scores: torch.Tensor
+    log_probs: torch.Tensor
+    hard_ids: torch.Tensor
+    hard_log_probs: torch.Tensor
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self._slots, self._device = slots, device
@@ -80,15 +68,16 @@ class _Records:
                 new[:, :old_steps] = getattr(self, name)
             setattr(self, name, new)
 
-    def take(self, slot: int, steps: int, latent: int, k: int) -> dict[str, np.ndarray]:
-        """A finished sample's arrays, copied to the host: the first `latent` of `steps` steps are latent."""
-        return {
-            "latent_ids": _host(self.latent_ids[slot, :latent, :k]),
-            "latent_scores": _host(self.scores[slot, :latent, :k]),
-            "latent_log_probs": _host(self.log_probs[slot, :latent, :k]),
-            "hard_ids": _host(self.hard_ids[slot, latent:steps]),
-            "hard_log_probs": _host(self.hard_log_probs[slot, latent:steps]),
-        }
+    def take(self, slot: int, steps: int, k: int) -> SampleRecord:
+        """A finished sample's arrays, copied to the host."""
+        latent = int(self.latent_until[slot])
+        return SampleRecord(
+            latent_ids=_host(self.latent_ids[slot, :latent, :k]),
+            latent_scores=_host(self.scores[slot, :latent, :k]),
+            latent_log_probs=_host(self.log_probs[slot, :latent, :k]),
+            hard_ids=_host(self.hard_ids[slot, latent:steps]),
+            hard_log_probs=_host(self.hard_log_probs[slot, latent:steps]),
+        )
 
 
 def _host(tensor: torch.Tensor) -> np.ndarray:
@@ -115,7 +104,7 @@ class TransformersEngine:
     ) -> None:
         _check_model(model, facts, max_rows)
         self._device = torch.device(device)
-        self._model = model.to(self._device).eval()
+        self._model = model.to(self._device).eval()  # type: ignore[arg-type]  # transformers' `to` loses its self
         self._facts, self._max_rows, self._deterministic = facts, max_rows, deterministic
         self._embed, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self._additive_mask = model.config._attn_implementation == "eager"
@@ -129,15 +118,22 @@ class TransformersEngine:
         self._reset()
 
     def _reset(self) -> None:
-        self._queue: deque[_Group] = deque()
+        self._queue: deque[RunningGroup] = deque()
         self._rows = np.zeros(self._max_rows, dtype=ROW)  # the first `_running` are in use
         self._running = self._queued = 0
         self._inputs = torch.empty(0, device=self._device)  # [running, D]: what the next forward pass reads
         self._free_slots = list(range(self._max_rows))
-        self._owner: dict[int, tuple[_Group, int]] = {}  # slot -> group and position in it
+        self._owner: dict[int, tuple[RunningGroup, int]] = {}  # slot -> group and position in it
 
     @property
     def version(self) -> PolicyVersion | None:
+        return self._version
+
+    @property
+    def _weights(self) -> PolicyVersion:
+        """`version` where samples run: none is taken without verified weights."""
+        if self._version is None:
+            raise EngineError("the engine holds no verified weights; call load_weights first")
         return self._version
 
     @property
@@ -149,11 +145,9 @@ class TransformersEngine:
     def add(self, request: GroupRequest) -> None:
         """Queues a group; see :meth:`LatentEngine.add`."""
         limit = getattr(self._model.config, "max_position_embeddings", None)
-        problem = refusal(request, self._facts, self._version, max_rows=self._max_rows, max_length=limit)
-        if problem:
-            raise RequestRefused(f"group {request.group_uid!r}: {problem}")
-        self._queue.append(_Group(request))
-        self._queued += len(request.sample_indices)
+        group = admit(request, self._facts, self._version, max_rows=self._max_rows, max_length=limit)
+        self._queue.append(group)
+        self._queued += group.size
 
     def abort(self) -> None:
         """Forgets all pending samples."""
@@ -178,27 +172,11 @@ class TransformersEngine:
             )
         self._version = None  # before the first byte changes: any failure below leaves an engine that refuses
         parameters = dict(self._model.named_parameters())  # aliases of tied parameters come once
-        loaded = set()
+        expected = {name: TensorShape.of(parameter) for name, parameter in parameters.items()}
         with torch.no_grad():
-            for name, tensor in tensors:
-                target = parameters.get(name)
-                if target is None:
-                    raise EngineError(f"version {version.version} holds {name!r}, which the model does not have")
-                if tensor.shape != target.shape or tensor.dtype != target.dtype:
-                    raise EngineError(
-                        f"version {version.version}: {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                        f"{target.dtype} {tuple(target.shape)}"
-                    )
-                target.copy_(tensor)
-                loaded.add(name)
-        missing = sorted(parameters.keys() - loaded)
-        if missing:
-            raise EngineError(f"version {version.version} lacks {len(missing)} parameters, the first {missing[0]!r}")
-        found = checksum(parameters.items())
-        if found != version.checksum:
-            raise EngineError(
-                f"version {version.version}: expected checksum {version.checksum}, hold {found}; publish again"
-            )
+            for name, tensor in checked_tensors(version, tensors, expected):
+                parameters[name].copy_(tensor)
+        check_checksum(version, checksum(parameters.items()))
         with torch.inference_mode():
             self._cache.clear()
         self._version = version
@@ -238,7 +216,7 @@ class TransformersEngine:
 
     def _admit(self) -> list[torch.Tensor]:
         """Queued groups that fit become rows, first come first served; the logits of their prompts [rows, V] each."""
-        admitted: list[_Group] = []
+        admitted: list[RunningGroup] = []
         room = self._max_rows - self._running
         if self._deterministic and self._running:
             return []
@@ -247,7 +225,7 @@ class TransformersEngine:
             room -= admitted[-1].size
         if not admitted:
             return []
-        rows, length = sum(g.size for g in admitted), max(g.length for g in admitted)
+        rows, length = sum(g.size for g in admitted), max(_columns(g.request) for g in admitted)
         if self._deterministic:
             self._cache.fit(rows, length)
         else:
@@ -264,7 +242,7 @@ class TransformersEngine:
             self._queued -= group.size
         return logits
 
-    def _prefill(self, groups: list[_Group]) -> torch.Tensor:
+    def _prefill(self, groups: list[RunningGroup]) -> torch.Tensor:
         """One pass over the groups' prompts, right-padded (a causal model's padding reaches no earlier position).
 
         Writes each prompt's keys and values into its G rows and returns their next-step logits [rows, V].
@@ -283,11 +261,12 @@ class TransformersEngine:
             self._start(group)
         return self._head(hidden).float()[owners]
 
-    def _start(self, group: _Group) -> None:
+    def _start(self, group: RunningGroup) -> None:
         """Fills the rows of a group whose prompt is in the cache."""
         rows = self._rows[self._running : self._running + group.size]
         rows["length"], rows["step"] = len(group.request.prompt_ids), 0
-        write_settings(rows, group.request, self._version.version)
+        for name in group.settings.dtype.names or ():
+            rows[name] = group.settings[name]
         for position in range(group.size):
             slot = self._free_slots.pop()
             self._owner[slot] = (group, position)
@@ -327,7 +306,7 @@ class TransformersEngine:
 
     def _latent_rows(self, draw: Draw, k: int, index: np.ndarray) -> torch.Tensor:
         """METHOD §2.1-§2.3 for rows in latent mode: their next inputs [n, D]."""
-        end_id, slots, steps = self._facts.latent_end_id, draw.column("slot"), draw.column("step")
+        end_id, slots, steps = self._facts.latent_end, draw.column("slot"), draw.column("step")
         taken = latent_step(
             draw.logits,
             draw.column("key"),
@@ -369,7 +348,7 @@ class TransformersEngine:
             steps,
             temperature=draw.setting("temperature"),
             top_p=draw.setting("top_p"),
-            top_k=draw.setting("top_k"),
+            top_k=draw.count("top_k"),
             largest_top_k=draw.largest("top_k"),
             allowed=self._allowed,
         )
@@ -388,11 +367,8 @@ class TransformersEngine:
         finished = np.nonzero(over)[0]
         if not len(finished):
             return []
-        completed = []
-        for row in finished:
-            group = self._close_sample(rows[row], "stop" if stopped[row] else "length")
-            if len(group.done) == group.size:
-                completed.append(tuple(group.done[i] for i in range(group.size)))
+        closed = [self._close_sample(rows[row], "stop" if stopped[row] else "length") for row in finished]
+        completed = [group for group in closed if group is not None]
         remaining = len(rows) - len(finished)
         holes, tails = finished[finished < remaining], remaining + np.nonzero(~over[remaining:])[0]
         if len(holes):
@@ -404,30 +380,19 @@ class TransformersEngine:
         self._running = remaining
         return completed
 
-    def _close_sample(self, row: np.void, reason: FinishReason) -> _Group:
+    def _close_sample(self, row: np.void, reason: FinishReason) -> tuple[Trajectory, ...] | None:
+        """Frees the sample's slot; its group where it was the last one."""
         slot = int(row["slot"])
         group, position = self._owner.pop(slot)
         self._free_slots.append(slot)
-        request = group.request
-        group.done[position] = Trajectory(
-            purpose=request.purpose,
-            task=request.task,
-            problem_uid=request.problem_uid,
-            group_uid=request.group_uid,
-            sample_index=request.sample_indices[position],
-            epoch=request.epoch,
-            run_seed=request.run_seed,
-            policy_version_min=self._version.version,
-            policy_version_max=self._version.version,
-            engine=self.name,
-            sampling=request.sampling,
-            prompt_ids=np.asarray(request.prompt_ids, dtype=np.int32),
-            finish_reason=reason,
-            gold_answer=request.gold_answer,
-            generation_seconds=time.perf_counter() - group.started,
-            **self._records.take(slot, int(row["step"]), int(self._records.latent_until[slot]), int(row["k"])),
-        )
-        return group
+        record = self._records.take(slot, int(row["step"]), int(row["k"]))
+        version, now = self._weights.version, time.perf_counter()
+        return group.finish(position, record, reason, engine=self.name, version=version, now=now)
+
+
+def _columns(request: GroupRequest) -> int:
+    """KV columns that a sample can come to need."""
+    return len(request.prompt_ids) + request.sampling.max_tokens
 
 
 def _check_model(model: PreTrainedModel, facts: TokenFacts, max_rows: int) -> None:

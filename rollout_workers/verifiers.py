@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.errors import RunError
 from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
+from latent_grpo.reward.dispatcher import GraderStartError
 from latent_grpo.reward.pool import VerifierPool
 from latent_grpo.reward.verifier import Definitions, UnknownVerifierError, Verifier
+
+
+class GraderError(RunError):
+    """Grader processes that do not start, or end before they can grade."""
+
+
+@contextlib.contextmanager
+def reward_errors() -> Iterator[None]:
+    """Turns the errors of `reward/`, which imports nothing of ours, into ours."""
+    try:
+        yield
+    except UnknownVerifierError as error:
+        raise ConfigError(str(error)) from error
+    except GraderStartError as error:
+        raise GraderError(str(error)) from error
 
 
 def verifier_pool(config: RunConfig) -> VerifierPool:
@@ -22,14 +43,23 @@ def verifier_pool(config: RunConfig) -> VerifierPool:
 
 def build_verifier(config: RunConfig, kind: str) -> Verifier:
     """The verifier that a task names, in this process. Raises ConfigError if it cannot be imported and built."""
-    try:
-        return Definitions(_definitions(config), _options(config)).build(kind)
-    except UnknownVerifierError as error:
-        raise ConfigError(str(error)) from error
+    with reward_errors():
+        try:
+            return Definitions(_definitions(config), _options(config)).build(kind)
+        except (UnknownVerifierError, KeyboardInterrupt):
+            raise
+        except (Exception, SystemExit) as error:  # the constructor of a user's verifier may do anything
+            raise ConfigError(
+                f"Verifier {kind!r} cannot be built: its constructor ended with {type(error).__name__}: {error}. It "
+                "must return; correct it, or name another verifier"
+            ) from error
 
 
-def verifier_rows(config: RunConfig) -> list[tuple[str, str]]:
-    """(verifier, tasks that use it), each built once. Raises ConfigError for one that is wrong or has no effect."""
+def check_verifiers(config: RunConfig) -> dict[str, list[str]]:
+    """Each verifier of the run, built once, with the tasks that use it.
+
+    Raises ConfigError for one that cannot be built and for a definition that no task names.
+    """
     tasks = [with_benchmark_defaults(task) for task in (*config.tasks, *config.evaluation.tasks)]
     users: dict[str, list[str]] = {}
     for task in tasks:
@@ -40,7 +70,7 @@ def verifier_rows(config: RunConfig) -> list[tuple[str, str]]:
     unused = sorted(set(config.verifiers) - used)
     if unused:
         raise ConfigError(f"verifiers.{unused[0]}: no task names it; set a task's `verifier` to it, or remove it")
-    return [(f"verifier {kind}", f"can be built; grades {', '.join(names)}") for kind, names in users.items()]
+    return users
 
 
 def _named_inside(node: object) -> set[str]:
@@ -51,7 +81,7 @@ def _named_inside(node: object) -> set[str]:
     return set().union(*(_named_inside(item) for item in node)) if isinstance(node, list) else set()
 
 
-def _definitions(config: RunConfig) -> dict[str, dict]:
+def _definitions(config: RunConfig) -> dict[str, dict[str, Any]]:
     return {name: definition.model_dump() for name, definition in config.verifiers.items()}
 
 

@@ -13,7 +13,6 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from latent_grpo.common.config import VLLMConfig
 from latent_grpo.common.models import DTYPES
 from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import checksum
-from latent_grpo.rollout_workers.engine import EngineError, RequestRefused
-from latent_grpo.rollout_workers.requests import SETTINGS, refusal, write_settings
-from latent_grpo.rollout_workers.vllm_plugin.core import Record
+from latent_grpo.rollout_workers.engine import EngineError
+from latent_grpo.rollout_workers.requests import RunningGroup, admit
+from latent_grpo.rollout_workers.verification import TensorShape, check_checksum, checked_tensors
 from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
 from latent_grpo.rollout_workers.vllm_plugin.support import (
@@ -45,19 +44,6 @@ WORKERS = {
     "cpu": "latent_grpo.rollout_workers.vllm_plugin.cpu_worker.LatentCPUWorker",
     "cuda": "latent_grpo.rollout_workers.vllm_plugin.workers.LatentGPUWorker",
 }
-
-
-@dataclass(slots=True)
-class _Group:
-    request: GroupRequest
-    rows: np.ndarray  # [G] SETTINGS
-    version: int  # the policy's when the group came: of its randomness, and the lowest that sampled it
-    started: float = 0.0
-    done: dict[int, Trajectory] = field(default_factory=dict)  # by position in request.sample_indices
-
-    @property
-    def size(self) -> int:
-        return len(self.request.sample_indices)
 
 
 class VLLMEngine:
@@ -94,7 +80,7 @@ class VLLMEngine:
         records = (min(max_tokens or self._max_length, self._max_length), k)
         self._llm = _start(model, facts, dtype, max_rows, self._max_length, records, self._options)
         self._uids = itertools.count()
-        self._owner: dict[int, tuple[_Group, int]] = {}  # uid -> group and position in it
+        self._owner: dict[int, tuple[RunningGroup, int]] = {}  # uid -> group and position in it
 
     @property
     def version(self) -> PolicyVersion | None:
@@ -108,12 +94,7 @@ class VLLMEngine:
 
     def add(self, request: GroupRequest) -> None:
         """Queues a group; see :meth:`LatentEngine.add`."""
-        problem = refusal(request, self._facts, self._version, max_rows=self._max_rows, max_length=self._max_length)
-        if problem:
-            raise RequestRefused(f"group {request.group_uid!r}: {problem}")
-        rows = np.zeros(len(request.sample_indices), dtype=SETTINGS)
-        write_settings(rows, request, self._version.version)
-        group = _Group(request, rows, self._version.version)
+        group = admit(request, self._facts, self._version, max_rows=self._max_rows, max_length=self._max_length)
         for position in range(group.size):
             self._send(group, position, careful=self._careful)
 
@@ -122,7 +103,7 @@ class VLLMEngine:
         """Whether draws may wait for the device: they do where there is none to wait for."""
         return self._llm.vllm_config.device_config.device_type == "cpu"
 
-    def _send(self, group: _Group, position: int, careful: bool) -> None:
+    def _send(self, group: RunningGroup, position: int, careful: bool) -> None:
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -137,7 +118,7 @@ class VLLMEngine:
             detokenize=False,
             skip_clone=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=extra_args(uid, group.rows[position], careful),
+            extra_args=extra_args(uid, group.settings[position], careful),
         )
         self._llm.add_request(str(uid), tokens_input(np.asarray(group.request.prompt_ids).tolist()), params)
 
@@ -161,36 +142,12 @@ class VLLMEngine:
             if not record.exact:
                 self._send(group, position, careful=True)
                 continue
-            group.done[position] = self._trajectory(group, position, completion.finish_reason, record)
-            if len(group.done) == group.size:
-                completed.append(tuple(group.done[i] for i in range(group.size)))
+            group.started = min(group.started or record.started, record.started)
+            version, now = self._version.version, time.monotonic()
+            done = group.finish(position, record, completion.finish_reason, engine=self.name, version=version, now=now)
+            if done is not None:
+                completed.append(done)
         return completed
-
-    def _trajectory(self, group: _Group, position: int, reason: str, record: Record) -> Trajectory:
-        request = group.request
-        group.started = min(group.started or record.started, record.started)
-        return Trajectory(
-            purpose=request.purpose,
-            task=request.task,
-            problem_uid=request.problem_uid,
-            group_uid=request.group_uid,
-            sample_index=request.sample_indices[position],
-            epoch=request.epoch,
-            run_seed=request.run_seed,
-            policy_version_min=group.version,
-            policy_version_max=self._version.version,
-            engine=self.name,
-            sampling=request.sampling,
-            prompt_ids=np.asarray(request.prompt_ids, dtype=np.int32),
-            latent_ids=record.latent_ids,
-            latent_scores=record.latent_scores,
-            latent_log_probs=record.latent_log_probs,
-            hard_ids=record.hard_ids,
-            hard_log_probs=record.hard_log_probs,
-            finish_reason=reason,
-            gold_answer=request.gold_answer,
-            generation_seconds=time.monotonic() - group.started,
-        )
 
     def abort(self) -> None:
         """Forgets all pending samples."""
@@ -228,8 +185,8 @@ class VLLMEngine:
                 "versions; finish or abort them first, or set rollout.vllm.in_flight_updates"
             )
         self._version = None  # any failure below leaves an engine that refuses
-        tensors = list(tensors)
-        self._check(version, tensors)
+        tensors = list(checked_tensors(version, tensors, self._expected))
+        check_checksum(version, checksum(tensors))
         buckets = list(_buckets(tensors, BUCKET_BYTES))
         try:
             self._apply(buckets)
@@ -263,37 +220,18 @@ class VLLMEngine:
             self._llm.step()  # a step that vLLM ran ahead of a finished sample still holds blocks
         raise EngineError(f"version {version.version}: vLLM could not drop the KV cache of the old weights")
 
-    def _check(self, version: PolicyVersion, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        """Names, shapes, dtypes and bytes of a publication, before anything is applied."""
-        for name, tensor in tensors:
-            expected = self._expected.get(name)
-            if expected is None:
-                raise EngineError(f"version {version.version} holds {name!r}, which the model does not have")
-            if (tensor.dtype, tuple(tensor.shape)) != expected:
-                raise EngineError(
-                    f"version {version.version}: {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                    f"{expected[0]} {expected[1]}"
-                )
-        missing = sorted(self._expected.keys() - {name for name, _ in tensors})
-        if missing:
-            raise EngineError(f"version {version.version} lacks {len(missing)} parameters, the first {missing[0]!r}")
-        found = checksum(tensors)
-        if found != version.checksum:
-            raise EngineError(
-                f"version {version.version}: expected checksum {version.checksum}, got {found}; publish again"
-            )
 
-
-def _published_parameters(config: PreTrainedConfig, dtype: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a publication holds: (dtype, shape) of every parameter of the Transformers model, tied ones once."""
+def _published_parameters(config: PreTrainedConfig, dtype: str) -> dict[str, TensorShape]:
+    """What a publication holds: every parameter of the Transformers model, tied ones once."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    return {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in skeleton.named_parameters()}
+    return {name: TensorShape.of(parameter) for name, parameter in skeleton.named_parameters()}
 
 
 def _buckets(tensors: list[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Neighbours of up to so many bytes together; larger tensors alone."""
-    bucket, size = [], 0
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
     for name, tensor in tensors:
         if bucket and size + tensor.nbytes > bucket_bytes:
             yield bucket
@@ -328,7 +266,7 @@ def _start(
     """
     found = installed()
     problem = vllm_problem(found) or argument_problem(options.engine_args)
-    if problem:
+    if problem or found is None:
         raise EngineError(problem)
     build = found[0]
     quiet_vllm()

@@ -18,18 +18,20 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 
 from latent_grpo.common.schema import encode
-from latent_grpo.common.types import GroupRequest, PolicyVersion, Trajectory
+from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, Trajectory
 from latent_grpo.common.weights import WeightManifest, unpack
 from latent_grpo.reward.pool import VerifierPool
 from latent_grpo.reward.verifier import Grade
 from latent_grpo.rollout_workers.engine import LatentEngine
+from latent_grpo.rollout_workers.verifiers import reward_errors
 
 IDLE_WAIT_S = 0.2
 
@@ -49,8 +51,8 @@ class WorkerStatus:
 @dataclass(slots=True)
 class _WeightUpdate:
     manifest: WeightManifest
-    buckets: list
-    applied: Future = field(default_factory=Future)
+    buckets: list[np.ndarray]
+    applied: Future[PolicyVersion] = field(default_factory=Future)
 
 
 class RolloutWorker:
@@ -61,7 +63,7 @@ class RolloutWorker:
         name: str,
         engine: LatentEngine,
         verifiers: VerifierPool,
-        decode,
+        decode: Callable[[np.ndarray, FinishReason], str],
         *,
         k: int,
         run_id: str,
@@ -72,7 +74,9 @@ class RolloutWorker:
         self._queue: deque[GroupRequest | _WeightUpdate] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._early: dict[int, list] = {}  # calls that came before an earlier one, by ticket
+        self._early: dict[
+            int, Sequence[GroupRequest | _WeightUpdate]
+        ] = {}  # calls that came before an earlier one, by ticket
         self._next_ticket = 0
         self._verifier_of: dict[str, str] = {}  # by group uid, while a group is being made
         self._progress, self._last_event = 0, "started"
@@ -83,7 +87,9 @@ class RolloutWorker:
         """Queues groups. They are generated with the weights that are current at their place in the queue."""
         self._enqueue(ticket, requests)
 
-    def update_weights(self, ticket: int, manifest: WeightManifest, buckets: list, timeout_s: float) -> PolicyVersion:
+    def update_weights(
+        self, ticket: int, manifest: WeightManifest, buckets: list[np.ndarray], timeout_s: float
+    ) -> PolicyVersion:
         """Verifies and applies published weights when the groups before them are done; returns the version now held.
 
         `buckets`: uint8 arrays. Raises :class:`common.weights.WeightsCorrupt` before anything is applied, EngineError
@@ -94,7 +100,7 @@ class RolloutWorker:
         self._enqueue(ticket, [update])
         return update.applied.result(timeout=timeout_s)
 
-    def _enqueue(self, ticket: int, items: list) -> None:
+    def _enqueue(self, ticket: int, items: Sequence[GroupRequest | _WeightUpdate]) -> None:
         with self._changed:
             self._early[ticket] = items
             while self._next_ticket in self._early:
@@ -122,7 +128,7 @@ class RolloutWorker:
 
     def results(self) -> Iterator[pa.RecordBatch]:
         """Yields one record batch a group, graded, until `stop`. Called once."""
-        graded: deque[Future] = deque()
+        graded: deque[Future[pa.RecordBatch]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="grading") as grader:
             try:
                 while not self._closing:
@@ -144,14 +150,15 @@ class RolloutWorker:
     def _admit(self) -> None:
         """Gives queued groups to the engine, up to the next weight update; applies that once the engine is empty."""
         while self._queue:
-            if isinstance(self._queue[0], _WeightUpdate):
-                if self._engine.pending and not self._in_flight:
-                    return
-                self._apply(self._queue.popleft())
+            item = self._queue[0]
+            if isinstance(item, _WeightUpdate) and self._engine.pending and not self._in_flight:
+                return
+            self._queue.popleft()
+            if isinstance(item, _WeightUpdate):
+                self._apply(item)
             else:
-                request = self._queue.popleft()
-                self._verifier_of[request.group_uid] = request.verifier
-                self._engine.add(request)
+                self._verifier_of[item.group_uid] = item.verifier
+                self._engine.add(item)
 
     def _apply(self, update: _WeightUpdate) -> None:
         pairs = zip(update.manifest.buckets, update.buckets, strict=True)
@@ -175,7 +182,8 @@ class RolloutWorker:
         texts = [self._decode(t.hard_ids, t.finish_reason) for t in group]
         verifier = self._verifier_of.pop(group[0].group_uid)
         whole = [i for i, trajectory in enumerate(group) if trajectory.finish_reason != "aborted"]
-        graded = self._verifiers.grade_many([(verifier, texts[i], group[i].gold_answer) for i in whole])
+        with reward_errors():
+            graded = self._verifiers.grade_many([(verifier, texts[i], group[i].gold_answer) for i in whole])
         grades = [Grade(None, "ungraded")] * len(group)
         for i, grade in zip(whole, graded, strict=True):
             grades[i] = grade

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from latent_grpo.common.latent import latent_step, mix_embeddings, mixture_weights, visible_step
-from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW, gumbel_noise, trajectory_key
+from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW, gumbel_noise, noise_version, trajectory_key
 from latent_grpo.common.types import GroupRequest, TokenFacts, Trajectory
 
 NOISE_ROUNDING = 1e-4  # score and log-prob are float32 of some tens
@@ -64,7 +64,7 @@ def redraw(
         problem_uid=request.problem_uid,
         epoch=request.epoch,
         sample_index=sample.sample_index,
-        policy_version=0 if request.purpose == "evaluation" else version,
+        policy_version=noise_version(request.purpose, version),
     )
     steps = torch.arange(sample.num_steps, device=device)
     parts = [

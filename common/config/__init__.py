@@ -5,45 +5,55 @@ Imports neither torch, Ray nor transformers, so `latent-grpo validate` answers i
 
 from __future__ import annotations
 
+from latent_grpo.common.config.learning import (
+    ClipConfig,
+    InductionConfig,
+    InductionOptimizerConfig,
+    LatentSFTConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    SFTOptimizerConfig,
+)
 from latent_grpo.common.config.loading import (
     config_as_json,
     load_config,
-    of_model,
+    model_overrides,
     parse_config,
     profiles_folder,
     read_profile,
 )
-from latent_grpo.common.config.run import ALGORITHM_DEFAULTS, LATENT_ONLY_KEYS, OBJECTIVE_KEYS, RunConfig
-from latent_grpo.common.config.sections import (
-    PASS_AT_K,
-    ActorResources,
-    Algorithm,
-    CheckpointConfig,
-    ClipConfig,
+from latent_grpo.common.config.problems_and_model import (
     Columns,
-    DeadlineConfig,
     Dtype,
+    ModelConfig,
+    NewModelConfig,
+    PromptConfig,
+    TaskConfig,
+    VerifierDefinition,
+)
+from latent_grpo.common.config.reporting import (
+    PASS_AT_K,
+    CheckpointConfig,
     DumpConfig,
     EvaluationConfig,
     HealthConfig,
-    InductionConfig,
-    InductionOptimizerConfig,
-    LatentSFTConfig,
-    LearnerConfig,
     Limit,
     MetricsConfig,
-    ModelConfig,
-    NewModelConfig,
-    NoiseConfig,
-    OptimizerConfig,
-    PromptConfig,
+)
+from latent_grpo.common.config.run import (
+    ALGORITHM_DEFAULTS,
+    LATENT_ONLY_KEYS,
+    OBJECTIVE_KEYS,
+    Algorithm,
+    RunConfig,
+)
+from latent_grpo.common.config.section import Section, Share
+from latent_grpo.common.config.services import (
+    ActorResources,
+    DeadlineConfig,
+    LearnerConfig,
     RolloutConfig,
-    Section,
-    SFTOptimizerConfig,
-    Share,
-    TaskConfig,
     VerifierConfig,
-    VerifierDefinition,
     VLLMConfig,
 )
 from latent_grpo.common.config.yaml_files import parse_override, read_mapping, with_value
@@ -87,7 +97,7 @@ __all__ = [
     "VerifierDefinition",
     "config_as_json",
     "load_config",
-    "of_model",
+    "model_overrides",
     "parse_config",
     "parse_override",
     "profiles_folder",

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
+from latent_grpo.common.config.rules import section_in
 from latent_grpo.common.config.run import LATENT_ONLY_KEYS, OBJECTIVE_KEYS, RunConfig
-from latent_grpo.common.config.yaml_files import parse_override, read_mapping, with_value
+from latent_grpo.common.config.section import Section
+from latent_grpo.common.config.yaml_files import parse_override, read_mapping, with_value, without
 from latent_grpo.common.errors import ConfigError
 
 
-def load_config(source: str | Path | dict, overrides: list[str] = ()) -> RunConfig:
+def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a profile (name, path or mapping), applies dotted overrides and validates.
 
     `overrides`: `key.sub=value`, value in YAML; list items by index (`tasks.0.path=x`). When an override changes
@@ -25,10 +29,8 @@ def load_config(source: str | Path | dict, overrides: list[str] = ()) -> RunConf
     changed = [parse_override(o) for o in overrides]
     algorithm = next((value for path, value in reversed(changed) if path == ["algorithm"]), None)
     if algorithm not in (None, data.get("algorithm", RunConfig.model_fields["algorithm"].default)):
-        left_out = OBJECTIVE_KEYS | (set(LATENT_ONLY_KEYS) if algorithm == "grpo" else set())
-        data = {key: value for key, value in data.items() if key not in left_out}
-        if isinstance(data.get("noise"), dict):
-            data["noise"] = {key: value for key, value in data["noise"].items() if key != "mode"}
+        for key in OBJECTIVE_KEYS.union(LATENT_ONLY_KEYS if algorithm == "grpo" else ()):
+            data = without(data, key.split("."))
         if algorithm == "grpo" and isinstance(data.get("warm_start"), dict):
             data["warm_start"] = {**data["warm_start"], "chain": "explicit"}
     for path, value in changed:
@@ -36,12 +38,12 @@ def load_config(source: str | Path | dict, overrides: list[str] = ()) -> RunConf
     return parse_config(data)
 
 
-def of_model(path: str) -> list[str]:
+def model_overrides(path: str) -> list[str]:
     """Overrides that replace a profile's model by a finished one."""
     return [f"model.path={path}", "model.new=null", "warm_start=null"]
 
 
-def parse_config(data: dict) -> RunConfig:
+def parse_config(data: dict[str, Any]) -> RunConfig:
     """Validates a mapping; :class:`ConfigError` names every faulty key."""
     try:
         return RunConfig.model_validate(data)
@@ -53,12 +55,12 @@ def profiles_folder() -> Path:
     return Path(__file__).resolve().parents[2] / "deploy" / "profiles"
 
 
-def read_profile(source: str | Path) -> dict:
+def read_profile(source: str | Path) -> dict[str, Any]:
     """The mapping of a profile given by name (`quickstart`) or by path. `extends: NAME` starts from another profile."""
     return read_mapping(source, profiles_folder(), "profile")
 
 
-def _explain(error: dict) -> str:
+def _explain(error: ErrorDetails) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(error['loc'])}"
@@ -69,33 +71,20 @@ def _explain(error: dict) -> str:
     return f"{where}: {error['msg']}, got {error['input']!r}"
 
 
-def _nearest(loc: tuple) -> str:
+def _nearest(loc: tuple[int | str, ...]) -> str:
     import difflib
 
-    model: Any = RunConfig
+    model: type[Section] = RunConfig
     for part in loc[:-1]:
-        model = _section_of(model, part)
-        if model is None:
+        if isinstance(part, int):
+            continue
+        info = model.model_fields.get(part)
+        below = None if info is None else section_in(info.annotation)
+        if below is None:
             return ""
+        _, model = below
     close = difflib.get_close_matches(str(loc[-1]), list(model.model_fields), n=1)
     return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(model.model_fields)}"
-
-
-def _section_of(model: Any, part: str | int) -> Any:
-    from typing import get_args
-
-    if isinstance(part, int):
-        return model
-    info = model.model_fields.get(part)
-    if info is None:
-        return None
-    pending = [info.annotation]
-    while pending:
-        kind = pending.pop()
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-        pending.extend(get_args(kind))
-    return None
 
 
 def config_as_json(config: RunConfig) -> str:

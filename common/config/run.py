@@ -9,96 +9,132 @@ explicit value wins, which is how every ablation is one line.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
-from latent_grpo.common.config.sections import (
-    Algorithm,
+from latent_grpo.common.config.learning import ClipConfig, LatentSFTConfig, NoiseConfig, OptimizerConfig
+from latent_grpo.common.config.objective import Objective
+from latent_grpo.common.config.problems_and_model import ModelConfig, TaskConfig, VerifierDefinition
+from latent_grpo.common.config.reporting import (
     CheckpointConfig,
-    ClipConfig,
-    DeadlineConfig,
     DumpConfig,
     EvaluationConfig,
     HealthConfig,
-    LatentSFTConfig,
-    LearnerConfig,
     MetricsConfig,
-    ModelConfig,
-    NoiseConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    Section,
-    TaskConfig,
-    VerifierDefinition,
 )
+from latent_grpo.common.config.rules import Rule, keys_with
+from latent_grpo.common.config.section import Section
+from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RolloutConfig
+from latent_grpo.common.errors import ConfigError
+
+Algorithm = Literal["latent_grpo", "soft_grpo", "grpo"]
+T = TypeVar("T")
+
+
+def _decided(value: T | None) -> T:
+    if value is None:
+        raise ConfigError("a key that the algorithm decides was set to null after the settings were read; give a value")
+    return value
 
 
 class RunConfig(Section):
-    """One training run."""
+    """These are all settings of one training run. Where a default depends on the algorithm, an explicit value wins
+    (METHOD §9)."""
 
-    algorithm: Algorithm = "latent_grpo"
+    algorithm: Annotated[Algorithm, Rule.TOKENS] = "latent_grpo"
+    """The algorithm decides the defaults of other keys (METHOD §9); with `grpo` responses start visible."""
     seed: int = 0
+    """The seed decides noise, prompt order, generated problems and a new model's weights (METHOD §2.5)."""
     deterministic: bool = False
-    """CPU only: each group is decoded alone at a fixed shape; runs repeat bit for bit at any number of workers."""
+    """A deterministic run repeats bit for bit at any number of workers: CPU only, `max_staleness` 0, engine
+    `transformers`, and each group is decoded alone at a fixed shape."""
     steps: PositiveInt = 100
+    """The run has this many steps, each of which trains on one batch (METHOD symbols). A resumed run may change this
+    where `optimizer.schedule` is constant or `optimizer.decay_steps` is given."""
 
     # the policy's record (METHOD §2)
-    k: PositiveInt = 10
-    tau: Annotated[float, Field(gt=0)] = 1.0
-    noise: NoiseConfig = NoiseConfig()
+    k: Annotated[PositiveInt, Rule.LATENT_ONLY, Rule.TOKENS] = 10
+    """A latent step mixes this many vocabulary entries: K of METHOD §1."""
+    tau: Annotated[float, Field(gt=0), Rule.LATENT_ONLY, Rule.TOKENS] = 1.0
+    """The weights of a mixture are softmax(scores / tau) (METHOD §2.1.5)."""
+    noise: Annotated[NoiseConfig, Rule.LATENT_ONLY] = NoiseConfig()
     temperature: Annotated[float, Field(gt=0)] = 0.6
+    """The logits of hard steps are divided by this, in rollouts and in the learner (METHOD §2.4, §3.3)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """The nucleus holds the most likely tokens that together have this probability, in latent and in hard steps
+    (METHOD §2.1.2, §2.4)."""
     top_k: PositiveInt = 30
+    """A hard step is drawn from this many most likely tokens (METHOD §2.4)."""
 
     # density and advantages (METHOD §3, §4)
-    component_weighting: Literal["mixture", "uniform"] | None = None
-    flip: Literal["reference", "sign", "off"] | None = None
-    first_token: bool | None = None
-    masking: Literal["exclude", "include", "off"] | None = None
-    """METHOD §4.1."""
+    component_weighting: Annotated[Literal["mixture", "uniform"] | None, Rule.OBJECTIVE, Rule.LATENT_ONLY] = None
+    """A component's weight in a latent step's log-density is its mixture weight (`mixture`), or 1/K (`uniform`)
+    (METHOD §3.1)."""
+    flip: Annotated[Literal["reference", "sign", "off"] | None, Rule.OBJECTIVE, Rule.LATENT_ONLY] = None
+    """The straight-through gradient of components with d < 0 and no positive advantage is bounded (`reference`), turned
+    to the advantage's sign (`sign`), or left alone (`off`) (METHOD §3.2)."""
+    first_token: Annotated[bool | None, Rule.OBJECTIVE] = None
+    """The first response step is learned from the most likely correct sample of a group alone (METHOD §4.2)."""
+    masking: Annotated[Literal["exclude", "include", "off"] | None, Rule.OBJECTIVE] = None
+    """Invalid samples get advantage 0 and stay out of the group's statistics (`exclude`), get 0 and count in them
+    (`include`), or keep their advantage (`off`) (METHOD §4.1)."""
     scale_by_std: bool = True
-    centering_draws: Annotated[int, Field(ge=0, le=64)] = 0
-    """Ours: other draws of each latent step whose mean log-density is subtracted (docs/centering.md); 0: none."""
+    """Advantages are divided by the standard deviation of the group's rewards; false: Dr. GRPO (METHOD §4.1)."""
+    centering_draws: Annotated[int, Field(ge=0, le=64), Rule.OBJECTIVE, Rule.LATENT_ONLY] = 0
+    """The mean log-density of this many other draws of a latent step is subtracted from its own, an addition of this
+    project (docs/centering.md); 0: none."""
 
     # the batch (METHOD symbols, §4.3, §6)
     group_size: Annotated[int, Field(ge=2)] = 8
+    """A group has this many samples of one prompt: G of METHOD symbols."""
     prompts_per_step: PositiveInt = 64
+    """A batch has the groups of this many prompts."""
     minibatch_prompts: PositiveInt = 16
+    """An update trains on the groups of this many prompts; it must divide `prompts_per_step`."""
     dynamic_sampling: Literal["refill", "drop"] = "refill"
-    max_dispatch_factor: PositiveInt = 50
-    """More groups than this times `prompts_per_step` dispatched for one batch is an error (METHOD §4.3)."""
+    """Groups that teach nothing are replaced by fresh prompts (`refill`), or leave the batch smaller (`drop`)
+    (METHOD §4.3)."""
+    max_dispatch_factor: Annotated[PositiveInt, Rule.MAY_CHANGE] = 50
+    """More groups than this times `prompts_per_step` dispatched for one batch are an error (METHOD §4.3)."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
+    """A group may be this many policy versions old when it is trained on; 0: rollouts and training take turns
+    (METHOD §6)."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
-    """Cap of the truncated importance weight, used when max_staleness > 0 (METHOD §6)."""
+    """The importance weight of a stale response step is at most this; used where `max_staleness` is above 0
+    (METHOD §6)."""
 
     # objective (METHOD §5)
     clip: ClipConfig = ClipConfig()
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """The loss has the KL divergence from the initial model with this coefficient; 0: without (METHOD §5)."""
     freeze_embeddings: bool = True
+    """Input embeddings are not trained, and neither is an output layer that is tied to them (METHOD §5)."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
-    model: ModelConfig
-    warm_start: LatentSFTConfig | None = None
-    """Latent-SFT before the RL steps; the quickstart's model starts from nothing."""
-    tasks: list[TaskConfig]
+    model: Annotated[ModelConfig, Rule.TOKENS]
+    warm_start: Annotated[LatentSFTConfig | None, Rule.TOKENS] = None
+    """This section puts Latent-SFT before the RL steps; null: the model has a latent start already."""
+    tasks: Annotated[list[TaskConfig], Rule.TOKENS]
+    """The policy is trained on these tasks; at least one is needed."""
     verifiers: dict[str, VerifierDefinition] = Field(default_factory=dict)
-    """Verifiers that `tasks.verifier` may name besides the registered ones."""
+    """These are verifiers that `tasks.N.verifier` may name besides the registered ones."""
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    dump: DumpConfig = DumpConfig()
-    metrics: MetricsConfig = MetricsConfig()
-    health: HealthConfig = HealthConfig()
-    deadlines: DeadlineConfig = DeadlineConfig()
-    runs_folder: str = "runs"
-    """Where run folders are made. On a cluster: shared storage."""
-    self_test_groups: Annotated[int, Field(ge=0)] = 2
-    """Groups replayed in the learner before training (METHOD §6's tolerance); 0 turns the self-test off."""
+    evaluation: Annotated[EvaluationConfig, Rule.MAY_CHANGE] = EvaluationConfig()
+    checkpoint: Annotated[CheckpointConfig, Rule.MAY_CHANGE] = CheckpointConfig()
+    dump: Annotated[DumpConfig, Rule.MAY_CHANGE] = DumpConfig()
+    metrics: Annotated[MetricsConfig, Rule.MAY_CHANGE] = MetricsConfig()
+    health: Annotated[HealthConfig, Rule.MAY_CHANGE] = HealthConfig()
+    deadlines: Annotated[DeadlineConfig, Rule.MAY_CHANGE] = DeadlineConfig()
+    runs_folder: Annotated[str, Rule.MAY_CHANGE] = "runs"
+    """Run folders are made in this folder; on a cluster it lies on shared storage."""
+    self_test_groups: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 2
+    """This many groups are replayed in the learner before training, within the tolerance of METHOD §6; 0: no
+    self-test."""
 
     @model_validator(mode="after")
-    def _fill_and_check(self):
+    def _fill_and_check(self) -> Self:
         for key, value in ALGORITHM_DEFAULTS[self.algorithm].items():
             owner, leaf = (self.noise, "mode") if key == "noise.mode" else (self, key)
             if getattr(owner, leaf) is None:
@@ -111,6 +147,24 @@ class RunConfig(Section):
     def latent(self) -> bool:
         """Whether responses start with latent steps."""
         return self.algorithm != "grpo"
+
+    @property
+    def latent_sft(self) -> LatentSFTConfig:
+        """The section `warm_start`. Raises ConfigError where the settings have none."""
+        if self.warm_start is None:
+            raise ConfigError("Latent-SFT needs the section warm_start; add it (an empty one takes the defaults)")
+        return self.warm_start
+
+    @property
+    def objective(self) -> Objective:
+        """The keys that the algorithm has decided where the settings do not."""
+        return Objective(
+            noise_mode=_decided(self.noise.mode),
+            component_weighting=_decided(self.component_weighting),
+            flip=_decided(self.flip),
+            first_token=_decided(self.first_token),
+            masking=_decided(self.masking),
+        )
 
     @property
     def schema_k(self) -> int:
@@ -163,8 +217,8 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """METHOD §9: an algorithm is nothing but these defaults (and, for `grpo`, a response that starts visible)."""
 
-OBJECTIVE_KEYS = {"component_weighting", "flip", "first_token", "masking", "centering_draws"}
-LATENT_ONLY_KEYS = ("k", "tau", "noise", "component_weighting", "flip", "centering_draws")
+OBJECTIVE_KEYS = frozenset(keys_with(RunConfig, Rule.OBJECTIVE))
+LATENT_ONLY_KEYS = keys_with(RunConfig, Rule.LATENT_ONLY)
 
 
 # --- rules across sections ----------------------------------------------------------------------------------------
@@ -333,6 +387,3 @@ def _vllm_problems(config: RunConfig) -> list[str]:
     if vllm.memory_share is not None and not gpus:
         problems.append("rollout.vllm.memory_share is of a GPU and rollout.resources.num_gpus is 0; use kv_cache_bytes")
     return problems
-
-
-# --- loading -----------------------------------------------------------------------------------------------------

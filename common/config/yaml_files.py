@@ -31,7 +31,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_mapping(source: str | Path, folder: Path, what: str) -> dict:
+def read_mapping(source: str | Path, folder: Path, what: str) -> dict[str, Any]:
     """A YAML file given by its name in `folder` or by path; `what` is it called in errors."""
     path = Path(source)
     if path.suffix not in {".yaml", ".yml", ".json"}:
@@ -77,7 +77,17 @@ def with_value(node: Any, path: list[str], value: Any, whole: str) -> Any:
     return {**node, head: with_value(node.get(head), rest, value, whole)}
 
 
-def _merge(base: dict, over: dict) -> dict:
+def without(node: Any, path: list[str]) -> Any:
+    """A copy of `node` that lacks the key at `path`; `node` itself where there is no such key."""
+    head, rest = path[0], path[1:]
+    if not isinstance(node, dict) or head not in node:
+        return node
+    if rest:
+        return {**node, head: without(node[head], rest)}
+    return {key: value for key, value in node.items() if key != head}
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

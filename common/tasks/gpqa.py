@@ -17,7 +17,7 @@ COLUMNS = {QUESTION, CORRECT, *INCORRECT}
 LETTERS = "ABCD"
 
 
-def lettered(number: int, row: Mapping[str, Any]) -> tuple[str, str]:
+def with_letters(number: int, row: Mapping[str, Any]) -> tuple[str, str]:
     """(question with its options, letter of the correct one) of row `number`; ("", "") where a part is missing."""
     parts = [cell_text(row.get(column)).strip() for column in (QUESTION, CORRECT, *INCORRECT)]
     if not all(parts):

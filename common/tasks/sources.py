@@ -119,12 +119,11 @@ def load_task(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | N
             "builtin:..."
         )
     if config.path.startswith("builtin:"):
-        return _generated(config, seed)
-    return _stored(config, gradable)
+        return _generated(config, config.path.removeprefix("builtin:"), seed)
+    return _stored(config, config.path, gradable)
 
 
-def _generated(config: TaskConfig, seed: int) -> GeneratedTask:
-    name = config.path.removeprefix("builtin:")
+def _generated(config: TaskConfig, name: str, seed: int) -> GeneratedTask:
     if name not in BUILTIN:
         raise TaskError(f"task {config.name}: no generated task {name!r}; there is: {', '.join(BUILTIN)}")
     options = {"seed": seed, **config.options}
@@ -146,10 +145,10 @@ BUILTIN: dict[str, Callable[..., Any]] = {"chain_arithmetic": ChainArithmetic}
 # --- files and the hub -------------------------------------------------------------------------------------------
 
 
-def _stored(config: TaskConfig, gradable: Callable[[str], bool] | None) -> StoredTask:
-    rows = _read(config)
+def _stored(config: TaskConfig, path: str, gradable: Callable[[str], bool] | None) -> StoredTask:
+    rows = _read(config, path)
     if not rows:
-        raise TaskError(f"task {config.name}: {config.path} has no rows")
+        raise TaskError(f"task {config.name}: {path} has no rows")
     read = _reader(config, set().union(*(row.keys() for row in rows[:100])))
     problems: list[Problem] = []
     dropped: dict[str, list[int]] = {}
@@ -166,14 +165,16 @@ def _stored(config: TaskConfig, gradable: Callable[[str], bool] | None) -> Store
             problems.append(Problem(uid=uid, task=config.name, messages=messages, answer=answer, cot=cot))
     if not problems:
         raise TaskError(
-            f"task {config.name}: none of the {len(rows)} rows of {config.path} can be graded with verifier "
+            f"task {config.name}: none of the {len(rows)} rows of {path} can be graded with verifier "
             f"{config.verifier!r}: {describe_dropped(dropped)}"
         )
     return StoredTask(config, problems, dropped)
 
 
-def _read(config: TaskConfig) -> list[dict]:
-    path = config.path
+Row = dict[str, Any]  # of a file: the cell of each column
+
+
+def _read(config: TaskConfig, path: str) -> list[Row]:
     if path.startswith("hf:"):
         return _read_hub(config, path.removeprefix("hf:"))
     file = Path(path)
@@ -195,8 +196,8 @@ def _read(config: TaskConfig) -> list[dict]:
     raise TaskError(f"task {config.name}: {path}: expected a .parquet, .jsonl or .csv file, hf:... or builtin:...")
 
 
-def _read_jsonl(config: TaskConfig, file: Path) -> list[dict]:
-    rows: list[dict] = []
+def _read_jsonl(config: TaskConfig, file: Path) -> list[Row]:
+    rows: list[Row] = []
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             try:
@@ -217,7 +218,7 @@ def _read_jsonl(config: TaskConfig, file: Path) -> list[dict]:
     return rows
 
 
-def _read_csv(config: TaskConfig, file: Path) -> list[dict]:
+def _read_csv(config: TaskConfig, file: Path) -> list[Row]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = list(itertools.islice(csv.DictReader(lines), config.limit))
@@ -232,7 +233,7 @@ def _read_csv(config: TaskConfig, file: Path) -> list[dict]:
     return rows
 
 
-def _read_hub(config: TaskConfig, name: str) -> list[dict]:
+def _read_hub(config: TaskConfig, name: str) -> list[Row]:
     """`owner/dataset[:split]`; an option `config` names a dataset's configuration."""
     import datasets
 
@@ -249,7 +250,7 @@ def _read_hub(config: TaskConfig, name: str) -> list[dict]:
 Reading = tuple[tuple[tuple[str, str], ...], str, str]  # messages, answer, chain of thought
 
 
-def _reader(config: TaskConfig, there: set[str]) -> Callable[[int, dict], Reading]:
+def _reader(config: TaskConfig, there: set[str]) -> Callable[[int, Row], Reading]:
     columns = config.columns
     if columns.problem not in there and {"prompt", "reward_model"} <= there:
         return lambda number, row: _read_verl(config, number, row)
@@ -266,14 +267,14 @@ def _reader(config: TaskConfig, there: set[str]) -> Callable[[int, dict], Readin
             f"task {config.name}: {config.path} has no column {columns.cot!r}; there: {', '.join(sorted(there))}"
         )
 
-    def read(number: int, row: dict) -> Reading:
+    def read(number: int, row: Row) -> Reading:
         text = cell_text(row.get(columns.problem))
         return (("user", text),), cell_text(row.get(columns.answer)), cell_text(row.get(columns.cot))
 
     return read
 
 
-def _read_verl(config: TaskConfig, number: int, row: dict) -> Reading:
+def _read_verl(config: TaskConfig, number: int, row: Row) -> Reading:
     """verl's layout: `prompt` is a chat, `reward_model.ground_truth` the gold answer."""
     chat, truth = row.get("prompt"), row.get("reward_model")
     if not isinstance(chat, list) or any(not isinstance(m, dict) or {"role", "content"} - m.keys() for m in chat):
@@ -284,8 +285,8 @@ def _read_verl(config: TaskConfig, number: int, row: dict) -> Reading:
     return messages, cell_text(truth["ground_truth"]), cell_text(row.get(config.columns.cot))
 
 
-def _read_gpqa(number: int, row: dict) -> Reading:
-    question, letter = gpqa.lettered(number, row)
+def _read_gpqa(number: int, row: Row) -> Reading:
+    question, letter = gpqa.with_letters(number, row)
     return (("user", question),), letter, ""
 
 
@@ -327,7 +328,7 @@ class PromptStream:
         if source.size is None:
             return Draw(task, source.problem(position), 0)
         epoch, within = divmod(position, source.size)
-        return Draw(task, source.problem(int(self._permutation(task, epoch)[within])), epoch)
+        return Draw(task, source.problem(int(self._permutation(task, epoch, source.size)[within])), epoch)
 
     def _turn(self, ordinal: int) -> tuple[int, int]:
         if len(self.tasks) == 1:
@@ -339,12 +340,12 @@ class PromptStream:
             self._counts[task] += 1
         return self._turns[ordinal], self._positions[ordinal]
 
-    def _permutation(self, task: int, epoch: int) -> np.ndarray:
+    def _permutation(self, task: int, epoch: int, size: int) -> np.ndarray:
         cached = self._permutations.get(task)
         if cached is None or cached[0] != epoch:
             identity = repr((self.seed, self.tasks[task].config.name, epoch)).encode()
             words = np.frombuffer(hashlib.blake2b(identity, digest_size=32).digest(), dtype="<u4")
             # RandomState's stream is frozen by NumPy's policy: a resumed run keeps its order after an upgrade
-            cached = (epoch, np.random.RandomState(words).permutation(self.tasks[task].size))
+            cached = (epoch, np.random.RandomState(words).permutation(size))
             self._permutations[task] = cached
         return cached[1]

@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.config import RunConfig
-from latent_grpo.deploy.controller import Controller
-from latent_grpo.deploy.reproduce.in_process import InProcessLearner, InProcessSFT, started_in_process
+from latent_grpo.deploy.controller import Controller, Learner
+from latent_grpo.deploy.reproduce.in_process import InProcessLearner, InProcessSFT, in_process_session
 from latent_grpo.deploy.run.folder import create_run
+from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.progress import Reporter
-from latent_grpo.deploy.run.session import Run, started
+from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.sft.loop import warm_start
 from latent_grpo.learner.learner import LearnerGroup
 
@@ -64,15 +65,15 @@ def compare(config: RunConfig, steps: int, reporter: Reporter | None = None) -> 
         root = Path(scratch)
         if config.warm_start is not None:
             folder = create_run(config, "start", root / "start")
-            with started_in_process(folder, config, reporter) as run:
+            with in_process_session(folder, config, reporter) as run:
                 base = warm_start(run, InProcessSFT)
             model = config.model.model_copy(update={"path": str(base), "new": None})
             config = config.model_copy(update={"model": model, "warm_start": None})
         folder = create_run(config, "in-process", root / "in-process")
-        with started_in_process(folder, config, reporter) as run:
+        with in_process_session(folder, config, reporter) as run:
             alone = _timed(run, InProcessLearner(config, run.initial), steps)
         folder = create_run(config, "pipeline", root / "pipeline")
-        with started(folder, config, 0, reporter) as run:
+        with run_session(folder, config, 0, reporter, prepare(config, reporter, folder)) as run:
             learner = LearnerGroup(config, run.initial)
             try:
                 pipeline = _timed(run, learner, steps)
@@ -83,7 +84,7 @@ def compare(config: RunConfig, steps: int, reporter: Reporter | None = None) -> 
     )
 
 
-def _timed(run: Run, learner, steps: int) -> LoopCost:
+def _timed(run: Run, learner: Learner, steps: int) -> LoopCost:
     controller = Controller(run.config, run.pool, learner, run.problems.request)
     controller.begin()
     walls, waits, learns, cpu = [], [], [], 0.0

@@ -11,6 +11,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -25,6 +26,9 @@ from latent_grpo.deploy.bench.browser import chromium, open_report, wait_for
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.view.report.build import write_report
 from latent_grpo.deploy.view.run_view import open_run
+
+if TYPE_CHECKING:
+    from selenium.webdriver.remote.webdriver import WebDriver
 
 GROUP, STEPS, SPOKEN, VOCABULARY = 8, 10, 40, 30_000
 
@@ -86,7 +90,7 @@ return (performance.now() - began) / 1000;
 """
 
 
-def _mark(browser, name: str) -> float:
+def _mark(browser: WebDriver, name: str) -> float:
     return browser.execute_script("return performance.getEntriesByName(arguments[0])[0].startTime", name) / 1000
 
 

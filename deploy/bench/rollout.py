@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import LlamaForCausalLM, PreTrainedModel, StoppingCriteria
 
 from latent_grpo.deploy.bench.rollout_vllm import measure_vllm, vllm_missing
 from latent_grpo.deploy.bench.timing import interleaved
@@ -49,7 +51,7 @@ class _OwnLength(StoppingCriteria):
         return input_ids.shape[1] >= self._until
 
 
-def run_generate(model: PreTrainedModel, work: Workload) -> float:
+def run_generate(model: LlamaForCausalLM, work: Workload) -> float:
     prompt_ids = torch.from_numpy(work.prompts).long()
     lengths = np.repeat(work.lengths, work.samples)
     model.generate(
@@ -75,7 +77,7 @@ def forward_share(model: PreTrainedModel) -> Iterator[Callable[[], float]]:
     def timed(module: torch.nn.Module) -> None:
         forward = module.forward
 
-        def wrapper(*arguments, **options):
+        def wrapper(*arguments: Any, **options: Any) -> Any:
             began = time.process_time()
             try:
                 return forward(*arguments, **options)
@@ -132,8 +134,8 @@ def measure(*, vocabulary: int, hidden: int, layers: int, k: int, repeats: int) 
         visible = requests_of(work, "visible", k)
         found = interleaved(
             {
-                "ours": lambda visible=visible: run_engine(engine, visible),
-                "generate": lambda work=work: run_generate(model, work),
+                "ours": partial(run_engine, engine, visible),
+                "generate": partial(run_generate, model, work),
             },
             repeats,
         )
@@ -144,7 +146,7 @@ def measure(*, vocabulary: int, hidden: int, layers: int, k: int, repeats: int) 
         "latent": requests_of(equal, "latent", k),
         "latent, noise off": requests_of(equal, "latent", k, "off"),
     }
-    found = interleaved({n: lambda r=r: run_engine(engine, r) for n, r in kinds.items()}, repeats)
+    found = interleaved({name: partial(run_engine, engine, requests) for name, requests in kinds.items()}, repeats)
     for name in ("latent", "latent, noise off"):
         title = f"{equal.name}, K = {k}: hard to {name} steps"
         rows.append(compared(title, found["hard"], found[name], "<= 1.3"))

@@ -11,6 +11,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,10 @@ def measure_vllm(model: PreTrainedModel, k: int, repeats: int) -> list[Row]:
                 requests = requests_of(work, "latent", k)
                 found = interleaved(
                     {
-                        "latent": lambda requests=requests: run_engine(engine, requests),
-                        "ordinary": lambda work=work: run_ordinary(ordinary, work),
-                        "recorded": lambda work=work: run_ordinary(ordinary, work, logprobs=0),
-                        "own": lambda requests=requests: run_engine(own, requests),
+                        "latent": partial(run_engine, engine, requests),
+                        "ordinary": partial(run_ordinary, ordinary, work),
+                        "recorded": partial(run_ordinary, ordinary, work, logprobs=0),
+                        "own": partial(run_engine, own, requests),
                     },
                     repeats,
                 )

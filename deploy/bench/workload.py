@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
+from latent_grpo.common.types import GroupRequest, NoiseMode, PolicyVersion, SamplingSettings, TokenFacts
 from latent_grpo.common.weights import checksum
 from latent_grpo.deploy.bench.timing import Timing
 from latent_grpo.rollout_workers.engine import LatentEngine, generate
@@ -47,7 +48,7 @@ class Row:
     goal: str
 
 
-def bench_model(vocabulary: int, hidden: int, layers: int) -> PreTrainedModel:
+def bench_model(vocabulary: int, hidden: int, layers: int) -> LlamaForCausalLM:
     """A random Llama whose head is scaled so that its logits spread as a trained model's do.
 
     Nearly flat ones, as a plain random model has them, are the sampler's worst case and no model's usual one.
@@ -84,7 +85,9 @@ def load_own_weights(engine: LatentEngine, model: PreTrainedModel) -> None:
     engine.load_weights(PolicyVersion(version=0, checksum=checksum(tensors)), tensors)
 
 
-def requests_of(work: Workload, mode: str, k: int, noise_mode: str = "one_sided") -> list[GroupRequest]:
+def requests_of(
+    work: Workload, mode: Literal["latent", "visible"], k: int, noise_mode: NoiseMode = "one_sided"
+) -> list[GroupRequest]:
     return [
         GroupRequest(
             group_uid=str(i),

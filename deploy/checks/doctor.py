@@ -222,7 +222,7 @@ def _ray(deadline_s: float) -> list[Check]:
     return [Check(name="ray", status="fail", found=found, mend=mend)]
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the child and its descendants; Ray's daemons outlive a driver that is killed."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)

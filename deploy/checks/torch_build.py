@@ -9,7 +9,7 @@ from pathlib import Path
 def describe_torch() -> str:
     """One paragraph for people; reads package metadata and does not import torch."""
     files = importlib.metadata.files("torch") or []
-    version_file = Path(importlib.metadata.distribution("torch").locate_file("torch/version.py"))
+    version_file = Path(str(importlib.metadata.distribution("torch").locate_file("torch/version.py")))
     version = version_file.read_text(encoding="utf-8").partition("__version__ = ")[2].split("\n")[0].strip("'\" ")
     size = sum(f.size or 0 for f in files)
     nvidia = [d for d in importlib.metadata.distributions() if (d.name or "").lower().startswith("nvidia-")]

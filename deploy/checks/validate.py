@@ -6,12 +6,68 @@ Needs no GPU, no Ray, no network and no weights: of a model on this machine its 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.prompts import PromptRenderer
+from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
+from latent_grpo.common.types import Problem
+from latent_grpo.deploy.run.preparation import Checked, InitialModel, check
+from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
 
-if TYPE_CHECKING:
-    pass
+Row = tuple[str, str]
+"""What was looked at, and what was found."""
+
+
+def validate(
+    config: RunConfig, *, files: bool = False, cpus: float | None = None, gpus: float | None = None
+) -> list[Row]:
+    """Everything that is known of a run before it starts, here or on a cluster of that many `cpus` and `gpus`.
+
+    `files`: every problem file must be there and is read as the run will read it. Raises ConfigError for whatever a
+    run would be refused for.
+    """
+    resources = resource_rows(config, cpus, gpus)
+    found = check(config, elsewhere=True, stored=files)
+    return [
+        *arithmetic(config),
+        *resources,
+        ("rollout engine", found.engine),
+        *((f"verifier {kind}", f"can be built; grades {', '.join(names)}") for kind, names in found.verifiers.items()),
+        *_problem_rows(found),
+        *_token_rows(config, found.model),
+    ]
+
+
+def _problem_rows(found: Checked) -> list[Row]:
+    if found.problems is None:
+        return []
+    rows = [("problems", line) for line in found.problems.summaries]
+    if found.sft is not None:
+        rows += [("Latent-SFT", task.summary) for task in found.sft.tasks]
+    return rows
+
+
+def _token_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
+    """The tokenizer, the rendered prompts and the model's chain."""
+    if model is None:
+        return [("tokenizer", f"not checked: {config.model.path} is not a folder on this machine")]
+    tokenizer, facts = model.tokenizer, model.facts
+    problem = Problem(uid="0", task="", messages=(("user", "(problem)"),), answer="")
+    prompts: dict[str, list[str]] = {}  # text -> tasks that are asked with it
+    for task in (*config.tasks, *config.evaluation.tasks):
+        prompt = with_benchmark_defaults(task).prompt or config.model.prompt
+        prompts.setdefault(PromptRenderer(tokenizer, prompt).render(problem), []).append(task.name)
+    end = facts.latent_end_id
+    pad = " (an EOS id; masks are made from lengths)" if facts.pad_id in facts.eos_ids else ""
+    chain = model.chain.describe() if model.chain else "the model does not say (no latent_chain.json)"
+    return [
+        ("vocabulary", f"{facts.vocab_size:,} rows, {int(facts.allowed.sum()):,} of them tokens"),
+        ("latent-end token", "none" if end is None else f"{end} ({tokenizer.decode([end])!r})"),
+        ("end of sequence, padding", f"{', '.join(map(str, facts.eos_ids))}; {facts.pad_id}{pad}"),
+        *((f"rendered prompt of {', '.join(dict.fromkeys(names))}", repr(text)) for text, names in prompts.items()),
+        ("the model's chain", chain),
+        *(("warning", line) for line in model.warnings),
+    ]
 
 
 def arithmetic(config: RunConfig) -> list[tuple[str, str]]:
@@ -43,8 +99,6 @@ def resource_rows(config: RunConfig, cpus: float | None, gpus: float | None) -> 
 
     Without a size it is this machine that a run would use; a cluster may be larger, so too little is only said.
     """
-    from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
-
     needed = needed_resources(config)
     given = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount is not None}
     unknown = {name: amount for name, amount in needed.items() if name not in given}
@@ -54,7 +108,7 @@ def resource_rows(config: RunConfig, cpus: float | None, gpus: float | None) -> 
     if given or set(unknown) != {"CPU"}:
         return [("resources", f"not checked for {', '.join(unknown)}: give the cluster's --cpus and --gpus")]
     try:
-        check_resources(config, {"CPU": os.cpu_count()}, "this machine")
+        check_resources(config, {"CPU": os.cpu_count() or 1}, "this machine")
     except ConfigError as error:
         return [("warning", f"{error}. For a cluster give its --cpus")]
     return [("resources", f"this machine's {os.cpu_count()} CPUs can hold all actors")]

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from latent_grpo.common.config import ConfigError, config_as_json
+from latent_grpo.common.errors import LatentGRPOError
 from latent_grpo.deploy.cli.arguments import listed, overrides, settings, whole_numbers
 from latent_grpo.deploy.cli.bench import bench
 from latent_grpo.deploy.cli.reading import reading
@@ -27,19 +28,6 @@ app.add_typer(bench, name="bench")
 app.add_typer(reading)
 console = Console()
 STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
-RUN_ERRORS = {
-    "TrainingStopped",
-    "SelfTestFailed",
-    "TooManyDispatched",
-    "LearnerError",
-    "RolloutPoolError",
-    "DumpError",
-    "MetricsError",
-    "CheckpointError",
-    "SuiteFailed",
-    "SchemaError",
-}
-"""By name: importing their modules would load torch and Ray for every command."""
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
 
@@ -57,25 +45,15 @@ def interruptible() -> Iterator[None]:
 def validate(
     context: typer.Context,
     profile: Profile = "quickstart",
-    files: Annotated[bool, typer.Option(help="Also require that every problem file exists.")] = False,
+    files: Annotated[bool, typer.Option(help="Also read every problem file, as the run will.")] = False,
     cpus: Annotated[float | None, typer.Option(help="CPUs of the cluster it will run on.")] = None,
     gpus: Annotated[float | None, typer.Option(help="GPUs of the cluster it will run on.")] = None,
 ) -> None:
     """Checks a profile and prints the resolved settings and the arithmetic of a step. Needs no GPU and no weights."""
-    from latent_grpo.deploy.checks.validate import arithmetic, resource_rows
-    from latent_grpo.deploy.run.preparation import check_files, engine_rows, token_rows
-    from latent_grpo.rollout_workers.verifiers import verifier_rows
+    from latent_grpo.deploy.checks.validate import validate as rows_of
 
     config = settings(profile, context)
-    if files:
-        check_files(config)
-    rows = [
-        *arithmetic(config),
-        *resource_rows(config, cpus, gpus),
-        *engine_rows(config, runs_here=False),
-        *verifier_rows(config),
-        *token_rows(config),
-    ]
+    rows = rows_of(config, files=files, cpus=cpus, gpus=gpus)
     console.print_json(config_as_json(config))
     table = Table("", "", title=f"{profile}: {config.algorithm}", show_header=False)
     for name, found in rows:
@@ -96,18 +74,16 @@ def train(
     ] = None,
 ) -> None:
     """Trains. A new run from a profile, or (`--resume RUN`) a stopped one from its last checkpoint."""
+    from latent_grpo.deploy import single_service
     from latent_grpo.deploy import train as training
 
     if sum(map(bool, (resume, rollout_only, train_only))) > 1:
         raise ConfigError("--resume, --rollout-only and --train-only exclude each other; give one of them")
     with interruptible():
-        if rollout_only or train_only:
-            from latent_grpo.deploy import single_service as one_service
-
-            if rollout_only:
-                one_service.rollout_only(settings(profile, context), profile)
-            else:
-                one_service.train_only(train_only, overrides(context.args))
+        if rollout_only:
+            single_service.rollout_only(settings(profile, context), profile)
+        elif train_only:
+            single_service.train_only(train_only, overrides(context.args))
         elif resume:
             training.resume(resume, overrides(context.args))
         else:
@@ -192,9 +168,10 @@ def reproduce(
 ) -> None:
     """Runs the arms of a suite over its seeds and writes one report; goes on where it was stopped."""
     from latent_grpo.deploy.reproduce import scheduler as suites
+    from latent_grpo.deploy.reproduce.unit import Request, run_unit
 
     chosen = folder or suites.default_folder(suite, quick)
-    request = suites.Request(
+    request = Request(
         source=suite,
         folder=chosen,
         quick=quick,
@@ -206,7 +183,7 @@ def reproduce(
             for line in suites.check(request, arms=listed(arms)):
                 console.print(line, soft_wrap=True, highlight=False)
         elif unit is not None:
-            suites.run_unit(request, unit)
+            run_unit(request, unit)
         else:
             suites.reproduce(request, parallel, arms=listed(arms))
 
@@ -236,6 +213,26 @@ def grade(
             compare=compare, golds=golds, columns=(response_column, gold_column), examples=examples, output=output,
             machine=machine, console=console,
         )  # fmt: skip
+
+
+@app.command("settings")
+def settings_reference(
+    prefix: Annotated[str, typer.Argument(help="A section or a key, e.g. rollout or optimizer.lr.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, and nothing else.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/settings.md.")] = False,
+) -> None:
+    """Every key with its type, values, default, rules and meaning; all of them without PREFIX."""
+    from latent_grpo.common.config import reference_formats as formats
+
+    if as_json and as_markdown:
+        raise ConfigError("--json and --markdown exclude each other; give one of them")
+    if as_json:
+        text = formats.as_json(prefix)
+    elif as_markdown:
+        text = formats.as_markdown(prefix)
+    else:
+        text = formats.as_text(prefix, console.width)
+    typer.echo(text, nl=False)
 
 
 @app.command()
@@ -269,26 +266,16 @@ def command_of_job(arguments: list[str]) -> list[str]:
     first = arguments[0] if arguments else ""
     if not first or first.startswith("-") or "=" in first:
         return ["train", *arguments]
-    known = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+    known = sorted(c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands)
     if first not in known:
         raise ConfigError(f"submit: {first!r} is not a command; expected one of {', '.join(known)}, or only settings")
     return arguments
 
 
 def main() -> None:
-    """Entry point. A fault in what the user gave is one clear line and exit code 2, one of the run exit code 1."""
+    """Runs the command line. An expected fault ends it with one line and the fault's own exit code."""
     try:
         app()
-    except Exception as error:
-        code = _exit_code(error)
-        if code is None:
-            raise
+    except LatentGRPOError as error:
         Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(code)
-
-
-def _exit_code(error: Exception) -> int | None:
-    """2: what the user gave; 1: what happened to the run; None: a fault of this program, with its traceback."""
-    if isinstance(error, ConfigError) or type(error).__name__ == "SubmitError":
-        return 2
-    return 1 if type(error).__name__ in RUN_ERRORS else None
+        sys.exit(error.exit_code)

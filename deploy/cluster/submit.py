@@ -16,10 +16,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import latent_grpo
+from latent_grpo.common.errors import ConfigError
 from latent_grpo.deploy.run.manifest import commit_for_job
 from latent_grpo.deploy.run.versions import SUBMITTED, versions
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
 UPLOAD_LIMIT_BYTES = 20 * 2**20
@@ -28,7 +33,7 @@ _POLL_S = 2.0
 _STOP_DEADLINE_S = 30.0
 
 
-class SubmitError(RuntimeError):
+class SubmitError(ConfigError):
     """The job could not be handed over; the message says what was tried and what to do."""
 
 
@@ -40,7 +45,7 @@ def submit(
     environment: dict[str, str] | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Runs `python -m latent_grpo.deploy ARGUMENTS` on the cluster and returns the driver's exit code (without `follow` 0).
+    """Runs `python -m latent_grpo.deploy ARGUMENTS` on the cluster; returns the driver's exit code (without `follow` 0).
 
     `address`: the job server, `http://head:8265`; default RAY_API_SERVER_ADDRESS or RAY_ADDRESS. `environment`:
     variables for the job, never printed. The authentication token is found by Ray itself (RAY_AUTH_TOKEN,
@@ -123,7 +128,7 @@ def stage(folder: Path, arguments: Sequence[str]) -> list[str]:
     return staged
 
 
-async def _tail(client, job: str) -> None:
+async def _tail(client: JobSubmissionClient, job: str) -> None:
     """Prints the driver's output until the job ends. A connection that breaks is taken up where it stopped."""
     shown = 0
     while True:
@@ -142,7 +147,7 @@ async def _tail(client, job: str) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-def _exit_code(client, job: str, say: Callable[[str], None]) -> int:
+def _exit_code(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> int:
     details = client.get_job_info(job)
     status = str(details.status.value)
     if status == "SUCCEEDED":
@@ -154,7 +159,7 @@ def _exit_code(client, job: str, say: Callable[[str], None]) -> int:
     return details.driver_exit_code or 1
 
 
-def _stop(client, job: str, say: Callable[[str], None]) -> None:
+def _stop(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> None:
     say(f"stopping job {job}")
     client.stop_job(job)
     deadline = time.monotonic() + _STOP_DEADLINE_S

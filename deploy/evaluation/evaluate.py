@@ -17,22 +17,28 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from rich.markup import escape
 
-from latent_grpo.common.config import ConfigError, EvaluationConfig, RunConfig, load_config, of_model, read_profile
+from latent_grpo.common.config import (
+    ConfigError,
+    EvaluationConfig,
+    RunConfig,
+    load_config,
+    model_overrides,
+    read_profile,
+)
 from latent_grpo.common.config.yaml_files import parse_override
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, read_chain
-from latent_grpo.common.models import load_model
 from latent_grpo.common.schema import concat
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks
-from latent_grpo.common.types import GroupRequest
+from latent_grpo.common.types import GroupRequest, NoiseMode
 from latent_grpo.deploy.controller import gather
 from latent_grpo.deploy.evaluation.report import REPORT_FILE, report, show, table
-from latent_grpo.deploy.evaluation.scores import TaskResult, macro_average, pass_at_k_results, results
+from latent_grpo.deploy.evaluation.scores import TaskResult, pass_at_k_results, results
 from latent_grpo.deploy.run.folder import create_run
-from latent_grpo.deploy.run.preparation import ready
+from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.problems import PreparedTask, evaluation_requests
 from latent_grpo.deploy.run.progress import Reporter
-from latent_grpo.deploy.run.session import Run, started
-from latent_grpo.learner.publication import publish
+from latent_grpo.deploy.run.session import Run, run_session
+from latent_grpo.learner.publication import publish_model
 
 SAMPLES_AT_ONCE = 8192  # asked of the pool together; bounds the trajectories in memory
 
@@ -47,10 +53,6 @@ class Evaluation:
     """What a model can do, task by task."""
 
     tasks: tuple[TaskResult, ...]
-
-    @property
-    def macro(self) -> TaskResult:
-        return macro_average(self.tasks)
 
     def metrics(self) -> dict[str, float]:
         return {name: value for result in self.tasks for name, value in result.metrics().items()}
@@ -79,7 +81,12 @@ def measure(
     found = results(_generated(gather, quiet, f"evaluate {tag}", reporter, keep))
     if settings.samples:
         noisy = _requests(
-            config, tasks, f"{tag}-sampled", settings.samples, noise=config.noise.mode, limit=settings.sampled_problems
+            config,
+            tasks,
+            f"{tag}-sampled",
+            settings.samples,
+            noise=config.objective.noise_mode,
+            limit=settings.sampled_problems,
         )
         groups = _generated(gather, noisy, f"pass@k {tag}", reporter, keep)
         at_k = pass_at_k_results(groups, settings.ks)
@@ -88,9 +95,15 @@ def measure(
 
 
 def _requests(
-    config: RunConfig, tasks: Iterable[PreparedTask], tag: str, samples: int, **options
+    config: RunConfig,
+    tasks: Iterable[PreparedTask],
+    tag: str,
+    samples: int,
+    noise: NoiseMode = "off",
+    limit: int | None = None,
 ) -> list[GroupRequest]:
-    return list(chained.from_iterable(evaluation_requests(config, task, samples, tag, **options) for task in tasks))
+    found = (evaluation_requests(config, task, samples, tag, noise=noise, limit=limit) for task in tasks)
+    return list(chained.from_iterable(found))
 
 
 def _generated(
@@ -100,7 +113,11 @@ def _generated(
     size = max(SAMPLES_AT_ONCE // len(requests[0].sample_indices), 1)
     with reporter.phase(name, len(requests), "problems") as advance:
         for start in range(0, len(requests), size):
-            groups = gather(requests[start : start + size], lambda done, start=start: advance(start + done))
+
+            def arrived(done: int, before: int = start) -> None:
+                advance(before + done)
+
+            groups = gather(requests[start : start + size], arrived)
             keep(groups)
             yield from groups
 
@@ -137,7 +154,7 @@ def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
 # --- as a command --------------------------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
+class EvaluationPlan(NamedTuple):
     """What an evaluation was asked for."""
 
     config: RunConfig
@@ -148,12 +165,12 @@ class Asked(NamedTuple):
 
 def evaluation_config(
     model: str, overrides: list[str], *, profile: str | None = None, tasks: Sequence[str] = (), data: str = "data"
-) -> Asked:
+) -> EvaluationPlan:
     """Settings of an evaluation of `model`, a name for it, and where its noise comes from.
 
     They come from `profile`; without one from the run whose folder the model lies in; without that, for named
-    benchmarks, from the model's own chain (`common.model_chain`) and the defaults. `tasks` replaces the evaluation tasks by
-    named benchmarks with the files of the folder `data`. Training tasks are not loaded.
+    benchmarks, from the model's own chain (`common.model_chain`) and the defaults. `tasks` replaces the evaluation
+    tasks by named benchmarks with the files of the folder `data`. Training tasks are not loaded.
     """
     run_config = Path(model).parent / "config.json"
     if profile is not None:
@@ -176,12 +193,12 @@ def evaluation_config(
     if not evaluation.get("tasks"):
         raise ConfigError(f"{name} has no evaluation.tasks; give --tasks, or add one with `name` and `path`")
     settings |= {"evaluation": evaluation, "tasks": evaluation["tasks"]}
-    config = load_config(settings, [*overrides, *of_model(model)])
+    config = load_config(settings, [*overrides, *model_overrides(model)])
     if any(parse_override(override)[0] in (["noise"], ["noise", "scale"]) for override in overrides):
         noise = "the command"
     if "scale" not in config.noise.model_fields_set:
         noise = None
-    return Asked(config.model_copy(update={"tasks": config.evaluation.tasks}), name, noise)
+    return EvaluationPlan(config.model_copy(update={"tasks": config.evaluation.tasks}), name, noise)
 
 
 def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
@@ -194,7 +211,7 @@ def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
 
 
 def noise_line(config: RunConfig, noise: str | None) -> str | None:
-    """The noise that pass@k is sampled with, and who gave its scale (:class:`Asked`); None where none is used."""
+    """The noise that pass@k is sampled with, and who gave its scale (:class:`EvaluationPlan`); None where none is used."""
     if not config.evaluation.samples or config.noise.mode == "off":
         return None
     used = f"pass@k is sampled with noise.scale {config.noise.scale:g} ({config.noise.mode})"
@@ -210,20 +227,17 @@ def evaluate_model(
     config: RunConfig, name: str, reporter: Reporter | None = None, noise: str | None = None
 ) -> Evaluation:
     """A finished model on `config.evaluation.tasks`, in a run folder of its own: `evaluation.json`, all trajectories,
-    and a table. `noise`: see :class:`Asked`."""
+    and a table. `noise`: see :class:`EvaluationPlan`."""
     if not config.evaluation.tasks:
         raise ConfigError(f"{name} has no evaluation.tasks; add one with `name` and `path`")
     reporter = reporter or Reporter()
-    parts = ready(config, reporter)
+    prepared = prepare(config, reporter)
     if (line := noise_line(config, noise)) is not None:
         reporter.say(line)
     folder = create_run(config, f"evaluate-{name}")
-    with started(folder, config, 0, reporter, parts=parts) as run:
-        model = load_model(run.initial, config.model.dtype)
-        weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-        publication = publish(weights, 0, config.learner.weight_bucket_bytes)
+    with run_session(folder, config, 0, reporter, prepared) as run:
+        publication = publish_model(run.initial, 0, config)
         run.pool.publish(publication)
-        del model, weights
 
         def keep(groups: list[pa.RecordBatch]) -> None:
             run.store.write(0, concat(groups), "evaluation", run.lineage)
@@ -237,7 +251,7 @@ def evaluate_model(
             config,
             model=str(run.initial),
             checksum=publication.manifest.version.checksum,
-            chain=run.chain,
+            chain=run.prepared.model.chain,
             versions=folder.read_json("run.json")["versions"],
         )
         run.folder.write_json(REPORT_FILE, content)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def report(
 def _origin(task: PreparedTask) -> dict[str, Any]:
     """Where a task's problems came from, and how they were asked and graded."""
     config, renderer = task.source.config, task.renderer.config
-    file = Path(config.path)
+    file = Path(config.path or "")
     return {
         "path": config.path,
         "options": config.options,
@@ -87,7 +87,7 @@ def _origin(task: PreparedTask) -> dict[str, Any]:
     }
 
 
-def _published(numbers) -> list[dict[str, Any]]:
+def _published(numbers: Iterable[Published]) -> list[dict[str, Any]]:
     return [{k: v for k, v in dataclasses.asdict(n).items() if v is not None} for n in numbers]
 
 
@@ -202,7 +202,7 @@ def published(results: Sequence[TaskResult]) -> dict[str, tuple[Published, ...]]
     """Task name (or the macro average's) -> what was published for it. A benchmark of another size is another one, and
     an average is compared only with that of the same four."""
     whole = {r.task for r in results if r.task in BENCHMARKS and r.problems == BENCHMARKS[r.task].problems}
-    found = {name: numbers for name, numbers in TASKS.items() if name in whole}
+    found: dict[str, tuple[Published, ...]] = {name: numbers for name, numbers in TASKS.items() if name in whole}
     for level, numbers in AVERAGES.items():
         if {r.task for r in results} == whole == {n for n, b in BENCHMARKS.items() if b.level == level}:
             found[MACRO] = numbers

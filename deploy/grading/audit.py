@@ -22,8 +22,8 @@ from latent_grpo.deploy.grading.answer_file import AuditError, Row, read_rows
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.view.terminal_text import visible
 from latent_grpo.reward.pool import VerifierPool
-from latent_grpo.reward.verifier import REASONS, Grade, UnknownVerifierError
-from latent_grpo.rollout_workers.verifiers import verifier_pool
+from latent_grpo.reward.verifier import REASONS, Grade
+from latent_grpo.rollout_workers.verifiers import reward_errors, verifier_pool
 
 PLAIN = "latent_grpo.reward.plain_math_verify:PlainMathVerify"
 SHOWN_END = 160  # characters of a response's end in an example
@@ -102,7 +102,7 @@ def run_audit(
     if golds and (compare or output):
         raise AuditError("--golds grades no responses: leave out --compare and --output")
     rows = read_rows(file, *columns, golds_only=golds)
-    with _pool(profile, limits) as pool:
+    with reward_errors(), _pool(profile, limits) as pool:
         if golds:
             findings = gold_check.check_golds(rows, kind, pool)
             if machine:
@@ -141,7 +141,7 @@ def audit(
     compare: bool = False,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Audit:
-    """Grades every row; with `compare` a second time with plain math-verify. Raises AuditError for an unknown kind."""
+    """Grades every row; with `compare` a second time with plain math-verify."""
     started = time.perf_counter()
     grades = _graded(pool, kind, rows, on_progress)
     seconds = time.perf_counter() - started
@@ -161,10 +161,7 @@ def audit(
 def _graded(pool: VerifierPool, kind: str, rows: list[Row], on_progress: Callable[[int], None]) -> list[Grade]:
     grades: list[Grade] = []
     for start in range(0, len(rows), CHUNK):
-        try:
-            grades += pool.grade_many([(kind, row.response or "", row.gold) for row in rows[start : start + CHUNK]])
-        except UnknownVerifierError as error:
-            raise AuditError(str(error)) from error
+        grades += pool.grade_many([(kind, row.response or "", row.gold) for row in rows[start : start + CHUNK]])
         on_progress(len(grades))
     return grades
 
@@ -216,8 +213,8 @@ def show(report: Audit, console: Console, examples: int) -> None:
     mean = "none graded" if report.mean_reward is None else f"mean reward {report.mean_reward:.4f}"
     rate = report.rows / report.seconds if report.seconds else 0.0
     table = Table(title=f"{report.file} graded as {report.kind}: {report.rows:,} rows, {mean}, {rate:,.0f} rows/s")
-    for heading, justify in (("reason", "left"), ("rows", "right"), ("share", "right"), ("row", "right")):
-        table.add_column(heading, justify=justify, no_wrap=True)
+    for heading in ("reason", "rows", "share", "row"):
+        table.add_column(heading, justify="left" if heading == "reason" else "right", no_wrap=True)
     for heading in ("gold", "parsed", "end of the response"):
         table.add_column(heading, overflow="fold")
     for reason, share in report.reasons.items():

@@ -64,8 +64,9 @@ class RecordedRun:
     @property
     def base(self) -> str | Path:
         """The model that RL began from."""
-        if self.config.model.new is None and self.config.warm_start is None:
-            return self.config.model.path
+        path = self.config.model.path
+        if path is not None and self.config.warm_start is None:
+            return path
         if not (self.folder.base_model / "config.json").is_file():
             raise RecordedError(f"{self.folder.path}: no model in base/; the run ended before RL began")
         return self.folder.base_model
@@ -111,7 +112,7 @@ class RecordedRun:
         view = TrajectoryBatch(batch)
         _, group = np.unique(batch.column("group_uid").to_pylist(), return_inverse=True)
         kept = [
-            drop_reason(view.rewards[group == g], view.valid[group == g], masking=self.config.masking) is None
+            drop_reason(view.rewards[group == g], view.valid[group == g], masking=self.config.objective.masking) is None
             for g in range(group.max() + 1)
         ]
         return np.flatnonzero(np.array(kept, dtype=bool)[group])

@@ -89,7 +89,7 @@ class Replay:
     def reproduced(self) -> bool:
         return self.asked.reproduced and all(step.reproduced for step in self.before)
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         """What is not a number is null, as JSON has none."""
         steps = [asdict(s) | {"reproduced": s.reproduced} for s in (*self.before, self.asked)]
         return {

@@ -48,7 +48,7 @@ class Estimate:
     @property
     def of_proportion(self) -> Estimate:
         """The same for a proportion: its interval ends at 0 and 1. A mean of rewards beyond them is none, and stays."""
-        if self.low is None or not 0.0 <= self.mean <= 1.0:
+        if self.low is None or self.high is None or not 0.0 <= self.mean <= 1.0:
             return self
         return dataclasses.replace(self, low=max(self.low, 0.0), high=min(self.high, 1.0))
 
@@ -60,7 +60,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedClaim:
     claim: str
     text: str
     source: str
@@ -95,9 +95,10 @@ def error_of_difference(*errors: float) -> float:
     return math.hypot(*errors) if all(errors) else 0.0
 
 
-def judge_all(suite: Suite, results: Results) -> list[Judged]:
+def judge_all(suite: Suite, results: Results) -> list[JudgedClaim]:
     return [
-        Judged(name, claim.text, claim.source, *judge(suite, claim, results)) for name, claim in suite.claims.items()
+        JudgedClaim(name, claim.text, claim.source, *judge(suite, claim, results))
+        for name, claim in suite.claims.items()
     ]
 
 
@@ -163,15 +164,19 @@ def _unmatched(suite: Suite, test: Difference, results: Results, seeds: list[int
 def _better(found: Estimate, at_least: float) -> tuple[bool, str]:
     """Whether it holds, and what to say of it. Without an interval the mean stands for its ends."""
     wanted = f"; wanted at least {at_least:+g}" if at_least else ""
-    if found.low is not None and found.low <= 0 <= found.high:
+    low, high = _ends(found)
+    if low <= 0 <= high and found.low is not None:
         return False, f"{wanted}; undecided: the interval includes 0"
-    low = found.mean if found.low is None else found.low
     return found.mean >= at_least and low > 0, wanted
+
+
+def _ends(found: Estimate) -> tuple[float, float]:
+    return (found.mean if found.low is None else found.low), (found.mean if found.high is None else found.high)
 
 
 def _at_least_equal(found: Estimate, margin: float) -> tuple[bool, str]:
     """As :func:`_better`, where up to `margin` below 0 is as good as 0."""
-    low, high = (found.mean, found.mean) if found.low is None else (found.low, found.high)
+    low, high = _ends(found)
     floor = 0 - margin  # not -margin: a margin of 0 is no "-0"
     if low >= floor:
         return True, f"; not below {floor:g}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
 
 from latent_grpo.deploy.evaluation.scores import is_error
-from latent_grpo.deploy.reproduce.claims import Results, error_of_difference, estimate, judge_all
+from latent_grpo.deploy.reproduce.claims import Estimate, JudgedClaim, Results, error_of_difference, estimate, judge_all
+from latent_grpo.deploy.reproduce.manifest import SuiteManifest
 from latent_grpo.deploy.reproduce.results import UnitResult, error_of, is_proportion
 from latent_grpo.deploy.reproduce.suite import Suite, units
 
@@ -19,6 +20,7 @@ COLUMNS: Columns = (
     ("latent_length", "latent steps"),
     ("invalid_rate", "invalid rate"),
 )
+MASSES = ("answer", "other_numbers", "fillers")
 RULES = (
     "pass@1 has the noise off. Intervals are 95 %: Student's over seeds and, where it is known, one run's error over "
     "problems, which is not divided by the number of seeds since all are asked the same problems; with one seed the "
@@ -29,30 +31,87 @@ RULES = (
 )
 
 
-def figures(suite: Suite, results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the report says, as plain values."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmRow:
+    """An arm or a start over its seeds. Metrics have the names of :class:`deploy.reproduce.results.UnitResult`."""
+
+    name: str
+    title: str
+    is_start: bool
+    start: str  # the start that it begins from; its own name for a start
+    metrics: dict[str, Estimate]
+    gain: Estimate | None  # of pass@1 over the start; None for a start, and where no seed has both
+    each: dict[str, dict[str, float]]  # seed -> metrics
+    tasks: dict[str, dict[str, Estimate]]  # empty where only one task was evaluated
+    seconds_per_step: float | None
+    minutes: float
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """Evaluated pass@1 at a step, over seeds."""
+
+    step: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class MassPoint:
+    """What the last latent step holds at a training step, mean over seeds (`deploy.reproduce.probe`)."""
+
+    step: int
+    answer: float
+    other_numbers: float
+    fillers: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCount:
+    finished: int
+    all: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteReport:
+    """Everything that a suite's report says; `report.json` is `dataclasses.asdict` of it."""
+
+    title: str
+    profile: str
+    runner: str
+    complete: bool
+    units: UnitCount
+    arms: list[ArmRow]
+    claims: list[JudgedClaim]
+    curves: dict[str, list[CurvePoint]]  # by arm
+    masses: dict[str, list[MassPoint]]  # by arm
+    manifest: SuiteManifest
+    minutes: float
+
+
+def figures(suite: Suite, results: Results, manifest: SuiteManifest) -> SuiteReport:
+    """The report of the units that have finished."""
     total = len(list(units(suite)))
     rows = []
     for name, title, is_start in _lines(suite):
         of_unit = [results[name, seed] for seed in suite.seeds if (name, seed) in results]
         if of_unit:
             rows.append(_row(suite, name, title, is_start, of_unit, results))
-    return {
-        "title": suite.title,
-        "profile": suite.profile,
-        "runner": suite.runner,
-        "complete": len(results) == total,
-        "units": {"finished": len(results), "all": total},
-        "arms": rows,
-        "claims": [dataclasses.asdict(judged) for judged in judge_all(suite, results)],
-        "curves": _curves(suite, results),
-        "masses": _masses(suite, results),
-        "manifest": {
-            **manifest,
-            "units": {f"{n}-seed{s}": r.provenance.get("commit") for (n, s), r in results.items()},
-        },
-        "minutes": round(sum(r.minutes for r in results.values()), 1),
-    }
+    commits = {f"{name}-seed{seed}": r.provenance.get("commit") for (name, seed), r in results.items()}
+    return SuiteReport(
+        title=suite.title,
+        profile=suite.profile,
+        runner=suite.runner,
+        complete=len(results) == total,
+        units=UnitCount(len(results), total),
+        arms=rows,
+        claims=judge_all(suite, results),
+        curves=_curves(suite, results),
+        masses=_masses(suite, results),
+        manifest=dataclasses.replace(manifest, units=commits),
+        minutes=round(sum(r.minutes for r in results.values()), 1),
+    )
 
 
 def _lines(suite: Suite) -> list[tuple[str, str, bool]]:
@@ -64,9 +123,7 @@ def _lines(suite: Suite) -> list[tuple[str, str, bool]]:
     return lines
 
 
-def _row(
-    suite: Suite, name: str, title: str, is_start: bool, found: list[UnitResult], results: Results
-) -> dict[str, Any]:
+def _row(suite: Suite, name: str, title: str, is_start: bool, found: list[UnitResult], results: Results) -> ArmRow:
     gain = None
     if not is_start:
         start = suite.arms[name].start
@@ -74,34 +131,34 @@ def _row(
         if pairs:
             errors = [error_of_difference(a.metrics["standard_error"], b.metrics["standard_error"]) for a, b in pairs]
             values = [a.metrics["pass_at_1"] - b.metrics["pass_at_1"] for a, b in pairs]
-            gain = dataclasses.asdict(estimate(values, errors))
+            gain = estimate(values, errors)
     tasks = list(dict.fromkeys(task for r in found for task in r.tasks))
     speeds = [r.seconds_per_step for r in found if r.seconds_per_step]
-    return {
-        "name": name,
-        "title": title,
-        "is_start": is_start,
-        "start": name if is_start else suite.arms[name].start,
-        "metrics": _estimates([r.metrics for r in found]),
-        "gain": gain,
-        "each": {str(r.seed): r.metrics for r in found},
-        "tasks": {t: _estimates([r.tasks[t] for r in found if t in r.tasks]) for t in tasks} if len(tasks) > 1 else {},
-        "seconds_per_step": sum(speeds) / len(speeds) if speeds else None,
-        "minutes": sum(r.minutes for r in found),
-    }
+    return ArmRow(
+        name=name,
+        title=title,
+        is_start=is_start,
+        start=name if is_start else suite.arms[name].start,
+        metrics=_estimates([r.metrics for r in found]),
+        gain=gain,
+        each={str(r.seed): r.metrics for r in found},
+        tasks={t: _estimates([r.tasks[t] for r in found if t in r.tasks]) for t in tasks} if len(tasks) > 1 else {},
+        seconds_per_step=sum(speeds) / len(speeds) if speeds else None,
+        minutes=sum(r.minutes for r in found),
+    )
 
 
-def _estimates(of_seeds: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
+def _estimates(of_seeds: list[dict[str, float]]) -> dict[str, Estimate]:
     """Metric -> its mean over seeds with its interval as it is shown; the standard errors are in there."""
     shown = {}
     for name in dict.fromkeys(name for metrics in of_seeds for name in metrics if not is_error(name)):
         having = [metrics for metrics in of_seeds if name in metrics]
         found = estimate([metrics[name] for metrics in having], [error_of(metrics, name) for metrics in having])
-        shown[name] = dataclasses.asdict(found.of_proportion if is_proportion(name) else found)
+        shown[name] = found.of_proportion if is_proportion(name) else found
     return shown
 
 
-def _curves(suite: Suite, results: Results) -> dict[str, list[dict[str, float]]]:
+def _curves(suite: Suite, results: Results) -> dict[str, list[CurvePoint]]:
     """Arm -> evaluated pass@1 over steps from its start on: mean, lowest and highest seed."""
     curves = {}
     for name, arm in suite.arms.items():
@@ -115,14 +172,11 @@ def _curves(suite: Suite, results: Results) -> dict[str, list[dict[str, float]]]
             for step, value in points:
                 by_step.setdefault(step, []).append(value)
         if by_step:
-            curves[name] = [
-                {"step": step, "mean": sum(v) / len(v), "low": min(v), "high": max(v)}
-                for step, v in sorted(by_step.items())
-            ]
+            curves[name] = [CurvePoint(step, sum(v) / len(v), min(v), max(v)) for step, v in sorted(by_step.items())]
     return curves
 
 
-def _masses(suite: Suite, results: Results) -> dict[str, list[dict[str, float]]]:
+def _masses(suite: Suite, results: Results) -> dict[str, list[MassPoint]]:
     """Arm -> the last latent step's masses over steps, mean over seeds (`deploy.reproduce.probe`)."""
     found = {}
     for name, arm in suite.arms.items():
@@ -134,9 +188,8 @@ def _masses(suite: Suite, results: Results) -> dict[str, list[dict[str, float]]]
             for point in [*(start.probe if start else []), *results[name, seed].probe]:
                 by_step.setdefault(int(point["step"]), []).append(point)
         if by_step:
-            kinds = ("answer", "other_numbers", "fillers")
             found[name] = [
-                {"step": step, **{kind: sum(p[kind] for p in points) / len(points) for kind in kinds}}
+                MassPoint(step, *(sum(p[kind] for p in points) / len(points) for kind in MASSES))
                 for step, points in sorted(by_step.items())
             ]
     return found
@@ -145,35 +198,35 @@ def _masses(suite: Suite, results: Results) -> dict[str, list[dict[str, float]]]
 # --- tables that both layouts show ---------------------------------------------------------------------------------
 
 
-def _sampled(report: dict) -> list[str]:
+def _sampled(report: SuiteReport) -> list[str]:
     """Names of the pass@k columns: the largest k that most arms have, and k = 1."""
-    names = {name for row in report["arms"] for name in row["metrics"] if name.startswith("sampled_pass_at_")}
+    names = {name for row in report.arms for name in row.metrics if name.startswith("sampled_pass_at_")}
     ordered = sorted(names, key=lambda name: int(name.rpartition("_")[2]))
     return ordered if len(ordered) <= 2 else [ordered[0], ordered[-1]]
 
 
-def arm_table(report: dict) -> tuple[list[str], list[list[str]]]:
+def arm_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
     sampled = _sampled(report)
     header = ["arm", "seeds", "pass@1", "gain over its start", *_titles(COLUMNS[1:], sampled), "s / step"]
     rows = []
-    for row in report["arms"]:
-        at_1 = row["metrics"]["pass_at_1"]
-        cells = [("" if row["is_start"] else "· ") + row["title"], str(at_1["seeds"]), _interval(at_1, "{:.3f}")]
-        cells.append("" if row["gain"] is None else _interval(row["gain"], "{:+.3f}"))
-        cells += _values(row["metrics"], COLUMNS[1:], sampled)
-        cells.append(f"{row['seconds_per_step']:.2f}" if row["seconds_per_step"] else "")
+    for row in report.arms:
+        at_1 = row.metrics["pass_at_1"]
+        cells = [("" if row.is_start else "· ") + row.title, str(at_1.seeds), _interval(at_1, "{:.3f}")]
+        cells.append("" if row.gain is None else _interval(row.gain, "{:+.3f}"))
+        cells += _values(row.metrics, COLUMNS[1:], sampled)
+        cells.append(f"{row.seconds_per_step:.2f}" if row.seconds_per_step else "")
         rows.append(cells)
     return header, rows
 
 
-def task_tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+def task_tables(report: SuiteReport) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows) of each arm whose units were evaluated on more than one task: one row a task."""
     sampled = _sampled(report)
     header = ["task", *_titles(COLUMNS, sampled)]
     return [
-        (row["title"], header, [[task, *_values(found, COLUMNS, sampled)] for task, found in row["tasks"].items()])
-        for row in report["arms"]
-        if row["tasks"]
+        (row.title, header, [[task, *_values(found, COLUMNS, sampled)] for task, found in row.tasks.items()])
+        for row in report.arms
+        if row.tasks
     ]
 
 
@@ -181,7 +234,7 @@ def _titles(columns: Columns, sampled: list[str]) -> list[str]:
     return [title for _, title in columns] + [f"pass@{name.rpartition('_')[2]}, noise on" for name in sampled]
 
 
-def _values(found: dict, columns: Columns, sampled: list[str]) -> list[str]:
+def _values(found: dict[str, Estimate], columns: Columns, sampled: list[str]) -> list[str]:
     """A cell for each of :func:`_titles`: rates of success with their interval, the others as means."""
     cells = []
     for name in (*(name for name, _ in columns), *sampled):
@@ -191,63 +244,57 @@ def _values(found: dict, columns: Columns, sampled: list[str]) -> list[str]:
         elif name == "pass_at_1" or name in sampled:
             cells.append(_interval(value, "{:.3f}"))
         else:
-            cells.append(f"{value['mean']:.1%}" if name == "invalid_rate" else f"{value['mean']:.1f}")
+            cells.append(f"{value.mean:.1%}" if name == "invalid_rate" else f"{value.mean:.1f}")
     return cells
 
 
-def _interval(value: dict, form: str) -> str:
-    text = form.format(value["mean"])
-    return text if value["low"] is None else f"{text} [{form.format(value['low'])}, {form.format(value['high'])}]"
+def _interval(value: Estimate, form: str) -> str:
+    text = form.format(value.mean)
+    if value.low is None or value.high is None:
+        return text
+    return f"{text} [{form.format(value.low)}, {form.format(value.high)}]"
 
 
-def seed_table(report: dict) -> tuple[list[str], list[list[str]]]:
+def seed_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
     """pass@1 of every seed."""
-    seeds = sorted({seed for row in report["arms"] for seed in row["each"]}, key=int)
+    seeds = sorted({seed for row in report.arms for seed in row.each}, key=int)
     rows = [
-        [row["title"], *(f"{row['each'][s]['pass_at_1']:.3f}" if s in row["each"] else "-" for s in seeds)]
-        for row in report["arms"]
+        [row.title, *(f"{row.each[s]['pass_at_1']:.3f}" if s in row.each else "-" for s in seeds)]
+        for row in report.arms
     ]
     return ["arm", *(f"seed {seed}" for seed in seeds)], rows
 
 
-def claim_table(report: dict) -> tuple[list[str], list[list[str]]]:
-    rows = [[c["text"], c["source"], c["verdict"], c["numbers"]] for c in report["claims"]]
+def claim_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
+    rows = [[c.text, c.source, c.verdict, c.numbers] for c in report.claims]
     return ["claim", "source", "verdict", "numbers"], rows
 
 
-def mass_table(report: dict) -> tuple[list[str], list[list[str]]]:
+def mass_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
     """First and last probe of each arm."""
     rows = []
-    for name, points in report["masses"].items():
+    for name, points in report.masses.items():
         for point in points if len(points) < 2 else (points[0], points[-1]):
-            rows.append(
-                [name, f"{point['step']:g}", *(f"{point[k]:.3f}" for k in ("answer", "other_numbers", "fillers"))]
-            )
+            rows.append([name, f"{point.step:g}", *(f"{getattr(point, kind):.3f}" for kind in MASSES)])
     return ["arm", "step", "answer", "other numbers", "fillers"], rows
 
 
-def facts(report: dict) -> list[tuple[str, str]]:
+def facts(report: SuiteReport) -> list[tuple[str, str]]:
     """What the numbers were made with, in words; of what may differ between sessions every one that there was."""
-    manifest = report["manifest"]
-    sessions = manifest["sessions"]
-    names = list(dict.fromkeys(name for session in sessions for name in session["data"]))
+    manifest = report.manifest
+    sessions = manifest.sessions
+    names = list(dict.fromkeys(name for session in sessions for name in session.data))
     return [
-        ("profile", f"{report['profile']}, runner {report['runner']}"),
-        (
-            "units",
-            f"{report['units']['finished']} of {report['units']['all']} finished, {report['minutes']} minutes in all",
-        ),
-        ("seeds", ", ".join(map(str, manifest["seeds"]))),
-        ("commit", _counted((s["commit"] for s in sessions), "session")),
-        ("commit of the units", _counted(map(str, manifest["units"].values()), "unit")),
-        ("versions", _counted((", ".join(f"{n} {v}" for n, v in s["versions"].items()) for s in sessions), "session")),
-        ("grader", _counted((s["grader"] for s in sessions), "session")),
-        *(
-            (f"data: {name}", _counted((s["data"][name] for s in sessions if name in s["data"]), "session"))
-            for name in names
-        ),
-        ("machine", manifest["machine"]),
-        ("started", f"{sessions[0]['time']}, {len(sessions)} session(s)"),
+        ("profile", f"{report.profile}, runner {report.runner}"),
+        ("units", f"{report.units.finished} of {report.units.all} finished, {report.minutes} minutes in all"),
+        ("seeds", ", ".join(map(str, manifest.seeds))),
+        ("commit", _counted((s.commit for s in sessions), "session")),
+        ("commit of the units", _counted(map(str, manifest.units.values()), "unit")),
+        ("versions", _counted((", ".join(f"{n} {v}" for n, v in s.versions.items()) for s in sessions), "session")),
+        ("grader", _counted((s.grader for s in sessions), "session")),
+        *((f"data: {name}", _counted((s.data[name] for s in sessions if name in s.data), "session")) for name in names),
+        ("machine", manifest.machine),
+        ("started", f"{sessions[0].time}, {len(sessions)} session(s)"),
     ]
 
 

@@ -30,13 +30,14 @@ def gpu_need(config: RunConfig) -> GpuNeed:
     """What all actors of a run need: their sum rounded up, and more where fractions would not fit into that many."""
     rollout, learner = config.rollout, config.learner
     actors = [rollout.resources.num_gpus] * rollout.workers + [learner.resources.num_gpus] * learner.ranks
-    whole, begun = 0, []
+    whole = 0
+    begun: list[float] = []  # what is used of GPUs that fractions share
     for amount in filter(None, actors):
-        fitting = [i for i, used in enumerate(begun) if used + amount <= 1 + ROUNDING]
+        checked_tensors = [i for i, used in enumerate(begun) if used + amount <= 1 + ROUNDING]
         if amount >= 1:
             whole += math.ceil(amount)
-        elif fitting:
-            begun[max(fitting, key=begun.__getitem__)] += amount
+        elif checked_tensors:
+            begun[max(checked_tensors, key=begun.__getitem__)] += amount
         else:
             begun.append(amount)
     devices = whole + len(begun)
@@ -49,8 +50,8 @@ def place(need: GpuNeed, used: Mapping[str, float]) -> tuple[str, ...] | None:
     Whole GPUs are shared with nobody. A share goes to the fullest GPU that has room, so that others stay whole.
     """
     if need.devices == 1:
-        fitting = [name for name, amount in used.items() if amount + need.share <= 1 + ROUNDING]
-        return (max(fitting, key=used.__getitem__),) if fitting else None
+        checked_tensors = [name for name, amount in used.items() if amount + need.share <= 1 + ROUNDING]
+        return (max(checked_tensors, key=used.__getitem__),) if checked_tensors else None
     free = [name for name, amount in used.items() if not amount]
     return tuple(free[: need.devices]) if len(free) >= need.devices else None
 

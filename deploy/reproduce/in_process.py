@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,16 +34,17 @@ from latent_grpo.common.weights import checksum
 from latent_grpo.deploy.controller import Controller, gather
 from latent_grpo.deploy.evaluation.evaluate import evaluate
 from latent_grpo.deploy.run.folder import RunFolder
-from latent_grpo.deploy.run.preparation import prepare
+from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.progress import Reporter
-from latent_grpo.deploy.run.session import Run, run_of
+from latent_grpo.deploy.run.session import Run
 from latent_grpo.deploy.sft.loop import warm_start
 from latent_grpo.deploy.train import self_test
 from latent_grpo.learner.base_rank import RankActor
-from latent_grpo.learner.learner import ReplayReport, gaps_of, summarize
+from latent_grpo.learner.learner import ReplayReport, summarize, summarize_gaps
 from latent_grpo.learner.policy import load_policy_model
-from latent_grpo.learner.rank import LearnerRank, RankReport
-from latent_grpo.learner.sft.learner import SFTRank, SFTReport
+from latent_grpo.learner.rank import LearnerRank
+from latent_grpo.learner.sft.learner import SFTRank
+from latent_grpo.learner.sft.rows import SFTRow
 from latent_grpo.learner.zero_engine import LearnerDiverged, UpdateResult
 from latent_grpo.reward.answers import grade
 from latent_grpo.rollout_workers.engine import generate
@@ -61,15 +63,16 @@ def versioned(version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> W
 class InProcessPool:
     """The controller's `Pool`. `poll` generates everything that was submitted and returns it graded."""
 
-    def __init__(self, config: RunConfig, model: str | Path, tokenizer, facts, run_id: str):
-        self._config, self._facts, self._run_id = config, facts, run_id
+    def __init__(self, config: RunConfig, prepared: Prepared, run_id: str):
+        self._config, self._run_id = config, run_id
+        facts = prepared.model.facts
         self._engine = TransformersEngine(
-            load_model(model, config.model.dtype),
+            load_model(prepared.initial, config.model.dtype),
             facts,
             max_rows=config.rollout.max_rows * config.rollout.workers,
             deterministic=config.deterministic,
         )
-        self._text = ResponseText(tokenizer, facts.eos_ids)
+        self._text = ResponseText(prepared.model.tokenizer, facts.eos_ids)
         self._waiting: list[GroupRequest] = []
 
     def submit(self, requests: list[GroupRequest]) -> None:
@@ -118,7 +121,7 @@ class PlainEngine:
             weight_decay=optimizer.weight_decay,
         )
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: Any) -> Any:
         return self.module(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -157,41 +160,56 @@ def _state(folder: str | Path) -> Path:
     return Path(folder) / "state.pt"
 
 
-class _InProcessRank(RankActor):
-    """A rank that is the only one, in this process; the face of `learner.group.RankGroup` that the loops use."""
+class _OneRank:
+    """A rank that is the only one, in this process, with the face of `learner.group.RankGroup` that the loops use."""
 
-    def __init__(self, config: RunConfig, model: str | Path):
-        self.config, self.rank, self.world, self.model_folder, self.device = config, 0, 1, str(model), "cpu"
-        self.engine = PlainEngine(*self.build(load_policy_model(str(model))))
+    def __init__(self, rank: RankActor, config: RunConfig, model: str | Path):
+        rank.config, rank.rank, rank.world, rank.model_folder, rank.device = config, 0, 1, str(model), "cpu"
+        rank.engine = PlainEngine(*rank.build(load_policy_model(str(model))))
+        self._only = rank
 
     def publish(self, version: int) -> Weights:
-        return versioned(version, self.engine.full_parameters())
+        return versioned(version, self._only.engine.full_parameters(bucket_bytes=0))
 
     def finished(self) -> bool:
         return True
 
+    def save(self, folder: str | Path) -> None:
+        self._only.save(str(folder))
+
+    def load(self, folder: str | Path) -> None:
+        self._only.load(str(folder))
+
     def export(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        super().export(str(folder))
+        self._only.export(str(folder))
 
     def close(self) -> None:
         pass
 
 
-class InProcessLearner(_InProcessRank, LearnerRank):
+class InProcessLearner(_OneRank):
+    def __init__(self, config: RunConfig, model: str | Path):
+        self._rank = LearnerRank()
+        super().__init__(self._rank, config, model)
+
     def start_step(self, batch: pa.RecordBatch, step: int) -> None:
-        self._report: RankReport = self.train_step(batch, step)
+        self._report = self._rank.train_step(batch, step)
 
     def finish_step(self) -> dict[str, float]:
         return summarize([self._report]).metrics
 
     def replay(self, batch: pa.RecordBatch) -> ReplayReport:
-        return gaps_of([super().replay(batch)])
+        return summarize_gaps([self._rank.replay(batch)])
 
 
-class InProcessSFT(_InProcessRank, SFTRank):
-    def start_step(self, rows: list, step: int) -> None:
-        self._report: SFTReport = self.sft_step(rows, step)
+class InProcessSFT(_OneRank):
+    def __init__(self, config: RunConfig, model: str | Path):
+        self._rank = SFTRank()
+        super().__init__(self._rank, config, model)
+
+    def start_step(self, rows: list[SFTRow], step: int) -> None:
+        self._report = self._rank.sft_step(rows, step)
 
     def finish_step(self) -> dict[str, float]:
         report = self._report
@@ -199,13 +217,13 @@ class InProcessSFT(_InProcessRank, SFTRank):
 
 
 @contextlib.contextmanager
-def started_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Iterator[Run]:
-    """`deploy.run.session.started` without Ray: the same run, its pool in this process."""
+def in_process_session(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Iterator[Run]:
+    """`deploy.run.session.run_session` without Ray: the same run, its pool in this process."""
     torch.set_num_threads(1)
     with MetricsWriter(folder.path, config.metrics.sinks) as metrics, one_rank_group():
-        parts = prepare(config, reporter, folder).placed(folder, config, reporter)
-        pool = InProcessPool(config, parts.initial, parts.tokenizer, parts.facts, folder.name)
-        yield run_of(parts, folder, config, 0, reporter, metrics, pool)
+        prepared = prepare(config, reporter, folder).placed(folder, config, reporter)
+        pool = InProcessPool(config, prepared, folder.name)
+        yield Run(folder, config, 0, reporter, metrics, prepared, pool)
 
 
 @contextlib.contextmanager
@@ -214,7 +232,8 @@ def one_rank_group() -> Iterator[None]:
     if torch.distributed.is_initialized():
         yield
         return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch exports it without saying so
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:
@@ -224,7 +243,7 @@ def one_rank_group() -> Iterator[None]:
 def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
     """A training run in this process: metrics, summary and model in `folder`, as `latent-grpo train` leaves them."""
     began = time.monotonic()
-    with started_in_process(folder, config, reporter) as run:
+    with in_process_session(folder, config, reporter) as run:
         base = run.initial if config.warm_start is None else warm_start(run, InProcessSFT)
         learner = InProcessLearner(config, base)
         controller = Controller(config, run.pool, learner, run.problems.request)
@@ -248,7 +267,7 @@ def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -
 
 def start_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
     """The warm start of a suite (if the model has none yet) and its evaluation, in this process."""
-    with started_in_process(folder, config, reporter) as run:
+    with in_process_session(folder, config, reporter) as run:
         base = run.initial if config.warm_start is None else warm_start(run, InProcessSFT)
         run.pool.publish(versioned(0, load_model(base, config.model.dtype).named_parameters()))
         evaluate(run, partial(gather, run.pool), 0, "after")

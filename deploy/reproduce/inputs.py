@@ -7,16 +7,28 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
+from latent_grpo.common.config.rules import Rule, keys_with
 from latent_grpo.deploy.reproduce.suite import Suite, SuiteError, Unit, unit_config
-from latent_grpo.deploy.run.preparation import file_faults, token_rows
+from latent_grpo.deploy.run.preparation import check, file_faults
 from latent_grpo.deploy.run.problems import read_task
 
-DECIDE_TOKENS = {
-    **dict.fromkeys(("algorithm", "k", "tau", "model", "warm_start", "tasks"), True),
-    "evaluation": {"tasks": True},
-}
+
+def _including(keys: Iterable[str]) -> dict[str, Any]:
+    """Dotted keys as pydantic's `include`."""
+    include: dict[str, Any] = {}
+    for key in keys:
+        *sections, leaf = key.split(".")
+        inner = include
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = True
+    return include
+
+
+DECIDE_TOKENS = _including(keys_with(RunConfig, Rule.TOKENS))
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # no ./name
 
 
@@ -33,7 +45,8 @@ def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]
     def fault(asked: str, ask: Callable[[], object]) -> list[str]:
         if asked not in found_before:
             found_before[asked] = _fault(ask)
-        return [] if found_before[asked] is None else [found_before[asked]]
+        found = found_before[asked]
+        return [] if found is None else [found]
 
     for unit in units:
         config = unit_config(suite, unit, folder)
@@ -45,7 +58,8 @@ def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]
             else:
                 found.append(f"{key}: no folder {model}; set it to a model's folder or to a hub id (owner/name)")
         named = "" if model is None else f"{key}, {model}: "
-        found += [named + line for line in fault(_of_tokens(config), partial(token_rows, config))]
+        asked = partial(check, config, elsewhere=True, stored=False)
+        found += [named + line for line in fault(_of_tokens(config), asked)]
         for task in filter(_is_here, config.evaluation.tasks):
             found += fault(_of_task(task, config), partial(read_task, task, config, whole=True))
         for line in found:

@@ -36,7 +36,7 @@ def last_step_masses(rows: pa.RecordBatch, text_of: Callable[[int], str]) -> Mas
     gold = view.strings("gold_answer")
     texts: dict[int, str] = {}
     sums, count = np.zeros(3), 0
-    for row in np.flatnonzero(quiet & (view.num_latent_steps > 0)):
+    for row in np.flatnonzero(quiet & (view.num_latent_steps > 0)).tolist():
         probabilities = np.exp(view.latent_log_probs[row][-1].astype(np.float64))
         for token, probability in zip(view.latent_ids[row][-1].tolist(), probabilities, strict=True):
             text = texts.setdefault(token, text_of(token)).strip()
@@ -49,7 +49,9 @@ def last_step_masses(rows: pa.RecordBatch, text_of: Callable[[int], str]) -> Mas
     return Masses(answer=answer, other_numbers=other, fillers=fillers, samples=count)
 
 
-def probe_run(trajectories: Path, text_of: Callable[[int], str], gold_is_one_token: Callable[[str], bool]) -> dict:
+def probe_run(
+    trajectories: Path, text_of: Callable[[int], str], gold_is_one_token: Callable[[str], bool]
+) -> dict[int, Masses]:
     """Step -> :class:`Masses` of every dumped evaluation of a run; {} where the answers are longer than a token."""
     store = TrajectoryStore(trajectories)
     found: dict[int, Masses] = {}

@@ -51,7 +51,7 @@ def read_result(folder: Path) -> UnitResult | None:
 
 
 def write_result(
-    folder: Path, unit: Any, config: RunConfig, minutes: float, provenance: dict, *, probe: int | None = None
+    folder: Path, unit: Any, config: RunConfig, minutes: float, provenance: dict[str, Any], *, probe: int | None = None
 ) -> UnitResult:
     """Collects the unit's figures from its folder. `probe`: whether to look at the last latent step's masses."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def error_of(metrics: dict[str, float], name: str) -> float:
     return metrics.get(name.replace("sampled_pass_at_", "sampled_error_at_"), 0.0) if "sampled" in name else 0.0
 
 
-def thinned(rows: list[dict]) -> list[dict[str, float]]:
+def thinned(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
     """At most CURVE_POINTS points, each the mean of its neighbours."""
     size = max(-(-len(rows) // CURVE_POINTS), 1)
     points = []
@@ -119,7 +119,7 @@ def _probe(folder: Path, config: RunConfig) -> list[dict[str, float]]:
     tokenizer = load_tokenizer(folder / "model" if (folder / "model").is_dir() else folder / "base")
     found = probe_run(
         folder / "trajectories",
-        lambda token: tokenizer.decode([token]),
+        lambda token: str(tokenizer.decode([token])),
         lambda gold: len(tokenizer.encode(gold, add_special_tokens=False)) == 1,
     )
     return [{"step": step, **dataclasses.asdict(masses)} for step, masses in found.items()]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import signal
@@ -25,16 +26,17 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 
 from latent_grpo.common.config import RunConfig, parse_config
-from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.errors import ConfigError, RunError
 from latent_grpo.common.files import write_atomically
-from latent_grpo.common.interrupts import check_interrupt, deferred_interrupts, terminated_is_interrupted
+from latent_grpo.common.interrupts import check_interrupt, deferred_interrupts, sigterm_as_interrupt
 from latent_grpo.deploy.reproduce.gpus import NO_GPU, Devices, GpuNeed, at_once, gpu_need, visible_gpus
 from latent_grpo.deploy.reproduce.inputs import check_inputs
-from latent_grpo.deploy.reproduce.manifest import check_session, make_manifest, this_session
+from latent_grpo.deploy.reproduce.manifest import Session, check_session, make_manifest, this_session
 from latent_grpo.deploy.reproduce.report import write_report
 from latent_grpo.deploy.reproduce.results import read_result
 from latent_grpo.deploy.reproduce.suite import (
@@ -60,7 +62,7 @@ LOG_LINES = 12
 SUITE_FILE = "suite.json"
 
 
-class SuiteFailed(RuntimeError):
+class SuiteFailed(RunError):
     """Units that did not finish; the others did, and the report has them."""
 
 
@@ -86,14 +88,14 @@ def reproduce(
         reporter.say(f"[yellow]{escape(note)}[/]")
     open_folder(request, suite)
     if parallel is None:
-        parallel = side_by_side([unit_config(suite, unit, request.folder) for unit in todo], suite.runner)
+        parallel = max_parallel_units([unit_config(suite, unit, request.folder) for unit in todo], suite.runner)
     with run_lock(request.folder):
         reporter.say(
             f"suite {suite.title}: {len(wanted)} units, {len(wanted) - len(todo)} finished before, "
             f"{parallel} side by side · {request.folder}"
         )
         try:
-            with terminated_is_interrupted():
+            with sigterm_as_interrupt():
                 failed = _run_all(request, suite, todo, parallel, reporter)
         finally:
             paths = write_report(suite, request.folder)
@@ -129,7 +131,7 @@ def open_folder(request: Request, suite: Suite) -> None:
     make_manifest(request.folder, suite, session)
 
 
-def check_folder(request: Request, suite: Suite) -> tuple[dict, dict]:
+def check_folder(request: Request, suite: Suite) -> tuple[dict[str, Any], Session]:
     """Checks that the suite's folder is new, or holds this very suite, made with this grader and these data.
 
     Writes nothing. Returns the resolved suite and the manifest's entry of this session.
@@ -159,20 +161,20 @@ def check_folder(request: Request, suite: Suite) -> tuple[dict, dict]:
     return wanted, session
 
 
-def _computed(resolved_suite: dict, keys: Iterable[str]) -> dict:
+def _computed(resolved_suite: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     """What decides the numbers of these units."""
     configs = {key: _complete(resolved_suite["units"].get(key)) for key in keys}
     return {"runner": resolved_suite["suite"]["runner"], "units": configs}
 
 
-def _complete(config: dict | None) -> dict | None:
+def _complete(config: dict[str, Any] | None) -> dict[str, Any] | None:
     """Settings that an earlier version wrote, with the defaults of those that came later."""
     with contextlib.suppress(ConfigError):
         return config and json.loads(parse_config(config).model_dump_json(exclude={"runs_folder"}))
     return config
 
 
-def side_by_side(configs: list[RunConfig], runner: str) -> int:
+def max_parallel_units(configs: list[RunConfig], runner: str) -> int:
     """How many units fit at once, by the most demanding of them."""
     there = _resources()
     fits = [max(len(configs), 1)]
@@ -195,8 +197,9 @@ def _resources() -> dict[str, float]:
         import ray
 
         if not ray.is_initialized():
-            ray.init(address=os.environ["RAY_ADDRESS"], logging_level="warning")
-        return ray.cluster_resources()
+            ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.WARNING)
+        there: dict[str, float] = ray.cluster_resources()
+        return there
     import torch
 
     return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
@@ -207,7 +210,9 @@ def _resources() -> dict[str, float]:
 
 def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, reporter: Reporter) -> dict[Unit, str]:
     """Runs the units, starts before their arms. Returns those that failed, with the reason."""
-    waiting, running, failed = list(todo), {}, {}
+    waiting = list(todo)
+    running: dict[Unit, subprocess.Popen[bytes]] = {}
+    failed: dict[Unit, str] = {}
     needs = {unit: _gpus_here(unit_config(suite, unit, request.folder), suite.runner) for unit in todo}
     devices = _devices(needs.values())
     began, finished = time.monotonic(), 0
@@ -217,12 +222,12 @@ def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, re
                 for unit in [u for u in waiting if not u.is_start and start_of(suite, u) in failed]:
                     waiting.remove(unit)
                     failed[unit] = f"its start {start_of(suite, unit).key} failed"
-                while len(running) < parallel and (unit := _next(suite, waiting, running)) is not None:
-                    if (gpus := devices.take(unit, needs[unit])) is None:
+                while len(running) < parallel and (ready := _next(suite, waiting, running)) is not None:
+                    if (gpus := devices.take(ready, needs[ready])) is None:
                         break  # until a unit ends
-                    waiting.remove(unit)
-                    running[unit] = _start(request, unit, gpus)
-                    reporter.say(f"{unit.key}: started" + (f" on GPU {', '.join(gpus)}" if gpus else ""))
+                    waiting.remove(ready)
+                    running[ready] = _start(request, ready, gpus)
+                    reporter.say(f"{ready.key}: started" + (f" on GPU {', '.join(gpus)}" if gpus else ""))
                 for unit in [u for u, process in running.items() if process.poll() is not None]:
                     running.pop(unit)
                     devices.give_back(unit)
@@ -244,7 +249,7 @@ def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, re
     return failed
 
 
-def _next(suite: Suite, waiting: list[Unit], running: dict[Unit, subprocess.Popen]) -> Unit | None:
+def _next(suite: Suite, waiting: list[Unit], running: dict[Unit, subprocess.Popen[bytes]]) -> Unit | None:
     """The first unit whose start is there."""
     blocked = {*waiting, *running}
     return next((unit for unit in waiting if unit.is_start or start_of(suite, unit) not in blocked), None)
@@ -258,7 +263,7 @@ def _devices(needs: Iterable[GpuNeed]) -> Devices:
     return Devices(visible_gpus(torch.cuda.device_count(), os.environ))
 
 
-def _start(request: Request, unit: Unit, gpus: Sequence[str]) -> subprocess.Popen:
+def _start(request: Request, unit: Unit, gpus: Sequence[str]) -> subprocess.Popen[bytes]:
     folder = unit_folder(request.folder, unit)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "latent_grpo.deploy", "reproduce", request.source, "--folder", str(request.folder)]
@@ -270,7 +275,7 @@ def _start(request: Request, unit: Unit, gpus: Sequence[str]) -> subprocess.Pope
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
 
-def _stop(running: dict[Unit, subprocess.Popen]) -> None:
+def _stop(running: dict[Unit, subprocess.Popen[bytes]]) -> None:
     """Stops what still runs, so that it keeps a checkpoint; kills what does not end in time."""
     for process in running.values():
         with contextlib.suppress(ProcessLookupError):

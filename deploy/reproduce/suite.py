@@ -15,9 +15,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from latent_grpo.common.config import ConfigError, RunConfig, Section, load_config
 from latent_grpo.common.config.yaml_files import read_mapping
@@ -50,7 +51,7 @@ class Difference(Section):
     """With `gain`: seeds whose two starts differ by more than this in pass@1 are left out, and named."""
 
     @model_validator(mode="after")
-    def _one_rule(self):
+    def _one_rule(self) -> Self:
         if self.matched is not None and not self.gain:
             raise ValueError(
                 "matched compares the starts of two gains: it needs gain: true; add it, or leave matched out"
@@ -137,10 +138,10 @@ class Suite(Section):
     claims: dict[str, Claim] = Field(default_factory=dict)
     quick: Quick | None = None
     probe_every: PositiveInt | None = None
-    """Where set, each run's evaluations are also searched for the mass of the answer's token (`deploy.reproduce.probe`)."""
+    """Where set, each run's evaluations are also searched for the answer's token's mass (`deploy.reproduce.probe`)."""
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> Self:
         both = sorted(self.starts.keys() & self.arms.keys())
         if both:
             raise ValueError(f"starts and arms need different names, both have {both}")
@@ -195,7 +196,7 @@ def load_suite(
     return suite
 
 
-def _explain(error: dict) -> str:
+def _explain(error: ErrorDetails) -> str:
     where = ".".join(map(str, error["loc"])) or "suite"
     return f"{where}: {error['msg']}, got {error['input']!r:.200}"
 
@@ -278,7 +279,7 @@ def unit_folder(folder: Path, unit: Unit) -> Path:
     return folder / ("starts" if unit.is_start else "runs") / unit.key
 
 
-def resolved(suite: Suite, folder: Path) -> dict:
+def resolved(suite: Suite, folder: Path) -> dict[str, Any]:
     """Everything that decides what a suite computes: its definition, and every unit's settings.
 
     Raises :class:`SuiteError` for settings that cannot work, before anything runs.

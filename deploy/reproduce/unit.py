@@ -98,16 +98,14 @@ def _make_start(folder: RunFolder, config: RunConfig, lineage: int, reporter: Re
     """The warm start, if the start has one, and the evaluation that its arms are compared with."""
     from functools import partial
 
-    from latent_grpo.common.models import load_model
     from latent_grpo.deploy.controller import gather
     from latent_grpo.deploy.evaluation.evaluate import evaluate
-    from latent_grpo.deploy.run.session import started
+    from latent_grpo.deploy.run.preparation import prepare
+    from latent_grpo.deploy.run.session import run_session
     from latent_grpo.deploy.sft.loop import warm_start
-    from latent_grpo.learner.publication import publish
+    from latent_grpo.learner.publication import publish_model
 
-    with started(folder, config, lineage, reporter) as run:
+    with run_session(folder, config, lineage, reporter, prepare(config, reporter, folder)) as run:
         base = run.initial if config.warm_start is None else warm_start(run)
-        model = load_model(base, config.model.dtype)
-        weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-        run.pool.publish(publish(weights, 10**6, config.learner.weight_bucket_bytes))
+        run.pool.publish(publish_model(base, 10**6, config))
         evaluate(run, partial(gather, run.pool), 0, "after")

@@ -65,7 +65,7 @@ class DumpWriter:
     def __enter__(self) -> DumpWriter:
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             try:
                 self.flush()
@@ -129,7 +129,7 @@ class DumpWriter:
     def _write(self, dump: StepDump) -> None:
         batch, records = concat(dump.groups), None
         if dump.records is not None or (dump.purpose == "training" and None not in dump.reasons):
-            records = records_of(dump)
+            records = learner_records_of(dump)
         if dump.purpose == "training" and self._config.which == "failures":
             rows = failures(batch)
             batch, records = take_rows(batch, rows), None if records is None else take_rows(records, rows)
@@ -140,12 +140,14 @@ class DumpWriter:
             self._retention.apply(dump.step)
 
 
-def records_of(dump: StepDump) -> pa.RecordBatch:
+def learner_records_of(dump: StepDump) -> pa.RecordBatch:
     """One learner record a trajectory of the dump, in its order."""
     parts, taken = [], 0
     for group, reason in zip(dump.groups, dump.reasons, strict=True):
         if reason is not None:
             parts.append(filtered_records(group, reason))
+        elif dump.records is None:
+            raise ValueError(f"step {dump.step}: a group was trained on, and there are no learner records of it")
         else:
             parts.append(dump.records.slice(taken, group.num_rows))
             taken += group.num_rows

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from latent_grpo.common.config import HealthConfig, RunConfig
+from latent_grpo.common.config import RunConfig
 from latent_grpo.common.errors import MetricsError
 from latent_grpo.common.metrics import LineFile, parsed_line, read_metrics, whole_lines
 
 FILE = "alarms.jsonl"
+State = Literal["raised", "lasting", "over"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class Alarm:
     lineage: int
     time: float  # seconds since 1970
     name: str  # the key of its limit in the section `health`
-    state: Literal["raised", "lasting", "over"]
+    state: State
     value: float  # the metric's mean over the window
     limit: float
     message: str
@@ -68,8 +69,8 @@ def _share(part: str, whole: str) -> Callable[[Mapping[str, float]], float | Non
 
 
 def _clipped(metrics: Mapping[str, float]) -> float | None:
-    parts = [metrics.get(f"learner/clip_fraction_{side}") for side in ("low", "high", "dual")]
-    return None if None in parts else sum(parts)
+    names = [f"learner/clip_fraction_{side}" for side in ("low", "high", "dual")]
+    return sum(metrics[name] for name in names) if all(name in metrics for name in names) else None
 
 
 RULES = (
@@ -219,8 +220,9 @@ class Judge:
 
     def __init__(self, config: RunConfig, lineage: int):
         self._config, self._lineage = config, lineage
-        self._limits: HealthConfig = config.health
-        self._rules = [r for r in RULES if r.when(config) and self._limit(r) is not None]
+        limits: dict[str, float | None] = {r.name: getattr(config.health, r.name) for r in RULES if r.when(config)}
+        self._limits = {name: limit for name, limit in limits.items() if limit is not None}
+        self._rules = [r for r in RULES if r.name in self._limits]
         self._seen: dict[str, deque[float]] = {r.name: deque(maxlen=config.health.window) for r in self._rules}
         self._raised_at: dict[str, int] = {}
         self._rewards: deque[float] = deque(maxlen=config.health.window)
@@ -239,7 +241,7 @@ class Judge:
         return [self._standing(rule) for rule in self._rules]
 
     def _standing(self, rule: Rule) -> Standing:
-        seen, limit = self._seen[rule.name], self._limit(rule)
+        seen, limit = self._seen[rule.name], self._limits[rule.name]
         value = sum(seen) / len(seen) if seen else None
         message = "" if value is None else _words(rule, value, limit)
         return Standing(rule=rule, limit=limit, value=value, active=rule.name in self._raised_at, message=message)
@@ -250,7 +252,7 @@ class Judge:
             return None
         seen = self._seen[rule.name]
         seen.append(value)
-        mean, limit = sum(seen) / len(seen), self._limit(rule)
+        mean, limit = sum(seen) / len(seen), self._limits[rule.name]
         raised_at = self._raised_at.get(rule.name)
         if not (mean < limit if rule.low else mean > limit):
             if raised_at is None:
@@ -260,7 +262,9 @@ class Judge:
         if raised_at is None:
             self._raised_at[rule.name] = step
             return self._alarm(rule, step, "raised", mean)
-        return self._alarm(rule, step, "lasting", mean) if (step - raised_at) % self._limits.repeat == 0 else None
+        return (
+            self._alarm(rule, step, "lasting", mean) if (step - raised_at) % self._config.health.repeat == 0 else None
+        )
 
     def _derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """What needs the run's settings or its past."""
@@ -276,11 +280,8 @@ class Judge:
                     derived["health/reward_retained"] = mean / self._best
         return derived
 
-    def _limit(self, rule: Rule) -> float | None:
-        return getattr(self._limits, rule.name)
-
-    def _alarm(self, rule: Rule, step: int, state: str, value: float) -> Alarm:
-        limit = self._limit(rule)
+    def _alarm(self, rule: Rule, step: int, state: State, value: float) -> Alarm:
+        limit = self._limits[rule.name]
         return Alarm(
             step=step,
             lineage=self._lineage,

@@ -23,17 +23,31 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import xxhash
+from pydantic import ValidationError
 
 from latent_grpo.common import __version__
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
+from latent_grpo.common.files import file_hash
+from latent_grpo.common.tasks.sources import GeneratedTask
 from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.manifest_schema import (
+    FORMAT,
+    DataFacts,
+    FileFacts,
+    GraderFacts,
+    HardwareFacts,
+    LineageFacts,
+    ModelFacts,
+    ProgramFacts,
+    RunManifest,
+    SeedFacts,
+)
 from latent_grpo.deploy.run.versions import versions
 
 if TYPE_CHECKING:
     from latent_grpo.common.tasks.sources import TaskSource
     from latent_grpo.deploy.run.problems import PreparedTask, Problems
 
-FORMAT = 1
 FILE = "manifest.json"
 COMMIT_VARIABLE = "LATENT_GRPO_COMMIT"
 """Set for a submitted job, whose upload is no git checkout."""
@@ -41,7 +55,6 @@ OUR_PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
 GRADING_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
 OTHER_PACKAGES = ("safetensors", "tokenizers", "datasets", *GRADING_PACKAGES, "vllm")
 ROOT = Path(__file__).resolve().parents[2]
-_READ_BYTES = 8 * 2**20
 
 
 class ManifestError(ConfigError):
@@ -49,38 +62,39 @@ class ManifestError(ConfigError):
 
 
 def write_manifest(
-    folder: RunFolder, config: RunConfig, lineage: int, model: str | Path, data: list[dict[str, Any]]
+    folder: RunFolder, config: RunConfig, lineage: int, model: str | Path, data: list[DataFacts]
 ) -> None:
-    """Written once the model and the problems (`data`, of :func:`data_facts`) are there; a resume adds its lineage."""
-    earlier = read_manifest(folder.path)["lineages"] if (folder.path / FILE).is_file() else []
-    folder.write_json(
-        FILE,
-        {
-            "format": FORMAT,
-            "run": folder.name,
-            "config": config.model_dump(mode="json"),
-            "data": data,
-            "model": {"initial": model_facts(model)},
-            "grader": {"sources": source_hash(["reward"]), **grading_versions()},
-            "seeds": {"run": config.seed, "model": config.seed if config.model.new else None, "data": config.seed},
-            "lineages": [*(e for e in earlier if e["lineage"] < lineage), lineage_facts(lineage)],
-        },
+    """Writes it once the model and the problems (`data`, by :func:`data_facts`) are there; a resume adds a lineage."""
+    earlier = read_manifest(folder.path).lineages if (folder.path / FILE).is_file() else []
+    manifest = RunManifest(
+        format=FORMAT,
+        run=folder.name,
+        config=config.model_dump(mode="json"),
+        data=data,
+        model={"initial": model_facts(model)},
+        grader=GraderFacts(sources=source_hash(["reward"]), **grading_versions()),
+        seeds=SeedFacts(run=config.seed, model=config.seed if config.model.new else None, data=config.seed),
+        lineages=[*(entry for entry in earlier if entry.lineage < lineage), lineage_facts(lineage)],
     )
+    _write(folder, manifest)
 
 
 def record_model(folder: RunFolder, name: str, model: str | Path) -> None:
     """Adds a model to the manifest: `base`, what RL starts from; `trained`, what it made."""
     manifest = read_manifest(folder.path)
-    manifest["model"][name] = model_facts(model)
-    folder.write_json(FILE, manifest)
+    _write(folder, manifest.model_copy(update={"model": {**manifest.model, name: model_facts(model)}}))
 
 
-def read_manifest(run_folder: str | Path) -> dict[str, Any]:
+def _write(folder: RunFolder, manifest: RunManifest) -> None:
+    folder.write_json(FILE, manifest.model_dump(mode="json", exclude_unset=True))
+
+
+def read_manifest(run_folder: str | Path) -> RunManifest:
     """Raises :class:`ManifestError` in one sentence."""
     path = Path(run_folder) / FILE
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format"]
     except FileNotFoundError as error:
         raise ManifestError(
             f"{path.parent}: no {FILE}; the run ended before it had its model and data, or an older program made it"
@@ -89,29 +103,30 @@ def read_manifest(run_folder: str | Path) -> dict[str, Any]:
         raise ManifestError(f"{path}: not a manifest of this program ({error})") from error
     if version != FORMAT:
         raise ManifestError(f"{path}: manifest format {version}, this program reads format {FORMAT}")
-    if not (isinstance(manifest.get("lineages"), list) and isinstance(manifest.get("model"), dict)):
-        raise ManifestError(f"{path}: not a manifest of this program (its lineages or model are missing)")
-    return manifest
+    try:
+        return RunManifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ManifestError(f"{path}: not a manifest of this program ({place}: {first['msg']})") from error
 
 
 # --- program and hardware ----------------------------------------------------------------------------------------
 
 
-def lineage_facts(lineage: int) -> dict[str, Any]:
+def lineage_facts(lineage: int) -> LineageFacts:
+    """The entry of a start of the run that happens now."""
     commit, changed = program_commit()
-    return {
-        "lineage": lineage,
-        "started": time.strftime("%FT%T%z"),
-        "command": shlex.join(sys.argv),
-        "program": {
-            "version": __version__,
-            "commit": commit,
-            "changed_since_commit": changed,
-            "sources": source_hash(OUR_PACKAGES),
-        },
-        "versions": versions() | {package: _version(package) for package in OTHER_PACKAGES},
-        "hardware": hardware(),
-    }
+    return LineageFacts(
+        lineage=lineage,
+        started=time.strftime("%FT%T%z"),
+        command=shlex.join(sys.argv),
+        program=ProgramFacts(
+            version=__version__, commit=commit, changed_since_commit=changed, sources=source_hash(OUR_PACKAGES)
+        ),
+        versions={**versions(), **{package: _version(package) for package in OTHER_PACKAGES}},
+        hardware=hardware(),
+    )
 
 
 def program_commit() -> tuple[str | None, bool | None]:
@@ -136,25 +151,23 @@ def _git(*arguments: str) -> str:
     ).stdout.strip()
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> HardwareFacts:
     """This machine, and the cluster where a Ray is connected."""
-    facts: dict[str, Any] = {
-        "host": platform.node(),
-        "system": platform.platform(),
-        "cpu": _cpu_model(),
-        "cpus": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": _gpus(),
-    }
     import ray
 
-    if ray.is_initialized():
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        facts["nodes"] = [
-            {name: amount for name, amount in sorted(n["Resources"].items()) if not name.startswith("node:")}
-            for n in nodes
-        ]
-    return facts
+    facts = HardwareFacts(
+        host=platform.node(),
+        system=platform.platform(),
+        cpu=_cpu_model(),
+        cpus=os.cpu_count(),
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=_gpus(),
+    )
+    if not ray.is_initialized():
+        return facts
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    named = [{name: amount for name, amount in sorted(n.items()) if not name.startswith("node:")} for n in nodes]
+    return facts.model_copy(update={"nodes": named})
 
 
 def _cpu_model() -> str:
@@ -216,12 +229,9 @@ def _one_line(wrapped: re.Match[bytes]) -> bytes:
     return wrapped[1] + b" ".join(wrapped[2].split()).removesuffix(b",")
 
 
-def file_facts(path: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+def file_facts(path: Path) -> FileFacts:
+    """The size and the hash of a file."""
+    return FileFacts(bytes=path.stat().st_size, xxh3_128=file_hash(path))
 
 
 def problems_hash(source: TaskSource, count: int) -> str:
@@ -233,19 +243,20 @@ def problems_hash(source: TaskSource, count: int) -> str:
     return digest.hexdigest()
 
 
-def model_facts(model: str | Path) -> dict[str, Any]:
+def model_facts(model: str | Path) -> ModelFacts:
     """Every file of a model's folder; of a hub id those of its snapshot, whose name is the revision."""
-    folder, facts = Path(model), {"source": str(model)}
+    folder, revision = Path(model), {}
     if not folder.is_dir():
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
-        folder = Path(cached_file(str(model), "config.json")).parent
-        facts["revision"] = folder.name
+        folder = Path(str(cached_file(str(model), "config.json"))).parent  # it raises where there is none
+        revision = {"revision": folder.name}
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return facts | {"files": {p.relative_to(folder).as_posix(): file_facts(p) for p in files}}
+    hashes = {p.relative_to(folder).as_posix(): file_facts(p) for p in files}
+    return ModelFacts(source=str(model), files=hashes, **revision)
 
 
-def data_facts(problems: Problems) -> list[dict[str, Any]]:
+def data_facts(problems: Problems) -> list[DataFacts]:
     """Every task's source and what is in it."""
     uses = [("training", problems.training), ("evaluation", problems.evaluation)]
     if problems.training is problems.evaluation:
@@ -253,16 +264,16 @@ def data_facts(problems: Problems) -> list[dict[str, Any]]:
     return [_data(task, use) for use, tasks in uses for task in tasks]
 
 
-def _data(task: PreparedTask, use: str) -> dict[str, Any]:
+def _data(task: PreparedTask, use: str) -> DataFacts:
     source = task.source.config
     facts = {"task": task.name, "use": use, "source": source.path, "problems": task.source.size}
     dropped = {reason: len(rows) for reason, rows in task.source.dropped.items()}
-    return facts | {"dropped": dropped} | _content(task, source)
+    return DataFacts.model_validate({**facts, "dropped": dropped, **_content(task, source)})
 
 
 def _content(task: PreparedTask, source: TaskConfig) -> dict[str, Any]:
-    if source.path.startswith("builtin:"):
+    if source.path is None or isinstance(task.source, GeneratedTask):
         return {"options": source.options}  # its problems follow from these, the seed and the program
-    if not source.path.startswith("hf:"):
-        return file_facts(Path(source.path))
-    return {"problems_xxh3_128": problems_hash(task.source, task.source.size)}
+    if source.path.startswith("hf:"):
+        return {"problems_xxh3_128": problems_hash(task.source, task.source.size or 0)}
+    return file_facts(Path(source.path)).model_dump()

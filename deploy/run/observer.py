@@ -29,9 +29,9 @@ class StepObserver:
     def __enter__(self) -> StepObserver:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._monitor.close()
-        self._dumps.__exit__(*error)
+        self._dumps.__exit__(kind, *rest)
 
     def flush(self, seconds: float | None = None) -> None:
         """Waits until the dumps of all observed steps are on the disk. Raises DumpError."""
@@ -60,7 +60,7 @@ class StepObserver:
                 "those before them: look at the samples, lower optimizer.lr, or resume from an earlier checkpoint"
             )
 
-    def _dump_bad(self, result: StepResult, report: LearnerReport) -> None:
+    def _dump_bad(self, result: StepResult, report: LearnerReport | None) -> None:
         """The batch of an update that was not applied, whatever the section dump says."""
         self._dumps.submit(
             StepDump(step=result.step, groups=(result.batch,), reasons=(None,), records=None, purpose="non_finite")
@@ -71,7 +71,9 @@ class StepObserver:
         )
 
     @staticmethod
-    def _named(result: StepResult, report: LearnerReport) -> str:
+    def _named(result: StepResult, report: LearnerReport | None) -> str:
+        if result.batch is None or report is None:
+            return "no single one"
         uids, indices = (result.batch.column(name) for name in ("group_uid", "sample_index"))
         return ", ".join(f"{uids[row]} #{indices[row]}" for row in report.bad_rows) or "no single one"
 

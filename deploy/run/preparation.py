@@ -1,7 +1,13 @@
-"""What a run is made of, read once and checked before anything is started for it."""
+"""What a run is made of, read once and checked before anything is started for it.
+
+`train`, `sft`, `evaluate`, `--resume` and the units of a suite call :func:`prepare`; `validate` and the check of a
+suite call :func:`check`, the same function for a run that may start on another machine. A fault has the same words in
+all of them, and is reported before a folder, a Ray session or a model exists.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,89 +18,146 @@ from rich.markup import escape
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.files import save_whole
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chain, read_chain
-from latent_grpo.common.models import (
-    load_tokenizer,
-    make_model,
-    make_tokenizer,
-    output_facts,
-    position_limit,
-    save_model,
-)
-from latent_grpo.common.prompts import check_think_start, check_width, resolve_tokens
+from latent_grpo.common.models import make_model, make_tokenizer, position_limit, save_model
+from latent_grpo.common.prompts import check_think_start, check_width, read_tokens, resolve_tokens
 from latent_grpo.common.tasks.benchmarks import how_to_get
-from latent_grpo.common.tasks.sources import load_task
+from latent_grpo.common.tasks.sources import TaskSource
 from latent_grpo.common.types import TokenFacts
 from latent_grpo.deploy.run.folder import RunFolder
-from latent_grpo.deploy.run.problems import PreparedTask, Problems
+from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources, is_generated
 from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.sft_data import SFTData, has_chain, prepare_sft
+from latent_grpo.rollout_workers.verifiers import check_verifiers
+from latent_grpo.rollout_workers.vllm_plugin import support
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 TEXTS_FOR_TOKENIZER = 20_000
+NEW_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What a run is made of, read and checked before anything is started for it."""
+class InitialModel:
+    """The model that a run starts from, as far as it is known without its weights."""
 
-    initial: str | Path | None  # None: a `model.new` that `placed` makes in the run's folder
+    source: str | Path | None  # a folder or hub id; None: a `model.new` that is still to be made
     tokenizer: PreTrainedTokenizerBase
     facts: TokenFacts
-    chain: ChainSettings | None
-    problems: Problems
+    chain: ChainSettings | None  # what the model says of its chain, if it does
+    positions: int | None  # how many it has, if it says so
+    warnings: tuple[str, ...] = ()
 
-    def placed(self, folder: RunFolder, config: RunConfig, reporter: Reporter) -> Parts:
-        """With a model that workers can load."""
-        if self.initial is not None:
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What :func:`check` found. What is None or empty could not be read here."""
+
+    engine: str
+    verifiers: dict[str, list[str]]  # kind -> names of the tasks that it grades
+    model: InitialModel | None  # None: a hub id, or a folder of another machine
+    problems: Problems | None  # None: no training task was read
+    sft: SFTData | None  # None: there is no Latent-SFT to do, or none of its tasks was read
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The parts of a run, complete and checked."""
+
+    model: InitialModel
+    problems: Problems
+    sft: SFTData | None  # None: there is no Latent-SFT to do
+
+    @property
+    def initial(self) -> str | Path:
+        """The folder or hub id that workers load. Raises ConfigError before :meth:`placed` has made a new model."""
+        if self.model.source is None:
+            raise ConfigError("the run's new model is not made yet")
+        return self.model.source
+
+    def placed(self, folder: RunFolder, config: RunConfig, reporter: Reporter) -> Prepared:
+        """With a model that workers can load: a `model.new` is made in the run's folder."""
+        if self.model.source is not None or config.model.new is None:
             return self
-        model = make_model(config.model.new, self.tokenizer, config.seed)
+        model = make_model(config.model.new, self.model.tokenizer, config.seed)
         reporter.say(f"made a new {config.model.new.architecture} of {model.num_parameters():,} parameters")
         target = _place_of_new(config, folder)
-        save_whole(target, lambda unfinished: save_model(unfinished, model, self.tokenizer))
-        return replace(self, initial=target)
+        save_whole(target, lambda unfinished: save_model(unfinished, model, self.model.tokenizer))
+        return replace(self, model=replace(self.model, source=target))
 
 
-def ready(config: RunConfig, reporter: Reporter) -> Parts:
-    """What every command that makes a run does first: whatever can be refused is, and nothing is left behind."""
-    check_before_start(config)
-    return prepare(config, reporter)
+def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = None) -> Prepared:
+    """Everything that a run on this machine needs, or one error that says what to change; writes nothing.
 
-
-def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = None) -> Parts:
-    """The tokenizer, the model's chain and the problems, checked against the settings; writes nothing.
-
-    `folder`: the run's, where it has one and may hold its `model.new` already.
+    `folder`: the run's, where it has one and may hold its `model.new` or its finished Latent-SFT already.
     """
-    initial = _initial_model(config, folder)
-    if initial is None:
-        tokenizer = make_tokenizer(config.model.new, _texts(config))
-        vocab_size, eos_ids, limit = len(tokenizer), (), config.model.new.max_positions
-    else:
-        tokenizer = load_tokenizer(initial)
-        (vocab_size, eos_ids), limit = output_facts(initial), position_limit(initial)
-    facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
-    check_width(config, facts)
-    check_think_start(config, tokenizer)
-    chain = None if initial is None else read_chain(initial)
-    if chain is not None:
-        for line in check_chain(chain, initial, config, tokenizer):
-            reporter.say(f"[yellow]{line}[/]")
-    elif config.model.new is None and config.latent and config.warm_start is None:
-        reporter.say(
-            f"[yellow]model {escape(str(initial))} has no {CHAIN_FILE}: k ({config.k}), tau ({config.tau:g}) and "
-            f"think_end ({escape(repr(config.model.prompt.think_end))}) are the settings' and must be those that it "
-            "was trained with[/]"
-        )
-    problems = Problems(config, tokenizer)
-    check_positions((*problems.training, *problems.evaluation), limit, initial or "model.new")
-    for line in problems.summaries:
+    found = check(config, folder)
+    if found.model is None or found.problems is None:
+        raise ConfigError("the run has no model or no training problems")  # check() refuses both on this machine
+    for warning in found.model.warnings:
+        reporter.say(f"[yellow]{escape(warning)}[/]")
+    for line in found.problems.summaries:
         reporter.say(line)
-    return Parts(initial, tokenizer, facts, chain, problems)
+    return Prepared(found.model, found.problems, found.sft)
 
 
-def _initial_model(config: RunConfig, folder: RunFolder | None) -> str | Path | None:
+def check(
+    config: RunConfig, folder: RunFolder | None = None, *, elsewhere: bool = False, stored: bool = True
+) -> Checked:
+    """Refuses whatever can be refused of a run before it starts.
+
+    `elsewhere`: the run may start on another machine, so a model or a vLLM that is not here is left unchecked.
+    `stored`: read the tasks' files; without it only generated tasks are read. Raises ConfigError.
+    """
+    if stored:
+        check_files(config)
+    engine = check_engine(config, elsewhere=elsewhere)
+    verifiers = check_verifiers(config)
+    if elsewhere and config.model.path is not None and not Path(config.model.path).is_dir():
+        return Checked(engine, verifiers, None, None, None)
+    sources = Sources.read(config, stored=stored)
+    model = _read_model(config, folder, sources)
+    if config.model.new is not None and config.model.new.tokenizer == "bpe" and not sources.training:
+        return Checked(engine, verifiers, model, None, None)  # its tokens come from a file that was not read
+    check_width(config, model.facts)
+    check_think_start(config, model.tokenizer)
+    tasks = sources.prepared(config, model.tokenizer)
+    check_positions((*tasks.training, *tasks.evaluation), model.positions, model.source or "model.new")
+    sft = None
+    if config.warm_start is not None and not _has_start(folder):
+        complete = len(tasks.training) == len(config.tasks)
+        if complete or any(has_chain(task.source) for task in tasks.training):
+            sft = prepare_sft(config, tasks.training, model.tokenizer, model.facts)
+    return Checked(engine, verifiers, model, Problems(config, tasks) if tasks.training else None, sft)
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+def _read_model(config: RunConfig, folder: RunFolder | None, sources: Sources) -> InitialModel:
+    new, source = config.model.new, _place_of_initial(config, folder)
+    if source is None:
+        if new is None:
+            raise ConfigError("model: one of `path` and `new` must be given")
+        tokenizer: PreTrainedTokenizerBase = make_tokenizer(new, _texts(config, sources.training))
+        nominal = new.tokenizer == "bpe" and not sources.training
+        rows = new.vocab_size if nominal else len(tokenizer)
+        facts = resolve_tokens(tokenizer, rows, config.latent, config.model.prompt.think_end)
+        return InitialModel(None, tokenizer, facts, None, new.max_positions)
+    tokenizer, facts = read_tokens(config, source)
+    chain = read_chain(source)
+    warnings: list[str] = []
+    if chain is not None:
+        warnings = check_chain(chain, source, config, tokenizer)
+    elif new is None and config.latent and config.warm_start is None:
+        warnings.append(
+            f"model {source} has no {CHAIN_FILE}: k ({config.k}), tau ({config.tau:g}) and think_end "
+            f"({config.model.prompt.think_end!r}) are the settings' and must be those that it was trained with"
+        )
+    return InitialModel(source, tokenizer, facts, chain, position_limit(source), tuple(warnings))
+
+
+def _place_of_initial(config: RunConfig, folder: RunFolder | None) -> str | Path | None:
     """The folder or hub id that the run starts from; None where it is still to be made."""
     if config.model.new is None:
         return config.model.path
@@ -106,11 +169,16 @@ def _place_of_new(config: RunConfig, folder: RunFolder) -> Path:
     return folder.base_model if config.warm_start is None else folder.path / "initial"
 
 
-def _texts(config: RunConfig) -> Iterator[str]:
+def _has_start(folder: RunFolder | None) -> bool:
+    """Whether the run's Latent-SFT is done."""
+    return folder is not None and (folder.base_model / "config.json").is_file()
+
+
+def _texts(config: RunConfig, sources: list[TaskSource]) -> Iterator[str]:
     """What a new model's tokenizer is trained on: the first task's problems, chains and answers."""
-    if config.model.new.tokenizer == "arithmetic":
+    if config.model.new is None or config.model.new.tokenizer == "arithmetic" or not sources:
         return
-    source = load_task(config.tasks[0], config.seed)
+    source = sources[0]
     for index in range(min(source.size or TEXTS_FOR_TOKENIZER, TEXTS_FOR_TOKENIZER)):
         problem = source.problem(index)
         yield from (content for _, content in problem.messages)
@@ -123,16 +191,20 @@ def check_positions(tasks: Iterable[PreparedTask], limit: int | None, model: str
     for task in tasks:
         budget = task.source.config.max_response_tokens
         if limit is not None and task.longest_prompt + budget > limit:
+            room = limit - task.longest_prompt
+            shorter = f"set its max_response_tokens to {room:,} or less, or " if room > 0 else ""
             raise ConfigError(
                 f"task {task.name}: its longest prompt ({task.longest_prompt:,} tokens) and max_response_tokens "
                 f"({budget:,}) need {task.longest_prompt + budget:,} positions, model {model} has {limit:,}; "
-                f"set its max_response_tokens to {max(limit - task.longest_prompt, 0):,} or less, or lower its "
-                "max_prompt_tokens"
+                f"{shorter}lower its max_prompt_tokens"
             )
 
 
+# --- files and engine --------------------------------------------------------------------------------------------
+
+
 def check_files(config: RunConfig) -> None:
-    """Raises :class:`common.config.ConfigError` with a line for every problem file that is named and not there."""
+    """Raises :class:`common.errors.ConfigError` with a line for every problem file that is named and not there."""
     if faults := file_faults(config):
         raise ConfigError("\n".join(faults))
 
@@ -144,7 +216,7 @@ def file_faults(config: RunConfig) -> list[str]:
         path = task.path
         if path is None:
             faults.append(f"task {task.name}: set its `path` (.parquet, .jsonl, .csv, hf:... or builtin:...)")
-        elif not path.startswith(("hf:", "builtin:")) and not Path(path).is_file():
+        elif not is_generated(task) and not path.startswith("hf:") and not Path(path).is_file():
             faults.append(
                 f"task {task.name}: {path} does not exist; set its `path` to a .parquet, .jsonl or .csv file"
                 f"{how_to_get(task.name)}"
@@ -152,110 +224,28 @@ def file_faults(config: RunConfig) -> list[str]:
     return faults
 
 
-def check_before_start(config: RunConfig) -> None:
-    """What `validate` refuses of a run that is to start here, before a folder, a Ray or a model is made for it."""
-    check_files(config)
-    engine_rows(config)
-    token_rows(config)
+def check_engine(config: RunConfig, *, elsewhere: bool = False) -> str:
+    """The rollout engine in words. Raises ConfigError where the vLLM engine could not serve this run.
 
-
-def token_rows(config: RunConfig) -> list[tuple[str, str]]:
-    """(what, found) of the tokenizer: vocabulary, end of thinking, EOS, a rendered prompt.
-
-    Raises ConfigError where the run could not start: k over the vocabulary, no token for the end of thinking, no EOS,
-    generated chains that fill no latent step. A model that is not on this machine is not looked for; the rows say so.
+    `elsewhere`: a vLLM that is not installed on this machine is reported, not refused.
     """
-    from latent_grpo.common.model_chain import check_chain, read_chain
-    from latent_grpo.common.models import load_tokenizer, make_tokenizer, output_facts
-    from latent_grpo.common.prompts import PromptRenderer, check_think_start, check_width, resolve_tokens
-    from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
-    from latent_grpo.common.types import Problem
-
-    new = config.model.new
-    if new is None and not Path(config.model.path).is_dir():
-        return [("tokenizer", f"not checked: {config.model.path} is not a folder on this machine")]
-    if new is not None:
-        tokenizer = make_tokenizer(new)
-        vocab_size, eos_ids = len(tokenizer) if new.tokenizer == "arithmetic" else new.vocab_size, ()
-    else:
-        tokenizer = load_tokenizer(config.model.path)
-        vocab_size, eos_ids = output_facts(config.model.path)
-    facts = resolve_tokens(tokenizer, vocab_size, config.latent, config.model.prompt.think_end, eos_ids)
-    if new is None or new.tokenizer != "bpe":  # that one's tokens come from the task's text
-        check_width(config, facts)
-        check_think_start(config, tokenizer)
-        check_generated_chains(config, tokenizer, facts)
-    chain = None if new is not None else read_chain(config.model.path)
-    warnings = [] if chain is None else check_chain(chain, config.model.path, config, tokenizer)
-    problem = Problem(uid="0", task="", messages=(("user", "(problem)"),), answer="")
-    prompts: dict[str, list[str]] = {}  # text -> tasks that are asked with it
-    for task in (*config.tasks, *config.evaluation.tasks):
-        prompt = with_benchmark_defaults(task).prompt or config.model.prompt
-        prompts.setdefault(PromptRenderer(tokenizer, prompt).render(problem), []).append(task.name)
-    end = facts.latent_end_id
-    pad = " (an EOS id; masks are made from lengths)" if facts.pad_id in facts.eos_ids else ""
-    return [
-        ("vocabulary", f"{vocab_size:,} rows, {int(facts.allowed.sum()):,} of them tokens"),
-        ("latent-end token", "none" if end is None else f"{end} ({tokenizer.decode([end])!r})"),
-        ("end of sequence, padding", f"{', '.join(map(str, facts.eos_ids))}; {facts.pad_id}{pad}"),
-        *((f"rendered prompt of {', '.join(dict.fromkeys(names))}", repr(text)) for text, names in prompts.items()),
-        ("the model's chain", chain.describe() if chain else "not said by the model (no latent_chain.json)"),
-        *(("warning", line) for line in warnings),
-    ]
-
-
-def check_generated_chains(config: RunConfig, tokenizer: PreTrainedTokenizerBase, facts: TokenFacts) -> None:
-    """Raises ConfigError where a first batch of a generated task has a chain that Latent-SFT cannot learn from: such a
-    task can drop no problem. A stored one drops them, with a count, when it is read."""
-    from latent_grpo.common.tasks.sources import load_task
-    from latent_grpo.learner.sft.rows import make_row
-
-    settings = config.warm_start
-    if settings is None or settings.chain == "explicit":
-        return
-    for task in config.tasks:
-        if task.path is None or not task.path.startswith("builtin:"):
-            continue
-        source = load_task(task, config.seed)
-        think_end = (source.config.prompt or config.model.prompt).think_end
-        for index in range(min(settings.batch_size, source.size or settings.batch_size)):
-            problem = source.problem(index)
-            options = {"c": settings.compression, "k": config.k, "latent_end_id": facts.latent_end_id}
-            try:
-                make_row(tokenizer, [], problem.cot, problem.answer, think_end=think_end, **options)
-            except ConfigError as error:
-                raise type(error)(f"problem {problem.uid}: {error}") from error
-
-
-NEW_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-
-
-def engine_rows(config: RunConfig, *, runs_here: bool = True) -> list[tuple[str, str]]:
-    """(what, found) of the rollout engine. Raises ConfigError where the vLLM engine could not serve this run.
-
-    `runs_here` False: a cluster is to run it, so a vLLM that is not installed on this machine is said, not refused.
-    """
-    import json
-
-    from latent_grpo.rollout_workers.vllm_plugin import support
-
     if config.rollout.engine != "vllm":
-        return [("rollout engine", config.rollout.engine)]
+        return config.rollout.engine
     found = support.installed()
     if problem := support.argument_problem(config.rollout.vllm.engine_args):
         raise ConfigError(problem)
-    if found is None and not runs_here:
-        return [("rollout engine", "vllm; not installed on this machine: its version and the model were not checked")]
-    if problem := support.vllm_problem(found):
-        raise ConfigError(problem)
+    if found is None and elsewhere:
+        return "vllm; not installed on this machine: its version and the model were not checked"
+    if (problem := support.vllm_problem(found)) or found is None:
+        raise ConfigError(problem or "vllm is not installed")
     new, shape, note = config.model.new, None, ""
     if new is not None:
         name = NEW_ARCHITECTURES.get(new.architecture, new.architecture)
         shape = {"architectures": [name], "hidden_size": new.hidden_size, "num_attention_heads": new.num_heads}
-    elif (settings := Path(config.model.path) / "config.json").is_file():
+    elif (settings := Path(config.model.path or "") / "config.json").is_file():
         shape = json.loads(settings.read_text(encoding="utf-8"))
     else:
         note = "; the model is not a folder on this machine and was not checked"
     if shape is not None and (problem := support.model_problem(shape, found[0])):
         raise ConfigError(problem)
-    return [("rollout engine", f"vllm {found[1]}, {found[0]} build{note}")]
+    return f"vllm {found[1]}, {found[0]} build{note}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
 from latent_grpo.common.prompts import PromptRenderer
@@ -23,6 +24,10 @@ from latent_grpo.common.tasks.sources import (
 from latent_grpo.common.types import GroupRequest, NoiseMode, Problem, Purpose, SamplingSettings
 from latent_grpo.reward.answers import gold_is_parsable
 from latent_grpo.rollout_workers.verifiers import build_verifier
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
 
 TOO_LONG = "prompt over max_prompt_tokens"
 
@@ -45,7 +50,7 @@ class PreparedTask:
         dropped = describe_dropped(self.source.dropped)
         return f"{self.name}: {size}" + (f"; {dropped}" if dropped else "")
 
-    def prompt_ids(self, problem: Problem):
+    def prompt_ids(self, problem: Problem) -> np.ndarray:
         """int32 [P]. Raises TaskError for a generated problem that breaks the limit."""
         ids = self.renderer.encode(problem)
         limit = self.source.config.max_prompt_tokens
@@ -57,12 +62,11 @@ class PreparedTask:
         return ids
 
 
-def prepare_task(task: TaskConfig, config: RunConfig, tokenizer, *, whole: bool = False) -> PreparedTask:
-    """Loads a task and drops, with a count, what cannot be asked: empty, ungradable, too long.
+def prepare_task(source: TaskSource, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedTask:
+    """The task with prompts of this tokenizer; a stored task's prompts that are too long are dropped and counted.
 
-    Raises TaskError when nothing is left, and for a `whole` one (an evaluation's) where a row cannot be graded.
+    Raises TaskError when nothing is left.
     """
-    source = read_task(task, config, whole=whole)
     renderer = PromptRenderer(tokenizer, source.config.prompt or config.model.prompt)
     if isinstance(source, StoredTask):
         limit, longest = source.config.max_prompt_tokens, 0
@@ -78,8 +82,17 @@ def prepare_task(task: TaskConfig, config: RunConfig, tokenizer, *, whole: bool 
     return PreparedTask(source, renderer, source.config.max_prompt_tokens)
 
 
+def is_generated(task: TaskConfig) -> bool:
+    """Whether a program makes the task's problems, so that no file has to be there."""
+    return task.path is not None and task.path.startswith("builtin:")
+
+
 def read_task(task: TaskConfig, config: RunConfig, *, whole: bool = False) -> TaskSource:
-    """The problems of :func:`prepare_task` before any is too long for a tokenizer, which is not needed here."""
+    """Loads a task and drops, with a count, the rows that are empty or that its verifier cannot grade.
+
+    `whole`: the task is an evaluation's and must not lack a row. Raises TaskError when nothing is left, and for a
+    `whole` task that never ends or that has rows of these kinds.
+    """
     verifier = build_verifier(config, with_benchmark_defaults(task).verifier)
     source = load_task(task, config.seed, lambda gold: gold_is_parsable(verifier, gold))
     if whole:
@@ -105,17 +118,45 @@ def _check_whole(source: TaskSource) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The problems of a run as its files and generators have them, before any tokenizer has seen them."""
+
+    training: list[TaskSource]
+    evaluation: list[TaskSource]  # the same list as `training` for an evaluation alone, whose files are read once
+
+    @classmethod
+    def read(cls, config: RunConfig, *, stored: bool = True) -> Sources:
+        """Reads every task once; without `stored` only the generated ones. Raises TaskError."""
+        wanted = [task for task in config.evaluation.tasks if stored or is_generated(task)]
+        evaluation = [read_task(task, config, whole=True) for task in wanted]
+        if config.tasks == config.evaluation.tasks:
+            return cls(evaluation, evaluation)
+        return cls([read_task(task, config) for task in config.tasks if stored or is_generated(task)], evaluation)
+
+    def prepared(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tasks:
+        """The tasks with prompts of this tokenizer. Raises TaskError."""
+        evaluation = [prepare_task(source, config, tokenizer) for source in self.evaluation]
+        if self.training is self.evaluation:
+            return Tasks(evaluation, evaluation)
+        return Tasks([prepare_task(source, config, tokenizer) for source in self.training], evaluation)
+
+
+class Tasks(NamedTuple):
+    """:class:`Sources` with their prompts."""
+
+    training: list[PreparedTask]
+    evaluation: list[PreparedTask]
+
+
 class Problems:
     """The run's prompts: the endless training order and the evaluation sets."""
 
-    def __init__(self, config: RunConfig, tokenizer) -> None:
+    def __init__(self, config: RunConfig, tasks: Tasks) -> None:
         self.config = config
-        self.evaluation = [prepare_task(task, config, tokenizer, whole=True) for task in config.evaluation.tasks]
-        if config.tasks == config.evaluation.tasks:  # an evaluation alone: its files are read once
-            self.training = self.evaluation
-        else:
-            self.training = [prepare_task(task, config, tokenizer) for task in config.tasks]
-        self._stream = PromptStream([t.source for t in self.training], [t.weight for t in config.tasks], config.seed)
+        self.training, self.evaluation = tasks
+        weights = [task.source.config.weight for task in self.training]
+        self._stream = PromptStream([task.source for task in self.training], weights, config.seed)
 
     @property
     def summaries(self) -> list[str]:
@@ -145,11 +186,6 @@ class Problems:
             uid=f"{purpose}/{ordinal}/{draw.problem.uid}",
             epoch=draw.epoch,
         )
-
-    def evaluation_requests(self, tag: str) -> Iterator[GroupRequest]:
-        """Every problem of every evaluation task, `evaluation.runs` samples each; `tag` keeps evaluations apart."""
-        for task in self.evaluation:
-            yield from evaluation_requests(self.config, task, self.config.evaluation.runs, tag)
 
 
 def evaluation_requests(
@@ -216,7 +252,7 @@ def sampling_settings(config: RunConfig, max_tokens: int, noise: NoiseMode | Non
         top_k=config.top_k,
         k=config.k,
         tau=config.tau,
-        noise_mode=noise or config.noise.mode,
+        noise_mode=noise or config.objective.noise_mode,
         noise_scale=config.noise.scale,
     )
 

@@ -63,14 +63,14 @@ def ray_session(config: RunConfig, services: Services = "both") -> Iterator[None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     temporary = None
     if address:
-        ray.init(address=address, logging_level="warning")
+        ray.init(address=address, logging_level=logging.WARNING)
     else:
         temporary = tempfile.mkdtemp(prefix="lg-")  # short: Unix socket paths end at 107 bytes
         ray.init(
             address="local",  # never a Ray that somebody else has left on this machine
             include_dashboard=False,
             object_store_memory=LOCAL_STORE_BYTES,
-            logging_level="warning",
+            logging_level=logging.WARNING,
             _temp_dir=temporary,
         )
     try:

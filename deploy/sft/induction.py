@@ -1,4 +1,4 @@
-"""The loop of Latent-SFT's stage 1 (METHOD §7b): encoder, decoder, both. Stage 2 (`deploy.sft.loop`) then uses its labels.
+"""The loop of Latent-SFT's stage 1 (METHOD §7b): encoder, decoder, both. Stage 2 (`deploy.sft.loop`) uses its labels.
 
 initial model ─► encoder learns ─► decoder learns ─► both learn ─► stage 2 begins from the decoder,
                                                                    its soft labels come from the encoder
@@ -7,34 +7,21 @@ initial model ─► encoder learns ─► decoder learns ─► both learn ─�
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
-from latent_grpo.common.config import InductionConfig
 from latent_grpo.common.files import save_whole
-from latent_grpo.common.interrupts import Interrupted, awaited, check_interrupt, deferred_interrupts, settled
-from latent_grpo.common.types import Problem
-from latent_grpo.deploy.run.problems import PreparedTask
+from latent_grpo.common.interrupts import deferred_interrupts
 from latent_grpo.deploy.run.session import Run
+from latent_grpo.deploy.run.sft_data import SFTData
+from latent_grpo.deploy.run.stepping import LearnerSteps
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.sft.induction import DECODER, PHASES, Phase
 from latent_grpo.learner.sft.induction_learner import InductionLearner
-from latent_grpo.learner.sft.rows import SFTRow
 
 JUDGED = 256  # held-out rows at the end of a step
 
 
-class Rows(Protocol):
-    """What is learned from: `deploy.sft.loop.SFTData`."""
-
-    held_out: list[tuple[PreparedTask, Problem]]
-    row: Callable[[PreparedTask, Problem], SFTRow]
-
-    def rows(self, step: int, count: int) -> list[SFTRow]: ...
-
-
-def induce(run: Run, data: Rows) -> Path:
+def induce(run: Run, data: SFTData) -> Path:
     """The decoder's folder, with the encoder's beside it.
 
     What a stopped run has finished stays; within a step it goes on from the last state (`checkpoint.every`).
@@ -56,46 +43,35 @@ def induce(run: Run, data: Rows) -> Path:
     return Path(model)
 
 
-def _learn(run: Run, data: Rows, learner: InductionLearner, phase: Phase, number: int) -> None:
-    settings: InductionConfig = run.config.warm_start.induction
+def _learn(run: Run, data: SFTData, learner: InductionLearner, phase: Phase, number: int) -> None:
+    settings, name = run.config.latent_sft.induction, f"stage 1, {phase},"
     total, states = getattr(settings, f"{phase}_steps"), run.folder.induction / f"{phase}-states"
-    done, every, kind = _restored(run, learner, states, phase), run.config.checkpoint.every, f"induction_{phase}"
+    every, kind = run.config.checkpoint.every, f"induction_{phase}"
     # each step of stage 1 reads on where the one before it stopped
     first = sum(getattr(settings, f"{earlier}_steps") for earlier in PHASES[: number - 1])
-    saved, running = done, False
 
-    def trained(values: dict[str, float]) -> None:
-        nonlocal running, done
-        running, done = False, done + 1
+    def record(done: int, values: dict[str, float]) -> None:
         run.metrics.write(done, values, kind=kind, lineage=run.lineage)
 
-    try:
-        with deferred_interrupts(), run.reporter.phase(f"stage 1, {phase}", total) as advance:
-            advance(done)
-            while done < total:
-                check_interrupt()
-                learner.start_step(data.rows(first + done, settings.batch_size), done, total)
-                running = True
-                values = awaited(learner)
-                trained(values)
-                advance(done, f"answer loss {values['answer_loss']:.3f}")
-                if every and done % every == 0 and done < total:
-                    saved = _keep(run, learner, states, done)
-    except Interrupted:
-        if running and (values := settled(learner)) is not None:
-            trained(values)
-        if not running and done != saved:
-            saved = _keep(run, learner, states, done)
-        kept = f"; the state of stage 1, {phase}, step {saved} is complete" if saved else ""
-        run.reporter.say(f"interrupted{kept}")
-        raise
+    def keep(done: int) -> None:
+        write_checkpoint(states, done, lambda folder: learner.save(folder / "learner"), {}, run.config.checkpoint.keep)
+
+    steps = LearnerSteps(learner, _restored(run, learner, states, phase), record, keep)
+    with steps.interruptible(name, run.reporter), run.reporter.phase(f"stage 1, {phase}", total) as advance:
+        advance(steps.done)
+        while steps.done < total:
+            steps.start(data.rows(first + steps.done, settings.batch_size), steps.done, total)
+            values = steps.finish()
+            advance(steps.done, f"answer loss {values['answer_loss']:.3f}")
+            if every and steps.done % every == 0 and steps.done < total:
+                steps.keep()
 
 
-def _judge(run: Run, data: Rows, learner: InductionLearner, phase: Phase) -> None:
+def _judge(run: Run, data: SFTData, learner: InductionLearner, phase: Phase) -> None:
     """Says how well the decoder answers held-out problems from their own induced latents, and from other problems'."""
     rows = [data.row(task, problem) for task, problem in data.held_out[:JUDGED]]
     own, shuffled = (learner.judge(rows, shuffled=s)["answer_loss"] for s in (False, True))
-    done, kind = getattr(run.config.warm_start.induction, f"{phase}_steps"), f"induction_{phase}_held_out"
+    done, kind = getattr(run.config.latent_sft.induction, f"{phase}_steps"), f"induction_{phase}_held_out"
     run.metrics.write(done, {"answer_loss": own, "shuffled": shuffled}, kind=kind, lineage=run.lineage)
     run.reporter.say(
         f"stage 1, {phase}: held-out answer loss {own:.3f} from induced latents, {shuffled:.3f} from other problems'"
@@ -112,8 +88,3 @@ def _restored(run: Run, learner: InductionLearner, states: Path, phase: Phase) -
     learner.load(checkpoint.path / "learner")
     run.reporter.say(f"stage 1, {phase}, goes on from step {checkpoint.step}, lineage {run.lineage}")
     return checkpoint.step
-
-
-def _keep(run: Run, learner: InductionLearner, states: Path, step: int) -> int:
-    write_checkpoint(states, step, lambda folder: learner.save(folder / "learner"), {}, run.config.checkpoint.keep)
-    return step

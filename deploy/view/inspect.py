@@ -3,7 +3,7 @@
 Without a filter: the run and its steps. With filters: the trajectories that match. One match, or `--show N`: that
 trajectory in full, thought by thought, with its group beside it. `--diff A B`: one problem at two policy versions.
 
-Model text is hostile: it is shown through :func:`deploy.view.terminal_text.visible` and as rich `Text`, never as markup.
+Model text is hostile: it is shown through `visible` (`deploy.view.terminal_text`) and as rich `Text`, never as markup.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +28,14 @@ from latent_grpo.deploy.view.thoughts import (
     row_json,
     run_tokens,
 )
-from latent_grpo.deploy.view.trajectory import _form, _mark, _say_left_out, component_weighting, in_full, print_json
+from latent_grpo.deploy.view.trajectory import (
+    _form,
+    _mark,
+    _say_left_out,
+    component_weighting,
+    print_json,
+    show_trajectory,
+)
 
 OVERVIEW_ROWS = 40
 OVERVIEW = (
@@ -54,6 +61,7 @@ def inspect(
     console: Console,
 ) -> None:
     """Prints what was asked for. `machine`: JSON instead. Raises InspectionError and DumpError."""
+    shown: Any  # an object of JSON for a machine, else what rich prints
     if not filters.choosing and show is None and filters.sort == "step":
         shown = overview_json(run) if machine else overview(run)
     else:
@@ -80,7 +88,7 @@ def _chosen(run: RunView, filters: Filters, show: int | None, limit: int, max_th
     if machine:
         return as_json(thoughts, tokens, weighting) | {"group": [row_json(r) for r in run.group(row)]}
     siblings = load(run, run.group(row))
-    return in_full(thoughts, siblings, tokens, weighting, max_thoughts)
+    return show_trajectory(thoughts, siblings, tokens, weighting, max_thoughts)
 
 
 # --- overview ------------------------------------------------------------------------------------------------------
@@ -137,13 +145,13 @@ def overview_json(run: RunView) -> dict[str, Any]:
         "run": run.folder.name,
         "facts": dict(facts(run)),
         "summary": run.summary,
-        "manifest": run.manifest,
+        "manifest": {} if run.manifest is None else run.manifest.model_dump(mode="json", exclude_unset=True),
         "alarms": [dataclasses.asdict(a) for a in run.alarms],
         "steps": overview_steps(run),
     }
 
 
-def _spread(items: list, count: int) -> list:
+def _spread(items: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """At most `count` of them, evenly spaced, first and last included."""
     if len(items) <= count:
         return items
@@ -158,13 +166,13 @@ def listing(run: RunView, rows: Sequence[Row], total: int) -> RenderableType:
     table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
     learned = any(row.outcome for row in rows)
     for name in ("#", "step", "problem", "sample", "", "parsed", "gold", "length"):
-        side = "left" if name in ("problem", "") else "right"
+        side: JustifyMethod = "left" if name in ("problem", "") else "right"
         table.add_column(name, justify=side, no_wrap=name != "problem", overflow="fold")
     if learned:
         table.add_column("A", justify="right", no_wrap=True)
         table.add_column("learner", overflow="fold")
     for number, row in enumerate(rows, start=1):
-        cells = [
+        cells: list[RenderableType] = [
             str(number),
             f"{row.step}" if row.purpose == "training" else f"{row.step} {row.purpose}",
             Text(visible(row.problem_uid)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from latent_grpo.deploy.run.manifest_schema import DataFacts, FileFacts, HardwareFacts
 from latent_grpo.deploy.view.run_view import RunView
 
 
@@ -34,33 +35,31 @@ def facts(run: RunView) -> list[tuple[str, str]]:
 
 
 def _made_with(run: RunView) -> list[tuple[str, str]]:
-    if not run.manifest:
+    if run.manifest is None:
         return [
             ("started", str(run.identity.get("started", "unknown"))),
             ("versions", _versions(run.identity.get("versions", {}))),
             ("manifest", run.manifest_missing),
         ]
-    manifest, newest = run.manifest, run.manifest["lineages"][-1]
-    program, hardware = newest["program"], newest["hardware"]
-    commit = program["commit"] or "unknown commit"
-    models = (
-        f"{name}: {_short(run, facts['source'])} ({_digest(facts['files'])})"
-        for name, facts in manifest["model"].items()
-    )
-    data = (f"{d['task']} ({d['use']}, {d['source']}{_fingerprint(d)})" for d in manifest["data"])
+    manifest = run.manifest
+    newest = manifest.lineages[-1]
+    program = newest.program
+    commit = program.commit or "unknown commit"
+    models = (f"{name}: {_short(run, m.source)} ({_digest(m.files)})" for name, m in manifest.model.items())
+    data = (f"{d.task} ({d.use}, {d.source}{_fingerprint(d)})" for d in manifest.data)
     return [
-        ("seeds", ", ".join(f"{name} {seed}" for name, seed in manifest["seeds"].items() if seed is not None)),
+        ("seeds", ", ".join(f"{name} {seed}" for name, seed in manifest.seeds if seed is not None)),
         ("data", "; ".join(data)),
         ("models", "; ".join(models)),
         (
             "program",
-            f"{program['version']}, {commit}" + (", with changes" if program["changed_since_commit"] else ""),
+            f"{program.version}, {commit}" + (", with changes" if program.changed_since_commit else ""),
         ),
-        ("sources", f"{program['sources']}; grader {manifest['grader']['sources']}"),
-        ("command", newest["command"]),
-        ("started", "; ".join(f"lineage {e['lineage']} {e['started']}" for e in manifest["lineages"])),
-        ("hardware", _hardware(hardware)),
-        ("versions", _versions(newest["versions"])),
+        ("sources", f"{program.sources}; grader {manifest.grader.sources}"),
+        ("command", newest.command),
+        ("started", "; ".join(f"lineage {e.lineage} {e.started}" for e in manifest.lineages)),
+        ("hardware", _hardware(newest.hardware)),
+        ("versions", _versions(newest.versions)),
     ]
 
 
@@ -74,18 +73,18 @@ def _versions(versions: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
 
-def _digest(files: dict[str, Any]) -> str:
+def _digest(files: dict[str, FileFacts]) -> str:
     """The weights' hashes, which are what tells two models apart."""
     weights = {name: facts for name, facts in files.items() if name.endswith((".safetensors", ".bin"))}
-    return ", ".join(f"{name} {facts['xxh3_128']}" for name, facts in weights.items()) or f"{len(files)} files"
+    return ", ".join(f"{name} {facts.xxh3_128}" for name, facts in weights.items()) or f"{len(files)} files"
 
 
-def _fingerprint(data: dict[str, Any]) -> str:
-    found = data.get("xxh3_128") or data.get("problems_xxh3_128")
+def _fingerprint(data: DataFacts) -> str:
+    found = data.xxh3_128 or data.problems_xxh3_128
     return f", {found}" if found else ""
 
 
-def _hardware(hardware: dict[str, Any]) -> str:
-    gpus = ", ".join(hardware["gpus"]) or "no GPU"
-    memory = f"{hardware['memory_bytes'] / 2**30:.0f} GiB"
-    return f"{hardware['host']}: {hardware['cpus']} x {hardware['cpu']}, {memory}, {gpus}; {hardware['system']}"
+def _hardware(machine: HardwareFacts) -> str:
+    gpus = ", ".join(machine.gpus) or "no GPU"
+    memory = f"{machine.memory_bytes / 2**30:.0f} GiB"
+    return f"{machine.host}: {machine.cpus} x {machine.cpu}, {memory}, {gpus}; {machine.system}"

@@ -28,7 +28,8 @@ from latent_grpo.common.store import (
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.health import Alarm, read_alarms
 from latent_grpo.deploy.run.manifest import ManifestError, read_manifest
-from latent_grpo.deploy.view.selection import Filters, InspectionError, Row, exact_first, no_match, ordered
+from latent_grpo.deploy.run.manifest_schema import RunManifest
+from latent_grpo.deploy.view.selection import Filters, InspectionError, Row, exact_matches_first, no_match, ordered
 
 
 @dataclass
@@ -88,13 +89,13 @@ class RunView:
         return f"unfinished: {self.done_steps} of {self.wanted_steps} steps recorded so far"
 
     @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """What the run was made with; empty for a run that has none (`manifest_missing` then says why)."""
+    def manifest(self) -> RunManifest | None:
+        """What the run was made with; None for a run that has none (`manifest_missing` then says why)."""
         try:
             return read_manifest(self.folder.path)
         except ManifestError as error:
             self.manifest_missing = str(error)
-            return {}
+            return None
 
     # --- dumps -----------------------------------------------------------------------------------------------------
 
@@ -147,9 +148,9 @@ class RunView:
                 failures.append(error)
         if failures and not every:
             raise failures[0]
-        for error in failures:
-            self.leave_out(error)
-        chosen = exact_first([row for row in every if filters.accepts(row)], filters)
+        for failure in failures:
+            self.leave_out(failure)
+        chosen = exact_matches_first([row for row in every if filters.accepts(row)], filters)
         if not chosen:
             raise InspectionError(no_match(filters, every))
         return ordered(chosen, filters.sort)
@@ -217,7 +218,7 @@ _COLUMNS = {
 _LEARNER_COLUMNS = {"outcome": "outcome", "reason": "why", "advantage": "advantage"}
 
 
-def _learner_columns(path: Path, keys: list[tuple[str, int]]) -> dict[str, list]:
+def _learner_columns(path: Path, keys: list[tuple[str, int]]) -> dict[str, list[Any]]:
     table = read_columns(path, ["group_uid", "sample_index", *_LEARNER_COLUMNS], LearnerStore)
     found = zip(table["group_uid"].to_pylist(), table["sample_index"].to_pylist(), strict=True)
     place = {key: row for row, key in enumerate(found)}

@@ -140,7 +140,7 @@ def parse_steps(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
     return tuple(spans)
 
 
-def exact_first(rows: list[Row], filters: Filters) -> list[Row]:
+def exact_matches_first(rows: list[Row], filters: Filters) -> list[Row]:
     """Where a name was given in full (`sums/1`), only that one, and not those that contain it (`sums/10`)."""
     for wanted, name in ((filters.problem, "problem_uid"), (filters.group, "group_uid"), (filters.task, "task")):
         exact = [row for row in rows if getattr(row, name) == wanted]

@@ -43,7 +43,7 @@ class TokenTexts:
     def _text(self, token: int) -> str:
         if self._tokenizer is None:
             return f"#{token}"
-        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        text: str | None = self._tokenizer.decode([token], skip_special_tokens=False)
         if not text or "\ufffd" in text:  # a part of a character, or nothing by itself: the vocabulary's own spelling
             text = self._tokenizer.id_to_token(token)
         return f"#{token}" if text is None else text
@@ -86,7 +86,6 @@ class Thoughts:
     weights: np.ndarray  # [L, K] float32: softmax(scores / tau), what was mixed
     noise: np.ndarray  # [L, K] float32: score - log p, the noise as it was added
     entropy: np.ndarray  # [L] of the weights, in nats
-    mass: np.ndarray  # [L] probability of the K tokens together, before noise
 
     @property
     def width(self) -> np.ndarray:
@@ -164,7 +163,6 @@ def _thoughts(row: Row, trajectory: Trajectory, record: LearnerRecord | None) ->
         weights=weights,
         noise=scores - log_probs,
         entropy=-terms.sum(-1),
-        mass=np.exp(log_probs).sum(-1),
     )
 
 
@@ -195,7 +193,7 @@ def drawn_noise(thoughts: Thoughts) -> np.ndarray | None:
     """
     import torch
 
-    from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW, gumbel_noise, trajectory_key
+    from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW, gumbel_noise, noise_version, trajectory_key
 
     t = thoughts.trajectory
     if t.sampling.noise_mode == "off" or not len(t.latent_ids):
@@ -206,7 +204,7 @@ def drawn_noise(thoughts: Thoughts) -> np.ndarray | None:
         problem_uid=t.problem_uid,
         epoch=t.epoch,
         sample_index=t.sample_index,
-        policy_version=0 if t.purpose == "evaluation" else t.policy_version_min,
+        policy_version=noise_version(t.purpose, t.policy_version_min),
     )
     steps = torch.arange(len(t.latent_ids))
     draws = gumbel_noise(torch.full_like(steps, key), steps, torch.from_numpy(t.latent_ids.astype(np.int64)))
@@ -234,7 +232,7 @@ def as_json(thoughts: Thoughts, tokens: TokenTexts, component_weighting: str) ->
             }
         else:
             step |= {"token": tokens[t.hard_ids[i - latent]], "id": int(t.hard_ids[i - latent])}
-        if thoughts.taught:
+        if record is not None and thoughts.taught:
             step |= {
                 "old_log_prob": _number(record.old_log_probs[i]),
                 "new_log_prob": _number(record.new_log_probs[i]),

@@ -57,7 +57,7 @@ def _mark(row: Row) -> Text:
     return Text("✓ correct", style="green") if row.correct else Text(f"✗ {visible(row.grade_reason)}", style="red")
 
 
-def in_full(
+def show_trajectory(
     thoughts: Thoughts, siblings: Sequence[Thoughts], tokens: TokenTexts, weighting: str, max_thoughts: int
 ) -> RenderableType:
     t, row = thoughts.trajectory, thoughts.row
@@ -144,9 +144,9 @@ def _component(thoughts: Thoughts, tokens: TokenTexts, step: int, k: int) -> tup
 
 def _step_figures(thoughts: Thoughts, behaviour: np.ndarray, step: int) -> list[str]:
     """Lines: log pi at the rollout and in the learner, and what the learner did with the step."""
-    if not thoughts.taught:
-        return [f"log π {behaviour[step]:.3f}"]
     r, clip = thoughts.record, thoughts.clip(step)
+    if r is None or not thoughts.taught:
+        return [f"log π {behaviour[step]:.3f}"]
     lines = [
         f"log π {behaviour[step]:.3f} at the rollout",
         f"learner {r.old_log_probs[step]:.3f} → {r.new_log_probs[step]:.3f}",

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from torch.utils.checkpoint import checkpoint
 from latent_grpo.common.latent import mix_embeddings
 from latent_grpo.learner.policy import checkpoint_layers
 from latent_grpo.learner.sft.soft_labels import Chain, chain_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Phase = Literal["encoder", "decoder", "union"]
 PHASES: tuple[Phase, ...] = ("encoder", "decoder", "union")
@@ -69,14 +72,14 @@ class Layout(NamedTuple):
 
 def encoder_layout(prompt: np.ndarray, cot: np.ndarray, c: int, slot_id: int) -> Layout:
     """Prompt, then the chain with a slot after every c tokens and after what is left (induction mask)."""
-    start, ids, positions, slots = len(prompt), list(prompt), list(range(len(prompt))), [False] * len(prompt)
+    start, ids, positions, is_slot = len(prompt), list(prompt), list(range(len(prompt))), [False] * len(prompt)
     for first in range(0, len(cot), c):
         segment = cot[first : first + c]
         ids += [*segment, slot_id]
         # a slot is no text: it does not move what follows it
         positions += range(start + first, start + first + len(segment) + 1)
-        slots += [False] * len(segment) + [True]
-    slots = np.array(slots)
+        is_slot += [False] * len(segment) + [True]
+    slots = np.array(is_slot)
     visible = np.tril(np.ones((len(ids), len(ids)), dtype=bool)) & ~slots[None, :]
     np.fill_diagonal(visible, True)
     nothing = np.zeros(len(ids), dtype=bool)
@@ -86,19 +89,19 @@ def encoder_layout(prompt: np.ndarray, cot: np.ndarray, c: int, slot_id: int) ->
 def decoder_layout(prompt: np.ndarray, cot: np.ndarray, hard: np.ndarray, c: int, slot_id: int) -> Layout:
     """Prompt; slot 1, segment 2, slot 2, segment 3, ...; end of thinking and answer (supervision mask)."""
     start, steps = len(prompt), chain_length(len(cot), c)
-    ids, positions, part = list(prompt), list(range(start)), [0] * start  # part 0: prompt; i: text after slot i
-    slots, answer = [False] * start, steps + 1
+    ids, positions, parts = list(prompt), list(range(start)), [0] * start  # part 0: prompt; i: text after slot i
+    is_slot, answer = [False] * start, steps + 1
     for step in range(1, steps + 1):
         segment = cot[step * c : (step + 1) * c]
         ids += [slot_id, *segment]
         positions += range(start + step - 1, start + step + len(segment))
-        part += [step] * (1 + len(segment))
-        slots += [True] + [False] * len(segment)
+        parts += [step] * (1 + len(segment))
+        is_slot += [True] + [False] * len(segment)
     ids += list(hard)
     positions += range(start + steps, start + steps + len(hard))
-    part += [answer] * len(hard)
-    slots += [False] * len(hard)
-    part, slots = np.array(part), np.array(slots)
+    parts += [answer] * len(hard)
+    is_slot += [False] * len(hard)
+    part, slots = np.array(parts), np.array(is_slot)
     same, prompt_column, slot_column = part[:, None] == part[None, :], part[None, :] == 0, slots[None, :]
     whole = slots | (part == answer) | (part == 0)  # rows that see the prompt, and every slot before them
     causal = np.tril(np.ones((len(ids), len(ids)), dtype=bool))
@@ -144,10 +147,17 @@ class InductionBatch:
 class Example(Protocol):
     """A row of Latent-SFT (`learner.sft.module.SFTRow`)."""
 
-    prompt_ids: np.ndarray  # [P] int64
-    cot_ids: np.ndarray  # [N] int64
-    chain: Chain  # uniform labels
-    hard_ids: np.ndarray  # [H] int64
+    @property
+    def prompt_ids(self) -> np.ndarray: ...  # [P] int64
+
+    @property
+    def cot_ids(self) -> np.ndarray: ...  # [N] int64
+
+    @property
+    def chain(self) -> Chain: ...  # uniform labels
+
+    @property
+    def hard_ids(self) -> np.ndarray: ...  # [H] int64
 
 
 def collate(
@@ -224,7 +234,9 @@ class Encoder(nn.Module):
     The projection on the vocabulary is the model's own output layer (of a model with tied embeddings: its embeddings).
     """
 
-    def __init__(self, model: nn.Module, *, k: int, allowed: torch.Tensor | np.ndarray, chunk_tokens: int = 2048):
+    allowed: torch.Tensor  # [V] bool
+
+    def __init__(self, model: PreTrainedModel, *, k: int, allowed: torch.Tensor | np.ndarray, chunk_tokens: int = 2048):
         super().__init__()
         self.model, self.k, self.chunk_tokens = model, k, chunk_tokens
         self.register_buffer("allowed", torch.as_tensor(allowed, dtype=torch.bool).clone(), persistent=False)
@@ -243,7 +255,9 @@ class Encoder(nn.Module):
         ids, weights, anchors = zip(*pieces, strict=True)
         return Mixtures(torch.cat(ids), torch.cat(weights), torch.stack(anchors).sum())
 
-    def _mixtures(self, head: nn.Module, states: torch.Tensor, *anchor: torch.Tensor):
+    def _mixtures(
+        self, head: nn.Module, states: torch.Tensor, *anchor: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = head(states).float().masked_fill(~self.allowed, -torch.inf)
         values, ids = logits.topk(self.k, dim=-1)
         distance = values.new_zeros(())
@@ -259,8 +273,8 @@ class InductionModule(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        decoder: nn.Module,
+        encoder: PreTrainedModel,
+        decoder: PreTrainedModel,
         *,
         k: int,
         phase: Phase,
@@ -278,7 +292,7 @@ class InductionModule(nn.Module):
         self.chunk_tokens = chunk_tokens
         encoder.requires_grad_(phase != "decoder")
         decoder.requires_grad_(phase != "encoder")
-        decoder.get_input_embeddings().weight.requires_grad_(False)
+        decoder.get_input_embeddings().requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> InductionModule:
@@ -331,7 +345,7 @@ class InducedChains:
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: PreTrainedModel,
         *,
         c: int,
         k: int,
@@ -341,8 +355,8 @@ class InducedChains:
         device: torch.device | str = "cpu",
         tokens_at_once: int = 16384,
     ):
-        model = encoder.requires_grad_(False)
-        self._encoder = Encoder(model, k=k, allowed=label_ids(allowed, latent_end_id)).eval().to(device)
+        encoder.requires_grad_(False)
+        self._encoder = Encoder(encoder, k=k, allowed=label_ids(allowed, latent_end_id)).eval().to(device)
         self._c, self._slot_id, self._pad_id = c, latent_end_id, pad_id
         self._device, self._tokens_at_once = device, tokens_at_once
 

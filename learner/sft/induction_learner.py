@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -29,6 +30,9 @@ from latent_grpo.learner.sft.induction import (
 from latent_grpo.learner.sft.learner import SFTPiece, plan_rows
 from latent_grpo.learner.sft.rows import SFTRow
 from latent_grpo.learner.zero_engine import learning_rate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,30 +70,28 @@ class InductionRank(RankActor):
 
     phase: Phase
 
-    def build(self, model: nn.Module) -> tuple[nn.Module, OptimizerConfig]:
-        from latent_grpo.common.models import load_tokenizer
-        from latent_grpo.common.prompts import resolve_tokens
+    def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
+        from latent_grpo.common.prompts import read_tokens
 
         config = self.config
-        rows = model.get_output_embeddings().weight.shape[0]
-        facts = resolve_tokens(load_tokenizer(self.model_folder), rows, config.latent, config.model.prompt.think_end)
-        self.pad_id, self.slot_id = facts.pad_id, facts.latent_end_id
+        _, facts = read_tokens(config, self.model_folder)
+        self.pad_id, self.slot_id = facts.pad_id, facts.latent_end
         module = InductionModule(
             load_policy_model(encoder_beside(self.model_folder)),
             model,
             k=config.k,
             phase=self.phase,
-            allowed=label_ids(np.asarray(facts.allowed), facts.latent_end_id),
+            allowed=label_ids(np.asarray(facts.allowed), facts.latent_end),
             chunk_tokens=config.learner.logprob_chunk_tokens,
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
-        return module, config.warm_start.induction.optimizer
+        return module, config.latent_sft.induction.optimizer
 
     def train_step(self, rows: list[SFTRow], step: int, total_steps: int) -> InductionReport:
         """One update on `rows` (the whole step's, on every rank)."""
         started = time.perf_counter()
-        settings = self.config.warm_start.induction
-        counts = counts_of(rows, self.config.warm_start.compression)
+        settings = self.config.latent_sft.induction
+        counts = counts_of(rows, self.config.latent_sft.compression)
         anchor = settings.anchor if self.phase == "encoder" else 0.0
         sums = np.zeros(3)
         for parts, piece in self._parts(rows):
@@ -106,12 +108,12 @@ class InductionRank(RankActor):
         started, sums = time.perf_counter(), np.zeros(3)
         for parts, piece in self._parts(rows, shuffled):
             sums += _sums(parts) * float(piece.counts)
-        counts = counts_of(rows, self.config.warm_start.compression)
+        counts = counts_of(rows, self.config.latent_sft.compression)
         return self._report(sums, counts, started, grad_norm=0.0, applied=True)
 
-    def _parts(self, rows: list[SFTRow], shuffled: bool = False):
+    def _parts(self, rows: list[SFTRow], shuffled: bool = False) -> Iterator[tuple[InductionParts, SFTPiece]]:
         """(loss parts, piece) of every micro-batch of this rank; all ranks make equally many calls (ZeRO-3)."""
-        c, learner = self.config.warm_start.compression, self.config.learner
+        c, learner = self.config.latent_sft.compression, self.config.learner
         # both sides: the chain's text and its slots, and the visible part
         plan = plan_rows(
             [len(r.prompt_ids) + len(r.cot_ids) + len(r.chain.ids) + len(r.hard_ids) for r in rows],
@@ -122,18 +124,22 @@ class InductionRank(RankActor):
             piece: SFTPiece = column[self.rank]
             each = [counts_of([rows[i] for i in p.rows], c) for p in column]
             chunk = learner.logprob_chunk_tokens
-            calls = tuple(max(-(-getattr(n, name) // chunk) for n in each) for name in ("text", "answer", "slots"))
+            text, answer, slots = (
+                max(-(-getattr(n, name) // chunk) for n in each) for name in ("text", "answer", "slots")
+            )
             batch = collate(
                 [rows[i] for i in piece.rows],
                 c=c,
                 slot_id=self.slot_id,
                 pad_id=self.pad_id,
-                calls=calls,
+                calls=(text, answer, slots),
                 shuffled=shuffled,
             )
             yield self.engine.forward(batch.to(self.device)), piece
 
-    def _report(self, sums: np.ndarray, counts: Counts, started: float, grad_norm: float, applied: bool):
+    def _report(
+        self, sums: np.ndarray, counts: Counts, started: float, grad_norm: float, applied: bool
+    ) -> InductionReport:
         text, answer, anchor = sums / np.maximum([counts.text, counts.answer, counts.slots], 1)
         return InductionReport(
             text_loss=float(text),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -21,6 +22,9 @@ from latent_grpo.learner.sft.module import Calls, LatentSFTModule, collate, comb
 from latent_grpo.learner.sft.rows import SFTRow
 from latent_grpo.learner.sft.soft_labels import ChainSource
 from latent_grpo.learner.zero_engine import learning_rate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,7 @@ def least_calls(
 ) -> list[Calls]:
     """For each micro-batch, the calls of the output layer that all ranks make in it."""
 
-    def most(pieces: Sequence[SFTPiece], size) -> int:
+    def most(pieces: Sequence[SFTPiece], size: Callable[[SFTRow], int]) -> int:
         return max(-(-sum(size(rows[i]) for i in piece.rows) // chunk_tokens) for piece in pieces)
 
     return [
@@ -81,13 +85,11 @@ def least_calls(
 
 
 class SFTRank(RankActor):
-    def build(self, model: nn.Module) -> tuple[nn.Module, OptimizerConfig]:
-        from latent_grpo.common.models import load_tokenizer
-        from latent_grpo.common.prompts import resolve_tokens
+    def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
+        from latent_grpo.common.prompts import read_tokens
 
-        config, settings = self.config, self.config.warm_start
-        rows = model.get_output_embeddings().weight.shape[0]
-        facts = resolve_tokens(load_tokenizer(self.model_folder), rows, config.latent, config.model.prompt.think_end)
+        config, settings = self.config, self.config.latent_sft
+        _, facts = read_tokens(config, self.model_folder)
         self.pad_id = facts.pad_id
         self.labels = self._chain_source(facts)
         module = LatentSFTModule(
@@ -103,14 +105,14 @@ class SFTRank(RankActor):
 
     def _chain_source(self, facts: TokenFacts) -> ChainSource | None:
         """None: a row's own labels, which are the uniform ones."""
-        config, settings = self.config, self.config.warm_start
+        config, settings = self.config, self.config.latent_sft
         if settings.source == "uniform":
             return None
         return InducedChains(
             load_policy_model(encoder_beside(self.model_folder)),
             c=settings.compression,
             k=config.k,
-            latent_end_id=facts.latent_end_id,
+            latent_end_id=facts.latent_end,
             allowed=np.asarray(facts.allowed),
             pad_id=facts.pad_id,
             device=self.device,
@@ -126,7 +128,7 @@ class SFTRank(RankActor):
     def sft_step(self, rows: list[SFTRow], step: int) -> SFTReport:
         """One update on `rows` (the whole step's, on every rank)."""
         started = time.perf_counter()
-        config, settings = self.config, self.config.warm_start
+        config, settings = self.config, self.config.latent_sft
         plan = plan_rows([len(r) for r in rows], self.world, config.learner.tokens_per_microbatch)
         latent = sum(len(r.chain.ids) for r in rows)
         hard = sum(len(r.hard_ids) for r in rows)

@@ -1,7 +1,7 @@
 """METHOD §7: Latent-SFT, the initialisation that latent RL needs. Pure torch: no Ray, no DeepSpeed, no I/O.
 
-An explicit chain of thought becomes a chain of soft labels (`learner.sft.soft_labels`), a problem a row (:func:`make_row`),
-rows a batch (:func:`collate`), and :class:`LatentSFTModule` gives the sums of its loss::
+An explicit chain of thought becomes a chain of soft labels (`learner.sft.soft_labels`), a problem a row
+(`learner.sft.rows`), rows a batch (:func:`collate`), and :class:`LatentSFTModule` gives the sums of its loss::
 
     prompt ids ... <think> | q_1 q_2 ... q_L | </think> \\boxed{7} <eos>
         inputs only          KL(q || p)        cross-entropy
@@ -11,9 +11,9 @@ Every random choice (perturbation, self-feeding) is a function of a row's key, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from latent_grpo.common.latent import greedy_mixture, mix_embeddings, sample_mix
 from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW, gumbel_noise, trajectory_key
 from latent_grpo.learner.policy import checkpoint_layers
 from latent_grpo.learner.sft.rows import SFTRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SELF_FEEDING_TOP_P = 0.95  # the rollout's nucleus (METHOD §2.1)
 
@@ -63,8 +66,8 @@ class SFTBatch:
     calls: Calls = NO_CALLS
 
     def to(self, device: torch.device | str) -> SFTBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SFTBatch(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in values.items()})
+        tensors = (f.name for f in fields(self) if f.name != "calls")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -161,9 +164,11 @@ class LatentSFTModule(nn.Module):
     `allowed` bool [V]: ids that the tokenizer has, for the model's own mixtures.
     """
 
+    allowed: torch.Tensor | None
+
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         *,
         k: int,
         tau: float = 1.0,
@@ -264,13 +269,20 @@ class LatentSFTModule(nn.Module):
             inputs_embeds=inputs, attention_mask=batch.attention.long(), use_cache=False
         ).last_hidden_state
 
-    def _chunks(self, rows: torch.Tensor, positions: torch.Tensor, least: int):
+    def _chunks(
+        self, rows: torch.Tensor, positions: torch.Tensor, least: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs of at most `chunk_tokens` positions; at least `least` of them, and one, even if empty."""
         count = max(-(-len(rows) // self.chunk_tokens), least, 1)
         return zip(rows.tensor_split(count), positions.tensor_split(count), strict=True)
 
     def _summed(
-        self, losses, hidden: torch.Tensor, mask: torch.Tensor, least: int, *targets: torch.Tensor
+        self,
+        losses: Callable[..., torch.Tensor],
+        hidden: torch.Tensor,
+        mask: torch.Tensor,
+        least: int,
+        *targets: torch.Tensor,
     ) -> torch.Tensor:
         """Sum of `losses` over the positions of `mask`; at most `chunk_tokens` rows of logits exist at once."""
         rows, positions = mask.nonzero(as_tuple=True)

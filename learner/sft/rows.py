@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from latent_grpo.common.config import ConfigError
 from latent_grpo.learner.sft.soft_labels import Chain, UniformChains
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EMPTY = Chain(np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1), dtype=np.float32))
 
@@ -29,19 +33,39 @@ class ChainTooShort(ConfigError):
     """A chain of thought that does not fill one latent step."""
 
 
-def make_row(
-    tokenizer,
-    prompt_ids: np.ndarray,
+@dataclass(frozen=True, slots=True)
+class EncodedChain:
+    """A problem's chain and answer as token ids: what a row needs of the tokenizer. Made once for each problem."""
+
+    cot_ids: np.ndarray  # [N] int32: what the latent steps stand for, without the latent-end token; N = 0 if explicit
+    hard_ids: np.ndarray  # [H] int32: (explicit chain,) end of thinking, boxed answer, EOS
+
+    def row(self, prompt_ids: np.ndarray, *, c: int, k: int) -> SFTRow:
+        """The training row with uniform labels (METHOD §7a)."""
+        cot = self.cot_ids.astype(np.int64)
+        return SFTRow(
+            prompt_ids=np.asarray(prompt_ids, dtype=np.int64),
+            cot_ids=cot,
+            chain=UniformChains(c, k).chains([prompt_ids], [cot])[0] if len(cot) else EMPTY,
+            hard_ids=self.hard_ids.astype(np.int64),
+        )
+
+    def steps(self, c: int) -> int:
+        """Response steps of the row: latent ones of c tokens each, and hard ones."""
+        return -(-len(self.cot_ids) // c) + len(self.hard_ids)
+
+
+def encode_chain(
+    tokenizer: PreTrainedTokenizerBase,
     cot: str,
     answer: str,
     *,
     c: int,
-    k: int,
     latent_end_id: int | None,
     think_end: str = "</think>",
     explicit: bool = False,
-) -> SFTRow:
-    """The training row of a problem; `explicit` keeps the chain as hard tokens (the baseline's start).
+) -> EncodedChain:
+    """Encodes a problem's chain and answer; `explicit` keeps the chain as hard tokens (the baseline's start).
 
     Raises ConfigError for an empty chain, for an end of thinking that the tokenizer merges with the answer, and
     (:class:`ChainTooShort`) for a chain of fewer than c tokens.
@@ -62,9 +86,4 @@ def make_row(
             f"(warm_start.compression {c}); lower it or leave the problem out"
         )
     hard = [*(cot_ids if explicit else ()), *visible, tokenizer.eos_token_id]
-    return SFTRow(
-        prompt_ids=np.asarray(prompt_ids, dtype=np.int64),
-        cot_ids=np.asarray(compressed, dtype=np.int64),
-        chain=EMPTY if explicit else UniformChains(c, k).chains([prompt_ids], [compressed])[0],
-        hard_ids=np.asarray(hard, dtype=np.int64),
-    )
+    return EncodedChain(np.asarray(compressed, dtype=np.int32), np.asarray(hard, dtype=np.int32))

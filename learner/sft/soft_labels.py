@@ -42,7 +42,7 @@ class UniformChains:
         return [build_chain(cot, self.c, self.k) for cot in cots]
 
 
-def build_chain(cot_ids: Sequence[int], c: int, k: int, latent_end_id: int | None = None) -> Chain:
+def build_chain(cot_ids: Sequence[int] | np.ndarray, c: int, k: int, latent_end_id: int | None = None) -> Chain:
     """METHOD §7a: every c consecutive tokens become one step, q uniform over them (equal tokens merged).
 
     The last step may be shorter. The latent-end token is never in a label: as a proxy it would end the chain.

@@ -14,7 +14,7 @@ the request. The record holds the true ids.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,22 +23,20 @@ import torch
 
 from latent_grpo.common.density import hard_log_prob
 from latent_grpo.common.latent import latent_step, mix_embeddings, mixture_weights, visible_step
-from latent_grpo.rollout_workers.requests import SETTINGS, Draw, on_device, upload
+from latent_grpo.rollout_workers.requests import SETTINGS, Draw, SampleRecord, on_device, upload
 
-ROW = np.dtype([("prompt_len", np.int64), ("careful", np.int64), *SETTINGS])
+COLUMNS = [("prompt_len", np.int64), ("careful", np.int64), *SETTINGS]
+ROW = np.dtype(COLUMNS)
 """A slot's settings. `careful`: draws look as far as they must, which waits for the device; else at a set number."""
+PLACE = {name: place for place, (name, _) in enumerate(COLUMNS)}
+"""Of each setting on the device, where a row is int64 [columns]."""
 SCRATCH = 0  # a slot that nobody owns: rows that do not count write there
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What a sample has drawn: L latent steps of K components, H hard ones (see `common.types.Trajectory`)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record(SampleRecord):
+    """A finished sample's record, and what the engine must know of it."""
 
-    latent_ids: np.ndarray  # [L, K] int32
-    latent_scores: np.ndarray  # [L, K] float32
-    latent_log_probs: np.ndarray  # [L, K] float32
-    hard_ids: np.ndarray  # [H] int32
-    hard_log_probs: np.ndarray  # [H] float32
     exact: bool  # False: a draw may depend on ids that were not looked at; sample again with `careful`
     started: float  # time.monotonic() when it was first scheduled
 
@@ -49,6 +47,13 @@ class LatentCore:
     Room for `slots` samples of `steps` response steps of `width` components is taken at once, so that vLLM sees it when
     it measures the device. Samples beyond that make it grow.
     """
+
+    _ids: torch.Tensor  # [slots, steps, width] int32
+    _scores: torch.Tensor  # [slots, steps, width] float32
+    _log_probs: torch.Tensor  # [slots, steps, width] float32
+    _table: torch.Tensor  # [slots, columns] int64: ROW
+    _latent_steps: torch.Tensor  # [slots] int64
+    _inexact: torch.Tensor  # [slots] bool
 
     def __init__(
         self,
@@ -63,7 +68,8 @@ class LatentCore:
     ) -> None:
         self.device = device
         self._allowed = None if allowed is None else torch.from_numpy(allowed).to(device)
-        self._end_id, self._placeholder = end_id, placeholder
+        self._end_id = -1 if end_id is None else end_id  # -1: of no token
+        self._placeholder = placeholder
         self.warming = False  # vLLM's own requests, without settings, are tried on the scratch slot
         self.slots: dict[int, int] = {}  # by uid
         self._free: list[int] = []
@@ -145,7 +151,7 @@ class LatentCore:
         grown("_ids", (slots, steps, width), torch.int32)
         grown("_scores", (slots, steps, width), torch.float32, -torch.inf)  # beyond a sample's K: weight 0
         grown("_log_probs", (slots, steps, width), torch.float32)
-        grown("_table", (slots, len(ROW.names)), torch.int64)
+        grown("_table", (slots, len(COLUMNS)), torch.int64)
         grown("_latent_steps", (slots,), torch.int64)
         grown("_inexact", (slots,), torch.bool)
         self._host = np.concatenate([self._host, np.zeros(slots - old_slots, dtype=ROW)])
@@ -181,7 +187,14 @@ class LatentCore:
         behind = np.nonzero(position >= self._host["prompt_len"][slots[request]])[0]
         return places[behind], slots[request[behind]]
 
-    def feed(self, inputs: torch.Tensor, places: np.ndarray, slots: np.ndarray, positions: torch.Tensor, embed) -> None:
+    def feed(
+        self,
+        inputs: torch.Tensor,
+        places: np.ndarray,
+        slots: np.ndarray,
+        positions: torch.Tensor,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         """Writes mixtures over the embeddings `inputs` [T, D] of those `places` that were latent steps.
 
         `positions` [T]: of every token of the batch; `embed`: ids -> embeddings.
@@ -199,7 +212,7 @@ class LatentCore:
         inputs[place] = torch.where(latent.unsqueeze(-1), mixed, inputs[place])
 
     def _column(self, slot: torch.Tensor, name: str) -> torch.Tensor:
-        return self._table[slot, ROW.names.index(name)]
+        return self._table[slot, PLACE[name]]
 
     def _real(self, slot: torch.Tensor, name: str) -> torch.Tensor:
         return self._column(slot, name).view(torch.float64)
@@ -217,8 +230,8 @@ class LatentCore:
         self._settle()
         rows, slot = self._host[slots], upload(slots, self.device)
         table = self._table[slot]
-        step = positions.long() + 1 - table[:, ROW.names.index("prompt_len")]
-        latent = (table[:, ROW.names.index("latent")] == 1) & (self._latent_steps[slot] >= step)
+        step = positions.long() + 1 - table[:, PLACE["prompt_len"]]
+        latent = (table[:, PLACE["latent"]] == 1) & (self._latent_steps[slot] >= step)
         careful = bool(rows["careful"].any())
         if careful:  # knows which rows are what, so each sampler sees only its own
             wanted = complete.cpu().numpy()
@@ -240,7 +253,15 @@ class LatentCore:
             self._draw_latent(Draw(rows, table, logits, index), index, tokens, mixed, step, latent, int(k), careful)
         return tokens
 
-    def _draw_visible(self, draw: Draw, index, tokens, target, step, careful: bool) -> None:
+    def _draw_visible(
+        self,
+        draw: Draw,
+        index: np.ndarray | None,
+        tokens: torch.Tensor,
+        target: torch.Tensor,
+        step: torch.Tensor,
+        careful: bool,
+    ) -> None:
         """METHOD §2.4, recorded in column 0 of the step."""
         at = slice(None) if index is None else upload(index, self.device)
         target, step = target[at], step[at]
@@ -250,7 +271,7 @@ class LatentCore:
             step,
             temperature=draw.setting("temperature"),
             top_p=draw.setting("top_p"),
-            top_k=draw.setting("top_k"),
+            top_k=draw.count("top_k"),
             largest_top_k=draw.largest("top_k"),
             allowed=self._allowed,
             widen=careful,
@@ -260,7 +281,17 @@ class LatentCore:
         self._inexact[target] |= ~drawn.exact
         tokens[at] = drawn.ids
 
-    def _draw_latent(self, draw: Draw, index, tokens, target, step, latent, k: int, careful: bool) -> None:
+    def _draw_latent(
+        self,
+        draw: Draw,
+        index: np.ndarray | None,
+        tokens: torch.Tensor,
+        target: torch.Tensor,
+        step: torch.Tensor,
+        latent: torch.Tensor,
+        k: int,
+        careful: bool,
+    ) -> None:
         """METHOD §2.1-§2.3 for those rows that are in latent mode; where a row leaves it, the step is the end token."""
         at = slice(None) if index is None else upload(index, self.device)
         target, step = target[at], step[at]

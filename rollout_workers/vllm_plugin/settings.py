@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latent_grpo.rollout_workers.requests import SETTINGS
 from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
 
 KEY = "latent_rollout"
@@ -33,7 +34,7 @@ def new_core(vllm_config: Any, device: torch.device) -> LatentCore:
 
 def extra_args(uid: int, row: np.void, careful: bool) -> dict[str, Any]:
     """`row`: the sample's `rollout_workers.requests.SETTINGS`; `uid`: the engine's number of the sample."""
-    settings = {name: row[name].item() for name in row.dtype.names}
+    settings = {name: row[name].item() for name, _ in SETTINGS}
     return {KEY: {"uid": uid, "careful": int(careful), **settings}}
 
 

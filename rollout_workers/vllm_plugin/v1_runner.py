@@ -7,6 +7,8 @@ _sample          logits of the batch's requests   ──► `LatentCore.draw` in
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
@@ -14,14 +16,20 @@ from vllm.v1.outputs import SamplerOutput
 from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
 from latent_grpo.rollout_workers.vllm_plugin.settings import request_settings
 
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+else:
+    GPUModelRunner = object  # the worker brings the class that vLLM has chosen
 
-class LatentRunner:
+
+class LatentRunner(GPUModelRunner):
     """Mixed into the runner's own class; `latent` and `slot_of` are set by the worker that does so."""
 
     latent: LatentCore
     slot_of: dict[str, int]  # by vLLM's request id, until the request is finished; preempted ones stay
 
-    def _update_states(self, scheduler_output):
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for request_id in scheduler_output.finished_req_ids:
             self.slot_of.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
@@ -33,7 +41,9 @@ class LatentRunner:
         """[n] the slot of each request, in the batch's order."""
         return np.array([self.slot_of[request_id] for request_id in self.input_batch.req_ids], dtype=np.int64)
 
-    def _preprocess(self, scheduler_output, num_input_tokens, intermediate_tensors=None):
+    def _preprocess(
+        self, scheduler_output: SchedulerOutput, num_input_tokens: int, intermediate_tensors: Any = None
+    ) -> Any:
         prepared = super()._preprocess(scheduler_output, num_input_tokens, intermediate_tensors)
         n = self.input_batch.num_reqs
         places, slots = self.latent.generated_rows(
@@ -42,7 +52,7 @@ class LatentRunner:
         self.latent.feed(self.inputs_embeds.gpu, places, slots, self.positions, self.model.embed_input_ids)
         return prepared
 
-    def _sample(self, logits, spec_decode_metadata) -> SamplerOutput:
+    def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         n = self.input_batch.num_reqs
         last = self.query_start_loc.gpu[1 : n + 1].long() - 1
         complete = ~self.discard_request_mask.gpu[:n]

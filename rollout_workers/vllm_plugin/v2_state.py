@@ -10,15 +10,20 @@ only on the device.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from latent_grpo.rollout_workers.vllm_plugin.core import SCRATCH
 from latent_grpo.rollout_workers.vllm_plugin.settings import new_core, request_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import NewRequestData
 
 
 def install(model_config: Any) -> None:
@@ -32,12 +37,12 @@ def install(model_config: Any) -> None:
 class LatentModelState(DefaultModelState):
     """Slots are the core's own: the runner's indices change hands at every preemption."""
 
-    def __init__(self, vllm_config, model, encoder_cache, device):
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.core = new_core(vllm_config, device)
         self.slot_of = np.zeros(self.max_num_reqs, dtype=np.int64)  # by the runner's index of a request
 
-    def add_request(self, req_index, new_req_data) -> None:
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """A new request, or one that was preempted and comes back."""
         super().add_request(req_index, new_req_data)
         if self.core.warming:  # vLLM tries its kernels with requests of its own
@@ -46,8 +51,8 @@ class LatentModelState(DefaultModelState):
         uid, settings = request_settings(new_req_data.sampling_params)
         self.slot_of[req_index] = self.core.add(uid, new_req_data.prompt_len, settings)
 
-    def prepare_inputs_embeds(self, scheduled_encoder_inputs, input_batch, req_states) -> torch.Tensor:
-        inputs = super().prepare_inputs_embeds(scheduled_encoder_inputs, input_batch, req_states)
+    def prepare_inputs_embeds(self, scheduled_encoder_inputs: Any, input_batch: Any, req_states: Any) -> torch.Tensor:
+        inputs: torch.Tensor = super().prepare_inputs_embeds(scheduled_encoder_inputs, input_batch, req_states)
         places, slots = self.core.generated_rows(
             self.slot_of[input_batch.idx_mapping_np],
             input_batch.num_computed_tokens_np,
@@ -56,7 +61,7 @@ class LatentModelState(DefaultModelState):
         self.core.feed(inputs, places, slots, input_batch.positions, self.model.embed_input_ids)
         return inputs
 
-    def custom_sampler(self, sampler):
+    def custom_sampler(self, sampler: Any) -> tuple[LatentSampler, None]:
         return LatentSampler(sampler, self), None
 
 

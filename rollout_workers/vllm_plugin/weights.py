@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+Model = Any
+"""vLLM's: a module with `load_weights`, `config` and, where it fuses layers, `packed_modules_mapping`."""
+
 
 def keep_plain_weights() -> None:
     """CPU: no packed copies of the weights, which nobody could read back and a reload of a tied head would not reach.
@@ -26,49 +29,49 @@ def keep_plain_weights() -> None:
     """
     from vllm.model_executor.layers import utils
 
-    def plain(layer: nn.Module, remove_weight: bool) -> None:
+    def plain(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = nn.functional.linear
 
     utils.dispatch_cpu_unquantized_gemm = plain
 
 
-def begin(model: nn.Module) -> None:
+def begin(model: Model) -> None:
     """From here to `end` the model's layers wait for their parameters, and cannot compute."""
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
 
 
-def load(model: nn.Module, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+def load(model: Model, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     """Some of the published tensors, under their Hugging Face names; a layer takes its own once it has them all."""
     model.load_weights(iter(tensors))
 
 
-def end(model: nn.Module, model_config: Any) -> None:
+def end(model: Model, model_config: Any) -> None:
     """The layers are whole again, also after a load that failed: what was not loaded then holds anything."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     finalize_layerwise_reload(model, model_config)
 
 
-def differing(model: nn.Module, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
+def differing(model: Model, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
     """Names of those tensors that the model does not hold as they were published."""
     return [name for name, tensor in tensors if not _holds(model, name, tensor)]
 
 
-def _holds(model: nn.Module, name: str, published: torch.Tensor) -> bool:
+def _holds(model: Model, name: str, published: torch.Tensor) -> bool:
     found = list(_held(model, name))
     return bool(found) and all(torch.equal(held, _share(published, held, first)) for held, first in found)
 
 
-def _held(model: nn.Module, name: str) -> Iterator[tuple[torch.Tensor, int | None]]:
+def _held(model: Model, name: str) -> Iterator[tuple[torch.Tensor, int | None]]:
     """What the model's layers hold of a published parameter, and which of its rows comes first if that is known."""
     module_name, _, parameter = name.rpartition(".")
     parent, _, leaf = module_name.rpartition(".")
     for fused, leaves in getattr(model, "packed_modules_mapping", {}).items():
         layer = _submodule(model, f"{parent}.{fused}") if leaf in leaves else None
         held = getattr(layer, parameter, None)
-        if held is not None:
+        if layer is not None and held is not None:
             place, sizes = leaves.index(leaf), layer.output_partition_sizes
             yield held.data.narrow(0, sum(sizes[:place]), sizes[place]), None
             return
@@ -79,7 +82,8 @@ def _held(model: nn.Module, name: str) -> Iterator[tuple[torch.Tensor, int | Non
         yield _without_padding(model.lm_head, model.lm_head.weight.data)
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+def _submodule(model: Model, name: str) -> Any:
+    """A layer of the model; None where it has no such one."""
     try:
         return model.get_submodule(name)
     except AttributeError:

@@ -6,7 +6,7 @@ Named to vLLM as `worker_cls`; vLLM imports them in its own processes, so this p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import set_current_vllm_config
@@ -16,8 +16,13 @@ from latent_grpo.rollout_workers.vllm_plugin import weights
 from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore, Record
 from latent_grpo.rollout_workers.vllm_plugin.settings import new_core
 
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase
+else:
+    WorkerBase = object  # the subclass below brings vLLM's worker of its device
 
-class LatentWorker:
+
+class LatentWorker(WorkerBase):
     """Hangs the core into the runner that vLLM has chosen, and answers the engine (`collective_rpc`) on every rank.
 
     Ranks draw the same, since all have the same logits.
@@ -56,7 +61,8 @@ class LatentWorker:
 
     @property
     def latent_core(self) -> LatentCore:
-        return self.model_runner.latent
+        core: LatentCore = self.model_runner.latent
+        return core
 
     def init_device(self) -> None:
         super().init_device()

@@ -17,7 +17,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from latent_grpo.common.latent import sample_mixture, sample_visible
-from latent_grpo.common.noise import gumbel_noise, trajectory_key
+from latent_grpo.common.noise import gumbel_noise, noise_version, trajectory_key
 from latent_grpo.common.types import GroupRequest, SamplingSettings, TokenFacts, Trajectory
 from latent_grpo.rollout_workers.engine import EngineError, LatentEngine
 from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
@@ -129,7 +129,7 @@ def naive(model: torch.nn.Module, request: GroupRequest, sample_index: int, vers
         problem_uid=request.problem_uid,
         epoch=request.epoch,
         sample_index=sample_index,
-        policy_version=0 if request.purpose == "evaluation" else version,
+        policy_version=noise_version(request.purpose, version),
     )
     inputs = embed[torch.as_tensor(request.prompt_ids).long()]
     out = {"latent_ids": [], "latent_scores": [], "latent_log_probs": [], "hard_ids": [], "hard_log_probs": []}

@@ -25,7 +25,7 @@ from engine_driving import (
 
 from latent_grpo.common.latent import sample_mixture
 from latent_grpo.common.types import GroupRequest, SamplingSettings, TokenFacts
-from latent_grpo.rollout_workers.requests import SETTINGS, write_settings
+from latent_grpo.rollout_workers.requests import sample_settings
 from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
 
@@ -147,9 +147,7 @@ def test_tokens_per_second(batch):
 def running_core(batch, vocabulary, **sampling):
     core = LatentCore(torch.device("cuda"), slots=batch, steps=96, width=K, allowed=None, end_id=END, placeholder=END)
     group = request(0, samples=batch, **sampling)
-    rows = np.zeros(batch, dtype=SETTINGS)
-    write_settings(rows, group, 1)
-    for uid, row in enumerate(rows):
+    for uid, row in enumerate(sample_settings(group, 1)):
         settings = dict(extra_args(uid, row, False)[KEY])
         core.add(settings.pop("uid"), 8, settings)
     return core, np.array([core.slots[uid] for uid in range(batch)])

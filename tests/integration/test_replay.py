@@ -76,7 +76,7 @@ def test_the_learner_alone_repeats_the_run_from_its_dumps(run):
     )
     assert first == second
     assert TrajectoryStore(alone.trajectories).steps() == LearnerStore(alone.learner_records).steps() == [1, 2, 3]
-    assert read_manifest(alone.path)["data"][0]["source"] == str(run.path)
+    assert read_manifest(alone.path).data[0].source == str(run.path)
     assert RecordedRun(alone, alone.config()).base == str(run.base_model), "it can be inspected and replayed itself"
 
 

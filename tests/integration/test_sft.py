@@ -17,7 +17,7 @@ from latent_grpo.common.model_chain import read_chain
 from latent_grpo.common.models import load_model
 from latent_grpo.common.schema import decode
 from latent_grpo.common.store import TrajectoryStore
-from latent_grpo.deploy.reproduce.in_process import InProcessSFT, started_in_process
+from latent_grpo.deploy.reproduce.in_process import InProcessSFT, in_process_session
 from latent_grpo.deploy.run.folder import create_run
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.sft.loop import resume_sft, sft, warm_start
@@ -90,7 +90,7 @@ def test_rows_that_latent_sft_does_not_use_are_a_warning_and_in_the_summary(tmp_
     options = ("tasks.0.options={}", f"tasks.0.path={file}", "warm_start.max_steps=1", "warm_start.evaluate_every=1")
     config = tiny(*SFT, *options, f"runs_folder={tmp_path}")
     folder, console = create_run(config, "alone"), Console(width=400, record=True, file=io.StringIO(), highlight=False)
-    with started_in_process(folder, config, Reporter(console)) as run:
+    with in_process_session(folder, config, Reporter(console)) as run:
         warm_start(run, InProcessSFT)
     lost = {"no chain of thought": 1, "chain of thought under warm_start.compression": 1}
     assert folder.read_json("summary.json")["sft"]["dropped"] == {"chains": lost}

@@ -11,7 +11,7 @@ import ray
 
 import latent_grpo.common.stacks
 from latent_grpo.common.config import parse_config
-from latent_grpo.common.stacks import Whereabouts, answer_with_stacks, stacks_of
+from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks, serve_stacks
 from latent_grpo.learner.base_rank import RankActor
 from latent_grpo.learner.group import LearnerError, RankGroup
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.integration
 
 class Hanging:
     def __init__(self):
-        self._process = answer_with_stacks()
+        self._process = serve_stacks()
 
     def process(self):
         return self._process
@@ -34,18 +34,18 @@ def test_stacks_of_a_process_that_hangs_is_stopped_and_is_gone(ray_session):
     process = ray.get(actor.process.remote(), timeout=300)
     actor.waits_for_a_peer.remote()
     end = time.monotonic() + 120
-    while "waits_for_a_peer" not in (stacks := stacks_of([process])[0]):
+    while "waits_for_a_peer" not in (stacks := ask_for_stacks([process])[0]):
         assert time.monotonic() < end, stacks
     assert stacks.count("waits_for_a_peer") == 1, "each answer is given once"
     other = ray.remote(Hanging).options(num_cpus=0).remote()
     answers = ray.get(other.process.remote(), timeout=300)
     os.kill(process.pid, signal.SIGSTOP)
-    stopped, running = stacks_of([process, answers])
+    stopped, running = ask_for_stacks([process, answers])
     assert "the kernel says: State: T" in stopped
     assert "waits_for_a_peer" not in running
     assert "hread" in running, "the first did not keep the second from answering"
     os.kill(process.pid, signal.SIGKILL)
-    while stacks_of([process]) != ["it no longer runs"]:
+    while ask_for_stacks([process]) != ["it no longer runs"]:
         assert time.monotonic() < end, "its end is not seen"
     ray.kill(other)
 
@@ -53,8 +53,8 @@ def test_stacks_of_a_process_that_hangs_is_stopped_and_is_gone(ray_session):
 def test_a_process_that_was_given_a_dead_ones_pid_is_left_alone(ray_session):
     with subprocess.Popen(["sleep", "60"]) as stranger:
         here = ray.get_runtime_context().get_node_id()
-        gone = Whereabouts(here, stranger.pid, f"/proc/{stranger.pid}/fd/1", inode=1)
-        assert stacks_of([gone]) == ["it no longer runs"]
+        gone = ProcessAddress(here, stranger.pid, f"/proc/{stranger.pid}/fd/1", inode=1)
+        assert ask_for_stacks([gone]) == ["it no longer runs"]
         assert stranger.poll() is None, "SIGUSR1 ends a process that does not know it"
         stranger.kill()
 
@@ -65,7 +65,7 @@ def test_other_nodes_are_asked_on_themselves_and_one_that_is_lost_hides_no_other
     lost = dataclasses.replace(process, node_id="ab" * 28)
     monkeypatch.setattr(latent_grpo.common.stacks, "ASK_S", 60.0)  # the lost one is refused at once
     monkeypatch.setattr(ray.runtime_context.RuntimeContext, "get_node_id", lambda self: "driver's node")
-    unreachable, there = stacks_of([lost, process])
+    unreachable, there = ask_for_stacks([lost, process])
     assert "its node could not be asked" in unreachable
     assert "hread" in there
     ray.kill(actor)

@@ -79,7 +79,7 @@ def test_what_a_run_leaves(ray_session, tmp_path):
     assert kinds == ["self_test", "evaluation", "train", "train", "evaluation", "train", "evaluation"]
 
     check_records(folder, steps)
-    assert read_manifest(folder.path)["model"].keys() == {"initial", "trained"}
+    assert read_manifest(folder.path).model.keys() == {"initial", "trained"}
     shown = {f"ray_{gauge_name(name)}" for name in [*steps[0], "step"]}
     dashboard = (Path(__file__).parents[2] / "deploy/cluster/grafana-dashboard.json").read_text()
     assert set(re.findall(r"ray_latent_grpo_\w+(?={)", dashboard)) <= shown, "panels of metrics that no run has"

@@ -398,7 +398,8 @@ def test_graders_end_when_their_parent_is_killed(action: str) -> None:
 
 def test_a_grader_process_imports_neither_torch_nor_ray() -> None:
     program = (
-        "import sys; import latent_grpo.reward.grader_process, latent_grpo.reward.answers; from latent_grpo.reward.verifier import load_verifier; "
+        "import sys; import latent_grpo.reward.grader_process, latent_grpo.reward.answers; "
+        "from latent_grpo.reward.verifier import load_verifier; "
         "load_verifier('math').warm_up(); "
         "assert not {'torch', 'ray', 'numpy', 'transformers'} & set(sys.modules), 'heavy imports'"
     )

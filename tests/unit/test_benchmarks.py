@@ -14,12 +14,11 @@ import pytest
 
 from latent_grpo.common.config import ConfigError, TaskConfig, load_config
 from latent_grpo.common.tasks import gpqa
-from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks
 from latent_grpo.common.tasks.cells import cell_text
 from latent_grpo.common.tasks.sources import TaskError, load_task
 from latent_grpo.deploy.run.preparation import file_faults
-from latent_grpo.deploy.run.problems import Problems, read_task
+from latent_grpo.deploy.run.problems import Sources, read_task
 from latent_grpo.reward.answers import gold_is_parsable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +108,7 @@ def test_gpqa_is_read_as_its_authors_publish_it(tmp_path):
 
 @pytest.mark.parametrize("missing", [None, float("nan"), " "])
 def test_gpqa_row_without_an_answer_has_no_letter(missing):
-    assert gpqa.lettered(0, {**ROW, "Incorrect Answer 2": missing}) == ("What is heavier?", "")
+    assert gpqa.with_letters(0, {**ROW, "Incorrect Answer 2": missing}) == ("What is heavier?", "")
 
 
 def test_a_csv_that_is_none_is_named(tmp_path):
@@ -148,7 +147,7 @@ def test_a_benchmark_file_with_missing_answers_is_refused(tmp_path, name, answer
     config = load_config("quickstart")
     evaluation = config.evaluation.model_copy(update={"tasks": [task]})
     with pytest.raises(TaskError, match=rf"evaluation task {name}: .*{message}.*of another benchmark"):
-        Problems(config.model_copy(update={"evaluation": evaluation}), make_arithmetic_tokenizer())
+        Sources.read(config.model_copy(update={"evaluation": evaluation}))
 
 
 @pytest.mark.parametrize("value", [None, NAN, np.float32("nan"), Decimal("nan"), pytest.param("NA", id="pandas")])

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from latent_grpo.common.config import ConfigError, load_config
-from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, chain_of, check_chain, read_chain, write_chain
+from latent_grpo.common.model_chain import (
+    CHAIN_FILE,
+    ChainSettings,
+    check_chain,
+    exported_chain,
+    read_chain,
+    write_chain,
+)
 from latent_grpo.common.models import load_tokenizer, output_facts
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 
@@ -38,17 +45,17 @@ def explicit():
 
 
 def test_latent_sft_leaves_its_chain_and_rl_keeps_its_compression(tmp_path):
-    settings = chain_of(quickstart(), TOKENIZER)
+    settings = exported_chain(quickstart(), TOKENIZER)
     assert settings == latent()
     write_chain(tmp_path, settings)
     assert read_chain(tmp_path) == settings
-    after = chain_of(on_a_model("k=4"), TOKENIZER, before=settings)
+    after = exported_chain(on_a_model("k=4"), TOKENIZER, before=settings)
     assert (after.k, after.compression, after.source) == (4, 3, "uniform")
-    assert chain_of(on_a_model(), TOKENIZER).compression is None
+    assert exported_chain(on_a_model(), TOKENIZER).compression is None
 
 
 def test_an_explicit_start_leaves_an_explicit_chain():
-    settings = chain_of(quickstart("algorithm=grpo", "tasks.0.max_response_tokens=44"), TOKENIZER)
+    settings = exported_chain(quickstart("algorithm=grpo", "tasks.0.max_response_tokens=44"), TOKENIZER)
     assert settings == explicit()
 
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from latent_grpo.deploy.reproduce.claims import STUDENT, estimate, judge
 from latent_grpo.deploy.reproduce.figures import figures
+from latent_grpo.deploy.reproduce.manifest import Session, SuiteManifest
 from latent_grpo.deploy.reproduce.page import page
 from latent_grpo.deploy.reproduce.report import markdown
 from latent_grpo.deploy.reproduce.results import UnitResult
@@ -264,24 +265,23 @@ def test_proportions_are_shown_between_0_and_1_and_verdicts_do_not_change():
         text="c", test={"kind": "difference", "arm": "mixture", "than": "latent", "metric": "sampled_pass_at_32"}
     )
     suite = SUITE.model_copy(update={"claims": {"gain": claim}})
-    manifest = {"sessions": [{"time": "t", "commit": "c", "versions": {}, "grader": "g", "data": {}}]}
-    report = figures(suite, found, manifest | {"seeds": [0, 1, 2], "machine": "m"})
-    latent, mixture = report["arms"]
+    session = Session(time="t", commit="c", versions={}, grader="g")
+    manifest = SuiteManifest(suite="s", profile="p", runner="r", seeds=[0, 1, 2], machine="m", sessions=[session])
+    report = figures(suite, found, manifest)
+    latent, mixture = report.arms
     for row in (latent, mixture):
         for name in ("pass_at_1", "sampled_pass_at_32", "invalid_rate"):
-            assert 0.0 <= row["metrics"][name]["low"] <= row["metrics"][name]["high"] <= 1.0
+            assert 0.0 <= row.metrics[name].low <= row.metrics[name].high <= 1.0
     free = estimate([metrics["sampled_pass_at_32"] for metrics in after])
     assert free.high > 1.0
-    assert (mixture["metrics"]["sampled_pass_at_32"]["low"], mixture["metrics"]["sampled_pass_at_32"]["high"]) == (
-        free.low,
-        1.0,
-    )
+    at_32 = mixture.metrics["sampled_pass_at_32"]
+    assert (at_32.low, at_32.high) == (free.low, 1.0)
     assert "0.983 [0.945, 1.000]" in markdown(report)
     assert "0.983 [0.945, 1.000]" in page(report)
-    assert mixture["metrics"]["chain_length"]["low"] < 0.0  # no proportion
-    assert mixture["gain"]["high"] > 1.0  # a difference
-    assert report["claims"][0]["verdict"] == "reproduced"
-    assert report["claims"][0]["numbers"].startswith("mixture - latent, sampled_pass_at_32: +0.483 [+0.445, +0.521]")
+    assert mixture.metrics["chain_length"].low < 0.0  # no proportion
+    assert mixture.gain.high > 1.0  # a difference
+    assert report.claims[0].verdict == "reproduced"
+    assert report.claims[0].numbers.startswith("mixture - latent, sampled_pass_at_32: +0.483 [+0.445, +0.521]")
 
 
 def test_a_mean_reward_above_1_is_no_proportion():

@@ -9,7 +9,7 @@ import pytest
 from latent_grpo.common.config import ConfigError, RunConfig, load_config
 from latent_grpo.reward.answers import gold_is_parsable, grade
 from latent_grpo.reward.verifier import Definitions, Grade, UnknownVerifierError, load_verifier, settled
-from latent_grpo.rollout_workers.verifiers import build_verifier, verifier_rows
+from latent_grpo.rollout_workers.verifiers import build_verifier, check_verifiers
 
 TAGGED = {"kind": "format", "options": {"pattern": "<answer>.*</answer>"}}
 SHORT = {"verifier": TAGGED, "free_chars": 9, "max_chars": 9, "penalty": 1}
@@ -142,15 +142,15 @@ def test_a_profile_names_compositions_and_validate_builds_them():
     shaped = {"kind": "weighted_sum", "options": weighted(({"kind": "strict"}, 1.0), ({"kind": "format"}, 0.1))}
     strict = {"kind": "gate", "options": {"condition": TAGGED, "then": {"kind": "number"}}}
     config = config_with({"shaped": shaped, "strict": strict}, "shaped")
-    assert verifier_rows(config) == [("verifier shaped", "can be built; grades sums")]
+    assert check_verifiers(config) == {"shaped": ["sums"]}
     assert build_verifier(config, "shaped").grade(r"<answer>\boxed{5}</answer>", "5").reward == 1.1
 
 
 def test_a_definition_that_no_task_uses_or_that_cannot_be_built_is_a_fault_of_the_profile():
     with pytest.raises(ConfigError, match=r"verifiers\.strict: no task names it"):
-        verifier_rows(config_with({"strict": TAGGED}, "number"))
+        check_verifiers(config_with({"strict": TAGGED}, "number"))
     with pytest.raises(ConfigError, match="cannot be imported"):
-        verifier_rows(config_with({"mine": {"kind": "no_such_module:Verifier"}}, "mine"))
+        check_verifiers(config_with({"mine": {"kind": "no_such_module:Verifier"}}, "mine"))
     with pytest.raises(ConfigError, match="knd: unknown key"):
         config_with({"mine": {"knd": "number"}}, "mine")
 

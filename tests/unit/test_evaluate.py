@@ -21,7 +21,7 @@ from latent_grpo.deploy.evaluation.evaluate import evaluation_config, measure, n
 from latent_grpo.deploy.evaluation.report import published, report, show, table
 from latent_grpo.deploy.evaluation.scores import MACRO, TaskResult, macro_average
 from latent_grpo.deploy.run.folder import create_run
-from latent_grpo.deploy.run.problems import Problems
+from latent_grpo.deploy.run.problems import Problems, Sources
 from latent_grpo.deploy.run.progress import Reporter
 
 QUIET = Reporter(Console(quiet=True))
@@ -137,9 +137,13 @@ class Cluster:
         )  # fmt: skip
 
 
+def problems_of(config):
+    return Problems(config, Sources.read(config).prepared(config, make_arithmetic_tokenizer()))
+
+
 def evaluation_of(*overrides):
     config = load_config("quickstart", ["evaluation.tasks.0.options.size=4", *overrides])
-    return config, Problems(config, make_arithmetic_tokenizer())
+    return config, problems_of(config)
 
 
 def test_pass_at_1_is_asked_without_noise_and_pass_at_k_with_the_run_s():
@@ -167,7 +171,7 @@ def test_trajectories_are_asked_for_and_given_away_in_parts(monkeypatch):
 
 def test_an_evaluation_alone_is_no_training(tmp_path):
     config, _, _ = evaluation_config(str(model_of_a_run(tmp_path)), ["evaluation.tasks.0.options.size=4"])
-    problems = Problems(config, make_arithmetic_tokenizer())
+    problems = problems_of(config)
     assert [line.split(":")[0] for line in problems.summaries] == ["evaluation chain-arithmetic-held-out"]
 
 

@@ -23,7 +23,7 @@ from latent_grpo.learner.sft.induction import (
     encoder_layout,
     label_ids,
 )
-from latent_grpo.learner.sft.rows import make_row
+from latent_grpo.learner.sft.rows import encode_chain
 from latent_grpo.learner.sft.soft_labels import Chain, UniformChains, chain_length
 
 C = K = 3
@@ -41,7 +41,8 @@ def small_model(hidden=32, architecture="llama", seed=0):
 
 def row(index, operations=2):
     problem = ChainArithmetic(name="a", operations=operations).problem(index)
-    return make_row(TOKENIZER, RENDERER.encode(problem), problem.cot, problem.answer, c=C, k=K, latent_end_id=SLOT)
+    chain = encode_chain(TOKENIZER, problem.cot, problem.answer, c=C, latent_end_id=SLOT)
+    return chain.row(RENDERER.encode(problem), c=C, k=K)
 
 
 def batch_of(indices, operations=2):

@@ -11,11 +11,11 @@ import pytest
 
 from latent_grpo.common.interrupts import (
     Interrupted,
-    awaited,
     check_interrupt,
     deferred_interrupts,
-    settled,
-    terminated_is_interrupted,
+    finish_within,
+    sigterm_as_interrupt,
+    wait_for_step,
 )
 
 METRICS = {"loss": 1.0}
@@ -38,20 +38,20 @@ class Learner:
 
 def test_a_running_step_is_waited_for_and_collected_once():
     learner = Learner(looks=3)
-    assert settled(learner, seconds=60) is METRICS
+    assert finish_within(learner, seconds=60) is METRICS
     assert learner.collected == 1
 
 
 def test_a_step_that_takes_too_long_is_not_collected():
     learner = Learner(looks=10**9)
-    assert settled(learner, seconds=0.0) is None
+    assert finish_within(learner, seconds=0.0) is None
     assert learner.collected == 0
 
 
 def signalled(*numbers, then=lambda: None):
     """What went on after the signals, up to `then` included."""
     done = []
-    with contextlib.suppress(Interrupted), terminated_is_interrupted(), deferred_interrupts():
+    with contextlib.suppress(Interrupted), sigterm_as_interrupt(), deferred_interrupts():
         for number in numbers:
             signal.raise_signal(number)
         done.append("went on")
@@ -99,7 +99,7 @@ def test_what_was_noted_does_not_outlive_the_block(fault):
 
 def test_the_handlers_before_are_there_again():
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with terminated_is_interrupted(), deferred_interrupts():
+    with sigterm_as_interrupt(), deferred_interrupts():
         assert signal.getsignal(signal.SIGINT) is not handlers[0]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
@@ -149,6 +149,6 @@ def test_a_signal_is_kept_when_nobody_reads_the_message():
 
 def test_a_wait_for_a_step_can_be_interrupted_and_settled():
     learner = Learner(looks=3)
-    assert signalled(signal.SIGINT, then=lambda: awaited(learner)) == ["went on"]
+    assert signalled(signal.SIGINT, then=lambda: wait_for_step(learner)) == ["went on"]
     assert learner.collected == 0
-    assert settled(learner) is METRICS
+    assert finish_within(learner) is METRICS

@@ -11,7 +11,7 @@ from latent_grpo.common.models import make_model
 from latent_grpo.common.prompts import PromptRenderer, resolve_tokens
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
 from latent_grpo.learner.sft.module import LatentSFTModule, collate, combine, perturb, row_key
-from latent_grpo.learner.sft.rows import SFTRow, make_row
+from latent_grpo.learner.sft.rows import SFTRow, encode_chain
 from latent_grpo.learner.sft.soft_labels import build_chain
 
 K, C = 3, 3
@@ -27,16 +27,10 @@ def small_model(hidden: int = 32, architecture: str = "llama"):
 
 def row(index: int, operations: int = 2, explicit: bool = False) -> SFTRow:
     problem = ChainArithmetic(name="a", operations=operations).problem(index)
-    return make_row(
-        TOKENIZER,
-        RENDERER.encode(problem),
-        problem.cot,
-        problem.answer,
-        c=C,
-        k=K,
-        latent_end_id=FACTS.latent_end_id,
-        explicit=explicit,
+    chain = encode_chain(
+        TOKENIZER, problem.cot, problem.answer, c=C, latent_end_id=FACTS.latent_end_id, explicit=explicit
     )
+    return chain.row(RENDERER.encode(problem), c=C, k=K)
 
 
 def batch_of(indices, operations=2, explicit=False, step=0, **shares):
@@ -84,7 +78,7 @@ def test_row_is_prompt_chain_end_of_thinking_answer_eos():
 
 def test_row_without_chain_of_thought_is_refused():
     with pytest.raises(ValueError, match="empty one"):
-        make_row(TOKENIZER, np.array([1]), " ", "1", c=C, k=K, latent_end_id=FACTS.latent_end_id)
+        encode_chain(TOKENIZER, " ", "1", c=C, latent_end_id=FACTS.latent_end_id)
 
 
 # --- batches

@@ -15,7 +15,7 @@ from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.common.tasks.sources import BENCHMARKS, load_task, with_benchmark_defaults
 from latent_grpo.deploy.checks.validate import resource_rows
 from latent_grpo.deploy.cli.app import app
-from latent_grpo.deploy.run.preparation import engine_rows
+from latent_grpo.deploy.run.preparation import check_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = sorted(path.stem for path in profiles_folder().glob("*.yaml"))
@@ -47,7 +47,7 @@ def test_validate_refuses_a_generated_chain_that_fills_no_latent_step(chain):
 def test_a_run_without_vllm_is_refused_where_it_would_start(monkeypatch):
     monkeypatch.setattr("latent_grpo.rollout_workers.vllm_plugin.support.installed", lambda: None)
     with pytest.raises(ConfigError, match="vLLM is not installed here"):
-        engine_rows(load_config("gsm8k-aug"))
+        check_engine(load_config("gsm8k-aug"))
 
 
 def test_every_file_of_the_packages_is_installed_with_them():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from latent_grpo.common.config import ConfigError, NewModelConfig, load_config, of_model
+from latent_grpo.common.config import ConfigError, NewModelConfig, load_config, model_overrides
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, write_chain
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
@@ -59,7 +59,7 @@ def rows_in(path, answers=("7",) * 12, cot="1+2=3;"):
 
 
 def config_of(tmp_path, *overrides, model=None):
-    start = of_model(model) if model else ["model.new.hidden_size=16", "model.new.num_heads=2"]
+    start = model_overrides(model) if model else ["model.new.hidden_size=16", "model.new.num_heads=2"]
     return load_config("quickstart", [f"runs_folder={tmp_path / 'runs'}", *start, *overrides])
 
 
@@ -182,7 +182,7 @@ def test_a_resumed_run_reads_its_problems_before_ray_too(tmp_path):
         COMMANDS["train"](config)
     (run,) = (tmp_path / "runs").iterdir()
     (tmp_path / "rows.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"no file .*rows\.jsonl"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl does not exist; set its `path`"):
         train.resume(run, [], reporter())
 
 
@@ -193,13 +193,13 @@ def test_a_model_that_was_made_is_read_as_it_was_checked(tmp_path, tokenizer):
     config, folder = config_of(tmp_path, *kind, "tasks.0.max_prompt_tokens=64", "model.new.max_positions=256",
                                "evaluation.tasks.0.max_prompt_tokens=64"), RunFolder(tmp_path)  # fmt: skip
     before = prepare(config, reporter(), folder)
-    assert before.initial is None
+    assert before.model.source is None
     after = before.placed(folder, config, reporter())
     again = prepare(config, reporter(), folder)
     assert after.initial == again.initial == folder.base_model
     for problem in [*map(before.problems.training[0].source.problem, range(50)), OTHER]:
         ours, theirs = (parts.problems.training[0].prompt_ids(problem) for parts in (before, again))
         assert np.array_equal(ours, theirs)
-    assert np.array_equal(before.facts.allowed, again.facts.allowed)
+    assert np.array_equal(before.model.facts.allowed, again.model.facts.allowed)
     for name in ("vocab_size", "latent_end_id", "eos_ids", "pad_id"):
-        assert getattr(before.facts, name) == getattr(again.facts, name)
+        assert getattr(before.model.facts, name) == getattr(again.model.facts, name)

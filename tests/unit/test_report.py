@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import encode
 from latent_grpo.common.store import TrajectoryStore
-from latent_grpo.deploy.view.report.build import PARTS, closing_line, write_report
+from latent_grpo.deploy.view.report.build import PARTS, report_note, write_report
 from latent_grpo.deploy.view.report.curves import charts
 from latent_grpo.deploy.view.report.sample import sample, sampled_groups
 from latent_grpo.deploy.view.run_view import open_run
@@ -266,13 +266,13 @@ def test_the_command_writes_the_chosen_part(fake, tmp_path):
 
 def test_a_run_ends_with_its_report_or_with_the_command_for_it(tmp_path, monkeypatch):
     folder = fake_run(tmp_path / "run")
-    assert str(folder.path / "report.html") in closing_line(folder)
+    assert str(folder.path / "report.html") in report_note(folder)
     assert (folder.path / "report.html").is_file()
     monkeypatch.setattr("latent_grpo.deploy.view.report.build.QUICK_BYTES", 10)
-    assert f"latent-grpo report {folder.path}" in closing_line(folder)
+    assert f"latent-grpo report {folder.path}" in report_note(folder)
     monkeypatch.undo()
     (folder.path / "metrics.jsonl").write_text("no json\n")
-    assert "no report was written: " in closing_line(folder)
+    assert "no report was written: " in report_note(folder)
 
 
 def test_every_part_of_the_page_is_in_the_package():

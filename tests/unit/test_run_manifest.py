@@ -9,6 +9,7 @@ import pytest
 from fake_run import fake_config
 
 from latent_grpo.common.config import TaskConfig
+from latent_grpo.common.files import file_hash
 from latent_grpo.common.tasks.sources import load_task
 from latent_grpo.deploy.run import manifest as manifest_module
 from latent_grpo.deploy.run.folder import RunFolder
@@ -16,7 +17,6 @@ from latent_grpo.deploy.run.manifest import (
     COMMIT_VARIABLE,
     ManifestError,
     data_facts,
-    file_facts,
     model_facts,
     program_commit,
     read_manifest,
@@ -46,19 +46,19 @@ def test_it_names_program_settings_data_model_grader_seeds_and_hardware(run):
     config = fake_config(seed=7)
     write_manifest(folder, config, 0, model, data_facts(problems))
     manifest = read_manifest(folder.path)
-    assert manifest["config"] == config.model_dump(mode="json")
-    stored, made = manifest["data"]
-    assert (stored["use"], stored["problems"], stored["xxh3_128"]) == (
-        "training", 3, file_facts(model.parent / "data.jsonl")["xxh3_128"],
+    assert manifest.config == config.model_dump(mode="json")
+    stored, made = manifest.data
+    assert (stored.use, stored.problems, stored.xxh3_128) == (
+        "training", 3, file_hash(model.parent / "data.jsonl"),
     )  # fmt: skip
-    assert made["options"] == {"operations": 2}
-    assert manifest["model"]["initial"]["files"]["model.safetensors"]["bytes"] == 7
-    assert manifest["seeds"]["run"] == 7
-    assert manifest["grader"]["sources"] == source_hash(["reward"])
-    (start,) = manifest["lineages"]
-    assert start["versions"].keys() >= {"torch", "ray", "deepspeed", "math-verify", "python"}
-    assert start["hardware"]["cpus"] > 0
-    assert start["program"]["sources"] == source_hash(manifest_module.OUR_PACKAGES)
+    assert made.options == {"operations": 2}
+    assert manifest.model["initial"].files["model.safetensors"].bytes == 7
+    assert manifest.seeds.run == 7
+    assert manifest.grader.sources == source_hash(["reward"])
+    (start,) = manifest.lineages
+    assert start.versions.keys() >= {"torch", "ray", "deepspeed", "math-verify", "python"}
+    assert start.hardware.cpus > 0
+    assert start.program.sources == source_hash(manifest_module.OUR_PACKAGES)
 
 
 def test_a_resume_adds_its_lineage_and_a_trained_model_is_added(run):
@@ -67,8 +67,8 @@ def test_a_resume_adds_its_lineage_and_a_trained_model_is_added(run):
     write_manifest(folder, fake_config(), 1, model, data_facts(problems))
     record_model(folder, "trained", model)
     manifest = read_manifest(folder.path)
-    assert [entry["lineage"] for entry in manifest["lineages"]] == [0, 1]
-    assert manifest["model"]["trained"] == manifest["model"]["initial"]
+    assert [entry.lineage for entry in manifest.lineages] == [0, 1]
+    assert manifest.model["trained"] == manifest.model["initial"]
 
 
 def test_another_weight_or_source_is_another_hash(run, tmp_path):

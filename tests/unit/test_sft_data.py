@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -14,10 +15,10 @@ from latent_grpo.common.prompts import resolve_tokens
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
 from latent_grpo.common.tasks.sources import StoredTask, TaskError
 from latent_grpo.common.types import Problem
-from latent_grpo.deploy.run.problems import prepare_task
-from latent_grpo.deploy.sft.loop import NO_CHAIN, TOO_LONG, TOO_SHORT, prepare_sft
+from latent_grpo.deploy.run.problems import prepare_task, read_task
+from latent_grpo.deploy.run.sft_data import NO_CHAIN, TOO_LONG, TOO_SHORT, prepare_sft
 from latent_grpo.learner.sft.learner import least_calls, plan_rows, self_feeding_share
-from latent_grpo.learner.sft.rows import make_row
+from latent_grpo.learner.sft.rows import encode_chain
 
 TOKENIZER = make_arithmetic_tokenizer()
 FACTS = resolve_tokens(TOKENIZER, len(TOKENIZER), latent=True)
@@ -31,7 +32,7 @@ def stored(tmp_path, cots: list[str], *overrides: str):
     path.write_text("\n".join(map(json.dumps, rows)))
     task = TaskConfig(name="rows", path=str(path), max_prompt_tokens=32, max_response_tokens=12, verifier="number")
     config = load_config("quickstart", list(overrides)).model_copy(update={"tasks": [task]})
-    return config, [prepare_task(task, config, TOKENIZER)]
+    return config, [prepare_task(read_task(task, config), config, TOKENIZER)]
 
 
 def test_unusable_chains_are_dropped_and_counted_by_reason(tmp_path):
@@ -101,9 +102,27 @@ def test_chains_shorter_than_a_latent_step_alone_are_an_error(tmp_path):
 
 def test_a_generated_chain_that_is_too_short_names_the_problem_and_the_setting():
     config = load_config("quickstart", ["warm_start.compression=7", "k=7", "tasks.0.options.operations=1"])
-    data = prepare_sft(config, [prepare_task(config.tasks[0], config, TOKENIZER)], TOKENIZER, FACTS)
+    tasks = [prepare_task(read_task(config.tasks[0], config), config, TOKENIZER)]
     with pytest.raises(ConfigError, match=r"problem chain-arithmetic/0: .* has 6 token\(s\).*compression 7"):
-        data.rows(0, 4)
+        prepare_sft(config, tasks, TOKENIZER, FACTS)
+
+
+def test_a_row_is_encoded_once(tmp_path, monkeypatch):
+    """A stored problem's chain however often it is used, a generated one's from the check to the first step."""
+    encoded = []
+    count = lambda *given, **settings: encoded.append(given[1]) or encode_chain(*given, **settings)  # noqa: E731
+    monkeypatch.setattr("latent_grpo.deploy.run.sft_data.encode_chain", count)
+    config, tasks = stored(tmp_path, ["1+2=3;"] * 12)
+    data = prepare_sft(config, tasks, TOKENIZER, FACTS)
+    first, again = data.rows(0, 8), data.rows(0, 8)
+    assert len(encoded) == 12
+    assert all(np.array_equal(a.hard_ids, b.hard_ids) for a, b in zip(first, again, strict=True))
+    encoded.clear()
+    config = load_config("quickstart", ["warm_start.batch_size=4"])
+    tasks = [prepare_task(read_task(config.tasks[0], config), config, TOKENIZER)]
+    data = prepare_sft(config, tasks, TOKENIZER, FACTS)
+    data.rows(0, 4)
+    assert len(encoded) == 4
 
 
 def test_too_few_problems_to_hold_any_out_is_an_error(tmp_path):
@@ -122,10 +141,8 @@ def test_k_must_hold_the_tokens_of_a_step_but_an_explicit_chain_does_not_care():
     with pytest.raises(ConfigError, match=r"k \(3\) is smaller than warm_start.compression \(4\)"):
         load_config("quickstart", ["warm_start.compression=4"])
     problem = ChainArithmetic(name="a", operations=2).problem(0)
-    row = make_row(
-        TOKENIZER, TOKENIZER.encode("1?"), problem.cot, problem.answer, c=12, k=3, latent_end_id=20, explicit=True
-    )
-    assert len(row.chain.ids) == 0
+    chain = encode_chain(TOKENIZER, problem.cot, problem.answer, c=12, latent_end_id=20, explicit=True)
+    assert len(chain.row(TOKENIZER.encode("1?"), c=12, k=3).chain.ids) == 0
 
 
 def test_soft_labels_are_not_chosen_for_an_explicit_chain():
@@ -142,7 +159,8 @@ def test_self_feeding_rises_over_its_ramp():
 def test_ranks_call_the_output_layer_equally_often():
     """Unequal rows: every micro-batch of every rank gets the largest number of calls among them."""
     problems = [ChainArithmetic(name="a", operations=n).problem(0) for n in (1, 6, 2, 4, 1, 1, 3)]
-    rows = [make_row(TOKENIZER, TOKENIZER.encode("1?"), p.cot, p.answer, c=3, k=3, latent_end_id=20) for p in problems]
+    chains = [encode_chain(TOKENIZER, p.cot, p.answer, c=3, latent_end_id=20) for p in problems]
+    rows = [chain.row(TOKENIZER.encode("1?"), c=3, k=3) for chain in chains]
     plan = plan_rows([len(row) for row in rows], ranks=2, tokens_per_microbatch=40)
     calls = least_calls(plan, rows, chunk_tokens=4, feed=True)
     assert len(calls) == len(plan[0]) == len(plan[1])

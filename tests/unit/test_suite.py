@@ -14,7 +14,7 @@ from latent_grpo.common.model_chain import ChainSettings, write_chain
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.deploy.reproduce.manifest import data_hashes
-from latent_grpo.deploy.reproduce.scheduler import _next, _run_all, check, open_folder, reproduce, side_by_side
+from latent_grpo.deploy.reproduce.scheduler import _next, _run_all, check, max_parallel_units, open_folder, reproduce
 from latent_grpo.deploy.reproduce.suite import (
     SuiteError,
     Unit,
@@ -36,7 +36,8 @@ PROFILE = {
     "steps": 3, "k": 3, "group_size": 2, "prompts_per_step": 4, "minibatch_prompts": 2,
     "model": {"new": {}}, "warm_start": {"compression": 3},
     "tasks": [{"name": "t", "path": "builtin:chain_arithmetic", "max_prompt_tokens": 20, "max_response_tokens": 18}],
-    "evaluation": {"tasks": [{"name": "e", "path": "builtin:chain_arithmetic", "options": {"size": 4}}]},
+    "evaluation": {"tasks": [{"name": "e", "path": "builtin:chain_arithmetic", "options": {"size": 4},
+                              "max_prompt_tokens": 20, "max_response_tokens": 44}]},
 }  # fmt: skip
 SUITE = {
     "title": "a suite", "seeds": [3, 5],
@@ -241,8 +242,9 @@ def test_generated_data_have_the_hash_of_their_problems(write, tmp_path, monkeyp
 
 def test_a_manifest_is_made_without_torch():
     program = (
-        "import sys; from latent_grpo.common.config import load_config; from latent_grpo.deploy.reproduce.manifest import this_session; "
-        "print(len(this_session([load_config('quickstart')])['data']), 'torch' in sys.modules)"
+        "import sys; from latent_grpo.common.config import load_config; "
+        "from latent_grpo.deploy.reproduce.manifest import this_session; "
+        "print(len(this_session([load_config('quickstart')]).data), 'torch' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert output.stdout.split() == ["2", "False"]
@@ -397,9 +399,9 @@ def test_units_run_side_by_side_as_far_as_the_neediest_allows(write, tmp_path, m
     suite = load_suite(write(), overrides=["rollout.resources.num_cpus=0.5", "learner.resources.num_cpus=0.5"])
     configs = [unit_config(suite, unit, tmp_path) for unit in units(suite)]
     monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler._resources", lambda: {"CPU": 2.0, "GPU": 1.0})
-    assert side_by_side(configs, "pipeline") == 2
+    assert max_parallel_units(configs, "pipeline") == 2
     needy = [c.model_copy(update={"rollout": c.rollout.model_copy(update={"workers": 9})}) for c in configs[:1]]
-    assert side_by_side([*configs, *needy], "pipeline") == 1
+    assert max_parallel_units([*configs, *needy], "pipeline") == 1
 
 
 @pytest.fixture
@@ -418,9 +420,9 @@ def on_gpus(write, tmp_path, monkeypatch):
 def test_no_more_units_run_side_by_side_than_their_gpus_hold(on_gpus, monkeypatch):
     suite = on_gpus.load()
     configs = [unit_config(suite, unit, on_gpus.folder) for unit in units(suite)]
-    assert side_by_side(configs, "pipeline") == 2, "3 by their sum, but no two of them fit into one GPU"
+    assert max_parallel_units(configs, "pipeline") == 2, "3 by their sum, but no two of them fit into one GPU"
     monkeypatch.setenv("RAY_ADDRESS", "ray://head")
-    assert side_by_side(configs, "pipeline") == 3, "a cluster hands out its own"
+    assert max_parallel_units(configs, "pipeline") == 3, "a cluster hands out its own"
 
 
 def test_units_of_one_machine_see_gpus_of_their_own(on_gpus, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 
 import numpy as np
@@ -13,7 +14,8 @@ from latent_grpo.common import density
 from latent_grpo.common import latent as sampling
 from latent_grpo.common.latent import mix_embeddings
 from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
-from latent_grpo.rollout_workers.requests import SETTINGS, refusal, write_settings
+from latent_grpo.rollout_workers.engine import RequestRefused
+from latent_grpo.rollout_workers.requests import admit, sample_settings
 from latent_grpo.rollout_workers.vllm_plugin.core import SCRATCH, LatentCore
 from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
@@ -31,10 +33,8 @@ def group(samples=4, **sampling):
 
 
 def settings_of(request, careful):
-    rows = np.zeros(len(request.sample_indices), dtype=SETTINGS)
-    write_settings(rows, request, 0)
     found = []
-    for row in rows:
+    for row in sample_settings(request, 0):
         described = dict(extra_args(0, row, careful)[KEY])
         described.pop("uid")
         found.append(described)
@@ -314,5 +314,6 @@ def test_refusals_name_what_was_received(change, message):
         vocab_size=VOCAB, allowed=np.ones(VOCAB, bool), latent_end_id=END, eos_ids=(1,), pad_id=0
     )  # fmt: skip
     version = PolicyVersion(version=0, checksum="")
-    assert refusal(group(), facts, version, max_rows=8, max_length=64) is None
-    assert message in refusal(group(**change), facts, version, max_rows=8, max_length=64)
+    assert admit(group(), facts, version, max_rows=8, max_length=64).size == 4
+    with pytest.raises(RequestRefused, match=re.escape(message)):
+        admit(group(**change), facts, version, max_rows=8, max_length=64)

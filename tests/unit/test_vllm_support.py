@@ -28,7 +28,7 @@ def refused(*overrides, found=("cpu", "0.32.0"), monkeypatch=None):
     if monkeypatch is not None:
         monkeypatch.setattr(support, "installed", lambda: found)
     with pytest.raises(ConfigError) as error:
-        preflight.engine_rows(load_config("quickstart", ["rollout.engine=vllm", *overrides]))
+        preflight.check_engine(load_config("quickstart", ["rollout.engine=vllm", *overrides]))
     return str(error.value)
 
 
@@ -36,8 +36,8 @@ def test_the_quickstart_is_served_by_the_tested_builds(monkeypatch):
     config = load_config("quickstart", ["rollout.engine=vllm"])
     for found in (("cpu", "0.32.0"), ("cuda", "0.33.1"), ("cuda", "0.33.0+cu130")):
         monkeypatch.setattr(support, "installed", lambda found=found: found)
-        assert found[1] in preflight.engine_rows(config)[0][1]
-    assert preflight.engine_rows(load_config("quickstart")) == [("rollout engine", "transformers")]
+        assert found[1] in preflight.check_engine(config)
+    assert preflight.check_engine(load_config("quickstart")) == "transformers"
 
 
 def test_the_build_is_read_from_what_is_installed(monkeypatch):

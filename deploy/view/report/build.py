@@ -50,7 +50,7 @@ def write_report(run: RunView, target: Path | None = None, filters: Filters | No
     return target
 
 
-def closing_line(folder: RunFolder) -> str:
+def report_note(folder: RunFolder) -> str:
     """What `train` ends with: the report, written where that takes a second or two, and else the command for it."""
     look = f"in the terminal: latent-grpo inspect {folder.path}"
     size = sum(file.stat().st_size for file in folder.trajectories.rglob("*.parquet"))

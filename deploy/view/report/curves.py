@@ -121,8 +121,8 @@ TIMES = (
 def _chart(chart: Chart, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     series = []
     for curve in chart.curves:
-        points = [(row["step"], curve.value(row["metrics"])) for row in rows]
-        points = [(step, value) for step, value in points if value is not None]
+        measured = [(row["step"], curve.value(row["metrics"])) for row in rows]
+        points = [(step, value) for step, value in measured if value is not None]
         if not points or (curve.smoothed and len(points) < MEAN_OVER):
             continue
         values = [value for _, value in points]

@@ -1,4 +1,4 @@
-"""The health panel: the run's metrics judged again by the rules of `deploy.run.health`, and the alarms that it raised."""
+"""The health panel: the run's metrics judged again by the rules of `deploy.run.health`, and the alarms of the run."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _add(made: Sample, group: list[Thoughts], tokens: TokenTexts, numbers: dict[
     def number(token: int) -> int:
         return numbers.setdefault(int(token), len(numbers))
 
-    entries = []
+    entries: list[dict[str, Any]] = []
     for thoughts in group:
         t, row = thoughts.trajectory, thoughts.row
         made.trajectories.append(
@@ -166,7 +166,7 @@ def _in_full(thoughts: Thoughts, number: Any, weighting: str) -> dict[str, Any]:
             "applied": record.update_applied,
             "grad_norm": _round(record.update_grad_norm),
         }
-    if thoughts.taught:
+    if record is not None and thoughts.taught:
         entry |= {
             "old": _lists(record.old_log_probs),
             "new": _lists(record.new_log_probs),
@@ -178,7 +178,7 @@ def _in_full(thoughts: Thoughts, number: Any, weighting: str) -> dict[str, Any]:
     return entry
 
 
-def _lists(values: np.ndarray) -> list:
+def _lists(values: np.ndarray) -> list[Any]:
     """Nested lists of numbers with five significant digits; what is not a number becomes null."""
     if values.ndim > 1:
         return [_lists(row) for row in values]

@@ -1,0 +1,19 @@
+"""The keys that a run's algorithm decides where its settings do not (METHOD §9), once they are decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latent_grpo.common.types import NoiseMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """As the keys of :class:`RunConfig` and `noise.mode`, and never null."""
+
+    noise_mode: NoiseMode
+    component_weighting: Literal["mixture", "uniform"]
+    flip: Literal["reference", "sign", "off"]
+    first_token: bool
+    masking: Literal["exclude", "include", "off"]

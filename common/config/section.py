@@ -1,0 +1,16 @@
+"""What every section of the settings is, and types of keys that several sections use."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A mapping of keys: unknown ones are refused, and the text below a key is its description."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]

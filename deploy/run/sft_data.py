@@ -1,0 +1,216 @@
+"""What Latent-SFT learns from (METHOD §7): rows of the tasks that have a chain of thought, and held-out problems.
+
+A chain is encoded once for each stored problem, when it is checked; its soft labels are made where a row is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.tasks.sources import PromptStream, StoredTask, TaskError, TaskSource, load_task
+from latent_grpo.common.types import Problem, TokenFacts
+from latent_grpo.deploy.run.problems import PreparedTask
+from latent_grpo.learner.sft.rows import ChainTooShort, EncodedChain, SFTRow, encode_chain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_SEED = 7919  # added to the run's: other problems than the evaluation's, which must not choose anything
+HELD_OUT_SHARE = 0.1
+NO_CHAIN = "no chain of thought"
+TOO_SHORT = "chain of thought under warm_start.compression"
+TOO_LONG = "chain over max_response_tokens"
+HELD_OUT = "held out"
+MOST_DROPPED = 0.5  # of a task's chains, for their length: beyond it training would be on another data set
+
+
+class NoChain(ConfigError):
+    """A problem without a chain of thought."""
+
+
+class Chains:
+    """Encodes chains of thought for one tokenizer and one Latent-SFT; a stored problem's chain is encoded once."""
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, facts: TokenFacts) -> None:
+        self._config, self._settings = config, config.latent_sft
+        self._tokenizer, self._facts = tokenizer, facts
+        self._known: dict[str, EncodedChain] = {}  # by the uid of a stored problem
+
+    def encoded(self, task: PreparedTask, problem: Problem) -> EncodedChain:
+        """The problem's chain as ids. Raises ConfigError, which names the problem."""
+        chain = self._known.get(problem.uid)
+        if chain is None:
+            think_end = (task.source.config.prompt or self._config.model.prompt).think_end
+            try:
+                chain = encode_chain(
+                    self._tokenizer,
+                    _chain_text(problem, think_end),
+                    problem.answer,
+                    c=self._settings.compression,
+                    latent_end_id=self._facts.latent_end_id,
+                    think_end=think_end,
+                    explicit=self._settings.chain == "explicit",
+                )
+            except ConfigError as error:
+                raise type(error)(f"problem {problem.uid}: {error}") from error
+            if isinstance(task.source, StoredTask):
+                self._known[problem.uid] = chain
+        return chain
+
+    def row(self, task: PreparedTask, problem: Problem) -> SFTRow:
+        """The problem's training row, with uniform labels."""
+        chain = self.encoded(task, problem)
+        return chain.row(task.prompt_ids(problem), c=self._settings.compression, k=self._config.k)
+
+    def fault(self, task: PreparedTask, problem: Problem) -> str | None:
+        """Why a stored problem cannot be learned from; None where it can."""
+        try:
+            chain = self.encoded(task, problem)
+        except NoChain:
+            return NO_CHAIN
+        except ChainTooShort:
+            return TOO_SHORT
+        return TOO_LONG if chain.steps(self._settings.compression) > task.source.config.max_response_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class SFTData:
+    """Rows to learn from, and problems to be judged on that are never among them."""
+
+    stream: PromptStream
+    tasks: list[PreparedTask]
+    held_out: list[tuple[PreparedTask, Problem]]
+    chains: Chains
+    without_chain: list[PreparedTask]
+    _made: dict[tuple[int, int], list[SFTRow]] = field(default_factory=dict)  # by (step, count): checked, not used yet
+
+    @property
+    def dropped(self) -> dict[str, dict[str, int | None]]:
+        """Task -> reason -> how many of its rows are not used (None: of a task that never ends, all)."""
+        found: dict[str, dict[str, int | None]] = {
+            task.name: {why: len(rows) for why, rows in task.source.dropped.items() if why != HELD_OUT}
+            for task in self.tasks
+        }
+        found |= {task.name: {NO_CHAIN: task.source.size} for task in self.without_chain}
+        return {name: reasons for name, reasons in found.items() if reasons}
+
+    @property
+    def summaries(self) -> list[str]:
+        """A line a task; in yellow where rows are not used."""
+        dropped = self.dropped
+        lines = {task.name: f"Latent-SFT on {task.summary}" for task in self.tasks}
+        lines |= {task.name: f"Latent-SFT leaves out {task.name}: {NO_CHAIN}" for task in self.without_chain}
+        return [f"[yellow]{escape(line)}[/]" if name in dropped else escape(line) for name, line in lines.items()]
+
+    def row(self, task: PreparedTask, problem: Problem) -> SFTRow:
+        return self.chains.row(task, problem)
+
+    def rows(self, step: int, count: int) -> list[SFTRow]:
+        """The `count` rows of step `step` (from 0): a function of both."""
+        made = self._made.pop((step, count), None)
+        if made is not None:
+            return made
+        draws = [self.stream[step * count + i] for i in range(count)]
+        return [self.row(self.tasks[draw.task], draw.problem) for draw in draws]
+
+    def check(self, count: int) -> None:
+        """Makes the first rows now, for a generated task can drop no problem. Raises ConfigError."""
+        self._made[0, count] = self.rows(0, count)
+
+
+def prepare_sft(
+    config: RunConfig, tasks: list[PreparedTask], tokenizer: PreTrainedTokenizerBase, facts: TokenFacts
+) -> SFTData:
+    """Splits the tasks that have a chain of thought. Raises ConfigError if none has, or where a first row fails."""
+    settings, chains = config.latent_sft, Chains(config, tokenizer, facts)
+    found: list[PreparedTask] = []
+    without: list[PreparedTask] = []
+    for task in tasks:
+        (found if has_chain(task.source) else without).append(task)
+    if not found:
+        raise ConfigError(
+            "warm_start needs an explicit chain of thought and no training task has one; set the task's columns.cot, "
+            "or start from a model that thinks in latent steps already (model.path, no warm_start)"
+        )
+    share = -(-settings.evaluation_problems // len(found))
+    training: list[PreparedTask] = []
+    held_out: list[tuple[PreparedTask, Problem]] = []
+    for task in found:
+        rest, problems = _split(task, share, config, chains)
+        training.append(rest)
+        held_out += [(task, problem) for problem in problems]
+    stream = PromptStream(
+        [task.source for task in training], [task.source.config.weight for task in training], config.seed
+    )
+    data = SFTData(stream, training, held_out, chains, without)
+    data.check(settings.batch_size)
+    return data
+
+
+def _chain_text(problem: Problem, think_end: str) -> str:
+    """Without the end of thinking: the row puts one behind the chain, and one inside would end it early.
+
+    Raises :class:`NoChain` where nothing else is there.
+    """
+    text = problem.cot.replace(think_end, "") if think_end else problem.cot
+    if not text.strip():
+        raise NoChain(
+            f"Latent-SFT needs an explicit chain of thought, got {problem.cot!r}; set the task's columns.cot or leave "
+            "the problem out"
+        )
+    return text
+
+
+def has_chain(source: TaskSource) -> bool:
+    """Whether any problem has a chain of thought; of a generated task the first one is asked."""
+    asked = source.size if isinstance(source, StoredTask) else 1
+    return any(source.problem(i).cot.strip() for i in range(asked))
+
+
+def _split(task: PreparedTask, count: int, config: RunConfig, chains: Chains) -> tuple[PreparedTask, list[Problem]]:
+    """What to train on, and up to `count` held-out problems: of a generated task the other split, of a stored one
+    its last problems. A stored task's unusable problems are dropped and counted; a generated one cannot drop any."""
+    source = task.source
+    if not isinstance(source, StoredTask):
+        options = {**source.config.options, "split": "evaluation", "seed": config.seed + HELD_OUT_SEED, "size": count}
+        other = load_task(source.config.model_copy(update={"options": options}), config.seed)
+        return task, [other.problem(i) for i in range(count)]
+    problems = (source.problem(i) for i in range(source.size))
+    faults = {problem.uid: chains.fault(task, problem) for problem in problems}
+    for reason in (NO_CHAIN, TOO_SHORT, TOO_LONG):
+        faulty = {uid for uid, fault in faults.items() if fault == reason}
+        source = source.filtered(partial(_is_not_of, faulty), reason)
+    _check_lengths(source, config.latent_sft.compression)
+    count = min(count, max(int(source.size * HELD_OUT_SHARE), 1))
+    if source.size <= count:
+        raise TaskError(
+            f"task {task.name}: {source.size} usable problem(s) are too few for Latent-SFT, which keeps {count} "
+            "apart to be judged on; give it more"
+        )
+    held_out = [source.problem(i) for i in range(source.size - count, source.size)]
+    names = {problem.uid for problem in held_out}
+    rest = source.filtered(partial(_is_not_of, names), HELD_OUT)
+    return dataclasses.replace(task, source=rest), held_out
+
+
+def _is_not_of(uids: set[str], problem: Problem) -> bool:
+    return problem.uid not in uids
+
+
+def _check_lengths(source: StoredTask, compression: int) -> None:
+    """Raises TaskError where most of a task's chains were dropped for their length."""
+    short, long = (len(source.dropped.get(reason, ())) for reason in (TOO_SHORT, TOO_LONG))
+    chains, budget = source.size + short + long, source.config.max_response_tokens
+    if short + long > MOST_DROPPED * chains:
+        raise TaskError(
+            f"task {source.config.name}: {short + long:,} of {chains:,} rows with a chain of thought would be dropped "
+            f"for its length, allowed is half: {short:,} are shorter than warm_start.compression ({compression} "
+            f"tokens), {long:,} do not fit into max_response_tokens ({budget}). Lower warm_start.compression for "
+            "short chains, raise the task's max_response_tokens for long ones, or give a file of the rows that fit"
+        )

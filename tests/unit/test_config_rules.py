@@ -1,0 +1,120 @@
+"""Rules of keys: each stands beside its key, and what they decide together is pinned here."""
+
+import pytest
+
+from latent_grpo.common.config import ALGORITHM_DEFAULTS, LATENT_ONLY_KEYS, OBJECTIVE_KEYS, RunConfig, load_config
+from latent_grpo.common.config.resume import refused_changes
+from latent_grpo.common.config.rules import Rule, keys_with, rules_of
+from latent_grpo.deploy.reproduce.inputs import DECIDE_TOKENS
+
+MAY_CHANGE = {
+    "rollout.workers",
+    "rollout.resources",
+    "rollout.max_rows",
+    "rollout.max_restarts",
+    "rollout.device",
+    "rollout.verifier.processes",
+    "rollout.verifier.max_ungraded_share",
+    "learner.resources",
+    "learner.device",
+    "learner.tokens_per_microbatch",
+    "learner.logprob_chunk_tokens",
+    "learner.gradient_checkpointing",
+    "learner.weight_bucket_bytes",
+    "evaluation",
+    "checkpoint",
+    "dump",
+    "metrics",
+    "health",
+    "deadlines",
+    "runs_folder",
+    "self_test_groups",
+    "max_dispatch_factor",
+}
+LAST_BIT = {
+    "rollout.resources.threads",
+    "learner.resources.threads",
+    "learner.tokens_per_microbatch",
+    "learner.logprob_chunk_tokens",
+    "learner.gradient_checkpointing",
+}
+OBJECTIVE = {"noise.mode", "component_weighting", "flip", "first_token", "masking", "centering_draws"}
+LATENT_ONLY = ("k", "tau", "noise", "component_weighting", "flip", "centering_draws")
+TOKENS = {"algorithm", "k", "tau", "model", "warm_start", "tasks", "evaluation.tasks"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "keys"),
+    [
+        (Rule.MAY_CHANGE, MAY_CHANGE),
+        (Rule.LAST_BIT, LAST_BIT),
+        (Rule.OBJECTIVE, OBJECTIVE),
+        (Rule.LATENT_ONLY, set(LATENT_ONLY)),
+        (Rule.TOKENS, TOKENS),
+    ],
+)
+def test_the_keys_of_a_rule_are_these(rule, keys):
+    assert set(keys_with(RunConfig, rule)) == keys
+
+
+def test_every_rule_is_pinned_here():
+    assert len(Rule) == 5
+
+
+def test_the_public_names_hold_the_keys_of_their_rules():
+    assert LATENT_ONLY_KEYS == LATENT_ONLY, "messages name the keys in this order"
+    assert set(OBJECTIVE_KEYS) == OBJECTIVE
+    whole = dict.fromkeys(("algorithm", "k", "tau", "model", "warm_start", "tasks"), True)
+    assert whole | {"evaluation": {"tasks": True}} == DECIDE_TOKENS
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHM_DEFAULTS)
+def test_what_an_algorithm_decides_belongs_to_the_objective(algorithm):
+    assert ALGORITHM_DEFAULTS[algorithm].keys() <= set(OBJECTIVE_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("key", "rules"),
+    [
+        ("rollout.resources.threads", {Rule.MAY_CHANGE, Rule.LAST_BIT}),
+        ("rollout.resources.custom.tpu", {Rule.MAY_CHANGE}),
+        ("evaluation.tasks.0.prompt.user", {Rule.MAY_CHANGE, Rule.TOKENS}),
+        ("noise.mode", {Rule.OBJECTIVE, Rule.LATENT_ONLY}),
+        ("verifiers.shaped.kind", set()),
+        ("no.such.key", set()),
+    ],
+)
+def test_a_key_has_the_rules_of_its_sections_too(key, rules):
+    assert rules_of(RunConfig, key) == rules
+
+
+def _changed(*overrides, **given):
+    source = {"model": {"path": "some/model"}, "tasks": [{"name": "a", "path": "a.jsonl"}], **given}
+    return load_config(source), load_config(source, list(overrides))
+
+
+@pytest.mark.parametrize("key", ["learner.tokens_per_microbatch", "rollout.resources.threads"])
+def test_a_deterministic_run_keeps_what_decides_the_last_bit(key):
+    assert refused_changes(*_changed(f"{key}=3")) == []
+    (refused,) = refused_changes(*_changed(f"{key}=3", deterministic=True))
+    assert refused.startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "refused"),
+    [
+        ("temperature=0.7", "temperature: 0.6 -> 0.7"),
+        ("tasks.0.path=b.jsonl", "tasks.0.path: 'a.jsonl' -> 'b.jsonl'"),
+        ("rollout.verifier.time_limit_s=7", "rollout.verifier.time_limit_s: 5.0 -> 7.0"),
+        ("steps=7", None),
+        ("evaluation.tasks=[{name: b, path: b.jsonl}]", None),
+        ("rollout.resources.custom={tpu: 1}", None),
+    ],
+)
+def test_a_resumed_run_may_change_where_and_how_fast_only(override, refused):
+    assert refused_changes(*_changed(override)) == ([] if refused is None else [refused])
+
+
+def test_steps_stay_where_the_learning_rate_depends_on_them():
+    assert refused_changes(*_changed("steps=7", optimizer={"schedule": "linear"})) == ["steps: 100 -> 7"]
+    assert refused_changes(*_changed("steps=7", optimizer={"schedule": "linear", "decay_steps": 50})) == []
