@@ -102,7 +102,7 @@ class GroupBuffer:
         return ordinal
 
     def arrived(self, group_uid: str, group: pa.RecordBatch) -> str | None:
-        """Takes a complete, graded group; returns why it was dropped. A group that is not wait_for_step is a duplicate
+        """Takes a complete, graded group; returns why it was dropped. A group that is not awaited is a duplicate
         (its worker was given up and came back, or it was generated before a restart): counted and ignored."""
         ordinal = self._by_uid.get(group_uid)
         entry = self._entries.get(ordinal) if ordinal is not None else None
@@ -117,7 +117,7 @@ class GroupBuffer:
         return reason
 
     def drop(self, group_uid: str, reason: str) -> None:
-        """Gives up an wait_for_step group that cannot be used (malformed records); nothing of it is generated or kept."""
+        """Gives up an awaited group that cannot be used (malformed records); nothing of it is generated or kept."""
         entry = self._entries[self._by_uid[group_uid]]
         entry.group = None
         self._drop(entry, reason)

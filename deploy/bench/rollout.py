@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaForCausalLM, PreTrainedModel, StoppingCriteria
+from transformers import PreTrainedModel, StoppingCriteria
 
 from latent_grpo.deploy.bench.rollout_vllm import measure_vllm, vllm_missing
 from latent_grpo.deploy.bench.timing import interleaved
@@ -51,10 +51,11 @@ class _OwnLength(StoppingCriteria):
         return input_ids.shape[1] >= self._until
 
 
-def run_generate(model: LlamaForCausalLM, work: Workload) -> float:
+def run_generate(model: PreTrainedModel, work: Workload) -> float:
     prompt_ids = torch.from_numpy(work.prompts).long()
     lengths = np.repeat(work.lengths, work.samples)
-    model.generate(
+    generate: Any = model.generate  # a mixin's, which PreTrainedModel does not name
+    generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         do_sample=True,

@@ -48,7 +48,7 @@ class Row:
     goal: str
 
 
-def bench_model(vocabulary: int, hidden: int, layers: int) -> LlamaForCausalLM:
+def bench_model(vocabulary: int, hidden: int, layers: int) -> PreTrainedModel:
     """A random Llama whose head is scaled so that its logits spread as a trained model's do.
 
     Nearly flat ones, as a plain random model has them, are the sampler's worst case and no model's usual one.

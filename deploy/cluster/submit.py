@@ -45,7 +45,7 @@ def submit(
     environment: dict[str, str] | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Runs `python -m latent_grpo.deploy ARGUMENTS` on the cluster; returns the driver's exit code (without `follow` 0).
+    """Runs `python -m latent_grpo.deploy ARGUMENTS` on the cluster; returns the driver's exit code, 0 without `follow`.
 
     `address`: the job server, `http://head:8265`; default RAY_API_SERVER_ADDRESS or RAY_ADDRESS. `environment`:
     variables for the job, never printed. The authentication token is found by Ray itself (RAY_AUTH_TOKEN,

@@ -211,7 +211,7 @@ def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
 
 
 def noise_line(config: RunConfig, noise: str | None) -> str | None:
-    """The noise that pass@k is sampled with, and who gave its scale (:class:`EvaluationPlan`); None where none is used."""
+    """The noise of pass@k, and who gave its scale (:class:`EvaluationPlan`); None where none is used."""
     if not config.evaluation.samples or config.noise.mode == "off":
         return None
     used = f"pass@k is sampled with noise.scale {config.noise.scale:g} ({config.noise.mode})"
