@@ -1,4 +1,8 @@
-"""Which ids can be drawn: the nucleus, its order, and the proof that nothing beyond them matters."""
+"""Which ids a step can draw: their order, the nucleus, and the proof that no other id matters (METHOD §2.1, §2.4).
+
+A step of the method is a function of :class:`Candidates`. :func:`draw_plain` gives it all V ids and the caller's noise;
+:func:`draw_keyed` gives it the most likely ones and keyed noise, and draws rows again where that was too few.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +14,20 @@ import torch
 from latent_grpo.common.noise import gumbel_noise
 
 TOP_M = 128  # ids that the keyed forms look at first: few distributions reach further, and noise costs by the id
-
-
 WIDEN = 2  # how much further they look, at the least, where that was too few
-
-
 ROUNDING = 2e-6  # over what three float32 operations lose
 
-
 Setting = float | torch.Tensor
-
-
 Count = int | torch.Tensor
-
-
 Switch = bool | torch.Tensor
-
-
 Noise = Callable[[torch.Tensor], torch.Tensor]  # draws [N, M] for ids [N, M]
-
-
 Drawn = tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]
 """What was drawn, [N] bool: it can be used, and [N]: no id with a logit below this could have changed it."""
-
-
 Draw = Callable[..., Drawn]
-"""A step of METHOD §2: of a table, a normaliser [N, 1], noise, and the step's settings in their order."""
+"""A step of METHOD §2: of candidates, a normaliser [N, 1], noise, and the step's settings in their order."""
 
 
-class _Table(NamedTuple):
+class Candidates(NamedTuple):
     """The ids of N rows among which to choose, most likely first, ties to the lower id."""
 
     ids: torch.Tensor  # [N, M] int64
@@ -46,7 +35,8 @@ class _Table(NamedTuple):
     floor: torch.Tensor | None  # [N]: no id outside of the table has a larger logit. None: all V ids are here
 
 
-def _table(logits: torch.Tensor, allowed: torch.Tensor | None, top_m: int) -> _Table:
+def likeliest(logits: torch.Tensor, allowed: torch.Tensor | None, top_m: int) -> Candidates:
+    """The `top_m` most likely ids of `logits` [N, V]; what `allowed` forbids among them has a logit of -inf."""
     rows, vocabulary = logits.shape
     ids, floor = torch.arange(vocabulary, device=logits.device).expand(rows, -1), None
     if vocabulary > top_m:
@@ -56,11 +46,11 @@ def _table(logits: torch.Tensor, allowed: torch.Tensor | None, top_m: int) -> _T
             allowed = allowed[ids] if allowed.ndim == 1 else allowed.gather(-1, ids)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
-    order = _order_key(logits, ids).sort(dim=-1, descending=True).indices
-    return _Table(order if floor is None else ids.gather(-1, order), logits.gather(-1, order), floor)
+    order = order_key(logits, ids).sort(dim=-1, descending=True).indices
+    return Candidates(order if floor is None else ids.gather(-1, order), logits.gather(-1, order), floor)
 
 
-def _order_key(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def order_key(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """int64 keys, all different, that order as float32 `values` do and equal values from higher to lower id.
 
     One sort or topk of them is exact, where that of the floats breaks ties as the kernel likes. A float's bits order
@@ -72,14 +62,14 @@ def _order_key(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 @overload
-def _column(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+def broadcast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
 
 
 @overload
-def _column(value: Setting, dtype: torch.dtype) -> Setting: ...
+def broadcast(value: Setting, dtype: torch.dtype) -> Setting: ...
 
 
-def _column(value: Setting, dtype: torch.dtype) -> Setting:
+def broadcast(value: Setting, dtype: torch.dtype) -> Setting:
     """A setting as something that broadcasts over [N, M]; a number stays one."""
     if not isinstance(value, torch.Tensor):
         return value
@@ -91,25 +81,25 @@ def _rows_of(value: Setting, rows: torch.Tensor) -> Setting:
     return value[rows] if isinstance(value, torch.Tensor) and value.ndim == 1 else value
 
 
-def _nucleus(probabilities: torch.Tensor, top_p: Setting, total: Setting = 1.0) -> torch.Tensor:
+def nucleus(probabilities: torch.Tensor, top_p: Setting, total: Setting = 1.0) -> torch.Tensor:
     """METHOD §2.1.2: which of the float64 `probabilities` [N, M], in descending order, the nucleus keeps: [N, M] bool.
 
     float64, so that neither the table's width nor a parallel scan's order of addition shows in the result. A `top_p`
     of 1 keeps everything, whatever the sum of the rounded probabilities is.
     """
-    top_p = _column(top_p, torch.float64)
+    top_p = broadcast(top_p, torch.float64)
     inside = (probabilities.cumsum(-1) - probabilities) < top_p * total
     if isinstance(top_p, torch.Tensor):
         return inside | (top_p >= 1.0)
     return inside if top_p < 1.0 else torch.ones_like(inside)
 
 
-def _last_kept(table: _Table, keep: torch.Tensor) -> torch.Tensor:
+def last_kept(table: Candidates, keep: torch.Tensor) -> torch.Tensor:
     """The lowest logit in the prefix `keep` [N, M] of the table: [N]. An id below it does not belong to the prefix."""
     return table.logits.gather(-1, keep.sum(-1, keepdim=True) - 1).squeeze(-1)
 
 
-def _plain(
+def draw_plain(
     draw: Draw,
     logits: torch.Tensor,
     gumbel: torch.Tensor,
@@ -117,7 +107,7 @@ def _plain(
     settings: tuple[Setting, ...],
 ) -> tuple[torch.Tensor, ...]:
     """`draw` on all V ids with the given noise."""
-    table = _table(logits, allowed, logits.shape[-1])
+    table = likeliest(logits, allowed, logits.shape[-1])
     normaliser = logits.logsumexp(-1, keepdim=True)
     drawn, usable, _ = draw(table, normaliser, lambda ids: gumbel.float().gather(-1, ids), *settings)
     if not bool(usable.all()):
@@ -125,7 +115,7 @@ def _plain(
     return drawn
 
 
-def _keyed(
+def draw_keyed(
     draw: Draw,
     logits: torch.Tensor,
     normaliser: torch.Tensor,
@@ -135,14 +125,14 @@ def _keyed(
     top_m: int,
     settings: tuple[Setting, ...],
     widen: bool = True,
-    table: _Table | None = None,
+    table: Candidates | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """`draw` on the `top_m` most likely ids; rows that reach further are drawn again from as many as they reach.
 
     `table`: those ids, where the caller has them. Returns what was drawn and [N] bool, which rows are exact: all of
     them, unless `widen` is False.
     """
-    table = _table(logits, allowed, top_m) if table is None else table
+    table = likeliest(logits, allowed, top_m) if table is None else table
     drawn, usable, reach = draw(table, normaliser, lambda ids: gumbel_noise(keys, steps, ids), *settings)
     exact = usable if table.floor is None else usable & (reach > table.floor)
     if not widen or bool(exact.all()):
@@ -152,7 +142,7 @@ def _keyed(
     rows = (~exact).nonzero().squeeze(-1)
     wider = logits[rows]
     reached = (wider >= reach[rows].unsqueeze(-1)).sum(-1)
-    wide, _ = _keyed(
+    wide, _ = draw_keyed(
         draw,
         wider,
         normaliser[rows],
@@ -174,7 +164,8 @@ def _unusable(usable: torch.Tensor) -> ValueError:
     )
 
 
-def _check(k: int, vocabulary: int, **positive: Setting) -> None:
+def check_draw(k: int, vocabulary: int, **positive: Setting) -> None:
+    """Raises ValueError for a width beyond the vocabulary, and for a setting that must be above 0 and is not."""
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k must be between 1 and the vocabulary's {vocabulary} rows, got {k}")
     for name, value in positive.items():

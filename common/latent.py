@@ -1,4 +1,4 @@
-"""METHOD §2: candidates, one-sided noise, mixtures, visible sampling, and randomness as a function of identity.
+"""Latent and visible steps (METHOD §2): mixtures with and without noise, leaving latent mode, visible sampling.
 
 Every engine and the learner call these functions, so a record means the same everywhere. Everything is float32
 inside, whatever the model's dtype. Two forms of each sampler give exactly the same result:
@@ -23,34 +23,44 @@ from latent_grpo.common.candidates import (
     ROUNDING,
     TOP_M,
     WIDEN,
+    Candidates,
     Count,
     Drawn,
     Noise,
     Setting,
     Switch,
-    _check,
-    _column,
-    _keyed,
-    _last_kept,
-    _nucleus,
-    _order_key,
-    _plain,
-    _Table,
-    _table,
+    broadcast,
+    check_draw,
+    draw_keyed,
+    draw_plain,
+    last_kept,
+    likeliest,
+    nucleus,
+    order_key,
 )
-from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW
+from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW, gumbel_noise, trajectory_key
 
-# --- noise (METHOD §2.5) -----------------------------------------------------------------------------------------
-
-
-# --- candidates --------------------------------------------------------------------------------------------------
-
+__all__ = [
+    "LatentStep",
+    "VisibleStep",
+    "greedy_mixture",
+    "gumbel_noise",
+    "latent_draws",
+    "latent_step",
+    "mix_embeddings",
+    "mixture_weights",
+    "sample_mixture",
+    "sample_mixture_keyed",
+    "sample_visible",
+    "trajectory_key",
+    "visible_step",
+]
 
 # --- latent steps (METHOD §2.1, §2.2) ----------------------------------------------------------------------------
 
 
 def _mixture(
-    table: _Table,
+    table: Candidates,
     normaliser: torch.Tensor,
     gumbel: Noise,
     k: int,
@@ -66,11 +76,11 @@ def _mixture(
         drawn = (ids, scores, scores, table.ids[:, 0])
         keep = torch.ones_like(ids, dtype=torch.bool)
     else:
-        pick = _column(noisy, torch.bool) if isinstance(noisy, torch.Tensor) else None  # None: noise in all rows
+        pick = broadcast(noisy, torch.bool) if isinstance(noisy, torch.Tensor) else None  # None: noise in all rows
         # without noise nothing but the k most likely can be selected: an empty nucleus says so
-        keep = _nucleus(log_p.double().exp(), top_p if pick is None else _per_row(pick, top_p, 0.0))
+        keep = nucleus(log_p.double().exp(), top_p if pick is None else _per_row(pick, top_p, 0.0))
         keep[:, :k] = True
-        shift, scale = _column(one_sided, torch.float32) * -GUMBEL_LOW, _column(noise_scale, torch.float32)
+        shift, scale = broadcast(one_sided, torch.float32) * -GUMBEL_LOW, broadcast(noise_scale, torch.float32)
         noise = gumbel(table.ids).clamp(GUMBEL_LOW, GUMBEL_HIGH) + shift
         score = log_p + noise * scale
         by = score
@@ -78,10 +88,10 @@ def _mixture(
             score = torch.where(pick, score, log_p)
             by = torch.where(pick, score, table.logits)  # not log p, which can tie where logits do not
         by = by.masked_fill(~keep, float("-inf"))
-        best = _order_key(by, table.ids).topk(k, dim=-1).indices
+        best = order_key(by, table.ids).topk(k, dim=-1).indices
         drawn = (table.ids.gather(-1, best), score.gather(-1, best), log_p.gather(-1, best), table.ids[:, 0])
     usable = drawn[1].isfinite().all(-1)
-    reach = _last_kept(table, keep)
+    reach = last_kept(table, keep)
     if noisy is not False:
         # beyond the nucleus' end or not: noise lifts nothing below this logit over the last id that was taken
         taken, lift = drawn[1][:, -1:], (GUMBEL_HIGH + shift) * scale
@@ -101,7 +111,7 @@ def _per_row(pick: torch.Tensor, if_true: Setting, if_false: float) -> torch.Ten
 
 def mixture_weights(scores: torch.Tensor, tau: Setting) -> torch.Tensor:
     """softmax(scores / tau) (METHOD §2.1.5): [N, k]; `tau` a number or [N]."""
-    return torch.softmax(scores / _column(tau, torch.float32), dim=-1)
+    return torch.softmax(scores / broadcast(tau, torch.float32), dim=-1)
 
 
 def sample_mixture(
@@ -120,9 +130,9 @@ def sample_mixture(
     `logits` [N, V], `gumbel` [N, V] before the clamp. Returns ids [N, k] int64, scores [N, k] float32 in descending
     order, weights [N, k] = softmax(scores / tau). log p is over all V rows; the nucleus counts allowed ids only.
     """
-    _check(k, logits.shape[-1], tau=tau)
+    check_draw(k, logits.shape[-1], tau=tau)
     settings = (k, top_p, noise_scale, True, one_sided)
-    ids, scores, _, _ = _plain(_mixture, logits.float(), gumbel, allowed, settings)
+    ids, scores, _, _ = draw_plain(_mixture, logits.float(), gumbel, allowed, settings)
     return ids, scores, mixture_weights(scores, tau)
 
 
@@ -199,21 +209,21 @@ def latent_step(
     `widen=False`: never waits for the device. Rows whose result may depend on ids beyond `top_m`, or whose logits are
     unusable, are then not `exact`, and the caller takes them again with `widen=True`.
     """
-    _check(k, logits.shape[-1], tau=tau)
+    check_draw(k, logits.shape[-1], tau=tau)
     logits = logits.float()
     normaliser = logits.logsumexp(-1, keepdim=True)
     # one more than k, to see a tie at its edge; far more where ties (usual in bfloat16) may not be looked at again
     top_m = k + 1 if noisy is False and widen else max(top_m, k + 1)
     settings = (k, top_p, noise_scale, noisy, one_sided)
-    drawn, exact = _keyed(_mixture, logits, normaliser, keys, steps, allowed, top_m, settings, widen)
+    drawn, exact = draw_keyed(_mixture, logits, normaliser, keys, steps, allowed, top_m, settings, widen)
     return _latent(drawn, exact, tau, end_id)
 
 
 def _latent(
     drawn: tuple[torch.Tensor, ...], exact: torch.Tensor, tau: Setting, end_id: int | torch.Tensor
 ) -> LatentStep:
-    ids, scores, log_probs, likeliest = drawn
-    leaves = (likeliest == end_id) | (ids[:, 0] == end_id)
+    ids, scores, log_probs, argmax = drawn
+    leaves = (argmax == end_id) | (ids[:, 0] == end_id)
     return LatentStep(ids, scores, mixture_weights(scores, tau), log_probs, leaves, exact)
 
 
@@ -235,16 +245,16 @@ def latent_draws(
 
     `logits` [N, V], `keys` [N, J] int64, `steps` [N] int64. The candidates are looked for once.
     """
-    _check(k, logits.shape[-1], tau=tau)
+    check_draw(k, logits.shape[-1], tau=tau)
     logits = logits.float()
     normaliser, top_m = logits.logsumexp(-1, keepdim=True), max(top_m, k + 1)
-    table, settings = _table(logits, allowed, top_m), (k, top_p, noise_scale, True, one_sided)
-    return [
-        _latent(
-            *_keyed(_mixture, logits, normaliser, of_draw, steps, allowed, top_m, settings, table=table), tau, end_id
-        )
-        for of_draw in keys.unbind(-1)
-    ]
+    table, settings = likeliest(logits, allowed, top_m), (k, top_p, noise_scale, True, one_sided)
+
+    def step(of_draw: torch.Tensor) -> LatentStep:
+        drawn, exact = draw_keyed(_mixture, logits, normaliser, of_draw, steps, allowed, top_m, settings, table=table)
+        return _latent(drawn, exact, tau, end_id)
+
+    return [step(of_draw) for of_draw in keys.unbind(-1)]
 
 
 def mix_embeddings(embedded: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -259,7 +269,7 @@ def mix_embeddings(embedded: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
 
 
 def _visible(
-    table: _Table,
+    table: Candidates,
     normaliser: torch.Tensor,
     gumbel: Noise,
     top_p: Setting,
@@ -269,19 +279,19 @@ def _visible(
     width = table.ids.shape[-1]
     position = torch.arange(width, device=table.ids.device)
     if isinstance(top_k, torch.Tensor):
-        top_k = _column(top_k, torch.int64)
+        top_k = broadcast(top_k, torch.int64)
         within = ((position < top_k) | (top_k == 0)).expand(table.ids.shape)
     else:
         within = (position < (top_k or width)).expand(table.ids.shape)
     p = (table.logits - table.logits[:, :1]).double().exp() * within
-    keep = within & _nucleus(p, top_p, p.sum(-1, keepdim=True))
+    keep = within & nucleus(p, top_p, p.sum(-1, keepdim=True))
     keep[:, 0] = True
     log_p = table.logits - normaliser
     scores = (log_p + gumbel(table.ids)).masked_fill(~keep, float("-inf"))
-    best = _order_key(scores, table.ids).argmax(-1, keepdim=True)
+    best = order_key(scores, table.ids).argmax(-1, keepdim=True)
     log_probs = log_p.gather(-1, best).squeeze(-1)
     drawn = (table.ids.gather(-1, best).squeeze(-1), log_probs)
-    return drawn, log_probs.isfinite(), _last_kept(table, within)
+    return drawn, log_probs.isfinite(), last_kept(table, within)
 
 
 def sample_visible(
@@ -298,9 +308,9 @@ def sample_visible(
     `temperature` > 0; `top_k` 0 keeps every id. The log-prob is log_softmax(logits / temperature)[id] over all V, not
     renormalised over the nucleus.
     """
-    _check(1, logits.shape[-1], temperature=temperature)
-    scaled = logits.float() / _column(temperature, torch.float32)
-    ids, log_probs = _plain(_visible, scaled, gumbel, allowed, (top_p, top_k))
+    check_draw(1, logits.shape[-1], temperature=temperature)
+    scaled = logits.float() / broadcast(temperature, torch.float32)
+    ids, log_probs = draw_plain(_visible, scaled, gumbel, allowed, (top_p, top_k))
     return ids, log_probs
 
 
@@ -331,12 +341,12 @@ def visible_step(
     :func:`latent_step`.
     """
     vocabulary = logits.shape[-1]
-    _check(1, vocabulary, temperature=temperature)
-    scaled = logits.float() / _column(temperature, torch.float32)
+    check_draw(1, vocabulary, temperature=temperature)
+    scaled = logits.float() / broadcast(temperature, torch.float32)
     reach = (largest_top_k if isinstance(top_k, torch.Tensor) else top_k) or vocabulary
     # one more than top_k, to see a tie at its edge; far more where it may not be looked at again
     top_m = reach + 1 if widen else max(TOP_M, WIDEN * reach)
     normaliser = scaled.logsumexp(-1, keepdim=True)
-    drawn, exact = _keyed(_visible, scaled, normaliser, keys, steps, allowed, top_m, (top_p, top_k), widen)
+    drawn, exact = draw_keyed(_visible, scaled, normaliser, keys, steps, allowed, top_m, (top_p, top_k), widen)
     ids, log_probs = drawn
     return VisibleStep(ids, log_probs, exact)

@@ -17,7 +17,7 @@ from latent_grpo.common.config.learning import (
 from latent_grpo.common.config.loading import (
     config_as_json,
     load_config,
-    model_overrides,
+    of_model,
     parse_config,
     profiles_folder,
     read_profile,
@@ -58,6 +58,7 @@ from latent_grpo.common.config.services import (
 )
 from latent_grpo.common.config.yaml_files import parse_override, read_mapping, with_value
 from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.types import NoiseMode
 
 __all__ = [
     "ALGORITHM_DEFAULTS",
@@ -84,6 +85,7 @@ __all__ = [
     "ModelConfig",
     "NewModelConfig",
     "NoiseConfig",
+    "NoiseMode",
     "OptimizerConfig",
     "PromptConfig",
     "RolloutConfig",
@@ -97,7 +99,7 @@ __all__ = [
     "VerifierDefinition",
     "config_as_json",
     "load_config",
-    "model_overrides",
+    "of_model",
     "parse_config",
     "parse_override",
     "profiles_folder",

@@ -38,7 +38,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     return parse_config(data)
 
 
-def model_overrides(path: str) -> list[str]:
+def of_model(path: str) -> list[str]:
     """Overrides that replace a profile's model by a finished one."""
     return [f"model.path={path}", "model.new=null", "warm_start=null"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from latent_grpo.common.config import ConfigError, NewModelConfig, load_config, model_overrides
+from latent_grpo.common.config import ConfigError, NewModelConfig, load_config, of_model
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, write_chain
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
@@ -59,7 +59,7 @@ def rows_in(path, answers=("7",) * 12, cot="1+2=3;"):
 
 
 def config_of(tmp_path, *overrides, model=None):
-    start = model_overrides(model) if model else ["model.new.hidden_size=16", "model.new.num_heads=2"]
+    start = of_model(model) if model else ["model.new.hidden_size=16", "model.new.num_heads=2"]
     return load_config("quickstart", [f"runs_folder={tmp_path / 'runs'}", *start, *overrides])
 
 
