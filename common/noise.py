@@ -38,8 +38,6 @@ def _signed(word: int) -> int:
 
 
 _STRIDE = _signed(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: no two steps or ids of nearby keys meet
-
-
 _MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
 
 

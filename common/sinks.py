@@ -28,8 +28,6 @@ class MetricSink(Protocol):
 
 
 SinkFactory = Callable[[Path], MetricSink]
-
-
 _SINKS: dict[str, SinkFactory] = {}
 
 

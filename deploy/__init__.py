@@ -1,0 +1,1 @@
+"""The controller and everything round it: the command line, runs, evaluation, suites, cluster files."""

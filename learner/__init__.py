@@ -1,0 +1,1 @@
+"""The learner: advantages, objective, replayed log-probs, ZeRO ranks, checkpoints and publication."""

@@ -1,0 +1,1 @@
+"""Rollout engines and the Ray actors round them."""

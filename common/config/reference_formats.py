@@ -29,8 +29,6 @@ rollout:
 `latent-grpo validate --profile NAME` the values that a profile comes to. `METHOD` is [method](method.md), and terms are
 explained in the [glossary](glossary.md).
 """
-
-
 FOR_USERS = frozenset(Rule) - {Rule.TOKENS}
 """Rules that a reader can act on; the others are in the JSON only."""
 

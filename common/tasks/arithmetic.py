@@ -42,8 +42,6 @@ CHAT_TEMPLATE = (
 )
 MOST_RECHECKS = 4
 EVALUATION_SHARE = 8  # one expression in eight is held out
-
-
 SYLLABLES = tuple(
     c + v for c in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z") for v in "aeiou"
 )

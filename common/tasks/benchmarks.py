@@ -77,8 +77,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("gpqa_diamond.csv", "gpqa_diamond.parquet", "gpqa_diamond.jsonl"), 198, GET_GPQA, "choice", CHOICE_PROMPT
     ),
 }
-
-
 MADE_FROM_TEXT = f"docs/latent_sft.md says how to make it from the text that is published at {GSM8K_AUG}"
 PROFILE_FILES = {
     "gsm8k-train": (

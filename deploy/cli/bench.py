@@ -41,10 +41,10 @@ def bench_loop(
     json_file: JsonFile = None,
 ) -> None:
     """A step of the pipeline (Ray, DeepSpeed) beside a step of the same loop in one process."""
-    from latent_grpo.common.config import load_config, model_overrides
+    from latent_grpo.common.config import load_config, of_model
     from latent_grpo.deploy.bench.loop import compare, show, write_json
 
-    config = load_config(profile, [*overrides(context.args), *(model_overrides(model) if model else [])])
+    config = load_config(profile, [*overrides(context.args), *(of_model(model) if model else [])])
     found = compare(config, steps)
     show(found)
     if json_file is not None:

@@ -22,7 +22,7 @@ from latent_grpo.common.config import (
     EvaluationConfig,
     RunConfig,
     load_config,
-    model_overrides,
+    of_model,
     read_profile,
 )
 from latent_grpo.common.config.yaml_files import parse_override
@@ -193,7 +193,7 @@ def evaluation_config(
     if not evaluation.get("tasks"):
         raise ConfigError(f"{name} has no evaluation.tasks; give --tasks, or add one with `name` and `path`")
     settings |= {"evaluation": evaluation, "tasks": evaluation["tasks"]}
-    config = load_config(settings, [*overrides, *model_overrides(model)])
+    config = load_config(settings, [*overrides, *of_model(model)])
     if any(parse_override(override)[0] in (["noise"], ["noise", "scale"]) for override in overrides):
         noise = "the command"
     if "scale" not in config.noise.model_fields_set:

@@ -164,8 +164,6 @@ class Published:
 
 
 LOW, HIGH = "Llama-3.2-1B", "Qwen2.5-Math-7B"
-
-
 AVERAGES = {
     "low": (
         Published(LOW, "Latent-SFT", 50.46),
@@ -180,8 +178,6 @@ AVERAGES = {
         Published(HIGH, "Latent-GRPO", 41.72, chain_length=1649),
     ),
 }
-
-
 TASKS = {
     "math500": (
         Published(HIGH, "Latent-GRPO", 80.40, pass_at_64=87.8),

@@ -1,0 +1,1 @@
+"""`latent-grpo grade`: audits of responses and of gold answers."""

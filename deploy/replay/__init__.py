@@ -1,0 +1,1 @@
+"""A recorded step of the learner, computed again from its dump."""

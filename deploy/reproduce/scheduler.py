@@ -294,6 +294,3 @@ def _tail(request: Request, unit: Unit) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     wanted = [line for line in lines if line.startswith("error ")] or lines[-LOG_LINES:]
     return " ".join(wanted[-LOG_LINES:]) or "no output"
-
-
-# --- one unit ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What every run has: its preparation, folder, session, problems, dumps, manifest, health and progress."""

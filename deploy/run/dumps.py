@@ -24,7 +24,6 @@ from latent_grpo.common.config import DumpConfig
 from latent_grpo.common.learner_record import filtered_records
 from latent_grpo.common.schema import TrajectoryBatch, concat, take_rows
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
-from latent_grpo.deploy.run.folder import RunFolder
 
 POLL_S = 0.1
 LEAVE_S = 10.0  # after an error or an interrupt: what is queued may still be written
@@ -52,9 +51,15 @@ class DumpWriter:
     `deadline_s`: how long training waits for the disk at most.
     """
 
-    def __init__(self, folder: RunFolder, config: DumpConfig, lineage: int, deadline_s: float):
-        self.trajectories = TrajectoryStore(folder.trajectories)
-        self.records = LearnerStore(folder.learner_records)
+    def __init__(
+        self,
+        trajectories: TrajectoryStore,
+        records: LearnerStore,
+        config: DumpConfig,
+        lineage: int,
+        deadline_s: float,
+    ):
+        self.trajectories, self.records = trajectories, records
         self._config, self._lineage, self._deadline_s = config, lineage, deadline_s
         self._retention = Retention(config, (self.trajectories, self.records))
         self._queue: queue.Queue[StepDump | None] = queue.Queue(config.queue)

@@ -24,7 +24,8 @@ class StepObserver:
     def __init__(self, folder: RunFolder, config: RunConfig, lineage: int, metrics: MetricsWriter, reporter: Reporter):
         self._config, self._lineage, self._metrics, self._reporter = config, lineage, metrics, reporter
         self._monitor = HealthMonitor(folder.path, config, lineage)
-        self._dumps = DumpWriter(folder, config.dump, lineage, config.deadlines.dump_s)
+        stores = TrajectoryStore(folder.trajectories), LearnerStore(folder.learner_records)
+        self._dumps = DumpWriter(*stores, config.dump, lineage, config.deadlines.dump_s)
 
     def __enter__(self) -> StepObserver:
         return self

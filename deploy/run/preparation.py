@@ -224,14 +224,17 @@ def file_faults(config: RunConfig) -> list[str]:
     return faults
 
 
-def check_engine(config: RunConfig, *, elsewhere: bool = False) -> str:
+def check_engine(
+    config: RunConfig, *, elsewhere: bool = False, installed: Callable[[], tuple[str, str] | None] = support.installed
+) -> str:
     """The rollout engine in words. Raises ConfigError where the vLLM engine could not serve this run.
 
-    `elsewhere`: a vLLM that is not installed on this machine is reported, not refused.
+    `elsewhere`: a vLLM that is not installed on this machine is reported, not refused. `installed`: tells its build
+    and version.
     """
     if config.rollout.engine != "vllm":
         return config.rollout.engine
-    found = support.installed()
+    found = installed()
     if problem := support.argument_problem(config.rollout.vllm.engine_args):
         raise ConfigError(problem)
     if found is None and elsewhere:

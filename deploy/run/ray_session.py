@@ -14,8 +14,6 @@ from latent_grpo.common.config import ConfigError, RunConfig
 
 LOCAL_STORE_BYTES = 512 * 2**20
 log = logging.getLogger(__name__)
-
-
 Services = Literal["both", "rollout", "learner"]
 
 

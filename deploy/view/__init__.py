@@ -1,0 +1,1 @@
+"""Reading a run: in the terminal (`inspect`) and as one HTML file (`report`)."""

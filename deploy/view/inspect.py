@@ -29,9 +29,9 @@ from latent_grpo.deploy.view.thoughts import (
     run_tokens,
 )
 from latent_grpo.deploy.view.trajectory import (
-    _form,
-    _mark,
-    _say_left_out,
+    format_value,
+    outcome_mark,
+    report_left_out,
     component_weighting,
     print_json,
     show_trajectory,
@@ -70,7 +70,7 @@ def inspect(
         print_json(console, shown | {"left_out": run.unreadable})
         return
     console.print(shown)
-    _say_left_out(run, console)
+    report_left_out(run, console)
 
 
 def _chosen(run: RunView, filters: Filters, show: int | None, limit: int, max_thoughts: int, machine: bool) -> Any:
@@ -122,7 +122,7 @@ def _steps_table(run: RunView) -> RenderableType:
         table.add_column(name, justify="right")
     table.add_column("dumped", justify="right")
     for step in chosen:
-        cells = [_form(form, step["metrics"].get(key)) for _, key, form in columns]
+        cells = [format_value(form, step["metrics"].get(key)) for _, key, form in columns]
         table.add_row(str(step["step"]), *cells, str(step["dumped"] or "-"))
     note = f"{len(chosen)} of {len(steps)} recorded steps · look into one: --step {chosen[-1]['step']}"
     return Group(table, Text(note, style="dim"))
@@ -177,19 +177,13 @@ def listing(run: RunView, rows: Sequence[Row], total: int) -> RenderableType:
             f"{row.step}" if row.purpose == "training" else f"{row.step} {row.purpose}",
             Text(visible(row.problem_uid)),
             str(row.sample_index),
-            _mark(row),
+            outcome_mark(row),
             Text(visible(row.parsed_answer or "-")),
             Text(visible(row.gold_answer)),
             f"{row.length} ({row.latent})" + ("" if row.finish_reason == "stop" else f" {row.finish_reason}"),
         ]
         if learned:
-            cells += [_form("{:+.2f}", row.advantage), row.why or row.outcome or "-"]
+            cells += [format_value("{:+.2f}", row.advantage), row.why or row.outcome or "-"]
         table.add_row(*cells)
     note = f"{len(rows)} of {total} · one in full: add --show NUMBER · more: --limit 0"
     return Group(table, Text(note, style="dim"))
-
-
-# --- one trajectory ------------------------------------------------------------------------------------------------
-
-
-# --- one problem at two policy versions ----------------------------------------------------------------------------

@@ -213,8 +213,6 @@ _COLUMNS = {
     "generation_seconds": "seconds",
 }
 """Columns of the dump that a :class:`Row` holds, by the row's names."""
-
-
 _LEARNER_COLUMNS = {"outcome": "outcome", "reason": "why", "advantage": "advantage"}
 
 

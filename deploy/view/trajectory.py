@@ -29,12 +29,10 @@ from latent_grpo.deploy.view.thoughts import (
 )
 
 BAR = 10  # characters of a weight of 1
-
-
 NOISE_TOLERANCE = 1e-4  # score - log p is a difference of float32 numbers
 
 
-def _say_left_out(run: RunView, console: Console) -> None:
+def report_left_out(run: RunView, console: Console) -> None:
     for line in run.unreadable:
         console.print(Text(f"left out: {line}", style="yellow"))
 
@@ -47,11 +45,11 @@ def component_weighting(run: RunView) -> str:
     return run.settings.get("component_weighting") or "mixture"
 
 
-def _form(form: str, value: float | None) -> str:
+def format_value(form: str, value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else form.format(value)
 
 
-def _mark(row: Row) -> Text:
+def outcome_mark(row: Row) -> Text:
     if row.reward is None:
         return Text("? ungraded", style="yellow")
     return Text("✓ correct", style="green") if row.correct else Text(f"✗ {visible(row.grade_reason)}", style="red")
@@ -83,7 +81,7 @@ def _verdict(thoughts: Thoughts) -> Text:
     t, row, record = thoughts.trajectory, thoughts.row, thoughts.record
     reward = "none" if row.reward is None else f"{row.reward:g}"
     line = Text("gold ").append(visible(row.gold_answer), style="bold").append(" · parsed ")
-    line.append(visible(row.parsed_answer or "nothing"), style="bold").append(" · ").append_text(_mark(row))
+    line.append(visible(row.parsed_answer or "nothing"), style="bold").append(" · ").append_text(outcome_mark(row))
     line.append(
         f" (reward {reward}) · finish {t.finish_reason} · {row.length} steps, {row.latent} latent · {visible(t.worker)}"
         f" ({t.engine}) · {row.seconds:.2f} s"
@@ -183,11 +181,11 @@ def group_table(siblings: Sequence[Thoughts], tokens: TokenTexts, chosen: int) -
         more = " …" if len(s.trajectory.latent_ids) > 24 else ""
         table.add_row(
             f"{'▸ ' if s.row.sample_index == chosen else ''}{s.row.sample_index}",
-            _mark(s.row),
+            outcome_mark(s.row),
             Text(visible(s.row.parsed_answer or "-")),
             str(s.row.length),
             f"{s.width.mean():.2f}" if len(s.width) else "-",
-            _form("{:+.2f}", s.row.advantage),
+            format_value("{:+.2f}", s.row.advantage),
             Text(leading + more),
         )
     return table
@@ -242,7 +240,7 @@ def diff(
             style="dim",
         )
     )
-    _say_left_out(run, console)
+    report_left_out(run, console)
 
 
 def _by_problem(run: RunView, step: int, filters: Filters) -> dict[str, Row]:
@@ -259,7 +257,7 @@ def _side_by_side(pair: Sequence[Thoughts], tokens: TokenTexts, max_thoughts: in
     table.add_column("step", justify="right", style="cyan")
     for thoughts in pair:
         row = thoughts.row
-        header = Text(f"step {row.step}, version {row.version}\n").append_text(_mark(row))
+        header = Text(f"step {row.step}, version {row.version}\n").append_text(outcome_mark(row))
         header.append(f", answer {visible(row.parsed_answer or 'none')}", style="default")
         table.add_column(header)
         table.add_column("width", justify="right")

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 Phase = Literal["encoder", "decoder", "union"]
 PHASES: tuple[Phase, ...] = ("encoder", "decoder", "union")
-
-
 ENCODER, DECODER = "encoder", "decoder"
 """The two models in a folder of stage 1. What goes on from it is given the decoder's folder."""
 

@@ -60,14 +60,22 @@ def sampled_groups(rows: Sequence[Row], limit: int) -> list[list[Row]]:
     return chosen or [list(next(reversed(places.values())).values())[-1]]  # a group may be larger than the limit
 
 
-def sample(run: RunView, rows: Sequence[Row], limit: int, tokens: TokenTexts, weighting: str) -> Sample:
+def sample(
+    run: RunView,
+    rows: Sequence[Row],
+    limit: int,
+    tokens: TokenTexts,
+    weighting: str,
+    *,
+    max_components: int = MAX_COMPONENTS,
+) -> Sample:
     """The report's part of `rows`; groups of a damaged dump are left out and named by the run."""
     found, made = sampled_groups(rows, limit), Sample()
     size = int(run.settings.get("k") or 1)
     total = sum(_components(group, size) for group in found)
-    if total > MAX_COMPONENTS:
-        found = sampled_groups(rows, max(limit * MAX_COMPONENTS // total, 1))
-        made.notes.append(f"It is held below about {MAX_COMPONENTS:,} tokens of steps, so that a browser can hold it.")
+    if total > max_components:
+        found = sampled_groups(rows, max(limit * max_components // total, 1))
+        made.notes.append(f"It is held below about {max_components:,} tokens of steps, so that a browser can hold it.")
     numbers: dict[int, int] = {}  # token id -> place in the vocabulary
     held = sum(map(len, found))
     kept = [sorted(group, key=lambda row: row.sample_index) for group in found]
