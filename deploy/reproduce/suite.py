@@ -91,13 +91,19 @@ class MassMoves(Section):
 
 
 class Untestable(Section):
+    """A claim that this suite cannot test; `reason` says why, and the report shows it beside the others."""
+
     kind: Literal["untestable"]
     reason: str
 
 
 class Claim(Section):
+    """A sentence that the suite tests; the report gives its verdict with the numbers."""
+
     text: str
+    """The claim in words."""
     source: str = "paper"
+    """Where it is claimed."""
     test: Annotated[Difference | Ratio | NoDecline | MassMoves | Untestable, Field(discriminator="kind")]
 
 
@@ -105,16 +111,22 @@ class Start(Section):
     """An initialisation: made by the profile's warm start, once a seed, or a finished model."""
 
     title: str
+    """The name that the report shows."""
     overrides: list[str] = Field(default_factory=list)
-    """For the start and for every arm that begins there (another task, the explicit chain)."""
+    """Overrides for the start and for every arm that begins there (another task, the explicit chain)."""
     path: str | None = None
-    """A finished model's folder or hub id: nothing is trained for it."""
+    """Folder or hub id of a finished model: nothing is trained for it."""
 
 
 class Arm(Section):
+    """A training run, once a seed, from one of the starts."""
+
     title: str
+    """The name that the report shows."""
     start: str
+    """The start that it begins from."""
     overrides: list[str] = Field(default_factory=list)
+    """Overrides for this arm, after the suite's and the start's."""
 
 
 class Quick(Section):
@@ -126,13 +138,17 @@ class Quick(Section):
 
 
 class Suite(Section):
+    """A study: arms over seeds, each from its seed's start, and the claims that their results are to decide."""
+
     title: str
+    """The name that the report shows."""
     profile: str
+    """Profile, by name or path, that every unit begins with."""
     runner: Literal["pipeline", "in_process"] = "pipeline"
     """`in_process`: each unit in one thread of one process (`deploy.reproduce.in_process`), for small models on CPU."""
     seeds: list[int] = Field(min_length=1)
     overrides: list[str] = Field(default_factory=list)
-    """For every start and arm."""
+    """Overrides for every start and arm."""
     starts: dict[str, Start] = Field(min_length=1)
     arms: dict[str, Arm]
     claims: dict[str, Claim] = Field(default_factory=dict)
