@@ -122,9 +122,9 @@ class WandbSink:
     Without a key, and unless WANDB_MODE says otherwise, it records offline below `RUN/wandb`, for `wandb sync` later.
     """
 
-    def __init__(self, run_folder: Path):
+    def __init__(self, run_folder: Path, environment: Mapping[str, str] = os.environ):
         wandb = _needs("wandb", "wandb", "wandb")
-        mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+        mode = environment.get("WANDB_MODE") or ("online" if _has_wandb_key(environment) else "offline")
         if mode == "offline":
             log.warning("wandb records offline; upload with: wandb sync %s", run_folder / "wandb" / "offline-run-*")
         self._run = wandb.init(dir=str(run_folder), name=run_folder.name, resume="allow", id=run_folder.name, mode=mode)
@@ -137,13 +137,13 @@ class WandbSink:
         self._run.finish()
 
 
-def _wandb_key() -> bool:
+def _has_wandb_key(environment: Mapping[str, str]) -> bool:
     """Whether wandb can log in: its variable, or an entry of the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
+    if environment.get("WANDB_API_KEY"):
         return True
-    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urllib.parse.urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        return netrc.netrc(environment.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 

@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,12 +72,12 @@ def compare(config: RunConfig, steps: int, reporter: Reporter | None = None) -> 
             config = config.model_copy(update={"model": model, "warm_start": None})
         folder = create_run(config, "in-process", root / "in-process")
         with in_process_session(folder, config, reporter) as run:
-            alone = _timed(run, InProcessLearner(config, run.initial), steps)
+            alone = timed_steps(run, _controller(run, InProcessLearner(config, run.initial)), steps)
         folder = create_run(config, "pipeline", root / "pipeline")
         with run_session(folder, config, 0, reporter, prepare(config, reporter, folder)) as run:
             learner = LearnerGroup(config, run.initial)
             try:
-                pipeline = _timed(run, learner, steps)
+                pipeline = timed_steps(run, _controller(run, learner), steps)
             finally:
                 learner.close()
     return Comparison(
@@ -84,29 +85,8 @@ def compare(config: RunConfig, steps: int, reporter: Reporter | None = None) -> 
     )
 
 
-def _timed(run: Run, learner: Learner, steps: int) -> LoopCost:
-    controller = Controller(run.config, run.pool, learner, run.problems.request)
-    controller.begin()
-    walls, waits, learns, cpu = [], [], [], 0.0
-    with run.reporter.phase(f"{type(run.pool).__name__}", steps) as advance:
-        for step in range(steps):
-            if step == WARM_UP:
-                cpu = cpu_seconds()
-            began = time.perf_counter()
-            result = controller.run_step()
-            run.metrics.write(result.step, result.metrics)
-            if step >= WARM_UP:
-                walls.append(time.perf_counter() - began)
-                waits.append(result.metrics["time/rollout_wait_s"])
-                learns.append(result.metrics["time/learner_s"])
-            advance(step + 1)
-    return LoopCost(
-        wall_s=statistics.median(walls),
-        rollout_s=statistics.median(waits),
-        learner_s=statistics.median(learns),
-        cpu_s=(cpu_seconds() - cpu) / len(walls),
-        steps=len(walls),
-    )
+def _controller(run: Run, learner: Learner) -> Controller:
+    return Controller(run.config, run.pool, learner, run.problems.request)
 
 
 def cpu_seconds() -> float:
@@ -120,6 +100,38 @@ def cpu_seconds() -> float:
             continue
         total += times.user + times.system
     return total
+
+
+def timed_steps(
+    run: Run,
+    controller: Controller,
+    steps: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    cpu_clock: Callable[[], float] = cpu_seconds,
+) -> LoopCost:
+    """Runs so many steps and counts all but the first `WARM_UP`."""
+    controller.begin()
+    walls, waits, learns, cpu = [], [], [], 0.0
+    with run.reporter.phase(f"{type(run.pool).__name__}", steps) as advance:
+        for step in range(steps):
+            if step == WARM_UP:
+                cpu = cpu_clock()
+            began = clock()
+            result = controller.run_step()
+            run.metrics.write(result.step, result.metrics)
+            if step >= WARM_UP:
+                walls.append(clock() - began)
+                waits.append(result.metrics["time/rollout_wait_s"])
+                learns.append(result.metrics["time/learner_s"])
+            advance(step + 1)
+    return LoopCost(
+        wall_s=statistics.median(walls),
+        rollout_s=statistics.median(waits),
+        learner_s=statistics.median(learns),
+        cpu_s=(cpu_clock() - cpu) / len(walls),
+        steps=len(walls),
+    )
 
 
 def show(found: Comparison, console: Console | None = None) -> None:

@@ -66,19 +66,21 @@ def measure(
     *,
     settings: EvaluationConfig | None = None,
     reporter: Reporter | None = None,
-    keep: Keep = lambda groups: None,
+    keep: Keep | None = None,
+    at_once: int = SAMPLES_AT_ONCE,
 ) -> Evaluation:
     """Evaluates the weights that the pool behind `gather` holds.
 
     `settings` (the run's own by default): `runs` samples a problem with noise off for pass@1; where `samples` is above
     0, so many more with the run's noise for pass@k. `tag` is part of the groups' identity and must be new for each
-    evaluation of a run, while the draws depend on problem and sample index only (METHOD §2.5).
+    evaluation of a run, while the draws depend on problem and sample index only (METHOD §2.5). `at_once`: samples that
+    are asked for together.
     """
     settings, reporter = settings or config.evaluation, reporter or Reporter()
     if not tasks:
         return Evaluation(())
     quiet = _requests(config, tasks, tag, settings.runs)
-    found = results(_generated(gather, quiet, f"evaluate {tag}", reporter, keep))
+    found = results(_generated(gather, quiet, f"evaluate {tag}", reporter, keep, at_once))
     if settings.samples:
         noisy = _requests(
             config,
@@ -88,7 +90,7 @@ def measure(
             noise=config.objective.noise_mode,
             limit=settings.sampled_problems,
         )
-        groups = _generated(gather, noisy, f"pass@k {tag}", reporter, keep)
+        groups = _generated(gather, noisy, f"pass@k {tag}", reporter, keep, at_once)
         at_k = pass_at_k_results(groups, settings.ks)
         found = [dataclasses.replace(result, pass_at_k=at_k[result.task]) for result in found]
     return Evaluation(tuple(found))
@@ -107,10 +109,10 @@ def _requests(
 
 
 def _generated(
-    gather: Gather, requests: list[GroupRequest], name: str, reporter: Reporter, keep: Keep
+    gather: Gather, requests: list[GroupRequest], name: str, reporter: Reporter, keep: Keep | None, at_once: int
 ) -> Iterator[pa.RecordBatch]:
     """The groups in the order of `requests`, a part at a time."""
-    size = max(SAMPLES_AT_ONCE // len(requests[0].sample_indices), 1)
+    size = max(at_once // len(requests[0].sample_indices), 1)
     with reporter.phase(name, len(requests), "problems") as advance:
         for start in range(0, len(requests), size):
 
@@ -118,7 +120,8 @@ def _generated(
                 advance(before + done)
 
             groups = gather(requests[start : start + size], arrived)
-            keep(groups)
+            if keep is not None:
+                keep(groups)
             yield from groups
 
 
@@ -132,9 +135,14 @@ def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
     def keep(groups: list[pa.RecordBatch]) -> None:
         run.store.write(step, concat(groups), "evaluation", run.lineage)
 
-    options = {"keep": keep} if run.config.dump.evaluation else {}
     found = measure(
-        run.config, gather, run.problems.evaluation, tag, settings=settings, reporter=run.reporter, **options
+        run.config,
+        gather,
+        run.problems.evaluation,
+        tag,
+        settings=settings,
+        reporter=run.reporter,
+        keep=keep if run.config.dump.evaluation else None,
     )
     if not found.tasks:
         return []

@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ POLL_S = 0.3
 STOP_S = 30.0
 LOG_LINES = 12
 SUITE_FILE = "suite.json"
+Start = Callable[[Request, Unit, Sequence[str]], "subprocess.Popen[bytes]"]
+"""Starts a unit's process; the strings name the GPUs that it is to see, none: all."""
 
 
 class SuiteFailed(RunError):
@@ -96,7 +98,7 @@ def reproduce(
         )
         try:
             with sigterm_as_interrupt():
-                failed = _run_all(request, suite, todo, parallel, reporter)
+                failed = run_units(request, suite, todo, parallel, reporter)
         finally:
             paths = write_report(suite, request.folder)
     reporter.say(f"report {paths[0]} · {paths[1]} · {paths[2]}")
@@ -174,22 +176,27 @@ def _complete(config: dict[str, Any] | None) -> dict[str, Any] | None:
     return config
 
 
-def max_parallel_units(configs: list[RunConfig], runner: str) -> int:
-    """How many units fit at once, by the most demanding of them."""
-    there = _resources()
+def max_parallel_units(
+    configs: list[RunConfig],
+    runner: str,
+    there: Mapping[str, float] | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> int:
+    """How many units fit at once, by the most demanding of them, into what is `there` (default: what is found)."""
+    there = _resources() if there is None else there
     fits = [max(len(configs), 1)]
     for config in configs:
         needs = {"CPU": 1.0} if runner == "in_process" else needed_resources(config)
-        if (gpus := _gpus_here(config, runner)).devices:  # of this machine each unit sees its own
+        if (gpus := _gpus_here(config, runner, environment)).devices:  # of this machine each unit sees its own
             fits.append(at_once(gpus, int(there.get("GPU", 0))))
             del needs["GPU"]
         fits += [math.floor(there.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items()]
     return max(min(fits), 1)
 
 
-def _gpus_here(config: RunConfig, runner: str) -> GpuNeed:
+def _gpus_here(config: RunConfig, runner: str, environment: Mapping[str, str]) -> GpuNeed:
     """What a unit needs of this machine's GPUs; a cluster (RAY_ADDRESS) hands out its own."""
-    return NO_GPU if runner == "in_process" or os.environ.get("RAY_ADDRESS") else gpu_need(config)
+    return NO_GPU if runner == "in_process" or environment.get("RAY_ADDRESS") else gpu_need(config)
 
 
 def _resources() -> dict[str, float]:
@@ -208,13 +215,27 @@ def _resources() -> dict[str, float]:
 # --- scheduling ----------------------------------------------------------------------------------------------------
 
 
-def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, reporter: Reporter) -> dict[Unit, str]:
-    """Runs the units, starts before their arms. Returns those that failed, with the reason."""
+def run_units(
+    request: Request,
+    suite: Suite,
+    todo: list[Unit],
+    parallel: int,
+    reporter: Reporter,
+    *,
+    start: Start | None = None,
+    devices: Devices | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> dict[Unit, str]:
+    """Runs the units, starts before their arms. Returns those that failed, with the reason.
+
+    `start`: starts a unit's process (default: the command, on this machine); `devices`: the GPUs of this machine.
+    """
+    start = start or _start
     waiting = list(todo)
     running: dict[Unit, subprocess.Popen[bytes]] = {}
     failed: dict[Unit, str] = {}
-    needs = {unit: _gpus_here(unit_config(suite, unit, request.folder), suite.runner) for unit in todo}
-    devices = _devices(needs.values())
+    needs = {unit: _gpus_here(unit_config(suite, unit, request.folder), suite.runner, environment) for unit in todo}
+    devices = devices or _devices(needs.values())
     began, finished = time.monotonic(), 0
     try:
         with deferred_interrupts():  # a process that has been started is known here before an interrupt
@@ -222,11 +243,11 @@ def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, re
                 for unit in [u for u in waiting if not u.is_start and start_of(suite, u) in failed]:
                     waiting.remove(unit)
                     failed[unit] = f"its start {start_of(suite, unit).key} failed"
-                while len(running) < parallel and (ready := _next(suite, waiting, running)) is not None:
+                while len(running) < parallel and (ready := next_unit(suite, waiting, running)) is not None:
                     if (gpus := devices.take(ready, needs[ready])) is None:
                         break  # until a unit ends
                     waiting.remove(ready)
-                    running[ready] = _start(request, ready, gpus)
+                    running[ready] = start(request, ready, gpus)
                     reporter.say(f"{ready.key}: started" + (f" on GPU {', '.join(gpus)}" if gpus else ""))
                 for unit in [u for u, process in running.items() if process.poll() is not None]:
                     running.pop(unit)
@@ -249,7 +270,7 @@ def _run_all(request: Request, suite: Suite, todo: list[Unit], parallel: int, re
     return failed
 
 
-def _next(suite: Suite, waiting: list[Unit], running: dict[Unit, subprocess.Popen[bytes]]) -> Unit | None:
+def next_unit(suite: Suite, waiting: list[Unit], running: Iterable[Unit]) -> Unit | None:
     """The first unit whose start is there."""
     blocked = {*waiting, *running}
     return next((unit for unit in waiting if unit.is_start or start_of(suite, unit) not in blocked), None)

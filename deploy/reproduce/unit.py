@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +43,9 @@ class Request:
         return load_suite(self.source, quick=self.quick, seeds=self.seeds, overrides=self.overrides)
 
 
-def run_unit(request: Request, key: str, reporter: Reporter | None = None) -> UnitResult:
+def run_unit(
+    request: Request, key: str, reporter: Reporter | None = None, *, clock: Callable[[], float] = time.monotonic
+) -> UnitResult:
     """One unit in this process, with its result in its folder. A finished one is left as it is."""
     suite, reporter = request.load(), reporter or Reporter()
     unit = next((u for u in units(suite) if u.key == key), None)
@@ -53,12 +56,12 @@ def run_unit(request: Request, key: str, reporter: Reporter | None = None) -> Un
         return result
     config = unit_config(suite, unit, request.folder.resolve())  # read by workers, which may run elsewhere
     path.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    began = clock()
     run = _in_process if suite.runner == "in_process" else _pipeline
     try:
         run(unit, config, path, reporter)
     finally:
-        minutes = _spent(path, (time.monotonic() - began) / 60)
+        minutes = _spent(path, (clock() - began) / 60)
     return write_result(path, unit, config, minutes, provenance(), probe=suite.probe_every)
 
 

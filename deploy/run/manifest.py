@@ -8,6 +8,7 @@ Hashes are xxh3-128 of bytes: they say whether two things are the same, they are
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -17,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ COMMIT_VARIABLE = "LATENT_GRPO_COMMIT"
 OUR_PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
 GRADING_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
 OTHER_PACKAGES = ("safetensors", "tokenizers", "datasets", *GRADING_PACKAGES, "vllm")
-ROOT = Path(__file__).resolve().parents[2]
+THIS_FILE = Path(__file__).resolve()
+ROOT = THIS_FILE.parents[2]
 
 
 class ManifestError(ConfigError):
@@ -129,13 +131,19 @@ def lineage_facts(lineage: int) -> LineageFacts:
     )
 
 
-def program_commit() -> tuple[str | None, bool | None]:
-    """(commit, whether sources differ from it); (None, None) outside of a checkout and of a job sent from one."""
+def program_commit(
+    source: Path = THIS_FILE, environment: Mapping[str, str] = os.environ
+) -> tuple[str | None, bool | None]:
+    """(commit, whether sources differ from it); (None, None) outside of a checkout and of a job sent from one.
+
+    `source`: a file of ours, which tells our checkout from somebody else's repository that we lie in.
+    """
     try:
-        _git("ls-files", "--error-unmatch", str(Path(__file__).resolve()))  # else it is somebody else's repository
-        return _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--", *OUR_PACKAGES))
+        git = functools.partial(_git, source.parents[2])
+        git("ls-files", "--error-unmatch", str(source))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *OUR_PACKAGES))
     except (OSError, subprocess.SubprocessError):
-        commit, _, changed = os.environ.get(COMMIT_VARIABLE, "").partition("+")
+        commit, _, changed = environment.get(COMMIT_VARIABLE, "").partition("+")
         return (commit, bool(changed)) if commit else (None, None)
 
 
@@ -145,9 +153,9 @@ def commit_for_job() -> dict[str, str]:
     return {COMMIT_VARIABLE: commit + ("+changed" if changed else "")} if commit else {}
 
 
-def _git(*arguments: str) -> str:
+def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20, check=True
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=True
     ).stdout.strip()
 
 

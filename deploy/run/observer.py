@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.common.store import LearnerStore, TrajectoryStore
 from latent_grpo.deploy.controller import StepResult, TrainingStopped
 from latent_grpo.deploy.run.dumps import DumpWriter, StepDump
 from latent_grpo.deploy.run.folder import RunFolder

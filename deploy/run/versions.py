@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 
 from latent_grpo.common import __version__
 
@@ -24,16 +25,20 @@ def versions() -> dict[str, str]:
     return found | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def differences() -> list[str]:
-    """One sentence for each version that is not the one it should be; empty where all agree."""
-    here, found = versions(), []
+def differences(here: Mapping[str, str] | None = None, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """One sentence for each version that is not the one it should be; empty where all agree.
+
+    `here`: what runs (default: :func:`versions`).
+    """
+    here, found = here or versions(), []
+    code = here["latent-grpo"]
     try:
         installed = importlib.metadata.version("latent-grpo")
     except importlib.metadata.PackageNotFoundError:
-        installed = __version__  # an image with the dependencies only
-    if installed != __version__:
-        found.append(f"the code that runs is latent-grpo {__version__}, installed here is {installed}")
-    submitted = json.loads(os.environ.get(SUBMITTED, "{}"))
+        installed = code  # an image with the dependencies only
+    if installed != code:
+        found.append(f"the code that runs is latent-grpo {code}, installed here is {installed}")
+    submitted = json.loads(environment.get(SUBMITTED, "{}"))
     found += [
         f"{name} is {here[name]} here and {version} where the job was submitted"
         for name, version in submitted.items()

@@ -9,9 +9,8 @@ import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
-from latent_grpo.common.tasks.known_faults import KnownFault
-from latent_grpo.deploy.cli import app
-from latent_grpo.deploy.grading import gold_check
+from latent_grpo.common.config import ConfigError
+from latent_grpo.deploy.cli.app import app
 from latent_grpo.deploy.grading.answer_file import AuditError, read_rows
 
 pytestmark = pytest.mark.integration
@@ -24,6 +23,10 @@ ROWS = [
     {"response": "\\boxed{9^{9^{9^{9^9}}}} \x1b[2J[bold]", "gold": "x"},
     {"response": r"\boxed{5}", "gold": ""},
 ]
+CARNIVAL = (  # a row of GSM8K's test split, which is published with a wrong answer
+    "The girls are trying to raise money for a carnival. Kim raises $320 more than Alexandra, who raises $430, and "
+    "Maryam raises $400 more than Sarah, who raises $300. How much money, in dollars, did they all raise in total?"
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +71,9 @@ def test_the_table_shows_hostile_text_as_text_and_parquet_reads_the_same(folder)
     assert shown.count("16.67%") == 4
 
 
-def test_the_gold_check_lists_unreadable_mislabelled_and_contradictory_rows(folder, monkeypatch):
-    fault = KnownFault("Sums", "5", "4", "two and two")
-    monkeypatch.setattr(
-        gold_check, "known_fault", lambda problem, answer: fault if (problem, answer) == ("2+2?", "5") else None
-    )
+def test_the_gold_check_lists_unreadable_mislabelled_and_contradictory_rows(folder):
     rows = [
-        ("2+2?", "5"),
+        (CARNIVAL, "2280"),
         ("3+1?", "4"),
         ("1+1?", "2"),
         ("1+1?", "2"),
@@ -89,7 +88,7 @@ def test_the_gold_check_lists_unreadable_mislabelled_and_contradictory_rows(fold
     assert [issue["row"] for issue in report["mislabelled"]] == [0]
     assert [(issue["row"], issue["gold"]) for issue in report["contradictory"]] == [(4, "3")]
     assert (report["rows"], report["repeated"], report["refused"]) == (7, 1, [])
-    assert "Sums: the right answer is 4" in " ".join(grade(file, "--kind", "number", "--golds").split())
+    assert "GSM8K test: the right answer is 2180" in " ".join(grade(file, "--kind", "number", "--golds").split())
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_nested_columns_and_wrong_arguments(tmp_path):
     assert (row.response, row.gold) == ("x", "1")
     with pytest.raises(AuditError, match="does not exist"):
         read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(AuditError, match="Unknown verifier 'maths'"):
+    with pytest.raises(ConfigError, match="Unknown verifier 'maths'"):
         grade(file, "--kind", "maths", "--response-column", "text")
     with pytest.raises(AuditError, match="leave out --compare"):
         grade(file, "--kind", "math", "--golds", "--compare")

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from latent_grpo.deploy.bench import loop
-from latent_grpo.deploy.bench.loop import WARM_UP, Comparison, LoopCost, show, write_json
+from latent_grpo.deploy.bench.loop import WARM_UP, Comparison, LoopCost, cpu_seconds, show, timed_steps, write_json
 from latent_grpo.deploy.run.progress import Reporter
 
 PIPELINE = LoopCost(wall_s=3.0, rollout_s=2.0, learner_s=0.5, cpu_s=4.0, steps=7)
@@ -18,13 +17,12 @@ ALONE = LoopCost(wall_s=2.0, rollout_s=1.25, learner_s=0.75, cpu_s=1.6, steps=9)
 FOUND = Comparison(pipeline=PIPELINE, in_process=ALONE, prompts=16, samples=128)
 
 
-def timed(monkeypatch, seconds, cpu):
-    """`_timed` on a loop whose steps take these seconds; `cpu`: what all processes have used, at each asking."""
+def timed(seconds, cpu):
+    """A loop whose steps take these seconds; `cpu`: what all processes have used, at each asking."""
     clock, asked, written = [0.0], iter(cpu), []
 
     class Loop:
-        def __init__(self, *_):
-            self.step = 0
+        step = 0
 
         def begin(self):
             clock[0] += 1000.0  # the start of a loop is not a step
@@ -36,28 +34,23 @@ def timed(monkeypatch, seconds, cpu):
                 step=self.step, metrics={"time/rollout_wait_s": spent / 2, "time/learner_s": spent / 4}
             )
 
-    monkeypatch.setattr(loop, "Controller", Loop)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(loop, "cpu_seconds", lambda: next(asked))
     run = SimpleNamespace(
-        config=None,
         pool=None,
-        problems=SimpleNamespace(request=None),
         reporter=Reporter(Console(quiet=True)),
         metrics=SimpleNamespace(write=lambda step, values: written.append(step)),
     )
-    return loop._timed(run, None, len(seconds)), written
+    return timed_steps(run, Loop(), len(seconds), clock=lambda: clock[0], cpu_clock=lambda: next(asked)), written
 
 
-def test_the_first_steps_are_run_and_not_counted(monkeypatch):
+def test_the_first_steps_are_run_and_not_counted():
     slow = [50.0] * WARM_UP
-    cost, written = timed(monkeypatch, [*slow, 1.0, 8.0, 2.0, 3.0], cpu=[100.0, 110.0])
+    cost, written = timed([*slow, 1.0, 8.0, 2.0, 3.0], cpu=[100.0, 110.0])
     assert written == list(range(1, WARM_UP + 5))
     assert cost == LoopCost(wall_s=2.5, rollout_s=1.25, learner_s=0.625, cpu_s=2.5, steps=4)
 
 
-def test_one_slow_step_moves_no_median_but_the_mean_of_cpu_has_it(monkeypatch):
-    cost, _ = timed(monkeypatch, [*[1.0] * WARM_UP, 2.0, 2.0, 90.0], cpu=[0.0, 60.0])
+def test_one_slow_step_moves_no_median_but_the_mean_of_cpu_has_it():
+    cost, _ = timed([*[1.0] * WARM_UP, 2.0, 2.0, 90.0], cpu=[0.0, 60.0])
     assert (cost.wall_s, cost.rollout_s, cost.learner_s, cost.cpu_s) == (2.0, 1.0, 0.5, 20.0)
 
 
@@ -90,6 +83,6 @@ def test_the_file_holds_the_figures_and_the_ratios(tmp_path):
 
 
 def test_cpu_seconds_are_those_of_this_process_and_rise():
-    before = loop.cpu_seconds()
+    before = cpu_seconds()
     sum(i * i for i in range(1_000_000))
-    assert loop.cpu_seconds() > before > 0
+    assert cpu_seconds() > before > 0

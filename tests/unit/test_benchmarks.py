@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -59,10 +61,14 @@ def test_a_missing_file_says_where_it_was_looked_for_and_gpqa_how_to_get_it(tmp_
         load_task(TaskConfig(name="gpqa", path=str(tmp_path / "mine.csv")), 0)
 
 
+def gsm8k_files(folder):
+    """Overrides: the files of the profiles in this folder."""
+    return [f"tasks.0.path={folder}/gsm8k_train.parquet", f"evaluation.tasks.0.path={folder}/gsm8k_test.parquet"]
+
+
 @pytest.mark.parametrize("profile", ["gsm8k-small", "gsm8k-scratch"])
-def test_a_missing_gsm8k_file_says_its_columns_and_where_to_read_how_it_is_made(tmp_path, monkeypatch, profile):
-    monkeypatch.chdir(tmp_path)
-    train, test = file_faults(load_config(profile))
+def test_a_missing_gsm8k_file_says_its_columns_and_where_to_read_how_it_is_made(tmp_path, profile):
+    train, test = file_faults(load_config(profile, gsm8k_files(tmp_path)))
     assert "gsm8k_train.parquet does not exist" in train
     assert "the columns problem, answer and cot (`<<48/2=24>> <<48+24=72>>`)" in train
     assert "gsm8k_test.parquet does not exist" in test
@@ -71,13 +77,15 @@ def test_a_missing_gsm8k_file_says_its_columns_and_where_to_read_how_it_is_made(
         assert "docs/latent_sft.md says how to make it from the text" in fault
 
 
-def test_gsm8k_files_made_as_the_page_says_are_what_the_profiles_read(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_gsm8k_files_made_as_the_page_says_are_what_the_profiles_read(tmp_path):
     (tmp_path / "train.txt").write_text("Half of 48?||<<48/2=24>> <<48+24=72>> #### 72\n\u2028 6+1||<<6+1=7>> #### 7\n")
     (tmp_path / "test.txt").write_text("1+1?||<<1+1=2>> #### 2")
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "latent_sft.md").read_text(), re.DOTALL)
-    exec(program, {})
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
     config = load_config("gsm8k-scratch")
+    paths = [task.path for task in (*config.tasks, *config.evaluation.tasks)]
+    assert paths == ["data/gsm8k_train.parquet", "data/gsm8k_test.parquet"]
+    config = load_config("gsm8k-scratch", gsm8k_files(tmp_path / "data"))
     training, evaluation = (read_task(t, config, whole=True) for t in (config.tasks[0], config.evaluation.tasks[0]))
     assert (training.size, training.dropped, evaluation.size) == (2, {}, 1)
     problem = training.problem(0)

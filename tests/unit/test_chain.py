@@ -123,17 +123,15 @@ def test_a_model_without_the_file_says_nothing_and_a_damaged_one_is_named(tmp_pa
         ),
     ],
 )
-def test_a_mistyped_model_is_named_with_what_to_give(monkeypatch, tmp_path, read, model, message):
-    monkeypatch.chdir(tmp_path)
+def test_a_mistyped_model_is_named_with_what_to_give(read, model, message):
     with pytest.raises(ConfigError, match=message):
         read(model)
 
 
-def test_a_hub_that_cannot_be_reached_is_said(monkeypatch, tmp_path):
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("We couldn't connect to the hub\nCheck your connection")
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
     with pytest.raises(ConfigError, match=r"'nosuch': there is no such folder here.*couldn't connect.*this machine"):
         load_tokenizer("nosuch")

@@ -161,11 +161,11 @@ def test_pass_at_1_is_asked_without_noise_and_pass_at_k_with_the_run_s():
     assert sum(len(part) for part in kept) == 7
 
 
-def test_trajectories_are_asked_for_and_given_away_in_parts(monkeypatch):
-    monkeypatch.setattr("latent_grpo.deploy.evaluation.evaluate.SAMPLES_AT_ONCE", 4)
+def test_trajectories_are_asked_for_and_given_away_in_parts():
     config, problems = evaluation_of("evaluation.runs=2")
     kept = []
-    measure(config, Cluster(lambda *_: 1).gather, problems.evaluation, "t", reporter=QUIET, keep=kept.append)
+    gather = Cluster(lambda *_: 1).gather
+    measure(config, gather, problems.evaluation, "t", reporter=QUIET, keep=kept.append, at_once=4)
     assert [len(part) for part in kept] == [2, 2]
 
 

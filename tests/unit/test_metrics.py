@@ -6,14 +6,14 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from latent_grpo.common import sinks as sinks_module
 from latent_grpo.common.errors import MetricsError
 from latent_grpo.common.metrics import FILE, MetricsWriter, read_metrics
-from latent_grpo.common.sinks import gauge_name, make_sink, register_sink
+from latent_grpo.common.sinks import WandbSink, gauge_name, make_sink, register_sink
 
 
 def lines(folder):
@@ -61,52 +61,56 @@ def test_repeated_steps_of_a_restart_count_once(tmp_path):
     assert len(list(read_metrics(tmp_path, lineage=0))) == 3
 
 
-def test_a_sink_that_fails_is_switched_off_and_the_record_goes_on(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sinks_module, "_SINKS", {})
-    calls = []
+@register_sink("broken")
+class Broken:
+    """Calls are kept in the class: a writer makes its sinks itself."""
 
-    @register_sink("broken")
-    class Broken:
-        def __init__(self, run_folder):
-            pass
+    calls: ClassVar = []
 
-        def write(self, step, values):
-            calls.append(step)
-            raise OSError("the network is down")
+    def __init__(self, run_folder):
+        self.calls.clear()
 
-        def close(self):
-            pass
+    def write(self, step, values):
+        self.calls.append(step)
+        raise OSError("the network is down")
 
+    def close(self):
+        pass
+
+
+def test_a_sink_that_fails_is_switched_off_and_the_record_goes_on(tmp_path, caplog):
     with caplog.at_level(logging.WARNING), MetricsWriter(tmp_path, ["broken"]) as writer:
         writer.write(1, {"loss": 1.0})
         writer.write(2, {"loss": 1.0})
-    assert calls == [1]
+    assert Broken.calls == [1]
     assert "broken switched off" in caplog.text
     assert len(lines(tmp_path)) == 2
 
 
-def test_sinks_get_finite_values_only(tmp_path, monkeypatch):
-    seen = []
+class Recorder:
+    """A user's own sink, named by its import path."""
 
-    class Recorder:
-        def __init__(self, run_folder):
-            pass
+    seen: ClassVar = []
 
-        def write(self, step, values):
-            seen.append(dict(values))
+    def __init__(self, run_folder):
+        self.seen.clear()
 
-        def close(self):
-            seen.append("closed")
+    def write(self, step, values):
+        self.seen.append(dict(values))
 
-    monkeypatch.setattr(sinks_module, "_SINKS", {"recorder": Recorder})
-    with MetricsWriter(tmp_path, ["recorder"]) as writer:
+    def close(self):
+        self.seen.append("closed")
+
+
+def test_sinks_get_finite_values_only(tmp_path):
+    with MetricsWriter(tmp_path, ["test_metrics:Recorder"]) as writer:
         writer.write(1, {"a": 1.0, "b": float("inf")})
         writer.write(1, {"a": 1.0}, kind="evaluation")
-    assert seen == [{"a": 1.0}, {"evaluation/a": 1.0}, "closed"]
+    assert Recorder.seen == [{"a": 1.0}, {"evaluation/a": 1.0}, "closed"]
 
 
 def test_an_unknown_sink_names_the_known_ones(tmp_path):
-    with pytest.raises(MetricsError, match="console, prometheus, tensorboard, wandb"):
+    with pytest.raises(MetricsError, match="console, prometheus, tensorboard, wandb, or package"):
         make_sink("tensorbord", tmp_path)
 
 
@@ -123,8 +127,7 @@ def test_a_sink_of_the_users_own_is_found_by_import_path(tmp_path):
         make_sink("latent_grpo.common.metrics:Nope", tmp_path)
 
 
-def test_the_console_shows_the_important_figures_first(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+def test_the_console_shows_the_important_figures_first(tmp_path, capsys):
     with MetricsWriter(tmp_path, ["console"]) as writer:
         writer.write(7, {**{f"a/filler_{i}": i for i in range(30)}, "rollout/reward": 0.25})
     shown = capsys.readouterr().out
@@ -134,7 +137,7 @@ def test_the_console_shows_the_important_figures_first(tmp_path, capsys, monkeyp
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Stands for the package; remembers how the run was opened and what was logged."""
+    """Stands for the package, which need not be installed; remembers how the run was opened and what was logged."""
     calls = SimpleNamespace(opened=None, logged=[], finished=False)
 
     def init(**options):
@@ -146,30 +149,29 @@ def wandb(monkeypatch):
         )
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
     return calls
 
 
-def test_wandb_without_a_key_records_offline_and_says_how_to_upload(tmp_path, wandb, monkeypatch, caplog):
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with caplog.at_level(logging.WARNING), MetricsWriter(tmp_path / "run", ["wandb"]) as writer:
-        writer.write(3, {"loss": 1.0})
+def test_wandb_without_a_key_records_offline_and_says_how_to_upload(tmp_path, wandb, caplog):
+    with caplog.at_level(logging.WARNING):
+        sink = WandbSink(tmp_path / "run", {"NETRC": str(tmp_path / "none")})
+    sink.write(3, {"loss": 1.0})
+    sink.close()
     assert wandb.opened["mode"] == "offline"
     assert "wandb sync" in caplog.text
     assert wandb.logged == [{"step": 3, "loss": 1.0}]
     assert wandb.finished
 
 
-def test_wandb_with_a_key_is_online_unless_told_otherwise(tmp_path, wandb, monkeypatch):
+def test_wandb_with_a_key_is_online_unless_told_otherwise(tmp_path, wandb):
     netrc = tmp_path / "netrc"
     netrc.write_text("machine api.wandb.ai login user password secret")
     netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
-    make_sink("wandb", tmp_path)
+    WandbSink(tmp_path, {"NETRC": str(netrc)})
     assert wandb.opened["mode"] == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    make_sink("wandb", tmp_path)
+    WandbSink(tmp_path, {"WANDB_API_KEY": "secret"})
+    assert wandb.opened["mode"] == "online"
+    WandbSink(tmp_path, {"NETRC": str(netrc), "WANDB_MODE": "disabled"})
     assert wandb.opened["mode"] == "disabled"
 
 

@@ -1,11 +1,15 @@
 """Rows that are known to be wrong, and problems in two tasks, are said at the start and never dropped."""
 
 from latent_grpo.common.config import TaskConfig
-from latent_grpo.common.tasks.known_faults import KnownFault, fingerprint
+from latent_grpo.common.tasks.known_faults import fingerprint
 from latent_grpo.common.tasks.sources import StoredTask
 from latent_grpo.common.types import Problem
-from latent_grpo.deploy.run import problems as problem_notes
 from latent_grpo.deploy.run.problems import mislabelled, notes, overlaps
+
+CARNIVAL = (  # a row of GSM8K's test split
+    "The girls are trying to raise money for a carnival. Kim raises $320 more than Alexandra, who raises $430, and "
+    "Maryam raises $400 more than Sarah, who raises $300. How much money, in dollars, did they all raise in total?"
+)
 
 
 def task(name, *rows):
@@ -16,17 +20,13 @@ def task(name, *rows):
     return StoredTask(TaskConfig(name=name, path="x.parquet"), problems, {})
 
 
-def test_a_known_fault_is_named_with_its_row_and_the_right_answer(monkeypatch):
-    fault = KnownFault("Sums", "3", "4", "two and two")
-    monkeypatch.setattr(
-        problem_notes, "known_fault", lambda text, answer: fault if (text, answer) == ("2 + 2?", "3") else None
-    )
-    source = task("sums", ("1 + 1?", "2"), ("2 + 2?", "3"))
+def test_a_known_fault_is_named_with_its_row_and_the_right_answer():
+    source = task("gsm8k", ("1 + 1?", "2"), (CARNIVAL, "2280"))
     assert mislabelled(source) == (
-        "sums: 1 row is known to be mislabelled, kept as published: row 1, answer 3, right 4"
+        "gsm8k: 1 row is known to be mislabelled, kept as published: row 1, answer 2280, right 2180"
     )
     assert len(source) == 2
-    assert mislabelled(task("sums", ("2 + 2?", "4"))) == ""
+    assert mislabelled(task("gsm8k", (CARNIVAL, "2180"))) == ""
 
 
 def test_problems_of_two_tasks_are_counted_and_differing_answers_listed():

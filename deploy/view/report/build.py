@@ -50,11 +50,11 @@ def write_report(run: RunView, target: Path | None = None, filters: Filters | No
     return target
 
 
-def report_note(folder: RunFolder) -> str:
-    """What `train` ends with: the report, written where that takes a second or two, and else the command for it."""
+def report_note(folder: RunFolder, quick_bytes: int = QUICK_BYTES) -> str:
+    """What `train` ends with: the report, or the command for it where there are more than `quick_bytes` of dumps."""
     look = f"in the terminal: latent-grpo inspect {folder.path}"
     size = sum(file.stat().st_size for file in folder.trajectories.rglob("*.parquet"))
-    if size > QUICK_BYTES:
+    if size > quick_bytes:
         return f"report: latent-grpo report {folder.path} ({size / 2**20:,.0f} MB of dumps to read) · {look}"
     try:
         path = write_report(open_run(folder.path))

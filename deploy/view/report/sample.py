@@ -89,8 +89,8 @@ def sample(
         for group in groups:
             _add(made, list(itertools.islice(thoughts, len(group))), tokens, numbers, weighting)
     made.vocabulary = [tokens[token] for token in numbers]
-    _shorten_prompts(made)
-    _write_out(made, run.settings)
+    shorten_prompts(made)
+    write_out(made, run.settings)
     if held < len(rows):
         made.notes.append(
             f"This report holds {held:,} of {len(rows):,} dumped trajectories: whole groups, evenly spread over the "
@@ -197,7 +197,7 @@ def _round(value: float | None) -> float | None:
     return float(f"{value:.5g}") if value is not None and np.isfinite(value) else None
 
 
-def _shorten_prompts(made: Sample) -> None:
+def shorten_prompts(made: Sample) -> None:
     """`question`: the prompt without what all prompts begin and end with (instruction, chat template)."""
     prompts = sorted({group["prompt"] for group in made.groups})
     start = _common_start(prompts)
@@ -209,7 +209,7 @@ def _shorten_prompts(made: Sample) -> None:
         entry["question"] = made.groups[entry["group"]]["question"]
 
 
-def _write_out(made: Sample, settings: dict[str, Any]) -> None:
+def write_out(made: Sample, settings: dict[str, Any]) -> None:
     """`written`: the chain of thought in words, where the task can tell (chain arithmetic solves itself)."""
     tasks = [*settings.get("tasks", []), *settings.get("evaluation", {}).get("tasks", [])]
     modulus = {
