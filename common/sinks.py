@@ -9,17 +9,21 @@ import os
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from latent_grpo.common.errors import MetricsError
+from latent_grpo.common.plugins import PluginError, load_plugin
 
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class MetricSink(Protocol):
     """Somewhere to show metrics. Made once per run with the run's folder.
 
-    `values` are finite floats; names have the form `section/name` (`rollout/reward`).
+    `values` are finite floats; names have the form `section/name` (`rollout/reward`). A resumed run makes a new sink
+    on the same folder and repeats the steps after its checkpoint. `latent_grpo.common.testing.check_sink` is the
+    contract.
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -42,17 +46,28 @@ def register_sink(name: str) -> Callable[[SinkFactory], SinkFactory]:
 
 
 def make_sink(name: str, run_folder: Path) -> MetricSink:
-    """The sink registered as `name`, or of an import path `package.module:Name`."""
+    """The sink registered as `name`, or of an import path `package.module:Name`. Raises :class:`MetricsError`."""
     if name in _SINKS:
         return _SINKS[name](run_folder)
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise MetricsError(f"no metric sink {name!r}; known: {', '.join(sorted(_SINKS))}, or package.module:Name")
     try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise MetricsError(f"metric sink {name!r} cannot be imported: {error}") from error
-    return factory(run_folder)
+        factory = load_plugin(name)
+    except PluginError as error:
+        raise MetricsError(f"metric sink {name!r}: {error}") from error
+    try:
+        sink = factory(run_folder)
+    except MetricsError:
+        raise
+    except Exception as error:  # a user's constructor may raise anything
+        raise MetricsError(
+            f"metric sink {name!r} cannot be made with the run's folder: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(sink, MetricSink):
+        raise MetricsError(
+            f"metric sink {name!r} made a {type(sink).__name__}, which lacks write(step, values) or close()"
+        )
+    return sink
 
 
 @register_sink("console")

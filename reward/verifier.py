@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.util
 import inspect
+import os
 import threading
 from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass
@@ -131,16 +133,23 @@ def load_verifier(kind: str, /, **options: Any) -> Verifier:
     """
     path = import_path_of(kind)
     module_name, _, attribute = path.partition(":")
+    if _is_this_package(module_name):
+        raise UnknownVerifierError(
+            f"Verifier {kind!r}: 'reward' is in a checkout of this program, which is imported as 'latent_grpo'."
+            f"{_new_path_of(path)}"
+        )
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UnknownVerifierError(
             f"Verifier {kind!r}: module {module_name!r} cannot be imported ({error}). "
-            "Install its package, or put its folder on PYTHONPATH of every rollout worker."
+            f"Install its package, or put its folder on PYTHONPATH of every rollout worker.{_new_path_of(path)}"
         ) from error
     factory = getattr(module, attribute, None)
     if factory is None:
-        raise UnknownVerifierError(f"Verifier {kind!r}: module {module_name!r} has no attribute {attribute!r}.")
+        raise UnknownVerifierError(
+            f"Verifier {kind!r}: module {module_name!r} has no attribute {attribute!r}.{_new_path_of(path)}"
+        )
     if inspect.isclass(factory) or options:
         try:
             verifier = factory(**options)
@@ -245,6 +254,27 @@ def _check_definition(definition: Any, what: str) -> None:
             f"{what} is defined as {definition!r:.200}; expected a mapping with `kind` (a name or import path) and, "
             "if it needs any, `options` (a mapping)."
         )
+
+
+def _is_this_package(module_name: str) -> bool:
+    """Whether the top-level name `reward` leads here: modules would be loaded a second time, under another name."""
+    if module_name.partition(".")[0] != "reward":
+        return False
+    spec = importlib.util.find_spec("reward")
+    here = os.path.join(os.path.dirname(__file__), "__init__.py")
+    return spec is not None and spec.origin is not None and os.path.samefile(spec.origin, here)
+
+
+def _new_path_of(path: str) -> str:
+    """The end of an error's message where this package was imported as `reward`, as it was up to version 0.1.0."""
+    module_name, _, attribute = path.partition(":")
+    if module_name.partition(".")[0] != "reward":
+        return ""
+    try:
+        here = hasattr(importlib.import_module(f"latent_grpo.{module_name}"), attribute)
+    except ImportError:
+        return ""
+    return f" Since version 0.2.0 it is 'latent_grpo.{path}'." if here else ""
 
 
 def _is_import_path(text: str) -> bool:

@@ -47,11 +47,11 @@ class TaskConfig(Section):
     name: str
     """The name tells the task from others; with a row's index it is a problem's identity (METHOD §2.5)."""
     path: str | None = None
-    """The problems come from a `.parquet`, `.jsonl` or `.csv` file, from `hf:owner/dataset[:split]`, or from
-    `builtin:NAME`, a generated task."""
+    """The problems come from a `.parquet`, `.jsonl` or `.csv` file, from `hf:owner/dataset[:split]`, or from a program
+    that makes them: `builtin:NAME`, or your own, `python:package.module:Name` (`examples/own_task`)."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
-    """A generated task takes these options (`common/tasks/arithmetic.py`); `config` names the configuration of a
-    dataset of the hub."""
+    """A generated task takes these options (`common/tasks/arithmetic.py`), and `size`, how many problems are asked;
+    `config` names the configuration of a dataset of the hub."""
     columns: Columns = Columns()
     weight: Annotated[float, Field(gt=0)] = 1.0
     """The task's share of the run's prompts is this, relative to the weights of the other tasks."""

@@ -21,6 +21,7 @@ from latent_grpo.common.tasks import gpqa
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, how_to_get, with_benchmark_defaults
 from latent_grpo.common.tasks.cells import cell_text
+from latent_grpo.common.tasks.generator import PREFIX, Generator, UsersGenerator
 from latent_grpo.common.types import Problem
 
 EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER = "empty problem", "empty answer", "unreadable gold answer"
@@ -34,7 +35,7 @@ class TaskError(ConfigError):
 
 
 class TaskSource(Protocol):
-    """The plug point: problems by index. `size` is None where they never run out."""
+    """What a run reads of a task: problems by index. `size` is None where they never run out."""
 
     config: TaskConfig
     dropped: dict[str, list[int]]  # reason -> row numbers in the source
@@ -115,23 +116,28 @@ def load_task(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | N
     if config.path is None:
         hint = " (a named benchmark gives prompt and verifier, not the problems)" if config.name in BENCHMARKS else ""
         raise TaskError(
-            f"task {config.name}: path is missing{hint}; set it to a .parquet, .jsonl or .csv file, hf:... or "
-            "builtin:..."
+            f"task {config.name}: path is missing{hint}; set it to a .parquet, .jsonl or .csv file, hf:..., "
+            "builtin:... or python:package.module:Name"
         )
     if config.path.startswith("builtin:"):
-        return _generated(config, config.path.removeprefix("builtin:"), seed)
+        return _built_in(config, config.path.removeprefix("builtin:"), seed)
+    if config.path.startswith(PREFIX):
+        return _users_own(config, seed, gradable)
     return _stored(config, config.path, gradable)
 
 
-def _generated(config: TaskConfig, name: str, seed: int) -> GeneratedTask:
+# --- generated problems ------------------------------------------------------------------------------------------
+
+
+def is_generated(task: TaskConfig) -> bool:
+    """Whether a program makes the task's problems, so that no file has to be there."""
+    return task.path is not None and task.path.startswith(("builtin:", PREFIX))
+
+
+def _built_in(config: TaskConfig, name: str, seed: int) -> GeneratedTask:
     if name not in BUILTIN:
         raise TaskError(f"task {config.name}: no generated task {name!r}; there is: {', '.join(BUILTIN)}")
-    options = {"seed": seed, **config.options}
-    size = options.pop("size", None)
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise TaskError(f"task {config.name}: options.size must be a positive whole number, got {size!r}")
-    if config.limit is not None:
-        size = min(config.limit, size or config.limit)
+    options, size = _options_and_size(config, seed)
     try:
         source = BUILTIN[name](name=config.name, **options)
     except (TypeError, ValueError) as error:
@@ -139,7 +145,27 @@ def _generated(config: TaskConfig, name: str, seed: int) -> GeneratedTask:
     return GeneratedTask(config, source.problem, size)
 
 
-BUILTIN: dict[str, Callable[..., Any]] = {"chain_arithmetic": ChainArithmetic}
+def _options_and_size(config: TaskConfig, seed: int) -> tuple[dict[str, Any], int | None]:
+    """What a generator is made with, and how many of its problems are asked (None: no end)."""
+    options = {"seed": seed, **config.options}
+    size = options.pop("size", None)
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise TaskError(f"task {config.name}: options.size must be a positive whole number, got {size!r}")
+    if config.limit is not None:
+        size = min(config.limit, size or config.limit)
+    return options, size
+
+
+BUILTIN: dict[str, Callable[..., Generator]] = {"chain_arithmetic": ChainArithmetic}
+
+
+def _users_own(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | None) -> GeneratedTask:
+    options, size = _options_and_size(config, seed)
+    generator = UsersGenerator(config, {"split": "training", **options})
+    sizes = [count for count in (generator.size, size) if count is not None]
+    task = GeneratedTask(config, generator.problem, min(sizes, default=None))
+    generator.check_first(task.size, gradable)
+    return task
 
 
 # --- files and the hub -------------------------------------------------------------------------------------------
@@ -193,7 +219,9 @@ def _read(config: TaskConfig, path: str) -> list[Row]:
         return _read_jsonl(config, file)
     if file.suffix == ".csv":
         return _read_csv(config, file)
-    raise TaskError(f"task {config.name}: {path}: expected a .parquet, .jsonl or .csv file, hf:... or builtin:...")
+    raise TaskError(
+        f"task {config.name}: {path}: expected a .parquet, .jsonl or .csv file, hf:..., builtin:... or python:..."
+    )
 
 
 def _read_jsonl(config: TaskConfig, file: Path) -> list[Row]:

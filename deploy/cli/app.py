@@ -6,6 +6,7 @@ Settings are given as `--key.sub VALUE` or `key.sub=VALUE` after the command's o
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -274,6 +275,8 @@ def command_of_job(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Runs the command line. An expected fault ends it with one line and the fault's own exit code."""
+    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # where a user's verifiers, tasks and sinks are; `python -m` has it already
     try:
         app()
     except LatentGRPOError as error:

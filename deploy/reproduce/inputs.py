@@ -11,6 +11,7 @@ from typing import Any
 
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
 from latent_grpo.common.config.rules import Rule, keys_with
+from latent_grpo.common.tasks.sources import is_generated
 from latent_grpo.deploy.reproduce.suite import Suite, SuiteError, Unit, unit_config
 from latent_grpo.deploy.run.preparation import check, file_faults
 from latent_grpo.deploy.run.problems import read_task
@@ -98,7 +99,7 @@ def _of_task(task: TaskConfig, config: RunConfig) -> str:
 
 def _is_here(task: TaskConfig) -> bool:
     path = task.path or "hf:"
-    return path.startswith("builtin:") or (not path.startswith("hf:") and Path(path).is_file())
+    return is_generated(task) or (not path.startswith("hf:") and Path(path).is_file())
 
 
 def _shown(keys: list[str]) -> str:

@@ -19,9 +19,10 @@ from typing import Any
 
 from latent_grpo.common.config import RunConfig, TaskConfig
 from latent_grpo.common.files import file_hash, write_atomically
-from latent_grpo.common.tasks.sources import load_task
+from latent_grpo.common.tasks.sources import is_generated, load_task
 from latent_grpo.deploy.reproduce.suite import Suite, SuiteError
-from latent_grpo.deploy.run.manifest import grading_versions, problems_hash, program_commit, source_hash
+from latent_grpo.deploy.run.manifest import grading_versions, problems_hash, program_commit
+from latent_grpo.deploy.run.program import source_hash
 from latent_grpo.deploy.run.versions import versions
 
 FILE = "manifest.json"
@@ -155,9 +156,9 @@ def data_hashes(configs: Iterable[RunConfig]) -> dict[str, str]:
 
 
 def _source(task: TaskConfig) -> str:
-    if task.path is None or not task.path.startswith("builtin:"):
+    if not is_generated(task):
         return str(task.path)
-    return " ".join([task.path, *(f"{name}={value}" for name, value in sorted(_drawn_from(task).items()))])
+    return " ".join([str(task.path), *(f"{name}={value}" for name, value in sorted(_drawn_from(task).items()))])
 
 
 def _drawn_from(task: TaskConfig) -> dict[str, Any]:
@@ -168,8 +169,8 @@ def _drawn_from(task: TaskConfig) -> dict[str, Any]:
 def _data_hash(task: TaskConfig) -> str:
     if task.path is None or task.path.startswith("hf:"):
         return "a hub dataset: not hashed"
-    if task.path.startswith("builtin:"):
+    if is_generated(task):
         # the generator is what may change; seed 0 stands for the runs' own where the options name none
         source = load_task(task.model_copy(update={"options": _drawn_from(task), "limit": None}), seed=0)
-        return problems_hash(source, HASHED_PROBLEMS)
+        return problems_hash(source, min(source.size or HASHED_PROBLEMS, HASHED_PROBLEMS))
     return file_hash(Path(task.path)) if Path(task.path).is_file() else "file is missing"

@@ -13,12 +13,11 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from pydantic import ValidationError
 from latent_grpo.common import __version__
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
 from latent_grpo.common.files import file_hash
+from latent_grpo.common.tasks.generator import PREFIX
 from latent_grpo.common.tasks.sources import GeneratedTask
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.manifest_schema import (
@@ -43,6 +43,7 @@ from latent_grpo.deploy.run.manifest_schema import (
     RunManifest,
     SeedFacts,
 )
+from latent_grpo.deploy.run.program import OUR_PACKAGES, source_hash
 from latent_grpo.deploy.run.versions import versions
 
 if TYPE_CHECKING:
@@ -52,11 +53,10 @@ if TYPE_CHECKING:
 FILE = "manifest.json"
 COMMIT_VARIABLE = "LATENT_GRPO_COMMIT"
 """Set for a submitted job, whose upload is no git checkout."""
-OUR_PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
 GRADING_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
 OTHER_PACKAGES = ("safetensors", "tokenizers", "datasets", *GRADING_PACKAGES, "vllm")
 THIS_FILE = Path(__file__).resolve()
-ROOT = THIS_FILE.parents[2]
+HASHED_PROBLEMS = 256  # of a user's generated task
 
 
 class ManifestError(ConfigError):
@@ -213,30 +213,6 @@ def _version(package: str) -> str | None:
 # --- hashes ------------------------------------------------------------------------------------------------------
 
 
-def source_hash(packages: Iterable[str]) -> str:
-    """The hash of the Python files of our packages: their paths and their bytes in :func:`_hashed_form`."""
-    digest = xxhash.xxh3_128()
-    for package in packages:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
-            digest.update(_hashed_form(path.read_bytes()))
-    return digest.hexdigest()
-
-
-def _hashed_form(source: bytes) -> bytes:
-    """A source file as version 0.1.0 would have written its imports.
-
-    Up to 0.1.0 the packages were top-level ones. Without the name `latent_grpo` and the line breaks that it caused in
-    imports, a file whose imports alone changed keeps its hash, and an unchanged grader is not reported as another one.
-    """
-    source = source.replace(b"latent_grpo.", b"")
-    return re.sub(rb"(?m)^(from \S+ import )\(\n((?:    .+,\n)+)\)$", _one_line, source)
-
-
-def _one_line(wrapped: re.Match[bytes]) -> bytes:
-    return wrapped[1] + b" ".join(wrapped[2].split()).removesuffix(b",")
-
-
 def file_facts(path: Path) -> FileFacts:
     """The size and the hash of a file."""
     return FileFacts(bytes=path.stat().st_size, xxh3_128=file_hash(path))
@@ -281,7 +257,11 @@ def _data(task: PreparedTask, use: str) -> DataFacts:
 
 def _content(task: PreparedTask, source: TaskConfig) -> dict[str, Any]:
     if source.path is None or isinstance(task.source, GeneratedTask):
-        return {"options": source.options}  # its problems follow from these, the seed and the program
+        facts: dict[str, Any] = {"options": source.options}
+        if source.path is not None and source.path.startswith(PREFIX):  # made by a program that is not ours
+            count = min(task.source.size or HASHED_PROBLEMS, HASHED_PROBLEMS)
+            facts["problems_xxh3_128"] = problems_hash(task.source, count)
+        return facts  # its problems follow from the options, the seed and the program
     if source.path.startswith("hf:"):
         return {"problems_xxh3_128": problems_hash(task.source, task.source.size or 0)}
     return file_facts(Path(source.path)).model_dump()

@@ -21,10 +21,10 @@ from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chai
 from latent_grpo.common.models import make_model, make_tokenizer, position_limit, save_model
 from latent_grpo.common.prompts import check_think_start, check_width, read_tokens, resolve_tokens
 from latent_grpo.common.tasks.benchmarks import how_to_get
-from latent_grpo.common.tasks.sources import TaskSource
+from latent_grpo.common.tasks.sources import TaskSource, is_generated
 from latent_grpo.common.types import TokenFacts
 from latent_grpo.deploy.run.folder import RunFolder
-from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources, is_generated
+from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.sft_data import SFTData, has_chain, prepare_sft
 from latent_grpo.rollout_workers.verifiers import check_verifiers
@@ -215,7 +215,8 @@ def file_faults(config: RunConfig) -> list[str]:
     for task in [*config.tasks, *config.evaluation.tasks]:
         path = task.path
         if path is None:
-            faults.append(f"task {task.name}: set its `path` (.parquet, .jsonl, .csv, hf:... or builtin:...)")
+            known = ".parquet, .jsonl, .csv, hf:..., builtin:... or python:..."
+            faults.append(f"task {task.name}: set its `path` ({known})")
         elif not is_generated(task) and not path.startswith("hf:") and not Path(path).is_file():
             faults.append(
                 f"task {task.name}: {path} does not exist; set its `path` to a .parquet, .jsonl or .csv file"

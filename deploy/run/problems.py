@@ -19,6 +19,7 @@ from latent_grpo.common.tasks.sources import (
     TaskError,
     TaskSource,
     describe_dropped,
+    is_generated,
     load_task,
 )
 from latent_grpo.common.types import GroupRequest, NoiseMode, Problem, Purpose, SamplingSettings
@@ -80,11 +81,6 @@ def prepare_task(source: TaskSource, config: RunConfig, tokenizer: PreTrainedTok
 
         return PreparedTask(source.filtered(fits, TOO_LONG), renderer, longest)
     return PreparedTask(source, renderer, source.config.max_prompt_tokens)
-
-
-def is_generated(task: TaskConfig) -> bool:
-    """Whether a program makes the task's problems, so that no file has to be there."""
-    return task.path is not None and task.path.startswith("builtin:")
 
 
 def read_task(task: TaskConfig, config: RunConfig, *, whole: bool = False) -> TaskSource:

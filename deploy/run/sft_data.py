@@ -180,7 +180,7 @@ def _split(task: PreparedTask, count: int, config: RunConfig, chains: Chains) ->
     if not isinstance(source, StoredTask):
         options = {**source.config.options, "split": "evaluation", "seed": config.seed + HELD_OUT_SEED, "size": count}
         other = load_task(source.config.model_copy(update={"options": options}), config.seed)
-        return task, [other.problem(i) for i in range(count)]
+        return task, [other.problem(i) for i in range(other.size or count)]
     problems = (source.problem(i) for i in range(source.size))
     faults = {problem.uid: chains.fault(task, problem) for problem in problems}
     for reason in (NO_CHAIN, TOO_SHORT, TOO_LONG):

@@ -10,9 +10,10 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from latent_grpo.common import __version__
+from latent_grpo.deploy.run.program import DISTRIBUTION, OUR_PACKAGES, ROOT, installed_copies, source_hash
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
 SUBMITTED = "LATENT_GRPO_SUBMITTED"
@@ -33,11 +34,13 @@ def differences(here: Mapping[str, str] | None = None, environment: Mapping[str,
     here, found = here or versions(), []
     code = here["latent-grpo"]
     try:
-        installed = importlib.metadata.version("latent-grpo")
+        installed = importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         installed = code  # an image with the dependencies only
     if installed != code:
         found.append(f"the code that runs is latent-grpo {code}, installed here is {installed}")
+    else:
+        found += differing_copies()
     submitted = json.loads(environment.get(SUBMITTED, "{}"))
     found += [
         f"{name} is {here[name]} here and {version} where the job was submitted"
@@ -45,3 +48,15 @@ def differences(here: Mapping[str, str] | None = None, environment: Mapping[str,
         if name in here and here[name] != version
     ]
     return found
+
+
+def differing_copies(search: Sequence[str] | None = None) -> list[str]:
+    """A sentence for each installed copy of this program whose sources are not those that run.
+
+    `search`: where to look for it; default: the import path.
+    """
+    return [
+        f"the code that runs is {ROOT}, whose sources differ from those of latent-grpo {version} installed in {copy}"
+        for version, copy in installed_copies(search)
+        if source_hash(OUR_PACKAGES, copy) != source_hash(OUR_PACKAGES)
+    ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from latent_grpo.reward import verifier as registry
@@ -112,6 +115,30 @@ def test_an_unknown_kind_is_an_error_that_lists_the_allowed_ones() -> None:
         load_verifier("maths")
     with pytest.raises(UnknownVerifierError, match="cannot be built with options"):
         load_verifier("choice", colour="red")
+
+
+def test_an_import_path_of_an_earlier_version_is_answered_with_todays(monkeypatch, tmp_path) -> None:
+    todays = r"Since version 0\.2\.0 it is 'latent_grpo\.reward\.answers:MathVerifier'"
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    with pytest.raises(UnknownVerifierError, match=f"a checkout of this program.*{todays}"):
+        load_verifier("reward.answers:MathVerifier")
+    assert "reward" not in sys.modules
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "__init__.py").write_text("from latent_grpo.reward.verifier import Grade")
+    (tmp_path / "reward" / "mine.py").write_text(
+        "class Never:\n    def grade(self, response_text, gold):\n        raise NotImplementedError\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert type(load_verifier("reward.mine:Never")).__name__ == "Never", "a user's own package of that name"
+        with pytest.raises(UnknownVerifierError, match=f"cannot be imported.*{todays}"):
+            load_verifier("reward.answers:MathVerifier")
+        with pytest.raises(UnknownVerifierError) as caught:
+            load_verifier("reward.mine:Always")
+        assert "0.2.0" not in str(caught.value)
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "reward"]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ import pytest
 import yaml
 from training import PROFILE
 
+from latent_grpo.deploy.run.program import OUR_PACKAGES
+
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 START_S, JOB_S, END_S = 180, 600, 60
@@ -146,6 +148,8 @@ def test_the_plain_ray_job_submit_runs_it_too_and_uploads_little(head, profile, 
     uploads = [p for p in packages if (p / "pyproject.toml").is_file()]
     files = [p for p in uploads[0].rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files) < 5 * 2**20
-    assert not {".git", ".venv", "tests", "docs"} & {p.relative_to(uploads[0]).parts[0] for p in files}
+    top = {p.relative_to(uploads[0]).parts[0] for p in files}
+    assert not {".git", ".venv", "tests", "docs"} & top
+    assert {"latent_grpo", *OUR_PACKAGES} <= top
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "summary.json").is_file()

@@ -11,7 +11,6 @@ from fake_run import fake_config
 from latent_grpo.common.config import TaskConfig
 from latent_grpo.common.files import file_hash
 from latent_grpo.common.tasks.sources import load_task
-from latent_grpo.deploy.run import manifest as manifest_module
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.manifest import (
     COMMIT_VARIABLE,
@@ -21,10 +20,10 @@ from latent_grpo.deploy.run.manifest import (
     program_commit,
     read_manifest,
     record_model,
-    source_hash,
     write_manifest,
 )
 from latent_grpo.deploy.run.problems import PreparedTask
+from latent_grpo.deploy.run.program import OUR_PACKAGES, hashed_form, source_hash
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def test_it_names_program_settings_data_model_grader_seeds_and_hardware(run):
     (start,) = manifest.lineages
     assert start.versions.keys() >= {"torch", "ray", "deepspeed", "math-verify", "python"}
     assert start.hardware.cpus > 0
-    assert start.program.sources == source_hash(manifest_module.OUR_PACKAGES)
+    assert start.program.sources == source_hash(OUR_PACKAGES)
 
 
 def test_a_resume_adds_its_lineage_and_a_trained_model_is_added(run):
@@ -98,6 +97,52 @@ def test_the_commit_is_that_of_our_checkout_and_of_no_other(tmp_path):
     assert not changed
     source.write_text("x = 2\n")
     assert program_commit(source, {}) == (commit, True)
+
+
+BEFORE = b"""from reward.answers import Grade, grade, settled_by_long_name, another_long_name, one_more_long_name, last
+from reward.verifier import Grade
+import reward.pool
+
+
+def load():
+    from reward import algebra
+    kept = (
+        1,
+    )
+    return algebra, "reward.answers:Math"
+"""
+NOW = b"""from latent_grpo.reward.answers import (
+    Grade,
+    grade,
+    settled_by_long_name,
+    another_long_name,
+    one_more_long_name,
+    last,
+)
+from latent_grpo.reward.verifier import Grade
+import latent_grpo.reward.pool
+
+
+def load():
+    from latent_grpo.reward import algebra
+    kept = (
+        1,
+    )
+    return algebra, "latent_grpo.reward.answers:Math"
+"""
+
+
+def test_a_file_of_which_imports_alone_were_renamed_keeps_its_hash(tmp_path):
+    assert hashed_form(BEFORE) == BEFORE, "what runs of 0.1.0 have in their manifests"
+    assert hashed_form(NOW) == BEFORE
+    assert hashed_form(NOW.replace(b"1,", b"2,")) != BEFORE
+    hashes = []
+    for source in (BEFORE, NOW):
+        path = tmp_path / str(len(hashes)) / "reward" / "grader.py"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(source)
+        hashes.append(source_hash(["reward"], path.parents[1]))
+    assert hashes[0] == hashes[1]
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,8 @@ def test_all_that_is_missing_is_named_at_once_before_anything_runs(write, tmp_pa
         assert title == "suite a suite cannot start here:"
         assert [fault.partition(";")[0] for fault in faults] == [
             "task held: nowhere/held.jsonl does not exist",
-            "task gsm8k: set its `path` (.parquet, .jsonl, .csv, hf:... or builtin:...) (latent-seed3 and 9 more)",
+            "task gsm8k: set its `path` (.parquet, .jsonl, .csv, hf:..., builtin:... or python:...) "
+            "(latent-seed3 and 9 more)",
             f"starts.latent.path: no folder {tmp_path / 'gone'}",
         ]
         assert faults[2].endswith("(latent-seed3 and 5 more)")

@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from latent_grpo.common.config import ConfigError
 from latent_grpo.deploy.cli.app import app, command_of_job
-from latent_grpo.deploy.run import versions
+from latent_grpo.deploy.run import program, versions
 
 
 def test_nothing_is_said_where_all_versions_agree():
@@ -24,6 +25,33 @@ def test_every_difference_is_one_sentence():
     assert first.startswith("the code that runs is latent-grpo 99.0, installed here is")
     assert any("torch is" in line and "1.0 where the job was submitted" in line for line in others)
     assert not any("unheard-of" in line for line in others)
+
+
+def dist_info(folder):
+    metadata = folder / "latent_grpo-0.2.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: latent-grpo\nVersion: 0.2.0\n")
+
+
+def test_an_installed_copy_of_the_same_version_with_other_sources_is_named(tmp_path):
+    copy = tmp_path / "latent_grpo"
+    for package in program.OUR_PACKAGES:
+        shutil.copytree(program.ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    dist_info(tmp_path)
+    assert list(program.installed_copies([str(tmp_path)])) == [("0.2.0", copy)]
+    assert versions.differing_copies([str(tmp_path)]) == []
+    with (copy / "learner" / "rank.py").open("a") as file:
+        file.write("# changed\n")
+    (said,) = versions.differing_copies([str(tmp_path)])
+    assert said == (
+        f"the code that runs is {program.ROOT}, whose sources differ from those of latent-grpo 0.2.0 installed in "
+        f"{copy}"
+    )
+
+
+def test_an_editable_installation_is_no_copy(tmp_path):
+    dist_info(tmp_path)
+    assert list(program.installed_copies([str(tmp_path)])) == []
 
 
 def test_a_job_without_a_command_trains():
