@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-vllm-v2-quick test-gpu lint clean
+.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-vllm-v2-quick test-gpu lint dist clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -63,5 +63,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/typecheck.py
 
+# the wheel, tried as a user has it: in an environment of its own, where this checkout is not to be seen
+dist: install
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+	LATENT_GRPO_WHEEL=$$(echo dist/*.whl) $(PYTEST) tests/integration/test_installed.py
+	@ls -l dist
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,3 +1,3 @@
 """What both services share; imports nothing of the other packages."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
