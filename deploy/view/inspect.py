@@ -29,11 +29,11 @@ from latent_grpo.deploy.view.thoughts import (
     run_tokens,
 )
 from latent_grpo.deploy.view.trajectory import (
+    component_weighting,
     format_value,
     outcome_mark,
-    report_left_out,
-    component_weighting,
     print_json,
+    report_left_out,
     show_trajectory,
 )
 
