@@ -12,8 +12,8 @@ from latent_grpo.common.metrics import read_metrics
 from latent_grpo.common.schema import TrajectoryBatch
 from latent_grpo.common.store import LearnerStore, TrajectoryStore
 from latent_grpo.deploy.cli.app import app
-from latent_grpo.deploy.replay import replay
 from latent_grpo.deploy.replay.recorded import RecordedRun
+from latent_grpo.deploy.replay.replay import replay
 from latent_grpo.deploy.run.manifest import read_manifest
 from latent_grpo.deploy.single_service import rollout_only, train_only
 from latent_grpo.deploy.train import train
