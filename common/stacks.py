@@ -2,7 +2,7 @@
 
 Python's fault handler writes them inside the handler of SIGUSR1, so a thread that waits in a collective or in a C
 library does not keep a process from answering; only one that the kernel does not run (stopped, or stuck in a device
-driver) cannot, and that is said instead.
+driver) cannot, and the answer says so.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def serve_stacks() -> ProcessAddress:
     return ProcessAddress(ray.get_runtime_context().get_node_id(), os.getpid(), path, inode)
 
 
-def ask_for_stacks(processes: Sequence[ProcessAddress]) -> list[str]:
+def ask_for_stacks(processes: Sequence[ProcessAddress], ask_s: float = ASK_S) -> list[str]:
     """The stacks of all threads of each process, or in words why there are none.
 
-    All are asked at once; waits at most `ASK_S`, or `ANSWER_S` for processes of this node. Never raises.
+    All are asked at once; waits at most `ask_s`, or `ANSWER_S` for processes of this node. Never raises.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -65,7 +65,7 @@ def ask_for_stacks(processes: Sequence[ProcessAddress]) -> list[str]:
             remote = ray.remote(_ask).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
             asked[node_id] = remote.remote([processes[i] for i in by_node[node_id]])
         found = {here: _ask([processes[i] for i in by_node[here]])} if here in by_node else {}
-        end = time.monotonic() + ASK_S
+        end = time.monotonic() + ask_s
         for node_id, reference in asked.items():
             try:
                 found[node_id] = ray.get(reference, timeout=max(end - time.monotonic(), 0.0))
@@ -120,7 +120,7 @@ def _unasked(process: ProcessAddress, known: int | None) -> str | None:
 
 
 def _size(path: str, inode: int) -> int | None:
-    """Of the file of that inode, bytes; None: its process is gone."""
+    """The size in bytes of the file of that inode; None where its process is gone."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, ProcessLookupError):

@@ -64,6 +64,10 @@ class RankGroup:
             self.close()
             raise
 
+    def process_ids(self) -> list[int]:
+        """The process id of each rank on its node, for monitoring."""
+        return [process.pid for process in self._processes]
+
     # -- the step
 
     def _begin(self, method: str, *arguments: object) -> None:

@@ -136,6 +136,10 @@ class RolloutPool:
     def size(self) -> int:
         return sum(1 for m in self._members.values() if not m.leaving)
 
+    def process_ids(self) -> dict[str, int]:
+        """The process id of each worker on its node, by the worker's name, for monitoring."""
+        return {name: member.process.pid for name, member in self._members.items()}
+
     @property
     def outstanding(self) -> int:
         """Groups dispatched and not delivered."""
@@ -336,7 +340,7 @@ class RolloutPool:
 
 
 def _answers(refs: list[ray.ObjectRef[Any]], end: float) -> list[Any]:
-    """As `ray.get` until `end`, unless an interrupt ends it: a start may take minutes."""
+    """`ray.get` until `end`, or until an interrupt: a start may take minutes."""
     while True:
         left = max(end - time.monotonic(), 0.0)
         try:

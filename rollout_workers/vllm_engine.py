@@ -70,8 +70,10 @@ class VLLMEngine:
         max_tokens: int | None = None,
         k: int = 10,
         options: VLLMConfig | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._facts, self._max_rows, self._options = facts, max_rows, options or VLLMConfig()
+        self._bucket_bytes = bucket_bytes
         config = AutoConfig.from_pretrained(model)
         self._expected = _published_parameters(config, dtype)
         self._version: PolicyVersion | None = None
@@ -79,6 +81,8 @@ class VLLMEngine:
         self._max_length = positions if max_length is None else min(max_length, positions)
         records = (min(max_tokens or self._max_length, self._max_length), k)
         self._llm = _start(model, facts, dtype, max_rows, self._max_length, records, self._options)
+        self.careful = self._llm.vllm_config.device_config.device_type == "cpu"
+        """Whether draws may wait for the device: they do where there is none to wait for."""
         self._uids = itertools.count()
         self._owner: dict[int, tuple[RunningGroup, int]] = {}  # uid -> group and position in it
 
@@ -96,12 +100,7 @@ class VLLMEngine:
         """Queues a group; see :meth:`LatentEngine.add`."""
         group = admit(request, self._facts, self._version, max_rows=self._max_rows, max_length=self._max_length)
         for position in range(group.size):
-            self._send(group, position, careful=self._careful)
-
-    @property
-    def _careful(self) -> bool:
-        """Whether draws may wait for the device: they do where there is none to wait for."""
-        return self._llm.vllm_config.device_config.device_type == "cpu"
+            self._send(group, position, careful=self.careful)
 
     def _send(self, group: RunningGroup, position: int, careful: bool) -> None:
         from vllm import SamplingParams
@@ -187,7 +186,7 @@ class VLLMEngine:
         self._version = None  # any failure below leaves an engine that refuses
         tensors = list(checked_tensors(version, tensors, self._expected))
         check_checksum(version, checksum(tensors))
-        buckets = list(_buckets(tensors, BUCKET_BYTES))
+        buckets = list(_buckets(tensors, self._bucket_bytes))
         try:
             self._apply(buckets)
         except Exception as error:

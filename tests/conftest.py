@@ -6,7 +6,9 @@ import importlib.util
 import os
 import shutil
 import signal
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,18 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """`importable(folder)`: what is in it can be imported until the test ends."""
+    return lambda folder: monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, object], None]:
+    """`stand_in(name, module)`: what is imported as `name` until the test ends; None: it is not installed."""
+    return lambda name, module: monkeypatch.setitem(sys.modules, name, module)
 
 
 @pytest.fixture(scope="session")

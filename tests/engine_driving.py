@@ -51,24 +51,18 @@ def core_of(engine: LatentEngine):
 
 
 def worker_of(engine: LatentEngine):
-    return engine._llm.model_executor.driver_worker.worker
+    return engine._llm.model_executor.driver_worker.worker  # vLLM's own parts have no public way to them
 
 
 def scheduler_of(engine: LatentEngine):
-    return engine._llm.engine_core.engine_core.scheduler
+    return engine._llm.engine_core.engine_core.scheduler  # as above
 
 
-def preemptions(engine: LatentEngine, monkeypatch) -> list[int]:
-    """Generated tokens of each request that vLLM's scheduler throws out of the cache from now on."""
-    scheduler, count = scheduler_of(engine), []
-    original = scheduler._preempt_request
-
-    def counted(request, *args, **kwargs):
-        count.append(request.num_tokens - request.num_prompt_tokens)
-        return original(request, *args, **kwargs)
-
-    monkeypatch.setattr(scheduler, "_preempt_request", counted)
-    return count
+def preempted_behind(engine: LatentEngine) -> dict[tuple[str, int], int]:
+    """Requests that wait because vLLM's scheduler has thrown them out of the cache: by id and how often that has
+    happened to them, the tokens that had been generated."""
+    waiting = [r for r in scheduler_of(engine).waiting if r.num_preemptions]
+    return {(r.request_id, r.num_preemptions): r.num_tokens - r.num_prompt_tokens for r in waiting}
 
 
 # --- scenarios of a vLLM engine: small on CPU, with CUDA graphs on a GPU -----------------------------------------
@@ -156,13 +150,18 @@ def crowded_out(
     model: torch.nn.Module,
     requests: list[GroupRequest],
     check: Check,
-    monkeypatch,
     *,
     generated: int,
 ) -> Redraw:
     """A cache too small for all samples: they are preempted behind `generated` steps and more, and go on."""
-    count = preemptions(engine, monkeypatch)
-    groups = collect(engine, requests)
+    groups: Groups = {}
+    thrown_out: dict[tuple[str, int], int] = {}
+    for request in requests:
+        engine.add(request)
+    while engine.pending:
+        groups |= {group[0].group_uid: group for group in engine.step()}
+        thrown_out = preempted_behind(engine) | thrown_out
+    count = sorted(thrown_out.values())
     assert sum(steps >= generated for steps in count) >= 2, f"too little was preempted: {count}"
     assert not core_of(engine).slots, "state of finished samples is kept"
     return check.redrawn(model, requests, groups)

@@ -195,9 +195,9 @@ class LatentSFTModule(nn.Module):
 
     def forward(self, batch: SFTBatch) -> LossParts:
         """The loss's sums over the batch."""
-        inputs = self._inputs(batch, self._weights(batch))
+        inputs = self.mixed_inputs(batch, self.label_weights(batch))
         if batch.calls.feed or bool(batch.feed.any()):
-            inputs = self._self_fed(batch, inputs)
+            inputs = self.self_fed(batch, inputs)
         hidden = self._hidden(batch, inputs)
         calls = batch.calls
         latent_sum = self._summed(_latent_losses, hidden, batch.latent, calls.latent, batch.mixture_ids, batch.labels)
@@ -206,7 +206,7 @@ class LatentSFTModule(nn.Module):
 
     # -- inputs
 
-    def _weights(self, batch: SFTBatch) -> torch.Tensor:
+    def label_weights(self, batch: SFTBatch) -> torch.Tensor:
         """Mixture weights [B, T, K] of what is fed at latent positions: q, or q perturbed."""
         chosen = batch.latent & batch.perturbed.unsqueeze(-1)
         rows, positions = chosen.nonzero(as_tuple=True)
@@ -217,7 +217,7 @@ class LatentSFTModule(nn.Module):
         weights[rows, positions] = perturb(batch.labels[rows, positions], gumbel, self.perturb_scale, self.tau)
         return weights
 
-    def _inputs(self, batch: SFTBatch, weights: torch.Tensor) -> torch.Tensor:
+    def mixed_inputs(self, batch: SFTBatch, weights: torch.Tensor) -> torch.Tensor:
         """Input embeddings [B, T, D]: E[id] at hard positions, sum_k w_k E[id_k] (detached) at latent ones."""
         embed = self.model.get_input_embeddings()
         inputs = embed(batch.hard_ids)
@@ -227,7 +227,7 @@ class LatentSFTModule(nn.Module):
         return inputs.masked_scatter(batch.latent.unsqueeze(-1), mixed)
 
     @torch.no_grad()
-    def _own_mixtures(self, batch: SFTBatch, inputs: torch.Tensor) -> torch.Tensor:
+    def own_mixtures(self, batch: SFTBatch, inputs: torch.Tensor) -> torch.Tensor:
         """The model's mixtures at the fed positions, in order: embeddings [N, D] (METHOD §7, self-feeding)."""
         hidden = self._hidden(batch, inputs)
         rows, positions = batch.feed.nonzero(as_tuple=True)
@@ -255,8 +255,8 @@ class LatentSFTModule(nn.Module):
             mixed.append(mix_embeddings(embed(ids), weights))
         return torch.cat(mixed)
 
-    def _self_fed(self, batch: SFTBatch, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs.masked_scatter(batch.feed.unsqueeze(-1), self._own_mixtures(batch, inputs.detach()))
+    def self_fed(self, batch: SFTBatch, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.masked_scatter(batch.feed.unsqueeze(-1), self.own_mixtures(batch, inputs.detach()))
 
     # -- outputs
 

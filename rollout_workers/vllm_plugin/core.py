@@ -29,7 +29,7 @@ COLUMNS = [("prompt_len", np.int64), ("careful", np.int64), *SETTINGS]
 ROW = np.dtype(COLUMNS)
 """A slot's settings. `careful`: draws look as far as they must, which waits for the device; else at a set number."""
 PLACE = {name: place for place, (name, _) in enumerate(COLUMNS)}
-"""Of each setting on the device, where a row is int64 [columns]."""
+"""The column of each setting on the device, where a row is int64 [columns]."""
 SCRATCH = 0  # a slot that nobody owns: rows that do not count write there
 
 
@@ -81,6 +81,11 @@ class LatentCore:
         for name, value in (("k", 1), ("top_k", 1), ("temperature", 1.0), ("top_p", 1.0), ("tau", 1.0)):
             self._host[SCRATCH][name] = value  # vLLM's warm-up draws for requests that nobody has added
         self._fresh.append(SCRATCH)
+
+    @property
+    def record_bytes(self) -> int:
+        """What the records of all slots take on the device."""
+        return self._ids.nbytes + self._scores.nbytes + self._log_probs.nbytes
 
     # --- samples come and go -------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_engine import ARCHITECTURES, make_engine, make_request
+from test_engine import ARCHITECTURES, make_engine, make_model, make_request
 
 from latent_grpo.common.density import hard_log_prob, latent_log_prob
 from latent_grpo.common.schema import TrajectoryBatch, encode
@@ -24,7 +24,7 @@ def rollouts(architecture):
     engine = make_engine(architecture)
     requests = [make_request(i, 3 + 5 * i, **s) for i, s in enumerate(SETTINGS.values())]
     trajectories = [t for group in generate(engine, requests) for t in group]
-    return engine._model, TrajectoryBatch(encode(trajectories, 4))
+    return make_model(architecture), TrajectoryBatch(encode(trajectories, 4))
 
 
 def policy(model):
@@ -94,7 +94,7 @@ def test_no_gradient_runs_into_the_embedding_through_a_mixture():
 
 
 def test_a_framework_cannot_turn_dropout_on():
-    module = policy(make_engine()._model)
+    module = policy(make_model("llama"))
     module.train()
     assert not any(m.training for m in module.modules() if isinstance(m, torch.nn.Dropout))
     assert not module.training

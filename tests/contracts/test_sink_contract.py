@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +19,12 @@ NEEDS = {"console": None, "prometheus": None, "tensorboard": "tensorboard", "wan
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
+def stand_ins(stand_in):
     """For packages that would talk to a server: wandb, and Ray's metrics."""
     run = SimpleNamespace(define_metric=lambda *a, **k: None, log=lambda row: None, finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: run))
+    stand_in("wandb", SimpleNamespace(init=lambda **options: run))
     gauge = SimpleNamespace(set=lambda value, tags: None)
-    monkeypatch.setitem(sys.modules, "ray.util.metrics", SimpleNamespace(Gauge=lambda *a, **k: gauge))
+    stand_in("ray.util.metrics", SimpleNamespace(Gauge=lambda *a, **k: gauge))
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS))
@@ -40,8 +39,8 @@ def test_every_registered_sink_is_here():
     assert set(NEEDS) == built_in
 
 
-def test_the_example_keeps_the_contract_and_what_a_resume_finds(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "own_sink"))
+def test_the_example_keeps_the_contract_and_what_a_resume_finds(importable, tmp_path):
+    importable(EXAMPLES / "own_sink")
     check_sink("csv_sink:CsvSink", tmp_path)
     header, *rows = csv.reader((tmp_path / "curve.csv").open())
     assert header[:2] == ["step", "rollout/reward"]

@@ -28,8 +28,8 @@ def test_stored_tasks_keep_the_contract(tmp_path):
     assert len(check_task(str(path))) == 6
 
 
-def test_the_example_keeps_the_contract(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "own_task"))
+def test_the_example_keeps_the_contract(importable):
+    importable(EXAMPLES / "own_task")
     problems = check_task("python:shopping:Shopping", options={"most": 5})
     assert all(problem.cot.endswith(f"={problem.answer};") for problem in problems)
     assert len(check_task("python:shopping:Shopping", options={"size": 3})) == 3

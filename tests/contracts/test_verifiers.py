@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from latent_grpo.reward import verifier as registry
 from latent_grpo.reward.testing import check_verifier
 from latent_grpo.reward.verifier import (
     Grade,
@@ -28,6 +27,7 @@ OPTIONS = {
     "length_penalty": {"verifier": {"kind": "number"}, "free_chars": 20, "max_chars": 60, "penalty": 0.5},
     "weighted_sum": {"parts": [{"kind": "math", "weight": 1.0}, {**ANSWER_TAG, "weight": 0.2}]},
 }
+BUILT_IN = set(registered_kinds())
 EXAMPLES = {
     "format": ([("<answer>\n5</answer>", "")], [("5", "5"), ("<answer>5", "5")]),
     "gate": ([(r"<answer>\boxed{5}</answer>", "5")], [(r"\boxed{5}", "5"), (r"<answer>\boxed{6}</answer>", "5")]),
@@ -81,7 +81,7 @@ def test_built_in_verifiers_keep_the_contract(kind: str) -> None:
 
 
 def test_every_registered_kind_has_examples_here() -> None:
-    assert set(EXAMPLES) == set(registered_kinds())
+    assert set(EXAMPLES) == BUILT_IN
 
 
 def test_a_users_verifier_keeps_the_contract() -> None:
@@ -97,8 +97,7 @@ def test_the_contract_finds_verifiers_that_break_it(name: str, message: str) -> 
         check_verifier(f"test_verifiers:{name}", correct=[("1", "1"), ("2", "2")], wrong=[("3", "1")])
 
 
-def test_a_verifier_can_be_registered_under_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+def test_a_verifier_can_be_registered_under_a_name() -> None:
     register("backwards", "test_verifiers:Reversed")
     register("backwards", "test_verifiers:Reversed")
     assert import_path_of("backwards") == "test_verifiers:Reversed"
@@ -111,15 +110,15 @@ def test_a_verifier_can_be_registered_under_a_name(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_unknown_kind_is_an_error_that_lists_the_allowed_ones() -> None:
-    with pytest.raises(UnknownVerifierError, match=r"'maths'\. Allowed: choice, format, .* number, .*, or the import"):
+    with pytest.raises(UnknownVerifierError, match=r"'maths'\. Allowed: .*choice, format, .* number, .*, or the"):
         load_verifier("maths")
     with pytest.raises(UnknownVerifierError, match="cannot be built with options"):
         load_verifier("choice", colour="red")
 
 
-def test_an_import_path_of_an_earlier_version_is_answered_with_todays(monkeypatch, tmp_path) -> None:
+def test_an_import_path_of_an_earlier_version_is_answered_with_todays(importable, tmp_path) -> None:
     todays = r"Since version 0\.2\.0 it is 'latent_grpo\.reward\.answers:MathVerifier'"
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    importable(Path(__file__).parents[2])
     with pytest.raises(UnknownVerifierError, match=f"a checkout of this program.*{todays}"):
         load_verifier("reward.answers:MathVerifier")
     assert "reward" not in sys.modules
@@ -128,7 +127,7 @@ def test_an_import_path_of_an_earlier_version_is_answered_with_todays(monkeypatc
     (tmp_path / "reward" / "mine.py").write_text(
         "class Never:\n    def grade(self, response_text, gold):\n        raise NotImplementedError\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    importable(tmp_path)
     try:
         assert type(load_verifier("reward.mine:Never")).__name__ == "Never", "a user's own package of that name"
         with pytest.raises(UnknownVerifierError, match=f"cannot be imported.*{todays}"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from engine_driving import (
@@ -30,7 +32,6 @@ from test_engine import (
 
 from latent_grpo.rollout_workers import vllm_engine
 from latent_grpo.rollout_workers.engine import EngineError
-from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
 from latent_grpo.rollout_workers.vllm_plugin import core
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY
 
@@ -80,10 +81,10 @@ CROWDED = {"kv_cache_bytes": 14 * 2 * 2 * 32 * 32 * 4}  # 14 blocks of 32 positi
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_preempted_samples_go_on_with_their_mixtures(monkeypatch, caching):
+def test_preempted_samples_go_on_with_their_mixtures(caching):
     engine = long_engine(**CROWDED, engine_args={"enable_prefix_caching": caching})
     requests = long_requests(groups=1, samples=8)
-    found = crowded_out(engine, long_model(), requests, CHECK, monkeypatch, generated=23)  # behind a whole block
+    found = crowded_out(engine, long_model(), requests, CHECK, generated=23)  # behind a whole block
     assert len(found.latent_gaps) > 600
 
 
@@ -131,30 +132,31 @@ def test_more_samples_than_rows_wait_and_every_state_is_freed():
 
 def test_records_have_their_place_before_vllm_measures_its_memory():
     engine = bare_engine("vllm", max_rows=8, max_tokens=14, k=4)
-    tables = [getattr(core_of(engine), name) for name in ("_ids", "_scores", "_log_probs")]
-    assert {table.shape for table in tables} == {(9, 14, 4)}
+    expected = 9 * 14 * 4 * 12  # rows and one more, steps, components, bytes of an id, a score and a log-prob
+    assert core_of(engine).record_bytes == expected
     engine.load_weights(*published(make_model("llama")))
     collect(engine, [make_request(uid, 5) for uid in range(4)])
-    assert [getattr(core_of(engine), name).data_ptr() for name in ("_ids", "_scores", "_log_probs")] == [
-        table.data_ptr() for table in tables
-    ]
+    assert core_of(engine).record_bytes == expected
 
 
 def test_samples_of_a_group_are_drawn_each_with_its_own_key():
     engine = make_engine(kind="vllm")
     (group,) = collect(engine, [make_request(0, 9, samples=6)]).values()
     assert len({t.latent_scores.tobytes() for t in group}) == 6
-    params = engine_params(engine, make_request(0, 9, samples=6))
+    with watched(engine) as params:
+        engine.add(make_request(0, 9, samples=6))
+    engine.abort()
     assert len({p.extra_args[KEY]["key"] for p in params}) == 6
 
 
-def engine_params(engine, request):
-    seen, original = [], engine._llm.add_request
-    engine._llm.add_request = lambda uid, prompt, params: seen.append(params) or original(uid, prompt, params)
-    engine.add(request)
-    engine._llm.add_request = original
-    engine.abort()
-    return seen
+@contextlib.contextmanager
+def watched(engine):
+    """The parameters of every request to vLLM while this lasts."""
+    llm = engine._llm  # what vLLM is asked for is the subject
+    seen, original = [], llm.add_request
+    llm.add_request = lambda uid, prompt, params: seen.append(params) or original(uid, prompt, params)
+    yield seen
+    llm.add_request = original
 
 
 def other_model():
@@ -227,14 +229,13 @@ def test_a_load_that_fails_in_flight_stops_the_samples_until_weights_are_whole_a
 
 
 def test_fused_and_tied_weights_are_read_back_after_loading(monkeypatch):
-    monkeypatch.setattr(vllm_engine, "BUCKET_BYTES", 2**14)  # several tensors of these models, not all of a layer
     for architecture, broken in (
         ("llama", "model.layers.1.self_attn.v_proj.weight"),
         ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
         ("llama-tied", "model.embed_tokens.weight"),
         ("qwen3", "model.layers.0.mlp.up_proj.weight"),
     ):
-        engine = make_engine(architecture, "vllm")
+        engine = make_engine(architecture, "vllm", bucket_bytes=2**14)  # several tensors, not all of a layer
         model = worker_of(engine).get_model()
         original = model.load_weights
 
@@ -252,18 +253,13 @@ def test_fused_and_tied_weights_are_read_back_after_loading(monkeypatch):
 
 def test_samples_that_looked_too_narrowly_are_drawn_again(monkeypatch):
     """On a GPU a draw never waits; what then is not sure to be exact is decoded again, with draws that may wait."""
-    engine, sent = make_engine(kind="vllm"), []
-    send = engine._send
-
-    def logged(group, position, careful):
-        sent.append(careful)
-        send(group, position, careful=careful)
-
-    monkeypatch.setattr(engine, "_send", logged)
-    monkeypatch.setattr(VLLMEngine, "_careful", False)
+    engine = make_engine(kind="vllm")
+    engine.careful = False
     step = core.latent_step
     monkeypatch.setattr(core, "latent_step", lambda *args, **settings: step(*args, **settings, top_m=8))
-    groups = collect(engine, mixed_requests())
+    with watched(engine) as params:
+        groups = collect(engine, mixed_requests())
+    sent = [p.extra_args[KEY]["careful"] for p in params]
     assert 0 < sum(sent) < len(sent) - sum(sent), "some samples needed more than eight ids, but not all"
     reference = collect(make_engine(), mixed_requests())
     for uid, group in groups.items():

@@ -122,9 +122,9 @@ def test_weights_in_flight_recompute_what_running_samples_have(models):
 
 
 @pytest.mark.vllm
-def test_preempted_samples_go_on_with_their_mixtures(models, monkeypatch):
+def test_preempted_samples_go_on_with_their_mixtures(models):
     engine = start(models[0], rows=8, max_length=160, kv_cache_bytes=CROWDED, engine_args={"block_size": 16})
-    assert crowded_out(engine, models[0], [request(0)], CHECK, monkeypatch, generated=16).steps > 500
+    assert crowded_out(engine, models[0], [request(0)], CHECK, generated=16).steps > 500
     engine.close()
 
 

@@ -76,8 +76,9 @@ def test_own_verifier(within, tmp_path, monkeypatch):
     near = load_verifier("near_miss:NearMiss", partial=0.2)
     assert [near.grade(rf"\boxed{{{given}}}", "7").reward for given in (7, 8, 6, 5)] == [1.0, 0.2, 0.2, 0.0]
 
-    graded, grade = [], InProcessPool._graded
-    monkeypatch.setattr(InProcessPool, "_graded", lambda *given: graded.append(grade(*given)) or graded[-1])
+    graded, grade = [], InProcessPool._graded  # this runner dumps no trajectories
+    keep = lambda *given: graded.append(grade(*given)) or graded[-1]  # noqa: E731
+    monkeypatch.setattr(InProcessPool, "_graded", keep)  # as above
     # a defined name (`near`) needs the graders' processes, which this runner does without
     trained(tmp_path / "run", "tasks.0.verifier=near_miss:NearMiss", "verifiers={}")
     rows = [row for batch in graded for row in decode(batch) if row.purpose == "training"]

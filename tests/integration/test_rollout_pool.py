@@ -78,19 +78,32 @@ def collect(pool, count, timeout=600.0):
     return groups
 
 
-@pytest.fixture
-def pool(ray_session):
+def two_workers(deadlines=DEADLINES):
     config = RolloutConfig(workers=2, resources=ActorResources(num_cpus=0.5), max_restarts=2)
-    with RolloutPool(make_worker, config, DEADLINES, env_vars=HERE, heartbeat_s=0.5) as made:
+    return RolloutPool(make_worker, config, deadlines, env_vars=HERE, heartbeat_s=0.5)
+
+
+@pytest.fixture(scope="module")
+def pool(ray_session):
+    """Of tests that lose no worker: each says how many it begins with, and with which weights."""
+    with two_workers() as made:
+        yield made
+
+
+@pytest.fixture
+def mortal(ray_session):
+    """A pool that soon notices a worker that stands still; yet a busy machine must not be taken for one."""
+    with two_workers(DEADLINES.model_copy(update={"rollout_s": 20.0})) as made:
         made.publish(publication(1))
         yield made
 
 
-def pids(pool):
-    return {name: member.process.pid for name, member in pool._members.items()}
+def a_process_of(pool):
+    return next(iter(pool.process_ids().values()))
 
 
-def test_groups_of_a_killed_and_of_a_frozen_worker_all_arrive_once_and_on_current_weights(pool, caplog):
+def test_groups_of_a_killed_and_of_a_frozen_worker_all_arrive_once_and_on_current_weights(mortal, caplog):
+    pool = mortal
     pool.submit(requests(0, 10))
     first = collect(pool, 10)
     assert {t.policy_version_min for g in first for t in g} == {1}
@@ -98,28 +111,27 @@ def test_groups_of_a_killed_and_of_a_frozen_worker_all_arrive_once_and_on_curren
 
     pool.publish(publication(2))
     pool.submit(requests(10, 80))  # more than a worker does ahead of the driver, so the killed one is not done
-    os.kill(next(iter(pids(pool).values())), signal.SIGKILL)
+    os.kill(a_process_of(pool), signal.SIGKILL)
     second = collect(pool, 80)
     assert sorted(g[0].group_uid for g in second) == sorted(f"g{i}" for i in range(10, 90))
     assert {t.policy_version_max for g in second for t in g} == {2}  # the replacement too
     assert (pool.restarts, pool.size) == (1, 2)
 
-    frozen = next(iter(pids(pool).values()))
-    os.kill(frozen, signal.SIGSTOP)
+    os.kill(a_process_of(pool), signal.SIGSTOP)
     pool.submit(requests(90, 20))
-    pool._deadlines = DEADLINES.model_copy(update={"rollout_s": 40.0})  # not before: a slow replacement would count
     third = collect(pool, 20)
     assert sorted(g[0].group_uid for g in third) == sorted(f"g{i}" for i in range(90, 110))
     assert pool.restarts == 2
     assert "does not go on: it did not write its stacks within 5 s; the kernel says: State: T" in caplog.text
 
     pool.submit(requests(110, 4))
-    os.kill(next(iter(pids(pool).values())), signal.SIGKILL)
+    os.kill(a_process_of(pool), signal.SIGKILL)
     with pytest.raises(RolloutPoolError, match="max_restarts allows 2"):
         collect(pool, 100)
 
 
 def test_scaling_in_mid_run_loses_nothing_and_joiners_start_on_current_weights(pool):
+    pool.resize(2)
     pool.publish(publication(3))
     pool.submit(requests(0, 12))
     pool.resize(3)
@@ -134,15 +146,15 @@ def test_scaling_in_mid_run_loses_nothing_and_joiners_start_on_current_weights(p
     assert (pool.size, pool.outstanding) == (1, 0)
 
 
-def test_trajectories_do_not_depend_on_the_number_of_workers(ray_session):
+def test_trajectories_do_not_depend_on_the_number_of_workers(pool):
     results = []
+    pool.publish(publication(4))
     for workers in (1, 3):
-        config = RolloutConfig(workers=workers, resources=ActorResources(num_cpus=0.3))
-        with RolloutPool(make_worker, config, DEADLINES, env_vars=HERE) as pool:
-            pool.publish(publication(1))
-            pool.submit(requests(0, 12))
-            results.append({(t.group_uid, t.sample_index): t for g in collect(pool, 12) for t in g})
+        pool.resize(workers)
+        pool.submit(requests(0, 12))
+        results.append({(t.group_uid, t.sample_index): t for g in collect(pool, 12) for t in g})
     one, three = results
+    assert len({t.worker for t in three.values()}) == 3
     assert one.keys() == three.keys()
     for key, trajectory in one.items():
         assert np.array_equal(trajectory.latent_ids, three[key].latent_ids)

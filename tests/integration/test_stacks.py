@@ -9,7 +9,6 @@ import time
 import pytest
 import ray
 
-import latent_grpo.common.stacks
 from latent_grpo.common.config import parse_config
 from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks, serve_stacks
 from latent_grpo.learner.base_rank import RankActor
@@ -63,9 +62,8 @@ def test_other_nodes_are_asked_on_themselves_and_one_that_is_lost_hides_no_other
     actor = ray.remote(Hanging).options(num_cpus=0).remote()
     process = ray.get(actor.process.remote(), timeout=300)
     lost = dataclasses.replace(process, node_id="ab" * 28)
-    monkeypatch.setattr(latent_grpo.common.stacks, "ASK_S", 60.0)  # the lost one is refused at once
     monkeypatch.setattr(ray.runtime_context.RuntimeContext, "get_node_id", lambda self: "driver's node")
-    unreachable, there = ask_for_stacks([lost, process])
+    unreachable, there = ask_for_stacks([lost, process], ask_s=60.0)  # the lost one is refused at once
     assert "its node could not be asked" in unreachable
     assert "hread" in there
     ray.kill(actor)
@@ -83,7 +81,8 @@ class HastyGroup(RankGroup):
     """Waits a 60th of its deadline for the model, once the process is there: that may take long on a busy machine."""
 
     def _wait(self, refs, seconds, doing, key):
-        return super()._wait(refs, seconds / 60 if doing == "load the model" else seconds, doing, key)
+        seconds = seconds / 60 if doing == "load the model" else seconds
+        return super()._wait(refs, seconds, doing, key)  # no setting is of this wait alone
 
 
 def test_a_learner_that_misses_its_deadline_shows_its_stacks(ray_session, caplog):

@@ -43,9 +43,10 @@ def reasons(pool: VerifierPool, *responses: str) -> list[str]:
 @contextlib.contextmanager
 def time_limit(pool: VerifierPool, seconds: float) -> Iterator[None]:
     """For cases that are to miss it: the others need one that a busy machine keeps."""
-    before, pool._dispatcher._time_limit_s = pool._dispatcher._time_limit_s, seconds
+    dispatcher = pool._dispatcher  # no user changes the limit of a pool that runs
+    before, dispatcher._time_limit_s = dispatcher._time_limit_s, seconds  # as above
     yield
-    pool._dispatcher._time_limit_s = before
+    dispatcher._time_limit_s = before  # as above
 
 
 def wait_until(condition, seconds: float = 120.0) -> bool:
@@ -255,14 +256,14 @@ def test_processes_that_cannot_start_are_an_error_within_bounds() -> None:
 
 
 def test_processes_that_cannot_start_are_not_started_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
     with VerifierPool(processes=2) as pool:
-        with pytest.raises(GraderStartError, match="exit status 1"):
-            reasons(pool, "ok ")
-        started = pool.counts()["processes_started"]
-        time.sleep(0.5)
-        assert pool.counts()["processes_started"] == started
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(GraderStartError, match="exit status 1"):
+                reasons(pool, "ok ")
+            started = pool.counts()["processes_started"]
+            time.sleep(0.5)
+            assert pool.counts()["processes_started"] == started
         assert reasons(pool, "ok ") == ["correct"]
 
 

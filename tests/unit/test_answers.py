@@ -12,8 +12,10 @@ from corpus_words import CHOICE_CORRECT, CHOICE_WRONG, LAST_NUMBER, NUMBER_CORRE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from latent_grpo.reward import algebra
 from latent_grpo.reward.answers import ChoiceVerifier, MathVerifier, NumberVerifier, gold_is_parsable, grade
 from latent_grpo.reward.last_number import last_number
+from latent_grpo.reward.math_answers import read_answer, read_gold
 from latent_grpo.reward.numbers import read_number
 
 CORPUS = [
@@ -212,26 +214,21 @@ def test_gold_answers_are_checked_before_a_run(kind: str, gold: str, parsable: b
     assert gold_is_parsable(kind, gold) is parsable
 
 
-def test_a_stream_of_distinct_responses_does_not_evict_the_golds(monkeypatch) -> None:
-    from latent_grpo.reward import algebra, latex
-
-    read, parsed = [], []
-    normalise, parse = latex.normalise, algebra.math_verify.parse
-    monkeypatch.setattr(latex, "normalise", lambda text: (read.append(text), normalise(text))[1])
+def test_a_stream_of_distinct_responses_does_not_evict_the_golds() -> None:
+    read_answer.cache_clear()
+    read_gold.cache_clear()
     for i in range(4_201):
         gold = "7919/3" if i % 4_200 == 0 else "5"
         MathVerifier().quick_grade(rf"\boxed{{{i}}}", gold)
-    assert read.count("7919/3") == 1
-    some = parse(r"\boxed{5}")
-    monkeypatch.setattr(algebra.math_verify, "parse", lambda text, **_: (parsed.append(text), some)[1])
-    try:
-        for i in range(2_201):
-            gold = "y + 7919" if i % 2_200 == 0 else "y + 5"
-            algebra.equal(gold, f"{i} + y")
-    finally:  # what was parsed is a fake
-        algebra.parse.cache_clear()
-        algebra.parse_gold.cache_clear()
-    assert parsed.count(r"\boxed{y + 7919}") == 1
+    responses, golds = read_answer.cache_info(), read_gold.cache_info()
+    assert responses.misses > responses.maxsize, "too few responses to evict anything"
+    assert golds.misses == 2, "7919/3 and 5, each read once"
+    algebra.parse.cache_clear()
+    algebra.parse_gold.cache_clear()
+    for i in range(20):
+        assert not algebra.equal("y + 7919", f"{i} + y")
+    assert algebra.parse.cache_info().misses == 20
+    assert algebra.parse_gold.cache_info().misses == 1, "golds have a cache of their own"
 
 
 @pytest.mark.parametrize("kind", ["number", "choice", "math"])

@@ -155,7 +155,7 @@ def test_a_definition_that_no_task_uses_or_that_cannot_be_built_is_a_fault_of_th
         config_with({"mine": {"knd": "number"}}, "mine")
 
 
-def test_the_examples_of_the_documentation_work(tmp_path, monkeypatch):
+def test_the_examples_of_the_documentation_work(tmp_path, importable):
     text = (Path(__file__).parents[2] / "docs" / "verifiers.md").read_text(encoding="utf-8")
     module, profile = (
         re.search(rf"```{language}\n({first}.*?)```", text, re.DOTALL)[1]
@@ -164,7 +164,7 @@ def test_the_examples_of_the_documentation_work(tmp_path, monkeypatch):
     (tmp_path / "my_pkg").mkdir()
     (tmp_path / "my_pkg" / "my_mod.py").write_text(module)
     (tmp_path / "profile.yaml").write_text(f"model: {{path: m}}\n{profile}")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    importable(tmp_path)
     config = load_config(tmp_path / "profile.yaml")
     boxed = r"</think> \boxed{5}"
     assert build_verifier(config, "shaped").grade(boxed, "5") == Grade(1.1, "correct", "5")

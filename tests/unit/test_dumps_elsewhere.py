@@ -1,7 +1,5 @@
 """Dumps are read by others' programs, with nothing of ours: DuckDB and pandas, while the run goes on."""
 
-import os
-
 import numpy as np
 import pytest
 from fake_run import fake_run
@@ -19,15 +17,11 @@ def run(tmp_path):
     return fake_run(tmp_path / "run").path
 
 
-def test_a_file_that_is_being_written_is_not_among_what_a_pattern_finds(run, monkeypatch):
+def test_a_file_that_is_being_written_is_not_among_what_a_pattern_finds(run, before_fsync):
     store, seen = TrajectoryStore(run / "trajectories"), []
-    batch, fsync = store.read(1), os.fsync
-
-    def look(handle):
-        seen.append(duckdb.sql(f"select count(*) from '{run}/{TRAJECTORIES}'").fetchall()[0][0])
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", look)
+    batch = store.read(1)
+    count = f"select count(*) from '{run}/{TRAJECTORIES}'"
+    before_fsync(lambda: seen.append(duckdb.sql(count).fetchall()[0][0]))
     store.write(4, batch)
     assert seen == [48, 64], "the file's own fsync comes before its name, the folder's after it"
 

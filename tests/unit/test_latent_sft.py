@@ -197,7 +197,7 @@ def test_perturbation_stays_on_the_support_and_is_a_distribution():
 def test_perturbed_rows_differ_from_quiet_ones_and_the_others_do_not():
     module = LatentSFTModule(small_model(), k=K)
     batch = batch_of(range(20), self_feeding=0.0)
-    weights = module._weights(batch)
+    weights = module.label_weights(batch)
     changed = (weights != batch.labels).flatten(1).any(-1)
     assert torch.equal(changed, batch.perturbed)
     torch.testing.assert_close(weights.sum(-1), batch.latent.float())
@@ -206,11 +206,11 @@ def test_perturbed_rows_differ_from_quiet_ones_and_the_others_do_not():
 def test_self_feeding_replaces_fed_positions_only_and_needs_no_gradient():
     module = LatentSFTModule(small_model(), k=K, allowed=FACTS.allowed)
     batch = batch_of(range(12), perturb_share=0.0)
-    inputs = module._inputs(batch, batch.labels)
-    fed = module._self_fed(batch, inputs)
+    inputs = module.mixed_inputs(batch, batch.labels)
+    fed = module.self_fed(batch, inputs)
     changed = (fed != inputs).any(-1)
     assert torch.equal(changed, batch.feed)
-    assert not module._own_mixtures(batch, inputs).requires_grad
+    assert not module.own_mixtures(batch, inputs).requires_grad
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gpt2"])

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -115,8 +114,8 @@ def test_an_unknown_sink_names_the_known_ones(tmp_path):
 
 
 @pytest.mark.parametrize(("sink", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
-def test_a_missing_package_is_refused_with_what_to_install(tmp_path, monkeypatch, sink, module):
-    monkeypatch.setitem(sys.modules, module, None)
+def test_a_missing_package_is_refused_with_what_to_install(tmp_path, stand_in, sink, module):
+    stand_in(module, None)
     with pytest.raises(MetricsError, match=f"pip install {sink}"):
         MetricsWriter(tmp_path, [sink])
 
@@ -136,7 +135,7 @@ def test_the_console_shows_the_important_figures_first(tmp_path, capsys):
 
 
 @pytest.fixture
-def wandb(monkeypatch):
+def wandb(stand_in):
     """Stands for the package, which need not be installed; remembers how the run was opened and what was logged."""
     calls = SimpleNamespace(opened=None, logged=[], finished=False)
 
@@ -148,7 +147,7 @@ def wandb(monkeypatch):
             finish=lambda: setattr(calls, "finished", True),
         )
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    stand_in("wandb", SimpleNamespace(init=init))
     return calls
 
 

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from fake_run import damage_page
 
-from latent_grpo.common import store as store_module
 from latent_grpo.common.schema import TrajectoryBatch, encode
 from latent_grpo.common.store import DumpError, TrajectoryStore, count_rows, read_columns, read_dump
 from latent_grpo.common.types import SamplingSettings, Trajectory
@@ -158,27 +157,25 @@ def test_a_malformed_batch_is_refused_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_reported_with_its_remedy_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_its_remedy_and_leaves_nothing(tmp_path, before_fsync):
     store = TrajectoryStore(tmp_path)
 
-    def full(handle):
+    def full():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(store_module.os, "fsync", full)
-        with pytest.raises(DumpError, match=r"disk is full.*dump.every") as caught:
-            store.write(1, batch())
+    before_fsync(full)
+    with pytest.raises(DumpError, match=r"disk is full.*dump.every") as caught:
+        store.write(1, batch())
     assert caught.value.errno == errno.ENOSPC
     assert store.files() == []
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_a_file_that_is_being_written_is_invisible_to_readers(tmp_path, monkeypatch):
+def test_a_file_that_is_being_written_is_invisible_to_readers(tmp_path, before_fsync):
     store = TrajectoryStore(tmp_path)
     store.write(1, batch(1))
     seen = []
-    real = os.fsync
-    monkeypatch.setattr(store_module.os, "fsync", lambda handle: (seen.append(store.read(1).num_rows), real(handle)))
+    before_fsync(lambda: seen.append(store.read(1).num_rows))
     store.write(1, batch(1))
     assert seen[0] == 1
     assert store.read(1).num_rows == 2

@@ -392,7 +392,7 @@ def test_a_resumed_units_minutes_are_those_of_all_its_sessions(write, tmp_path, 
         folder.write_json("summary.json", {"after": {"e/pass_at_1": 0.5}})
         (folder.path / "metrics.jsonl").touch()
 
-    monkeypatch.setattr("latent_grpo.deploy.reproduce.unit._make_start", work)
+    monkeypatch.setattr("latent_grpo.deploy.reproduce.unit._make_start", work)  # what runs is not the subject
     monkeypatch.setattr("latent_grpo.deploy.reproduce.in_process.start_in_process", work)
     with pytest.raises(KeyboardInterrupt):
         run_unit(request, "latent-seed3", clock=lambda: clock[0])
