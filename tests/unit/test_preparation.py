@@ -14,7 +14,7 @@ from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, write_chai
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.common.types import Problem
-from latent_grpo.deploy import single_service as one_service
+from latent_grpo.deploy import single_service
 from latent_grpo.deploy import train
 from latent_grpo.deploy.evaluation import evaluate
 from latent_grpo.deploy.run.folder import RunFolder
@@ -72,7 +72,7 @@ def stored(tmp_path, which, **rows):
 COMMANDS = {
     "train": lambda config: train.train(config, "x", reporter()),
     "sft": lambda config: sft.sft(config, "x", reporter()),
-    "rollout-only": lambda config: one_service.rollout_only(config, "x", reporter()),
+    "rollout-only": lambda config: single_service.rollout_only(config, "x", reporter()),
     "evaluate": lambda config: evaluate.evaluate_model(
         config.model_copy(update={"tasks": config.evaluation.tasks}), "x", reporter()
     ),
