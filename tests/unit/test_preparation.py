@@ -14,8 +14,7 @@ from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, write_chai
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.common.types import Problem
-from latent_grpo.deploy import single_service
-from latent_grpo.deploy import train
+from latent_grpo.deploy import single_service, train
 from latent_grpo.deploy.evaluation import evaluate
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.preparation import prepare
