@@ -1,4 +1,4 @@
-"""Where a model is: a folder on this machine, or a hub id; and what is said where it is neither."""
+"""Where a model is, a folder on this machine or a hub id, and the error where it is neither."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_folder(model: str | Path) -> None:
 
 @contextlib.contextmanager
 def hub_errors(model: str | Path) -> Iterator[None]:
-    """Inside, files of `model` are read. Raises ConfigError where they cannot be had."""
+    """A block that reads files of `model`. Turns the hub's errors into ConfigError."""
     try:
         yield
     except (OSError, ValueError) as error:

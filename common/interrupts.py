@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what they wait for, so that the state they leave is that of a whole step.
+"""Ctrl-C and SIGTERM wait for the end of a step, so that the state they leave is whole.
 
 Python raises KeyboardInterrupt between any two instructions: between the calls that start a step on two ranks, say, or
 between a step's end and the note that it ended. Inside :func:`deferred_interrupts` a first signal is only noted, and
@@ -101,7 +101,7 @@ def wait_for_step(learner: Stepping) -> dict[str, float]:
 
 
 def finish_within(learner: Stepping, seconds: float = SETTLE_S) -> dict[str, float] | None:
-    """As :func:`wait_for_step`, after an interrupt; None: it took too long, and the last state stays the last."""
+    """The running step's metrics after an interrupt; None where it did not end within `seconds`."""
     deadline = time.monotonic() + seconds
     while not learner.finished():
         if time.monotonic() > deadline:

@@ -1,5 +1,4 @@
-"""What a model's chain is: a small file beside its weights, written by Latent-SFT and RL, read before either and before
-an evaluation.
+"""A model's chain settings: a small file beside its weights, which Latent-SFT and RL write and every run on it reads.
 
 A chain is a contract between the weights and whoever samples from them: how many ids a latent step mixes, how many
 tokens of the explicit chain it stands for, and which token ends it. Another setting is not an error that anybody sees,
@@ -36,7 +35,7 @@ class ChainSettings(Section):
     compression: PositiveInt | None = None
     """c: tokens of the explicit chain per latent step; None where Latent-SFT was not done by this program."""
     tau: float | None = None
-    """Of softmax(r / tau); None for an explicit chain."""
+    """The temperature of the mixture weights softmax(r / tau); None for an explicit chain."""
     think_end: str
     think_end_ids: list[int]
     """Its ids under the model's tokenizer; the first is the latent-end token. Empty: an explicit chain, and the
@@ -83,7 +82,7 @@ def write_chain(folder: str | Path, settings: ChainSettings) -> None:
 
 
 def read_chain(model: str | Path) -> ChainSettings | None:
-    """Of a model folder or hub id; None where the model has no such file.
+    """The chain of a model folder or hub id; None where the model has no such file.
 
     Raises ConfigError for a damaged one, and for a `model` that is no folder here and cannot be a hub id.
     """

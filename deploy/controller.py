@@ -205,7 +205,7 @@ class Controller:
         return drop_reason(view.rewards, view.valid, masking=self.config.objective.masking)
 
     def _batch_metrics(self, batch: ReadyBatch, rows: pa.RecordBatch | None) -> dict[str, float]:
-        """Of all that was generated, and of what of it is trained on (`rows`). Raises :class:`TrainingStopped`."""
+        """Metrics of the generated groups and of those trained on (`rows`). Raises :class:`TrainingStopped`."""
         if not batch.generated:
             raise TrainingStopped(
                 f"none of the step's {sum(batch.dropped.values())} groups had records that can be read (see the log): "

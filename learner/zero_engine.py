@@ -45,7 +45,7 @@ class UpdateResult:
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Of the run's step `step` (from 0): linear warm-up, then constant, or decay to zero at `decay_steps`."""
+    """The learning rate of step `step` (from 0): linear warm-up, then constant or decayed to zero at `decay_steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

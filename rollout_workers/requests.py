@@ -195,7 +195,7 @@ class Draw:
         return bool(values[0]) if (values == values[0]).all() else self.column(name).bool()
 
     def largest(self, name: str) -> int:
-        """Of an integer column."""
+        """The largest value of an integer column."""
         return int(self._rows[name].max())
 
     def count(self, name: str) -> int | torch.Tensor:

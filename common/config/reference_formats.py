@@ -101,7 +101,7 @@ def _filled(text: str) -> str:
 
 
 def _row(key: KeyFacts, known: tuple[Rule, ...]) -> str:
-    """A key's row; rules of the whole section (`known`) are said above the table."""
+    """A key's row; rules of the whole section (`known`) stand above the table."""
     name = key.name.rpartition(".")[2]
     values = ", ".join(f"`{_value(value)}`" for value in key.allowed) or key.type
     rules = [f"*This key {rule.value}.*" for rule in key.rules if rule in FOR_USERS.difference(known)]
@@ -125,7 +125,7 @@ def _default(key: KeyFacts, quote: str = "", word: str = "default ") -> str:
 
 
 def _value(value: Any) -> str:
-    """As it may be written in YAML."""
+    """A value as it may be written in YAML."""
     if isinstance(value, str) and re.fullmatch(r"[\w<>/.-]+", value):
         return value
     return re.sub(r"e-0(\d)", r"e-\1", json.dumps(value))

@@ -103,7 +103,7 @@ class HealthConfig(Section):
     window: PositiveInt = 5
     """Metrics are averaged over this many steps; in a run's first steps, over those there are."""
     repeat: PositiveInt = 50
-    """An alarm that lasts is said again after this many steps."""
+    """An alarm that lasts is reported again after this many steps."""
     min_thinking_end_rate: Limit = 0.1
     """The share of latent rollouts that leave latent mode is at least this."""
     max_truncated_share: Limit = 0.5

@@ -31,7 +31,7 @@ _FAULTS: dict[str, KnownFault] = {
 
 
 def fingerprint(problem: str) -> str:
-    """Of a problem's text: the same whatever its white space, case, punctuation and LaTeX delimiters."""
+    """A problem's text without white space, case, punctuation and LaTeX delimiters: two spellings have the same one."""
     text = _DRESSING.sub("", problem).casefold()
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 

@@ -90,7 +90,7 @@ def _controller(run: Run, learner: Learner) -> Controller:
 
 
 def cpu_seconds() -> float:
-    """Of this process and everything it has started that still runs."""
+    """CPU seconds of this process and of its children that still run."""
     me = psutil.Process()
     total = 0.0
     for process in (me, *me.children(recursive=True)):

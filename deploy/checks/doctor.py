@@ -1,4 +1,4 @@
-"""Is this machine able to run the pipeline? Every check says what it found and what to mend.
+"""`latent-grpo doctor`: whether this machine can run the pipeline. Every check reports what it found and what to do.
 
 The checks are independent and quick; only the last one starts something: a Ray of its own, in a child process that is
 ended (with everything it started) when its time is up.
@@ -47,7 +47,7 @@ class Check:
     name: str
     status: Literal["ok", "warn", "fail"]
     found: str
-    mend: str = ""
+    fix: str = ""
 
     @property
     def ok(self) -> bool:
@@ -74,8 +74,8 @@ def run_doctor(folder: str | Path = ".", ray_deadline_s: float = RAY_DEADLINE_S)
 def _python() -> list[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     good = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    mend = "" if good else "use Python 3.11 to 3.13: make clean install PYTHON=python3.12"
-    return [Check(name="python", status="ok" if good else "fail", found=f"{version} at {sys.executable}", mend=mend)]
+    fix = "" if good else "use Python 3.11 to 3.13: make clean install PYTHON=python3.12"
+    return [Check(name="python", status="ok" if good else "fail", found=f"{version} at {sys.executable}", fix=fix)]
 
 
 def _packages() -> list[Check]:
@@ -84,21 +84,21 @@ def _packages() -> list[Check]:
     try:
         requirements = importlib.metadata.requires("latent-grpo") or []
     except importlib.metadata.PackageNotFoundError:
-        mend = "run `make install`, or `pip install -c constraints.txt -e .` in the checkout"
-        return [Check(name="packages", status="warn", found="latent-grpo itself is not installed", mend=mend)]
+        fix = "run `make install`, or `pip install -c constraints.txt -e .` in the checkout"
+        return [Check(name="packages", status="warn", found="latent-grpo itself is not installed", fix=fix)]
     for text in requirements:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        mend = f"pip install -c constraints.txt '{requirement.name}{requirement.specifier}'"
+        fix = f"pip install -c constraints.txt '{requirement.name}{requirement.specifier}'"
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            findings.append(Check(name=requirement.name, status="fail", found="not installed", mend=mend))
+            findings.append(Check(name=requirement.name, status="fail", found="not installed", fix=fix))
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             found = f"{version}, needed {requirement.specifier}"
-            findings.append(Check(name=requirement.name, status="fail", found=found, mend=mend))
+            findings.append(Check(name=requirement.name, status="fail", found=found, fix=fix))
         fine.append(f"{requirement.name} {version}")
     return findings or [Check(name="packages", status="ok", found=", ".join(fine))]
 
@@ -107,11 +107,11 @@ def _torch() -> list[Check]:
     try:
         description = describe_torch()
     except (importlib.metadata.PackageNotFoundError, OSError) as error:
-        return [Check(name="torch build", status="fail", found=f"cannot be read: {error}", mend="run `make install`")]
+        return [Check(name="torch build", status="fail", found=f"cannot be read: {error}", fix="run `make install`")]
     has_gpu = shutil.which("nvidia-smi") is not None
     found, _, advice = description.partition(". ")
     if has_gpu and "CPU build" in found:
-        return [Check(name="torch build", status="warn", found=f"{found}, but this machine has a GPU", mend=advice)]
+        return [Check(name="torch build", status="warn", found=f"{found}, but this machine has a GPU", fix=advice)]
     return [Check(name="torch build", status="ok", found=found)]
 
 
@@ -123,7 +123,7 @@ def _vllm() -> list[Check]:
     build, version = found
     problem = vllm_problem(found)
     return [
-        Check(name="vllm", status="warn" if problem else "ok", found=f"{version}, {build} build", mend=problem or "")
+        Check(name="vllm", status="warn" if problem else "ok", found=f"{version}, {build} build", fix=problem or "")
     ]
 
 
@@ -132,8 +132,8 @@ def _compiler() -> list[Check]:
     name = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if name:
         return [Check(name="compiler", status="ok", found=shutil.which(name) or name)]
-    mend = "only needed for GPU kernels that are built at first use (Triton, vLLM): install g++"
-    return [Check(name="compiler", status="warn", found="no C++ compiler on PATH", mend=mend)]
+    fix = "only needed for GPU kernels that are built at first use (Triton, vLLM): install g++"
+    return [Check(name="compiler", status="warn", found="no C++ compiler on PATH", fix=fix)]
 
 
 def _shared_memory() -> list[Check]:
@@ -142,8 +142,8 @@ def _shared_memory() -> list[Check]:
     if not path.is_dir():
         return [Check(name="/dev/shm", status="ok", found="not used on this system")]
     free = shutil.disk_usage(path).free
-    mend = "in a container: --shm-size=8g (Docker), or an emptyDir with medium: Memory at /dev/shm (Kubernetes)"
-    return [_room("/dev/shm", free, SHM_BYTES, "warn", mend)]
+    fix = "in a container: --shm-size=8g (Docker), or an emptyDir with medium: Memory at /dev/shm (Kubernetes)"
+    return [_room("/dev/shm", free, SHM_BYTES, "warn", fix)]
 
 
 def _disk(folder: Path) -> list[Check]:
@@ -165,8 +165,8 @@ def _disk(folder: Path) -> list[Check]:
         ),
     ]
     if not os.access(folder, os.W_OK):
-        mend = "run from a folder of your own, or set runs_folder"
-        findings.append(Check(name="run folder", status="fail", found=f"{folder} is not writable", mend=mend))
+        fix = "run from a folder of your own, or set runs_folder"
+        findings.append(Check(name="run folder", status="fail", found=f"{folder} is not writable", fix=fix))
     return findings
 
 
@@ -179,15 +179,15 @@ def _security() -> list[Check]:
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode == "token":
         return [Check(name="ray authentication", status="ok", found="token")]
-    mend = "unset RAY_AUTH_MODE (or set it to token): whoever reaches an open Ray port can run code"
-    return [Check(name="ray authentication", status="warn", found=f"RAY_AUTH_MODE={mode}", mend=mend)]
+    fix = "unset RAY_AUTH_MODE (or set it to token): whoever reaches an open Ray port can run code"
+    return [Check(name="ray authentication", status="warn", found=f"RAY_AUTH_MODE={mode}", fix=fix)]
 
 
-def _room(name: str, free: int, needed: int, status: Literal["warn", "fail"], mend: str) -> Check:
+def _room(name: str, free: int, needed: int, status: Literal["warn", "fail"], fix: str) -> Check:
     found = f"{free / 2**30:.1f} GiB free"
     if free >= needed:
         return Check(name=name, status="ok", found=found)
-    return Check(name=name, status=status, found=f"{found}, {needed / 2**30:.0f} GiB wanted", mend=mend)
+    return Check(name=name, status=status, found=f"{found}, {needed / 2**30:.0f} GiB wanted", fix=fix)
 
 
 def _ray(deadline_s: float) -> list[Check]:
@@ -213,13 +213,13 @@ def _ray(deadline_s: float) -> list[Check]:
     last = said.splitlines()[-1] if said else "it said nothing"
     if code is None:
         found = f"a local Ray did not answer within {deadline_s:.0f} s ({last})"
-        mend = "look for a full /tmp, a firewall on the loopback interface, or http_proxy without no_proxy=127.0.0.1"
+        fix = "look for a full /tmp, a firewall on the loopback interface, or http_proxy without no_proxy=127.0.0.1"
     else:
-        found, mend = (
+        found, fix = (
             f"a local Ray did not start: {last}",
             "run `python -c 'import ray; ray.init()'` for the whole story",
         )
-    return [Check(name="ray", status="fail", found=found, mend=mend)]
+    return [Check(name="ray", status="fail", found=found, fix=fix)]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""`latent-grpo` = `python -m deploy`: one function a command; each says only what its module does.
+"""`latent-grpo`, or `python -m latent_grpo.deploy`: one function for each command; each only calls its module.
 
 Settings are given as `--key.sub VALUE` or `key.sub=VALUE` after the command's own options.
 """
@@ -74,7 +74,7 @@ def train(
         str | None, typer.Option(help="Start no worker: learn from this run's dumps, with its settings.")
     ] = None,
 ) -> None:
-    """Trains. A new run from a profile, or (`--resume RUN`) a stopped one from its last checkpoint."""
+    """Trains a new run from a profile, or continues a stopped one (`--resume RUN`) from its last checkpoint."""
     from latent_grpo.deploy import single_service
     from latent_grpo.deploy import train as training
 
@@ -98,7 +98,7 @@ def replay(
     step: Annotated[int, typer.Option(help="Which step, from 1.")],
     as_json: Annotated[bool, typer.Option("--json", help="The comparison as JSON, and nothing else.")] = False,
 ) -> None:
-    """A step's loss and gradient norm again, from dump and checkpoint; exit code 1: they deviate, 2: it cannot be."""
+    """Computes a step's loss and gradient norm again. Exit code 1: they deviate; 2: the step cannot be replayed."""
     from latent_grpo.deploy.replay import replay as replaying
     from latent_grpo.deploy.run.progress import Reporter
 
@@ -119,7 +119,7 @@ def sft(
     profile: Profile = "quickstart",
     resume: Annotated[str | None, typer.Option(help="Go on with the stopped Latent-SFT in this folder.")] = None,
 ) -> None:
-    """Latent-SFT alone: the latent start that RL needs, or (algorithm=grpo) the explicit one of its baseline."""
+    """Runs Latent-SFT alone: the latent start that RL needs, or the explicit one of the baseline (algorithm=grpo)."""
     from latent_grpo.deploy.sft.loop import resume_sft
     from latent_grpo.deploy.sft.loop import sft as latent_sft
 
@@ -139,7 +139,7 @@ def evaluate(
     profile: Annotated[str | None, typer.Option(help="Settings; default: those of the model's own run.")] = None,
     samples: Annotated[int | None, typer.Option(help="pass@k with noise on so many samples a problem.")] = None,
 ) -> None:
-    """pass@1 (noise off), pass@k (with noise), chain length and invalid rate of a model."""
+    """Measures a model: pass@1 (noise off), pass@k (with noise), chain length and invalid rate."""
     from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
 
     names = listed(tasks)
@@ -167,7 +167,7 @@ def reproduce(
     ] = False,
     unit: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Runs the arms of a suite over its seeds and writes one report; goes on where it was stopped."""
+    """Runs the arms of a suite over its seeds and writes one report; a stopped suite continues where it was."""
     from latent_grpo.deploy.reproduce import scheduler as suites
     from latent_grpo.deploy.reproduce.unit import Request, run_unit
 
@@ -222,7 +222,7 @@ def settings_reference(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, and nothing else.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/settings.md.")] = False,
 ) -> None:
-    """Every key with its type, values, default, rules and meaning; all of them without PREFIX."""
+    """Prints every key with its type, values, default, rules and meaning; PREFIX limits it to a section or a key."""
     from latent_grpo.common.config import reference_formats as formats
 
     if as_json and as_markdown:
@@ -238,13 +238,13 @@ def settings_reference(
 
 @app.command()
 def doctor() -> None:
-    """Checks the installation and says what to mend; exit code 1 if something must be."""
+    """Checks the installation and reports what to fix; exit code 1 if something must be fixed."""
     from latent_grpo.deploy.checks.doctor import run_doctor
 
     checks = run_doctor()
     table = Table("", "check", "found", "what to do", title="latent-grpo doctor")
     for check in checks:
-        table.add_row(STATUS[check.status], check.name, check.found, check.mend)
+        table.add_row(STATUS[check.status], check.name, check.found, check.fix)
     console.print(table)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)

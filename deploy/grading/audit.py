@@ -77,7 +77,7 @@ class Audit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Of the pool, where no profile gives them."""
+    """The pool's limits where no profile gives them."""
 
     processes: int
     time_limit_s: float

@@ -175,7 +175,7 @@ def _ends(found: Estimate) -> tuple[float, float]:
 
 
 def _at_least_equal(found: Estimate, margin: float) -> tuple[bool, str]:
-    """As :func:`_better`, where up to `margin` below 0 is as good as 0."""
+    """Like :func:`_better`, with a difference down to -`margin` counted as equal."""
     low, high = _ends(found)
     floor = 0 - margin  # not -margin: a margin of 0 is no "-0"
     if low >= floor:

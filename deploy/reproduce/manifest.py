@@ -63,7 +63,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the checkout, or of the one that the job was sent from, with `+changes` where files differ from it."""
+    """The commit of this checkout, or of the one that submitted the job; `+changes` where files differ from it."""
     head, changed = program_commit()
     return UNKNOWN if head is None else head + ("+changes" if changed else "")
 
@@ -140,7 +140,7 @@ def make_manifest(folder: Path, suite: Suite, session: Session) -> SuiteManifest
 
 
 def grader_hash() -> str:
-    """Of all files that decide a reward; the same for all arms by construction."""
+    """The hash of all files that decide a reward; the same for all arms by construction."""
     return source_hash(["reward"])
 
 

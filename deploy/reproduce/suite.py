@@ -46,9 +46,9 @@ class Difference(Section):
     at_least: float = 0.0
     equal_will_do: bool = False
     margin: Annotated[float, Field(ge=0)] = 0.05
-    """In the metric's units: how much less still counts as equal."""
+    """How much less still counts as equal, in the metric's units."""
     matched: Annotated[float, Field(gt=0)] | None = None
-    """With `gain`: seeds whose two starts differ by more than this in pass@1 are left out, and named."""
+    """Seeds whose two starts differ by more than this in pass@1 are left out and named; needs `gain`."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -84,7 +84,7 @@ class NoDecline(Section):
 
 
 class MassMoves(Section):
-    """Of the last latent step's probability: the answer's share falls and the fillers' share rises during the run."""
+    """The answer's share of the last latent step's probability falls and the fillers' share rises during the run."""
 
     kind: Literal["mass_moves"]
     arm: str

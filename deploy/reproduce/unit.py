@@ -36,7 +36,7 @@ class Request:
     folder: Path
     quick: bool = False
     seeds: list[int] = field(default_factory=list)
-    """In place of the suite's."""
+    """Seeds that replace the suite's."""
     overrides: list[str] = field(default_factory=list)
 
     def load(self) -> Suite:

@@ -156,7 +156,7 @@ class FolderInUse(ConfigError):
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Held inside; it goes with the process, however that ends, and what is left of the file locks nothing.
+    """Locks a folder while the block runs. The lock ends with the process; the file that is left locks nothing.
 
     That takes a file system with flock: on one without, `filelock` falls back on the file itself being there, and after
     a `kill -9` the file has to be deleted. Raises :class:`FolderInUse` at once where another process, or this one,
@@ -180,7 +180,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def in_use(folder: Path) -> str | None:
-    """A sentence about who is writing there; None where nobody is. Makes no file."""
+    """A sentence about the process that has locked the folder; None where none has. Makes no file."""
     if not (folder / LOCK_FILE).is_file():
         return None
     try:

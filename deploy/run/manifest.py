@@ -199,7 +199,7 @@ def _gpus() -> list[str]:
 
 
 def grading_versions() -> dict[str, str | None]:
-    """Of the packages that decide a reward together with the sources of `reward`."""
+    """The versions of the packages that decide a reward together with the sources of `reward`."""
     return {name: _version(name) for name in GRADING_PACKAGES}
 
 
@@ -219,7 +219,7 @@ def file_facts(path: Path) -> FileFacts:
 
 
 def problems_hash(source: TaskSource, count: int) -> str:
-    """Of the source's first `count` problems."""
+    """The hash of the source's first `count` problems."""
     digest = xxhash.xxh3_128()
     for index in range(count):
         problem = source.problem(index)

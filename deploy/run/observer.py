@@ -20,7 +20,7 @@ COLOURS = {"raised": "yellow", "lasting": "yellow", "over": "green"}
 
 
 class StepObserver:
-    """Of one run. Use as a context manager: at the end everything is on the disk, or the reason why not is raised."""
+    """Takes each finished step of a run. At its end everything is on the disk, or DumpError is raised."""
 
     def __init__(self, folder: RunFolder, config: RunConfig, lineage: int, metrics: MetricsWriter, reporter: Reporter):
         self._config, self._lineage, self._metrics, self._reporter = config, lineage, metrics, reporter

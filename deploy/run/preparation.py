@@ -76,7 +76,7 @@ class Prepared:
         return self.model.source
 
     def placed(self, folder: RunFolder, config: RunConfig, reporter: Reporter) -> Prepared:
-        """With a model that workers can load: a `model.new` is made in the run's folder."""
+        """The same parts with a model that workers can load: a `model.new` is made in the run's folder."""
         if self.model.source is not None or config.model.new is None:
             return self
         model = make_model(config.model.new, self.model.tokenizer, config.seed)

@@ -110,7 +110,7 @@ def _check_whole(source: TaskSource) -> None:
         raise TaskError(
             f"evaluation task {config.name}: {config.path} has rows that cannot be graded with verifier "
             f"{config.verifier!r} ({describe_dropped(faulty).removeprefix('dropped ')}); figures of the other "
-            "rows would be of another benchmark. Mend the file, set columns.answer, or evaluate on a file of good rows"
+            "rows would be of another benchmark. Correct the file, set columns.answer, or give a file of good rows"
         )
 
 
@@ -222,7 +222,7 @@ def group_request(
     epoch: int = 0,
     noise: NoiseMode | None = None,
 ) -> GroupRequest:
-    """`noise` None: the run's own."""
+    """A group of `samples` of one problem; `noise` None means the run's own."""
     return GroupRequest(
         group_uid=uid,
         problem_uid=problem.uid,

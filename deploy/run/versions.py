@@ -21,7 +21,7 @@ SUBMITTED = "LATENT_GRPO_SUBMITTED"
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this program's code and the packages."""
+    """The versions of Python, of this program and of the packages."""
     found = {"python": platform.python_version(), "latent-grpo": __version__}
     return found | {name: importlib.metadata.version(name) for name in PACKAGES}
 

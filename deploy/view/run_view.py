@@ -63,8 +63,9 @@ class RunView:
 
     @cached_property
     def alarms(self) -> tuple[Alarm, ...]:
-        """Of the live history, oldest first; lines that cannot be read are named in `unreadable`. Raises MetricsError
-        where the run's metrics cannot be read."""
+        """The live history's rows, oldest first; lines that cannot be read are named in `unreadable`.
+
+        Raises MetricsError where the run's metrics cannot be read."""
         record = read_alarms(self.folder.path)
         self.unreadable += record.left_out
         return record.alarms

@@ -1,4 +1,4 @@
-"""Which trajectories of a run: what a dumped one is searched by, the filters, and what is said when nothing matches."""
+"""Which trajectories of a run: what a dumped one is searched by, the filters, and the message when nothing matches."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Filters:
         return ((name, getattr(self, name)) for name in self.__dataclass_fields__)
 
     def __str__(self) -> str:
-        """As the user would type them."""
+        """The filters as options of the command line."""
         words = [f"--step {a}" if a == b else f"--step {a}-{b}" for a, b in self.steps]
         for name, value in self._fields():
             if name in ("steps", "sort") or value in (None, False):

@@ -126,7 +126,7 @@ def load(run: RunView, rows: Sequence[Row]) -> list[Thoughts]:
 
 
 def _learner_records(run: RunView, row: Row) -> pa.RecordBatch | None:
-    """Of the row's file; None where there are none, or (which is then named in `unreadable`) none to read."""
+    """The learner records of the row's file; None where none can be read (then named in `unreadable`)."""
     path = run.records_path(row.file)
     if not path.is_file():
         return None

@@ -219,7 +219,7 @@ class InductionParts(NamedTuple):
 
 
 class Mixtures(NamedTuple):
-    """Of all slots of a batch, row by row."""
+    """Mixtures of all slots of a batch, row by row."""
 
     ids: torch.Tensor  # [slots, K] int64
     weights: torch.Tensor  # [slots, K] float32, descending

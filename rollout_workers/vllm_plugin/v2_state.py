@@ -66,7 +66,7 @@ class LatentModelState(DefaultModelState):
 
 
 class LatentSampler:
-    """In the place of vLLM's sampler, which still keeps the state that the runner expects of it."""
+    """Takes the place of vLLM's sampler, which still keeps the state that the runner expects of it."""
 
     def __init__(self, base: Any, state: LatentModelState) -> None:
         self._base, self._state = base, state
