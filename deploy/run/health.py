@@ -1,7 +1,7 @@
 """Alarms of a run: what is wrong in a plain sentence, its likely cause and what to do (REQUIREMENTS 22).
 
 Every alarm compares one metric, averaged over the last `health.window` steps, with one limit of the section `health`.
-It is reported when it is raised, again every `health.repeat` steps while it lasts, and when it is over; each of these is
+It is reported when it is raised, every `health.repeat` steps while it lasts, and when it is over; each of these is
 a line of `alarms.jsonl`, which `inspect` and `report` show (:func:`read_alarms`).
 """
 
