@@ -1,1 +1,1 @@
-"""The controller and everything round it: the command line, runs, evaluation, suites, cluster files."""
+"""The controller and what surrounds it: the command line, runs, evaluation, suites and cluster files."""

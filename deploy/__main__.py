@@ -1,4 +1,4 @@
-"""`python -m deploy`: the same as `latent-grpo`, for jobs whose working folder is the checkout."""
+"""Entry point of `python -m deploy`, which equals `latent-grpo`, for jobs whose working folder is the checkout."""
 
 from latent_grpo.deploy.cli.app import main
 

@@ -1,7 +1,7 @@
-"""`latent-grpo doctor`: whether this machine can run the pipeline. Every check reports what it found and what to do.
+"""The checks of `latent-grpo doctor`, which report whether this machine can run the pipeline and what to fix.
 
-The checks are independent and quick; only the last one starts something: a Ray of its own, in a child process that is
-ended (with everything it started) when its time is up.
+The checks are independent and quick. Only the last one starts something: a local Ray in a child process, which is
+ended, with everything it started, at its deadline.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ray.shutdown()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One finding. `warn`: works, but something will not be as fast or as safe as it could be."""
+    """One finding. The status `warn` means that it works, but slower or less safely than it could."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -55,7 +55,7 @@ class Check:
 
 
 def run_doctor(folder: str | Path = ".", ray_deadline_s: float = RAY_DEADLINE_S) -> list[Check]:
-    """All checks; `folder` is where run folders will be made. Fit to run only if every check is `ok`."""
+    """Runs all checks; `folder` is where run folders will be made. The machine is fit only if every check is `ok`."""
     checks: list[Callable[[], list[Check]]] = [
         _python,
         _packages,
@@ -79,7 +79,7 @@ def _python() -> list[Check]:
 
 
 def _packages() -> list[Check]:
-    """Every requirement of this package (without extras) against what is installed."""
+    """Compares every requirement of this package (without extras) with what is installed."""
     findings, fine = [], []
     try:
         requirements = importlib.metadata.requires("latent-grpo") or []
@@ -97,7 +97,7 @@ def _packages() -> list[Check]:
             findings.append(Check(name=requirement.name, status="fail", found="not installed", fix=fix))
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            found = f"{version}, needed {requirement.specifier}"
+            found = f"{version} is installed, {requirement.specifier} is needed"
             findings.append(Check(name=requirement.name, status="fail", found=found, fix=fix))
         fine.append(f"{requirement.name} {version}")
     return findings or [Check(name="packages", status="ok", found=", ".join(fine))]
@@ -116,7 +116,7 @@ def _torch() -> list[Check]:
 
 
 def _vllm() -> list[Check]:
-    """Only for rollout.engine vllm; nothing else needs it."""
+    """Checks vLLM, which only `rollout.engine: vllm` needs."""
     found = installed()
     if found is None:
         return [Check(name="vllm", status="ok", found="not installed; only rollout.engine vllm needs it")]
@@ -128,7 +128,7 @@ def _vllm() -> list[Check]:
 
 
 def _compiler() -> list[Check]:
-    """Nothing here needs one on CPU; DeepSpeed's fused optimizers and vLLM's kernels do on GPUs."""
+    """Looks for a C++ compiler, which DeepSpeed's fused optimizers and vLLM's kernels need on GPUs; CPUs need none."""
     name = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if name:
         return [Check(name="compiler", status="ok", found=shutil.which(name) or name)]
@@ -137,7 +137,7 @@ def _compiler() -> list[Check]:
 
 
 def _shared_memory() -> list[Check]:
-    """Ray's object store lives in /dev/shm; without room there it falls back to the disk, which is slow."""
+    """Checks /dev/shm, which holds Ray's object store; without room there Ray falls back to the disk, which is slow."""
     path = Path("/dev/shm")
     if not path.is_dir():
         return [Check(name="/dev/shm", status="ok", found="not used on this system")]
@@ -147,21 +147,25 @@ def _shared_memory() -> list[Check]:
 
 
 def _disk(folder: Path) -> list[Check]:
-    """Run folders on one side, Ray's session and spill files on the other."""
+    """Checks the disks of the run folders and of Ray's session and spill files."""
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent
     temporary = Path(tempfile.gettempdir())
     findings = [
         _room(
-            f"disk at {folder}", shutil.disk_usage(folder).free, DISK_BYTES, "fail", "free space, or set runs_folder"
+            f"disk at {folder}",
+            shutil.disk_usage(folder).free,
+            DISK_BYTES,
+            "fail",
+            "free some space, or set runs_folder to another disk",
         ),
         _room(
             f"disk at {temporary}",
             shutil.disk_usage(temporary).free,
             DISK_BYTES,
             "warn",
-            "free space, or point TMPDIR elsewhere (a short path)",
+            "free some space, or set TMPDIR to a folder on another disk, with a short path",
         ),
     ]
     if not os.access(folder, os.W_OK):
@@ -179,7 +183,7 @@ def _security() -> list[Check]:
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode == "token":
         return [Check(name="ray authentication", status="ok", found="token")]
-    fix = "unset RAY_AUTH_MODE (or set it to token): whoever reaches an open Ray port can run code"
+    fix = "unset RAY_AUTH_MODE or set it to token: without it, anyone who reaches a Ray port can run code"
     return [Check(name="ray authentication", status="warn", found=f"RAY_AUTH_MODE={mode}", fix=fix)]
 
 
@@ -187,7 +191,7 @@ def _room(name: str, free: int, needed: int, status: Literal["warn", "fail"], fi
     found = f"{free / 2**30:.1f} GiB free"
     if free >= needed:
         return Check(name=name, status="ok", found=found)
-    return Check(name=name, status=status, found=f"{found}, {needed / 2**30:.0f} GiB wanted", fix=fix)
+    return Check(name=name, status=status, found=f"{found}, {needed / 2**30:.0f} GiB needed", fix=fix)
 
 
 def _ray(deadline_s: float) -> list[Check]:
@@ -205,25 +209,25 @@ def _ray(deadline_s: float) -> list[Check]:
             finally:
                 _end(process)
             output.seek(0)
-            said = output.read().decode(errors="replace").strip()
+            printed = output.read().decode(errors="replace").strip()
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    if code == 0 and "answer 42" in said:
+    if code == 0 and "answer 42" in printed:
         return [Check(name="ray", status="ok", found="a local Ray started and ran a task")]
-    last = said.splitlines()[-1] if said else "it said nothing"
+    last = printed.splitlines()[-1] if printed else "it printed nothing"
     if code is None:
         found = f"a local Ray did not answer within {deadline_s:.0f} s ({last})"
         fix = "look for a full /tmp, a firewall on the loopback interface, or http_proxy without no_proxy=127.0.0.1"
     else:
         found, fix = (
             f"a local Ray did not start: {last}",
-            "run `python -c 'import ray; ray.init()'` for the whole story",
+            "run `python -c 'import ray; ray.init()'` to see all of its output",
         )
     return [Check(name="ray", status="fail", found=found, fix=fix)]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the child and its descendants; Ray's daemons outlive a driver that is killed."""
+    """Ends the child and its descendants, since Ray's daemons outlive a driver that is killed."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""Says which build of torch is installed, how large it is, and what to do if it is not the wanted one."""
+"""Reports which build of torch is installed, how large it is, and how to install the other one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def describe_torch() -> str:
-    """One paragraph for people; reads package metadata and does not import torch."""
+    """Returns one paragraph for people, from package metadata; torch is not imported."""
     files = importlib.metadata.files("torch") or []
     version_file = Path(str(importlib.metadata.distribution("torch").locate_file("torch/version.py")))
     version = version_file.read_text(encoding="utf-8").partition("__version__ = ")[2].split("\n")[0].strip("'\" ")

@@ -1,6 +1,7 @@
-"""What `latent-grpo validate` says: the resolved settings, the arithmetic of a step, and what would go wrong.
+"""The checks of `latent-grpo validate`: resources, problems, tokens, and the size of a step.
 
-Needs no GPU, no Ray, no network and no weights: of a model on this machine its tokenizer and its configuration.
+They need no GPU, no Ray, no network and no weights. A model on this machine is read for its tokenizer and its
+configuration only.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from latent_grpo.deploy.run.preparation import Checked, InitialModel, check
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
 
 Row = tuple[str, str]
-"""What was looked at, and what was found."""
+"""A name and what was found about it."""
 
 
 def validate(
     config: RunConfig, *, files: bool = False, cpus: float | None = None, gpus: float | None = None
 ) -> list[Row]:
-    """Everything that is known of a run before it starts, here or on a cluster of that many `cpus` and `gpus`.
+    """Checks a run before it starts, here or on a cluster with `cpus` and `gpus`, and returns a row per finding.
 
-    `files`: every problem file must be there and is read as the run will read it. Raises ConfigError for whatever a
-    run would be refused for.
+    With `files` every problem file must exist and is read as the run will read it. Raises ConfigError for anything
+    for which the run itself would be refused.
     """
     resources = resource_rows(config, cpus, gpus)
     found = check(config, elsewhere=True, stored=files)
@@ -48,7 +49,7 @@ def _problem_rows(found: Checked) -> list[Row]:
 
 
 def _token_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
-    """The tokenizer, the rendered prompts and the model's chain."""
+    """Rows about the tokenizer, the rendered prompts and the model's chain."""
     if model is None:
         return [("tokenizer", f"not checked: {config.model.path} is not a folder on this machine")]
     tokenizer, facts = model.tokenizer, model.facts
@@ -59,7 +60,7 @@ def _token_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
         prompts.setdefault(PromptRenderer(tokenizer, prompt).render(problem), []).append(task.name)
     end = facts.latent_end_id
     pad = " (an EOS id; masks are made from lengths)" if facts.pad_id in facts.eos_ids else ""
-    chain = model.chain.describe() if model.chain else "the model does not say (no latent_chain.json)"
+    chain = model.chain.describe() if model.chain else "not stated: the model has no latent_chain.json"
     return [
         ("vocabulary", f"{facts.vocab_size:,} rows, {int(facts.allowed.sum()):,} of them tokens"),
         ("latent-end token", "none" if end is None else f"{end} ({tokenizer.decode([end])!r})"),
@@ -71,7 +72,7 @@ def _token_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
 
 
 def arithmetic(config: RunConfig) -> list[tuple[str, str]]:
-    """(what, how much) of one step: prompts, samples, tokens, updates, slots, actors."""
+    """Rows about the size of one step: prompts, samples, tokens, updates, slots and actors."""
     longest = max(t.max_response_tokens for t in config.tasks)
     prompt = max(t.max_prompt_tokens for t in config.tasks)
     samples = config.samples_per_step
@@ -95,9 +96,9 @@ def arithmetic(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def resource_rows(config: RunConfig, cpus: float | None, gpus: float | None) -> list[tuple[str, str]]:
-    """Whether a cluster of that size can hold the run's actors. Raises ConfigError if not.
+    """A row on whether a cluster of that size can hold the run's actors. Raises ConfigError if it cannot.
 
-    Without a size it is this machine that a run would use; a cluster may be larger, so too little is only said.
+    Without a size the run would use this machine. Since a cluster may be larger, too few CPUs here are only a warning.
     """
     needed = needed_resources(config)
     given = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount is not None}
@@ -106,9 +107,9 @@ def resource_rows(config: RunConfig, cpus: float | None, gpus: float | None) -> 
     if not unknown:
         return [("resources", "the given cluster can hold all actors")]
     if given or set(unknown) != {"CPU"}:
-        return [("resources", f"not checked for {', '.join(unknown)}: give the cluster's --cpus and --gpus")]
+        return [("resources", f"not checked for {', '.join(unknown)}; give the cluster's --cpus and --gpus")]
     try:
         check_resources(config, {"CPU": os.cpu_count() or 1}, "this machine")
     except ConfigError as error:
-        return [("warning", f"{error}. For a cluster give its --cpus")]
+        return [("warning", f"{error}. To check a cluster instead, give its --cpus")]
     return [("resources", f"this machine's {os.cpu_count()} CPUs can hold all actors")]

@@ -35,7 +35,7 @@ Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the pa
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """An interrupted command ends with the shell's exit code for it."""
+    """Ends a command that Ctrl-C interrupted with exit code 130, the shell's code for it."""
     try:
         yield
     except KeyboardInterrupt:
@@ -47,10 +47,10 @@ def validate(
     context: typer.Context,
     profile: Profile = "quickstart",
     files: Annotated[bool, typer.Option(help="Also read every problem file, as the run will.")] = False,
-    cpus: Annotated[float | None, typer.Option(help="CPUs of the cluster it will run on.")] = None,
-    gpus: Annotated[float | None, typer.Option(help="GPUs of the cluster it will run on.")] = None,
+    cpus: Annotated[float | None, typer.Option(help="CPUs of the cluster that the run will use.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="GPUs of the cluster that the run will use.")] = None,
 ) -> None:
-    """Checks a profile and prints the resolved settings and the arithmetic of a step. Needs no GPU and no weights."""
+    """Checks a profile and prints its resolved settings and the size of a step. Needs no GPU and no weights."""
     from latent_grpo.deploy.checks.validate import validate as rows_of
 
     config = settings(profile, context)
@@ -66,12 +66,12 @@ def validate(
 def train(
     context: typer.Context,
     profile: Profile = "quickstart",
-    resume: Annotated[str | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Continue the stopped run in this folder.")] = None,
     rollout_only: Annotated[
-        bool, typer.Option("--rollout-only", help="Start no learner: rollouts on the initial weights.")
+        bool, typer.Option("--rollout-only", help="Start no learner; generate rollouts with the initial weights.")
     ] = False,
     train_only: Annotated[
-        str | None, typer.Option(help="Start no worker: learn from this run's dumps, with its settings.")
+        str | None, typer.Option(help="Start no rollout worker; train on this run's dumps, with its settings.")
     ] = None,
 ) -> None:
     """Trains a new run from a profile, or continues a stopped one (`--resume RUN`) from its last checkpoint."""
@@ -95,10 +95,10 @@ def train(
 def replay(
     context: typer.Context,
     run: Annotated[str, typer.Argument(help="A run's folder.")],
-    step: Annotated[int, typer.Option(help="Which step, from 1.")],
-    as_json: Annotated[bool, typer.Option("--json", help="The comparison as JSON, and nothing else.")] = False,
+    step: Annotated[int, typer.Option(help="The step to replay, counted from 1.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON, and nothing else.")] = False,
 ) -> None:
-    """Computes a step's loss and gradient norm again. Exit code 1: they deviate; 2: the step cannot be replayed."""
+    """Computes a step's loss and gradient norm again. Exit code 1: they differ; 2: the step cannot be replayed."""
     from latent_grpo.deploy.replay import replay as replaying
     from latent_grpo.deploy.run.progress import Reporter
 
@@ -117,7 +117,7 @@ def replay(
 def sft(
     context: typer.Context,
     profile: Profile = "quickstart",
-    resume: Annotated[str | None, typer.Option(help="Go on with the stopped Latent-SFT in this folder.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Continue the stopped Latent-SFT in this folder.")] = None,
 ) -> None:
     """Runs Latent-SFT alone: the latent start that RL needs, or the explicit one of the baseline (algorithm=grpo)."""
     from latent_grpo.deploy.sft.loop import resume_sft
@@ -134,10 +134,16 @@ def sft(
 def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder or hub id of a Hugging Face model.")],
-    tasks: Annotated[str, typer.Option(help="Named benchmarks, e.g. gsm8k-aug,svamp; default: the profile's.")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Named benchmarks, e.g. gsm8k-aug,svamp; default: those of the profile.")
+    ] = "",
     data: Annotated[str, typer.Option(help="Folder with the benchmarks' files.")] = "data",
-    profile: Annotated[str | None, typer.Option(help="Settings; default: those of the model's own run.")] = None,
-    samples: Annotated[int | None, typer.Option(help="pass@k with noise on so many samples a problem.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Profile with the settings; default: the settings of the model's own run.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Also measure pass@k, with noise, from this many samples per problem.")
+    ] = None,
 ) -> None:
     """Measures a model: pass@1 (noise off), pass@k (with noise), chain length and invalid rate."""
     from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
@@ -153,21 +159,22 @@ def evaluate(
 def reproduce(
     context: typer.Context,
     suite: Annotated[str, typer.Argument(help="Name of a shipped suite, or the path of a YAML file.")],
-    quick: Annotated[bool, typer.Option("--quick", help="The suite's short form.")] = False,
-    arms: Annotated[str, typer.Option(help="Run only these now, with their starts, e.g. mixture,uniform.")] = "",
-    seeds: Annotated[str, typer.Option(help="In place of the suite's, e.g. 0,1,2.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Run the suite's short form.")] = False,
+    arms: Annotated[str, typer.Option(help="Run only these arms now, with their starts, e.g. mixture,uniform.")] = "",
+    seeds: Annotated[str, typer.Option(help="Use these seeds instead of the suite's, e.g. 0,1,2.")] = "",
     folder: Annotated[
-        Path | None, typer.Option(help="Where it is kept, and goes on. Default: runs/reproduce-SUITE.")
+        Path | None,
+        typer.Option(help="Folder of the results; a stopped suite continues in it. Default: runs/reproduce-SUITE."),
     ] = None,
     parallel: Annotated[
-        int | None, typer.Option(min=1, help="Units side by side; default: what there is room for.")
+        int | None, typer.Option(min=1, help="Units that run at the same time; default: as many as fit.")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Only check every unit's settings, models and files, and list the units.")
     ] = False,
     unit: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Runs the arms of a suite over its seeds and writes one report; a stopped suite continues where it was."""
+    """Runs the arms of a suite over its seeds and writes one report; a stopped suite continues where it stopped."""
     from latent_grpo.deploy.reproduce import scheduler as suites
     from latent_grpo.deploy.reproduce.unit import Request, run_unit
 
@@ -191,21 +198,31 @@ def reproduce(
 
 @app.command()
 def grade(
-    file: Annotated[Path, typer.Argument(help="JSONL or Parquet with a response and a gold answer a row.")],
-    kind: Annotated[str, typer.Option(help="math, number, choice, an import path, or a name of --profile.")],
+    file: Annotated[Path, typer.Argument(help="JSONL or Parquet file with a response and a gold answer per row.")],
+    kind: Annotated[
+        str, typer.Option(help="Verifier: math, number, choice, an import path, or a name defined in --profile.")
+    ],
     profile: Annotated[str | None, typer.Option(help="Take verifiers and limits from this profile.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also list where plain math-verify disagrees.")] = False,
-    golds: Annotated[bool, typer.Option("--golds", help="Check the gold answers alone; needs no responses.")] = False,
-    response_column: Annotated[str | None, typer.Option(help="Default: response, completion, output, ...")] = None,
-    gold_column: Annotated[str | None, typer.Option(help="Default: gold, answer, ground_truth, ...")] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Rows shown of each reason.")] = 3,
-    fallback: Annotated[str, typer.Option(help="none, or last_number: what counts where there is no box.")] = "none",
-    processes: Annotated[int, typer.Option(min=1, help="Grader processes.")] = 2,
-    time_limit: Annotated[float, typer.Option(help="Seconds a row.")] = 5.0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also list the rows on which plain math-verify disagrees.")
+    ] = False,
+    golds: Annotated[bool, typer.Option("--golds", help="Check only the gold answers; needs no responses.")] = False,
+    response_column: Annotated[
+        str | None, typer.Option(help="Column of the responses; default: response, completion, output, ...")
+    ] = None,
+    gold_column: Annotated[
+        str | None, typer.Option(help="Column of the gold answers; default: gold, answer, ground_truth, ...")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Rows shown for each reason.")] = 3,
+    fallback: Annotated[
+        str, typer.Option(help="What counts as the answer where there is no box: none, or last_number.")
+    ] = "none",
+    processes: Annotated[int, typer.Option(min=1, help="Number of grader processes.")] = 2,
+    time_limit: Annotated[float, typer.Option(help="Time limit of a row, in seconds.")] = 5.0,
     output: Annotated[Path | None, typer.Option(help="Write every row's verdict to this JSONL file.")] = None,
     machine: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Grades a file of responses and shows the reasons with examples; or checks a file's gold answers."""
+    """Grades a file of responses and shows the reasons with examples, or checks a file's gold answers."""
     from latent_grpo.deploy.grading.audit import Limits, run_audit
 
     with interruptible():
@@ -219,8 +236,8 @@ def grade(
 @app.command("settings")
 def settings_reference(
     prefix: Annotated[str, typer.Argument(help="A section or a key, e.g. rollout or optimizer.lr.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, and nothing else.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/settings.md.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/settings.md.")] = False,
 ) -> None:
     """Prints every key with its type, values, default, rules and meaning; PREFIX limits it to a section or a key."""
     from latent_grpo.common.config import reference_formats as formats
@@ -253,7 +270,7 @@ def doctor() -> None:
 @app.command(context_settings=SETTINGS)
 def submit(
     context: typer.Context,
-    address: Annotated[str | None, typer.Option(help="The cluster's job server, http://head:8265.")] = None,
+    address: Annotated[str | None, typer.Option(help="Address of the cluster's job server: http://HEAD:8265.")] = None,
     follow: Annotated[bool, typer.Option(help="Print the driver's log and return its exit code.")] = True,
 ) -> None:
     """Runs a command of this program as a Ray job: `latent-grpo submit [train] --profile svamp`."""
@@ -263,20 +280,20 @@ def submit(
 
 
 def command_of_job(arguments: list[str]) -> list[str]:
-    """The arguments with their command: `train` where none is named. Raises ConfigError for an unknown one."""
+    """Returns the job's arguments, led by its command: `train` where none is given. Raises ConfigError for others."""
     first = arguments[0] if arguments else ""
     if not first or first.startswith("-") or "=" in first:
         return ["train", *arguments]
     known = sorted(c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands)
     if first not in known:
-        raise ConfigError(f"submit: {first!r} is not a command; expected one of {', '.join(known)}, or only settings")
+        raise ConfigError(f"submit: {first!r} is not a command; give one of {', '.join(known)}, or only settings")
     return arguments
 
 
 def main() -> None:
-    """Runs the command line. An expected fault ends it with one line and the fault's own exit code."""
+    """Runs the command line. An expected error ends it with one line and the error's own exit code."""
     if (here := os.getcwd()) not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # where a user's verifiers, tasks and sinks are; `python -m` has it already
+        sys.path.append(here)  # a user's verifiers, tasks and sinks are there; `python -m` has it already
     try:
         app()
     except LatentGRPOError as error:

@@ -1,4 +1,4 @@
-"""What a command's own words mean: settings after its options, and lists in one word."""
+"""Parsing of a command's arguments: settings given after its options, and comma-separated lists."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from latent_grpo.common.config import ConfigError, RunConfig, load_config
 
 
 def overrides(arguments: list[str]) -> list[str]:
-    """`--a.b 1`, `--a.b=1` and `a.b=1` as `a.b=1`. Raises ConfigError for an option without a value."""
+    """Rewrites `--a.b 1`, `--a.b=1` and `a.b=1` as `a.b=1`. Raises ConfigError for an option without a value."""
     found, pending = [], None
     for argument in arguments:
         if pending is not None:
@@ -26,12 +26,12 @@ def overrides(arguments: list[str]) -> list[str]:
 
 
 def listed(text: str) -> list[str]:
-    """`a, b` as ["a", "b"]."""
+    """Splits `a, b` into ["a", "b"]."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """`0,1` as [0, 1]. Raises ConfigError, which names the option."""
+    """Splits `0,1` into [0, 1]. Raises ConfigError, which names the option, where a part is not a whole number."""
     try:
         return [int(part) for part in listed(text)]
     except ValueError:

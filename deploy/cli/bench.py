@@ -1,6 +1,6 @@
-"""`latent-grpo bench ...`: one command a benchmark, one module of this package each.
+"""The command `latent-grpo bench`: one subcommand per benchmark, each in a module of `deploy/bench`.
 
-A benchmark prints what it measured on this machine; it passes no verdict.
+A benchmark prints what it measured on this machine and does not judge it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the fi
 
 @bench.command("reward")
 def bench_reward(
-    cases: Annotated[int, typer.Option(min=1, help="Gradings of each workload.")] = 4000,
-    processes: Annotated[int, typer.Option(min=1, help="Grader processes of the pool.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the generated answers.")] = 0,
+    cases: Annotated[int, typer.Option(min=1, help="Number of gradings per workload.")] = 4000,
+    processes: Annotated[int, typer.Option(min=1, help="Number of grader processes in the pool.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the generated answers.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Gradings per second and core, and the time of single gradings, on GSM8K-like and MATH-like answers."""
+    """Measures gradings per second and core, and the time of single ones, on GSM8K-like and MATH-like answers."""
     from latent_grpo.deploy.bench.reward import measure, show, write_json
 
     results = measure(cases, processes, seed)
@@ -36,11 +36,11 @@ def bench_reward(
 def bench_loop(
     context: typer.Context,
     profile: Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")] = "quickstart",
-    model: Annotated[str | None, typer.Option(help="A model to begin from, instead of the profile's start.")] = None,
+    model: Annotated[str | None, typer.Option(help="Initial model; default: the profile's.")] = None,
     steps: Annotated[int, typer.Option(min=6, help="Steps of each loop; the first three are not counted.")] = 20,
     json_file: JsonFile = None,
 ) -> None:
-    """A step of the pipeline (Ray, DeepSpeed) beside a step of the same loop in one process."""
+    """Compares a step of the pipeline (Ray, DeepSpeed) with a step of the same loop in one process."""
     from latent_grpo.common.config import load_config, of_model
     from latent_grpo.deploy.bench.loop import compare, show, write_json
 
@@ -53,14 +53,16 @@ def bench_loop(
 
 @bench.command("report")
 def bench_report(
-    trajectories: Annotated[int, typer.Option(min=8, help="In the report.")] = 2000,
-    latent_steps: Annotated[int, typer.Option(min=1, help="Of each trajectory.")] = 20,
-    k: Annotated[int, typer.Option(min=1, help="Tokens of a latent step.")] = 10,
-    openings: Annotated[int, typer.Option(min=1, help="Of the page, at its list and at its front.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the made-up trajectories.")] = 0,
+    trajectories: Annotated[int, typer.Option(min=8, help="Trajectories in the report.")] = 2000,
+    latent_steps: Annotated[int, typer.Option(min=1, help="Latent steps per trajectory.")] = 20,
+    k: Annotated[int, typer.Option(min=1, help="Tokens per latent step.")] = 10,
+    openings: Annotated[
+        int, typer.Option(min=1, help="How often the page is opened, at its list and at its start.")
+    ] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the generated trajectories.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """How fast a report is written, and opens and searches in a real Chromium."""
+    """Measures how fast a report is written, opened and searched in a real Chromium."""
     from latent_grpo.deploy.bench.report import measure, show, write_json
 
     result = measure(trajectories, latent_steps, k, openings, seed)
@@ -71,14 +73,14 @@ def bench_report(
 
 @bench.command("rollout")
 def bench_rollout(
-    vocabulary: Annotated[int, typer.Option(min=64, help="Rows of the model's output.")] = 2048,
+    vocabulary: Annotated[int, typer.Option(min=64, help="Vocabulary size of the model.")] = 2048,
     hidden: Annotated[int, typer.Option(min=32, help="Hidden size, a multiple of 32.")] = 128,
-    layers: Annotated[int, typer.Option(min=1)] = 2,
+    layers: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 2,
     k: Annotated[int, typer.Option(min=1, help="Mixture width of latent steps.")] = 10,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each way; medians are shown.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case; medians are shown.")] = 5,
     json_file: JsonFile = None,
 ) -> None:
-    """The Transformers engine beside `model.generate`, latent steps beside hard ones, the same in vLLM. On the CPU."""
+    """Compares the Transformers engine with `model.generate`, and latent with hard steps, there and in vLLM, on CPU."""
     from latent_grpo.deploy.bench.rollout import measure, show, write_json
 
     found = measure(vocabulary=vocabulary, hidden=hidden, layers=layers, k=k, repeats=repeats)

@@ -1,4 +1,4 @@
-"""The commands that read a run and change nothing: `inspect` and `report`, with the same filters."""
+"""The commands `inspect` and `report`, which read a run without changing it and share their filters."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from rich.console import Console
 reading = typer.Typer()
 MATCHES = 20  # listed without --limit
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
-Step = Annotated[list[str] | None, typer.Option(help="A step, or a range: 10-40. May be repeated.")]
-Purpose = Annotated[str | None, typer.Option(help="training, evaluation, ...; all without.")]
-Task = Annotated[str | None, typer.Option(help="Part of a task's name.")]
-Failed = Annotated[bool, typer.Option("--failed", help="Reward 0, or none.")]
-Correct = Annotated[bool, typer.Option("--correct", help="A positive reward.")]
-Reason = Annotated[str | None, typer.Option(help="Of the grade, the end or the learner: wrong, length, masked, ...")]
-Group = Annotated[str | None, typer.Option(help="Part of a group's uid.")]
-Problem = Annotated[str | None, typer.Option(help="Part of a problem's uid.")]
-Sample = Annotated[int | None, typer.Option("--sample-index", help="Which sample of each group.")]
-MinLength = Annotated[int | None, typer.Option(help="Response steps, latent and hard.")]
-MaxLength = Annotated[int | None, typer.Option(help="Response steps, latent and hard.")]
-Sort = Annotated[str, typer.Option(help="step, length, latent, reward, seconds, advantage; -length: descending.")]
-Lineage = Annotated[int | None, typer.Option(help="Of a resumed run; its live history without.")]
+Step = Annotated[list[str] | None, typer.Option(help="Only this step, or this range: 10-40. May be repeated.")]
+Purpose = Annotated[str | None, typer.Option(help="Only this purpose: training, evaluation, ...; default: all.")]
+Task = Annotated[str | None, typer.Option(help="Only tasks whose name contains this text.")]
+Failed = Annotated[bool, typer.Option("--failed", help="Only trajectories with reward 0 or without a reward.")]
+Correct = Annotated[bool, typer.Option("--correct", help="Only trajectories with a positive reward.")]
+Reason = Annotated[
+    str | None,
+    typer.Option(help="Only this reason, of the grade, the finish or the learner: wrong, length, masked, ..."),
+]
+Group = Annotated[str | None, typer.Option(help="Only groups whose uid contains this text.")]
+Problem = Annotated[str | None, typer.Option(help="Only problems whose uid contains this text.")]
+Sample = Annotated[int | None, typer.Option("--sample-index", help="Only this sample of each group.")]
+MinLength = Annotated[int | None, typer.Option(help="Fewest response steps, latent and hard together.")]
+MaxLength = Annotated[int | None, typer.Option(help="Most response steps, latent and hard together.")]
+Sort = Annotated[
+    str, typer.Option(help="Order: step, length, latent, reward, seconds, advantage; -length: descending.")
+]
+Lineage = Annotated[int | None, typer.Option(help="Lineage of a resumed run; default: its live history.")]
 
 
 @reading.command()
@@ -42,11 +47,11 @@ def inspect(
     max_length: MaxLength = None,
     sort: Sort = "step",
     lineage: Lineage = None,
-    show: Annotated[int | None, typer.Option(help="This one of the matches, in full.")] = None,
-    limit: Annotated[int | None, typer.Option(min=0, help=f"Matches listed, {MATCHES} without; 0: all.")] = None,
-    thoughts: Annotated[int, typer.Option(min=1, help="Latent steps shown in full.")] = 64,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-    diff: Annotated[tuple[int, int] | None, typer.Option(help="The same problem at two steps.")] = None,
+    show: Annotated[int | None, typer.Option(help="Show the match of this number in full.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help=f"Most matches to list; default: {MATCHES}; 0: all.")] = None,
+    thoughts: Annotated[int, typer.Option(min=1, help="Most latent steps to show in full.")] = 64,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    diff: Annotated[tuple[int, int] | None, typer.Option(help="Compare one problem at these two steps.")] = None,
 ) -> None:
     """Shows a run in the terminal: its steps, its trajectories, and what the model thought in one of them."""
     from latent_grpo.deploy.view import inspect as overview
@@ -58,8 +63,8 @@ def inspect(
     given = [option for option, value in ignored.items() if value is not None]
     if diff is not None and given:
         raise InspectionError(
-            f"--diff and {given[0]} exclude each other: --diff names its two steps, and the one problem that it shows "
-            "at both is chosen by --problem UID"
+            f"--diff and {given[0]} exclude each other: --diff names both steps itself; choose the problem to compare "
+            "with --problem UID"
         )
     filters = Filters(
         steps=parse_steps(step or []), purpose=purpose, task=task, failed=failed, correct=correct, reason=reason,
@@ -77,8 +82,10 @@ def inspect(
 @reading.command()
 def report(
     run: RunArgument,
-    out: Annotated[Path | None, typer.Option(help="The file; without: report.html in the run's folder.")] = None,
-    sample: Annotated[int, typer.Option(min=1, help="At most this many trajectories.")] = 1000,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; default: report.html in the run's folder.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Most trajectories in the report.")] = 1000,
     step: Step = None,
     purpose: Purpose = None,
     task: Task = None,

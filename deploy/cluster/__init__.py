@@ -1,1 +1,1 @@
-"""Jobs on a Ray cluster, and the files that make such a cluster with KubeRay, Slurm or an image."""
+"""Jobs on a Ray cluster, and the files that make a cluster with KubeRay or Slurm from an image."""

@@ -1,7 +1,7 @@
 """Sends a command to a Ray cluster as a job and follows it: `latent-grpo submit train --profile gsm8k-aug`.
 
-What is uploaded is a staged copy of the five packages and of the profile files that the command names: well under a
-megabyte, whatever lies in the user's folder. The cluster's image holds the dependencies (`deploy/cluster/Dockerfile`).
+The upload is a staged copy of the five packages and of the profile files that the command names: well under a
+megabyte, whatever the user's folder holds. The cluster's image holds the dependencies (`deploy/cluster/Dockerfile`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STOP_DEADLINE_S = 30.0
 
 
 class SubmitError(ConfigError):
-    """The job could not be handed over; the message says what was tried and what to do."""
+    """Raised when a job cannot be submitted; the message says what was tried and what to do."""
 
 
 def submit(
@@ -47,20 +47,20 @@ def submit(
 ) -> int:
     """Runs `python -m latent_grpo.deploy ARGUMENTS` on the cluster; returns the driver's exit code, 0 without `follow`.
 
-    `address`: the job server, `http://head:8265`; default RAY_API_SERVER_ADDRESS or RAY_ADDRESS. `environment`:
-    variables for the job, never printed. The authentication token is found by Ray itself (RAY_AUTH_TOKEN,
-    RAY_AUTH_TOKEN_PATH). While following, Ctrl-C stops the job and returns 130. Raises :class:`SubmitError` if there
-    is no cluster.
+    `address` is the job server, `http://head:8265`; the default is RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
+    `environment` holds variables for the job, which are never printed. Ray finds the authentication token itself
+    (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH). While following, Ctrl-C stops the job and returns 130. Raises
+    :class:`SubmitError` if there is no cluster.
     """
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     arguments = list(arguments)
     if not arguments:
-        raise SubmitError("nothing to run: give a command, for example `train --profile gsm8k-aug`")
+        raise SubmitError("no command to run: give one, for example `train --profile gsm8k-aug`")
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if not address:
-        raise SubmitError("no cluster: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
+        raise SubmitError("no cluster address: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
     with tempfile.TemporaryDirectory(prefix="lgs-") as folder:
         staged = stage(Path(folder), arguments)
         try:
@@ -79,12 +79,12 @@ def submit(
             )
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise SubmitError(
-                f"{address} did not take the job: {error}. Is the head running, is 8265 reachable (kubectl "
+                f"{address} did not accept the job: {error}. Is the head running, is port 8265 reachable (kubectl "
                 "port-forward, ssh -L), and is RAY_AUTH_TOKEN the cluster's token?"
             ) from error
     say(f"job {job} submitted to {address}")
     if not follow:
-        say(f"follow it: ray job logs --address {address} --follow {job}")
+        say(f"follow it with: ray job logs --address {address} --follow {job}")
         return 0
     try:
         asyncio.run(_tail(client, job))
@@ -114,7 +114,7 @@ def stage(folder: Path, arguments: Sequence[str]) -> list[str]:
             copy = profiles / path.name
             if copy.exists() and copy.read_bytes() != path.read_bytes():
                 raise SubmitError(
-                    f"two different files are called {path.name}; rename one, they share a folder in the job"
+                    f"two different files are called {path.name}, and the job puts both into one folder; rename one"
                 )
             shutil.copyfile(path, copy)
             value = f"submitted/{path.name}"
@@ -122,14 +122,14 @@ def stage(folder: Path, arguments: Sequence[str]) -> list[str]:
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     if size > UPLOAD_LIMIT_BYTES:
         raise SubmitError(
-            f"the upload would be {size / 2**20:.0f} MiB, at most {UPLOAD_LIMIT_BYTES / 2**20:.0f} are allowed: keep "
-            f"data and runs out of {root} ({', '.join(PACKAGES)})"
+            f"the upload would be {size / 2**20:.0f} MiB, at most {UPLOAD_LIMIT_BYTES / 2**20:.0f} MiB are allowed: "
+            f"move data and runs out of the folders {', '.join(PACKAGES)} in {root}"
         )
     return staged
 
 
 async def _tail(client: JobSubmissionClient, job: str) -> None:
-    """Prints the driver's output until the job ends. A connection that breaks is taken up where it stopped."""
+    """Prints the driver's output until the job ends. After a broken connection it continues where it stopped."""
     shown = 0
     while True:
         position = 0
@@ -141,7 +141,7 @@ async def _tail(client: JobSubmissionClient, job: str) -> None:
                 sys.stdout.write(fresh)
                 sys.stdout.flush()
         except (ConnectionError, RuntimeError, OSError) as error:
-            print(f"log stream interrupted ({error}); connecting again", file=sys.stderr)
+            print(f"log stream interrupted ({error}); reconnecting", file=sys.stderr)
         if client.get_job_status(job).is_terminal():
             return
         await asyncio.sleep(_POLL_S)

@@ -59,7 +59,7 @@ def test_a_job_without_a_command_trains():
     assert command_of_job(["steps=3"]) == ["train", "steps=3"]
     assert command_of_job([]) == ["train"]
     assert command_of_job(["validate", "--profile", "svamp"]) == ["validate", "--profile", "svamp"]
-    with pytest.raises(ConfigError, match="'trian' is not a command; expected one of"):
+    with pytest.raises(ConfigError, match="'trian' is not a command; give one of"):
         command_of_job(["trian", "--profile", "svamp"])
 
 
