@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import xxhash
-
-_READ_BYTES = 8 * 2**20
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview, *, temporary: str | None = None) -> None:
@@ -39,13 +39,13 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def file_hash(path: Path) -> str:
-    """The xxh3-128 of a file's bytes: whether two files are the same; it is no signature."""
-    digest = xxhash.xxh3_128()
+def file_hash(path: Path, algorithm: Callable[[], Any] = xxhash.xxh3_128) -> str:
+    """The hash of a file's bytes, in hexadecimal.
+
+    The default shows whether two files are the same and is no signature; `hashlib.sha256` is one.
+    """
     with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def save_whole(target: Path, write: Callable[[Path], None]) -> None:

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.config import RunConfig
+from latent_grpo.common.files import file_hash
 from latent_grpo.common.model_chain import ChainSettings
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS
 from latent_grpo.deploy.evaluation.scores import MACRO, TaskResult, macro_average
 from latent_grpo.deploy.run.problems import PreparedTask
 
 REPORT_FILE = "evaluation.json"
-READ_BYTES = 2**20
 WIDEST = 400  # columns of a table in a log
 
 
@@ -78,7 +78,7 @@ def _origin(task: PreparedTask) -> dict[str, Any]:
     return {
         "path": config.path,
         "options": config.options,
-        "sha256": _sha256(file) if file.is_file() else None,
+        "sha256": file_hash(file, hashlib.sha256) if file.is_file() else None,
         "verifier": config.verifier,
         "prompt": renderer.model_dump(mode="json"),
         "max_prompt_tokens": config.max_prompt_tokens,
@@ -89,14 +89,6 @@ def _origin(task: PreparedTask) -> dict[str, Any]:
 
 def _published(numbers: Iterable[Published]) -> list[dict[str, Any]]:
     return [{k: v for k, v in dataclasses.asdict(n).items() if v is not None} for n in numbers]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def table(results: Sequence[TaskResult], title: str) -> Table:
