@@ -1,4 +1,4 @@
-"""The errors that end a command with one line instead of a traceback. Every one of ours derives from one base class."""
+"""The errors that end a command with one line instead of a traceback. All of them derive from one base class."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import ClassVar
 
 
 class LatentGRPOError(Exception):
-    """An expected fault. The message says what was received, what is allowed and what to do."""
+    """An expected error. The message says what was received, what is allowed and what to do."""
 
     exit_code: ClassVar[int] = 1
-    """Exit code of the command that it ends: 1 for what happened to a run, 2 for what the user gave."""
+    """Exit code of the command that the error ends: 1 for a failure of a run, 2 for a fault in the user's input."""
 
 
 class ConfigError(LatentGRPOError, ValueError):
@@ -19,7 +19,7 @@ class ConfigError(LatentGRPOError, ValueError):
 
 
 class RunError(LatentGRPOError, RuntimeError):
-    """A run that cannot go on. The message names the part that failed and what to do."""
+    """A run that cannot continue. The message names the part that failed and what to do."""
 
 
 class MetricsError(RunError):

@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM wait for the end of a step, so that the state they leave is whole.
+"""Deferral of Ctrl-C and SIGTERM until the end of a step, so that the state they leave is whole.
 
 Python raises KeyboardInterrupt between any two instructions: between the calls that start a step on two ranks, say, or
-between a step's end and the note that it ended. Inside :func:`deferred_interrupts` a first signal is only noted, and
-:func:`check_interrupt` raises it where a loop waits; publishing weights, saving and writing dumps end first, each
-within its own deadline. A second signal raises at once: the last checkpoint stays valid.
+between a step's end and the record that it ended. Inside :func:`deferred_interrupts` a first signal is only noted,
+and :func:`check_interrupt` raises it where a loop waits; publishing weights, saving and writing dumps end first, each
+within its own deadline. A second signal raises at once; the last checkpoint stays valid.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from types import FrameType
 from typing import Protocol
 
 SETTLE_S = 15.0  # of the 30 s that an interrupt may take
-POLL_S = 0.02  # nothing wakes a wait when the learner is done, so it looks often
+POLL_S = 0.02  # nothing wakes a wait when the learner is done, so it polls often
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NOTED = b"\ninterrupt noted: the state is kept first; again: ends at once\n"
+NOTED = b"\ninterrupt received: saving the state first; a second interrupt ends the command at once\n"
 
 
 class Interrupted(KeyboardInterrupt):
-    """An interrupt taken where the loop waits: the state can be finished and kept."""
+    """An interrupt that a loop takes where it waits, so that its state can be finished and saved."""
 
 
 class _Deferral:
@@ -35,7 +35,7 @@ class _Deferral:
             raise KeyboardInterrupt
         self.noted = True
         with contextlib.suppress(OSError):  # `| tee`: it may have died of the same Ctrl-C
-            os.write(2, NOTED)  # a print could be what the signal fell into
+            os.write(2, NOTED)  # not a print: the signal may have arrived inside one
 
     def take(self) -> None:
         if self.noted and not self.taken:
@@ -48,9 +48,10 @@ _innermost: _Deferral | None = None
 
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """A first SIGINT or SIGTERM inside waits for :func:`check_interrupt`, at the latest for the end of the block.
+    """Defers a first SIGINT or SIGTERM to :func:`check_interrupt`, at the latest to the end of the block.
 
-    For the main thread. A signal that is ignored stays so. An error inside wins over a signal that nothing took.
+    Use it in the main thread. An ignored signal stays ignored. An error inside the block takes precedence over a
+    signal that no check has raised.
     """
     global _innermost
     outer, deferral = _innermost, _Deferral()
@@ -69,14 +70,14 @@ def deferred_interrupts() -> Iterator[None]:
 
 
 def check_interrupt() -> None:
-    """Raises :class:`Interrupted`, once, for a signal that was deferred."""
+    """Raises :class:`Interrupted` once for a deferred signal."""
     if _innermost is not None:
         _innermost.take()
 
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM (a job that is stopped, a pod that is evicted) ends a run as Ctrl-C does: with a checkpoint."""
+    """Makes SIGTERM (a stopped job, an evicted pod) end a run as Ctrl-C does, with a checkpoint."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -85,7 +86,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 class Stepping(Protocol):
-    """Any learner: `learner.group.RankGroup` with steps of its own."""
+    """A learner that takes steps, such as a subclass of `learner.group.RankGroup`."""
 
     def finished(self) -> bool: ...
 
@@ -93,7 +94,7 @@ class Stepping(Protocol):
 
 
 def wait_for_step(learner: Stepping) -> dict[str, float]:
-    """The running step's metrics, once it is done; an interrupt is taken meanwhile."""
+    """Waits for the running step and returns its metrics; raises an interrupt that comes meanwhile."""
     while not learner.finished():
         check_interrupt()
         time.sleep(POLL_S)
@@ -101,7 +102,7 @@ def wait_for_step(learner: Stepping) -> dict[str, float]:
 
 
 def finish_within(learner: Stepping, seconds: float = SETTLE_S) -> dict[str, float] | None:
-    """The running step's metrics after an interrupt; None where it did not end within `seconds`."""
+    """Returns the running step's metrics after an interrupt, or None if it does not end within `seconds`."""
     deadline = time.monotonic() + seconds
     while not learner.finished():
         if time.monotonic() > deadline:

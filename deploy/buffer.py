@@ -1,11 +1,11 @@
-"""The group buffer: admission, filtering and order. Pure bookkeeping; no Ray, no clock, no threads.
+"""The group buffer: admission, filtering and order of groups. It is pure, without Ray, clock or threads.
 
 A *slot* is the right to hold one group that is not trained on yet. There are (max_staleness + 1) x prompts_per_step of
-them; one is taken when a prompt is dispatched and freed when its group is trained on, filtered or dropped. Work is only
-dispatched while slots are free, which is all that bounds staleness: with as many slots as a batch has groups, nothing
+them; one is taken when a prompt is dispatched and freed when its group is trained on, filtered or dropped. Work is
+dispatched only while slots are free, and that alone bounds staleness: with as many slots as a batch has groups, nothing
 can be generated while the learner trains (synchronous training is `max_staleness: 0` of the one loop).
 
-Batches are formed in prompt order, not arrival order: slow (long) rollouts are not discriminated, and which prompts a
+Batches are formed in prompt order, not arrival order, so long rollouts are not at a disadvantage, and which prompts a
 batch holds depends on the content of the groups alone::
 
     ordinal   0     1     2     3     4        batch of 2, refill:
@@ -30,7 +30,7 @@ class TooManyDispatched(RunError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadyBatch:
-    """Groups to train on, and all that were generated for it, filtered ones too; both in prompt order."""
+    """The groups of a batch, and all groups generated for it, filtered ones included; both in prompt order."""
 
     ordinals: tuple[int, ...]
     groups: tuple[pa.RecordBatch, ...]  # rows in sample order
@@ -55,9 +55,9 @@ class _Entry:
 class GroupBuffer:
     """Holds the groups between dispatch and training.
 
-    `drop_reason` says of a complete group why it teaches nothing (None: keep), e.g. by
-    :func:`learner.advantages.drop_reason`. `refill` False is `dynamic_sampling: drop`: a batch is what has signal among
-    `prompts_per_step` prompts, and may be empty.
+    `drop_reason` returns why a complete group teaches nothing, or None to keep it, as
+    :func:`learner.advantages.drop_reason` does. Without `refill` (`dynamic_sampling: drop`) a batch holds the groups
+    with signal among `prompts_per_step` prompts, and may be empty.
     """
 
     prompts_per_step: int
@@ -102,8 +102,11 @@ class GroupBuffer:
         return ordinal
 
     def arrived(self, group_uid: str, group: pa.RecordBatch) -> str | None:
-        """Takes a complete, graded group; returns why it was dropped. A group that is not awaited is a duplicate
-        (its worker was given up and came back, or it was generated before a restart): counted and ignored."""
+        """Takes a complete, graded group; returns why it was dropped, or None.
+
+        A group that is not expected is a duplicate (its worker was declared lost and came back, or it was generated
+        before a restart); it is counted and ignored.
+        """
         ordinal = self._by_uid.get(group_uid)
         entry = self._entries.get(ordinal) if ordinal is not None else None
         if entry is None or entry.settled:
@@ -117,7 +120,7 @@ class GroupBuffer:
         return reason
 
     def drop(self, group_uid: str, reason: str) -> None:
-        """Gives up an awaited group that cannot be used (malformed records); nothing of it is generated or kept."""
+        """Drops an expected group that cannot be used (malformed records). No batch will hold it, nor a dump."""
         entry = self._entries[self._by_uid[group_uid]]
         entry.group = None
         self._drop(entry, reason)
@@ -127,7 +130,10 @@ class GroupBuffer:
         self._dropped[reason] += 1
 
     def take_batch(self) -> ReadyBatch | None:
-        """The next batch if it is settled which groups it holds, else None. Its slots stay held until `trained`."""
+        """Returns the next batch once it is settled which groups it holds, else None.
+
+        Its slots stay held until `trained`.
+        """
         chosen: list[int] = []
         consumed: list[int] = []
         for ordinal in sorted(self._entries):

@@ -1,8 +1,8 @@
-"""The one loop.
+"""The training loop, the only one: synchronous and asynchronous training differ in one setting.
 
     dispatch ──► rollout pool ──► arrived groups ──► buffer ──► batch ──► learner ──► publish ──► dispatch ...
        ▲              waits for      (graded)      (prompt order,           │ waits for one step, while the
-       └── free slots: a group was trained on,      filtered)               │ pool's results go on arriving
+       └── free slots: a group was trained on,      filtered)               │ pool's results keep arriving
            filtered or dropped                                              ▼
                                                               new weights queue behind each worker's groups
 
@@ -12,9 +12,9 @@ What each part waits for, and what unblocks it:
 * the learner waits for a batch: the first `prompts_per_step` groups with signal, in prompt order;
 * workers wait for work; a weight update is an item of their queue, so no trajectory mixes versions;
 * the controller itself waits in exactly one place, `RolloutPool.poll`, which has a deadline for every worker. An
-  interrupt is taken only there and before a step is begun (`common.interrupts`): it finds a step begun or not.
+  interrupt is taken only there and before a step begins (`common.interrupts`), so it never splits the start of a step.
 
-Synchronous training is `max_staleness: 0`: all slots are held by the batch at the learner, so nothing is generated
+Synchronous training is `max_staleness: 0`: the batch at the learner holds all slots, so nothing is generated
 meanwhile. Nothing else distinguishes it.
 """
 
@@ -40,15 +40,15 @@ from latent_grpo.rollout_workers.metrics import rollout_metrics
 log = logging.getLogger(__name__)
 POLL_S = 0.2
 MALFORMED = "malformed"  # why a group was dropped
-LEARNING_POLL_S = 0.02  # nothing wakes the loop when the learner is done, so it looks often
+LEARNING_POLL_S = 0.02  # nothing wakes the loop when the learner is done, so it polls often
 
 
 class TrainingStopped(RunError):
-    """The run cannot go on; the message says why and what to do. The last checkpoint stays valid."""
+    """The run cannot continue; the message says why and what to do. The last checkpoint stays valid."""
 
 
 class Learner(Protocol):
-    """What the controller needs of the learner ranks (`learner.learner.LearnerGroup`)."""
+    """What the controller needs from the learner ranks (`learner.learner.LearnerGroup`)."""
 
     def start_step(self, batch: pa.RecordBatch, step: int) -> None: ...
 
@@ -56,13 +56,13 @@ class Learner(Protocol):
         """Whether the started step is done (or failed); never waits."""
 
     def finish_step(self) -> dict[str, float]:
-        """Metrics of the step; raises what went wrong in a rank."""
+        """Returns the step's metrics; raises the error of a rank that failed."""
 
     def publish(self, version: int) -> Any: ...
 
 
 class Pool(Protocol):
-    """What the controller needs of the workers (`rollout_workers.pool.RolloutPool`)."""
+    """What the controller needs from the workers (`rollout_workers.pool.RolloutPool`)."""
 
     def submit(self, requests: list[GroupRequest]) -> None: ...
 
@@ -83,10 +83,10 @@ class StepResult:
 
 
 class Controller:
-    """Runs steps; knows neither Ray nor DeepSpeed.
+    """Runs the steps of a run, without depending on Ray or DeepSpeed.
 
-    `request_of(ordinal)` gives the prompt at a place of the run's prompt order. The state is `step` and
-    `next_ordinal`, the first prompt that nothing has consumed; they decide the rest of the run (METHOD §2.5).
+    `request_of(ordinal)` returns the prompt at a place in the run's prompt order. The state is `step` and
+    `next_ordinal`, the first prompt that no batch has consumed; they decide the rest of the run (METHOD §2.5).
     """
 
     def __init__(
@@ -113,15 +113,15 @@ class Controller:
 
     @property
     def version(self) -> int:
-        """The policy version that work is dispatched at: it rises with every step, whether the step updated or not."""
+        """The policy version at which work is dispatched. It rises with every step, even one without an update."""
         return self.step
 
     def begin(self) -> None:
-        """Publishes the learner's weights, before any work: a resumed run samples on its checkpoint's weights."""
+        """Publishes the learner's weights before any work, so a resumed run samples with its checkpoint's weights."""
         self.pool.publish(self.learner.publish(self.version))
 
     def run_step(self) -> StepResult:
-        """One step of the run: a batch, the learner's update on it, and the publication of the result."""
+        """Runs one step: a batch, the learner's update on it, and the publication of the result."""
         started = time.perf_counter()
         batch = self._next_batch()
         check_interrupt()  # the batch may have been there without a wait
@@ -148,12 +148,17 @@ class Controller:
     def gather(
         self, requests: Iterable[GroupRequest], on_arrival: Callable[[int], None] = lambda done: None
     ) -> list[pa.RecordBatch]:
-        """Groups that are not for training (evaluation, self-test), in the order of `requests`; training's own
-        results go on arriving meanwhile. `on_arrival` is told how many are there."""
+        """Generates groups that are not for training (evaluation, self-test), in the order of `requests`.
+
+        Training's own results keep arriving meanwhile. `on_arrival` is called with the number of groups so far.
+        """
         return gather(self.pool, requests, on_arrival, self._take)
 
     def settle(self, timeout_s: float) -> StepResult | None:
-        """After an interrupt: finishes the step that the learner has begun, if there is one, and returns it."""
+        """After an interrupt, finishes the step that the learner has begun and returns it, or None without one.
+
+        Raises :class:`TrainingStopped` if the step does not end within `timeout_s`.
+        """
         if self._learning is None:
             return None
         learned = finish_within(self.learner, timeout_s)
@@ -164,7 +169,7 @@ class Controller:
 
     def _learned(self) -> dict[str, float]:
         while not self.learner.finished():
-            self._exchange(LEARNING_POLL_S)  # with staleness, work goes on while the learner trains
+            self._exchange(LEARNING_POLL_S)  # with staleness, rollouts continue while the learner trains
         return self.learner.finish_step()
 
     def _advance(self, batch: ReadyBatch, rows: pa.RecordBatch | None, metrics: dict[str, float]) -> StepResult:
@@ -180,7 +185,7 @@ class Controller:
         return batch
 
     def _exchange(self, timeout_s: float = POLL_S) -> None:
-        """Fills the free slots with work, and takes what has arrived."""
+        """Fills the free slots with work and takes the groups that have arrived."""
         requests = []
         while self.buffer.free_slots > 0:
             request = self.request_of(self.buffer.next_ordinal)
@@ -196,7 +201,7 @@ class Controller:
         uid = _group_uid(group)
         try:
             self.buffer.arrived(uid, group)
-        except SchemaError as error:  # a worker with other code, say: nothing of it is repaired or guessed
+        except SchemaError as error:  # from a worker with other code, for example; records are never repaired
             log.warning("group %s dropped: malformed records: %s", uid, error)
             self.buffer.drop(uid, MALFORMED)
 
@@ -205,18 +210,18 @@ class Controller:
         return drop_reason(view.rewards, view.valid, masking=self.config.objective.masking)
 
     def _batch_metrics(self, batch: ReadyBatch, rows: pa.RecordBatch | None) -> dict[str, float]:
-        """Metrics of the generated groups and of those trained on (`rows`). Raises :class:`TrainingStopped`."""
+        """Returns metrics of the generated groups and of those trained on (`rows`). Raises :class:`TrainingStopped`."""
         if not batch.generated:
             raise TrainingStopped(
-                f"none of the step's {sum(batch.dropped.values())} groups had records that can be read (see the log): "
-                "do the workers run the same version of this program as the driver?"
+                f"none of the step's {sum(batch.dropped.values())} groups had readable records (see the log); check "
+                "that the workers run the same version of this program as the driver"
             )
         metrics = rollout_metrics(concat(batch.generated))
         limit = self.config.rollout.verifier.max_ungraded_share
         if metrics["rollout/ungraded_share"] > limit:
             raise TrainingStopped(
                 f"{metrics['rollout/ungraded_share']:.0%} of the step's samples could not be graded; limit {limit:.0%} "
-                "(rollout.verifier.max_ungraded_share): the verifier's infrastructure fails. See the workers' logs"
+                "(rollout.verifier.max_ungraded_share): the verifier's processes fail; read the workers' logs"
             )
         metrics["batch/groups"] = len(batch.groups)
         metrics["batch/zero_variance_share"] = batch.reasons.count("all_equal") / len(batch.reasons)
@@ -234,9 +239,9 @@ def gather(
     on_arrival: Callable[[int], None] = lambda done: None,
     on_other: Callable[[pa.RecordBatch], None] = lambda group: None,
 ) -> list[pa.RecordBatch]:
-    """Generates groups on the pool's current weights and waits for all, in the order of `requests`.
+    """Generates groups with the pool's current weights and waits for all of them, in the order of `requests`.
 
-    `on_other` gets what arrives without having been asked for here.
+    `on_arrival` is called with the number of groups so far, `on_other` with every group that is not among `requests`.
     """
     wanted = list(requests)
     pool.submit(wanted)

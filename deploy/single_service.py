@@ -1,4 +1,4 @@
-"""One of the two services alone, for debugging: rollouts on weights that never change, or learning from dumps.
+"""One of the two services alone, for debugging: rollouts with fixed weights, or training on dumps.
 
 rollout_only:  problems ─► workers ─► controller ─► dumps, metrics, alarms          (no learner)
 train_only:    dumps of a run ─► learner ─► metrics, learner records, model         (no worker)
@@ -34,7 +34,7 @@ from latent_grpo.rollout_workers.metrics import rollout_metrics
 
 
 class FrozenLearner:
-    """The controller's `Learner` that learns nothing: every version has the weights of the first."""
+    """A `Learner` for the controller that does not train: every version has the weights of the first."""
 
     last_report = None
 
@@ -57,11 +57,11 @@ class FrozenLearner:
 
 
 def rollout_only(config: RunConfig, profile: str, reporter: Reporter | None = None) -> RunFolder:
-    """`config.steps` steps of rollouts on the initial weights, with dumps, metrics and alarms; nothing is learned."""
+    """Runs `config.steps` steps of rollouts with the initial weights: dumps, metrics and alarms, and no learner."""
     if config.warm_start is not None:
         raise ConfigError(
-            "--rollout-only starts no learner, so it cannot make a warm start: give a finished model with "
-            "model.path=... model.new=null warm_start=null, or leave the start out with warm_start=null"
+            "--rollout-only starts no learner, so it cannot run the warm start: give a finished model with "
+            "model.path=... model.new=null warm_start=null, or leave the warm start out with warm_start=null"
         )
     reporter = reporter or Reporter()
     prepared = prepare(config, reporter)
@@ -83,17 +83,19 @@ def rollout_only(config: RunConfig, profile: str, reporter: Reporter | None = No
 
 
 def train_only(source: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
-    """The learner on the dumped batches of run `source`, step by step, from the model that it began from.
+    """Trains on the dumped batches of run `source`, step by step, from the model that it started from.
 
     Settings are the run's with `overrides` (any but `k` may change). Metrics, dumps and the model go into a new run
-    folder. Steps that were not dumped are left out, the others numbered from 1; `steps` bounds how many are taken.
+    folder. Steps that were not dumped are left out, and the others are numbered from 1; `steps` limits their number.
     """
     reporter = reporter or Reporter()
     origin = RunFolder(Path(source).resolve())
     if not (origin.path / "config.json").is_file():
-        raise ConfigError(f"--train-only {source}: no config.json there; expected a run folder (runs/quickstart-...)")
+        raise ConfigError(
+            f"--train-only {source}: it has no config.json; give a run folder such as runs/quickstart-..."
+        )
     recorded = RecordedRun(origin, origin.config())
-    model = [f"model.path={recorded.base}", "model.new=null", "warm_start=null"]  # the new run begins at a finished one
+    model = [f"model.path={recorded.base}", "model.new=null", "warm_start=null"]  # the new run's start is finished
     config = load_config(origin.config().model_dump(mode="json"), [*overrides, *model])
     dumped = recorded.dumped[: config.steps]
     if not dumped:
@@ -101,7 +103,8 @@ def train_only(source: str | Path, overrides: list[str], reporter: Reporter | No
         raise ConfigError(f"--train-only {source}: the run has no dumped trajectories; its dump.every was {every}")
     if config.schema_k != recorded.config.schema_k:
         raise ConfigError(
-            f"k ({config.schema_k}) differs from that of the dumps ({recorded.config.schema_k}); leave k and algorithm"
+            f"k ({config.schema_k}) differs from that of the dumps ({recorded.config.schema_k}); do not change k or "
+            "algorithm"
         )
     folder = create_run(config, f"train-{origin.name}")
     reporter.say(f"run folder {folder.path}; {len(dumped)} dumped steps of {origin.path}")
@@ -127,7 +130,7 @@ def train_only(source: str | Path, overrides: list[str], reporter: Reporter | No
 
 
 def _export(learner: LearnerGroup, base: str | Path, target: Path) -> None:
-    """The model, with what its base says of its chain."""
+    """Exports the model with its base's latent_chain.json, if there is one."""
     learner.export(target)
     chain = read_chain(base)
     if chain is not None:

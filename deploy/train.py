@@ -1,10 +1,10 @@
-"""A whole training run: model, warm start, self-test, evaluation, the loop of `deploy.controller`, and what it leaves.
+"""A whole training run: model, warm start, self-test, evaluation, the loop of `deploy.controller`, and its results.
 
     prepare model and problems ─► start workers ─► (Latent-SFT) ─► start learner ─► self-test ─► evaluate
         ─► steps: metrics, dump, checkpoint ─► evaluate ─► export
 
-Nothing is decided here that the loop or the method decides; this is the order of things, and what happens when one
-of them ends early: the last checkpoint stays valid, and `train --resume RUN` goes on from it.
+This module holds the order of a run's parts, and what happens when one of them ends early: the last checkpoint stays
+valid, and `train --resume RUN` continues from it. The loop and the method are decided elsewhere.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ MEAN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
 
 
 class SelfTestFailed(TrainingStopped):
-    """The learner does not compute what the engine sampled from; training on it would be wrong in silence."""
+    """The learner does not compute the policy that the engine sampled from, so training would be wrong silently."""
 
 
 def train(config: RunConfig, profile: str, reporter: Reporter | None = None, path: Path | None = None) -> RunFolder:
-    """A new run (in the folder `path` if given). Returns its folder; raises what stopped it."""
+    """Trains a new run (in the folder `path` if given) and returns its folder. Raises the error that stopped it."""
     reporter = reporter or Reporter()
     prepared = prepare(config, reporter)
     return _run(create_run(config, profile, path), config, 0, reporter, prepared)
 
 
 def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
-    """Goes on with a run from its last complete checkpoint (from the beginning if there is none)."""
+    """Resumes a run from its last complete checkpoint, or from the beginning if there is none."""
     reporter = reporter or Reporter()
     folder, config, lineage = reopen_run(path, overrides)
     return _run(folder, config, lineage, reporter, prepare(config, reporter, folder))
@@ -88,7 +88,7 @@ def _train(run: Run, learner: LearnerGroup) -> None:
             run.reporter.say(f"[yellow]checkpoint {skipped.path.name} skipped: {skipped.reason}[/]")
         learner.load(checkpoint.path / "learner")
         position = {key: checkpoint.state[key] for key in position}
-        run.reporter.say(f"going on from {checkpoint.path.name}, lineage {run.lineage}")
+        run.reporter.say(f"resuming from {checkpoint.path.name}, lineage {run.lineage}")
     controller = Controller(config, run.pool, learner, run.problems.request, **position)
     controller.begin()
     self_test(run, learner)
@@ -140,7 +140,7 @@ class Replaying(Protocol):
 
 
 def self_test(run: Run, learner: Replaying) -> None:
-    """Replays a few rollouts in the learner; refuses to train on log-probs that differ (METHOD §6)."""
+    """Replays a few rollouts in the learner. Raises :class:`SelfTestFailed` if log-probs differ (METHOD §6)."""
     if not run.config.self_test_groups:
         return
     requests = [run.problems.request(i, "self_test") for i in range(run.config.self_test_groups)]
@@ -154,8 +154,8 @@ def self_test(run: Run, learner: Replaying) -> None:
             raise SelfTestFailed(
                 f"self-test: the learner's log-probs of {gap.count} {name} components differ from the engine's by "
                 f"{found:.3g} ({statistic}; mean {gap.mean:.3g}), allowed in {dtype}: {limit:g} (mean "
-                f"{MEAN_TOLERANCE[dtype]:g}). The two would not optimise the same policy; check that both load the "
-                "same model, and run `latent-grpo doctor`"
+                f"{MEAN_TOLERANCE[dtype]:g}). Training would optimise another policy than the one that samples; check "
+                "that both load the same model, and run `latent-grpo doctor`"
             )
     run.reporter.say(
         f"self-test: learner and engine agree (max gap latent {report.latent.max:.1e}, hard {report.hard.max:.1e})"
@@ -168,7 +168,7 @@ def _gaps(report: ReplayReport) -> dict[str, float]:
 
 
 def save(run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver) -> int:
-    """A checkpoint of the state between two steps, once its steps' dumps are on the disk; returns its step."""
+    """Writes a checkpoint between two steps, once the dumps of its steps are on the disk; returns its step."""
     observer.flush()
     state = {"step": controller.step, "next_ordinal": controller.next_ordinal, "lineage": run.lineage}
     write_checkpoint(
@@ -185,7 +185,7 @@ def save(run: Run, controller: Controller, learner: LearnerGroup, observer: Step
 
 
 def sparkline(values: list[float], width: int = 24) -> str:
-    """The curve so far in one line of block characters."""
+    """Draws the curve so far as one line of block characters."""
     if len(values) < 2:
         return ""
     size = -(-len(values) // width)
@@ -195,7 +195,7 @@ def sparkline(values: list[float], width: int = 24) -> str:
 
 
 def final_table(run: Run) -> Table:
-    """Before and after, per task."""
+    """Returns a table of the figures before and after training, per task."""
     before, after = run.summary.get("before", {}), run.summary.get("after", {})
     table = Table(title=f"{run.folder.name}: {run.config.algorithm}, {run.summary['minutes']:g} minutes")
     for column in ("task", "", "before", "after"):

@@ -1,1 +1,1 @@
-"""What every run has: its preparation, folder, session, problems, dumps, manifest, health and progress."""
+"""The parts of every run: its preparation, folder, session, problems, dumps, manifest, health and progress."""

@@ -1,4 +1,4 @@
-"""What the steps of training leave on disk, written by a thread of its own while training goes on.
+"""The writer of dumps: a thread that puts each step's trajectories on disk while training continues.
 
     step done ──► queue (dump.queue steps) ──► thread: trajectories and learner records, fsync, rename ──► retention
 
@@ -26,16 +26,17 @@ from latent_grpo.common.schema import TrajectoryBatch, concat, take_rows
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
 
 POLL_S = 0.1
-LEAVE_S = 10.0  # after an error or an interrupt: what is queued may still be written
+LEAVE_S = 10.0  # how long queued dumps may still be written after an error or an interrupt
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDump:
-    """What a step has to leave. `reasons`: of each group, why it was filtered; None: it was trained on.
+    """The dump of one step.
 
-    `records`: learner records of the groups trained on, in their order; None: the learner had no part in it.
+    `reasons` says for each group why it was filtered, or None if it was trained on. `records` holds the learner
+    records of the groups trained on, in their order, or None if the learner took no part in the step.
     """
 
     step: int
@@ -46,9 +47,9 @@ class StepDump:
 
 
 class DumpWriter:
-    """Use as a context manager; `submit` from one thread. Raises :class:`DumpError`.
+    """Writes the dumps of a run in a thread. Use it as a context manager and call `submit` from one thread.
 
-    `deadline_s`: how long training waits for the disk at most.
+    Training waits at most `deadline_s` seconds for the disk. Raises :class:`DumpError`.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class DumpWriter:
             self._end(LEAVE_S)
 
     def submit(self, dump: StepDump) -> float:
-        """Hands a step over; returns the seconds that the caller was held up because the queue was full."""
+        """Queues a step's dump; returns the seconds that the caller waited because the queue was full."""
         began = time.perf_counter()
         self._wait(lambda: not self._queue.full())
         waited = time.perf_counter() - began
@@ -88,7 +89,7 @@ class DumpWriter:
         return waited
 
     def flush(self, seconds: float | None = None) -> None:
-        """Waits until everything that was submitted is on the disk, at most `seconds` (default: the deadline)."""
+        """Waits until every submitted dump is on the disk, for at most `seconds` (default: the deadline)."""
         self._wait(lambda: not self._queue.unfinished_tasks, seconds)
 
     def _wait(self, done: Callable[[], bool], seconds: float | None = None) -> None:
@@ -102,14 +103,14 @@ class DumpWriter:
             if time.monotonic() > deadline:
                 raise DumpError(
                     errno.ETIMEDOUT,
-                    f"the disk did not take the dump of a step within {seconds:g} s (deadlines.dump_s); it hangs "
+                    f"the disk did not write the dump of a step within {seconds:g} s (deadlines.dump_s); it hangs "
                     "or is too slow",
                     str(self.trajectories.folder),
                 )
             time.sleep(POLL_S / 50)
 
     def _end(self, seconds: float) -> None:
-        """Ends the thread, which first writes what is queued if it can within `seconds`."""
+        """Ends the thread, which first writes the queued dumps as far as it can within `seconds`."""
         deadline = time.monotonic() + seconds
         while self._queue.unfinished_tasks and self._failure is None and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -146,13 +147,13 @@ class DumpWriter:
 
 
 def learner_records_of(dump: StepDump) -> pa.RecordBatch:
-    """One learner record a trajectory of the dump, in its order."""
+    """Returns one learner record per trajectory of the dump, in its order."""
     parts, taken = [], 0
     for group, reason in zip(dump.groups, dump.reasons, strict=True):
         if reason is not None:
             parts.append(filtered_records(group, reason))
         elif dump.records is None:
-            raise ValueError(f"step {dump.step}: a group was trained on, and there are no learner records of it")
+            raise ValueError(f"step {dump.step}: a group was trained on, but the dump has no learner records")
         else:
             parts.append(dump.records.slice(taken, group.num_rows))
             taken += group.num_rows
@@ -160,13 +161,13 @@ def learner_records_of(dump: StepDump) -> pa.RecordBatch:
 
 
 def failures(batch: pa.RecordBatch) -> np.ndarray:
-    """Rows that did not end by themselves, were not graded, or were not graded right (reward above 0)."""
+    """Returns the rows that did not end by themselves, were not graded, or got no reward above 0."""
     view = TrajectoryBatch(batch)
     return np.flatnonzero(~(view.valid & (view.rewards > 0)))
 
 
 class Retention:
-    """Removes the oldest dumped steps of training (`dump.keep_steps`, `dump.keep_bytes`); never the newest one."""
+    """Removes the oldest dumped training steps (`dump.keep_steps`, `dump.keep_bytes`), but never the newest one."""
 
     def __init__(self, config: DumpConfig, stores: tuple[TrajectoryStore, LearnerStore]):
         self._config, self._stores = config, stores
@@ -181,11 +182,11 @@ class Retention:
         return self._config.keep_steps is not None or self._config.keep_bytes is not None
 
     def apply(self, written: int) -> None:
-        """`written`: the step that was just dumped."""
+        """Removes old steps until the limits hold; `written` is the step that was just dumped."""
         if not self._bounded:
             return
         self._sizes[written] = sum(store.size(written) for store in self._stores)
-        # steps after the newest one were abandoned when a resumed run went back to before them: they go first
+        # later steps were abandoned when a resumed run returned to an earlier checkpoint: they are removed first
         abandoned = sorted((step for step in self._sizes if step > written), reverse=True)
         for step in (*abandoned, *sorted(step for step in self._sizes if step < written)):
             if not self._exceeded():

@@ -1,12 +1,12 @@
-"""A run's folder: its layout, its identity, and what may change when the run goes on.
+"""A run's folder: its layout, its identity, its lock, and what a resumed run may change.
 
 runs/NAME/
     config.json        the resolved settings
     run.json           lineage, program and package versions
     manifest.json      what it was made with: program, data, model, hardware, seeds (deploy.run.manifest)
     metrics.jsonl      one line per step
-    alarms.jsonl       alarms raised, lasting, over (deploy.run.health)
-    base/              the model RL started from, where the run made it (absent with model.path)
+    alarms.jsonl       alarms: raised, lasting, over (deploy.run.health)
+    base/              the model that RL started from, where the run made it (absent with model.path)
     induction/         stage 1 of Latent-SFT with induced labels: encoder and decoder of each of its steps
     sft/               states of a Latent-SFT that is not finished
     trajectories/      dumps (common.store)
@@ -14,7 +14,7 @@ runs/NAME/
     checkpoints/       complete states (learner.checkpoint)
     model/             the trained policy, Hugging Face format
     summary.json       the final table
-    .lock              held by the process that writes here (deploy.run_lock)
+    .lock              locked by the process that writes here (run_lock)
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ from latent_grpo.deploy.run.versions import versions
 
 
 class ResumeError(ConfigError):
-    """A run that cannot go on as asked; the message names the keys or the folder."""
+    """A run that cannot be resumed as requested; the message names the keys or the folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
+    """The path of a run's folder, and the paths of its parts."""
+
     path: Path
 
     @property
@@ -89,9 +91,9 @@ class RunFolder:
 
 
 def create_run(config: RunConfig, profile: str, path: Path | None = None) -> RunFolder:
-    """A new folder `PROFILE-DATE-TIME` below `runs_folder`; a number is added where that name is taken.
+    """Makes a new folder `PROFILE-DATE-TIME` below `runs_folder`; a number is added where that name is taken.
 
-    `path`: this very folder instead, which may exist and holds no run yet.
+    With `path` that folder is used instead; it may exist but must hold no run.
     """
     if path is not None:
         path.mkdir(parents=True, exist_ok=True)
@@ -107,17 +109,17 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None) -> Run
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"runs_folder {root}: {error.strerror}; choose a folder that can be written") from error
+            raise ConfigError(f"runs_folder {root}: {error.strerror}; choose a folder that is writable") from error
         folder = RunFolder(path)
         _write_identity(folder, config, lineage=0)
         return folder
-    raise ConfigError(f"runs_folder {root}: no free name for {stem}")
+    raise ConfigError(f"runs_folder {root}: all names from {stem} to {stem}-999 are taken; choose another folder")
 
 
 def reopen_run(path: str | Path, overrides: list[str]) -> tuple[RunFolder, RunConfig, int]:
-    """A run to go on with: its folder, its settings with the harmless changes, and its new lineage.
+    """Opens a stopped run to resume it: its folder, its settings with allowed changes, and its new lineage.
 
-    Raises :class:`ResumeError`, and :class:`deploy.run.folder.FolderInUse` where it has not stopped.
+    Raises :class:`ResumeError`, and :class:`FolderInUse` where the run has not stopped.
     """
     folder, config = open_run(path, overrides, "--resume")
     with run_lock(folder.path):
@@ -127,17 +129,17 @@ def reopen_run(path: str | Path, overrides: list[str]) -> tuple[RunFolder, RunCo
 
 
 def open_run(path: str | Path, overrides: list[str], asked_by: str) -> tuple[RunFolder, RunConfig]:
-    """A run's folder and its settings with harmless changes; nothing is written. Raises :class:`ResumeError`."""
+    """Reads a run's folder and its settings with allowed changes; writes nothing. Raises :class:`ResumeError`."""
     folder = RunFolder(Path(path))
     if not (folder.path / "config.json").is_file():
-        raise ResumeError(f"{asked_by} {path}: no config.json there; expected a run folder such as runs/quickstart-...")
+        raise ResumeError(f"{asked_by} {path}: it has no config.json; give a run folder such as runs/quickstart-...")
     stored = folder.config()
     config = load_config(stored.model_dump(mode="json"), overrides)
     refused = refused_changes(stored, config)
     if refused:
         raise ResumeError(
-            f"{folder.path} cannot go on with other settings: {'; '.join(refused)}. They decide what is computed; "
-            "start a new run for them, or leave them out"
+            f"{folder.path} cannot be resumed with other settings: {'; '.join(refused)}. They decide what is computed; "
+            "leave them out, or start a new run with them"
         )
     return folder, config
 
@@ -151,16 +153,16 @@ LOCK_FILE = ".lock"
 
 
 class FolderInUse(ConfigError):
-    """Another process is writing there."""
+    """A folder that another process has locked."""
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Locks a folder while the block runs. The lock ends with the process; the file that is left locks nothing.
+    """Locks a folder while the block runs. The lock ends with the process; the file that remains locks nothing.
 
-    That takes a file system with flock: on one without, `filelock` falls back on the file itself being there, and after
-    a `kill -9` the file has to be deleted. Raises :class:`FolderInUse` at once where another process, or this one,
-    holds it.
+    This needs a file system with flock. On one without, `filelock` takes the file's existence as the lock, and after a
+    `kill -9` the file has to be deleted. Raises :class:`FolderInUse` at once where another process, or this one, holds
+    the lock.
     """
     path = folder / LOCK_FILE
     lock = FileLock(path)
@@ -169,8 +171,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     except Timeout:
         holder = path.read_text(encoding="utf-8").strip() or "another process"
         raise FolderInUse(
-            f"{folder} is in use by {holder}: two at once would overwrite each other's files. Wait for it, or stop it "
-            "(it keeps a checkpoint) and run this again"
+            f"{folder} is locked by {holder}: two processes would overwrite each other's files. Wait for it to end, or "
+            "stop it (it saves a checkpoint) and run this command again"
         ) from None
     try:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
@@ -180,7 +182,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def in_use(folder: Path) -> str | None:
-    """A sentence about the process that has locked the folder; None where none has. Makes no file."""
+    """Returns a sentence about the process that has locked the folder, or None. Makes no file."""
     if not (folder / LOCK_FILE).is_file():
         return None
     try:

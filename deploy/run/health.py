@@ -1,4 +1,4 @@
-"""Alarms of a run: what is wrong in a plain sentence, its likely cause and what to do (REQUIREMENTS 22).
+"""The alarms of a run. Each says in plain words what is wrong, its likely cause and what to do (REQUIREMENTS 22).
 
 Every alarm compares one metric, averaged over the last `health.window` steps, with one limit of the section `health`.
 It is reported when it is raised, every `health.repeat` steps while it lasts, and when it is over; each of these is
@@ -25,7 +25,7 @@ State = Literal["raised", "lasting", "over"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
-    """One line of the record."""
+    """One line of `alarms.jsonl`."""
 
     step: int
     lineage: int
@@ -40,7 +40,7 @@ class Alarm:
 
     @property
     def sentence(self) -> str:
-        """All of it, for people."""
+        """The alarm in one sentence, for people."""
         if self.state == "over":
             return f"over since step {self.step}: {self.message}"
         return f"{self.message}: {self.cause}; {self.remedy}"
@@ -48,8 +48,12 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`name`: the limit's key in `health`. `metric`: of the step's metrics, or a function of them (None: not there).
-    `message` may hold `{value}`, `{share}` (in per cent), `{rest}` (100 % less the share) and `{limit}`."""
+    """The rule of one alarm.
+
+    `name` is the limit's key in the section `health`. `metric` is a metric's name, or a function of the step's metrics
+    that returns None where they lack it. `message` may hold `{value}`, `{share}` (in per cent), `{rest}` (100 % less
+    the share) and `{limit}`.
+    """
 
     name: str
     metric: str | Callable[[Mapping[str, float]], float | None]
@@ -117,7 +121,7 @@ RULES = (
     Rule(
         "max_clipped_share", _clipped, False,
         "{share} of response steps were clipped",
-        "most of what a step could teach is held back by the trust region",
+        "the trust region stops most of what a step could teach",
         "lower optimizer.lr, or widen clip.low and clip.high",
     ),
     Rule(
@@ -136,44 +140,44 @@ RULES = (
     ),
     Rule(
         "max_verifier_timeout_share", "rollout/verifier_timeout_share", False,
-        "{share} of answers were not graded in time and counted as wrong",
+        "{share} of answers were not graded in time and were counted as wrong",
         "the verifier is too slow for these answers, or its processes get too little CPU",
         "raise rollout.verifier.time_limit_s or rollout.verifier.processes",
     ),
     Rule(
         "max_ungraded_share", "rollout/ungraded_share", False,
         "{share} of rollouts could not be graded and were left out",
-        "the verifier's processes fail (this is never counted as a wrong answer)",
-        "see the workers' logs; above rollout.verifier.max_ungraded_share the run stops",
+        "the verifier's processes fail (such rollouts are never counted as wrong)",
+        "read the workers' logs; above rollout.verifier.max_ungraded_share the run stops",
     ),
     Rule(
         "max_staleness_mean", "batch/staleness_mean", False,
         "the trajectories trained on are {value} policy versions old on average (limit {limit})",
-        "workers are far ahead of the learner",
+        "rollout workers are far ahead of the learner",
         "lower max_staleness or rollout.workers, or give the learner more ranks",
     ),
     Rule(
         "max_rollout_wait_share", _share("time/rollout_wait_s", "time/step_s"), False,
         "the learner waits for rollouts in {share} of the time",
-        "generation is the bottleneck",
+        "rollouts are the bottleneck",
         "add rollout.workers, raise rollout.max_rows, or let rollouts run ahead with max_staleness",
     ),
     Rule(
         "max_learner_share", _share("time/learner_s", "time/step_s"), False,
-        "the learner takes {share} of a step while workers wait",
-        "learning is the bottleneck",
+        "the learner takes {share} of a step while rollout workers wait",
+        "the learner is the bottleneck",
         "add learner.ranks, raise learner.tokens_per_microbatch, or use fewer rollout.workers",
     ),
     Rule(
         "max_publish_share", _share("time/publish_s", "time/step_s"), False,
         "publishing weights takes {share} of a step",
-        "gathering and checksumming the weights is slow beside so short a step",
+        "gathering and checksumming the weights is slow compared with so short a step",
         "raise prompts_per_step or learner.weight_bucket_bytes, or use a ZeRO stage below 3",
     ),
     Rule(
         "max_dump_wait_share", _share("time/dump_wait_s", "time/step_s"), False,
         "training waits for the disk in {share} of the time",
-        "dumps are larger than the storage can take",
+        "the storage cannot write dumps of this size fast enough",
         "raise dump.every, set dump.which to failures, raise dump.queue, or choose a faster runs_folder",
     ),
     Rule(
@@ -185,15 +189,15 @@ RULES = (
     ),
     Rule(
         "max_relative_width", lambda m: m.get("latent/relative_width"), False,
-        "latent mixtures are {share} of the way to uniform over their K tokens",
+        "latent mixtures are {share} of the way to being uniform over their K tokens",
         "latent steps carry hardly any information",
         "give the model a Latent-SFT start (warm_start), or lower noise.scale or tau",
     ),
     Rule(
         "max_skipped_updates", "learner/skipped_updates", False,
-        "{value} updates a step were not finite and were not applied (limit {limit})",
-        "a loss or gradient was not a number",
-        "the batch is dumped under purpose=non_finite with the samples named; lower optimizer.lr",
+        "{value} updates per step were not finite and were not applied (limit {limit})",
+        "a loss or gradient was not a finite number",
+        "look at the batch, which is dumped under purpose=non_finite with the samples named; lower optimizer.lr",
     ),
     Rule(
         "min_reward_retained", "health/reward_retained", True,
@@ -206,7 +210,7 @@ RULES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """How a rule stands after the last judged step. `value`: the metric's mean over the window; None: never there."""
+    """The state of a rule after the last judged step. `value` is the metric's mean over the window, None if absent."""
 
     rule: Rule
     limit: float
@@ -233,7 +237,7 @@ class Judge:
         return tuple(self._raised_at)
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        """The alarms to be said now. Call once a step, in order."""
+        """Returns the alarms to report at this step. Call it once per step, in order."""
         metrics = {**metrics, **self._derived(metrics)}
         return [alarm for rule in self._rules if (alarm := self._judged(rule, step, metrics)) is not None]
 
@@ -267,7 +271,7 @@ class Judge:
         )
 
     def _derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What needs the run's settings or its past."""
+        """Metrics that need the run's settings or its earlier steps."""
         derived = {}
         if "latent/effective_width" in metrics and self._config.k > 1:
             derived["latent/relative_width"] = (metrics["latent/effective_width"] - 1) / (self._config.k - 1)
@@ -304,11 +308,11 @@ class HealthMonitor(Judge):
         self._record = LineFile(folder / FILE)
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        """The alarms to be said now; they are recorded too. Call once a step, in order."""
-        said = super().judge(step, metrics)
-        for alarm in said:
+        """Records and returns the alarms to report at this step. Call it once per step, in order."""
+        alarms = super().judge(step, metrics)
+        for alarm in alarms:
             self._record.append(asdict(alarm))
-        return said
+        return alarms
 
     def close(self) -> None:
         self._record.close()
@@ -320,16 +324,16 @@ def _words(rule: Rule, value: float, limit: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AlarmRecord:
-    """A run's alarms, oldest first. `left_out`: a sentence for each line of the file that could not be read."""
+    """A run's alarms, oldest first; `left_out` has a sentence for each line of the file that could not be read."""
 
     alarms: tuple[Alarm, ...]
     left_out: tuple[str, ...]
 
 
 def read_alarms(run_folder: str | Path) -> AlarmRecord:
-    """The alarms of a run's live history; none for a run without any. A damaged or foreign line costs only itself.
+    """Reads the alarms of a run's live history. A damaged or foreign line is left out and reported.
 
-    Raises :class:`MetricsError` where the run's metrics, which tell its live history, cannot be read.
+    Raises :class:`MetricsError` where the run's metrics, which define its live history, cannot be read.
     """
     path = Path(run_folder) / FILE
     if not path.is_file():
@@ -348,7 +352,7 @@ def read_alarms(run_folder: str | Path) -> AlarmRecord:
 
 
 def _alarm(path: Path, number: int, row: Any) -> Alarm:
-    """Raises :class:`MetricsError` for anything but an alarm of this version of the program."""
+    """Parses one line. Raises :class:`MetricsError` for anything but an alarm of this version of the program."""
     place = f"{path}, line {number}: not an alarm that this program reads"
     if not isinstance(row, dict):
         raise MetricsError(f"{place}: expected an object, got {type(row).__name__}")
@@ -380,6 +384,6 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 
 def last_active(alarms: Iterable[Alarm]) -> list[Alarm]:
-    """The newest line of each alarm that was not over at the end."""
+    """Returns the newest line of each alarm that was not over at the end."""
     newest = {alarm.name: alarm for alarm in alarms}
     return [alarm for alarm in newest.values() if alarm.state != "over"]

@@ -1,8 +1,9 @@
-"""`manifest.json` of a run: what it was made with, so that its numbers can be traced and repeated (REQUIREMENTS 23).
+"""The manifest of a run (`manifest.json`): what it was made with, so that its numbers can be traced and repeated.
 
-Resolved settings, seeds, data, model and grader by hash; and of every lineage (the start and each resume) when, by
-which command, with which program (commit, hash of its sources, versions of what it uses) and on which hardware.
-Hashes are xxh3-128 of bytes: they say whether two things are the same, they are no signature.
+It holds the resolved settings, the seeds, and the hashes of data, model and grader. For every lineage (the start and
+each resume) it says when it began, by which command, with which program (commit, hash of its sources, versions of what
+it uses) and on which hardware. Hashes are xxh3-128 of bytes: they show whether two things are the same, and are no
+signature (REQUIREMENTS 23).
 """
 
 from __future__ import annotations
@@ -52,21 +53,24 @@ if TYPE_CHECKING:
 
 FILE = "manifest.json"
 COMMIT_VARIABLE = "LATENT_GRPO_COMMIT"
-"""Set for a submitted job, whose upload is no git checkout."""
+"""Environment variable with the commit of a submitted job, whose upload is no git checkout."""
 GRADING_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
 OTHER_PACKAGES = ("safetensors", "tokenizers", "datasets", *GRADING_PACKAGES, "vllm")
 THIS_FILE = Path(__file__).resolve()
-HASHED_PROBLEMS = 256  # of a user's generated task
+HASHED_PROBLEMS = 256  # problems of a user's generated task that are hashed
 
 
 class ManifestError(ConfigError):
-    """A run folder without a manifest that this program can read; the message says what it is."""
+    """A run folder without a manifest that this program can read; the message says why."""
 
 
 def write_manifest(
     folder: RunFolder, config: RunConfig, lineage: int, model: str | Path, data: list[DataFacts]
 ) -> None:
-    """Writes it once the model and the problems (`data`, by :func:`data_facts`) are there; a resume adds a lineage."""
+    """Writes the manifest once the model and the problems are known; a resume adds a lineage.
+
+    `data` comes from :func:`data_facts`.
+    """
     earlier = read_manifest(folder.path).lineages if (folder.path / FILE).is_file() else []
     manifest = RunManifest(
         format=FORMAT,
@@ -82,7 +86,7 @@ def write_manifest(
 
 
 def record_model(folder: RunFolder, name: str, model: str | Path) -> None:
-    """Adds a model to the manifest: `base`, what RL starts from; `trained`, what it made."""
+    """Adds a model to the manifest under `name`: `base`, which RL starts from, or `trained`, which it made."""
     manifest = read_manifest(folder.path)
     _write(folder, manifest.model_copy(update={"model": {**manifest.model, name: model_facts(model)}}))
 
@@ -92,7 +96,7 @@ def _write(folder: RunFolder, manifest: RunManifest) -> None:
 
 
 def read_manifest(run_folder: str | Path) -> RunManifest:
-    """Raises :class:`ManifestError` in one sentence."""
+    """Reads a run's manifest. Raises :class:`ManifestError`, with one sentence, where that is not possible."""
     path = Path(run_folder) / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -104,7 +108,7 @@ def read_manifest(run_folder: str | Path) -> RunManifest:
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{path}: not a manifest of this program ({error})") from error
     if version != FORMAT:
-        raise ManifestError(f"{path}: manifest format {version}, this program reads format {FORMAT}")
+        raise ManifestError(f"{path}: the manifest has format {version}, this program reads format {FORMAT}")
     try:
         return RunManifest.model_validate(content)
     except ValidationError as error:
@@ -117,7 +121,7 @@ def read_manifest(run_folder: str | Path) -> RunManifest:
 
 
 def lineage_facts(lineage: int) -> LineageFacts:
-    """The entry of a start of the run that happens now."""
+    """Returns the entry of a lineage that starts now."""
     commit, changed = program_commit()
     return LineageFacts(
         lineage=lineage,
@@ -134,9 +138,9 @@ def lineage_facts(lineage: int) -> LineageFacts:
 def program_commit(
     source: Path = THIS_FILE, environment: Mapping[str, str] = os.environ
 ) -> tuple[str | None, bool | None]:
-    """(commit, whether sources differ from it); (None, None) outside of a checkout and of a job sent from one.
+    """Returns (commit, whether sources differ from it), or (None, None) outside a checkout and a job sent from one.
 
-    `source`: a file of ours, which tells our checkout from somebody else's repository that we lie in.
+    `source` is a file of this program; git must track it, or the checkout around it is another project's.
     """
     try:
         git = functools.partial(_git, source.parents[2])
@@ -148,7 +152,7 @@ def program_commit(
 
 
 def commit_for_job() -> dict[str, str]:
-    """The environment that tells a submitted job its commit; `+changed` where the checkout differs from it."""
+    """Returns the variable that tells a submitted job its commit, with `+changed` if the checkout differs from it."""
     commit, changed = program_commit()
     return {COMMIT_VARIABLE: commit + ("+changed" if changed else "")} if commit else {}
 
@@ -160,7 +164,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def hardware() -> HardwareFacts:
-    """This machine, and the cluster where a Ray is connected."""
+    """Describes this machine, and the nodes of the cluster if Ray is connected."""
     import ray
 
     facts = HardwareFacts(
@@ -187,7 +191,7 @@ def _cpu_model() -> str:
 
 
 def _gpus() -> list[str]:
-    """Names of this machine's; asked of the driver, since torch would take memory of each to answer."""
+    """Names of this machine's GPUs, from nvidia-smi, since torch would allocate memory on each of them."""
     try:
         names = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
@@ -199,7 +203,7 @@ def _gpus() -> list[str]:
 
 
 def grading_versions() -> dict[str, str | None]:
-    """The versions of the packages that decide a reward together with the sources of `reward`."""
+    """The versions of the packages that, together with the sources of `reward`, decide a reward."""
     return {name: _version(name) for name in GRADING_PACKAGES}
 
 
@@ -228,12 +232,12 @@ def problems_hash(source: TaskSource, count: int) -> str:
 
 
 def model_facts(model: str | Path) -> ModelFacts:
-    """Every file of a model's folder; of a hub id those of its snapshot, whose name is the revision."""
+    """Describes every file of a model's folder, or of a hub id's snapshot, whose name is the revision."""
     folder, revision = Path(model), {}
     if not folder.is_dir():
         from transformers.utils.hub import cached_file
 
-        folder = Path(str(cached_file(str(model), "config.json"))).parent  # it raises where there is none
+        folder = Path(str(cached_file(str(model), "config.json"))).parent  # raises if the hub has no such model
         revision = {"revision": folder.name}
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     hashes = {p.relative_to(folder).as_posix(): file_facts(p) for p in files}
@@ -241,10 +245,10 @@ def model_facts(model: str | Path) -> ModelFacts:
 
 
 def data_facts(problems: Problems) -> list[DataFacts]:
-    """Every task's source and what is in it."""
+    """Describes every task's source and contents."""
     uses = [("training", problems.training), ("evaluation", problems.evaluation)]
     if problems.training is problems.evaluation:
-        del uses[0]  # an evaluation alone
+        del uses[0]  # a run that only evaluates
     return [_data(task, use) for use, tasks in uses for task in tasks]
 
 
@@ -258,7 +262,7 @@ def _data(task: PreparedTask, use: str) -> DataFacts:
 def _content(task: PreparedTask, source: TaskConfig) -> dict[str, Any]:
     if source.path is None or isinstance(task.source, GeneratedTask):
         facts: dict[str, Any] = {"options": source.options}
-        if source.path is not None and source.path.startswith(PREFIX):  # made by a program that is not ours
+        if source.path is not None and source.path.startswith(PREFIX):  # made by the user's program
             count = min(task.source.size or HASHED_PROBLEMS, HASHED_PROBLEMS)
             facts["problems_xxh3_128"] = problems_hash(task.source, count)
         return facts  # its problems follow from the options, the seed and the program

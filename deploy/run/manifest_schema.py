@@ -1,4 +1,4 @@
-"""The types of a run's `manifest.json`, version 1. What a writer leaves out is absent from the file.
+"""The types of a run's `manifest.json`, version 1. A field that the writer does not set is absent from the file.
 
 Hashes are xxh3-128 of bytes: they show whether two things are the same, and are no signature.
 """
@@ -13,24 +13,28 @@ FORMAT: Final = 1
 
 
 class Facts(BaseModel):
-    """Unknown entries are kept: a file of a later version 1 program stays readable."""
+    """Base of all entries. It keeps unknown fields, so that files of later programs with format 1 stay readable."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
 class FileFacts(Facts):
+    """The size and the hash of one file."""
+
     bytes: int
     xxh3_128: str
 
 
 class ModelFacts(Facts):
+    """A model and its files, by path."""
+
     source: str  # a folder or hub id
     revision: str | None = None  # of a hub id
     files: dict[str, FileFacts]
 
 
 class DataFacts(Facts):
-    """A task and what is in it: a file has `bytes` and `xxh3_128`, a hub dataset `problems_xxh3_128`."""
+    """A task and its contents: a file has `bytes` and `xxh3_128`, a hub dataset has `problems_xxh3_128`."""
 
     task: str
     use: Literal["training", "evaluation"]
@@ -45,18 +49,22 @@ class DataFacts(Facts):
 
 
 class GraderFacts(Facts):
-    """`sources`: the hash of `reward/`. The versions of the packages that grade stand beside it by their names."""
+    """The grader: `sources` is the hash of `reward/`; the versions of the grading packages are extra fields."""
 
     sources: str
 
 
 class SeedFacts(Facts):
+    """The seeds of a run."""
+
     run: int
     model: int | None  # None: the model was not made here
     data: int
 
 
 class ProgramFacts(Facts):
+    """The program that ran."""
+
     version: str
     commit: str | None  # None: neither a checkout nor a job sent from one
     changed_since_commit: bool | None
@@ -64,6 +72,8 @@ class ProgramFacts(Facts):
 
 
 class HardwareFacts(Facts):
+    """The driver's machine, and the cluster's nodes."""
+
     host: str
     system: str
     cpu: str
@@ -74,7 +84,7 @@ class HardwareFacts(Facts):
 
 
 class LineageFacts(Facts):
-    """A start of the run: the first one, or a resume."""
+    """One start of the run: the first one, or a resume."""
 
     lineage: int
     started: str
@@ -85,7 +95,7 @@ class LineageFacts(Facts):
 
 
 class RunManifest(Facts):
-    """What a run was made with."""
+    """The whole manifest."""
 
     format: Literal[1] = FORMAT
     run: str

@@ -1,4 +1,4 @@
-"""What becomes of a step once it is done: its dump, its alarms, its line of metrics."""
+"""The observer of finished steps: it writes each step's dump, alarms and metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS = {"raised": "yellow", "lasting": "yellow", "over": "green"}
 
 
 class StepObserver:
-    """Takes each finished step of a run. At its end everything is on the disk, or DumpError is raised."""
+    """Records each finished step of a run. When its block ends, everything is on the disk, or DumpError is raised."""
 
     def __init__(self, folder: RunFolder, config: RunConfig, lineage: int, metrics: MetricsWriter, reporter: Reporter):
         self._config, self._lineage, self._metrics, self._reporter = config, lineage, metrics, reporter
@@ -40,7 +40,10 @@ class StepObserver:
         self._dumps.flush(seconds)
 
     def observe(self, result: StepResult, report: LearnerReport | None) -> None:
-        """`report`: what the learner said of the step; None where it had no part in it. Raises DumpError."""
+        """Records a step. `report` is the learner's, or None if it took no part in the step.
+
+        Raises DumpError, and TrainingStopped after `optimizer.max_bad_updates` non-finite updates in a row.
+        """
         metrics = dict(result.metrics)
         if self._config.dump_due(result.step):
             records = None if report is None else report.records
@@ -55,15 +58,15 @@ class StepObserver:
         self._metrics.write(result.step, metrics, lineage=self._lineage)
         in_a_row, limit = metrics.get("learner/bad_updates_in_a_row", 0), self._config.optimizer.max_bad_updates
         if in_a_row >= limit:
-            self.flush()  # what shows why is on the disk before the run ends
+            self.flush()  # the batch that shows the cause is on the disk before the run ends
             raise TrainingStopped(
                 f"step {result.step}: {in_a_row:g} non-finite updates in a row (optimizer.max_bad_updates {limit}); "
-                f"samples: {self._named(result, report)}; their batch: {self._bad_folder(result)}. The parameters are "
-                "those before them: look at the samples, lower optimizer.lr, or resume from an earlier checkpoint"
+                f"samples: {self._named(result, report)}; their batch: {self._bad_folder(result)}. None of them was "
+                "applied: look at the samples, lower optimizer.lr, or resume from an earlier checkpoint"
             )
 
     def _dump_bad(self, result: StepResult, report: LearnerReport | None) -> None:
-        """The batch of an update that was not applied, whatever the section dump says."""
+        """Dumps the batch of an update that was not applied, whatever the section `dump` says."""
         self._dumps.submit(
             StepDump(step=result.step, groups=(result.batch,), reasons=(None,), records=None, purpose="non_finite")
         )
@@ -75,9 +78,9 @@ class StepObserver:
     @staticmethod
     def _named(result: StepResult, report: LearnerReport | None) -> str:
         if result.batch is None or report is None:
-            return "no single one"
+            return "none identified"
         uids, indices = (result.batch.column(name) for name in ("group_uid", "sample_index"))
-        return ", ".join(f"{uids[row]} #{indices[row]}" for row in report.bad_rows) or "no single one"
+        return ", ".join(f"{uids[row]} #{indices[row]}" for row in report.bad_rows) or "none identified"
 
     def _bad_folder(self, result: StepResult) -> Path:
         return self._dumps.trajectories.folder_of(result.step, "non_finite")

@@ -1,8 +1,8 @@
-"""What a run is made of, read once and checked before anything is started for it.
+"""The preparation of a run: model, problems and engine are read once and checked before anything starts.
 
 `train`, `sft`, `evaluate`, `--resume` and the units of a suite call :func:`prepare`; `validate` and the check of a
-suite call :func:`check`, the same function for a run that may start on another machine. A fault has the same words in
-all of them, and is reported before a folder, a Ray session or a model exists.
+suite call :func:`check`, which also serves a run that may start on another machine. All of them report a fault in the
+same words, before a folder, a Ray session or a model exists.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class InitialModel:
     source: str | Path | None  # a folder or hub id; None: a `model.new` that is still to be made
     tokenizer: PreTrainedTokenizerBase
     facts: TokenFacts
-    chain: ChainSettings | None  # what the model says of its chain, if it does
-    positions: int | None  # how many it has, if it says so
+    chain: ChainSettings | None  # from the model's latent_chain.json, if it has one
+    positions: int | None  # the longest sequence that it can read, if its configuration says so
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What :func:`check` found. What is None or empty could not be read here."""
+    """The result of :func:`check`. A part that is None or empty could not be read on this machine."""
 
     engine: str
     verifiers: dict[str, list[str]]  # kind -> names of the tasks that it grades
@@ -87,9 +87,9 @@ class Prepared:
 
 
 def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = None) -> Prepared:
-    """Everything that a run on this machine needs, or one error that says what to change; writes nothing.
+    """Reads and checks everything that a run on this machine needs; writes nothing. Raises ConfigError.
 
-    `folder`: the run's, where it has one and may hold its `model.new` or its finished Latent-SFT already.
+    `folder` is the run's, if it has one; its `model.new` or its finished Latent-SFT may be there already.
     """
     found = check(config, folder)
     if found.model is None or found.problems is None:
@@ -104,10 +104,10 @@ def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = No
 def check(
     config: RunConfig, folder: RunFolder | None = None, *, elsewhere: bool = False, stored: bool = True
 ) -> Checked:
-    """Refuses whatever can be refused of a run before it starts.
+    """Checks everything that can be checked before a run starts. Raises ConfigError.
 
-    `elsewhere`: the run may start on another machine, so a model or a vLLM that is not here is left unchecked.
-    `stored`: read the tasks' files; without it only generated tasks are read. Raises ConfigError.
+    With `elsewhere` the run may start on another machine, so a model or a vLLM that is missing here is not checked.
+    Without `stored` only generated tasks are read, and no files.
     """
     if stored:
         check_files(config)
@@ -151,14 +151,14 @@ def _read_model(config: RunConfig, folder: RunFolder | None, sources: Sources) -
         warnings = check_chain(chain, source, config, tokenizer)
     elif new is None and config.latent and config.warm_start is None:
         warnings.append(
-            f"model {source} has no {CHAIN_FILE}: k ({config.k}), tau ({config.tau:g}) and think_end "
-            f"({config.model.prompt.think_end!r}) are the settings' and must be those that it was trained with"
+            f"model {source} has no {CHAIN_FILE}, so k ({config.k}), tau ({config.tau:g}) and think_end "
+            f"({config.model.prompt.think_end!r}) could not be checked; they must be those that it was trained with"
         )
     return InitialModel(source, tokenizer, facts, chain, position_limit(source), tuple(warnings))
 
 
 def _place_of_initial(config: RunConfig, folder: RunFolder | None) -> str | Path | None:
-    """The folder or hub id that the run starts from; None where it is still to be made."""
+    """The folder or hub id that the run starts from; None where the model is still to be made."""
     if config.model.new is None:
         return config.model.path
     made = None if folder is None else _place_of_new(config, folder)
@@ -175,7 +175,7 @@ def _has_start(folder: RunFolder | None) -> bool:
 
 
 def _texts(config: RunConfig, sources: list[TaskSource]) -> Iterator[str]:
-    """What a new model's tokenizer is trained on: the first task's problems, chains and answers."""
+    """Texts that a new model's tokenizer is trained on: the first task's problems, chains and answers."""
     if config.model.new is None or config.model.new.tokenizer == "arithmetic" or not sources:
         return
     source = sources[0]
@@ -204,13 +204,13 @@ def check_positions(tasks: Iterable[PreparedTask], limit: int | None, model: str
 
 
 def check_files(config: RunConfig) -> None:
-    """Raises :class:`common.errors.ConfigError` with a line for every problem file that is named and not there."""
+    """Raises :class:`common.errors.ConfigError` with a line for every problem file that does not exist."""
     if faults := file_faults(config):
         raise ConfigError("\n".join(faults))
 
 
 def file_faults(config: RunConfig) -> list[str]:
-    """One sentence for every task whose problems are not there; the hub is not asked."""
+    """Returns one sentence for every task whose problem file does not exist; the hub is not queried."""
     faults = []
     for task in [*config.tasks, *config.evaluation.tasks]:
         path = task.path
@@ -228,10 +228,10 @@ def file_faults(config: RunConfig) -> list[str]:
 def check_engine(
     config: RunConfig, *, elsewhere: bool = False, installed: Callable[[], tuple[str, str] | None] = support.installed
 ) -> str:
-    """The rollout engine in words. Raises ConfigError where the vLLM engine could not serve this run.
+    """Returns a description of the rollout engine. Raises ConfigError where the vLLM engine could not serve this run.
 
-    `elsewhere`: a vLLM that is not installed on this machine is reported, not refused. `installed`: tells its build
-    and version.
+    With `elsewhere` a vLLM that is not installed on this machine is reported, not refused. `installed` returns its
+    build and version.
     """
     if config.rollout.engine != "vllm":
         return config.rollout.engine

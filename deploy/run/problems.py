@@ -1,4 +1,4 @@
-"""From a run's tasks to the groups that workers generate: what is asked at every place of the prompt order."""
+"""Turns a run's tasks into the requests that workers generate: one group for every place in the prompt order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PreparedTask:
 
     source: TaskSource
     renderer: PromptRenderer
-    longest_prompt: int = 0  # tokens; of a generated task: what they may be
+    longest_prompt: int = 0  # tokens; for a generated task, max_prompt_tokens
 
     @property
     def name(self) -> str:
@@ -52,19 +52,19 @@ class PreparedTask:
         return f"{self.name}: {size}" + (f"; {dropped}" if dropped else "")
 
     def prompt_ids(self, problem: Problem) -> np.ndarray:
-        """int32 [P]. Raises TaskError for a generated problem that breaks the limit."""
+        """Returns the prompt's token ids, int32 [P]. Raises TaskError for a generated problem that is too long."""
         ids = self.renderer.encode(problem)
         limit = self.source.config.max_prompt_tokens
         if len(ids) > limit:
             raise TaskError(
                 f"task {self.name}: the prompt of {problem.uid} has {len(ids)} tokens, max_prompt_tokens is {limit}; "
-                "raise it (a generated task cannot drop problems)"
+                "raise max_prompt_tokens (a generated task cannot drop problems)"
             )
         return ids
 
 
 def prepare_task(source: TaskSource, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedTask:
-    """The task with prompts of this tokenizer; a stored task's prompts that are too long are dropped and counted.
+    """Encodes a task's prompts with this tokenizer; prompts of a stored task that are too long are dropped and counted.
 
     Raises TaskError when nothing is left.
     """
@@ -86,8 +86,8 @@ def prepare_task(source: TaskSource, config: RunConfig, tokenizer: PreTrainedTok
 def read_task(task: TaskConfig, config: RunConfig, *, whole: bool = False) -> TaskSource:
     """Loads a task and drops, with a count, the rows that are empty or that its verifier cannot grade.
 
-    `whole`: the task is an evaluation's and must not lack a row. Raises TaskError when nothing is left, and for a
-    `whole` task that never ends or that has rows of these kinds.
+    A `whole` task is an evaluation's and must not lack a row. Raises TaskError when nothing is left, and for a `whole`
+    task that is endless or that has such rows.
     """
     verifier = build_verifier(config, with_benchmark_defaults(task).verifier)
     source = load_task(task, config.seed, lambda gold: gold_is_parsable(verifier, gold))
@@ -97,26 +97,26 @@ def read_task(task: TaskConfig, config: RunConfig, *, whole: bool = False) -> Ta
 
 
 def _check_whole(source: TaskSource) -> None:
-    """An evaluation task must end, and must not lack problems or answers: the rest would be another benchmark.
+    """Raises TaskError for an evaluation task that is endless, or that lacks problems or answers.
 
-    Raises TaskError.
+    The rows that remain would be another benchmark.
     """
     if source.size is None:
-        raise TaskError(f"evaluation task {source.config.name} never ends; set its options.size, or its limit")
+        raise TaskError(f"evaluation task {source.config.name} is endless; set its options.size, or its limit")
     faults = (EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER)
     faulty = {reason: source.dropped[reason] for reason in faults if reason in source.dropped}
     if faulty:
         config = source.config
         raise TaskError(
             f"evaluation task {config.name}: {config.path} has rows that cannot be graded with verifier "
-            f"{config.verifier!r} ({describe_dropped(faulty).removeprefix('dropped ')}); figures of the other "
-            "rows would be of another benchmark. Correct the file, set columns.answer, or give a file of good rows"
+            f"{config.verifier!r} ({describe_dropped(faulty).removeprefix('dropped ')}), and figures for the other "
+            "rows would not be this benchmark's. Correct the file, set columns.answer, or give a file of good rows"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The problems of a run as its files and generators have them, before any tokenizer has seen them."""
+    """The problems of a run as its files and generators hold them, before a tokenizer encodes them."""
 
     training: list[TaskSource]
     evaluation: list[TaskSource]  # the same list as `training` for an evaluation alone, whose files are read once
@@ -131,7 +131,7 @@ class Sources:
         return cls([read_task(task, config) for task in config.tasks if stored or is_generated(task)], evaluation)
 
     def prepared(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tasks:
-        """The tasks with prompts of this tokenizer. Raises TaskError."""
+        """Encodes the tasks' prompts with this tokenizer. Raises TaskError."""
         evaluation = [prepare_task(source, config, tokenizer) for source in self.evaluation]
         if self.training is self.evaluation:
             return Tasks(evaluation, evaluation)
@@ -139,7 +139,7 @@ class Sources:
 
 
 class Tasks(NamedTuple):
-    """:class:`Sources` with their prompts."""
+    """The tasks of :class:`Sources` with their encoded prompts."""
 
     training: list[PreparedTask]
     evaluation: list[PreparedTask]
@@ -166,12 +166,12 @@ class Problems:
 
     @property
     def dropped(self) -> list[str]:
-        """One line for each task of which problems were dropped, with counts and reasons."""
+        """One line for each task that had to drop problems, with counts and reasons."""
         tasks = {task.name: describe_dropped(task.source.dropped) for task in (*self.training, *self.evaluation)}
         return [f"{name}: {found}" for name, found in tasks.items() if found]
 
     def request(self, ordinal: int, purpose: Purpose = "training") -> GroupRequest:
-        """The group at a place of the training order."""
+        """Returns the group at a place of the training order."""
         draw = self._stream[ordinal]
         return group_request(
             self.config,
@@ -193,10 +193,10 @@ def evaluation_requests(
     noise: NoiseMode = "off",
     limit: int | None = None,
 ) -> Iterator[GroupRequest]:
-    """Groups of `samples` per problem, with noise off unless given (pass@k, METHOD §8)."""
+    """Yields a group of `samples` for each problem, with noise off unless given (pass@k, METHOD §8)."""
     size = task.source.size
     if size is None and limit is None:
-        raise ConfigError(f"task {task.name} never ends: give options.size (or `limit`) to evaluate on it")
+        raise ConfigError(f"task {task.name} is endless; set its options.size, or its limit, to evaluate on it")
     count = min(n for n in (size, limit) if n is not None)
     for index in range(count):
         problem = task.source.problem(index)
@@ -222,7 +222,7 @@ def group_request(
     epoch: int = 0,
     noise: NoiseMode | None = None,
 ) -> GroupRequest:
-    """A group of `samples` of one problem; `noise` None means the run's own."""
+    """Returns the request for a group of `samples` of one problem; without `noise` the run's own mode is used."""
     return GroupRequest(
         group_uid=uid,
         problem_uid=problem.uid,
@@ -239,7 +239,7 @@ def group_request(
 
 
 def sampling_settings(config: RunConfig, max_tokens: int, noise: NoiseMode | None = None) -> SamplingSettings:
-    """How a group is sampled: the run's record settings, with `noise` instead of its own if given (METHOD §8)."""
+    """Returns a group's sampling settings: the run's, with `noise` instead of its own mode if given (METHOD §8)."""
     return SamplingSettings(
         mode="latent" if config.latent else "visible",
         max_tokens=max_tokens,
@@ -257,13 +257,16 @@ LISTED = 5
 
 
 def notes(training: Sequence[TaskSource], evaluation: Sequence[TaskSource]) -> list[str]:
-    """One line a finding, about stored tasks. Nothing is dropped: published figures include such rows."""
+    """Returns a line per finding about stored tasks. Nothing is dropped, since published figures include such rows."""
     tasks = [task for task in dict.fromkeys([*training, *evaluation]) if isinstance(task, StoredTask)]
     return [line for task in tasks if (line := mislabelled(task))] + overlaps(tasks)
 
 
 def mislabelled(task: StoredTask) -> str:
-    """`svamp: 1 row is known to be mislabelled, kept as published: row 679, answer 1, right 5`; empty if none is."""
+    """Returns a line about a task's known mislabelled rows, or an empty string.
+
+    For example: `svamp: 1 row is known to be mislabelled, kept as published: row 679, answer 1, right 5`.
+    """
     found = [
         (problem, fault)
         for problem in map(task.problem, range(len(task)))
@@ -277,7 +280,7 @@ def mislabelled(task: StoredTask) -> str:
 
 
 def overlaps(tasks: Sequence[StoredTask]) -> list[str]:
-    """A line for each two tasks that share problems; with the rows whose answers differ."""
+    """Returns a line for each pair of tasks that share problems, with the rows whose answers differ."""
     rows = [{fingerprint(_text(p)): p for p in map(task.problem, range(len(task)))} for task in tasks]
     lines = []
     for later in range(len(tasks)):

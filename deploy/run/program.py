@@ -1,6 +1,6 @@
-"""The sources of this program: where they are, and a hash that says whether two copies are the same.
+"""The sources of this program: where they are, and a hash that shows whether two copies are the same.
 
-Hashes are xxh3-128: they are no signature.
+Hashes are xxh3-128, and are no signature.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import xxhash
 
 OUR_PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
 ROOT = Path(__file__).resolve().parents[2]
-"""The folder with our packages: a checkout, or `latent_grpo` where that was installed or uploaded."""
+"""The folder with the packages: a checkout, or `latent_grpo` where that was installed or uploaded."""
 DISTRIBUTION = "latent-grpo"
 
 
 def source_hash(packages: Iterable[str], root: Path = ROOT) -> str:
-    """The hash of the Python files of our packages below `root`: their paths and their bytes in :func:`hashed_form`."""
+    """Hashes the Python files of `packages` below `root`: their paths, and their bytes in :func:`hashed_form`."""
     digest = xxhash.xxh3_128()
     for package in packages:
         for path in sorted((root / package).rglob("*.py")):
@@ -30,10 +30,10 @@ def source_hash(packages: Iterable[str], root: Path = ROOT) -> str:
 
 
 def hashed_form(source: bytes) -> bytes:
-    """A source file as version 0.1.0 would have written its imports.
+    """Rewrites a source file's imports as version 0.1.0 would have written them.
 
     Up to 0.1.0 the packages were top-level ones. Without the name `latent_grpo` and the line breaks that it caused in
-    imports, a file whose imports alone changed keeps its hash, and an unchanged grader is not reported as another one.
+    imports, a file in which only imports changed keeps its hash, and an unchanged grader is not reported as another.
     """
     source = source.replace(b"latent_grpo.", b"")
     return re.sub(rb"(?m)^(from \S+ import )\(\n((?:    .+,\n)+)\)$", _one_line, source)
@@ -44,10 +44,10 @@ def _one_line(wrapped: re.Match[bytes]) -> bytes:
 
 
 def installed_copies(search: Sequence[str] | None = None) -> Iterator[tuple[str, Path]]:
-    """(version, folder with our packages) of other copies of this program, which a package manager has installed.
+    """Yields (version, folder with the packages) for other copies of this program that a package manager installed.
 
-    An editable installation is none: what it names is a checkout. `search`: folders to look in; default: the import
-    path.
+    An editable installation is not one, since it refers to a checkout. `search` lists the folders to look in; the
+    default is the import path.
     """
     for distribution in importlib.metadata.distributions(name=DISTRIBUTION, path=[*(search or sys.path)]):
         folder = Path(str(distribution.locate_file("latent_grpo"))).resolve()

@@ -1,4 +1,4 @@
-"""Progress of long phases: bars with rate and estimate on a terminal, a line now and then in a log."""
+"""Progress of long phases: a bar with rate and remaining time on a terminal, a line every 15 seconds in a log."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LOG_EVERY_S = 15.0
 Advance = Callable[..., None]
-"""advance(completed, note="")"""
+"""Called as `advance(completed, note="")`."""
 
 
 class LastingConsole(Console):
-    """Falls silent when its reader is gone (`| tee log`, which the same Ctrl-C ends): the run keeps its state."""
+    """A console that stops printing when its reader is gone (Ctrl-C also ends `| tee log`), so a run can still save."""
 
     def on_broken_pipe(self) -> None:
         with contextlib.suppress(SystemExit):
@@ -23,7 +23,7 @@ class LastingConsole(Console):
 
 
 class Reporter:
-    """What the user sees of a run. `say` prints a line; `phase` shows one long piece of work."""
+    """The output of a run: `say` prints a line, and `phase` shows the progress of a long piece of work."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or LastingConsole(highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The Ray that a run uses: the cluster it was submitted to, or one of its own on this machine."""
+"""The Ray session of a run: the cluster that it was submitted to, or a local one on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Services = Literal["both", "rollout", "learner"]
 
 
 def needed_resources(config: RunConfig, services: Services = "both") -> dict[str, float]:
-    """What all actors of the run reserve together."""
+    """Returns the resources that all actors of the run reserve together."""
     total: dict[str, float] = {}
     for count, resources in (
         (config.rollout.workers if services != "learner" else 0, config.rollout.resources),
@@ -30,9 +30,9 @@ def needed_resources(config: RunConfig, services: Services = "both") -> dict[str
 
 
 def check_resources(config: RunConfig, there: dict[str, float], where: str, services: Services = "both") -> None:
-    """Raises ConfigError where the run's actors can never all be placed: Ray would wait for ever, in silence."""
+    """Raises ConfigError where the run's actors can never all be placed; Ray would wait forever without a message."""
     short = [
-        f"{name}: {amount:g} needed, {there.get(name, 0):g} there"
+        f"{name}: {amount:g} needed, {there.get(name, 0):g} available"
         for name, amount in needed_resources(config, services).items()
         if amount > there.get(name, 0) + 1e-6
     ]
@@ -47,13 +47,14 @@ def check_resources(config: RunConfig, there: dict[str, float], where: str, serv
 
 @contextlib.contextmanager
 def ray_session(config: RunConfig, services: Services = "both") -> Iterator[None]:
-    """Connects, checks that the cluster can hold the run, and leaves nothing behind.
+    """Connects to Ray, checks that the cluster can hold the run, and disconnects at the end without leaving anything.
 
     RAY_ADDRESS (set inside a job) names the cluster; without it a local Ray is started with this machine's cores.
+    Raises ConfigError.
     """
     import ray
 
-    if ray.is_initialized():  # a notebook, a test, a program round this one: its Ray is used and left
+    if ray.is_initialized():  # by a notebook, a test or an embedding program: its Ray is used and stays connected
         check_resources(config, ray.cluster_resources(), "this Ray", services)
         yield
         return
@@ -65,7 +66,7 @@ def ray_session(config: RunConfig, services: Services = "both") -> Iterator[None
     else:
         temporary = tempfile.mkdtemp(prefix="lg-")  # short: Unix socket paths end at 107 bytes
         ray.init(
-            address="local",  # never a Ray that somebody else has left on this machine
+            address="local",  # never a Ray that another program has left on this machine
             include_dashboard=False,
             object_store_memory=LOCAL_STORE_BYTES,
             logging_level=logging.WARNING,

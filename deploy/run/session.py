@@ -1,4 +1,4 @@
-"""A run while it lasts: its folder, Ray, its workers and its metrics, and the end of all of them."""
+"""The session of a run: it starts Ray, the workers and the metrics, and ends all of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from latent_grpo.rollout_workers.pool import RolloutPool
 
 @dataclass(slots=True)
 class Run:
-    """What the parts of a run share, once its workers are there."""
+    """What the parts of a run share once its workers have started."""
 
     folder: RunFolder
     config: RunConfig
@@ -53,7 +53,7 @@ class Run:
         return TrajectoryStore(self.folder.trajectories)
 
     def export(self, target: Path, write: Callable[[Path], None]) -> None:
-        """A model folder that appears whole, with the chain's settings in it (`common.model_chain`)."""
+        """Writes a model folder that appears whole, with the chain's settings in it (`common.model_chain`)."""
 
         def all_of_it(folder: Path) -> None:
             write(folder)
@@ -76,9 +76,9 @@ def run_session(
     prepared: Prepared,
     services: Services = "both",
 ) -> Iterator[Run]:
-    """Starts Ray and the workers of a run; all of it is gone afterwards.
+    """Starts Ray and the workers of a run, and ends them with the block.
 
-    `services`: which of the two the cluster must have room for.
+    `services` says which of the two the cluster must have room for.
     """
     folder = RunFolder(folder.path.resolve())
     reporter.say(f"run folder {folder.path}")

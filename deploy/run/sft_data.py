@@ -1,4 +1,4 @@
-"""What Latent-SFT learns from (METHOD §7): rows of the tasks that have a chain of thought, and held-out problems.
+"""The data of Latent-SFT (METHOD §7): rows of the tasks that have a chain of thought, and held-out problems.
 
 A chain is encoded once for each stored problem, when it is checked; its soft labels are made where a row is used.
 """
@@ -21,7 +21,7 @@ from latent_grpo.learner.sft.rows import ChainTooShort, EncodedChain, SFTRow, en
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HELD_OUT_SEED = 7919  # added to the run's: other problems than the evaluation's, which must not choose anything
+HELD_OUT_SEED = 7919  # added to the run's seed, so that the evaluation's problems do not decide when to stop
 HELD_OUT_SHARE = 0.1
 NO_CHAIN = "no chain of thought"
 TOO_SHORT = "chain of thought under warm_start.compression"
@@ -43,7 +43,7 @@ class Chains:
         self._known: dict[str, EncodedChain] = {}  # by the uid of a stored problem
 
     def encoded(self, task: PreparedTask, problem: Problem) -> EncodedChain:
-        """The problem's chain as ids. Raises ConfigError, which names the problem."""
+        """Returns the problem's chain as token ids. Raises ConfigError, which names the problem."""
         chain = self._known.get(problem.uid)
         if chain is None:
             think_end = (task.source.config.prompt or self._config.model.prompt).think_end
@@ -64,12 +64,12 @@ class Chains:
         return chain
 
     def row(self, task: PreparedTask, problem: Problem) -> SFTRow:
-        """The problem's training row, with uniform labels."""
+        """Returns the problem's training row, with uniform labels."""
         chain = self.encoded(task, problem)
         return chain.row(task.prompt_ids(problem), c=self._settings.compression, k=self._config.k)
 
     def fault(self, task: PreparedTask, problem: Problem) -> str | None:
-        """Why a stored problem cannot be learned from; None where it can."""
+        """Returns the reason why a stored problem cannot be used for training, or None if it can."""
         try:
             chain = self.encoded(task, problem)
         except NoChain:
@@ -81,7 +81,7 @@ class Chains:
 
 @dataclass(frozen=True, slots=True)
 class SFTData:
-    """Rows to learn from, and problems to be judged on that are never among them."""
+    """Training rows, and held-out problems that are never among them."""
 
     stream: PromptStream
     tasks: list[PreparedTask]
@@ -92,7 +92,7 @@ class SFTData:
 
     @property
     def dropped(self) -> dict[str, dict[str, int | None]]:
-        """Task -> reason -> how many of its rows are not used (None: of a task that never ends, all)."""
+        """Task -> reason -> how many of its rows are not used; None for all rows of an endless task."""
         found: dict[str, dict[str, int | None]] = {
             task.name: {why: len(rows) for why, rows in task.source.dropped.items() if why != HELD_OUT}
             for task in self.tasks
@@ -102,7 +102,7 @@ class SFTData:
 
     @property
     def summaries(self) -> list[str]:
-        """A line a task; in yellow where rows are not used."""
+        """One line per task, in yellow where rows are not used."""
         dropped = self.dropped
         lines = {task.name: f"Latent-SFT on {task.summary}" for task in self.tasks}
         lines |= {task.name: f"Latent-SFT leaves out {task.name}: {NO_CHAIN}" for task in self.without_chain}
@@ -112,7 +112,7 @@ class SFTData:
         return self.chains.row(task, problem)
 
     def rows(self, step: int, count: int) -> list[SFTRow]:
-        """The `count` rows of step `step` (from 0): a function of both."""
+        """Returns the `count` rows of step `step` (from 0), which depend on nothing else."""
         made = self._made.pop((step, count), None)
         if made is not None:
             return made
@@ -120,7 +120,7 @@ class SFTData:
         return [self.row(self.tasks[draw.task], draw.problem) for draw in draws]
 
     def check(self, count: int) -> None:
-        """Makes the first rows now, for a generated task can drop no problem. Raises ConfigError."""
+        """Makes the first rows now, since a generated task cannot drop problems later. Raises ConfigError."""
         self._made[0, count] = self.rows(0, count)
 
 
@@ -135,8 +135,8 @@ def prepare_sft(
         (found if has_chain(task.source) else without).append(task)
     if not found:
         raise ConfigError(
-            "warm_start needs an explicit chain of thought and no training task has one; set the task's columns.cot, "
-            "or start from a model that thinks in latent steps already (model.path, no warm_start)"
+            "warm_start needs an explicit chain of thought, but no training task has one; set the task's columns.cot, "
+            "or start from a model that already thinks in latent steps (model.path, and no warm_start)"
         )
     share = -(-settings.evaluation_problems // len(found))
     training: list[PreparedTask] = []
@@ -154,9 +154,9 @@ def prepare_sft(
 
 
 def _chain_text(problem: Problem, think_end: str) -> str:
-    """Without the end of thinking: the row puts one behind the chain, and one inside would end it early.
+    """Returns a problem's chain without the end of thinking, which the row adds and which would end the chain early.
 
-    Raises :class:`NoChain` where nothing else is there.
+    Raises :class:`NoChain` where no other text is left.
     """
     text = problem.cot.replace(think_end, "") if think_end else problem.cot
     if not text.strip():
@@ -168,14 +168,17 @@ def _chain_text(problem: Problem, think_end: str) -> str:
 
 
 def has_chain(source: TaskSource) -> bool:
-    """Whether any problem has a chain of thought; of a generated task the first one is asked."""
-    asked = source.size if isinstance(source, StoredTask) else 1
-    return any(source.problem(i).cot.strip() for i in range(asked))
+    """Whether any problem has a chain of thought; a generated task is judged by its first problem."""
+    inspected = source.size if isinstance(source, StoredTask) else 1
+    return any(source.problem(i).cot.strip() for i in range(inspected))
 
 
 def _split(task: PreparedTask, count: int, config: RunConfig, chains: Chains) -> tuple[PreparedTask, list[Problem]]:
-    """What to train on, and up to `count` held-out problems: of a generated task the other split, of a stored one
-    its last problems. A stored task's unusable problems are dropped and counted; a generated one cannot drop any."""
+    """Splits a task into what to train on and up to `count` held-out problems.
+
+    A generated task holds out its other split, a stored task its last problems. A stored task's unusable problems are
+    dropped and counted; a generated task cannot drop any.
+    """
     source = task.source
     if not isinstance(source, StoredTask):
         options = {**source.config.options, "split": "evaluation", "seed": config.seed + HELD_OUT_SEED, "size": count}
@@ -190,8 +193,8 @@ def _split(task: PreparedTask, count: int, config: RunConfig, chains: Chains) ->
     count = min(count, max(int(source.size * HELD_OUT_SHARE), 1))
     if source.size <= count:
         raise TaskError(
-            f"task {task.name}: {source.size} usable problem(s) are too few for Latent-SFT, which keeps {count} "
-            "apart to be judged on; give it more"
+            f"task {task.name}: {source.size} usable problem(s) are too few for Latent-SFT, which holds out {count} "
+            "to measure pass@1; give the task more problems"
         )
     held_out = [source.problem(i) for i in range(source.size - count, source.size)]
     names = {problem.uid for problem in held_out}
@@ -210,7 +213,7 @@ def _check_lengths(source: StoredTask, compression: int) -> None:
     if short + long > MOST_DROPPED * chains:
         raise TaskError(
             f"task {source.config.name}: {short + long:,} of {chains:,} rows with a chain of thought would be dropped "
-            f"for its length, allowed is half: {short:,} are shorter than warm_start.compression ({compression} "
+            f"for its length; at most half may be: {short:,} are shorter than warm_start.compression ({compression} "
             f"tokens), {long:,} do not fit into max_response_tokens ({budget}). Lower warm_start.compression for "
             "short chains, raise the task's max_response_tokens for long ones, or give a file of the rows that fit"
         )

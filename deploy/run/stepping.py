@@ -1,4 +1,4 @@
-"""Interruptible steps: an interrupt finishes the running step, keeps the state, and is then passed on.
+"""Interruptible steps: after an interrupt the running step ends, the state is saved, and the interrupt is raised.
 
 The loops of RL and of both stages of Latent-SFT use :func:`interruptible`; the latter count their steps with
 :class:`LearnerSteps`.
@@ -23,7 +23,7 @@ from latent_grpo.deploy.run.progress import Reporter
 
 @contextlib.contextmanager
 def interruptible(finish: Callable[[], str], reporter: Reporter) -> Iterator[None]:
-    """Runs a loop. An interrupt inside calls `finish`, which keeps the state and returns what to report, and goes up.
+    """Runs a loop. An interrupt inside calls `finish`, which saves the state and returns a report, and is raised again.
 
     A first SIGINT or SIGTERM waits for the loop's next :func:`common.interrupts.check_interrupt`.
     """
@@ -36,15 +36,16 @@ def interruptible(finish: Callable[[], str], reporter: Reporter) -> Iterator[Non
 
 
 class StepLearner(Stepping, Protocol):
-    """A learner whose steps :class:`LearnerSteps` takes."""
+    """A learner that :class:`LearnerSteps` drives."""
 
     def start_step(self, *inputs: Any) -> None: ...
 
 
 class LearnerSteps:
-    """The steps of a learner, taken one at a time: counted, recorded, and kept between any two of them.
+    """Takes the steps of a learner one at a time, counts and records them, and can save the state between any two.
 
-    `done`: steps taken before. `record(done, metrics)` is called after each step, `keep(done)` writes the state.
+    `done` is the number of steps taken before. `record(done, metrics)` is called after each step; `keep(done)` writes
+    the state.
     """
 
     def __init__(
@@ -59,24 +60,24 @@ class LearnerSteps:
         self._running = False
 
     def start(self, *inputs: Any) -> None:
-        """Begins a step, unless an interrupt came."""
+        """Begins a step, unless an interrupt is pending."""
         check_interrupt()
         self._learner.start_step(*inputs)
         self._running = True
 
     def finish(self) -> dict[str, float]:
-        """The metrics of the step that was begun, once it is done."""
+        """Waits for the step that was begun and returns its metrics."""
         return self._finished(wait_for_step(self._learner))
 
     def keep(self) -> None:
-        """Writes the state, unless it is written already."""
+        """Writes the state, unless it has been written already."""
         if self.done != self.saved:
             self._keep(self.done)
             self.saved = self.done
 
     @contextlib.contextmanager
     def interruptible(self, name: str, reporter: Reporter) -> Iterator[None]:
-        """:func:`interruptible` for these steps; `name` is the loop's in the report."""
+        """Runs a loop over these steps as :func:`interruptible` does; `name` is the loop's name in the report."""
 
         def settle() -> str:
             if self._running and (metrics := finish_within(self._learner)) is not None:

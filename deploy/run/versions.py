@@ -1,7 +1,7 @@
-"""Which versions run: of this program's code, of its installation, and of the packages; here and where a job came from.
+"""The versions of this program's code, of its installation and of the packages, here and where a job was submitted.
 
-A job brings its code along and finds its packages there. Both can differ from what the submitter has tested, so a run
-compares them at its start and says every difference.
+A job brings its code and uses the packages of the cluster. Both can differ from what the submitter has tested, so a
+run compares them at its start and reports every difference.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def versions() -> dict[str, str]:
 
 
 def differences(here: Mapping[str, str] | None = None, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """One sentence for each version that is not the one it should be; empty where all agree.
+    """Returns one sentence for each version that is not the expected one; none where all agree.
 
-    `here`: what runs (default: :func:`versions`).
+    `here` holds the versions that run (default: :func:`versions`).
     """
     here, found = here or versions(), []
     code = here["latent-grpo"]
@@ -38,7 +38,7 @@ def differences(here: Mapping[str, str] | None = None, environment: Mapping[str,
     except importlib.metadata.PackageNotFoundError:
         installed = code  # an image with the dependencies only
     if installed != code:
-        found.append(f"the code that runs is latent-grpo {code}, installed here is {installed}")
+        found.append(f"the code that runs is latent-grpo {code}, but latent-grpo {installed} is installed here")
     else:
         found += differing_copies()
     submitted = json.loads(environment.get(SUBMITTED, "{}"))
@@ -51,9 +51,9 @@ def differences(here: Mapping[str, str] | None = None, environment: Mapping[str,
 
 
 def differing_copies(search: Sequence[str] | None = None) -> list[str]:
-    """A sentence for each installed copy of this program whose sources are not those that run.
+    """Returns a sentence for each installed copy of this program whose sources differ from those that run.
 
-    `search`: where to look for it; default: the import path.
+    `search` lists the folders to look in; the default is the import path.
     """
     return [
         f"the code that runs is {ROOT}, whose sources differ from those of latent-grpo {version} installed in {copy}"

@@ -1,4 +1,6 @@
-"""The loop of Latent-SFT's stage 1 (METHOD §7b): encoder, decoder, both. Stage 2 (`deploy.sft.loop`) uses its labels.
+"""The loop of stage 1 of Latent-SFT (METHOD §7b), which trains the encoder, the decoder, then both.
+
+Stage 2 (`deploy.sft.loop`) uses its labels.
 
 initial model ─► encoder learns ─► decoder learns ─► both learn ─► stage 2 begins from the decoder,
                                                                    its soft labels come from the encoder
@@ -18,13 +20,13 @@ from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.sft.induction import DECODER, PHASES, Phase
 from latent_grpo.learner.sft.induction_learner import InductionLearner
 
-JUDGED = 256  # held-out rows at the end of a step
+JUDGED = 256  # held-out rows that are evaluated at the end of a phase
 
 
 def induce(run: Run, data: SFTData) -> Path:
-    """The decoder's folder, with the encoder's beside it.
+    """Runs stage 1 and returns the decoder's folder, which has the encoder's beside it.
 
-    What a stopped run has finished stays; within a step it goes on from the last state (`checkpoint.every`).
+    A stopped run keeps its finished phases and resumes the current one from its last state (`checkpoint.every`).
     """
     model: str | Path = run.initial
     for number, phase in enumerate(PHASES, start=1):
@@ -33,7 +35,7 @@ def induce(run: Run, data: SFTData) -> Path:
             learner = InductionLearner(run.config, model, phase)
             try:
                 _learn(run, data, learner, phase, number)
-                with deferred_interrupts():  # what was trained is there before an interrupt ends the run
+                with deferred_interrupts():  # the trained model is saved before an interrupt ends the run
                     _judge(run, data, learner, phase)
                     save_whole(folder, learner.export)
             finally:
@@ -47,7 +49,7 @@ def _learn(run: Run, data: SFTData, learner: InductionLearner, phase: Phase, num
     settings, name = run.config.latent_sft.induction, f"stage 1, {phase},"
     total, states = getattr(settings, f"{phase}_steps"), run.folder.induction / f"{phase}-states"
     every, kind = run.config.checkpoint.every, f"induction_{phase}"
-    # each step of stage 1 reads on where the one before it stopped
+    # each phase of stage 1 continues reading the data where the phase before it stopped
     first = sum(getattr(settings, f"{earlier}_steps") for earlier in PHASES[: number - 1])
 
     def record(done: int, values: dict[str, float]) -> None:
@@ -68,7 +70,7 @@ def _learn(run: Run, data: SFTData, learner: InductionLearner, phase: Phase, num
 
 
 def _judge(run: Run, data: SFTData, learner: InductionLearner, phase: Phase) -> None:
-    """Says how well the decoder answers held-out problems from their own induced latents, and from other problems'."""
+    """Reports the answer loss on held-out problems, given their own induced latents and given other problems'."""
     rows = [data.row(task, problem) for task, problem in data.held_out[:JUDGED]]
     own, shuffled = (learner.judge(rows, shuffled=s)["answer_loss"] for s in (False, True))
     done, kind = getattr(run.config.latent_sft.induction, f"{phase}_steps"), f"induction_{phase}_held_out"
@@ -79,12 +81,12 @@ def _judge(run: Run, data: SFTData, learner: InductionLearner, phase: Phase) -> 
 
 
 def _restored(run: Run, learner: InductionLearner, states: Path, phase: Phase) -> int:
-    """Steps done before; 0 if none was kept."""
+    """Loads the last state, if there is one, and returns its number of steps, else 0."""
     checkpoint = latest_checkpoint(states)
     if checkpoint is None:
         return 0
     for skipped in checkpoint.skipped:
         run.reporter.say(f"[yellow]state {skipped.path.name} of stage 1 skipped: {skipped.reason}[/]")
     learner.load(checkpoint.path / "learner")
-    run.reporter.say(f"stage 1, {phase}, goes on from step {checkpoint.step}, lineage {run.lineage}")
+    run.reporter.say(f"stage 1, {phase}: resuming from step {checkpoint.step}, lineage {run.lineage}")
     return checkpoint.step

@@ -1,9 +1,9 @@
-"""The loop of Latent-SFT (METHOD §7): train on chains, watch held-out pass@1, stop where RL can begin.
+"""The loop of Latent-SFT (METHOD §7): it trains on chains, measures held-out pass@1, and stops where RL can begin.
 
 rows of the next step are made here ──► ranks train ──► every `evaluate_every` steps: publish, generate, grade
 
-A step is a function of its number: rows, perturbation and self-feeding come from (seed, step). So the state of a
-stopped Latent-SFT is the learner's and a :class:`Progress`, and going on repeats nothing and skips nothing.
+A step is a function of its number: rows, perturbation and self-feeding come from (seed, step). The state of a stopped
+Latent-SFT is therefore the learner's and a :class:`Progress`, and a resume repeats and skips nothing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from latent_grpo.learner.sft.learner import SFTLearner
 
 
 class SFTRanks(StepLearner, Protocol):
-    """What trains: :class:`SFTLearner`, or one with its face."""
+    """The learner of the loop: :class:`SFTLearner`, or one with its interface."""
 
     def publish(self, version: int) -> Any:
-        """What the pool takes as a publication."""
+        """Returns a publication of the weights for the rollout pool."""
 
     def save(self, folder: str | Path) -> None: ...
 
@@ -49,12 +49,12 @@ class SFTRanks(StepLearner, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a Latent-SFT is."""
+    """The progress of a Latent-SFT, as its checkpoints store it."""
 
     steps: int = 0
     evaluated_at: int = 0
     held_out_pass_at_1: float | None = None  # of the last evaluation
-    reached: bool = False  # stop_at
+    reached: bool = False  # whether pass@1 has reached stop_at
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------
@@ -72,9 +72,9 @@ def run_latent_sft(
     progress: Progress = Progress(),
     keep: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Trains until the held-out pass@1 is `stop_at`, or for `max_steps`. The learner holds the result.
+    """Trains until the held-out pass@1 reaches `stop_at`, or for `max_steps`. The learner holds the result.
 
-    `keep` writes the learner's state with the progress: every `checkpoint.every` steps, and at an interrupt.
+    `keep` saves the learner's state with the progress, every `checkpoint.every` steps and at an interrupt.
     """
     settings = config.latent_sft
 
@@ -137,16 +137,16 @@ def _evaluate(config: RunConfig, data: SFTData, learner: SFTRanks, pool: Pool, s
 
 
 def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> RunFolder:
-    """Latent-SFT alone (METHOD §7): its model is in the run's `base/`, for `model.path` of later runs."""
+    """Runs Latent-SFT alone (METHOD §7). Its model is in the run's `base/`, for `model.path` of later runs."""
     if config.warm_start is None:
-        raise ConfigError(f"profile {profile} has no section warm_start; add it (an empty one takes the defaults)")
+        raise ConfigError(f"profile {profile} has no section warm_start; add it (an empty section uses the defaults)")
     reporter = reporter or Reporter()
     prepared = prepare(config, reporter)
     return _alone(create_run(config, profile), config, 0, reporter, prepared)
 
 
 def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
-    """Goes on with a stopped `sft` from its last complete state; a finished one is only reported."""
+    """Resumes a stopped `sft` from its last complete state; a finished one is only reported."""
     reporter = reporter or Reporter()
     folder = RunFolder(Path(path))
     if (folder.base_model / "config.json").is_file() and (folder.path / "config.json").is_file():
@@ -154,21 +154,24 @@ def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None
         return folder
     folder, config, lineage = reopen_run(path, overrides)
     if config.warm_start is None:
-        raise ConfigError(f"{folder.path} has no warm_start: it is not a Latent-SFT; use `latent-grpo train --resume`")
+        raise ConfigError(
+            f"{folder.path} has no warm_start, so it is not a Latent-SFT; resume it with `latent-grpo train --resume`"
+        )
     return _alone(folder, config, lineage, reporter, prepare(config, reporter, folder))
 
 
 def _alone(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, prepared: Prepared) -> RunFolder:
     with run_session(folder, config, lineage, reporter, prepared) as run:
         model = warm_start(run)
-    reporter.say(f"model {model}; train it with model.path={model} model.new=null warm_start=null")
+    reporter.say(f"model {model}; to train it, give model.path={model} model.new=null warm_start=null")
     return folder
 
 
 def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRanks] = SFTLearner) -> Path:
-    """Latent-SFT of the initial model into `base/` (METHOD §7); a resumed run goes on with it, or has it already.
+    """Runs Latent-SFT on the initial model and returns its folder, `base/` (METHOD §7).
 
-    `make_learner(config, model)`: what trains, with the face of :class:`SFTLearner`.
+    A resumed run continues its Latent-SFT, or finds it finished. `make_learner(config, model)` makes a learner with the
+    interface of :class:`SFTLearner`.
     """
     config, base, data = run.config, run.folder.base_model, run.prepared.sft
     if (base / "config.json").is_file() or data is None:
@@ -189,7 +192,7 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
             progress=_restored(run, learner),
             keep=lambda progress: _keep(run, learner, progress),
         )
-        with deferred_interrupts():  # what was trained is there before an interrupt ends the run
+        with deferred_interrupts():  # the trained model is saved before an interrupt ends the run
             run.export(base, learner.export)
             pass_at_1 = outcome.held_out_pass_at_1
             run.record(sft={"steps": outcome.steps, "held_out_pass_at_1": pass_at_1, "dropped": data.dropped})
@@ -201,7 +204,7 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
     if stop_at is not None and not outcome.reached:
         run.reporter.say(
             f"[yellow]Latent-SFT stopped at warm_start.max_steps ({outcome.steps}) with a held-out pass@1 of "
-            f"{outcome.held_out_pass_at_1:.3f}, below stop_at {stop_at}; RL begins from there[/]"
+            f"{outcome.held_out_pass_at_1:.3f}, below stop_at {stop_at}; RL starts from this model[/]"
         )
     return base
 
@@ -213,7 +216,7 @@ def _restored(run: Run, learner: SFTRanks) -> Progress:
     for skipped in checkpoint.skipped:
         run.reporter.say(f"[yellow]state {skipped.path.name} of Latent-SFT skipped: {skipped.reason}[/]")
     learner.load(checkpoint.path / "learner")
-    run.reporter.say(f"Latent-SFT goes on from {checkpoint.path.name}, lineage {run.lineage}")
+    run.reporter.say(f"resuming Latent-SFT from {checkpoint.path.name}, lineage {run.lineage}")
     return Progress(**checkpoint.state)
 
 

@@ -154,7 +154,7 @@ def test_a_benchmark_file_with_missing_answers_is_refused(tmp_path, name, answer
     task = TaskConfig(name=name, path=str(path))
     config = load_config("quickstart")
     evaluation = config.evaluation.model_copy(update={"tasks": [task]})
-    with pytest.raises(TaskError, match=rf"evaluation task {name}: .*{message}.*of another benchmark"):
+    with pytest.raises(TaskError, match=rf"evaluation task {name}: .*{message}.*would not be this benchmark's"):
         Sources.read(config.model_copy(update={"evaluation": evaluation}))
 
 

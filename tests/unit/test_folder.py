@@ -41,7 +41,7 @@ def held(tmp_path):
 def test_a_run_that_has_not_stopped_is_not_resumed_and_stays_as_it_is(held):
     folder, process = held
     before = (folder.path / "run.json").read_bytes()
-    with pytest.raises(FolderInUse, match=rf"in use by process {process.pid} on .*Wait for it, or stop it"):
+    with pytest.raises(FolderInUse, match=rf"locked by process {process.pid} on .*Wait for it to end, or stop it"):
         reopen_run(folder.path, [])
     assert (folder.path / "run.json").read_bytes() == before, "its lineage is not touched"
 

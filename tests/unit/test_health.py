@@ -58,8 +58,8 @@ PROVOKED = {
     "max_publish_share": ({"time/publish_s": 4.0}, "publishing weights takes 40% of a step"),
     "max_dump_wait_share": ({"time/dump_wait_s": 1.0}, "waits for the disk in 10% of the time"),
     "min_effective_width": ({"latent/effective_width": 1.001}, "only 1 tokens in effect"),
-    "max_relative_width": ({"latent/effective_width": 2.999}, "100% of the way to uniform"),
-    "max_skipped_updates": ({"learner/skipped_updates": 1.0}, "1 updates a step were not finite"),
+    "max_relative_width": ({"latent/effective_width": 2.999}, "100% of the way to being uniform"),
+    "max_skipped_updates": ({"learner/skipped_updates": 1.0}, "1 updates per step were not finite"),
     "min_reward_retained": ({"rollout/reward": 0.1}, "fallen to 20% of its best level"),
 }
 

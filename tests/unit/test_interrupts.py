@@ -67,7 +67,7 @@ def fail():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_first_signal_waits_for_a_check(number, capfd):
     assert signalled(number, then=check_interrupt) == ["went on"]
-    assert capfd.readouterr().err.count("interrupt noted") == 1
+    assert capfd.readouterr().err.count("interrupt received") == 1
     check_interrupt()  # it was taken: nothing is left
 
 

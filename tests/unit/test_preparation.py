@@ -86,7 +86,7 @@ WARM_START = {"sft": [WARM]}
         ({"think_end_ids": [1, 2]}, [], r"splits '</think>' into .* the model was trained with \[1, 2\]"),
         ({}, ["evaluation.tasks.0.max_response_tokens=40"], r"need 72 positions, model .* has 60"),
         ({}, ["evaluation.tasks.0.path=nowhere.jsonl"], r"nowhere\.jsonl does not exist"),
-        ({}, ['evaluation.tasks.0.options={"operations": 6}'], r"evaluation task .* never ends; set its options\.size"),
+        ({}, ['evaluation.tasks.0.options={"operations": 6}'], r"evaluation task .* is endless; set its options\.size"),
     ],
 )
 def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, command, chain, overrides, message):
@@ -134,7 +134,7 @@ def test_a_latent_model_that_does_not_say_its_chain_is_one_line(tmp_path, overri
     assert len(lines) == said
     for line in lines:
         assert line.startswith("\x1b[33m")
-        assert f"model {model} has no {CHAIN_FILE}: k (3), tau (1) and think_end ('</think>') are the settings'" in line
+        assert f"model {model} has no {CHAIN_FILE}, so k (3), tau (1) and think_end ('</think>') could not" in line
 
 
 @pytest.mark.parametrize("command", ["train", "sft"])

@@ -25,7 +25,7 @@ def test_rollouts_alone_cannot_make_a_warm_start(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "overrides", "words"),
     [
-        (lambda folder: (folder / "config.json").unlink(), [], "no config.json there"),
+        (lambda folder: (folder / "config.json").unlink(), [], "no config.json"),
         (lambda folder: (folder / "trajectories").rename(folder / "gone"), [], "no dumped trajectories"),
         (lambda folder: None, ["k=4"], r"k \(4\) differs from that of the dumps \(3\)"),
     ],

@@ -163,7 +163,7 @@ def test_check_compares_with_the_folder_as_a_run_does_and_writes_nothing(write, 
             ask(other)
     assert {path.name: path.read_bytes() for path in request.folder.iterdir()} == kept
     with run_lock(request.folder):
-        assert [line for line in check(request) if f"{request.folder} is in use by process {os.getpid()} on" in line]
+        assert [line for line in check(request) if f"{request.folder} is locked by process {os.getpid()} on" in line]
     assert not [line for line in check(request) if "in use" in line]
 
 
@@ -221,7 +221,7 @@ def test_a_unit_that_another_process_is_at_is_left_alone(write, tmp_path):
     folder = unit_folder(request.folder, unit)
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("of the other\n")
-    with run_lock(folder), pytest.raises(FolderInUse, match="in use by process"):
+    with run_lock(folder), pytest.raises(FolderInUse, match="locked by process"):
         run_unit(request, unit.key)
     assert (folder / "metrics.jsonl").read_text() == "of the other\n"
 

@@ -22,7 +22,7 @@ def test_every_difference_is_one_sentence():
     here = versions.versions() | {"latent-grpo": "99.0"}
     submitted = here | {"torch": "1.0", "unheard-of": "3"}
     first, *others = versions.differences(here, {versions.SUBMITTED: json.dumps(submitted)})
-    assert first.startswith("the code that runs is latent-grpo 99.0, installed here is")
+    assert first.startswith("the code that runs is latent-grpo 99.0, but latent-grpo ")
     assert any("torch is" in line and "1.0 where the job was submitted" in line for line in others)
     assert not any("unheard-of" in line for line in others)
 
