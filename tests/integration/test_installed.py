@@ -36,7 +36,7 @@ import json, os, sys, threading, time
 def tell(path):
     told = -1
     while True:
-        time.sleep(1.0)
+        time.sleep(0.1)
         modules = list(sys.modules.items())
         if len(modules) == told:
             continue
@@ -61,6 +61,7 @@ USERS_MODULE = "users_parity"
 VERIFIER = '''
 """A verifier of the user's; every process in which it grades leaves a file."""
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -68,6 +69,9 @@ from latent_grpo.reward.verifier import Grade
 
 
 class Parity:
+    def __init__(self):
+        time.sleep(1.0)  # so that a grader lives long enough to tell of itself
+
     def grade(self, response_text, gold):
         Path(os.environ["TEST_CALLED"], str(os.getpid())).touch()
         good = zlib.crc32(response_text.encode()) % 2
