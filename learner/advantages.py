@@ -1,8 +1,8 @@
-"""METHOD §4: advantages, the first-token winner and the groups worth training on. Pure; statistics in float64.
+"""Advantages, the first-token winner and the groups worth training on (METHOD §4). Pure; statistics in float64.
 
-Rows are samples in any order, `groups` their groups' integer ids. NumPy arrays or torch tensors in, the kind (and the
-device) of the first argument out. A sample is graded unless `graded` says otherwise or its reward is NaN (the record's
-null); an aborted sample is one that was not graded.
+Rows are samples in any order, and `groups` holds their groups' integer ids. Functions take NumPy arrays or torch
+tensors and return the kind (and the device) of their first argument. A sample is graded unless `graded` says otherwise
+or its reward is NaN (the record's null); an aborted sample counts as not graded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Kind = TypeVar("Kind", np.ndarray, torch.Tensor)
 
 @dataclass(frozen=True, slots=True)
 class GroupSelection:
-    """What dynamic sampling keeps (METHOD §4.3), one entry per group in ascending order of its id."""
+    """The groups that dynamic sampling keeps (METHOD §4.3): one entry per group, in ascending order of its id."""
 
     groups: np.ndarray  # [M] int64: the ids
     reasons: tuple[str, ...]  # [M] why the group is dropped; "" where it is kept
@@ -37,7 +37,7 @@ class GroupSelection:
 
 @dataclass(frozen=True, slots=True)
 class _Samples:
-    """The samples with their groups numbered 0..M-1, and who counts as what (METHOD §4.1)."""
+    """The samples with their groups numbered 0..M-1, and how each one counts (METHOD §4.1)."""
 
     ids: np.ndarray  # [M] int64
     group: np.ndarray  # [B] int64
@@ -86,7 +86,7 @@ def _columns(**columns: Column) -> list[np.ndarray]:
     arrays = {name: _array(values) for name, values in columns.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
-        raise ValueError(f"one value per sample is needed in each column, all [B]; got {shapes}")
+        raise ValueError(f"each column must have one value per sample, [B]; got {shapes}")
     return list(arrays.values())
 
 
@@ -130,7 +130,7 @@ def group_advantages(
 
 
 def first_token_mask(advantages: Kind, groups: Column, valid: Column, mean_old_log_probs: Column) -> Kind:
-    """Which samples keep their advantage at the first response step (METHOD §4.2): [B] bool.
+    """Returns which samples keep their advantage at the first response step (METHOD §4.2): [B] bool.
 
     In each group the winner is the valid sample with A > 0 of the highest mean old log-prob over its steps; every other
     sample of the group gets False. Ties go to the first row: give a group's rows in the order of their sample indices.
@@ -142,7 +142,7 @@ def first_token_mask(advantages: Kind, groups: Column, valid: Column, mean_old_l
     _, group = np.unique(groups, return_inverse=True)
     candidates = np.flatnonzero(valid.astype(bool) & (advantage > 0))
     if np.isnan(mean[candidates]).any():
-        raise ValueError("mean_old_log_probs must be numbers for valid samples with a positive advantage, got NaN")
+        raise ValueError("mean_old_log_probs must not be NaN for valid samples with a positive advantage, got NaN")
     ranked = candidates[np.lexsort((candidates, -mean[candidates], group[candidates]))]
     led, first = np.unique(group[ranked], return_index=True)
     keep = ~np.isin(group, led)
@@ -153,7 +153,7 @@ def first_token_mask(advantages: Kind, groups: Column, valid: Column, mean_old_l
 def keep_groups(
     rewards: Column, groups: Column, valid: Column, *, graded: Column | None = None, masking: str = "exclude"
 ) -> GroupSelection:
-    """Which groups have something to teach (METHOD §4.3), and why the others have not. All columns [B].
+    """Returns which groups have something to teach (METHOD §4.3), and why the others have not. All columns are [B].
 
     Reasons: `ungraded` (no sample was graded), `too_few_valid` (fewer than two samples in the statistics),
     `all_equal` (their rewards), `no_advantage` (rewards differ, but only among samples whose advantage is masked).
@@ -173,7 +173,7 @@ def keep_groups(
 def drop_reason(
     rewards: Column, valid: Column, *, graded: Column | None = None, masking: str = "exclude"
 ) -> str | None:
-    """:func:`keep_groups` of one group: why it is dropped; None: it is kept. `rewards`, `valid`: [G]."""
+    """Returns why :func:`keep_groups` would drop one group, or None if it is kept. `rewards` and `valid` are [G]."""
     groups = np.zeros(len(rewards), dtype=np.int64)
     selection = keep_groups(rewards, groups, valid, graded=graded, masking=masking)
     return (selection.reasons[0] or None) if selection.reasons else "ungraded"

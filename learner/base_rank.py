@@ -1,6 +1,6 @@
-"""What every rank of a learner is: a process of a group with a ZeRO engine, that publishes, saves, loads and exports.
+"""The base of every learner rank: a process with a ZeRO engine that publishes, saves, loads and exports.
 
-Plain classes; `learner.group` puts them into Ray actors.
+These are plain classes; `learner.group` puts them into Ray actors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
 
 
 class TrainingEngine(Protocol):
-    """What trains a rank's module: :class:`learner.zero_engine.ZeroEngine`, or one with its face."""
+    """The engine that trains a rank's module: :class:`learner.zero_engine.ZeroEngine`, or one with its interface."""
 
     def forward(self, *inputs: Any) -> Any: ...
 
@@ -53,7 +53,7 @@ class TrainingEngine(Protocol):
 
 
 class RankActor:
-    """Subclasses give the module to train (:meth:`build`) and their own step."""
+    """A rank of a learner. Subclasses define the module to train (:meth:`build`) and their own step."""
 
     config: RunConfig
     rank: int
@@ -63,15 +63,15 @@ class RankActor:
     engine: TrainingEngine
 
     def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
-        """The module round `model` whose forward pass is the step's, and its optimizer's settings."""
+        """Returns the module around `model` that a step calls, and its optimizer's settings."""
         raise NotImplementedError
 
     def whereabouts(self) -> ProcessAddress:
-        """This process, which from now on answers with its stacks."""
+        """Returns this process's address and makes it answer with its stacks on request."""
         return serve_stacks()
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0's process group listens: this node, a free port."""
+        """Returns the address for rank 0's process group: this node and a free port."""
         import ray
 
         with socket.socket() as probe:
@@ -79,7 +79,7 @@ class RankActor:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def setup(self, rank: int, world: int, address: str, port: int, config: str, model_folder: str) -> None:
-        """Joins the group and loads the model. `config`: the run's, as JSON."""
+        """Joins the group and loads the model. `config` is the run's, as JSON."""
         self.config = RunConfig.model_validate_json(config)
         learner = self.config.learner
         self.rank, self.world, self.model_folder = rank, world, model_folder
@@ -92,7 +92,7 @@ class RankActor:
         self.engine = ZeroEngine(module, optimizer, learner, self.config.model.dtype, self.device)
 
     def publish(self, version: int) -> Publication | None:
-        """The weights as buckets in the object store, from rank 0; the other ranks help to gather."""
+        """Publishes the weights as buckets in the object store, on rank 0; the other ranks only help to gather."""
         size = self.config.learner.weight_bucket_bytes
         parameters = self.engine.full_parameters(size)
         if self.rank == 0:
@@ -108,13 +108,13 @@ class RankActor:
         self.engine.load(folder)
 
     def export(self, folder: str) -> None:
-        """The model in Hugging Face format with the tokenizer it came with."""
+        """Writes the model in Hugging Face format, with the tokenizer that it came with."""
         parameters = dict(self.engine.full_parameters(self.config.learner.weight_bucket_bytes))
         if self.rank == 0:
             self.write_model(parameters, self.model_folder, Path(folder))
 
     def write_model(self, parameters: dict[str, torch.Tensor], source: str, folder: Path) -> None:
-        """A model folder like `source` (a folder or hub id) with these parameters, and its tokenizer."""
+        """Writes a model folder like `source` (a folder or hub id) with these parameters and its tokenizer."""
         model = load_policy_model(source)
         model.to(getattr(torch, self.config.model.dtype))
         names = dict(model.named_parameters())

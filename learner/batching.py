@@ -1,4 +1,6 @@
-"""Which rows of a batch go where, and the tensors of a micro-batch. Pure: no Ray, no DeepSpeed, no model.
+"""The plan of a step, which assigns a batch's rows to ranks, and the tensors of a micro-batch.
+
+Pure: no Ray, no DeepSpeed, no model.
 
 Every rank sees the whole batch (a few megabytes) and computes the same plan, so nothing about it is communicated.
 ZeRO's collectives need equal numbers of forward passes, and of calls of every layer, on all ranks: ranks are padded
@@ -18,7 +20,7 @@ from latent_grpo.common.schema import TrajectoryBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """One forward pass of one rank. No rows: the rank takes part in the collectives and contributes nothing."""
+    """One forward pass of one rank. Without rows the rank takes part in the collectives and contributes nothing."""
 
     rows: tuple[int, ...]
     chunks: int  # pieces that the positions are split into at the output layer; equal on all ranks
@@ -26,14 +28,14 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiniBatch:
-    """What one optimizer update is computed from (METHOD symbols)."""
+    """The rows from which one optimizer update is computed (METHOD symbols)."""
 
     rows: tuple[int, ...]  # of all ranks, in the batch's order
     ranks: tuple[tuple[MicroBatch, ...], ...]  # [ranks][micro-batches], equally many on every rank
 
 
 def group_indices(group_uids: Sequence[str]) -> np.ndarray:
-    """Groups numbered in order of first appearance: [B] int64."""
+    """Numbers the groups in order of first appearance: [B] int64."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(uid, len(numbers)) for uid in group_uids], dtype=np.int64)
 
@@ -48,7 +50,7 @@ def plan(
     tokens_per_microbatch: int,
     chunk_tokens: int,
 ) -> tuple[MiniBatch, ...]:
-    """Mini-batches in prompt order, their rows dealt to ranks by tokens and packed into micro-batches.
+    """Plans mini-batches in prompt order, deals their rows to ranks by tokens and packs them into micro-batches.
 
     `prompt_lengths`, `num_steps`, `groups` [B]; groups numbered as by :func:`group_indices`. The padded size of a
     micro-batch, rows * longest, stays within `tokens_per_microbatch` unless a single row is longer. Deterministic.
@@ -77,7 +79,7 @@ def plan(
 
 
 def _deal(rows: np.ndarray, lengths: np.ndarray, ranks: int) -> list[list[int]]:
-    """Longest first, each to the rank with the fewest tokens (then the lowest number)."""
+    """Deals rows longest first, each to the rank with the fewest tokens (then the lowest number)."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for row in sorted(rows.tolist(), key=lambda r: (-lengths[r], r)):
@@ -88,7 +90,7 @@ def _deal(rows: np.ndarray, lengths: np.ndarray, ranks: int) -> list[list[int]]:
 
 
 def _pack(rows: list[int], lengths: np.ndarray, budget: int) -> list[tuple[int, ...]]:
-    """Rows sorted by falling length, cut where one more would break the budget: little padding."""
+    """Packs rows sorted by falling length, for little padding; a micro-batch ends where one more exceeds the budget."""
     packed: list[tuple[int, ...]] = []
     current: list[int] = []
     for row in rows:
@@ -106,10 +108,12 @@ def _pack(rows: list[int], lengths: np.ndarray, budget: int) -> list[tuple[int, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayInputs:
-    """R sequences, right-padded to S; F fed latent steps; N response steps; W = max(K, 1).
+    """The tensors of a micro-batch: R sequences, right-padded to S, with F fed latent steps and N response steps.
+
+    W is max(K, 1).
 
     A sequence is the prompt and all response steps but the last, which is only predicted. Padding lies to the right, so
-    causal attention needs no mask. A hard step's id and log-prob lie in column 0, its other columns repeat them.
+    causal attention needs no mask. A hard step's id and log-prob lie in column 0, and its other columns repeat them.
     """
 
     ids: torch.Tensor  # [R, S] int64: prompt and hard ids; 0 at latent positions and padding
@@ -135,7 +139,7 @@ class ReplayInputs:
 
 
 def collate(view: TrajectoryBatch, rows: Sequence[int], chunks: int = 1) -> ReplayInputs:
-    """The rows of a record batch as tensors; no rows give one padding token without any step."""
+    """Makes tensors of the rows of a record batch; without rows, one padding token without any step."""
     width = max(view.k, 1)
     lengths = [len(view.prompt_ids[r]) + max(int(view.num_steps[r]), 1) - 1 for r in rows]
     ids = np.zeros((max(len(rows), 1), max(lengths, default=1)), dtype=np.int64)
@@ -192,5 +196,5 @@ def _joined(name: str, parts: list[np.ndarray], width: int) -> torch.Tensor:
 
 
 def _softmax(values: np.ndarray) -> np.ndarray:
-    """Over the last axis, by torch: the same bits as the engine's."""
+    """Softmax over the last axis, computed by torch for the same bits as the engine's."""
     return torch.softmax(torch.from_numpy(np.array(values, dtype=np.float32)), dim=-1).numpy()

@@ -1,7 +1,6 @@
-"""Score centering (ours, docs/centering.md): a latent step's log-density relative to what the same state would have
-drawn with other noise.
+"""Score centering (ours, docs/centering.md): a latent step's log-density relative to other draws of the same step.
 
-A policy gradient leaves a state's probabilities alone, on average over what is drawn in it, because scores have mean
+A policy gradient does not change a state's probabilities on average over what is drawn there, because scores have mean
 zero: E[grad log pi(a | s)] = 0. METHOD §3.1's surrogate is no density of what §2.1 draws, and its score has a mean:
 with one-sided noise every selected component is pushed in the sign of the advantage, and a token that is selected
 whatever the noise (a filler) in every sample. Here J other draws of the same step are made from the learner's own
@@ -10,8 +9,9 @@ logits before the step's first update, and the mean over those that stay latent 
     log pi_centered = log pi(drawn) - mean_j log pi(other draw j)
 
 Given that a step stays latent, value and gradient then have mean zero over the noise, for samples of the current policy
-(`max_staleness` 0) at the first update of a step; later updates are PPO's, as ever. Hard steps, the end of latent mode
-among them, are not centered. The noise of the draws is a function of the trajectory's identity (METHOD §2.5).
+(`max_staleness` 0) at the first update of a step; later updates are PPO's, as without centering. Hard steps, the end of
+latent mode among them, are not centered. The noise of the draws is a function of the trajectory's identity
+(METHOD §2.5).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from latent_grpo.learner.batching import ReplayInputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherDraws:
-    """J other draws of each of the L latent steps of a micro-batch, constant in the gradient: 12 bytes x L J K."""
+    """J other draws of each of a micro-batch's L latent steps, constant in the gradient; they take 12 bytes x L J K."""
 
     ids: torch.Tensor  # [L, J, K] int32
     scores: torch.Tensor  # [L, J, K] float32
     weights: torch.Tensor  # [L, J, K] float32
-    shares: torch.Tensor  # [L, J] float32: what a draw counts in the mean; 0 if it leaves latent mode
+    shares: torch.Tensor  # [L, J] float32: a draw's weight in the mean; 0 if it leaves latent mode
 
     @property
     def usable(self) -> torch.Tensor:
@@ -52,10 +52,11 @@ class OtherDraws:
         advantages: torch.Tensor | None = None,
         flip: Flip = "off",
     ) -> torch.Tensor:
-        """log pi of the latent steps, `surrogate` [L], relative to the other draws: [L].
+        """Returns log pi of the latent steps, `surrogate` [L], relative to the other draws: [L].
 
-        `log_probs` [L, J, K]: what the policy gives the ids. `advantages` [L] with `flip` turn on METHOD §3.2 for the
-        other draws as for the recorded one. A step whose draws all leave latent mode keeps its value without gradient.
+        `log_probs` [L, J, K] are the policy's log-probs of the ids. `advantages` [L] and `flip` turn on METHOD §3.2 for
+        the other draws as for the recorded one. A step whose draws all leave latent mode keeps its value without
+        gradient.
         """
         draws = surrogate_log_prob(
             log_probs.flatten(0, 1),
@@ -68,7 +69,7 @@ class OtherDraws:
         return torch.where(self.usable, surrogate - mean, surrogate.detach())
 
     def widened(self, inputs: ReplayInputs) -> torch.Tensor:
-        """The ids of all response steps whose log-probs are wanted: [N, W + J K]; hard steps repeat theirs."""
+        """Returns the ids of all response steps whose log-probs are needed, [N, W + J K]; hard steps repeat theirs."""
         others = inputs.selected[:, :1].repeat(1, self.ids.shape[1] * self.ids.shape[2])
         others[inputs.latent] = self.ids.flatten(1).long()
         return torch.cat([inputs.selected, others], dim=1)
@@ -78,7 +79,7 @@ class Redraw:
     """Makes the other draws of a micro-batch, in the order of its latent steps, as logits become known."""
 
     def __init__(self, view: TrajectoryBatch, inputs: ReplayInputs, keys: np.ndarray, facts: TokenFacts):
-        """`keys` [B, J] int64: :func:`draw_keys` of the whole batch `view`."""
+        """`keys` [B, J] int64 are the :func:`draw_keys` of the whole batch `view`."""
         device, latent = inputs.ids.device, inputs.latent.cpu()
         rows = inputs.batch_rows.cpu()[latent].numpy()
 
@@ -94,13 +95,13 @@ class Redraw:
         self._drawn: list[tuple[torch.Tensor, ...]] = []
 
     def visit(self, piece: slice, logits: torch.Tensor) -> None:
-        """Draws from the logits [n, V], at the steps' temperatures, of the next response steps `piece`."""
+        """Draws from the logits [n, V] of the next response steps, `piece`, divided by the steps' temperatures."""
         latent = self._latent[piece]
         first = int(self._latent[: piece.start].sum())
         which = slice(first, first + int(latent.sum()))
         logits = logits[latent.to(logits.device)]
         usable = logits.logsumexp(-1).isfinite()
-        if not usable.all():  # nothing can be drawn; what guards updates meets the step's own log-prob
+        if not usable.all():  # nothing can be drawn; the guard of updates sees the step's own log-prob
             logits = torch.where(usable.unsqueeze(-1), logits, 0.0)
         draws = latent_draws(
             logits,
@@ -123,13 +124,13 @@ class Redraw:
         self._drawn.append((ids.int(), scores, weights, shares, log_probs))
 
     def draws(self) -> tuple[OtherDraws, torch.Tensor]:
-        """All of them, once every piece has been visited, and their log-probs under these logits [L, J, K]."""
+        """Returns all draws, once every piece has been visited, and their log-probs under these logits [L, J, K]."""
         ids, scores, weights, shares, log_probs = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
         return OtherDraws(ids=ids, scores=scores, weights=weights, shares=shares), log_probs
 
 
 def draw_keys(view: TrajectoryBatch, draws: int) -> np.ndarray:
-    """The keys of the other draws' randomness, a function of each trajectory's identity: [B, draws] int64."""
+    """Returns the keys of the other draws' randomness, a function of each trajectory's identity: [B, draws] int64."""
     names = ("run_seed", "problem_uid", "epoch", "sample_index", "policy_version_min")
     identities = zip(*(view.values(name) for name in names), strict=True)
     keys = [

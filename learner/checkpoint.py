@@ -9,7 +9,7 @@ One checkpoint is one folder below the root::
 
 It is written under a temporary name: files, fsync, manifest, fsync, and only then the rename that makes it a
 checkpoint. Names begin with a sequence number and not with the step, because a run that was rewound to an earlier
-checkpoint passes the same steps again and what was written last must win.
+checkpoint passes the same steps again, and the checkpoint that was written last must win.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(RunError):
-    """No usable checkpoint, or one that could not be written. The message says which and why."""
+    """A checkpoint that is damaged or could not be written. The message says which and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skipped:
-    """A folder that was not taken, and the reason in plain words."""
+    """A folder that was skipped, and the reason in plain words."""
 
     path: Path
     reason: str
@@ -82,7 +82,7 @@ def write_checkpoint(
         _seal(temporary, step)
         temporary.rename(root / name)
         fsync(root)
-    except BaseException:  # an interrupt too: what is left of this attempt is of no use to anybody
+    except BaseException:  # also for an interrupt: the unfinished folder has no use
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for _, _, old in _folders(root)[:-keep]:
@@ -91,10 +91,10 @@ def write_checkpoint(
 
 
 def latest_checkpoint(root: str | Path) -> Checkpoint | None:
-    """The last complete checkpoint, with the list of what was skipped; None if none was ever finished.
+    """Returns the last complete checkpoint, with the list of skipped ones, or None if none was ever finished.
 
-    Raises :class:`CheckpointError` if there are finished checkpoints and all are damaged: starting from nothing
-    would throw the run away in silence.
+    Raises :class:`CheckpointError` if there are finished checkpoints and all are damaged, since a start from nothing
+    would silently discard the run.
     """
     root = Path(root)
     if not root.is_dir():
@@ -117,7 +117,7 @@ def latest_checkpoint(root: str | Path) -> Checkpoint | None:
     if damaged:
         reasons = "; ".join(f"{s.path.name}: {s.reason}" for s in damaged)
         raise CheckpointError(
-            f"{root}: no complete checkpoint among {len(damaged)} ({reasons}). Restore one from a backup, or move the "
+            f"{root}: all {len(damaged)} checkpoints are damaged ({reasons}). Restore one from a backup, or move the "
             "folder away to start the run from the beginning"
         )
     for skip in skipped:
@@ -126,7 +126,7 @@ def latest_checkpoint(root: str | Path) -> Checkpoint | None:
 
 
 def list_checkpoints(root: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the finished checkpoints, oldest first, without verifying their bytes."""
+    """Returns (step, folder) of the finished checkpoints, oldest first, without verifying their bytes."""
     return [(step, path) for _, step, path in _folders(Path(root))]
 
 
@@ -180,7 +180,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     if checksum != _body_checksum(body):
         raise CheckpointError(f"{MANIFEST} is damaged: it does not match its own checksum")
     if version != FORMAT:
-        raise CheckpointError(f"checkpoint format {version}, this program reads format {FORMAT}")
+        raise CheckpointError(f"it has checkpoint format {version}, this program reads format {FORMAT}")
     return files
 
 
@@ -192,7 +192,7 @@ def _body_checksum(body: dict[str, Any]) -> str:
 
 
 def _folders(root: Path) -> list[tuple[int, int, Path]]:
-    """(sequence, step, folder) of finished checkpoints, oldest first."""
+    """Returns (sequence, step, folder) of finished checkpoints, oldest first."""
     if not root.is_dir():
         return []
     matches = ((_NAME.fullmatch(p.name), p) for p in root.iterdir() if p.is_dir())
@@ -200,14 +200,14 @@ def _folders(root: Path) -> list[tuple[int, int, Path]]:
 
 
 def _sweep(root: Path) -> None:
-    """Removes what earlier runs that were killed left half written or half deleted."""
+    """Removes folders that a killed run left half written or half deleted."""
     for path in root.iterdir():
         if path.name.startswith((_UNFINISHED, _DISCARDED)):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _discard(folder: Path) -> None:
-    """Renamed first: a kill in the middle of the removal must not leave what looks like a damaged checkpoint."""
+    """Removes a folder under another name, so that a kill in between does not leave a damaged checkpoint."""
     hidden = folder.with_name(f"{_DISCARDED}{folder.name}")
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)

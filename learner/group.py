@@ -1,7 +1,7 @@
-"""Ranks of a learner as Ray actors, seen from the driver: one call for all of them, a deadline on every wait.
+"""The driver's side of a learner's ranks, which are Ray actors: one call for all of them, a deadline on every wait.
 
-A rank that dies breaks the process group of all: nothing is retried. The error names the rank and ends the run, which
-`train --resume` takes up again from the last checkpoint.
+A rank that dies breaks the process group of all ranks, so nothing is retried. The error names the rank and ends the
+run, which `train --resume` continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from latent_grpo.common.weights import Publication
 from latent_grpo.learner.base_rank import RankActor
 
 log = logging.getLogger(__name__)
-SHOWN = 4  # ranks whose stacks are shown: in a collective all late ones are alike
+SHOWN = 4  # ranks whose stacks are shown; in a collective all late ranks look alike
 PEER_DEATH_S = 15.0  # a survivor's broken collective is often reported before the death that caused it
 
 
 class LearnerError(RunError):
-    """The learner cannot go on: a rank died, raised or missed its deadline."""
+    """The learner cannot continue because a rank died, raised or missed its deadline."""
 
 
 class RankGroup:
@@ -60,7 +60,7 @@ class RankGroup:
                 for index, rank in enumerate(self._ranks)
             ]
             self._wait(setups, config.deadlines.start_s, "load the model", "deadlines.start_s")
-        except BaseException:  # an interrupt too: no half-started group stays behind
+        except BaseException:  # also for an interrupt: no half-started group may remain
             self.close()
             raise
 
@@ -84,7 +84,7 @@ class RankGroup:
         return len(ready) == len(refs) or time.monotonic() > deadline or any(map(_failed, ready))
 
     def _finish(self) -> list[Any]:
-        """Waits for the step: every rank's report."""
+        """Waits for the step and returns every rank's report."""
         refs, deadline = self._running()
         try:
             return self._wait(refs, max(deadline - time.monotonic(), 0.0), "train", "deadlines.learner_s")
@@ -99,12 +99,15 @@ class RankGroup:
     # -- weights and state
 
     def publish(self, version: int) -> Publication:
-        """The current weights in the object store, checksummed. They live as long as rank 0 and the references."""
+        """Puts the current weights into the object store, with checksums.
+
+        They live as long as rank 0 and the references.
+        """
         refs = [rank.publish.remote(version) for rank in self._ranks]
         return self._wait(refs, self.config.deadlines.weights_s, "publish", "deadlines.weights_s")[0]
 
     def save(self, folder: str | Path) -> None:
-        """Every rank's state below `folder`, which all ranks must see."""
+        """Writes every rank's state below `folder`, which all ranks must see."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._all("save", str(folder))
 
@@ -112,7 +115,7 @@ class RankGroup:
         self._all("load", str(folder))
 
     def export(self, folder: str | Path) -> None:
-        """The policy as a Hugging Face model folder."""
+        """Writes the policy as a Hugging Face model folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._all("export", str(folder))
 
@@ -127,7 +130,7 @@ class RankGroup:
         return self._wait(refs, self.config.deadlines.learner_s, method, "deadlines.learner_s")
 
     def _wait(self, refs: list[ray.ObjectRef[Any]], seconds: float, doing: str, key: str) -> list[Any]:
-        """Results of all ranks. The first failure ends the wait: the others may hang in a collective."""
+        """Returns the results of all ranks. The first failure ends the wait, since others may hang in a collective."""
         deadline, pending = time.monotonic() + seconds, list(refs)
         while pending:
             ready, pending = ray.wait(pending, timeout=max(deadline - time.monotonic(), 0.0))
@@ -135,18 +138,18 @@ class RankGroup:
                 late = [index for index, ref in enumerate(refs) if ref in pending]
                 shown = late[:SHOWN] if self._processes else []
                 for index, stacks in zip(shown, ask_for_stacks([self._processes[i] for i in shown]), strict=True):
-                    log.error("learner rank %d, which was to %s: %s", index, doing, stacks)
+                    log.error("learner rank %d, which had to %s: %s", index, doing, stacks)
                 needs = self.config.learner.resources
                 raise LearnerError(
                     f"learner rank(s) {late} did not {doing} within {seconds:g} s ({key}); each needs "
-                    f"{needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU, the cluster has free: {_free()}"
+                    f"{needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU, free in the cluster: {_free()}"
                 )
             if error := _failed(ready[0]):
                 raise self._explained(refs, doing, refs.index(ready[0]), error) from error
         return ray.get(refs, timeout=60)
 
     def _explained(self, refs: list[ray.ObjectRef[Any]], doing: str, rank: int, error: Exception) -> LearnerError:
-        """Names the death behind a survivor's error, if one is reported before all calls end or `PEER_DEATH_S` pass."""
+        """Names the dead rank behind a survivor's error, if it is reported before all calls end or `PEER_DEATH_S`."""
         end, pending = time.monotonic() + PEER_DEATH_S, list(refs)
         while pending and not isinstance(error, RayActorError):
             ready, pending = ray.wait(pending, timeout=max(end - time.monotonic(), 0.0))
@@ -156,15 +159,16 @@ class RankGroup:
                 rank, error = refs.index(ready[0]), other
         if isinstance(error, RayActorError):
             return LearnerError(
-                f"learner rank {rank} died while it was to {doing} ({error}); its memory or its node may be exhausted. "
-                "Its peers cannot go on without it: `latent-grpo train --resume RUN` goes on from the last checkpoint"
+                f"learner rank {rank} died while it had to {doing} ({error}); its node may have run out of memory. "
+                "The other ranks cannot continue without it: `latent-grpo train --resume RUN` continues from the last "
+                "checkpoint"
             )
         cause = error.cause if isinstance(error, RayTaskError) else error
         return LearnerError(f"learner rank {rank} failed to {doing}: {type(cause).__name__}: {cause}")
 
 
 def _failed(ref: ray.ObjectRef[Any]) -> Exception | None:
-    """The error of a finished call, or None."""
+    """Returns the error of a finished call, or None."""
     try:
         ray.get(ref, timeout=60)
     except (RayActorError, RayTaskError) as error:

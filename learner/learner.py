@@ -1,4 +1,4 @@
-"""The learner of the run: its ranks as one thing, and their reports as one report."""
+"""The learner of a run: it drives all ranks together and merges their reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Gap", "LearnerError", "LearnerGroup", "LearnerReport", "ReplayReport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerReport:
-    """A step of the learner, over all ranks. Rows in the batch's order."""
+    """The report of a step over all ranks, with rows in the batch's order."""
 
     metrics: dict[str, float]
     advantages: np.ndarray  # [B] float32, without first-token selection
@@ -33,7 +33,7 @@ class LearnerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """|learner - engine| of log-probs."""
+    """Statistics of |learner - engine| over log-probs."""
 
     mean: float
     p99: float
@@ -43,14 +43,14 @@ class Gap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayReport:
-    """METHOD §6: tolerance on component log-probs."""
+    """The gaps between replayed and recorded component log-probs (METHOD §6)."""
 
     latent: Gap
     hard: Gap
 
 
 class LearnerGroup(RankGroup):
-    """One step at a time: :meth:`start_step`, :meth:`finished`, :meth:`finish_step`."""
+    """The run's ranks, one step at a time: :meth:`start_step`, :meth:`finished`, :meth:`finish_step`."""
 
     def __init__(self, config: RunConfig, model_folder: str | Path):
         self.last_report: LearnerReport | None = None
@@ -60,13 +60,13 @@ class LearnerGroup(RankGroup):
     def start_step(self, batch: pa.RecordBatch, step: int) -> None:
         """Starts a step of the run on `batch` (rows in prompt order, then sample index) and returns at once.
 
-        `step`: steps done before it. Learner records are made where the dump of the step is due.
+        `step` is the number of steps done before. Learner records are made if the dump of the step is due.
         """
         self._training = batch
         self._begin("train_step", ray.put(batch), step, self.config.dump_due(step + 1))
 
     def finish_step(self) -> dict[str, float]:
-        """Waits for the step and gives its metrics; the whole report is in `last_report`."""
+        """Waits for the step and returns its metrics; the whole report is in `last_report`."""
         return self._report().metrics
 
     def _report(self) -> LearnerReport:
@@ -79,17 +79,17 @@ class LearnerGroup(RankGroup):
         return report
 
     def train(self, batch: pa.RecordBatch, step: int) -> LearnerReport:
-        """A whole step: started, waited for, reported."""
+        """Runs a whole step and returns its report."""
         self.start_step(batch, step)
         return self._report()
 
     def replay(self, batch: pa.RecordBatch) -> ReplayReport:
-        """Component log-probs of recorded trajectories against the learner's own; updates nothing."""
+        """Compares the component log-probs of recorded trajectories with the learner's own; updates nothing."""
         return summarize_gaps(self._all("replay", ray.put(batch)))
 
 
 def summarize_gaps(ranks: list[RankGaps]) -> ReplayReport:
-    """The ranks' gaps as one report."""
+    """Merges the ranks' gaps into one report."""
     return ReplayReport(
         latent=_gap(np.concatenate([r.latent for r in ranks])), hard=_gap(np.concatenate([r.hard for r in ranks]))
     )
@@ -99,7 +99,7 @@ def summarize_gaps(ranks: list[RankGaps]) -> ReplayReport:
 
 
 def summarize(ranks: list[RankReport]) -> LearnerReport:
-    """The ranks' reports as one, without learner records."""
+    """Merges the ranks' reports into one, without learner records."""
     first = ranks[0]
     updates = list(zip(*(r.updates for r in ranks), strict=True))  # [updates][ranks]
     outcomes = tuple(

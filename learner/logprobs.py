@@ -30,8 +30,8 @@ def selected_log_probs(
 ) -> torch.Tensor:
     """log_softmax(head(hidden) / temperature)[ids] over all V, float32: [N, W].
 
-    `hidden` [N, D], `ids` [N, W], `temperatures` [N]. The head is called exactly `chunks` times, on nothing if need be:
-    with ZeRO-3 each call is a collective. `visit(piece, logits)` is shown each chunk's logits [n, V], divided by the
+    `hidden` [N, D], `ids` [N, W], `temperatures` [N]. The head is called exactly `chunks` times, on no rows if need be,
+    since with ZeRO-3 each call is a collective. `visit(piece, logits)` gets each chunk's logits [n, V], divided by the
     temperatures; there is no gradient then.
     """
     size = max(-(-len(hidden) // chunks), 1)

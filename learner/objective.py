@@ -1,4 +1,4 @@
-"""METHOD §5: the clipped policy loss and the KL estimator. Pure functions of tensors."""
+"""The clipped policy loss and the KL estimator (METHOD §5). Pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossDiagnostics:
-    """Sums over the counted steps (so that micro-batches and ranks add up); detached scalars."""
+    """Sums over the counted steps, so that micro-batches and ranks add up; detached scalars."""
 
     steps: torch.Tensor  # counted steps
-    clipped_low: torch.Tensor  # steps with A < 0 whose gradient the lower clip holds back
-    clipped_high: torch.Tensor  # steps with A > 0 whose gradient the upper clip holds back
+    clipped_low: torch.Tensor  # steps with A < 0 whose gradient the lower clip sets to 0
+    clipped_high: torch.Tensor  # steps with A > 0 whose gradient the upper clip sets to 0
     clipped_dual: torch.Tensor  # steps with A < 0 whose loss the dual clip bounds
 
 
@@ -32,8 +32,9 @@ def policy_loss(
     """PPO with dual clip, token mean (METHOD §5). All tensors of one shape, [B, T] or flat; `mask` bool.
 
     Per step, with ratio = exp(log_probs - old_log_probs), not clamped: max(-A ratio, -A clip(ratio, 1 - clip_low,
-    1 + clip_high)), and for A < 0 at most -A dual_clip. `weights`: truncated importance weight per step (METHOD §6).
-    `denominator`: the global number of counted steps; None: `mask.sum()`. Steps outside of `mask` may hold anything.
+    1 + clip_high)), and for A < 0 at most -A dual_clip. `weights` holds truncated importance weights per step
+    (METHOD §6). `denominator` is the global number of counted steps, `mask.sum()` by default. Steps outside of `mask`
+    may hold any value.
     Returns the scalar loss and diagnostics. Raises ValueError for clip bounds that contradict each other.
     """
     if not (0 <= clip_low < 1 and clip_high >= 0 and dual_clip >= 1 + clip_high):
@@ -70,7 +71,7 @@ def policy_loss(
 def clip_codes(
     ratio: torch.Tensor, advantages: torch.Tensor, *, clip_low: float, clip_high: float, dual_clip: float
 ) -> torch.Tensor:
-    """Which bound holds a step's gradient back, int8, same shape: 0 none, 1 low, 2 high, 3 dual (METHOD §5)."""
+    """Returns which bound stops a step's gradient, int8, same shape: 0 none, 1 low, 2 high, 3 dual (METHOD §5)."""
     negative = (advantages < 0).to(torch.int8)
     low, dual = ratio < 1.0 - clip_low, ratio > dual_clip
     high = (advantages > 0) & (ratio > 1.0 + clip_high)

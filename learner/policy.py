@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 class PolicyModule(nn.Module):
     """A Hugging Face causal LM whose forward pass is the replay of a micro-batch.
 
-    Always in evaluation mode: the learner must compute what the engine sampled from, and dropout would differ.
-    Each layer is called equally often whatever the micro-batch holds, as ZeRO-3's collectives need.
+    It is always in evaluation mode: the learner must compute the policy that the engine sampled from, and dropout would
+    change it. Each layer is called equally often whatever the micro-batch holds, as ZeRO-3's collectives need.
     """
 
     def __init__(self, model: PreTrainedModel, *, freeze_embeddings: bool = True, gradient_checkpointing: bool = False):
@@ -38,7 +38,7 @@ class PolicyModule(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> PolicyModule:
-        """Stays in evaluation mode, but for the flag that makes layers checkpoint."""
+        """Stays in evaluation mode, except for the flag that makes layers checkpoint."""
         super().train(False)
         if self.gradient_checkpointing:
             checkpoint_layers(self)
@@ -47,9 +47,9 @@ class PolicyModule(nn.Module):
     def forward(
         self, inputs: ReplayInputs, redraw: Redraw | None = None, others: OtherDraws | None = None
     ) -> torch.Tensor:
-        """Component log-probs of all response steps, float32: [N, W]; with those of `others`, [N, W + J K].
+        """Returns component log-probs of all response steps, float32: [N, W]; with those of `others`, [N, W + J K].
 
-        `redraw` is shown the logits (without gradient only).
+        `redraw` visits the logits, and must be given only without gradient.
         """
         # right-padded and causal: no position of a response sees padding, so there is no mask to pass
         hidden = self.model.base_model(inputs_embeds=self._embedded(inputs), use_cache=False).last_hidden_state
@@ -74,14 +74,14 @@ class PolicyModule(nn.Module):
 
 
 def checkpoint_layers(module: nn.Module) -> None:
-    """Layers checkpoint only "in training": they alone get the flag, so that nothing drops out."""
+    """Turns checkpointing on. Layers do it only in training mode, so only they get that flag, and dropout stays off."""
     for layer in module.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True
 
 
 def freeze_input_embeddings(model: PreTrainedModel) -> None:
-    """METHOD §5; with tied embeddings the output layer is the same parameter and is frozen with them."""
+    """Freezes the input embeddings (METHOD §5), and with tied embeddings the output layer, the same parameter."""
     embedding = model.get_input_embeddings().get_parameter("weight")
     embedding.requires_grad_(False)
     head = model.get_output_embeddings()
@@ -90,7 +90,7 @@ def freeze_input_embeddings(model: PreTrainedModel) -> None:
 
 
 def load_policy_model(folder: str) -> PreTrainedModel:
-    """The model in float32 (DeepSpeed keeps float32 master weights and casts by itself)."""
+    """Loads the model in float32; DeepSpeed keeps float32 master weights and casts by itself."""
     from latent_grpo.common.models import load_model
 
     return load_model(folder, "float32")

@@ -15,7 +15,10 @@ from latent_grpo.common.weights import Publication, WeightManifest, combine_chec
 
 
 def publish(tensors: Iterable[tuple[str, torch.Tensor]], version: int, bucket_bytes: int) -> Publication:
-    """Packs and puts; called on rank 0. NumPy arrays, since Ray copies those once and serves them without a copy."""
+    """Packs the tensors and puts them into the object store; rank 0 calls it.
+
+    Buckets are NumPy arrays, since Ray copies those once and serves them without a copy.
+    """
     parts: list[str] = []
 
     def counted() -> Iterator[tuple[str, torch.Tensor]]:

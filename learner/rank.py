@@ -1,5 +1,6 @@
-"""One rank of the learner: a step of the method on a batch (METHOD §3-§6). A plain class; `learner.learner` puts it
-into a Ray actor.
+"""One rank of the learner, which computes a step of the method on a batch (METHOD §3-§6).
+
+It is a plain class; `learner.learner` puts it into a Ray actor.
 
     replay without gradient ──► old log-probs ──► all ranks: mean per row ──► advantages, first-token winners
                                                                                      │
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
-    """One optimizer update; sums are this rank's share of the update's."""
+    """The report of one optimizer update; sums are this rank's share of the update's."""
 
     loss: float
     kl: float
@@ -60,7 +61,7 @@ class UpdateReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """What a rank says of a step. The first three are of the whole batch and equal on all ranks."""
+    """A rank's report of a step. The first three fields cover the whole batch and are equal on all ranks."""
 
     advantages: np.ndarray  # [B] float32
     mean_old_log_probs: np.ndarray  # [B] float64
@@ -77,7 +78,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankGaps:
-    """|learner - engine| of the recorded log-probs of a rank's rows."""
+    """The gaps |learner - engine| of the recorded log-probs of a rank's rows."""
 
     latent: np.ndarray  # [latent steps * K] float32
     hard: np.ndarray  # [hard steps] float32
@@ -85,7 +86,7 @@ class RankGaps:
 
 @dataclass(slots=True)
 class _Replayed:
-    """A micro-batch with what is constant during the step."""
+    """A micro-batch with the values that are constant during the step."""
 
     inputs: ReplayInputs
     old: torch.Tensor  # [N] log pi_old, of which the ratio is taken
@@ -96,6 +97,8 @@ class _Replayed:
 
 
 class LearnerRank(RankActor):
+    """A rank that trains the policy with the method's objective."""
+
     def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
         config = self.config
         self.reference = None
@@ -114,9 +117,9 @@ class LearnerRank(RankActor):
     # -- the step
 
     def train_step(self, batch: pa.RecordBatch, step: int, record: bool = False) -> RankReport:
-        """All updates of one step of the run on `batch` (rows in prompt order, then sample order).
+        """Makes all updates of one step of the run on `batch` (rows in prompt order, then sample order).
 
-        `record`: also report what became of each response step.
+        With `record` the report also has a record of each response step.
         """
         started = time.perf_counter()
         collector = StepCollector() if record else None
@@ -140,7 +143,7 @@ class LearnerRank(RankActor):
         )
         keeps_first = np.ones(len(view), dtype=bool)
         if self.config.objective.first_token:
-            # a row whose log-probs are not numbers never wins; its loss is caught where updates are guarded
+            # a row with NaN log-probs never wins; the guard of updates catches its loss
             ranking = np.where(np.isnan(mean_old), -np.inf, mean_old)
             keeps_first = first_token_mask(advantages, groups, view.valid & graded, ranking)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
@@ -172,7 +175,7 @@ class LearnerRank(RankActor):
         lr: float,
         collector: StepCollector | None,
     ) -> UpdateReport:
-        """One optimizer step over this rank's micro-batches (METHOD §5)."""
+        """Takes one optimizer step over this rank's micro-batches (METHOD §5)."""
         config, (advantages, keeps_first, graded) = self.config, constants
         clips = {"clip_low": config.clip.low, "clip_high": config.clip.high, "dual_clip": config.clip.dual}
         loss_sum, kl_sum, clipped, ratios, flips, bad = 0.0, 0.0, np.zeros(3, dtype=int), [], [], set()
@@ -249,7 +252,7 @@ class LearnerRank(RankActor):
         return _Replayed(inputs, old, plain, others, reference, importance)
 
     def _redrawn(self, view: TrajectoryBatch) -> Callable[[ReplayInputs], Redraw | None]:
-        """What makes the other draws of a micro-batch of `view` (`learner.centering`)."""
+        """Returns a function that makes the other draws of a micro-batch of `view` (`learner.centering`)."""
         facts = self.facts
         if facts is None:
             return lambda inputs: None
@@ -304,7 +307,7 @@ class LearnerRank(RankActor):
 
     @torch.no_grad()
     def replay(self, batch: pa.RecordBatch) -> RankGaps:
-        """How far the learner's component log-probs are from the recorded ones; nothing is updated (METHOD §6)."""
+        """Compares the learner's component log-probs with the recorded ones (METHOD §6); updates nothing."""
         view = TrajectoryBatch(batch)
         groups = group_indices(view.strings("group_uid"))
         latent, hard = [], []

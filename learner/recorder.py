@@ -1,7 +1,7 @@
-"""From what a step computes anyway to learner records (`common.learner_record`): collected on each rank while its
-updates run, put together on the driver. No forward pass is made for it.
+"""Learner records (`common.learner_record`): each rank collects them while its updates run, the driver joins them.
 
-A rank's share is an Arrow batch of its own (rows of the batch and their step columns), so that Ray ships columns.
+They need no forward pass of their own. A rank's share is an Arrow batch (rows of the batch and their step columns), so
+that Ray ships columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from latent_grpo.learner.batching import ReplayInputs, group_indices
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateOutcome:
-    """One update over all ranks."""
+    """The outcome of one update over all ranks."""
 
     loss: float
     grad_norm: float  # NaN if not applied
@@ -28,7 +28,7 @@ class UpdateOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFacts:
-    """What is known of all rows of the batch on every rank. [B] each."""
+    """Values of all rows of the batch that every rank knows, [B] each."""
 
     advantages: np.ndarray  # float32, without first-token selection
     mean_old_log_probs: np.ndarray  # float64
@@ -37,14 +37,14 @@ class RowFacts:
 
 @dataclass(slots=True)
 class StepCollector:
-    """The step columns of a rank's rows, micro-batch by micro-batch."""
+    """Collects the step columns of a rank's rows, micro-batch by micro-batch."""
 
     rows: list[np.ndarray] = field(default_factory=list)
     lengths: list[np.ndarray] = field(default_factory=list)
     columns: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {name: [] for name in STEP_COLUMNS})
 
     def add(self, inputs: ReplayInputs, **columns: torch.Tensor) -> None:
-        """`columns`: every step column of the micro-batch, [N] each; steps of a row lie together, rows in order."""
+        """Adds a micro-batch with all its step columns, [N] each; rows are in order, and a row's steps lie together."""
         rows = inputs.batch_rows.cpu().numpy()
         starts = np.flatnonzero(np.diff(rows, prepend=-1))
         self.rows.append(rows[starts])
@@ -53,7 +53,7 @@ class StepCollector:
             parts.append(columns[name].detach())
 
     def batch(self) -> pa.RecordBatch:
-        """`row` (int32: of the batch of trajectories) and the step columns. Rows without any step are left out."""
+        """Returns `row` (int32, in the batch of trajectories) and the step columns. Rows without steps are left out."""
         rows = np.concatenate(self.rows) if self.rows else np.zeros(0)
         lengths = np.concatenate(self.lengths) if self.lengths else np.zeros(0)
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
@@ -66,10 +66,10 @@ class StepCollector:
 
 
 def flip_shares(components: torch.Tensor, inputs: ReplayInputs, advantages: torch.Tensor, flip: str) -> torch.Tensor:
-    """Share of a latent step's K components whose gradient takes the proxy (METHOD §3.2): [N]; 0 where A >= 0.
+    """Returns the share of a latent step's K components whose gradient is the proxy's (METHOD §3.2): [N]; 0 for A >= 0.
 
-    `components` [N, W or more]: log-probs under the policy; `advantages` [N]. (With A = 0 there is no gradient to
-    turn.)
+    `components` [N, W or more] are log-probs under the policy; `advantages` is [N]. With A = 0 there is no gradient to
+    flip.
     """
     components = components[:, : inputs.scores.shape[1]]
     turned = (inputs.scores < components.detach().float()) & (advantages < 0).unsqueeze(-1)
@@ -87,7 +87,7 @@ def assemble(
     masking: str,
     first_token: bool,
 ) -> pa.RecordBatch:
-    """Learner records of all rows of `batch`, in its order."""
+    """Returns the learner records of all rows of `batch`, in its order."""
     view = TrajectoryBatch(batch)
     update = group_indices(view.strings("group_uid")) // minibatch_prompts
     applied = np.array([u.applied for u in updates], dtype=bool)[update]
@@ -112,7 +112,7 @@ def assemble(
 
 
 def mask_reasons(view: TrajectoryBatch, keeps_first: np.ndarray, masking: str) -> np.ndarray:
-    """[rows]: why a row's advantage was set to 0, at all steps or at the first (METHOD §4.1, §4.2); "" where not."""
+    """Why a row's advantage was set to 0, at all steps or at the first (METHOD §4.1, §4.2): [rows]; "" where not."""
     aborted = np.array([reason == "aborted" for reason in view.strings("finish_reason")], dtype=bool)
     invalid = ~view.valid & (masking in ("exclude", "include"))
     conditions = [aborted, np.isnan(view.rewards), invalid, ~keeps_first]
@@ -120,10 +120,10 @@ def mask_reasons(view: TrajectoryBatch, keeps_first: np.ndarray, masking: str) -
 
 
 def _in_batch_order(shares: list[pa.RecordBatch], num_steps: np.ndarray) -> dict[str, Ragged]:
-    """The ranks' step columns as one, rows in the batch's order; a row without steps is empty."""
+    """Joins the ranks' step columns, rows in the batch's order; a row without steps is empty."""
     offsets = np.concatenate([[0], np.cumsum(num_steps)]).astype(np.int64)
     rows = np.concatenate([share.column("row").to_numpy() for share in shares])
-    # where each value goes: its row's start plus its number within the row
+    # the place of each value is its row's start plus its number within the row
     places = [np.arange(offsets[row], offsets[row + 1]) for row in rows]
     target = np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
     columns = {}

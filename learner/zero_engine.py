@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO round a module: the update of one rank, its guard against non-finite values, and full weights.
+"""DeepSpeed ZeRO around a module: the update of one rank, its guard against non-finite values, and full weights.
 
-Gradients are normalised by the caller: the loss of a micro-batch is already divided by the update's global count, and
+The caller normalises gradients: the loss of a micro-batch is already divided by the update's global count, and
 DeepSpeed's averaging over ranks is undone here. A parameter's gradient is therefore the sum over all micro-batches of
 all ranks, whatever the number of ranks, the stage and the packing.
 """
@@ -34,7 +34,7 @@ class LearnerDiverged(RunError):
 
 
 class LearnerStateMismatch(ConfigError):
-    """A saved state that another arrangement of ranks wrote."""
+    """A saved state that was written with other ranks, another ZeRO stage or another dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,10 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that can be told to let a step pass.
+    """AdamW that can skip a step.
 
-    ZeRO calls it for every partition; doing nothing here leaves parameters and moments as they were while DeepSpeed
-    clears gradients and buffers as usual, at every stage. `max_norm` is for stage 0, where DeepSpeed reports no norm.
+    ZeRO calls it for every partition; a skipped step leaves parameters and moments as they were, while DeepSpeed clears
+    gradients and buffers as usual, at every stage. `max_norm` is for stage 0, where DeepSpeed reports no norm.
     """
 
     skip = False
@@ -79,13 +79,13 @@ class GuardedAdamW(torch.optim.AdamW):
 def init_distributed(*, rank: int, world: int, address: str, port: int, device: str) -> None:
     """Joins the ranks' process group. Must run before anything imports deepspeed."""
     settings = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "MASTER_ADDR": address, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in settings.items()})  # one missing: DeepSpeed looks for MPI
+    os.environ.update({name: str(value) for name, value in settings.items()})  # without one DeepSpeed looks for MPI
     os.environ["DS_ACCELERATOR"] = device
     import deepspeed
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger as deepspeed_log
 
-    deepspeed_log.setLevel(logging.ERROR)  # its warnings are about what is decided here: the optimizer, the guard
+    deepspeed_log.setLevel(logging.ERROR)  # its warnings are about choices made here: the optimizer, the guard
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     if device == "cpu":
         __compatible_ops__["deepspeed_shm_comm"] = False  # else compiled at start, a minute
@@ -142,9 +142,10 @@ class ZeroEngine:
         self._engine.backward(loss * self.world, scale_wrt_gas=False)
 
     def step(self, lr: float) -> UpdateResult:
-        """The optimizer's step, unless any rank has seen a non-finite value: then no rank's parameters change.
+        """Takes the optimizer's step, unless any rank has seen a non-finite value: then no rank's parameters change.
 
-        A caller that can go on counts `bad_in_a_row` against `optimizer.max_bad_updates`; others call `ensure_finite`.
+        A caller that can continue checks `bad_in_a_row` against `optimizer.max_bad_updates`; others call
+        `ensure_finite`.
         """
         bad = self._bad.int()
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
@@ -167,8 +168,8 @@ class ZeroEngine:
         """Raises :class:`LearnerDiverged` after `max_bad_updates` updates in a row that were not applied."""
         if self._bad_in_a_row >= self._max_bad:
             raise LearnerDiverged(
-                f"{self._bad_in_a_row} non-finite updates in a row (optimizer.max_bad_updates {self._max_bad}); the "
-                "parameters are those before them. Lower optimizer.lr, or resume from an earlier checkpoint"
+                f"{self._bad_in_a_row} non-finite updates in a row (optimizer.max_bad_updates {self._max_bad}); none "
+                "of them was applied. Lower optimizer.lr, or resume from an earlier checkpoint"
             )
 
     def _watch(self, gradient: torch.Tensor) -> None:
@@ -177,9 +178,9 @@ class ZeroEngine:
     # -- full weights
 
     def full_parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, CPU tensor) of every parameter of `module.model`, tied ones once, in the model's dtype.
+        """Yields (name, CPU tensor) for every parameter of `module.model`, tied ones once, in the model's dtype.
 
-        With ZeRO-3 all ranks gather, bucket by bucket, and only rank 0 gets copies; the others iterate in vain.
+        With ZeRO-3 all ranks gather, bucket by bucket, and must iterate; only rank 0 gets copies.
         """
         named = [(name.removeprefix("model."), p) for name, p in self.module.named_parameters()]
         if self.stage < 3:
@@ -195,17 +196,20 @@ class ZeroEngine:
     # -- state
 
     def save(self, folder: str | Path) -> None:
-        """Parameters, float32 masters and moments; every rank writes its part below `folder`."""
+        """Saves parameters, float32 masters and moments; every rank writes its part below `folder`."""
         self._engine.save_checkpoint(str(folder), tag=TAG, client_state={"bad_in_a_row": self._bad_in_a_row})
         if self.rank == 0:
             Path(folder, FACTS).write_text(json.dumps(self._facts()), encoding="utf-8")
         torch.distributed.barrier()
 
     def load(self, folder: str | Path) -> None:
-        """What :meth:`save` wrote with the same ranks, stage and dtype; bit-equal."""
+        """Loads, bit-equal, what :meth:`save` wrote with the same ranks, stage and dtype.
+
+        Raises :class:`LearnerStateMismatch`.
+        """
         facts = Path(folder, FACTS)
         if not facts.is_file():
-            raise LearnerStateMismatch(f"{folder}: no {FACTS} there; expected a folder written by the learner")
+            raise LearnerStateMismatch(f"{folder}: it has no {FACTS}; give a folder that the learner has written")
         saved = json.loads(facts.read_text(encoding="utf-8"))
         if saved != self._facts():
             raise LearnerStateMismatch(
@@ -214,7 +218,7 @@ class ZeroEngine:
             )
         path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
-            raise LearnerStateMismatch(f"{folder}: DeepSpeed found no state {TAG!r} there")
+            raise LearnerStateMismatch(f"{folder}: DeepSpeed found no state {TAG!r} in it")
         self._bad_in_a_row = int(state["bad_in_a_row"])
 
     def _facts(self) -> dict[str, int | str]:
@@ -225,7 +229,7 @@ def _by_size(named: list[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterat
     bucket: list[tuple[str, nn.Parameter]] = []
     size = 0
     for name, parameter in named:
-        elements: int = getattr(parameter, "ds_numel")  # noqa: B009  # ZeRO-3's: of the whole, not of this rank's part
+        elements: int = getattr(parameter, "ds_numel")  # noqa: B009  # ZeRO-3's size of the whole, not of this part
         need = elements * parameter.element_size()
         if bucket and size + need > bucket_bytes:
             yield bucket

@@ -1,4 +1,4 @@
-"""METHOD §7b: soft labels that a trained encoder induces. Stage 1 of Latent-SFT; pure torch.
+"""Stage 1 of Latent-SFT: soft labels that a trained encoder induces (METHOD §7b). Pure torch.
 
 Two models begin as copies of the initial one. The *encoder* reads the problem and its explicit chain, with a slot after
 every c tokens; the state of a slot, projected on the vocabulary, is the latent step q (top-K softmax). The *decoder*
@@ -8,19 +8,19 @@ gets the mixtures in the chain's place and must write on::
     decoder   prompt <think> [q1] t3 t4 [q2] t5 t6 [q3] </think> \\boxed{7} <eos>
                               text       text       answer        cross-entropy on what is marked
 
-Two masks make the latent steps what they shall be:
+Two masks give the latent steps their meaning:
 
 * *induction* (encoder): nothing after a slot sees it, so each slot summarises text and not other slots;
 * *supervision* (decoder): text after a slot sees that slot and its own segment only (a step must be compact enough to
-  say what comes next), the answer sees prompt and slots but no text (the chain must suffice for it). A slot sees
+  predict what comes next), the answer sees prompt and slots but no text (the chain must suffice for it). A slot sees
   the prompt and the slots before it, as a latent step does at inference.
 
 Positions skip what is masked: to the answer the slots lie at P, P+1, ..., exactly where latent steps lie in stage 2.
 The slot token is the latent-end token: no chain contains it, and the encoder has an embedding of its own for it.
 The decoder's input embeddings stay frozen, so that a label means the same mixture before and after.
 
-While the encoder learns alone its labels are also drawn to the uniform ones (an *anchor*, ours): the decoder has never
-seen a slot then, and a small encoder learned next to nothing from it without an anchor (docs/latent_sft.md).
+While the encoder learns alone, its labels are also pulled towards the uniform ones (an *anchor*, ours): the decoder has
+not seen a slot by then, and a small encoder learned next to nothing from it without an anchor (docs/latent_sft.md).
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 Phase = Literal["encoder", "decoder", "union"]
 PHASES: tuple[Phase, ...] = ("encoder", "decoder", "union")
 ENCODER, DECODER = "encoder", "decoder"
-"""The two models in a folder of stage 1. What goes on from it is given the decoder's folder."""
+"""The two models in a folder of stage 1. Whatever continues from it is given the decoder's folder."""
 
 
 def encoder_beside(decoder: str | Path) -> str:
-    """The encoder's folder of stage 1; of another model the model itself, which the encoder begins as a copy of."""
+    """Returns the folder of stage 1's encoder, or the model itself if it has none, of which the encoder is a copy."""
     beside = Path(decoder).parent / ENCODER
     return str(beside if Path(decoder).name == DECODER and (beside / "config.json").is_file() else decoder)
 
@@ -64,17 +64,17 @@ class Layout(NamedTuple):
     positions: np.ndarray  # [T] int64: of the position embedding
     slots: np.ndarray  # [T] bool
     visible: np.ndarray  # [T, T] bool: row i sees column j
-    text: np.ndarray  # [T] bool: to be predicted as what comes next
+    text: np.ndarray  # [T] bool: to be predicted from what comes before
     answer: np.ndarray  # [T] bool: to be predicted from prompt and slots
 
 
 def encoder_layout(prompt: np.ndarray, cot: np.ndarray, c: int, slot_id: int) -> Layout:
-    """Prompt, then the chain with a slot after every c tokens and after what is left (induction mask)."""
+    """Lays out the prompt, then the chain with a slot after every c tokens and after the rest (induction mask)."""
     start, ids, positions, is_slot = len(prompt), list(prompt), list(range(len(prompt))), [False] * len(prompt)
     for first in range(0, len(cot), c):
         segment = cot[first : first + c]
         ids += [*segment, slot_id]
-        # a slot is no text: it does not move what follows it
+        # a slot is no text, so it does not move the positions that follow
         positions += range(start + first, start + first + len(segment) + 1)
         is_slot += [False] * len(segment) + [True]
     slots = np.array(is_slot)
@@ -85,7 +85,7 @@ def encoder_layout(prompt: np.ndarray, cot: np.ndarray, c: int, slot_id: int) ->
 
 
 def decoder_layout(prompt: np.ndarray, cot: np.ndarray, hard: np.ndarray, c: int, slot_id: int) -> Layout:
-    """Prompt; slot 1, segment 2, slot 2, segment 3, ...; end of thinking and answer (supervision mask)."""
+    """Lays out prompt; slot 1, segment 2, slot 2, segment 3, ...; end of thinking and answer (supervision mask)."""
     start, steps = len(prompt), chain_length(len(cot), c)
     ids, positions, parts = list(prompt), list(range(start)), [0] * start  # part 0: prompt; i: text after slot i
     is_slot, answer = [False] * start, steps + 1
@@ -128,13 +128,13 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InductionBatch:
-    """Both sides of the same rows; slot n of the one is slot n of the other, in row-major order."""
+    """Both models' sides of the same rows; slot n of one is slot n of the other, in row-major order."""
 
     encoder: Side
     decoder: Side
     anchor_ids: torch.Tensor  # [slots, K] int64: the uniform labels of the same steps (METHOD §7a)
     anchor_labels: torch.Tensor  # [slots, K] float32
-    shuffled: bool = False  # the decoder is given other rows' slots: the control of what it reads
+    shuffled: bool = False  # the decoder gets other rows' slots: a control that it reads its own
     calls: tuple[int, int, int] = (0, 0, 0)  # output-layer calls for text, answer and slots that every rank makes
 
     def to(self, device: torch.device | str) -> InductionBatch:
@@ -167,7 +167,7 @@ def collate(
     calls: tuple[int, int, int] = (0, 0, 0),
     shuffled: bool = False,
 ) -> InductionBatch:
-    """A batch of rows, both sides."""
+    """Makes a batch of rows for both models."""
     return InductionBatch(
         encoder=pad([encoder_layout(row.prompt_ids, row.cot_ids, c, slot_id) for row in rows], pad_id),
         decoder=pad([decoder_layout(row.prompt_ids, row.cot_ids, row.hard_ids, c, slot_id) for row in rows], pad_id),
@@ -179,7 +179,7 @@ def collate(
 
 
 def pad(layouts: Sequence[Layout], pad_id: int) -> Side:
-    """Padding sees itself only: a position that saw nothing would be a division by zero."""
+    """Pads layouts to a batch. Padding sees itself only, since a position that sees nothing would divide by zero."""
     size, width = len(layouts), max(len(layout.ids) for layout in layouts)
     side = {
         "ids": np.full((size, width), pad_id, dtype=np.int64),
@@ -203,7 +203,7 @@ def pad(layouts: Sequence[Layout], pad_id: int) -> Side:
 
 
 class InductionParts(NamedTuple):
-    """Sums with gradient; divide by the global counts."""
+    """Sums of losses with gradient, to be divided by the global counts."""
 
     text_sum: torch.Tensor  # cross-entropies of the text after slots
     text_count: torch.Tensor
@@ -213,7 +213,7 @@ class InductionParts(NamedTuple):
     slot_count: torch.Tensor
 
     def combine(self, text: float, answer: float, slots: float, anchor: float = 0.0) -> torch.Tensor:
-        """Means over the given global counts; `anchor` weighs the distance to uniform labels."""
+        """Returns the loss: means over the given global counts; `anchor` weights the distance to uniform labels."""
         loss = self.text_sum / max(text, 1.0) + self.answer_sum / max(answer, 1.0)
         return loss + anchor * self.anchor_sum / max(slots, 1.0) if anchor else loss
 
@@ -227,7 +227,7 @@ class Mixtures(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """The part of stage 1 that outlives it: a mixture for every slot.
+    """The encoder, which makes a mixture for every slot. It is the part of stage 1 that stage 2 still uses.
 
     The projection on the vocabulary is the model's own output layer (of a model with tied embeddings: its embeddings).
     """
@@ -240,7 +240,7 @@ class Encoder(nn.Module):
         self.register_buffer("allowed", torch.as_tensor(allowed, dtype=torch.bool).clone(), persistent=False)
 
     def forward(self, side: Side, anchor: tuple[torch.Tensor, torch.Tensor] | None = None, least: int = 0) -> Mixtures:
-        """`anchor`: ids and labels [slots, K] that the full softmax is compared with."""
+        """Returns the mixtures of all slots. `anchor` holds ids and labels [slots, K] to compare the softmax with."""
         hidden = self.model.base_model(
             input_ids=side.ids, attention_mask=side.visible, position_ids=side.positions, use_cache=False
         ).last_hidden_state
@@ -267,7 +267,10 @@ class Encoder(nn.Module):
 
 
 class InductionModule(nn.Module):
-    """A step's loss. `phase`: which model learns (METHOD §7b's three steps); `allowed` [V] bool: ids of labels."""
+    """Computes a step's loss.
+
+    `phase` says which model learns (METHOD §7b's three steps); `allowed` [V] bool marks the ids of labels.
+    """
 
     def __init__(
         self,
@@ -321,7 +324,7 @@ class InductionModule(nn.Module):
         )
 
     def _summed(self, hidden: torch.Tensor, side: Side, mask: torch.Tensor, least: int) -> torch.Tensor:
-        """Cross-entropies of the marked positions, each predicted at the one before it."""
+        """Sums the cross-entropies of the marked positions, each predicted at the one before it."""
         rows, places = mask.nonzero(as_tuple=True)
         total, head = hidden.sum() * 0.0, self.decoder.get_output_embeddings()
         count = max(-(-len(rows) // self.chunk_tokens), least, 1)
@@ -339,7 +342,7 @@ def _losses(head: nn.Module, states: torch.Tensor, ids: torch.Tensor) -> torch.T
 
 
 class InducedChains:
-    """METHOD §7b as a `learner.sft.soft_labels.ChainSource`: the trained encoder's top-K mixtures, without gradient."""
+    """A `learner.sft.soft_labels.ChainSource`: the trained encoder's top-K mixtures, without gradient (METHOD §7b)."""
 
     def __init__(
         self,
@@ -373,7 +376,7 @@ class InducedChains:
 
 
 def label_ids(allowed: np.ndarray, latent_end_id: int) -> np.ndarray:
-    """[V] bool: ids that a label may hold: the tokenizer's, without the latent-end token."""
+    """Returns which ids a label may hold, [V] bool: the tokenizer's, without the latent-end token."""
     usable = np.array(allowed, dtype=bool, copy=True)
     usable[latent_end_id] = False
     return usable

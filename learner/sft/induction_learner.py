@@ -1,4 +1,4 @@
-"""Stage 1 of Latent-SFT on the learner's ranks (METHOD §7b): one of its three steps at a time."""
+"""Stage 1 of Latent-SFT on the learner's ranks (METHOD §7b), one of its three phases at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InductionReport:
-    """A step on one rank: its shares of the means."""
+    """The report of a step on one rank: its shares of the means."""
 
     text_loss: float
     answer_loss: float
@@ -49,7 +49,7 @@ class InductionReport:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Targets of a step over all ranks."""
+    """Numbers of targets in a step over all ranks."""
 
     text: int
     answer: int
@@ -57,7 +57,7 @@ class Counts:
 
 
 def counts_of(rows: Sequence[SFTRow], c: int) -> Counts:
-    """The first segment of a chain is never a target: no slot comes before it."""
+    """Counts the targets of rows. The first segment of a chain is never a target, since no slot comes before it."""
     return Counts(
         text=sum(max(len(row.cot_ids) - c, 0) for row in rows),
         answer=sum(len(row.hard_ids) for row in rows),
@@ -66,7 +66,7 @@ def counts_of(rows: Sequence[SFTRow], c: int) -> Counts:
 
 
 class InductionRank(RankActor):
-    """`phase`: set by the subclass that Ray starts."""
+    """A rank of stage 1. The subclass that Ray starts sets `phase`."""
 
     phase: Phase
 
@@ -88,7 +88,7 @@ class InductionRank(RankActor):
         return module, config.latent_sft.induction.optimizer
 
     def train_step(self, rows: list[SFTRow], step: int, total_steps: int) -> InductionReport:
-        """One update on `rows` (the whole step's, on every rank)."""
+        """Makes one update on `rows`, the whole step's on every rank."""
         started = time.perf_counter()
         settings = self.config.latent_sft.induction
         counts = counts_of(rows, self.config.latent_sft.compression)
@@ -104,7 +104,7 @@ class InductionRank(RankActor):
 
     @torch.no_grad()
     def judge(self, rows: list[SFTRow], shuffled: bool) -> InductionReport:
-        """The losses on `rows` without an update; `shuffled`: the decoder is given other rows' latents."""
+        """Computes the losses on `rows` without an update; with `shuffled` the decoder gets other rows' latents."""
         started, sums = time.perf_counter(), np.zeros(3)
         for parts, piece in self._parts(rows, shuffled):
             sums += _sums(parts) * float(piece.counts)
@@ -112,7 +112,7 @@ class InductionRank(RankActor):
         return self._report(sums, counts, started, grad_norm=0.0, applied=True)
 
     def _parts(self, rows: list[SFTRow], shuffled: bool = False) -> Iterator[tuple[InductionParts, SFTPiece]]:
-        """(loss parts, piece) of every micro-batch of this rank; all ranks make equally many calls (ZeRO-3)."""
+        """Yields (loss parts, piece) for each micro-batch of this rank; all ranks make equally many calls (ZeRO-3)."""
         c, learner = self.config.latent_sft.compression, self.config.learner
         # both sides: the chain's text and its slots, and the visible part
         plan = plan_rows(
@@ -151,7 +151,7 @@ class InductionRank(RankActor):
         )
 
     def export(self, folder: str) -> None:
-        """Both models in Hugging Face format, with the tokenizer."""
+        """Writes both models in Hugging Face format, with the tokenizer."""
         parameters = dict(self.engine.full_parameters(self.config.learner.weight_bucket_bytes))
         if self.rank:
             return
@@ -183,7 +183,7 @@ RANKS: dict[Phase, type[InductionRank]] = {"encoder": EncoderRank, "decoder": De
 
 
 class InductionLearner(RankGroup):
-    """The ranks of one step of stage 1; `model_folder`: the initial model, or the last step's decoder."""
+    """The ranks of one phase of stage 1. `model_folder` is the initial model, or the last phase's decoder."""
 
     def __init__(self, config: RunConfig, model_folder: str | Path, phase: Phase):
         super().__init__(RANKS[phase], config, model_folder)
@@ -192,7 +192,7 @@ class InductionLearner(RankGroup):
         self._begin("train_step", ray.put(rows), step, total_steps)
 
     def finish_step(self) -> dict[str, float]:
-        """Waits for the step and gives its metrics."""
+        """Waits for the step and returns its metrics."""
         return _summed(self._finish())
 
     def judge(self, rows: list[SFTRow], shuffled: bool = False) -> dict[str, float]:

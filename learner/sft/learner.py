@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SFTReport:
-    """A step on one rank; the loss is its share of the step's."""
+    """The report of a step on one rank; the loss is its share of the step's."""
 
     loss: float
     grad_norm: float
@@ -39,14 +39,17 @@ class SFTReport:
 
 @dataclass(frozen=True, slots=True)
 class SFTPiece:
-    """Rows of one forward pass of one rank. `counts` False: repeats a row so that ranks have equally many passes."""
+    """The rows of one forward pass of one rank.
+
+    Without `counts` it repeats a row, so that all ranks make equally many passes.
+    """
 
     rows: tuple[int, ...]
     counts: bool = True
 
 
 def plan_rows(lengths: Sequence[int], ranks: int, tokens_per_microbatch: int) -> tuple[tuple[SFTPiece, ...], ...]:
-    """[ranks][micro-batches]: rows dealt longest first, cut where the padded size would break the token budget."""
+    """Plans [ranks][micro-batches]: rows are dealt longest first and cut where the padded size exceeds the budget."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     packed = []
     for rank in range(ranks):
@@ -69,7 +72,7 @@ def self_feeding_share(settings: LatentSFTConfig, step: int) -> float:
 def least_calls(
     plan: Sequence[Sequence[SFTPiece]], rows: Sequence[SFTRow], chunk_tokens: int, feed: bool
 ) -> list[Calls]:
-    """For each micro-batch, the calls of the output layer that all ranks make in it."""
+    """Returns, for each micro-batch, the number of output-layer calls that all ranks make in it."""
 
     def most(pieces: Sequence[SFTPiece], size: Callable[[SFTRow], int]) -> int:
         return max(-(-sum(size(rows[i]) for i in piece.rows) // chunk_tokens) for piece in pieces)
@@ -104,7 +107,7 @@ class SFTRank(RankActor):
         return module, settings.optimizer
 
     def _chain_source(self, facts: TokenFacts) -> ChainSource | None:
-        """None: a row's own labels, which are the uniform ones."""
+        """The source of labels, or None for a row's own labels, which are the uniform ones."""
         config, settings = self.config, self.config.latent_sft
         if settings.source == "uniform":
             return None
@@ -126,7 +129,7 @@ class SFTRank(RankActor):
         return [replace(row, chain=chain) for row, chain in zip(rows, chains, strict=True)]
 
     def sft_step(self, rows: list[SFTRow], step: int) -> SFTReport:
-        """One update on `rows` (the whole step's, on every rank)."""
+        """Makes one update on `rows`, the whole step's on every rank."""
         started = time.perf_counter()
         config, settings = self.config, self.config.latent_sft
         plan = plan_rows([len(r) for r in rows], self.world, config.learner.tokens_per_microbatch)
@@ -169,7 +172,7 @@ class SFTLearner(RankGroup):
         self._begin("sft_step", ray.put(rows), step)
 
     def finish_step(self) -> dict[str, float]:
-        """Waits for the step and gives its metrics."""
+        """Waits for the step and returns its metrics."""
         reports: list[SFTReport] = self._finish()
         return {
             "loss": sum(r.loss for r in reports),

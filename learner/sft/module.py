@@ -1,4 +1,4 @@
-"""METHOD §7: Latent-SFT, the initialisation that latent RL needs. Pure torch: no Ray, no DeepSpeed, no I/O.
+"""Latent-SFT, the initialisation that latent RL needs (METHOD §7). Pure torch: no Ray, no DeepSpeed, no I/O.
 
 An explicit chain of thought becomes a chain of soft labels (`learner.sft.soft_labels`), a problem a row
 (`learner.sft.rows`), rows a batch (:func:`collate`), and :class:`LatentSFTModule` gives the sums of its loss::
@@ -6,7 +6,7 @@ An explicit chain of thought becomes a chain of soft labels (`learner.sft.soft_l
     prompt ids ... <think> | q_1 q_2 ... q_L | </think> \\boxed{7} <eos>
         inputs only          KL(q || p)        cross-entropy
 
-Every random choice (perturbation, self-feeding) is a function of a row's key, never of the batch or rank it is in.
+Every random choice (perturbation, self-feeding) is a function of a row's key, never of its batch or rank.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ SELF_FEEDING_TOP_P = 0.95  # the rollout's nucleus (METHOD §2.1)
 
 
 class Calls(NamedTuple):
-    """How often the output layer is called at least, on nothing if need be: with ZeRO-3 each call is a collective, so
-    all ranks must make equally many."""
+    """The least number of output-layer calls, on no rows if need be.
+
+    With ZeRO-3 each call is a collective, so all ranks must make equally many.
+    """
 
     latent: int = 0  # for the KL, and for the self-feeding pass
     hard: int = 0
@@ -48,7 +50,7 @@ NO_CALLS = Calls()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SFTBatch:
-    """B rows of T positions, padded on the right. Position t: what is fed there, and what is to be predicted there."""
+    """B rows of T positions, padded on the right. Position t holds what is fed there and what is predicted there."""
 
     hard_ids: torch.Tensor  # [B, T] int64; padding's id where latent or beyond the row
     mixture_ids: torch.Tensor  # [B, T, K] int64
@@ -68,12 +70,12 @@ class SFTBatch:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Latent and hard targets: sum over micro-batches and ranks for the loss's denominators."""
+        """Numbers of latent and hard targets; their sums over micro-batches and ranks are the loss's denominators."""
         return int(self.latent.sum()), int(self.hard_target.sum())
 
 
 def row_key(seed: int, step: int, row: int) -> int:
-    """The randomness of row `row` of the training step `step`."""
+    """Returns the key of the randomness of row `row` in training step `step`."""
     return trajectory_key(
         run_seed=seed, purpose="latent_sft", problem_uid=str(row), epoch=0, sample_index=0, policy_version=step
     )
@@ -89,7 +91,7 @@ def collate(
     self_feeding: float = 0.5,
     calls: Calls = NO_CALLS,
 ) -> SFTBatch:
-    """A batch of rows; `keys` from :func:`row_key`, one per row."""
+    """Makes a batch of rows; `keys` come from :func:`row_key`, one per row."""
     if len(rows) != len(keys):
         raise ValueError(f"need one key per row, got {len(rows)} rows and {len(keys)} keys")
     size, width = len(rows), max(len(row) for row in rows)
@@ -131,7 +133,7 @@ def collate(
 
 
 class LossParts(NamedTuple):
-    """Sums with gradient; divide by the global counts of the step (:func:`combine`)."""
+    """Sums of losses with gradient, to be divided by the global counts of the step (:func:`combine`)."""
 
     latent_sum: torch.Tensor  # sum of KL(q || p) over latent positions
     latent_count: torch.Tensor
@@ -140,7 +142,7 @@ class LossParts(NamedTuple):
 
 
 def combine(parts: LossParts, latent_count: float | None = None, hard_count: float | None = None) -> torch.Tensor:
-    """mean KL + mean cross-entropy (METHOD §7); counts over all micro-batches and ranks, or this batch's own."""
+    """Returns mean KL + mean cross-entropy (METHOD §7); counts are of all micro-batches and ranks, or this batch's."""
     latent = parts.latent_count if latent_count is None else latent_count
     hard = parts.hard_count if hard_count is None else hard_count
     return parts.latent_sum / max(float(latent), 1.0) + parts.hard_sum / max(float(hard), 1.0)
@@ -158,7 +160,7 @@ def perturb(labels: torch.Tensor, gumbel: torch.Tensor, scale: float, tau: float
 class LatentSFTModule(nn.Module):
     """A causal LM whose forward pass is the Latent-SFT loss, so that an engine can wrap the whole of it.
 
-    `allowed` bool [V]: ids that the tokenizer has, for the model's own mixtures.
+    `allowed` bool [V] marks the ids that the tokenizer has, for the model's own mixtures.
     """
 
     allowed: torch.Tensor | None
@@ -194,7 +196,7 @@ class LatentSFTModule(nn.Module):
         return self
 
     def forward(self, batch: SFTBatch) -> LossParts:
-        """The loss's sums over the batch."""
+        """Returns the loss's sums over the batch."""
         inputs = self.mixed_inputs(batch, self.label_weights(batch))
         if batch.calls.feed or bool(batch.feed.any()):
             inputs = self.self_fed(batch, inputs)
@@ -207,7 +209,7 @@ class LatentSFTModule(nn.Module):
     # -- inputs
 
     def label_weights(self, batch: SFTBatch) -> torch.Tensor:
-        """Mixture weights [B, T, K] of what is fed at latent positions: q, or q perturbed."""
+        """Returns the mixture weights [B, T, K] that are fed at latent positions: q, or q perturbed."""
         chosen = batch.latent & batch.perturbed.unsqueeze(-1)
         rows, positions = chosen.nonzero(as_tuple=True)
         if not len(rows):
@@ -218,7 +220,7 @@ class LatentSFTModule(nn.Module):
         return weights
 
     def mixed_inputs(self, batch: SFTBatch, weights: torch.Tensor) -> torch.Tensor:
-        """Input embeddings [B, T, D]: E[id] at hard positions, sum_k w_k E[id_k] (detached) at latent ones."""
+        """Returns input embeddings [B, T, D]: E[id] at hard positions, sum_k w_k E[id_k] (detached) at latent ones."""
         embed = self.model.get_input_embeddings()
         inputs = embed(batch.hard_ids)
         if not bool(batch.latent.any()):
@@ -228,7 +230,7 @@ class LatentSFTModule(nn.Module):
 
     @torch.no_grad()
     def own_mixtures(self, batch: SFTBatch, inputs: torch.Tensor) -> torch.Tensor:
-        """The model's mixtures at the fed positions, in order: embeddings [N, D] (METHOD §7, self-feeding)."""
+        """Returns the model's mixtures at the fed positions, in order: embeddings [N, D] (METHOD §7, self-feeding)."""
         hidden = self._hidden(batch, inputs)
         rows, positions = batch.feed.nonzero(as_tuple=True)
         embed, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
@@ -261,7 +263,7 @@ class LatentSFTModule(nn.Module):
     # -- outputs
 
     def _hidden(self, batch: SFTBatch, inputs: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [B, T, D]; those of position t - 1 predict position t."""
+        """Returns the last hidden states [B, T, D]; those of position t - 1 predict position t."""
         return self.model.base_model(
             inputs_embeds=inputs, attention_mask=batch.attention.long(), use_cache=False
         ).last_hidden_state
@@ -269,7 +271,7 @@ class LatentSFTModule(nn.Module):
     def _chunks(
         self, rows: torch.Tensor, positions: torch.Tensor, least: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs of at most `chunk_tokens` positions; at least `least` of them, and one, even if empty."""
+        """Yields pairs of at most `chunk_tokens` positions; at least `least` pairs and at least one, even if empty."""
         count = max(-(-len(rows) // self.chunk_tokens), least, 1)
         return zip(rows.tensor_split(count), positions.tensor_split(count), strict=True)
 
@@ -281,7 +283,7 @@ class LatentSFTModule(nn.Module):
         least: int,
         *targets: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum of `losses` over the positions of `mask`; at most `chunk_tokens` rows of logits exist at once."""
+        """Sums `losses` over the positions of `mask`; at most `chunk_tokens` rows of logits exist at once."""
         rows, positions = mask.nonzero(as_tuple=True)
         total = hidden.sum() * 0.0  # a part without positions still belongs to the graph
         head = self.model.get_output_embeddings()
@@ -293,11 +295,11 @@ class LatentSFTModule(nn.Module):
 
 
 def _latent_losses(head: nn.Module, states: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of KL(q || p): `states` [N, D], `ids` and `labels` [N, K]."""
+    """Returns the sum of KL(q || p): `states` [N, D], `ids` and `labels` [N, K]."""
     log_p = torch.log_softmax(head(states).float(), dim=-1).gather(-1, ids)
     return (torch.xlogy(labels, labels) - labels * log_p).sum()
 
 
 def _hard_losses(head: nn.Module, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sum of cross-entropies: `states` [N, D], `ids` [N]."""
+    """Returns the sum of cross-entropies: `states` [N, D], `ids` [N]."""
     return nn.functional.cross_entropy(head(states).float(), ids, reduction="sum")

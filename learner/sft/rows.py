@@ -1,4 +1,4 @@
-"""One problem as a training row of Latent-SFT (METHOD §7)."""
+"""The training rows of Latent-SFT, one per problem (METHOD §7)."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class ChainTooShort(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class EncodedChain:
-    """A problem's chain and answer as token ids: what a row needs of the tokenizer. Made once for each problem."""
+    """A problem's chain and answer as token ids, which is all that a row needs from the tokenizer; made once each."""
 
     cot_ids: np.ndarray  # [N] int32: what the latent steps stand for, without the latent-end token; N = 0 if explicit
     hard_ids: np.ndarray  # [H] int32: (explicit chain,) end of thinking, boxed answer, EOS
 
     def row(self, prompt_ids: np.ndarray, *, c: int, k: int) -> SFTRow:
-        """The training row with uniform labels (METHOD §7a)."""
+        """Returns the training row with uniform labels (METHOD §7a)."""
         cot = self.cot_ids.astype(np.int64)
         return SFTRow(
             prompt_ids=np.asarray(prompt_ids, dtype=np.int64),
@@ -51,7 +51,7 @@ class EncodedChain:
         )
 
     def steps(self, c: int) -> int:
-        """Response steps of the row: latent ones of c tokens each, and hard ones."""
+        """Returns the row's number of response steps: latent ones of c tokens each, and hard ones."""
         return -(-len(self.cot_ids) // c) + len(self.hard_ids)
 
 
@@ -76,14 +76,14 @@ def encode_chain(
     visible = tokenizer.encode(f"{think_end}\\boxed{{{answer}}}", add_special_tokens=False)
     if latent_end_id is not None and visible[0] != latent_end_id:
         raise ConfigError(
-            f"{think_end!r} starts with token {visible[0]} before the answer and with {latent_end_id} alone: the "
+            f"{think_end!r} starts with token {visible[0]} before the answer, but with {latent_end_id} by itself: the "
             "tokenizer merges it with what follows; use another prompt.think_end"
         )
     compressed = [] if explicit else [i for i in cot_ids if i != latent_end_id]
     if not explicit and len(compressed) < c:
         raise ChainTooShort(
             f"the chain of thought {cot!r} has {len(compressed)} token(s), fewer than one latent step stands for "
-            f"(warm_start.compression {c}); lower it or leave the problem out"
+            f"(warm_start.compression {c}); lower warm_start.compression, or leave the problem out"
         )
     hard = [*(cot_ids if explicit else ()), *visible, tokenizer.eos_token_id]
     return EncodedChain(np.asarray(compressed, dtype=np.int32), np.asarray(hard, dtype=np.int32))

@@ -1,4 +1,4 @@
-"""Latent chains from explicit ones (METHOD §7): every c consecutive tokens become one soft label.
+"""Soft labels, which make latent chains from explicit ones (METHOD §7): c consecutive tokens become one label.
 
 The plug point is :class:`ChainSource`. :class:`UniformChains` is METHOD §7a, `learner.sft.induction.InducedChains` §7b;
 both give equally many steps, so that a row's length does not depend on the source.
@@ -20,20 +20,23 @@ class Chain(NamedTuple):
 
 
 class ChainSource(Protocol):
-    """Soft labels of explicit chains."""
+    """A source of soft labels for explicit chains."""
 
     def chains(self, prompts: Sequence[np.ndarray], cots: Sequence[np.ndarray]) -> list[Chain]:
-        """One chain of :func:`chain_length` steps a row. `prompts` [P] int64 and `cots` [N] int64, one each a row;
-        the latent-end token is in no `cot` and in no label."""
+        """Returns one chain of :func:`chain_length` steps per row.
+
+        `prompts` [P] int64 and `cots` [N] int64 hold one array per row. The latent-end token is in no `cot` and must be
+        in no label.
+        """
 
 
 def chain_length(tokens: int, c: int) -> int:
-    """L: the last step may stand for fewer than c tokens."""
+    """Returns L, the number of latent steps; the last one may stand for fewer than c tokens."""
     return -(-tokens // c)
 
 
 class UniformChains:
-    """METHOD §7a: q is uniform over the step's tokens."""
+    """Uniform labels: q is uniform over the step's tokens (METHOD §7a)."""
 
     def __init__(self, c: int, k: int):
         self.c, self.k = c, k
@@ -43,7 +46,7 @@ class UniformChains:
 
 
 def build_chain(cot_ids: Sequence[int] | np.ndarray, c: int, k: int, latent_end_id: int | None = None) -> Chain:
-    """METHOD §7a: every c consecutive tokens become one step, q uniform over them (equal tokens merged).
+    """Makes one step of every c consecutive tokens, q uniform over them, equal tokens merged (METHOD §7a).
 
     The last step may be shorter. The latent-end token is never in a label: as a proxy it would end the chain.
     """

@@ -94,5 +94,5 @@ def test_a_learner_that_misses_its_deadline_shows_its_stacks(ray_session, caplog
     )  # fmt: skip
     with pytest.raises(LearnerError, match=r"learner rank\(s\) \[0\] did not load the model within 5 s"):
         HastyGroup(StuckRank, config, "unused")
-    assert "learner rank 0, which was to load the model" in caplog.text
+    assert "learner rank 0, which had to load the model" in caplog.text
     assert "in never_loads" in caplog.text

@@ -88,7 +88,7 @@ def test_a_flipped_bit_means_the_one_before(tmp_path, name):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_in_silence(tmp_path):
     for checkpoint in three(tmp_path):
         (checkpoint.path / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="no complete checkpoint among 3"):
+    with pytest.raises(CheckpointError, match="all 3 checkpoints are damaged"):
         latest_checkpoint(tmp_path)
 
 
