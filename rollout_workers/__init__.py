@@ -1,1 +1,1 @@
-"""Rollout engines and the Ray actors round them."""
+"""Rollout engines and the Ray actors around them."""

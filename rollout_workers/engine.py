@@ -1,8 +1,8 @@
-"""The face of a rollout engine. Workers know nothing else of it.
+"""The interface of a rollout engine, which is all that workers know of it.
 
 An engine decodes many samples side by side: groups are added at any time, `step` advances every running sample by
-one response step, and a group comes back once, when its last sample has finished. Which samples share a batch must
-not change what any of them is (METHOD §2.5).
+one response step, and a group is returned once, when its last sample has finished. Which samples share a batch must
+not change any of them (METHOD §2.5).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from latent_grpo.common.types import GroupRequest, PolicyVersion, Trajectory
 
 
 class EngineError(RunError):
-    """The engine cannot do what was asked; the message says what and what to change."""
+    """The engine cannot do what was requested; the message says why and what to change."""
 
 
 class RequestRefused(EngineError):
-    """A request that this engine can never serve; sending it to another one would not help."""
+    """A request that this engine can never serve; sending it to another engine would not help."""
 
 
 class LatentEngine(Protocol):
@@ -31,19 +31,19 @@ class LatentEngine(Protocol):
 
     @property
     def version(self) -> PolicyVersion | None:
-        """The weights it samples with; None until the first `load_weights`: it refuses to sample before."""
+        """The version of its weights; None until the first `load_weights`, before which it refuses to sample."""
 
     @property
     def pending(self) -> int:
-        """Samples added and not finished."""
+        """The number of samples that were added and have not finished."""
 
     def add(self, request: GroupRequest) -> None:
-        """Queues a group. Raises :class:`RequestRefused` for what it cannot serve; nothing is queued then."""
+        """Queues a group. Raises :class:`RequestRefused`, and queues nothing, for one that it cannot serve."""
 
     def step(self) -> list[tuple[Trajectory, ...]]:
-        """Advances all running samples by one response step; returns the groups that this completed.
+        """Advances all running samples by one response step; returns the groups that this step completed.
 
-        Trajectories carry everything but text and grade, in the order of `request.sample_indices`.
+        Trajectories hold everything but text and grade, in the order of `request.sample_indices`.
         """
 
     def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -55,14 +55,14 @@ class LatentEngine(Protocol):
         """
 
     def abort(self) -> None:
-        """Forgets all pending samples (their groups are never returned)."""
+        """Drops all pending samples; their groups are never returned."""
 
     def close(self) -> None:
         """Frees memory and processes. Idempotent."""
 
 
 def generate(engine: LatentEngine, requests: Iterable[GroupRequest]) -> Iterator[tuple[Trajectory, ...]]:
-    """All groups of `requests`, in order of completion."""
+    """Yields all groups of `requests`, in order of completion."""
     for request in requests:
         engine.add(request)
     while engine.pending:

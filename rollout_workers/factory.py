@@ -1,4 +1,4 @@
-"""How a rollout worker of a run is made, inside its actor."""
+"""The factory of a run's rollout workers, which makes each of them inside its actor."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from latent_grpo.rollout_workers.worker import RolloutWorker
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GPU_SHARE = 0.9  # of what a worker reserves of a GPU: weights, keys and values
+GPU_SHARE = 0.9  # share of a worker's part of a GPU that vLLM may use for weights, keys and values
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFactory:
-    """Picklable: settings and places only. `model`: a folder or hub id that every node can read."""
+    """Makes a worker. It is picklable, since it holds only settings and paths.
+
+    `model` is a folder or hub id that every node can read.
+    """
 
     config_json: str
     model: str
@@ -48,7 +51,7 @@ class WorkerFactory:
 
 
 def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngine:
-    """The engine that the run asks for; it samples nothing before its first publication."""
+    """Makes the engine of the run's settings; it refuses to sample before its first publication."""
     rollout = config.rollout
     if rollout.engine == "vllm":
         from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
@@ -86,7 +89,7 @@ def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngin
 
 @dataclass(frozen=True, slots=True)
 class ResponseText:
-    """Hard ids to the text that is graded (METHOD §1): everything but the EOS that ended it."""
+    """Decodes hard ids into the text that is graded (METHOD §1), without the EOS that ended it."""
 
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]

@@ -1,9 +1,9 @@
-"""Keys and values of running samples: one slot per row, rows of different length side by side.
+"""The cache of keys and values of running samples, with one row per sample and rows of different length.
 
 Row r of every layer holds its sample's past at columns 0 .. length_r - 1, so a prompt's length shifts nothing and no
 padding is ever inside a sample. A decode step writes one column per row, each at its own place, and attends to a view
-up to the longest row; what lies beyond a row's own length is masked. Rows 0 .. n - 1 are the running ones: when
-samples finish, the last rows move into the holes.
+up to the longest row; columns beyond a row's own length are masked. Rows 0 .. n - 1 are the running ones; when samples
+finish, the last rows move into the free places.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
 
-GROW_LENGTH = 64  # columns: growth in steps of this, so that slightly longer requests do not reallocate
+GROW_LENGTH = 64  # columns by which the cache grows, so that slightly longer requests do not reallocate
 
 
 class SlotCache(Cache):
-    """Per layer keys and values [rows, heads, capacity, head_dim] in one tensor; grows as requests need it."""
+    """Keys and values [rows, heads, capacity, head_dim] of each layer in one tensor, which grows as requests need."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
@@ -34,7 +34,7 @@ class SlotCache(Cache):
         return self._kv.numel() * self._kv.element_size()
 
     def reserve(self, rows: int, length: int, keep: int) -> None:
-        """Room for `rows` samples of `length` steps; the first `keep` rows' content stays."""
+        """Makes room for `rows` samples of `length` steps; the content of the first `keep` rows stays."""
         have_rows, have_length = self._kv.shape[2], self._kv.shape[4]
         if rows <= have_rows and length <= have_length:
             return
@@ -45,7 +45,7 @@ class SlotCache(Cache):
         self._allocate(max(rows, have_rows), max(length, have_length), keep)
 
     def fit(self, rows: int, length: int) -> None:
-        """Exactly this room, empty: memory layout becomes a function of the group alone (deterministic engines)."""
+        """Makes exactly this room, empty, so that memory layout depends on the group alone (deterministic engines)."""
         self._allocate(rows, length, 0)
 
     def _allocate(self, rows: int, length: int, keep: int) -> None:
@@ -59,7 +59,7 @@ class SlotCache(Cache):
             self._kv[:, :, :keep, :, : old.shape[4]] = old[:, :, :keep]
 
     def clear(self) -> None:
-        """Zeroes everything: what a diverged model left behind must not reach the next one through masked columns."""
+        """Zeroes everything, so that NaNs of a diverged model cannot reach the next one through masked columns."""
         self._kv.zero_()
 
     def insert(self, prefill: DynamicCache, owners: torch.Tensor, first: int) -> None:
@@ -75,11 +75,11 @@ class SlotCache(Cache):
             layer[1, first:last, :, :length] = prompt.values[owners]
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
-        """Row sources[i] becomes row targets[i], up to column `length`."""
+        """Copies row sources[i] to row targets[i], up to column `length`."""
         self._kv[:, :, targets, :, :length] = self._kv[:, :, sources, :, :length]
 
     def begin_step(self, positions: torch.Tensor, extent: int) -> None:
-        """The next forward pass writes row r (0 .. n - 1) at column positions[r] [n] and sees `extent` columns."""
+        """Makes the next forward pass write row r (0 .. n - 1) at column positions[r] [n] and see `extent` columns."""
         if self._row_index.shape != positions.shape:
             self._row_index = torch.arange(positions.shape[0], device=positions.device)
         self._positions, self._extent = positions, extent

@@ -1,4 +1,4 @@
-"""What a set of trajectories says by itself, without the learner (METHOD §8). Columns only, no row is touched."""
+"""Metrics of a set of trajectories, without the learner (METHOD §8), computed from columns alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from latent_grpo.reward.verifier import REASONS
 
 
 def rollout_metrics(rows: pa.RecordBatch) -> dict[str, float]:
-    """Accuracy, lengths, finish and grade reasons, seconds, and of latent rows what their latent steps are like."""
+    """Returns accuracy, lengths, finish and grade reasons, seconds, and :func:`latent_metrics`."""
     view = TrajectoryBatch(rows)
     rewards, count = view.rewards, len(view)
     graded = ~np.isnan(rewards)
@@ -36,7 +36,7 @@ def rollout_metrics(rows: pa.RecordBatch) -> dict[str, float]:
 
 
 def latent_metrics(view: TrajectoryBatch) -> dict[str, float]:
-    """How wide latent steps are, and how often thinking ends. Nothing where no row starts in latent mode.
+    """Returns how wide latent steps are and how often thinking ends; nothing where no row starts in latent mode.
 
     Entropy is that of the executed mixture softmax(r / tau), in nats, averaged over steps; the effective width of a
     step is exp(its entropy), between 1 (one token) and K (all alike).
@@ -58,7 +58,7 @@ def latent_metrics(view: TrajectoryBatch) -> dict[str, float]:
 
 
 def mixture_entropy(scores: np.ndarray, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entropy (nats) and largest weight of softmax(scores / tau): `scores` [N, K], `tau` [N] -> [N], [N]."""
+    """Returns entropy (nats) and largest weight of softmax(scores / tau): `scores` [N, K], `tau` [N] -> [N], [N]."""
     logits = scores / tau[:, None]
     logits = logits - logits.max(axis=1, keepdims=True)
     weights = np.exp(logits)

@@ -1,8 +1,8 @@
-"""The rollout pool: dispatch, weights, health, replacement and scale of the worker actors. Driver side.
+"""The rollout pool, the driver's side of the workers: dispatch, weights, health, replacement and scaling.
 
-`poll` is the only place that waits. It returns complete groups and, on the way, notices everything that can happen to
-a worker: a finished weight update, a death, a silence. Whatever a lost worker had not delivered is dispatched again to
-the others, so losing a worker costs throughput only; a group that comes twice is recognised by the buffer.
+`poll` is the only place that waits. It returns complete groups and handles everything that can happen to a worker: a
+finished weight update, a death, a missed heartbeat. Groups that a lost worker had not delivered are dispatched again to
+the others, so losing a worker costs only throughput; the buffer recognises a group that arrives twice.
 
 A replacement (or a joiner) gets the current publication before its first group, so it never samples on old weights.
 Every wait has a deadline; a worker that misses one is killed and replaced, and `max_restarts` bounds how often.
@@ -36,22 +36,22 @@ from latent_grpo.rollout_workers.worker import RolloutWorker, WorkerStatus
 logger = logging.getLogger(__name__)
 
 SHOWN = 4  # workers whose stacks are shown at once
-LOOK_S = 0.5  # between looks for an interrupt
+LOOK_S = 0.5  # seconds between checks for an interrupt
 STREAM_BACKPRESSURE = 16  # groups a worker may be ahead of the driver: bounds what waits in the object store
 
 
 class RolloutPoolError(RunError):
-    """The pool cannot go on; the message names the stage, the worker and its last event."""
+    """The pool cannot continue; the message names the stage, the worker and its last event."""
 
 
 class WorkerActor:
-    """Thin shell round :class:`RolloutWorker`: `results` occupies one thread, the other methods answer beside it."""
+    """A thin Ray actor around :class:`RolloutWorker`; `results` occupies one thread, other methods use another."""
 
     def __init__(self, factory: Callable[[str], RolloutWorker], name: str):
         self._factory, self._name = factory, name
 
     def whereabouts(self) -> ProcessAddress:
-        """This process, which from now on answers with its stacks."""
+        """Returns this process's address and makes it answer with its stacks on request."""
         return serve_stacks()
 
     def start(self) -> None:
@@ -98,7 +98,7 @@ class _Member:
 
 
 class RolloutPool:
-    """Workers made by `factory(name)`, which runs inside the actor. Use as a context manager."""
+    """A pool of workers made by `factory(name)`, which runs inside the actor. Use it as a context manager."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class RolloutPool:
         self._names = (f"worker-{i}" for i in itertools.count())
         self._members: dict[str, _Member] = {}
         self._publication: Publication | None = None
-        self._waiting: list[GroupRequest] = []  # of lost workers, until somebody can take them
+        self._waiting: list[GroupRequest] = []  # groups of lost workers, until another worker can take them
         self.restarts = 0
         self._join(config.workers)
 
@@ -142,19 +142,22 @@ class RolloutPool:
 
     @property
     def outstanding(self) -> int:
-        """Groups dispatched and not delivered."""
+        """The number of groups dispatched and not delivered."""
         return len(self._waiting) + sum(len(m.groups) for m in self._members.values())
 
-    # --- what the controller says --------------------------------------------------------------------------------
+    # --- what the controller calls -------------------------------------------------------------------------------
 
     def publish(self, publication: Publication) -> None:
-        """Sends weights to every worker, behind the groups it already has; returns at once. `poll` sees the outcome."""
+        """Sends weights to every worker, behind the groups that it already has; returns at once.
+
+        `poll` handles the outcome.
+        """
         self._publication = publication
         for member in self._members.values():
             self._send_weights(member)
 
     def submit(self, requests: list[GroupRequest]) -> None:
-        """Spreads groups over the workers, each to the one with the fewest samples to do."""
+        """Spreads groups over the workers, each to the one with the fewest samples left."""
         shares: dict[str, list[GroupRequest]] = {}
         active = [m for m in self._members.values() if not m.leaving]
         if not active:
@@ -171,7 +174,7 @@ class RolloutPool:
             member.actor.submit.remote(next(member.tickets), share)
 
     def resize(self, workers: int) -> None:
-        """Scales to `workers`: joiners start on the current weights, leavers finish what they have."""
+        """Scales to `workers`. New workers start with the current weights; leaving workers finish their groups."""
         if workers < 1:
             raise RolloutPoolError(f"the pool needs at least one worker, got {workers}")
         active = [m for m in self._members.values() if not m.leaving]
@@ -181,7 +184,7 @@ class RolloutPool:
         self._join(workers - len(active))
 
     def poll(self, timeout_s: float) -> list[pa.RecordBatch]:
-        """Complete groups that have arrived; waits at most `timeout_s` for the first.
+        """Returns complete groups that have arrived; waits at most `timeout_s` for the first.
 
         Raises :class:`RolloutPoolError` when more workers were lost than `rollout.max_restarts` allows, or when new
         weights are refused.
@@ -191,7 +194,7 @@ class RolloutPool:
             by_ref[member.stream] = member
             by_ref.update((r, member) for r in (*member.updates, member.heartbeat) if r is not None)
         ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s, fetch_local=False)
-        if ready:  # whatever else is there by now comes along
+        if ready:  # also take whatever else has arrived by now
             ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0, fetch_local=False)
         arrived: list[pa.RecordBatch] = []
         for ref in ready:
@@ -202,7 +205,7 @@ class RolloutPool:
                 self._receive(member, ref, arrived)
             except RayError as error:
                 if isinstance(cause := getattr(error, "cause", None), RequestRefused):
-                    raise RolloutPoolError(f"rollout {member.name} refused what it was sent: {cause}") from error
+                    raise RolloutPoolError(f"rollout {member.name} refused its work: {cause}") from error
                 with self._unheard():
                     self._lose(member, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
             except StopIteration:
@@ -242,7 +245,7 @@ class RolloutPool:
                 member.progress, member.progressed_at = status.progress, time.monotonic()
 
     def _watch(self) -> None:
-        """Heartbeats: sends them, and gives up workers that do not answer or have work and make no progress."""
+        """Sends heartbeats, and gives up workers that do not answer, or that have work and make no progress."""
         now, limit = time.monotonic(), self._deadlines.rollout_s
         frozen: dict[str, float] = {}
         for member in self._members.values():
@@ -261,7 +264,7 @@ class RolloutPool:
 
     @contextlib.contextmanager
     def _unheard(self) -> Iterator[None]:
-        """While a replacement starts nobody listens to the others: that time is not held against them."""
+        """Excludes from the deadlines the time while a replacement starts, when no other worker is polled."""
         began, others = time.monotonic(), list(self._members.values())
         yield
         unheard = time.monotonic() - began
@@ -272,10 +275,10 @@ class RolloutPool:
     def _show_stacks(self, processes: dict[str, ProcessAddress]) -> None:
         shown = list(processes)[:SHOWN]
         for name, stacks in zip(shown, ask_for_stacks([processes[name] for name in shown]), strict=True):
-            logger.warning("rollout %s does not go on: %s", name, stacks)
+            logger.warning("rollout %s makes no progress: %s", name, stacks)
 
     def _lose(self, member: _Member, why: str) -> None:
-        """Gives a worker up, keeps its groups for the others and starts a replacement."""
+        """Gives up a worker, keeps its groups for the others and starts a replacement."""
         logger.warning(
             "rollout %s lost (%s); last event: %s; %d group(s) go to other workers",
             member.name, why, member.last_event, len(member.groups),
@@ -286,8 +289,9 @@ class RolloutPool:
         self.restarts += 1
         if self.restarts > self._config.max_restarts:
             raise RolloutPoolError(
-                f"rollout {member.name} was lost ({why}; last event: {member.last_event}), the {self.restarts}th loss "
-                f"of this run; rollout.max_restarts allows {self._config.max_restarts}. See the worker's log"
+                f"rollout {member.name} was lost ({why}; last event: {member.last_event}). The run has lost "
+                f"{self.restarts} worker(s), and rollout.max_restarts allows {self._config.max_restarts}; read the "
+                "worker's log"
             )
         if not member.leaving:
             self._join(1)
@@ -311,13 +315,13 @@ class RolloutPool:
                 self._show_stacks({name: processes[name] for name, ref in pairs if ref not in done})
             for actor in starting.values():
                 ray.kill(actor)
-            if isinstance(cause := getattr(error, "cause", None), ConfigError):  # a model that cannot be used, say
+            if isinstance(cause := getattr(error, "cause", None), ConfigError):  # for example an unusable model
                 raise ConfigError(f"rollout worker: {cause}") from error
             resources = self._config.resources
             raise RolloutPoolError(
                 f"rollout worker(s) {', '.join(starting)} did not start within {self._deadlines.start_s:g} s "
-                f"(deadlines.start_s); each needs {resources.num_cpus:g} CPU and {resources.num_gpus:g} GPU, the "
-                f"cluster has free {_free()}. {type(error).__name__}: {error}"
+                f"(deadlines.start_s); each needs {resources.num_cpus:g} CPU and {resources.num_gpus:g} GPU, free in "
+                f"the cluster: {_free()}. {type(error).__name__}: {error}"
             ) from error
         for name, actor in starting.items():
             stream = actor.results.options(

@@ -1,7 +1,7 @@
-"""What both engines do with a request: admission, the settings of a sample as a row, and its trajectory at the end.
+"""The handling of requests in both engines: admission, a sample's settings as a row, and its trajectory at the end.
 
 A running sample is a row of a structured array on the host; engines append columns of their own to `SETTINGS`. The
-same bytes lie on the device as int64 [rows, columns], so one upload carries every setting of every row.
+device holds the same bytes as int64 [rows, columns], so one upload carries every setting of every row.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ REALS = ("temperature", "top_p", "noise_scale", "tau")
 COUNTS = ("key", "budget", "k", "latent", "noisy", "one_sided", "top_k")
 SETTINGS: list[tuple[str, type[np.generic]]] = [(name, np.int64) for name in COUNTS]
 SETTINGS += [(name, np.float64) for name in REALS]
-"""`key`: of the sample's randomness; `budget`: max_tokens; `latent`: 1 while in latent mode; the rest: its settings."""
+"""Columns of a sample. `key` is that of its randomness, `budget` its max_tokens, `latent` 1 while in latent mode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRecord:
-    """What a sample has drawn: L latent steps of K components, H hard ones (see `common.types.Trajectory`)."""
+    """The draws of a sample: L latent steps of K components, H hard ones (see `common.types.Trajectory`)."""
 
     latent_ids: np.ndarray  # [L, K] int32
     latent_scores: np.ndarray  # [L, K] float32
@@ -35,11 +35,11 @@ class SampleRecord:
 
 @dataclass(slots=True)
 class RunningGroup:
-    """A request in an engine, and the trajectories of its samples that have finished."""
+    """A request in an engine, with the trajectories of its finished samples."""
 
     request: GroupRequest
     settings: np.ndarray  # [G] SETTINGS, one a sample
-    version: int  # the policy's when the group was admitted: it keys the noise and is the lowest that sampled
+    version: int  # policy version at admission: it is part of the noise's key and the lowest that sampled
     started: float = 0.0  # by the engine's clock, seconds
     _done: dict[int, Trajectory] = field(default_factory=dict)  # by position in request.sample_indices
 
@@ -53,7 +53,8 @@ class RunningGroup:
     ) -> tuple[Trajectory, ...] | None:
         """Makes a finished sample's trajectory; returns all of them once the last one has finished.
 
-        `position`: the sample's in the request. `version`: the policy's that sampled last. `now`: the engine's clock.
+        `position` is the sample's place in the request, `version` the policy version that sampled last, and `now` the
+        time of the engine's clock in seconds.
         """
         request = self.request
         self._done[position] = Trajectory(
@@ -91,9 +92,9 @@ def admit(
     max_rows: int,
     max_length: int | None,
 ) -> RunningGroup:
-    """The group as an engine of these limits takes it. Raises :class:`RequestRefused` where it never could.
+    """Admits a group to an engine with these limits. Raises :class:`RequestRefused` where it can never be served.
 
-    `version`: of the engine's weights. `max_length`: positions of prompt and response together; None: no limit.
+    `version` is that of the engine's weights. `max_length` limits prompt and response together; None means no limit.
     """
     problem = _refusal(request, facts, version, max_rows=max_rows, max_length=max_length)
     if problem is not None or version is None:
@@ -102,7 +103,7 @@ def admit(
 
 
 def sample_settings(request: GroupRequest, version: int) -> np.ndarray:
-    """`SETTINGS` [G], one a sample. `version`: the policy's (METHOD §2.5)."""
+    """Returns `SETTINGS` [G], one per sample. `version` is the policy version (METHOD §2.5)."""
     rows, settings = np.zeros(len(request.sample_indices), dtype=SETTINGS), request.sampling
     rows["budget"] = settings.max_tokens
     rows["latent"], rows["noisy"] = settings.mode == "latent", settings.noise_mode != "off"
@@ -124,13 +125,13 @@ def sample_settings(request: GroupRequest, version: int) -> np.ndarray:
 
 
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy of int64 `values` on the device; on a GPU the copy does not wait for what runs there."""
+    """Copies int64 `values` to the device; on a GPU the copy does not wait for running work."""
     tensor = torch.tensor(values, dtype=torch.int64)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def on_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The bytes of structured rows [n] as int64 [n, columns]."""
+    """Copies the bytes of structured rows [n] to the device as int64 [n, columns]."""
     return upload(rows.view(np.int64).reshape(len(rows), -1), device)
 
 
@@ -142,7 +143,7 @@ def _refusal(
     max_rows: int,
     max_length: int | None,
 ) -> str | None:
-    """Why no engine could serve this group, or None. `max_length`: prompt and response together."""
+    """Returns why no engine could serve this group, or None. `max_length` limits prompt and response together."""
     settings, prompt = request.sampling, np.asarray(request.prompt_ids)
     if version is None:
         return "the engine holds no verified weights; call load_weights first"
@@ -163,14 +164,14 @@ def _refusal(
     if settings.mode == "latent":
         allowed = int(np.count_nonzero(facts.allowed))
         if facts.latent_end_id is None:
-            return "latent mode needs a latent-end token and this tokenizer has none; use mode 'visible'"
+            return "latent mode needs a latent-end token, but this tokenizer has none; use mode 'visible'"
         if not 1 <= settings.k <= allowed:
             return f"expected k between 1 and the {allowed} allowed ids, got {settings.k}"
     return None
 
 
 class Draw:
-    """What the samplers read of some rows: logits [n, V] and columns as tensors or, where all equal, as scalars."""
+    """The samplers' view of some rows: logits [n, V], and columns as tensors or, where all values agree, as scalars."""
 
     def __init__(
         self, rows: np.ndarray, table: torch.Tensor, logits: torch.Tensor, index: np.ndarray | None = None
@@ -181,29 +182,29 @@ class Draw:
             self.logits, self._rows, self._table = logits[which], rows[index], table[which]
 
     def column(self, name: str) -> torch.Tensor:
-        """An integer column [n] int64."""
+        """Returns an integer column [n] int64."""
         names = self._rows.dtype.names or ()
         return self._table[:, names.index(name)]
 
     def real(self, name: str) -> torch.Tensor:
-        """A real column [n] float64: a setting has the same value alone and in company."""
+        """Returns a real column [n] float64, so that a setting has the same value as a scalar and in a tensor."""
         return self.column(name).view(torch.float64)
 
     def switch(self, name: str) -> bool | torch.Tensor:
-        """A column of flags: a plain boolean where all rows agree (samplers then skip what nobody needs), else [n]."""
+        """Returns a column of flags: a plain boolean where all rows agree (samplers then skip work), else [n]."""
         values = self._rows[name]
         return bool(values[0]) if (values == values[0]).all() else self.column(name).bool()
 
     def largest(self, name: str) -> int:
-        """The largest value of an integer column."""
+        """Returns the largest value of an integer column."""
         return int(self._rows[name].max())
 
     def count(self, name: str) -> int | torch.Tensor:
-        """An integer column: a number where all rows agree (the usual case, and cheaper), else [n]."""
+        """Returns an integer column: a number where all rows agree (the usual case, and cheaper), else [n]."""
         values = self._rows[name]
         return int(values[0]) if (values == values[0]).all() else self.column(name)
 
     def setting(self, name: str) -> float | torch.Tensor:
-        """The same of a real column."""
+        """Returns a real column: a number where all rows agree, else [n]."""
         values = self._rows[name]
         return float(values[0]) if (values == values[0]).all() else self.real(name)

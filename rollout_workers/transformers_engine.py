@@ -1,4 +1,4 @@
-"""A rollout engine on a Transformers causal language model: our own decode loop over its KV cache (METHOD §2).
+"""A rollout engine on a Transformers causal language model, with its own decode loop over a KV cache (METHOD §2).
 
 Each `step` of the engine::
 
@@ -29,14 +29,14 @@ from latent_grpo.rollout_workers.kv_cache import SlotCache
 from latent_grpo.rollout_workers.requests import SETTINGS, Draw, RunningGroup, SampleRecord, admit, on_device
 from latent_grpo.rollout_workers.verification import TensorShape, check_checksum, checked_tensors
 
-PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass: bounds its memory, not what is admitted
+PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass; it bounds memory, not admission
 
 ROW = np.dtype([(name, np.int64) for name in ("slot", "length", "step")] + SETTINGS)
-"""A running sample. `slot`: where its record is; `length`: columns of its KV; `step`: response steps done."""
+"""A running sample: `slot` is the place of its record, `length` its columns of the KV cache, `step` its steps done."""
 
 
 class _Records:
-    """What running samples have drawn, by slot, on the device; grows as requests need it.
+    """The draws of running samples, by slot, on the device; it grows as requests need it.
 
     `latent_ids`, `scores`, `log_probs` [slots, steps, K]; `hard_ids`, `hard_log_probs` [slots, steps].
     """
@@ -69,7 +69,7 @@ class _Records:
             setattr(self, name, new)
 
     def take(self, slot: int, steps: int, k: int) -> SampleRecord:
-        """A finished sample's arrays, copied to the host."""
+        """Copies a finished sample's arrays to the host."""
         latent = int(self.latent_until[slot])
         return SampleRecord(
             latent_ids=_host(self.latent_ids[slot, :latent, :k]),
@@ -87,8 +87,8 @@ def _host(tensor: torch.Tensor) -> np.ndarray:
 class TransformersEngine:
     """Implements :class:`~rollout_workers.engine.LatentEngine` on any Llama-, Qwen2-, Qwen3- or GPT-2-like model.
 
-    `max_rows`: samples decoded side by side; more wait in a queue, by whole groups. `deterministic`: one group at a
-    time, alone in its own memory, so that its arithmetic depends on itself only and repeats bit for bit.
+    At most `max_rows` samples are decoded side by side; more wait in a queue, by whole groups. A `deterministic` engine
+    takes one group at a time, in memory of its own, so that its arithmetic depends on it alone and repeats bit for bit.
     """
 
     name = "transformers"
@@ -131,7 +131,7 @@ class TransformersEngine:
 
     @property
     def _weights(self) -> PolicyVersion:
-        """`version` where samples run: none is taken without verified weights."""
+        """The version of running samples, which always exists. Raises EngineError without verified weights."""
         if self._version is None:
             raise EngineError("the engine holds no verified weights; call load_weights first")
         return self._version
@@ -150,7 +150,7 @@ class TransformersEngine:
         self._queued += group.size
 
     def abort(self) -> None:
-        """Forgets all pending samples."""
+        """Drops all pending samples."""
         self._reset()
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class TransformersEngine:
                 f"cannot load version {version.version} while {self.pending} samples are pending: a sample never mixes "
                 "versions; finish or abort them first"
             )
-        self._version = None  # before the first byte changes: any failure below leaves an engine that refuses
+        self._version = None  # before the first byte changes: after any failure below the engine refuses to sample
         parameters = dict(self._model.named_parameters())  # aliases of tied parameters come once
         expected = {name: TensorShape.of(parameter) for name, parameter in parameters.items()}
         with torch.no_grad():
@@ -194,7 +194,7 @@ class TransformersEngine:
         return self._retire(hard)
 
     def _decode(self) -> torch.Tensor:
-        """One forward pass of the running rows: logits [n, V]."""
+        """Runs one forward pass of the running rows: logits [n, V]."""
         rows = self._rows[: self._running]
         extent = int(rows["length"].max()) + 1
         positions = torch.from_numpy(rows["length"].copy()).to(self._device)
@@ -215,7 +215,7 @@ class TransformersEngine:
         return self._head(hidden[:, -1]).float()
 
     def _admit(self) -> list[torch.Tensor]:
-        """Queued groups that fit become rows, first come first served; the logits of their prompts [rows, V] each."""
+        """Admits queued groups that fit, in order of arrival; returns the logits of their prompts, [rows, V] each."""
         admitted: list[RunningGroup] = []
         room = self._max_rows - self._running
         if self._deterministic and self._running:
@@ -243,7 +243,7 @@ class TransformersEngine:
         return logits
 
     def _prefill(self, groups: list[RunningGroup]) -> torch.Tensor:
-        """One pass over the groups' prompts, right-padded (a causal model's padding reaches no earlier position).
+        """Runs one pass over the groups' prompts, right-padded (a causal model's padding reaches no earlier position).
 
         Writes each prompt's keys and values into its G rows and returns their next-step logits [rows, V].
         """
@@ -305,7 +305,7 @@ class TransformersEngine:
         return sampled
 
     def _latent_rows(self, draw: Draw, k: int, index: np.ndarray) -> torch.Tensor:
-        """METHOD §2.1-§2.3 for rows in latent mode: their next inputs [n, D]."""
+        """Takes a step of rows in latent mode (METHOD §2.1-§2.3); returns their next inputs [n, D]."""
         end_id, slots, steps = self._facts.latent_end, draw.column("slot"), draw.column("step")
         taken = latent_step(
             draw.logits,
@@ -340,7 +340,7 @@ class TransformersEngine:
         return inputs
 
     def _visible_rows(self, draw: Draw) -> tuple[torch.Tensor, np.ndarray]:
-        """METHOD §2.4 for rows in visible mode: their next inputs [n, D] and the ids [n]."""
+        """Takes a step of rows in visible mode (METHOD §2.4); returns their next inputs [n, D] and the ids [n]."""
         slots, steps = draw.column("slot"), draw.column("step")
         ids, log_probs, _ = visible_step(
             draw.logits,
@@ -359,7 +359,7 @@ class TransformersEngine:
     # --- finishing -----------------------------------------------------------------------------------------------
 
     def _retire(self, sampled: np.ndarray) -> list[tuple[Trajectory, ...]]:
-        """Takes finished samples (METHOD §2.6) out of the rows; the groups that this completed."""
+        """Removes finished samples (METHOD §2.6) from the rows; returns the groups that this completes."""
         rows = self._rows[: self._running]
         rows["step"] += 1
         stopped = np.isin(sampled, self._eos) & (sampled >= 0)
@@ -381,7 +381,7 @@ class TransformersEngine:
         return completed
 
     def _close_sample(self, row: np.void, reason: FinishReason) -> tuple[Trajectory, ...] | None:
-        """Frees the sample's slot; its group where it was the last one."""
+        """Frees the sample's slot; returns its group if this was its last sample."""
         slot = int(row["slot"])
         group, position = self._owner.pop(slot)
         self._free_slots.append(slot)
@@ -391,17 +391,18 @@ class TransformersEngine:
 
 
 def _columns(request: GroupRequest) -> int:
-    """KV columns that a sample can come to need."""
+    """Returns the number of KV columns that a sample can need."""
     return len(request.prompt_ids) + request.sampling.max_tokens
 
 
 def _check_model(model: PreTrainedModel, facts: TokenFacts, max_rows: int) -> None:
-    """Refuses what the decode loop cannot serve exactly."""
+    """Raises EngineError for a model that the decode loop cannot serve exactly."""
     head = model.get_output_embeddings()
     if head is None or head.weight.shape[0] != facts.vocab_size or len(facts.allowed) != facts.vocab_size:
         rows = None if head is None else head.weight.shape[0]
         raise EngineError(
-            f"the model's output has {rows} rows, the token facts {facts.vocab_size} with {len(facts.allowed)} flags"
+            f"the model's output has {rows} rows, but the token facts have {facts.vocab_size} rows and "
+            f"{len(facts.allowed)} flags; load both from the same model"
         )
     if model.config._attn_implementation not in ("sdpa", "eager"):
         raise EngineError(

@@ -1,4 +1,4 @@
-"""A publication against the model that it is for: both engines refuse it in the same words (REQUIREMENTS 3)."""
+"""The check of a publication against its model, with the same errors in both engines (REQUIREMENTS 3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from latent_grpo.rollout_workers.engine import EngineError
 
 
 class TensorShape(NamedTuple):
-    """What a model expects of one parameter."""
+    """The shape and dtype that a model expects of one parameter."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class TensorShape(NamedTuple):
 def checked_tensors(
     version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, TensorShape]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors one by one, each checked before it is given out; at the end that none is missing.
+    """Yields the tensors, each checked before it is yielded, and checks at the end that none is missing.
 
     Raises EngineError for a tensor that the model does not have or has in another shape or dtype, and for a
     publication that lacks one.
@@ -34,7 +34,7 @@ def checked_tensors(
     for name, tensor in tensors:
         wanted = expected.get(name)
         if wanted is None:
-            raise EngineError(f"version {version.version} holds {name!r}, which the model does not have")
+            raise EngineError(f"version {version.version} has a parameter {name!r}, which the model does not have")
         if TensorShape.of(tensor) != wanted:
             raise EngineError(
                 f"version {version.version}: {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "

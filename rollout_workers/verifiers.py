@@ -1,4 +1,4 @@
-"""The verifiers of a run: what its names stand for, whether they can be built, and the pool of one worker."""
+"""The verifiers of a run: it resolves their names, checks that they can be built, and makes one worker's pool."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from latent_grpo.reward.verifier import Definitions, UnknownVerifierError, Verif
 
 
 class GraderError(RunError):
-    """Grader processes that do not start, or end before they can grade."""
+    """Grader processes do not start, or end before they can grade."""
 
 
 @contextlib.contextmanager
 def reward_errors() -> Iterator[None]:
-    """Turns the errors of `reward/`, which imports nothing of ours, into ours."""
+    """Turns the errors of `reward/`, which imports nothing from the other packages, into this program's."""
     try:
         yield
     except UnknownVerifierError as error:
@@ -30,7 +30,7 @@ def reward_errors() -> Iterator[None]:
 
 
 def verifier_pool(config: RunConfig) -> VerifierPool:
-    """The graders of one worker, with the run's limits and names."""
+    """Makes the verifier pool of one worker, with the run's limits and names."""
     settings = config.rollout.verifier
     return VerifierPool(
         settings.processes,
@@ -42,7 +42,7 @@ def verifier_pool(config: RunConfig) -> VerifierPool:
 
 
 def build_verifier(config: RunConfig, kind: str) -> Verifier:
-    """The verifier that a task names, in this process. Raises ConfigError if it cannot be imported and built."""
+    """Builds, in this process, the verifier that a task names. Raises ConfigError if it cannot be imported or built."""
     with reward_errors():
         try:
             return Definitions(_definitions(config), _options(config)).build(kind)
@@ -50,13 +50,13 @@ def build_verifier(config: RunConfig, kind: str) -> Verifier:
             raise
         except (Exception, SystemExit) as error:  # the constructor of a user's verifier may do anything
             raise ConfigError(
-                f"Verifier {kind!r} cannot be built: its constructor ended with {type(error).__name__}: {error}. It "
-                "must return; correct it, or name another verifier"
+                f"Verifier {kind!r} cannot be built: its constructor ended with {type(error).__name__}: {error}. "
+                "Correct the constructor, or name another verifier"
             ) from error
 
 
 def check_verifiers(config: RunConfig) -> dict[str, list[str]]:
-    """Each verifier of the run, built once, with the tasks that use it.
+    """Builds each verifier of the run once; returns each with the names of the tasks that use it.
 
     Raises ConfigError for one that cannot be built and for a definition that no task names.
     """
@@ -69,12 +69,12 @@ def check_verifiers(config: RunConfig) -> dict[str, list[str]]:
     used = set(users) | _named_inside([config.verifiers[kind].options for kind in users if kind in config.verifiers])
     unused = sorted(set(config.verifiers) - used)
     if unused:
-        raise ConfigError(f"verifiers.{unused[0]}: no task names it; set a task's `verifier` to it, or remove it")
+        raise ConfigError(f"verifiers.{unused[0]}: no task uses it; set a task's `verifier` to it, or remove it")
     return users
 
 
 def _named_inside(node: object) -> set[str]:
-    """Every `kind` inside the options of compositions."""
+    """Returns every `kind` inside the options of compositions."""
     if isinstance(node, dict):
         own = {node["kind"]} if isinstance(node.get("kind"), str) else set()
         return own.union(*(_named_inside(value) for value in node.values()))
@@ -86,5 +86,5 @@ def _definitions(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def _options(config: RunConfig) -> dict[str, dict[str, str]]:
-    """Options of kinds wherever they occur in the run, inside compositions too."""
+    """Returns the options of all kinds that occur in the run, inside compositions too."""
     return {kind: {"fallback": config.rollout.verifier.fallback} for kind in ("math", "number")}

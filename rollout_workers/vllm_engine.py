@@ -1,6 +1,6 @@
 """The cluster engine: an unmodified vLLM that decodes latent rollouts through `vllm_plugin` (METHOD §2).
 
-vLLM schedules, batches and caches; what a step is, the plug-in decides inside vLLM's workers. A sample is one request;
+vLLM schedules, batches and caches; the plug-in decides inside vLLM's workers what a step is. A sample is one request;
 its settings and the key of its randomness travel with it, and its record is fetched once, when it has finished.
 
 vLLM's scheduler runs in this process (the rollout actor's own). With tensor parallelism vLLM starts one process a GPU.
@@ -37,9 +37,9 @@ from latent_grpo.rollout_workers.vllm_plugin.support import (
     vllm_problem,
 )
 
-BUCKET_BYTES = 64 * 2**20  # of weights in one call to the workers, which copies them where those are processes
+BUCKET_BYTES = 64 * 2**20  # weights per call to the workers, which copies them if the workers are processes
 CACHE_ATTEMPTS = 3
-CPU_CACHE_BYTES = 2**30  # of keys and values, where a CPU run does not say how many
+CPU_CACHE_BYTES = 2**30  # keys and values, where a CPU run does not set their size
 WORKERS = {
     "cpu": "latent_grpo.rollout_workers.vllm_plugin.cpu_worker.LatentCPUWorker",
     "cuda": "latent_grpo.rollout_workers.vllm_plugin.workers.LatentGPUWorker",
@@ -49,12 +49,12 @@ WORKERS = {
 class VLLMEngine:
     """Implements :class:`~rollout_workers.engine.LatentEngine` on a model folder (or hub id) that vLLM can load.
 
-    `max_rows`: samples decoded side by side. `max_length`: of prompt and response together (default: the model's).
-    `max_tokens` (default: `max_length`) and `k`: of the largest request to be expected. Records of `max_rows` such
-    samples have their place on the device from the start, as part of what vLLM may use; larger requests are served, and
-    take more than that.
-    `options.in_flight_updates`: `load_weights` does not wait for pending samples; what they have is recomputed under
-    the new weights, and their trajectories name the first and the last version that sampled them.
+    At most `max_rows` samples are decoded side by side. `max_length` limits prompt and response together (default: the
+    model's). `max_tokens` (default: `max_length`) and `k` describe the largest expected request. Memory for the records
+    of `max_rows` such samples is reserved from the start, as part of what vLLM may use; larger requests are served, and
+    take more.
+    With `options.in_flight_updates`, `load_weights` does not wait for pending samples; their keys and values are
+    recomputed under the new weights, and their trajectories name the first and the last version that sampled them.
     """
 
     name = "vllm"
@@ -82,7 +82,7 @@ class VLLMEngine:
         records = (min(max_tokens or self._max_length, self._max_length), k)
         self._llm = _start(model, facts, dtype, max_rows, self._max_length, records, self._options)
         self.careful = self._llm.vllm_config.device_config.device_type == "cpu"
-        """Whether draws may wait for the device: they do where there is none to wait for."""
+        """Whether draws may wait for the device, as they do on the CPU, where there is nothing to wait for."""
         self._uids = itertools.count()
         self._owner: dict[int, tuple[RunningGroup, int]] = {}  # uid -> group and position in it
 
@@ -113,7 +113,7 @@ class VLLMEngine:
             max_tokens=group.request.sampling.max_tokens,
             stop_token_ids=list(self._facts.eos_ids),
             ignore_eos=True,  # the run's EOS ids are the stop ids, not those of the model's folder
-            temperature=0.0,  # vLLM's own sampler is not asked
+            temperature=0.0,  # vLLM's own sampler is not used
             detokenize=False,
             skip_clone=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -149,7 +149,7 @@ class VLLMEngine:
         return completed
 
     def abort(self) -> None:
-        """Forgets all pending samples."""
+        """Drops all pending samples."""
         if self._owner:
             self._llm.abort_request([str(uid) for uid in self._owner])
             self._ask("forget", list(self._owner))
@@ -165,7 +165,7 @@ class VLLMEngine:
         self._llm = None
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
-        """One answer from every worker process."""
+        """Calls a method of every worker process; returns one answer from each."""
         return self._llm.collective_rpc(method, args=args)
 
     # --- weights -------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class VLLMEngine:
     def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replaces all parameters in place and verifies them; see :meth:`LatentEngine.load_weights`.
 
-        With `in_flight_updates` pending samples go on under the new weights. After a failure they stand still until a
+        With `in_flight_updates` pending samples continue under the new weights. After a failure they stop until a
         publication is loaded whole, or they are aborted.
         """
         if self._llm is None:
@@ -183,7 +183,7 @@ class VLLMEngine:
                 f"cannot load version {version.version} while {self.pending} samples are pending: a sample never mixes "
                 "versions; finish or abort them first, or set rollout.vllm.in_flight_updates"
             )
-        self._version = None  # any failure below leaves an engine that refuses
+        self._version = None  # after any failure below the engine refuses to sample
         tensors = list(checked_tensors(version, tensors, self._expected))
         check_checksum(version, checksum(tensors))
         buckets = list(_buckets(tensors, self._bucket_bytes))
@@ -203,7 +203,7 @@ class VLLMEngine:
         self._version = version
 
     def _apply(self, buckets: list[list[tuple[str, torch.Tensor]]]) -> None:
-        """vLLM's reload in every worker. What fails in the middle leaves layers that can compute and hold anything."""
+        """Runs vLLM's reload in every worker. After a failure layers still compute, but with undefined weights."""
         self._ask("begin_weights")
         try:
             for bucket in buckets:
@@ -212,7 +212,7 @@ class VLLMEngine:
             self._ask("end_weights")
 
     def _drop_cache(self, version: PolicyVersion) -> None:
-        """Forgets keys and values of the old weights; running samples compute theirs again, mixtures included."""
+        """Drops keys and values of the old weights; running samples compute theirs again, mixtures included."""
         for _ in range(CACHE_ATTEMPTS):
             if self._llm.reset_prefix_cache(reset_running_requests=bool(self.pending)):
                 return
@@ -221,14 +221,14 @@ class VLLMEngine:
 
 
 def _published_parameters(config: PreTrainedConfig, dtype: str) -> dict[str, TensorShape]:
-    """What a publication holds: every parameter of the Transformers model, tied ones once."""
+    """Returns the parameters of a publication: all of the Transformers model, tied ones once."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     return {name: TensorShape.of(parameter) for name, parameter in skeleton.named_parameters()}
 
 
 def _buckets(tensors: list[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Neighbours of up to so many bytes together; larger tensors alone."""
+    """Groups neighbouring tensors into buckets of at most `bucket_bytes`; a larger tensor is a bucket by itself."""
     bucket: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in tensors:
@@ -242,12 +242,14 @@ def _buckets(tensors: list[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iter
 
 
 def quiet_vllm() -> None:
-    """vLLM's environment, which it reads when it is imported or later; and no warnings about its own code."""
+    """Sets vLLM's environment, which it reads at import or later, and silences warnings about its own code."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM on CPU else puts even a single worker into a process
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else vLLM on CPU starts a process even for one worker
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Ray says how many threads; workers share a machine
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+    )  # Ray sets the number of threads; workers share a machine
 
 
 def _start(
@@ -259,9 +261,9 @@ def _start(
     records: tuple[int, int],
     options: VLLMConfig,
 ) -> Any:
-    """vLLM's engine, with the latent plug-in in its workers. Weights are random until `load_weights`.
+    """Starts vLLM's engine with the latent plug-in in its workers. Weights are random until `load_weights`.
 
-    `records`: response steps and components of the largest record to be expected.
+    `records` holds the response steps and components of the largest expected record.
     """
     found = installed()
     problem = vllm_problem(found) or argument_problem(options.engine_args)

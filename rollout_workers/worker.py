@@ -1,13 +1,13 @@
 """The rollout worker: an engine, a verifier pool and a queue, as one Ray actor.
 
 Two loops meet in it. The controller calls `submit` and `update_weights`, which only append to the queue; the actor's
-one long-lived `results` generator works the queue off in order: generate -> grade -> yield a record batch.
+one long-lived `results` generator processes the queue in order: generate -> grade -> yield a record batch.
 
-A weight update is an item of the queue. Groups submitted before it are finished on the old weights, groups after it
-start on the new ones: no trajectory ever mixes versions, and which version a group is made with is decided by the
-order of the controller's calls, never by timing. (With `in_flight` the engine takes new weights at once and says in
-each trajectory which versions sampled it.) Calls to a threaded actor may overtake each other, so each carries a
-ticket (0, 1, 2, ...) and the queue takes them in ticket order.
+A weight update is an item of the queue. Groups submitted before it finish with the old weights, groups after it start
+with the new ones: no trajectory ever mixes versions, and the order of the controller's calls, never timing, decides
+the version of a group. (With `in_flight` the engine takes new weights at once and records in each trajectory which
+versions sampled it.) Calls to a threaded actor may overtake each other, so each carries a ticket (0, 1, 2, ...) and the
+queue takes them in ticket order.
 
 Results are yielded, not put: what an actor yields is owned by the caller and survives the actor's death.
 """
@@ -38,7 +38,7 @@ IDLE_WAIT_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """A worker's heartbeat. `progress` rises with every decode step, grade and update: a watchdog compares it."""
+    """A worker's heartbeat. `progress` rises with every decode step, grade and update; a watchdog compares it."""
 
     name: str
     version: PolicyVersion | None
@@ -56,7 +56,7 @@ class _WeightUpdate:
 
 
 class RolloutWorker:
-    """The actor's body; plain Python, so tests drive it without Ray. `decode` turns token ids into text."""
+    """The actor's body in plain Python, so that it also runs without Ray. `decode` turns token ids into text."""
 
     def __init__(
         self,
@@ -92,9 +92,9 @@ class RolloutWorker:
     ) -> PolicyVersion:
         """Verifies and applies published weights when the groups before them are done; returns the version now held.
 
-        `buckets`: uint8 arrays. Raises :class:`common.weights.WeightsCorrupt` before anything is applied, EngineError
-        if the engine's own checksum differs (either also ends `results`: a worker without verified weights must not go
-        on), and TimeoutError after `timeout_s`.
+        `buckets` are uint8 arrays. Raises :class:`common.weights.WeightsCorrupt` before anything is applied,
+        EngineError if the engine's own checksum differs (either also ends `results`, since a worker without verified
+        weights must not continue), and TimeoutError after `timeout_s`.
         """
         update = _WeightUpdate(manifest, buckets)
         self._enqueue(ticket, [update])
@@ -119,7 +119,7 @@ class RolloutWorker:
         )
 
     def stop(self) -> None:
-        """Ends `results` after the running decode step; what is unfinished is not delivered."""
+        """Ends `results` after the running decode step; unfinished groups are not delivered."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -127,7 +127,7 @@ class RolloutWorker:
     # --- the working loop ----------------------------------------------------------------------------------------
 
     def results(self) -> Iterator[pa.RecordBatch]:
-        """Yields one record batch a group, graded, until `stop`. Called once."""
+        """Yields one graded record batch per group, until `stop`. It is called once."""
         graded: deque[Future[pa.RecordBatch]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="grading") as grader:
             try:
@@ -148,7 +148,7 @@ class RolloutWorker:
                 self._verifiers.close()
 
     def _admit(self) -> None:
-        """Gives queued groups to the engine, up to the next weight update; applies that once the engine is empty."""
+        """Gives queued groups to the engine up to the next weight update, which it applies once the engine is empty."""
         while self._queue:
             item = self._queue[0]
             if isinstance(item, _WeightUpdate) and self._engine.pending and not self._in_flight:
@@ -165,7 +165,7 @@ class RolloutWorker:
         try:
             tensors = [tensor for bucket, data in pairs for tensor in unpack(bucket, data)]
             self._engine.load_weights(update.manifest.version, tensors)
-        except Exception as error:  # for the caller of update_weights too, who waits in another thread
+        except Exception as error:  # also for the caller of update_weights, which waits in another thread
             update.applied.set_exception(error)
             raise
         self._event(f"loaded weights of version {update.manifest.version.version}")
@@ -177,7 +177,7 @@ class RolloutWorker:
                 self._changed.wait(IDLE_WAIT_S)
 
     def _finish(self, group: tuple[Trajectory, ...]) -> pa.RecordBatch:
-        """Text and grade of a group's samples; runs beside the decode loop. An aborted sample is never graded."""
+        """Decodes and grades a group's samples beside the decode loop. An aborted sample is never graded."""
         started = time.perf_counter()
         texts = [self._decode(t.hard_ids, t.finish_reason) for t in group]
         verifier = self._verifier_of.pop(group[0].group_uid)

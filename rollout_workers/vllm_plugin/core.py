@@ -4,11 +4,11 @@ A sample has a slot from its first scheduled token until its record is taken; pr
 is kept by response step, so one rule covers decoding, chunked prefill, recomputation after preemption and a step that
 vLLM ran ahead and threw away:
 
-* the token at position p is fed as a mixture iff 0 <= p - prompt_len < the slot's number of latent steps;
-* response step j is drawn in latent mode iff the sample began latent and all steps before j were latent.
+* the token at position p is fed as a mixture if and only if 0 <= p - prompt_len < the slot's number of latent steps;
+* response step j is drawn in latent mode if and only if the sample began latent and all steps before j were latent.
 
-The tokens that vLLM sees of latent steps are a placeholder: a proxy id (METHOD §2.1) may be a stop id, and would end
-the request. The record holds the true ids.
+For a latent step vLLM sees a placeholder token, since a proxy id (METHOD §2.1) may be a stop id and would end the
+request. The record holds the true ids.
 """
 
 from __future__ import annotations
@@ -27,25 +27,27 @@ from latent_grpo.rollout_workers.requests import SETTINGS, Draw, SampleRecord, o
 
 COLUMNS = [("prompt_len", np.int64), ("careful", np.int64), *SETTINGS]
 ROW = np.dtype(COLUMNS)
-"""A slot's settings. `careful`: draws look as far as they must, which waits for the device; else at a set number."""
+"""A slot's settings. With `careful`, draws consider as many ids as needed, which waits for the device; else a fixed
+number."""
 PLACE = {name: place for place, (name, _) in enumerate(COLUMNS)}
 """The column of each setting on the device, where a row is int64 [columns]."""
-SCRATCH = 0  # a slot that nobody owns: rows that do not count write there
+SCRATCH = 0  # a slot without an owner, for rows that do not count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record(SampleRecord):
-    """A finished sample's record, and what the engine must know of it."""
+    """A finished sample's record, with two facts that the engine needs."""
 
-    exact: bool  # False: a draw may depend on ids that were not looked at; sample again with `careful`
+    exact: bool  # False: a draw may depend on ids that were not considered; sample again with `careful`
     started: float  # time.monotonic() when it was first scheduled
 
 
 class LatentCore:
-    """`allowed` [V] bool or None; `end_id` None only where no request is latent; `placeholder`: no stop id.
+    """The state of latent samples on the device, and their draws.
 
-    Room for `slots` samples of `steps` response steps of `width` components is taken at once, so that vLLM sees it when
-    it measures the device. Samples beyond that make it grow.
+    `allowed` is [V] bool or None; `end_id` is None only where no request is latent; `placeholder` must not be a stop
+    id. Memory for `slots` samples of `steps` response steps of `width` components is taken at once, so that vLLM counts
+    it when it measures the device. It grows for samples beyond that.
     """
 
     _ids: torch.Tensor  # [slots, steps, width] int32
@@ -79,18 +81,18 @@ class LatentCore:
         self._fresh: list[int] = []  # slots whose settings the device does not have yet
         self._grow(1 + slots, steps, width)
         for name, value in (("k", 1), ("top_k", 1), ("temperature", 1.0), ("top_p", 1.0), ("tau", 1.0)):
-            self._host[SCRATCH][name] = value  # vLLM's warm-up draws for requests that nobody has added
+            self._host[SCRATCH][name] = value  # for the draws of vLLM's warm-up requests
         self._fresh.append(SCRATCH)
 
     @property
     def record_bytes(self) -> int:
-        """What the records of all slots take on the device."""
+        """The bytes that the records of all slots take on the device."""
         return self._ids.nbytes + self._scores.nbytes + self._log_probs.nbytes
 
-    # --- samples come and go -------------------------------------------------------------------------------------
+    # --- slots of samples ----------------------------------------------------------------------------------------
 
     def add(self, uid: int, prompt_len: int, settings: dict[str, Any]) -> int:
-        """The slot of a sample, which keeps its history if it had one (it was preempted). `settings`: of `ROW`."""
+        """Returns the slot of a sample; a preempted one keeps its slot and history. `settings` are those of `ROW`."""
         if uid in self.slots:
             return self.slots[uid]
         if not self._free:
@@ -106,15 +108,15 @@ class LatentCore:
         return slot
 
     def forget(self, uids: Sequence[int]) -> None:
-        """Frees the slots of samples that nobody wants any more."""
+        """Frees the slots of samples that are no longer needed."""
         self._free.extend(self.slots.pop(uid) for uid in uids if uid in self.slots)
 
     def take(self, uids: Sequence[int], steps: Sequence[int]) -> list[Record]:
-        """Records of finished samples of so many response steps, and their slots are free."""
+        """Returns the records of finished samples with their numbers of response steps, and frees their slots."""
         slots, total = [self.slots[uid] for uid in uids], sum(steps)
         index = upload(np.array(slots), self.device)
         tables = [table.view(torch.int32) for table in (self._ids, self._scores, self._log_probs)]
-        # everything in one copy: each would wait until the device has caught up
+        # everything in one copy, since each copy would wait until the device has caught up
         parts = [torch.stack([self._latent_steps[index].int(), self._inexact[index].int()])]
         parts += [table[slot, :count] for table in tables for slot, count in zip(slots, steps, strict=True)]
         packed = torch.cat([part.flatten() for part in parts]).cpu().numpy()
@@ -140,7 +142,7 @@ class LatentCore:
         return records
 
     def _grow(self, slots: int, steps: int, width: int) -> None:
-        """Room for so many slots, response steps and components; what is there stays."""
+        """Makes room for so many slots, response steps and components; the content stays."""
         old_slots, old_steps, old_width = len(self._host), self._steps, self._width
         if slots <= old_slots and steps <= old_steps and width <= old_width:
             return
@@ -165,7 +167,7 @@ class LatentCore:
         self._steps, self._width = steps, width
 
     def _settle(self) -> None:
-        """Settings of new samples, all in one copy, and their histories empty."""
+        """Copies the settings of new samples to the device in one piece and empties their histories."""
         if not self._fresh:
             return
         slots = np.array(self._fresh)
@@ -181,9 +183,10 @@ class LatentCore:
     def generated_rows(
         self, slots: np.ndarray, computed: np.ndarray, query_start: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens of a batch lie behind their prompt: (their places in the batch, their slots). Host only.
+        """Returns which tokens of a batch come after their prompt: (their places in the batch, their slots). Host only.
 
-        `slots`, `computed` [n]: of each request, and its tokens in the KV cache; `query_start` [n + 1].
+        `slots` [n] and `computed` [n] hold each request's slot and number of tokens in the KV cache; `query_start` is
+        [n + 1].
         """
         counts = np.diff(query_start)
         request = np.repeat(np.arange(len(counts)), counts)
@@ -200,9 +203,9 @@ class LatentCore:
         positions: torch.Tensor,
         embed: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Writes mixtures over the embeddings `inputs` [T, D] of those `places` that were latent steps.
+        """Writes mixtures over the embeddings `inputs` [T, D] at those `places` that were latent steps.
 
-        `positions` [T]: of every token of the batch; `embed`: ids -> embeddings.
+        `positions` [T] are those of all tokens of the batch; `embed` maps ids to embeddings.
         """
         if not len(places):
             return
@@ -227,10 +230,10 @@ class LatentCore:
     def draw(
         self, logits: torch.Tensor, slots: np.ndarray, positions: torch.Tensor, complete: torch.Tensor
     ) -> torch.Tensor:
-        """One response step of every request: `logits` [n, V] -> the tokens that vLLM shall go on with, [n] int64.
+        """Draws one response step of every request: `logits` [n, V] -> the tokens that vLLM continues with, [n] int64.
 
-        `slots` [n] on the host; `positions` [n]: of the tokens whose logits these are; `complete` [n] bool: False for a
-        request whose prompt (or whose recomputed history) is not all in the cache yet, which draws nothing.
+        `slots` [n] are on the host; `positions` [n] are those of the tokens that gave the logits. `complete` [n] bool
+        is False for a request whose prompt (or recomputed history) is not all in the cache yet; it draws nothing.
         """
         self._settle()
         rows, slot = self._host[slots], upload(slots, self.device)
@@ -238,7 +241,7 @@ class LatentCore:
         step = positions.long() + 1 - table[:, PLACE["prompt_len"]]
         latent = (table[:, PLACE["latent"]] == 1) & (self._latent_steps[slot] >= step)
         careful = bool(rows["careful"].any())
-        if careful:  # knows which rows are what, so each sampler sees only its own
+        if careful:  # the mode of each row is known, so each sampler gets only its own rows
             wanted = complete.cpu().numpy()
             in_latent = wanted & latent.cpu().numpy()
             in_visible = wanted & ~in_latent
@@ -267,7 +270,7 @@ class LatentCore:
         step: torch.Tensor,
         careful: bool,
     ) -> None:
-        """METHOD §2.4, recorded in column 0 of the step."""
+        """Draws visible steps (METHOD §2.4) and records them in column 0 of the step."""
         at = slice(None) if index is None else upload(index, self.device)
         target, step = target[at], step[at]
         drawn = visible_step(
@@ -297,7 +300,7 @@ class LatentCore:
         k: int,
         careful: bool,
     ) -> None:
-        """METHOD §2.1-§2.3 for those rows that are in latent mode; where a row leaves it, the step is the end token."""
+        """Draws steps of rows in latent mode (METHOD §2.1-§2.3); where a row leaves it, the step is the end token."""
         at = slice(None) if index is None else upload(index, self.device)
         target, step = target[at], step[at]
         taken = latent_step(
@@ -331,5 +334,5 @@ class LatentCore:
 
 
 def _mixtures(steps: np.ndarray, k: int) -> np.ndarray:
-    """[L, k] of [L, width]; the tables may be narrower than the k of samples that never are latent."""
+    """Cuts [L, width] to [L, k]; the tables may be narrower than the k of samples that are never latent."""
     return steps[:, :k].copy() if len(steps) else np.empty((0, k), steps.dtype)

@@ -1,4 +1,4 @@
-"""The worker of vLLM's CPU build; a module of its own, since the CUDA build cannot be asked to import that."""
+"""The worker of vLLM's CPU build, in a module of its own, since the CUDA build cannot import that class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latent_grpo.rollout_workers.vllm_plugin.workers import LatentWorker
 
 
 class LatentCPUWorker(LatentWorker, CPUWorker):
-    """Weights stay as published, instead of being packed: they can be read back, and updated in place."""
+    """A CPU worker whose weights stay as published instead of packed, so that they can be read back and updated."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         keep_plain_weights()

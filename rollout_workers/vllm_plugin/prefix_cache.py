@@ -1,8 +1,8 @@
-"""Which KV blocks may be shared: those of a prompt, between all its samples; never those behind it.
+"""The rule of sharing KV blocks: samples share the blocks of their prompt, and never those after it.
 
 vLLM names a full block by a hash of its token ids and all before them. Two latent histories have the same (placeholder)
-ids and other keys and values, so from the first block that holds a generated position on, the name carries the
-sample's own request id: it finds its own blocks again after preemption, and nobody else does.
+ids but different keys and values, so from the first block with a generated position on, the name includes the sample's
+own request id: the sample finds its blocks again after preemption, and no other sample does.
 """
 
 from __future__ import annotations

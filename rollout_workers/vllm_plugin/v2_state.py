@@ -1,11 +1,11 @@
-"""The latent core in vLLM's V2 model runner (the default on CUDA; written for 0.33): its own two hooks.
+"""The latent core in vLLM's V2 model runner (the default on CUDA; written for 0.33), through its two hooks.
 
     ModelState.prepare_inputs_embeds   ──► mixtures written over the embeddings of latent steps, in the persistent
                                            buffer that captured CUDA graphs read
     ModelState.custom_sampler          ──► `LatentCore.draw` instead of vLLM's own sampler, outside of the graphs
 
-Nothing here waits for the device: which rows lie behind their prompt is known on the host, which of them are latent
-only on the device.
+Nothing here waits for the device: the host knows which rows come after their prompt, and only the device knows which of
+them are latent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def install(model_config: Any) -> None:
-    """Makes the model's class ask for :class:`LatentModelState`, which is what V2 looks for; in this process only."""
+    """Makes the model's class name :class:`LatentModelState` as its state, which V2 looks for; in this process only."""
     from vllm.model_executor.model_loader.utils import get_model_architecture
 
     model_class, _ = get_model_architecture(model_config)
@@ -35,7 +35,7 @@ def install(model_config: Any) -> None:
 
 
 class LatentModelState(DefaultModelState):
-    """Slots are the core's own: the runner's indices change hands at every preemption."""
+    """A model state with the core's own slots, since the runner reuses its indices at every preemption."""
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
@@ -43,9 +43,9 @@ class LatentModelState(DefaultModelState):
         self.slot_of = np.zeros(self.max_num_reqs, dtype=np.int64)  # by the runner's index of a request
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """A new request, or one that was preempted and comes back."""
+        """Adds a new request, or one that was preempted and is scheduled again."""
         super().add_request(req_index, new_req_data)
-        if self.core.warming:  # vLLM tries its kernels with requests of its own
+        if self.core.warming:  # vLLM warms its kernels up with requests of its own
             self.slot_of[req_index] = SCRATCH
             return
         uid, settings = request_settings(new_req_data.sampling_params)
@@ -66,7 +66,7 @@ class LatentModelState(DefaultModelState):
 
 
 class LatentSampler:
-    """Takes the place of vLLM's sampler, which still keeps the state that the runner expects of it."""
+    """Replaces vLLM's sampler, which still keeps the state that the runner expects of it."""
 
     def __init__(self, base: Any, state: LatentModelState) -> None:
         self._base, self._state = base, state

@@ -1,13 +1,13 @@
-"""Published weights into a running vLLM model, and the proof that it holds them (REQUIREMENTS 3).
+"""Loading of published weights into a running vLLM model, and the proof that it holds them (REQUIREMENTS 3).
 
 vLLM's own in-place reload does the loading: it splits and fuses the published (Hugging Face) parameters as the model
-wants them and keeps every address, so captured CUDA graphs stay valid. Afterwards each published tensor is compared
-with what the model's layers hold of it: fused layers part by part, padded vocabularies, tied heads, and on several
+needs them and keeps every address, so captured CUDA graphs stay valid. Afterwards each published tensor is compared
+with what the model's layers hold of it: fused layers part by part, padded vocabularies, tied heads, and with several
 ranks each rank's own share.
 
     begin ──► load (some tensors; again and again) ──► end ──► differing (the same tensors again)
 
-Both passes go by buckets: between processes no more than one is under way.
+Both passes take bucket by bucket, so that only one at a time is on its way between processes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 Model = Any
-"""vLLM's: a module with `load_weights`, `config` and, where it fuses layers, `packed_modules_mapping`."""
+"""A vLLM model: a module with `load_weights`, `config` and, where it fuses layers, `packed_modules_mapping`."""
 
 
 def keep_plain_weights() -> None:
-    """CPU: no packed copies of the weights, which nobody could read back and a reload of a tied head would not reach.
+    """Stops vLLM on CPU from packing weights, which could not be read back and would miss a reload of a tied head.
 
-    vLLM's linear layers ask this function how to multiply; torch's own product is as fast in float32.
+    vLLM's linear layers call the replaced function to choose how to multiply; torch's own product is as fast in
+    float32.
     """
     from vllm.model_executor.layers import utils
 
@@ -36,26 +37,26 @@ def keep_plain_weights() -> None:
 
 
 def begin(model: Model) -> None:
-    """From here to `end` the model's layers wait for their parameters, and cannot compute."""
+    """Begins a load. Until `end` the model's layers wait for their parameters and cannot compute."""
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
 
 
 def load(model: Model, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Some of the published tensors, under their Hugging Face names; a layer takes its own once it has them all."""
+    """Loads some of the published tensors, under their Hugging Face names; a layer applies its own once complete."""
     model.load_weights(iter(tensors))
 
 
 def end(model: Model, model_config: Any) -> None:
-    """The layers are whole again, also after a load that failed: what was not loaded then holds anything."""
+    """Ends a load, also one that failed: all layers can compute again, and those not loaded have undefined weights."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     finalize_layerwise_reload(model, model_config)
 
 
 def differing(model: Model, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
-    """Names of those tensors that the model does not hold as they were published."""
+    """Returns the names of those tensors that the model does not hold as they were published."""
     return [name for name, tensor in tensors if not _holds(model, name, tensor)]
 
 
@@ -65,7 +66,7 @@ def _holds(model: Model, name: str, published: torch.Tensor) -> bool:
 
 
 def _held(model: Model, name: str) -> Iterator[tuple[torch.Tensor, int | None]]:
-    """What the model's layers hold of a published parameter, and which of its rows comes first if that is known."""
+    """Yields what the model's layers hold of a published parameter, and the first of its rows if that is known."""
     module_name, _, parameter = name.rpartition(".")
     parent, _, leaf = module_name.rpartition(".")
     for fused, leaves in getattr(model, "packed_modules_mapping", {}).items():
@@ -83,7 +84,7 @@ def _held(model: Model, name: str) -> Iterator[tuple[torch.Tensor, int | None]]:
 
 
 def _submodule(model: Model, name: str) -> Any:
-    """A layer of the model; None where it has no such one."""
+    """Returns a layer of the model, or None if it has no such layer."""
     try:
         return model.get_submodule(name)
     except AttributeError:
@@ -91,7 +92,7 @@ def _submodule(model: Model, name: str) -> Any:
 
 
 def _without_padding(layer: nn.Module, held: torch.Tensor) -> tuple[torch.Tensor, int | None]:
-    """Vocabularies are padded to a multiple of 64 rows before they are shared out."""
+    """Removes padding, since vocabularies are padded to a multiple of 64 rows before they are divided over ranks."""
     vocabulary = getattr(layer, "shard_indices", None)
     if vocabulary is None:
         return held, None
@@ -99,7 +100,7 @@ def _without_padding(layer: nn.Module, held: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _share(published: torch.Tensor, held: torch.Tensor, first: int | None) -> torch.Tensor:
-    """The part of a published tensor that this rank should hold, in the shape of `held`."""
+    """Returns the part of a published tensor that this rank should hold, in the shape of `held`."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     if first is not None:

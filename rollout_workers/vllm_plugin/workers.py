@@ -1,6 +1,6 @@
-"""vLLM's workers with the latent core in their model runner, and what the engine asks of them.
+"""vLLM's workers with the latent core in their model runner, and the methods that the engine calls on them.
 
-Named to vLLM as `worker_cls`; vLLM imports them in its own processes, so this package must be installed there.
+vLLM gets them as `worker_cls` and imports them in its own processes, so this package must be installed there.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from latent_grpo.rollout_workers.vllm_plugin.settings import new_core
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
 else:
-    WorkerBase = object  # the subclass below brings vLLM's worker of its device
+    WorkerBase = object  # the subclass below adds vLLM's worker of its device
 
 
 class LatentWorker(WorkerBase):
-    """Hangs the core into the runner that vLLM has chosen, and answers the engine (`collective_rpc`) on every rank.
+    """Adds the core to the runner that vLLM has chosen, and answers the engine (`collective_rpc`) on every rank.
 
-    Ranks draw the same, since all have the same logits.
+    All ranks draw the same ids, since all have the same logits.
     """
 
     def begin_weights(self) -> None:
@@ -34,28 +34,28 @@ class LatentWorker(WorkerBase):
             weights.begin(self.get_model())
 
     def add_weights(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Loads some of them."""
+        """Loads some of the weights."""
         with set_current_vllm_config(self.vllm_config):
             weights.load(self.get_model(), tensors)
 
     def end_weights(self) -> None:
-        """Closes the model: it can compute again."""
+        """Closes the model, so that it can compute again."""
         with set_current_vllm_config(self.vllm_config):
             weights.end(self.get_model(), self.model_config)
 
     def differing_weights(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
-        """Names of those tensors that this rank does not hold."""
+        """Returns the names of those tensors that this rank does not hold."""
         return weights.differing(self.get_model(), tensors)
 
     def take_records(self, uids: Sequence[int], steps: Sequence[int]) -> list[Record] | None:
-        """Records of finished samples; their state is freed. The first rank answers, the others only forget."""
+        """Returns records of finished samples and frees their state. The first rank answers, the others only free."""
         if self.rank == 0:
             return self.latent_core.take(uids, steps)
         self.latent_core.forget(uids)
         return None
 
     def forget(self, uids: Sequence[int]) -> int:
-        """Frees the state of aborted samples; how many are left."""
+        """Frees the state of aborted samples; returns the number of samples left."""
         self.latent_core.forget(uids)
         return len(self.latent_core.slots)
 
@@ -83,7 +83,7 @@ class LatentWorker(WorkerBase):
             self.model_runner.latent = self.model_runner.model_state.core
 
     def compile_or_warm_up_model(self) -> Any:
-        """On CUDA vLLM warms its kernels up with made-up requests, which are no rollouts of ours."""
+        """Warms the model up; on CUDA vLLM does so with requests of its own, which are not rollouts."""
         self.latent_core.warming = True
         try:
             return super().compile_or_warm_up_model()
@@ -92,4 +92,4 @@ class LatentWorker(WorkerBase):
 
 
 class LatentGPUWorker(LatentWorker, GPUWorker):
-    """Unquantised weights on a GPU are plain anyway."""
+    """A GPU worker; unquantised weights on a GPU are never packed."""

@@ -147,7 +147,7 @@ def test_a_profile_names_compositions_and_validate_builds_them():
 
 
 def test_a_definition_that_no_task_uses_or_that_cannot_be_built_is_a_fault_of_the_profile():
-    with pytest.raises(ConfigError, match=r"verifiers\.strict: no task names it"):
+    with pytest.raises(ConfigError, match=r"verifiers\.strict: no task uses it"):
         check_verifiers(config_with({"strict": TAGGED}, "number"))
     with pytest.raises(ConfigError, match="cannot be imported"):
         check_verifiers(config_with({"mine": {"kind": "no_such_module:Verifier"}}, "mine"))

@@ -74,7 +74,7 @@ def test_models_without_support_are_refused():
     message = refused("model.new.architecture=gpt2")
     assert "gpt2" in message
     assert "LlamaForCausalLM" in message
-    assert "32 dimensions, the model has 16" in refused("model.new.num_heads=8")
+    assert "32 dimensions, the model's have 16" in refused("model.new.num_heads=8")
     assert model_problem(LLAMA | {"head_dim": 16}, "cuda") is None
     assert "use_sliding_window" in model_problem(LLAMA | {"use_sliding_window": True}, "cuda")
     assert "no support for architecture None" in model_problem({}, "cpu")
@@ -86,7 +86,7 @@ def test_models_without_support_are_refused():
         ("speculative_config", "cannot be drafted"),
         ("spec_method", "cannot be drafted"),
         ("spec_tokens", "cannot be drafted"),
-        ("kv_transfer_config", "outlive the weights"),
+        ("kv_transfer_config", "outlive their weights"),
         ("quantization_config", "the very model"),
         ("pipeline_parallel_size", "rollout.vllm.tensor_parallel"),
         ("override_generation_config", "no penalties"),
