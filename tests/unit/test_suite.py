@@ -16,7 +16,14 @@ from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.common.tasks.sources import load_task
 from latent_grpo.deploy.reproduce.gpus import Devices
-from latent_grpo.deploy.reproduce.manifest import HASHED_PROBLEMS, check_session, data_hashes, this_session
+from latent_grpo.deploy.reproduce.manifest import (
+    HASHED_PROBLEMS,
+    SAME_VERDICTS,
+    check_session,
+    data_hashes,
+    grader_hash,
+    this_session,
+)
 from latent_grpo.deploy.reproduce.scheduler import (
     check,
     max_parallel_units,
@@ -213,6 +220,19 @@ def test_another_grader_or_other_data_are_refused_before_anything_is_written(on_
     with pytest.raises(SuiteError, match=r"sympy, which grades, was [0-9.]+, now 0\.1"):
         check_session(on_a_file.folder, dataclasses.replace(session, graded_with={"sympy": "0.1"}))
     assert (on_a_file.folder / "manifest.json").read_bytes() == kept
+
+
+def test_a_suite_of_an_earlier_grader_with_the_same_verdicts_goes_on(on_a_file):
+    """A failure here means that `reward/` changed: compare it with the earlier graders again, or drop their entries."""
+    assert set(SAME_VERDICTS.values()) == {grader_hash()}
+    open_folder(on_a_file, on_a_file.load())
+    path = on_a_file.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for session in manifest["sessions"]:
+        (session["grader"],) = SAME_VERDICTS
+    path.write_text(json.dumps(manifest))
+    open_folder(on_a_file, on_a_file.load())
+    assert len(json.loads(path.read_text())["sessions"]) == 2
 
 
 def test_a_unit_that_another_process_is_at_is_left_alone(write, tmp_path):
