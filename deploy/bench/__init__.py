@@ -1,1 +1,1 @@
-"""Benchmarks of single parts, run by `latent-grpo bench`; each prints what it measured and passes no verdict."""
+"""Benchmarks of single parts, run by `latent-grpo bench`; each prints what it measured and does not judge it."""

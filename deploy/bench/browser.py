@@ -1,4 +1,4 @@
-"""A headless Chromium, for measuring and testing what is written for one."""
+"""A headless Chromium, for measuring and testing reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def missing() -> str | None:
-    """What is not installed, as a sentence; None if a browser can be started."""
+    """Returns a sentence about what is not installed, or None if a browser can be started."""
     if shutil.which("chromedriver") is None or not any(map(shutil.which, NAMES)):
         return "needs Chromium and its driver (Debian and Ubuntu: apt-get install chromium chromium-driver)"
     try:
@@ -29,7 +29,7 @@ def missing() -> str | None:
 
 @contextmanager
 def chromium(width: int = 1280, height: int = 900) -> Iterator[Chrome]:
-    """A browser with a fresh profile; its console is kept for `get_log("browser")`. Raises ConfigError if missing."""
+    """Starts a browser with a fresh profile. Its console is recorded for `get_log("browser")`. Raises ConfigError."""
     if (reason := missing()) is not None:
         raise ConfigError(reason)
     from selenium import webdriver
@@ -48,7 +48,7 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[Chrome]:
 
 
 def open_report(driver: Chrome, report: Path, address: str = "", timeout_s: float = 30.0) -> None:
-    """Opens a report at an address (`#/...`) and waits until the page is there."""
+    """Opens a report at an address (`#/...`) and waits until the page is shown."""
     driver.get("about:blank")  # another fragment of the same file would not load it again
     driver.get_log("browser")
     driver.get(report.resolve().as_uri() + address)
@@ -56,7 +56,7 @@ def open_report(driver: Chrome, report: Path, address: str = "", timeout_s: floa
 
 
 def wait_for(driver: Chrome, condition: str, timeout_s: float = 30.0) -> None:
-    """Until the JavaScript expression holds; raises selenium's TimeoutException."""
+    """Waits until the JavaScript expression is true; raises selenium's TimeoutException."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     WebDriverWait(driver, timeout_s, poll_frequency=0.02).until(lambda d: d.execute_script(f"return {condition}"))

@@ -1,8 +1,8 @@
-"""What the distributed loop costs: a step through Ray and DeepSpeed beside a step of the same loop in one process.
+"""The cost of the distributed loop: a step through Ray and DeepSpeed, and a step of the same loop in one process.
 
-Both run the same steps from the same model: all steps in one process, then all steps of the pipeline. What else the
-machine does may therefore slow one of them and not the other; measure on an idle machine. CPU seconds are given besides
-wall seconds because other work disturbs those less. The first steps of each (compilation, caches) are not counted.
+Both run the same steps from the same model: all steps in one process, then all steps of the pipeline. Other work on the
+machine may therefore slow only one of them; measure on an idle machine. CPU seconds are given besides wall seconds
+because other work disturbs them less. The first steps of each (compilation, caches) are not counted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Comparison:
 
 
 def compare(config: RunConfig, steps: int, reporter: Reporter | None = None) -> Comparison:
-    """`config`: a training run; its warm start, if any, is made once, in this process."""
+    """Measures both loops on the training run of `config`; its warm start, if any, is made once, in this process."""
     reporter = reporter or Reporter()
     with tempfile.TemporaryDirectory(prefix="lg-bench-") as scratch:
         root = Path(scratch)
@@ -90,7 +90,7 @@ def _controller(run: Run, learner: Learner) -> Controller:
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process and of its children that still run."""
+    """Returns the CPU seconds of this process and of its running children."""
     me = psutil.Process()
     total = 0.0
     for process in (me, *me.children(recursive=True)):
@@ -110,7 +110,7 @@ def timed_steps(
     clock: Callable[[], float] = time.perf_counter,
     cpu_clock: Callable[[], float] = cpu_seconds,
 ) -> LoopCost:
-    """Runs so many steps and counts all but the first `WARM_UP`."""
+    """Runs `steps` steps and measures all but the first `WARM_UP`."""
     controller.begin()
     walls, waits, learns, cpu = [], [], [], 0.0
     with run.reporter.phase(f"{type(run.pool).__name__}", steps) as advance:

@@ -1,7 +1,7 @@
-"""How fast a report is written and opens: made-up trajectories of a given size, and a real Chromium.
+"""A benchmark of reports: how fast one is written, and how fast it opens in a real Chromium.
 
-Times of the browser are its own clock's: from the start of the navigation to the page being there and usable, and to
-the first curve being drawn; then the time that a search over all trajectories takes.
+The trajectories are generated, of a given size. The browser's own clock measures the time from the start of the
+navigation until the page is usable and until the first curve is drawn, and the time of a search over all trajectories.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GROUP, STEPS, SPOKEN, VOCABULARY = 8, 10, 40, 30_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportBenchmark:
-    """Seconds are the median of `openings`."""
+    """The result of the benchmark; seconds are medians over `openings`."""
 
     trajectories: int
     latent_steps: int  # of each
@@ -51,7 +51,7 @@ class ReportBenchmark:
 
 
 def measure(trajectories: int, latent_steps: int, k: int, openings: int, seed: int) -> ReportBenchmark:
-    """Raises ConfigError where there is no Chromium."""
+    """Runs the benchmark. Raises ConfigError without Chromium."""
     with chromium() as browser, tempfile.TemporaryDirectory(prefix="latent-grpo-bench-") as folder:
         path = made_up_run(Path(folder) / "run", trajectories, latent_steps, k, seed).path
         began = time.perf_counter()
@@ -95,7 +95,7 @@ def _mark(browser: WebDriver, name: str) -> float:
 
 
 def made_up_run(path: Path, trajectories: int, latent_steps: int, k: int, seed: int) -> RunFolder:
-    """A run folder whose trajectories have random tokens and realistic weights."""
+    """Makes a run folder whose trajectories have random tokens and realistic weights."""
     folder, rng = RunFolder(path), np.random.default_rng(seed)
     path.mkdir(parents=True)
     task = {"name": "made-up", "path": "builtin:chain_arithmetic", "max_prompt_tokens": 64, "max_response_tokens": 64}
@@ -147,7 +147,7 @@ def _trajectory(rng: np.random.Generator, step: int, group: int, index: int, lat
 
 
 def show(result: ReportBenchmark) -> None:
-    """The table of the command."""
+    """Prints the table of the command."""
     table = Table("", "", title="latent-grpo bench report", show_header=False)
     table.add_row("trajectories", f"{result.trajectories:,} of {result.latent_steps} latent steps, K {result.k}")
     table.add_row("written in", f"{result.write_s:.2f} s, {result.megabytes:.1f} MB")
@@ -159,5 +159,5 @@ def show(result: ReportBenchmark) -> None:
 
 
 def write_json(result: ReportBenchmark, file: Path) -> None:
-    """The same figures for machines."""
+    """Writes the same figures as JSON."""
     file.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")

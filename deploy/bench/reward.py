@@ -1,9 +1,9 @@
-"""How fast answers are graded: generated answers like those of GSM8K and MATH, right and wrong.
+"""A benchmark of grading, on generated answers like those of GSM8K and MATH, right and wrong.
 
-Throughput is what a rollout worker sees: calls of `VerifierPool.grade_many` with a step's samples. Of one problem no
-two cases have the same answer, so nothing is gained by grading equal ones once. Rates are per second of processor
-time, of this process and of the graders together, so that other load on the machine does not count; the rate by the
-clock stands beside. Latency is a single case in a call of its own, the way through the pipe included.
+Throughput is that of a rollout worker: calls of `VerifierPool.grade_many` with a step's samples. No two cases of one
+problem have the same answer, so grading equal answers only once does not help. Rates are per second of processor time,
+of this process and of the graders together, so that other load on the machine does not count; the rate by the clock is
+given beside them. Latency is that of a single case in a call of its own, including the way through the pipe.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SINGLE_CASES = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardBenchmark:
-    """Figures of one workload. Times in milliseconds, rates in gradings per second."""
+    """The figures of one workload; times in milliseconds, rates in gradings per second."""
 
     workload: str
     cases: int
@@ -45,7 +45,7 @@ class RewardBenchmark:
 
 
 def measure(cases: int, processes: int, seed: int) -> list[RewardBenchmark]:
-    """Both workloads on one warm pool."""
+    """Measures both workloads on one warm pool."""
     workloads: tuple[tuple[str, Callable[[random.Random], Iterator[Case]], float], ...] = (
         ("GSM8K-like", gsm8k_like, 2000.0),
         ("MATH-like", math_like, 300.0),
@@ -92,7 +92,7 @@ def _processor_seconds(pool: VerifierPool) -> float:
 
 
 def gsm8k_like(rng: random.Random) -> Iterator[Case]:
-    """Several responses to each problem with a whole number as the answer; about half are right."""
+    """Yields several responses to each problem with a whole number as the answer; about half are right."""
     spellings: tuple[Callable[[int], str], ...] = (
         str,
         lambda n: f"{n:,}",
@@ -110,7 +110,7 @@ def gsm8k_like(rng: random.Random) -> Iterator[Case]:
 
 
 def math_like(rng: random.Random) -> Iterator[Case]:
-    """Three responses to each problem of MATH's kind: right as the gold has it, right in another form, wrong."""
+    """Yields three responses to each problem of MATH's kind: right as in the gold, right in another form, and wrong."""
     while True:
         gold, same, wrong = rng.choice(_FORMS)(rng)
         for stated in (gold, same, wrong):
@@ -176,7 +176,7 @@ def _matrix(rng: random.Random) -> Form:
     )
 
 
-# In the rough shares of MATH's answers: two thirds are numbers.
+# Roughly in the shares of MATH's answers, of which two thirds are numbers.
 _FORMS = (
     *([_whole] * 10),
     *([_fraction] * 4),
@@ -186,7 +186,7 @@ _FORMS = (
 
 
 def _response(rng: random.Random, answer: str) -> str:
-    """A response of some 600 characters that ends in the boxed answer."""
+    """Returns a response of some 600 characters that ends in the boxed answer."""
     steps = (f"{rng.randint(1, 999)} + {rng.randint(1, 999)} is a step on the way. " for _ in range(16))
     return "".join(steps) + rf"So the answer is \boxed{{{answer}}}."
 
@@ -195,7 +195,7 @@ def _response(rng: random.Random, answer: str) -> str:
 
 
 def show(results: list[RewardBenchmark]) -> None:
-    """The table of the command."""
+    """Prints the table of the command."""
     table = Table(title="latent-grpo bench reward")
     for heading in ("workload", "gradings", "per core and s", "goal", "per s", "p50 ms", "p99 ms", "worst ms"):
         table.add_column(heading, justify="right", no_wrap=heading == "workload")
@@ -207,5 +207,5 @@ def show(results: list[RewardBenchmark]) -> None:
 
 
 def write_json(results: list[RewardBenchmark], file: Path) -> None:
-    """The same figures for machines."""
+    """Writes the same figures as JSON."""
     file.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""`latent-grpo bench rollout`: our decode loop beside `model.generate`, and what a latent step costs.
+"""The benchmark `latent-grpo bench rollout`: the engine's decode loop, `model.generate`, and the cost of a latent step.
 
-One tiny model, one process, one thread. Ends of text are switched off on both sides, so that lengths are what the
-case says; every row stops at its own length. Tokens are the ones asked for: what `generate` computes for rows that
-are done already is not counted.
+It uses one tiny model, one process and one thread. The end of text is switched off on both sides, so that lengths are
+those of the case; every row stops at its own length. Only requested tokens count, not those that `generate` computes
+for rows that are already done.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
 
 class _OwnLength(StoppingCriteria):
-    """Each row of `generate` is done at its own length."""
+    """Stops each row of `generate` at its own length."""
 
     def __init__(self, prompt: int, lengths: np.ndarray) -> None:
         self._until = torch.from_numpy(prompt + lengths)
@@ -71,7 +71,7 @@ def run_generate(model: PreTrainedModel, work: Workload) -> float:
 
 @contextmanager
 def forward_share(model: PreTrainedModel) -> Iterator[Callable[[], float]]:
-    """Seconds that the model itself (body and head) has taken inside the block, for its share of the whole."""
+    """Measures the seconds that the model itself (body and head) takes inside the block, for its share of the whole."""
     spent = [0.0]
     replaced = []
 
@@ -98,7 +98,7 @@ def forward_share(model: PreTrainedModel) -> Iterator[Callable[[], float]]:
 
 
 def workloads(vocabulary: int, rng: np.random.Generator) -> list[Workload]:
-    """The three cases of the comparison with `generate`."""
+    """Returns the three cases of the comparison with `generate`."""
 
     def prompts(count: int, length: int) -> np.ndarray:
         return rng.integers(2, vocabulary, (count, length)).astype(np.int32)
@@ -124,7 +124,7 @@ class RolloutBench:
 
 
 def measure(*, vocabulary: int, hidden: int, layers: int, k: int, repeats: int) -> RolloutBench:
-    """Ours against `generate`, latent against hard steps, and what is not the model's own work; the same in vLLM."""
+    """Measures the engine and `generate`, latent and hard steps, the model's own share, and the same in vLLM."""
     torch.set_num_threads(1)
     model = bench_model(vocabulary, hidden, layers)
     engine = TransformersEngine(model, facts_of(model), max_rows=64)

@@ -1,8 +1,8 @@
-"""The vLLM rows of `latent-grpo bench rollout`: what a latent step costs inside vLLM, and beside our own decode loop.
+"""The vLLM rows of `latent-grpo bench rollout`: the cost of a latent step in vLLM and in the Transformers engine.
 
-Three engines in one process, on the same model, prompts and lengths: vLLM with its own sampler and hard tokens, vLLM
-with the latent plug-in, and the Transformers engine. Ordinary vLLM is started first: the plug-in's CPU worker keeps
-weights unpacked, and must not take its packed ones away.
+Three engines run in one process, on the same model, prompts and lengths: vLLM with its own sampler and hard tokens,
+vLLM with the latent plug-in, and the Transformers engine. Ordinary vLLM starts first, since the plug-in's CPU worker
+keeps weights unpacked and must not prevent it from packing its own.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ GOAL = ">= 0.9"
 
 
 def vllm_missing() -> str | None:
-    """Why there are no vLLM rows on this machine, or None."""
+    """Returns why there are no vLLM rows on this machine, or None."""
     return vllm_problem(installed())
 
 
 def measure_vllm(model: PreTrainedModel, k: int, repeats: int) -> list[Row]:
-    """vLLM latent to vLLM ordinary (goal) and to the Transformers engine, at every batch size."""
+    """Compares latent vLLM with ordinary vLLM (the goal) and with the Transformers engine, at every batch size."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # both run eagerly; tracing their small helpers takes minutes
     from latent_grpo.rollout_workers.vllm_engine import VLLMEngine, quiet_vllm
 
@@ -88,7 +88,7 @@ def measure_vllm(model: PreTrainedModel, k: int, repeats: int) -> list[Row]:
 
 @contextlib.contextmanager
 def ordinary_vllm(folder: str) -> Iterator[Any]:
-    """vLLM as anybody starts it, with the settings that the latent engine gives itself."""
+    """Starts ordinary vLLM with the settings that the latent engine uses."""
     from vllm import LLM
 
     llm = LLM(
@@ -102,7 +102,7 @@ def ordinary_vllm(folder: str) -> Iterator[Any]:
 
 
 def run_ordinary(llm: Any, work: Workload, logprobs: int | None = None) -> float:
-    """Hard tokens from vLLM's own sampler, to each prompt's length."""
+    """Generates hard tokens with vLLM's own sampler, to each prompt's length."""
     from vllm import SamplingParams
 
     settings = [

@@ -1,7 +1,7 @@
-"""Measuring several ways of one job in one run, interleaved, so that a noisy machine disturbs all of them alike.
+"""Interleaved timing of several ways to do one job, so that a noisy machine disturbs all of them alike.
 
-Times are CPU seconds of this process: for one thread that computes they are what the wall clock would show on an idle
-machine, and other programs do not count. `wall=True` is for work that a device does.
+Times are CPU seconds of this process: for one computing thread they are what the wall clock would show on an idle
+machine, and other programs do not count. `wall=True` is for work on a device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Timing:
         return self.work / float(np.median(self.seconds))
 
     def ratio_to(self, other: Timing) -> float:
-        """How much faster than `other`: the median over repeats of the two rates' ratio, neighbours compared."""
+        """Returns how much faster it is than `other`: the median over repeats of the ratio of neighbouring rates."""
         pairs = zip(self.seconds, other.seconds, strict=True)
         return float(np.median([(self.work / mine) / (other.work / theirs) for mine, theirs in pairs]))
 

@@ -1,4 +1,4 @@
-"""What the rows of `latent-grpo bench rollout` have in common: the model, the work, and a row made of two timings."""
+"""The common parts of `latent-grpo bench rollout`: the model, the work, and a row made from two timings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOGIT_SPREAD = 3.6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Prompts [n, P] of one length, `samples` of each, and how long each sample gets."""
+    """Prompts [n, P] of one length, `samples` of each, and the length of each sample."""
 
     name: str
     prompts: np.ndarray
@@ -49,9 +49,9 @@ class Row:
 
 
 def bench_model(vocabulary: int, hidden: int, layers: int) -> PreTrainedModel:
-    """A random Llama whose head is scaled so that its logits spread as a trained model's do.
+    """Makes a random Llama whose head is scaled so that its logits spread as a trained model's do.
 
-    Nearly flat ones, as a plain random model has them, are the sampler's worst case and no model's usual one.
+    Nearly flat logits, as a plain random model has them, are the sampler's worst case and not usual for a model.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -74,7 +74,10 @@ def bench_model(vocabulary: int, hidden: int, layers: int) -> PreTrainedModel:
 
 
 def facts_of(model: PreTrainedModel) -> TokenFacts:
-    """No end of text; the latent-end token is not allowed, so latent rows stay latent until their budget ends."""
+    """Returns token facts without an end of text.
+
+    The latent-end token is not allowed either, so latent rows stay latent until their budget ends.
+    """
     allowed = np.ones(model.config.vocab_size, dtype=bool)
     allowed[[PAD_ID, END_ID]] = False
     return TokenFacts(vocab_size=len(allowed), allowed=allowed, latent_end_id=END_ID, eos_ids=(), pad_id=PAD_ID)

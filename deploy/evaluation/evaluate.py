@@ -40,17 +40,17 @@ from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.learner.publication import publish_model
 
-SAMPLES_AT_ONCE = 8192  # asked of the pool together; bounds the trajectories in memory
+SAMPLES_AT_ONCE = 8192  # samples requested together, which bounds the trajectories in memory
 
 Gather = Callable[[list[GroupRequest], Callable[[int], None]], list[pa.RecordBatch]]
-"""Generates groups on the pool's current weights and waits for all (`Controller.gather`, `controller.gather`)."""
+"""Generates groups with the pool's current weights and waits for all (`Controller.gather`, `controller.gather`)."""
 Keep = Callable[[list[pa.RecordBatch]], None]
-"""What is done with trajectories as they come: dumped, or nothing."""
+"""Called with trajectories as they arrive, for example to dump them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a model can do, task by task."""
+    """The results of an evaluation, task by task."""
 
     tasks: tuple[TaskResult, ...]
 
@@ -71,10 +71,10 @@ def measure(
 ) -> Evaluation:
     """Evaluates the weights that the pool behind `gather` holds.
 
-    `settings` (the run's own by default): `runs` samples a problem with noise off for pass@1; where `samples` is above
-    0, so many more with the run's noise for pass@k. `tag` is part of the groups' identity and must be new for each
-    evaluation of a run, while the draws depend on problem and sample index only (METHOD §2.5). `at_once`: samples that
-    are asked for together.
+    `settings` (the run's own by default) ask for `runs` samples per problem with noise off, for pass@1, and for
+    `samples` more with the run's noise, for pass@k, where that is above 0. `tag` is part of the groups' identity and
+    must be new for each evaluation of a run, while the draws depend on problem and sample index only (METHOD §2.5). At
+    most `at_once` samples are requested together.
     """
     settings, reporter = settings or config.evaluation, reporter or Reporter()
     if not tasks:
@@ -111,7 +111,7 @@ def _requests(
 def _generated(
     gather: Gather, requests: list[GroupRequest], name: str, reporter: Reporter, keep: Keep | None, at_once: int
 ) -> Iterator[pa.RecordBatch]:
-    """The groups in the order of `requests`, a part at a time."""
+    """Yields the groups in the order of `requests`, generated a part at a time."""
     size = max(at_once // len(requests[0].sample_indices), 1)
     with reporter.phase(name, len(requests), "problems") as advance:
         for start in range(0, len(requests), size):
@@ -126,7 +126,10 @@ def _generated(
 
 
 def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
-    """Every evaluation task on the workers' weights; into the metrics and the summary. pass@k before and after only."""
+    """Evaluates the workers' weights on every evaluation task and records the results in metrics and summary.
+
+    pass@k is measured only before and after training.
+    """
     ends = tag in ("before", "after")
     settings = run.config.evaluation
     if not ends:
@@ -163,20 +166,20 @@ def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
 
 
 class EvaluationPlan(NamedTuple):
-    """What an evaluation was asked for."""
+    """The settings of an evaluation, a name for it, and the origin of its noise."""
 
     config: RunConfig
     name: str
     noise: str | None
-    """Who gave the scale of pass@k's noise; None: nobody, it is the default."""
+    """Where the noise scale of pass@k comes from; None: it is the default."""
 
 
 def evaluation_config(
     model: str, overrides: list[str], *, profile: str | None = None, tasks: Sequence[str] = (), data: str = "data"
 ) -> EvaluationPlan:
-    """Settings of an evaluation of `model`, a name for it, and where its noise comes from.
+    """Returns the plan of an evaluation of `model`. Raises ConfigError.
 
-    They come from `profile`; without one from the run whose folder the model lies in; without that, for named
+    Settings come from `profile`; without one, from the run in whose folder the model lies; without that, for named
     benchmarks, from the model's own chain (`common.model_chain`) and the defaults. `tasks` replaces the evaluation
     tasks by named benchmarks with the files of the folder `data`. Training tasks are not loaded.
     """
@@ -191,7 +194,7 @@ def evaluation_config(
         settings, name, noise = _settings_of(read_chain(model)), "benchmarks", None
     else:
         raise ConfigError(
-            f"what shall {model} be evaluated on? Give --tasks (of {', '.join(BENCHMARKS)}), or --profile with "
+            f"no task to evaluate {model} on: give --tasks (of {', '.join(BENCHMARKS)}), or --profile with "
             "evaluation.tasks"
         )
     evaluation = dict(settings.get("evaluation") or {})
@@ -210,7 +213,7 @@ def evaluation_config(
 
 
 def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
-    """A model's own: how it was made to think."""
+    """Settings from a model's own chain."""
     if chain is None:
         return {}
     if chain.chain == "explicit":
@@ -219,23 +222,26 @@ def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
 
 
 def noise_line(config: RunConfig, noise: str | None) -> str | None:
-    """The noise of pass@k, and who gave its scale (:class:`EvaluationPlan`); None where none is used."""
+    """A line about the noise of pass@k and its origin (:class:`EvaluationPlan`); None where no noise is used."""
     if not config.evaluation.samples or config.noise.mode == "off":
         return None
     used = f"pass@k is sampled with noise.scale {config.noise.scale:g} ({config.noise.mode})"
     if noise is not None:
-        return f"{used}, of {escape(noise)}"
+        return f"{used}, from {escape(noise)}"
     return (
-        f"[yellow]{used}, the default: the settings name none, and {CHAIN_FILE} does not keep the one that the model "
-        "was trained with; give it as noise.scale=...[/]"
+        f"[yellow]{used}, the default: the settings have no noise scale, and {CHAIN_FILE} does not store the one that "
+        "the model was trained with; give it as noise.scale=...[/]"
     )
 
 
 def evaluate_model(
     config: RunConfig, name: str, reporter: Reporter | None = None, noise: str | None = None
 ) -> Evaluation:
-    """A finished model on `config.evaluation.tasks`, in a run folder of its own: `evaluation.json`, all trajectories,
-    and a table. `noise`: see :class:`EvaluationPlan`."""
+    """Evaluates a finished model on `config.evaluation.tasks`.
+
+    A run folder of its own gets `evaluation.json` and all trajectories, and a table is printed. `noise` is that of
+    :class:`EvaluationPlan`.
+    """
     if not config.evaluation.tasks:
         raise ConfigError(f"{name} has no evaluation.tasks; add one with `name` and `path`")
     reporter = reporter or Reporter()

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: `evaluation.json` with everything that decided its numbers, and a table for people."""
+"""The results of an evaluation: `evaluation.json`, with everything that decided its numbers, and a table for people."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def report(
     chain: ChainSettings | None,
     versions: dict[str, str],
 ) -> dict[str, Any]:
-    """Contents of :data:`REPORT_FILE`. `checksum`: of the published weights; `versions`: of program and packages."""
+    """Returns the contents of :data:`REPORT_FILE`.
+
+    `checksum` is that of the published weights, `versions` are those of program and packages.
+    """
     numbers = published(results)
     evaluation = config.evaluation
     return {
@@ -72,7 +75,7 @@ def report(
 
 
 def _origin(task: PreparedTask) -> dict[str, Any]:
-    """Where a task's problems came from, and how they were asked and graded."""
+    """Describes where a task's problems came from, and how they were asked and graded."""
     config, renderer = task.source.config, task.renderer.config
     file = Path(config.path or "")
     return {
@@ -92,7 +95,7 @@ def _published(numbers: Iterable[Published]) -> list[dict[str, Any]]:
 
 
 def table(results: Sequence[TaskResult], title: str) -> Table:
-    """One row a task, and the macro average below two or more."""
+    """Returns a table with one row per task, and the macro average below two or more."""
     numbers = published(results)
     ks = list(dict.fromkeys(at.k for result in results for at in result.pass_at_k))
     shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -129,7 +132,7 @@ def table(results: Sequence[TaskResult], title: str) -> Table:
 
 
 def show(console: Console, shown: Table) -> None:
-    """A log has no width of its own: there the table is as wide as it needs."""
+    """Prints a table. A log has no width of its own, so there the table is as wide as it needs."""
     width = console.width
     if not console.is_terminal:
         console.width = WIDEST
@@ -140,7 +143,7 @@ def show(console: Console, shown: Table) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Percent; a chain length in response steps."""
+    """A published result: rates in percent, and a chain length in response steps."""
 
     model: str
     method: str
@@ -187,8 +190,10 @@ TASKS = {
 
 
 def published(results: Sequence[TaskResult]) -> dict[str, tuple[Published, ...]]:
-    """Task name (or the macro average's) -> what was published for it. A benchmark of another size is another one, and
-    an average is compared only with that of the same four."""
+    """Returns task name (or the macro average's) -> published results.
+
+    A benchmark of another size counts as another one, and an average is compared only with that of the same four.
+    """
     whole = {r.task for r in results if r.task in BENCHMARKS and r.problems == BENCHMARKS[r.task].problems}
     found: dict[str, tuple[Published, ...]] = {name: numbers for name, numbers in TASKS.items() if name in whole}
     for level, numbers in AVERAGES.items():

@@ -1,4 +1,4 @@
-"""The figures of an evaluation (METHOD §8), pure: pass@1 with its interval, pass@k, lengths, invalid rate, averages.
+"""The figures of an evaluation (METHOD §8): pass@1 with its interval, pass@k, lengths, invalid rate, averages. Pure.
 
 All uncertainty is over problems: the samples of one problem are averaged first, so that five runs of 30 problems are
 30 observations and not 150.
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from latent_grpo.common.schema import TrajectoryBatch
 
-Z = 1.959964  # of a two-sided 95 % interval
+Z = 1.959964  # normal quantile of a two-sided 95 % interval
 MACRO = "macro average"
 
 
@@ -47,7 +47,7 @@ class TaskResult:
     pass_at_k: tuple[PassAtK, ...] = field(default=())  # from separate samples, with the run's noise
 
     def figures(self) -> dict[str, float]:
-        """What is kept of it: name -> value."""
+        """The stored figures: name -> value."""
         names = ("pass_at_1", "standard_error", "chain_length", "latent_length", "invalid_rate", "ungraded")
         values = {name: float(getattr(self, name)) for name in names}
         for at in self.pass_at_k:
@@ -60,16 +60,19 @@ class TaskResult:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Probability that k of `samples` drawn without replacement hold a correct one: 1 - C(n - c, k) / C(n, k)."""
+    """Returns the probability that k of `samples` drawn without replacement hold a correct one.
+
+    It is 1 - C(n - c, k) / C(n, k).
+    """
     if not 0 <= correct <= samples or not 1 <= k <= samples:
         raise ValueError(f"need 0 <= correct <= samples and 1 <= k <= samples, got n={samples}, c={correct}, k={k}")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def interval(value: float, standard_error: float, observations: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a rate, at the number of independent observations that its standard error speaks for.
+    """Returns Wilson's 95 % interval of a rate, for the number of independent observations that its error implies.
 
-    A standard error of 0 (all right or all wrong) speaks for `observations`; the interval then still has a width, which
+    A standard error of 0 (all right or all wrong) implies `observations`; the interval then still has a width, which
     value +- 1.96 standard errors would not have.
     """
     if observations == 0:
@@ -86,7 +89,7 @@ def interval(value: float, standard_error: float, observations: int) -> tuple[fl
 
 @dataclass(slots=True)
 class _Collected:
-    """What is kept of a task's groups: a few numbers a sample, so that trajectories need not stay in memory."""
+    """A few numbers per sample of a task's groups, so that trajectories need not stay in memory."""
 
     rewards: list[np.ndarray] = field(default_factory=list)  # per group [samples] float32; NaN: ungraded
     indices: list[np.ndarray] = field(default_factory=list)  # sample index: the repetition
@@ -111,9 +114,9 @@ def _collect(groups: Iterable[pa.RecordBatch], together: str | None) -> dict[str
 
 
 def results(groups: Iterable[pa.RecordBatch], together: str | None = None) -> list[TaskResult]:
-    """pass@1 and lengths per task, in order of first appearance; `together` names one result of all tasks instead.
+    """Computes pass@1 and lengths per task, in order of first appearance.
 
-    `groups` is read once; a generator's groups are not kept.
+    `together` names one result over all tasks instead. `groups` is read once; a generator's groups are not kept.
     """
     return [_result(task, found) for task, found in _collect(groups, together).items()]
 
@@ -140,7 +143,7 @@ def _result(task: str, found: _Collected) -> TaskResult:
 
 
 def pass_at_k_results(groups: Iterable[pa.RecordBatch], ks: Sequence[int]) -> dict[str, tuple[PassAtK, ...]]:
-    """Task -> pass@k for each k. A sample counts as correct if its reward is above 0.5; ungraded ones are left out."""
+    """Returns task -> pass@k for each k. A reward above 0.5 counts as correct; ungraded samples are left out."""
     return {
         task: tuple(_pass_at_k(found.rewards, k) for k in ks) for task, found in _collect(groups, together=None).items()
     }
@@ -154,7 +157,7 @@ def _pass_at_k(rewards: list[np.ndarray], k: int) -> PassAtK:
 
 
 def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error; (0, 0) of nothing."""
+    """Returns the mean and its standard error; (0, 0) without values."""
     values = values.astype(np.float64)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return (float(values.mean()) if len(values) else 0.0), float(error)
@@ -166,8 +169,11 @@ def is_error(name: str) -> bool:
 
 
 def average(tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Several tasks' :meth:`TaskResult.figures` as one's. Every task weighs the same; the tasks are independent
-    samples, so the squares of their errors add up; `ungraded` is a count. A figure that a task lacks is left out."""
+    """Averages several tasks' :meth:`TaskResult.figures`.
+
+    Every task has the same weight. The tasks are independent samples, so the squares of their errors add up; `ungraded`
+    is a count. A figure that a task lacks is left out.
+    """
     found = {}
     for name in [name for name in tasks[0] if all(name in task for task in tasks)] if tasks else []:
         values = [task[name] for task in tasks]
@@ -177,7 +183,7 @@ def average(tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def macro_average(found: Sequence[TaskResult]) -> TaskResult:
-    """The result that stands for all tasks, by :func:`average`."""
+    """Returns one result for all tasks, by :func:`average`."""
     if not found:
         raise ValueError("macro average of no task")
     values = average([result.figures() for result in found])

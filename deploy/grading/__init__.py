@@ -1,1 +1,1 @@
-"""`latent-grpo grade`: audits of responses and of gold answers."""
+"""Audits of responses and of gold answers (`latent-grpo grade`)."""

@@ -1,4 +1,4 @@
-"""Files of responses and gold answers: JSONL or Parquet, one row each, columns by their usual names."""
+"""The reader of files with responses and gold answers: JSONL or Parquet, with columns of the usual names."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PROBLEM_COLUMNS = ("problem", "question", "prompt")
 
 
 class AuditError(ConfigError):
-    """A file that cannot be audited; the message says what was found and what to give."""
+    """A file that cannot be audited; the message says what was found and what is expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the file. `response` is None where only golds are wanted."""
+    """One row of the file. `response` is None where only gold answers are checked."""
 
     number: int
     response: str | None
@@ -32,9 +32,9 @@ class Row:
 def read_rows(
     file: Path, response_column: str | None = None, gold_column: str | None = None, *, golds_only: bool = False
 ) -> list[Row]:
-    """The rows of a `.jsonl` or `.parquet` file; columns by their usual names unless given. Raises AuditError.
+    """Reads the rows of a `.jsonl` or `.parquet` file; columns have their usual names unless given. Raises AuditError.
 
-    A dot in a column's name goes into a nested object (`reward_model.ground_truth`).
+    A dot in a column's name selects a part of a nested object (`reward_model.ground_truth`).
     """
     given = [name for name in (response_column, gold_column) if name]
     usual = (*RESPONSE_COLUMNS, *GOLD_COLUMNS, *PROBLEM_COLUMNS)
@@ -49,7 +49,7 @@ def read_rows(
             if candidate in there or _value(first, candidate) is not None:
                 return candidate
         missing = f"no column {name!r}" if name else f"none of the columns {', '.join(candidates)}"
-        raise AuditError(f"{file} has {missing}; there: {', '.join(there)}. Name it with {option}")
+        raise AuditError(f"{file} has {missing}; its columns are {', '.join(there)}. Choose one with {option}")
 
     gold_name = column(gold_column, GOLD_COLUMNS, "--gold-column")
     response_name = None if golds_only else column(response_column, RESPONSE_COLUMNS, "--response-column")
@@ -66,7 +66,7 @@ def read_rows(
 
 
 def _read_parquet(file: Path, wanted: set[str]) -> tuple[list[str], list[dict[str, Any]]]:
-    """(names of all columns, rows of the `wanted` ones): a dump's trajectories are large."""
+    """Returns (names of all columns, rows of the `wanted` ones), since a dump's trajectories are large."""
     import pyarrow.lib
     import pyarrow.parquet
 
@@ -79,7 +79,7 @@ def _read_parquet(file: Path, wanted: set[str]) -> tuple[list[str], list[dict[st
 
 
 def _read_jsonl(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """(names that occur, rows)."""
+    """Returns (names that occur, rows)."""
     _check_there(file)
     if file.suffix not in {".jsonl", ".json"}:
         raise AuditError(f"{file}: expected a name that ends in .jsonl or .parquet")

@@ -1,7 +1,8 @@
-"""`latent-grpo grade FILE`: how a file of (response, gold) is graded, and why.
+"""The command `latent-grpo grade FILE`, which grades a file of (response, gold) and shows the reasons.
 
-A table of reasons with examples; with `--compare` also where plain math-verify disagrees. Responses are hostile text:
-they are graded in a pool with its limits, and shown through :func:`deploy.view.terminal_text.visible`.
+It prints a table of reasons with examples, and with `--compare` the rows on which plain math-verify disagrees.
+Responses are hostile text: they are graded in a pool with its limits, and shown through
+:func:`deploy.view.terminal_text.visible`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from latent_grpo.reward.verifier import REASONS, Grade
 from latent_grpo.rollout_workers.verifiers import reward_errors, verifier_pool
 
 PLAIN = "latent_grpo.reward.plain_math_verify:PlainMathVerify"
-SHOWN_END = 160  # characters of a response's end in an example
+SHOWN_END = 160  # characters of a response's end that an example shows
 CHUNK = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row and what was made of it."""
+    """A row and its grade."""
 
     row: int
     gold: str
@@ -42,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class ReasonShare:
-    """One line of the table."""
+    """One line of the table of reasons."""
 
     count: int
     share: float
@@ -51,7 +52,7 @@ class ReasonShare:
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """A row that this verifier and plain math-verify judge differently; both reasons."""
+    """A row that this verifier and plain math-verify judge differently, with both reasons."""
 
     row: int
     gold: str
@@ -63,7 +64,7 @@ class Disagreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """The report; `asdict` of it is the machine-readable form."""
+    """The report; its `asdict` is the machine-readable form."""
 
     file: str
     kind: str
@@ -98,9 +99,9 @@ def run_audit(
     machine: bool,
     console: Console,
 ) -> None:
-    """The command. `columns`: of the response and of the gold, None for the usual names. Raises AuditError."""
+    """Runs the command. `columns` are those of response and gold, None for the usual names. Raises AuditError."""
     if golds and (compare or output):
-        raise AuditError("--golds grades no responses: leave out --compare and --output")
+        raise AuditError("--golds grades no responses; leave out --compare and --output")
     rows = read_rows(file, *columns, golds_only=golds)
     with reward_errors(), _pool(profile, limits) as pool:
         if golds:
@@ -141,7 +142,7 @@ def audit(
     compare: bool = False,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Audit:
-    """Grades every row; with `compare` a second time with plain math-verify."""
+    """Grades every row, with `compare` also by plain math-verify."""
     started = time.perf_counter()
     grades = _graded(pool, kind, rows, on_progress)
     seconds = time.perf_counter() - started
@@ -195,21 +196,21 @@ def _end(row: Row) -> str:
 
 
 def as_json(report: Audit) -> str:
-    """Counts, examples and all disagreements; the grades of single rows are `--output`'s."""
+    """Returns counts, examples and all disagreements as JSON; `--output` has the grades of single rows."""
     fields = asdict(report)
     del fields["grades"]
     return json.dumps(fields, indent=2)
 
 
 def write_grades(report: Audit, rows: list[Row], output: Path) -> None:
-    """One JSON line a row: row, reward, reason, parsed."""
+    """Writes one JSON line per row: row, reward, reason, parsed."""
     with output.open("w", encoding="utf-8") as lines:
         for row, grade in zip(rows, report.grades, strict=True):
             lines.write(json.dumps({"row": row.number, **asdict(grade)}) + "\n")
 
 
 def show(report: Audit, console: Console, examples: int) -> None:
-    """The table of reasons, and that of disagreements."""
+    """Prints the tables of reasons and of disagreements."""
     mean = "none graded" if report.mean_reward is None else f"mean reward {report.mean_reward:.4f}"
     rate = report.rows / report.seconds if report.seconds else 0.0
     table = Table(title=f"{report.file} graded as {report.kind}: {report.rows:,} rows, {mean}, {rate:,.0f} rows/s")
@@ -235,7 +236,7 @@ def _show_disagreements(report: Audit, console: Console, examples: int) -> None:
     refused = [d for d in found if d.plain_reason != "correct"]
     table = Table(
         title=f"plain math-verify disagrees in {len(found):,} rows: "
-        f"it accepts {len(accepted):,} that are refused here, and refuses {len(refused):,} that are accepted here"
+        f"it accepts {len(accepted):,} that this verifier refuses, and refuses {len(refused):,} that it accepts"
     )
     for heading in ("here", "math-verify", "row"):
         table.add_column(heading, no_wrap=True)
@@ -247,6 +248,6 @@ def _show_disagreements(report: Audit, console: Console, examples: int) -> None:
 
 
 def _cells(case: Example | Disagreement) -> tuple[str, Text, Text, Text]:
-    """Row, gold, parsed and end of the response; as `Text`, so that brackets in them are no markup."""
+    """Returns row, gold, parsed and end of the response; as `Text`, so that brackets in them are no markup."""
     parsed = Text("-", style="dim") if case.parsed is None else Text(visible(case.parsed))
     return str(case.row), Text(visible(case.gold)), parsed, Text(visible(case.response_end))

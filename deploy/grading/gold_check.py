@@ -1,8 +1,8 @@
-"""`latent-grpo grade FILE --golds`: whether gold answers can be graded against, before a run depends on them.
+"""The check of `latent-grpo grade FILE --golds`: whether gold answers can be graded against, before a run uses them.
 
-Every gold is graded against itself in its usual spellings. Listed are golds that the verifier cannot read, spellings
-that it refuses, rows that are known to be mislabelled, and problems that occur with different answers. Nothing is
-dropped.
+Every gold is graded against itself in its usual spellings. The report lists golds that the verifier cannot read,
+spellings that it refuses, rows that are known to be mislabelled, and problems that occur with different answers.
+Nothing is dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from latent_grpo.reward.pool import VerifierPool
 
 @dataclass(frozen=True, slots=True)
 class GoldIssue:
-    """One finding: the row, its gold, and what is the matter."""
+    """One finding: the row, its gold, and what is wrong with it."""
 
     row: int
     gold: str
@@ -36,7 +36,7 @@ class GoldIssue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldReport:
-    """What was found in a data set; empty lists are the good case."""
+    """The findings of a data set; empty lists are the good case."""
 
     rows: int
     spellings: int
@@ -48,7 +48,7 @@ class GoldReport:
 
 
 def check_golds(rows: list[Row], kind: str, pool: VerifierPool) -> GoldReport:
-    """Grades every distinct gold against its own spellings, and looks for rows that cannot be right."""
+    """Grades every distinct gold against its own spellings, and finds rows that cannot be right."""
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row.gold, row)
@@ -79,7 +79,7 @@ def check_golds(rows: list[Row], kind: str, pool: VerifierPool) -> GoldReport:
 
 
 def _repetitions(rows: list[Row], kind: str, pool: VerifierPool) -> tuple[list[GoldIssue], int]:
-    """Problems that occur again: those whose answers are not the same, and the number of the others."""
+    """Finds problems that occur again: those whose answers differ, and the number of the others."""
     by_problem: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.problem:
@@ -95,7 +95,7 @@ def _repetitions(rows: list[Row], kind: str, pool: VerifierPool) -> tuple[list[G
 
 
 def usual_spellings(kind: str, gold: str) -> Iterator[str]:
-    """How a right response may write this gold in its box: as it is, dressed, with a unit, as a fraction."""
+    """Yields how a correct response may write this gold in its box: as it is, with spaces, a unit, or as a fraction."""
     yield gold
     if kind == "choice":
         letter = gold.strip(" ().")
@@ -125,7 +125,7 @@ def usual_spellings(kind: str, gold: str) -> Iterator[str]:
 
 
 def _decimal(value: Fraction) -> str | None:
-    """The decimal with twelve places, if it is exact."""
+    """Returns the decimal with at most twelve places, if it is exact."""
     scaled = value * 10**12
     if scaled.denominator != 1:
         return None
@@ -134,12 +134,12 @@ def _decimal(value: Fraction) -> str | None:
 
 
 def as_json(report: GoldReport) -> str:
-    """The whole report."""
+    """Returns the whole report as JSON."""
     return json.dumps(asdict(report), indent=2)
 
 
 def show(report: GoldReport, console: Console, title: str, limit: int) -> None:
-    """Findings by kind, at most `limit` rows of each; counts are of all."""
+    """Prints the findings by kind, at most `limit` rows of each; counts include all."""
     table = Table(title=f"{title}: {report.rows:,} rows, {report.spellings:,} spellings graded")
     for heading in ("finding", "rows", "row"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "finding" else "right")

@@ -1,1 +1,1 @@
-"""A recorded step of the learner, computed again from its dump."""
+"""Replay: a recorded step of the learner is computed again from its dump."""

@@ -1,6 +1,6 @@
-"""What a run's dumps and checkpoints allow to compute again: the batches the learner was given, and where it stood.
+"""A recorded run, read from dumps and checkpoints: the batches that the learner was given, and its states.
 
-The state before step N is the checkpoint after step N - 1 (before the first step: the model that RL began from). Where
+The state before step N is the checkpoint after step N - 1 (before the first step: the model that RL began from). If
 that checkpoint is gone, an earlier one and the dumps of all steps between serve as well: the learner takes those steps
 again, each on its recorded batch.
 """
@@ -31,7 +31,7 @@ class RecordedError(ConfigError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedStep:
-    """A step as it was: what it was trained on, and what came out."""
+    """A step as it was recorded: its batch and its results."""
 
     step: int
     batch: pa.RecordBatch | None  # what the learner was given; None: no group had signal
@@ -41,14 +41,14 @@ class RecordedStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Where the learner begins: after `step` steps, from a checkpoint, or (None, step 0) from the initial model."""
+    """The learner's start: after `step` steps from a checkpoint, or (None, step 0) from the initial model."""
 
     step: int
     checkpoint: Path | None
 
 
 class RecordedRun:
-    """A run's folder, read only. `config`: its settings."""
+    """A run's folder, only read. `config` holds its settings."""
 
     def __init__(self, folder: RunFolder, config: RunConfig):
         self.folder, self.config = folder, config
@@ -68,7 +68,7 @@ class RecordedRun:
         if path is not None and self.config.warm_start is None:
             return path
         if not (self.folder.base_model / "config.json").is_file():
-            raise RecordedError(f"{self.folder.path}: no model in base/; the run ended before RL began")
+            raise RecordedError(f"{self.folder.path}: base/ has no model, since the run ended before RL began")
         return self.folder.base_model
 
     @property
@@ -76,7 +76,7 @@ class RecordedRun:
         return self.trajectories.steps()
 
     def step(self, step: int) -> RecordedStep:
-        """Raises :class:`RecordedError` for a step whose dump is not there, not readable or not whole."""
+        """Reads a step. Raises :class:`RecordedError` if its dump is missing, unreadable or incomplete."""
         try:
             batch = self.trajectories.read(step)
             records = self.records.read(step) if step in self.records.steps() else None
@@ -94,13 +94,13 @@ class RecordedRun:
         torn = [uid for uid, size in sizes.items() if size != self.config.group_size]
         if torn:
             raise RecordedError(
-                f"the dump of step {step} is not whole: group {torn[0]} has {sizes[torn[0]]} of "
-                f"{self.config.group_size} samples, and {len(torn)} of {len(sizes)} groups are like it. The run was "
-                f"dumped with dump.which: {self.config.dump.which}; only dump.which: all can be computed again"
+                f"the dump of step {step} is incomplete: {len(torn)} of {len(sizes)} groups lack samples, for example "
+                f"group {torn[0]}, which has {sizes[torn[0]]} of {self.config.group_size} samples. The run was dumped "
+                f"with dump.which: {self.config.dump.which}; only a run with dump.which: all can be replayed"
             )
 
     def _trained_rows(self, batch: pa.RecordBatch, records: pa.RecordBatch | None) -> np.ndarray:
-        """Rows of the groups that were trained on: by the learner's records, else by the rule (METHOD §4.3)."""
+        """Returns the rows of the groups trained on, from the learner's records or else from the rule (METHOD §4.3)."""
         if records is not None:
             places = join(batch, records)
             if (places < 0).any():
@@ -117,10 +117,10 @@ class RecordedRun:
         ]
         return np.flatnonzero(np.array(kept, dtype=bool)[group])
 
-    # --- where to begin --------------------------------------------------------------------------------------------
+    # --- the learner's states --------------------------------------------------------------------------------------
 
     def starts(self) -> dict[int, Path | None]:
-        """Steps after which the learner's state is there; 0 is the initial model. Damaged checkpoints are left out."""
+        """Returns the steps after which an undamaged state of the learner exists; 0 is the initial model."""
         found: dict[int, Path | None] = {0: None}
         for step, path in list_checkpoints(self.folder.checkpoints):
             try:
@@ -132,7 +132,7 @@ class RecordedRun:
         return found
 
     def start_for(self, step: int) -> Start:
-        """The nearest state from which step `step` can be reached. Raises :class:`RecordedError`."""
+        """Returns the nearest state from which step `step` can be reached. Raises :class:`RecordedError`."""
         if step < 1:
             raise RecordedError(f"step {step}: steps are numbered from 1")
         dumped, starts = set(self.dumped), self.starts()
@@ -148,7 +148,7 @@ class RecordedRun:
         there = step_ranges([s for s in starts if s]) or "none"
         raise RecordedError(
             f"step {step} needs the learner's state after step {step - 1}, or an earlier one and the dumps of all "
-            f"steps between. Checkpoints there: {there} (and the initial model, 0); dumped steps: "
+            f"steps between. Existing checkpoints: {there} (and the initial model, 0); dumped steps: "
             f"{step_ranges(sorted(dumped))}. Steps of this run that can be replayed: "
             f"{step_ranges(self.replayable()) or 'none'}. Keep more in the next run with checkpoint.every, "
             "checkpoint.keep and dump.every: 1"

@@ -1,10 +1,10 @@
-"""`latent-grpo replay RUN --step N`: the learner's loss and gradient norm of a step again, from dump and checkpoint.
+"""The command `latent-grpo replay RUN --step N`, which computes a step's loss and gradient norm again.
 
     checkpoint before N ─► learner ranks ─► (recorded steps up to N - 1) ─► step N on its recorded batch ─► compared
 
-No rollout worker is started, and the run's folder is not written to. On the hardware and with the settings of the run,
-loss and norm are equal to the last bit; elsewhere they differ by rounding. What differs by more is named: the update,
-the trajectory and the response step.
+No rollout worker is started, and nothing is written to the run's folder. On the hardware and with the settings of the
+run, loss and norm are equal to the last bit; elsewhere they differ by rounding. A larger difference is reported with
+its update, trajectory and response step.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from latent_grpo.deploy.run.ray_session import ray_session
 from latent_grpo.learner.learner import LearnerGroup, LearnerReport
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Relative, of loss and norm; absolute, of a response step's log-probs, advantage and ratio."""
+"""The tolerance: relative for loss and norm, absolute for a response step's log-probs, advantage and ratio."""
 COMPARED = ("old_log_probs", "new_log_probs", "step_advantages", "ratios")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A number of the step, as it was and as it is now. `recorded` None: the run left none."""
+    """A number of the step, recorded and replayed; `recorded` is None if the run has none."""
 
     name: str
     recorded: float | None
@@ -50,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deviation:
-    """Where a step column differs most."""
+    """The place at which a step column differs most."""
 
     column: str
     group_uid: str
@@ -64,7 +64,7 @@ class Deviation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReplay:
-    """A step computed again."""
+    """The comparison of a step with its replay."""
 
     step: int
     figures: tuple[Figure, ...]
@@ -78,7 +78,7 @@ class StepReplay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """`before`: the steps taken again on the way to the one that was asked for."""
+    """The replay of the requested step; `before` holds the steps that were taken again to reach it."""
 
     run: str
     start: Start
@@ -90,7 +90,7 @@ class Replay:
         return self.asked.reproduced and all(step.reproduced for step in self.before)
 
     def as_json(self) -> dict[str, Any]:
-        """What is not a number is null, as JSON has none."""
+        """Returns the replay for JSON, with null for NaN and infinity."""
         steps = [asdict(s) | {"reproduced": s.reproduced} for s in (*self.before, self.asked)]
         return {
             "run": self.run,
@@ -109,7 +109,7 @@ def _without_nan(node: Any) -> Any:
 
 
 def replay(path: str | Path, step: int, overrides: list[str], reporter: Reporter | None = None) -> Replay:
-    """Raises RecordedError or ResumeError, each a sentence, for what cannot be replayed."""
+    """Replays a step. Raises RecordedError or ResumeError, each with one sentence, if that is not possible."""
     reporter = reporter or Reporter()
     folder, config = open_run(path, overrides, "replay")
     run = RecordedRun(folder, config)
@@ -129,7 +129,7 @@ def replay(path: str | Path, step: int, overrides: list[str], reporter: Reporter
 
 @contextmanager
 def recorded_learner(config: RunConfig, base: str | Path, start: Start) -> Iterator[LearnerGroup]:
-    """The learner alone, in a Ray of its own, in the state of `start`; it makes records of every step."""
+    """Starts a learner alone, in a Ray of its own, in the state of `start`; it makes records of every step."""
     every = config.dump.model_copy(update={"every": 1})
     with ray_session(config, "learner"):
         learner = LearnerGroup(config.model_copy(update={"dump": every}), base)
@@ -143,7 +143,7 @@ def recorded_learner(config: RunConfig, base: str | Path, start: Start) -> Itera
 
 def _replayed(recorded: RecordedStep, learner: LearnerGroup, config: RunConfig) -> StepReplay:
     if recorded.batch is None:
-        note = "no group of this step had signal: nothing was trained, and nothing is now"
+        note = "no group of this step had signal, so the run did not train on it, and neither does the replay"
         return StepReplay(step=recorded.step, figures=(), deviations=(), note=note)
     report = learner.train(recorded.batch, recorded.step - 1)
     tolerance = TOLERANCE[config.model.dtype]
@@ -157,7 +157,7 @@ def _replayed(recorded: RecordedStep, learner: LearnerGroup, config: RunConfig) 
 
 
 def _figures(recorded: RecordedStep, report: LearnerReport, tolerance: float) -> Iterator[Figure]:
-    """Loss and gradient norm: means of the step, then update by update where the run has records."""
+    """Yields loss and gradient norm: means of the step, then of each update where the run has records."""
 
     def figure(name: str, was: float | None, now: float) -> Figure:
         return Figure(name=name, recorded=was, replayed=now, deviates=was is not None and _differ(was, now, tolerance))
@@ -217,8 +217,8 @@ def show(result: Replay, console: Console) -> None:
         return
     first = next(step for step in (*result.before, result.asked) if not step.reproduced)
     console.print(
-        f"[red]not reproduced; the first step that deviates is {first.step}[/]. The same program, torch build, ranks "
-        "and hardware give the same numbers: compare the run's manifest.json with this machine"
+        f"[red]not reproduced; the first step that deviates is {first.step}[/]. Only the same program, torch build, "
+        "ranks and hardware give the same numbers: compare the run's manifest.json with this machine"
     )
 
 

@@ -1,1 +1,1 @@
-"""Suites: the arms of a study over seeds, run as units, and one report with verdicts."""
+"""Suites, which run the arms of a study over seeds as units and write one report with verdicts."""

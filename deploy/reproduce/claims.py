@@ -1,7 +1,7 @@
-"""Verdicts on a suite's claims, from its results. Pure.
+"""The verdicts on a suite's claims, computed from its results. Pure.
 
 A difference is taken seed by seed (both sides at one seed share model, data order and problems), then averaged. Its
-95 % interval (:func:`estimate`) holds the spread between seeds and what the evaluation's problems leave open.
+95 % interval (:func:`estimate`) covers the spread between seeds and the uncertainty from the evaluation's problems.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STUDENT = (
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
     2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-"""97.5 % quantile of Student's distribution at 1, 2, ... 30 degrees of freedom; the last one serves beyond."""
+"""97.5 % quantile of Student's distribution at 1, 2, ... 30 degrees of freedom; the last one is used beyond."""
 NORMAL = 1.960
 Results = dict[tuple[str, int], UnitResult]
 """(start or arm, seed) -> result, finished ones only."""
@@ -38,7 +38,7 @@ Results = dict[tuple[str, int], UnitResult]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over seeds with its 95 % interval (None: nothing to estimate it from)."""
+    """A mean over seeds with its 95 % interval, or None where nothing gives an interval."""
 
     mean: float
     low: float | None
@@ -47,7 +47,7 @@ class Estimate:
 
     @property
     def of_proportion(self) -> Estimate:
-        """The same for a proportion: its interval ends at 0 and 1. A mean of rewards beyond them is none, and stays."""
+        """The estimate of a proportion, with its interval cut at 0 and 1; a mean beyond them is left unchanged."""
         if self.low is None or self.high is None or not 0.0 <= self.mean <= 1.0:
             return self
         return dataclasses.replace(self, low=max(self.low, 0.0), high=min(self.high, 1.0))
@@ -69,13 +69,13 @@ class JudgedClaim:
 
 
 def estimate(values: Sequence[float], errors: Iterable[float] = ()) -> Estimate:
-    """Mean over seeds with the half-width sqrt((t s / sqrt(n))^2 + (1.96 e)^2).
+    """Returns the mean over seeds with the half-width sqrt((t s / sqrt(n))^2 + (1.96 e)^2).
 
-    s: standard deviation of the n seeds' `values`, t: Student's quantile. e: root mean square of those `errors`, the
-    values' standard errors over problems, that are known (0 is not: no such error, or all right, or all wrong). All
-    seeds are asked the same problems, so e is not divided by sqrt(n): another set of problems would move them all.
-    That is conservative for a difference of two arms, whose `errors` (:func:`error_of_difference`) take their answers
-    to the same problems for independent.
+    s is the standard deviation of the n seeds' `values`, and t is Student's quantile. e is the root mean square of the
+    known `errors`, the values' standard errors over problems (0 is not known: no such error, or all right, or all
+    wrong). All seeds get the same problems, so e is not divided by sqrt(n): another set of problems would move them
+    all. That is conservative for a difference of two arms, whose `errors` (:func:`error_of_difference`) treat their
+    answers to the same problems as independent.
     """
     n, known = len(values), [error for error in errors if error > 0]
     mean = sum(values) / n
@@ -91,7 +91,7 @@ def estimate(values: Sequence[float], errors: Iterable[float] = ()) -> Estimate:
 
 
 def error_of_difference(*errors: float) -> float:
-    """Standard error over problems of a sum or difference of values with these; 0 (not known) where one's is not."""
+    """Returns the standard error of a sum or difference of values with these errors; 0 (not known) if one is 0."""
     return math.hypot(*errors) if all(errors) else 0.0
 
 
@@ -103,7 +103,7 @@ def judge_all(suite: Suite, results: Results) -> list[JudgedClaim]:
 
 
 def judge(suite: Suite, claim: Claim, results: Results) -> tuple[Verdict, str]:
-    """The verdict and its numbers in one sentence."""
+    """Returns the verdict, and its numbers in one sentence."""
     test = claim.test
     if isinstance(test, Untestable):
         return "not testable here", test.reason
@@ -129,7 +129,7 @@ def _needed(suite: Suite, claim: Claim) -> list[str]:
 
 def _difference(suite: Suite, test: Difference, results: Results, seeds: list[int]) -> tuple[Verdict, str]:
     def side(name: str, seed: int) -> tuple[float, list[float]]:
-        """The metric, or its gain over the start, and the standard errors that it is made of."""
+        """Returns the metric, or its gain over the start, and the standard errors of its parts."""
         value, error = _metric(results[name, seed], test.metric)
         if test.gain and name in suite.arms:
             before, error_before = _metric(results[suite.arms[name].start, seed], test.metric)
@@ -153,7 +153,7 @@ def _difference(suite: Suite, test: Difference, results: Results, seeds: list[in
 
 
 def _unmatched(suite: Suite, test: Difference, results: Results, seeds: list[int]) -> dict[int, tuple[float, float]]:
-    """Seeds whose two starts are further apart than `test.matched`, with the starts' pass@1."""
+    """Returns the seeds whose two starts differ by more than `test.matched`, with the starts' pass@1."""
     if test.matched is None:
         return {}
     names = [suite.arms[name].start if name in suite.arms else name for name in (test.arm, test.than)]
@@ -162,7 +162,7 @@ def _unmatched(suite: Suite, test: Difference, results: Results, seeds: list[int
 
 
 def _better(found: Estimate, at_least: float) -> tuple[bool, str]:
-    """Whether it holds, and what to say of it. Without an interval the mean stands for its ends."""
+    """Returns whether it holds, and a remark. Without an interval the mean stands for its ends."""
     wanted = f"; wanted at least {at_least:+g}" if at_least else ""
     low, high = _ends(found)
     if low <= 0 <= high and found.low is not None:
@@ -175,7 +175,7 @@ def _ends(found: Estimate) -> tuple[float, float]:
 
 
 def _at_least_equal(found: Estimate, margin: float) -> tuple[bool, str]:
-    """Like :func:`_better`, with a difference down to -`margin` counted as equal."""
+    """Does what :func:`_better` does, with a difference down to -`margin` counted as equal."""
     low, high = _ends(found)
     floor = 0 - margin  # not -margin: a margin of 0 is no "-0"
     if low >= floor:
@@ -184,7 +184,7 @@ def _at_least_equal(found: Estimate, margin: float) -> tuple[bool, str]:
 
 
 def _metric(result: UnitResult, name: str) -> tuple[float, float]:
-    """Value and standard error over problems (0: not known)."""
+    """Returns the value and its standard error over problems (0: not known)."""
     return result.metrics[name], error_of(result.metrics, name)
 
 

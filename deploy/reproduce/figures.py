@@ -1,4 +1,4 @@
-"""What a suite's report says: its figures as plain values, and the tables that Markdown and HTML lay out."""
+"""The contents of a suite's report: its figures as plain values, and the tables that Markdown and HTML lay out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ArmRow:
     name: str
     title: str
     is_start: bool
-    start: str  # the start that it begins from; its own name for a start
+    start: str  # the start of the arm; a start's own name
     metrics: dict[str, Estimate]
     gain: Estimate | None  # of pass@1 over the start; None for a start, and where no seed has both
     each: dict[str, dict[str, float]]  # seed -> metrics
@@ -49,7 +49,7 @@ class ArmRow:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """Evaluated pass@1 at a step, over seeds."""
+    """The evaluated pass@1 at a step, over seeds."""
 
     step: int
     mean: float
@@ -59,7 +59,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class MassPoint:
-    """What the last latent step holds at a training step, mean over seeds (`deploy.reproduce.probe`)."""
+    """The masses of the last latent step at a training step, mean over seeds (`deploy.reproduce.probe`)."""
 
     step: int
     answer: float
@@ -75,7 +75,7 @@ class UnitCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteReport:
-    """Everything that a suite's report says; `report.json` is `dataclasses.asdict` of it."""
+    """Everything that a suite's report shows; `report.json` is its `dataclasses.asdict`."""
 
     title: str
     profile: str
@@ -91,7 +91,7 @@ class SuiteReport:
 
 
 def figures(suite: Suite, results: Results, manifest: SuiteManifest) -> SuiteReport:
-    """The report of the units that have finished."""
+    """Returns the report of the units that have finished."""
     total = len(list(units(suite)))
     rows = []
     for name, title, is_start in _lines(suite):
@@ -115,7 +115,7 @@ def figures(suite: Suite, results: Results, manifest: SuiteManifest) -> SuiteRep
 
 
 def _lines(suite: Suite) -> list[tuple[str, str, bool]]:
-    """(name, title, is a start), each start before its arms."""
+    """Returns (name, title, is a start), each start before its arms."""
     lines = []
     for name, start in suite.starts.items():
         lines.append((name, start.title, True))
@@ -149,7 +149,7 @@ def _row(suite: Suite, name: str, title: str, is_start: bool, found: list[UnitRe
 
 
 def _estimates(of_seeds: list[dict[str, float]]) -> dict[str, Estimate]:
-    """Metric -> its mean over seeds with its interval as it is shown; the standard errors are in there."""
+    """Returns metric -> its mean over seeds with its interval as shown, which includes the standard errors."""
     shown = {}
     for name in dict.fromkeys(name for metrics in of_seeds for name in metrics if not is_error(name)):
         having = [metrics for metrics in of_seeds if name in metrics]
@@ -159,7 +159,7 @@ def _estimates(of_seeds: list[dict[str, float]]) -> dict[str, Estimate]:
 
 
 def _curves(suite: Suite, results: Results) -> dict[str, list[CurvePoint]]:
-    """Arm -> evaluated pass@1 over steps from its start on: mean, lowest and highest seed."""
+    """Returns arm -> evaluated pass@1 over steps from its start on: mean, lowest and highest seed."""
     curves = {}
     for name, arm in suite.arms.items():
         by_step: dict[int, list[float]] = {}
@@ -177,7 +177,7 @@ def _curves(suite: Suite, results: Results) -> dict[str, list[CurvePoint]]:
 
 
 def _masses(suite: Suite, results: Results) -> dict[str, list[MassPoint]]:
-    """Arm -> the last latent step's masses over steps, mean over seeds (`deploy.reproduce.probe`)."""
+    """Returns arm -> the last latent step's masses over steps, mean over seeds (`deploy.reproduce.probe`)."""
     found = {}
     for name, arm in suite.arms.items():
         by_step: dict[int, list[dict[str, float]]] = {}
@@ -199,7 +199,7 @@ def _masses(suite: Suite, results: Results) -> dict[str, list[MassPoint]]:
 
 
 def _sampled(report: SuiteReport) -> list[str]:
-    """Names of the pass@k columns: the largest k that most arms have, and k = 1."""
+    """Returns the names of the pass@k columns: the largest k that most arms have, and k = 1."""
     names = {name for row in report.arms for name in row.metrics if name.startswith("sampled_pass_at_")}
     ordered = sorted(names, key=lambda name: int(name.rpartition("_")[2]))
     return ordered if len(ordered) <= 2 else [ordered[0], ordered[-1]]
@@ -220,7 +220,7 @@ def arm_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
 
 
 def task_tables(report: SuiteReport) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, rows) of each arm whose units were evaluated on more than one task: one row a task."""
+    """Returns (title, header, rows) for each arm that was evaluated on several tasks, with one row per task."""
     sampled = _sampled(report)
     header = ["task", *_titles(COLUMNS, sampled)]
     return [
@@ -235,7 +235,7 @@ def _titles(columns: Columns, sampled: list[str]) -> list[str]:
 
 
 def _values(found: dict[str, Estimate], columns: Columns, sampled: list[str]) -> list[str]:
-    """A cell for each of :func:`_titles`: rates of success with their interval, the others as means."""
+    """Returns a cell for each of :func:`_titles`: success rates with their interval, the others as means."""
     cells = []
     for name in (*(name for name, _ in columns), *sampled):
         value = found.get(name)
@@ -256,7 +256,7 @@ def _interval(value: Estimate, form: str) -> str:
 
 
 def seed_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
-    """pass@1 of every seed."""
+    """Returns a table of every seed's pass@1."""
     seeds = sorted({seed for row in report.arms for seed in row.each}, key=int)
     rows = [
         [row.title, *(f"{row.each[s]['pass_at_1']:.3f}" if s in row.each else "-" for s in seeds)]
@@ -271,7 +271,7 @@ def claim_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
 
 
 def mass_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
-    """First and last probe of each arm."""
+    """Returns a table of each arm's first and last probe."""
     rows = []
     for name, points in report.masses.items():
         for point in points if len(points) < 2 else (points[0], points[-1]):
@@ -280,7 +280,7 @@ def mass_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
 
 
 def facts(report: SuiteReport) -> list[tuple[str, str]]:
-    """What the numbers were made with, in words; of what may differ between sessions every one that there was."""
+    """Returns what the numbers were made with, in words; where sessions differ, all of their values."""
     manifest = report.manifest
     sessions = manifest.sessions
     names = list(dict.fromkeys(name for session in sessions for name in session.data))
@@ -299,5 +299,5 @@ def facts(report: SuiteReport) -> list[tuple[str, str]]:
 
 
 def _counted(values: Iterable[str], what: str) -> str:
-    """`a (2 sessions), b (1 session)`."""
+    """Formats counts as `a (2 sessions), b (1 session)`."""
     return ", ".join(f"{value} ({n} {what}{'s' * (n > 1)})" for value, n in Counter(values).items())

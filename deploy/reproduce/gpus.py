@@ -1,7 +1,7 @@
-"""Which GPUs of this machine each unit of a suite has, where several run side by side.
+"""The assignment of this machine's GPUs to the units of a suite that run at the same time. Pure.
 
-Each unit starts a Ray of its own, and every Ray hands out its first GPU first: units that all saw the same GPUs would
-all begin on GPU 0. So each sees its own only (CUDA_VISIBLE_DEVICES). Pure.
+Each unit starts a Ray of its own, and every Ray hands out its first GPU first: units that saw the same GPUs would all
+begin on GPU 0. So each unit sees only its own GPUs (CUDA_VISIBLE_DEVICES).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class GpuNeed:
-    """So many whole GPUs; of a single one only a share."""
+    """The GPUs that a unit needs: a number of whole ones, or a share of a single one."""
 
     devices: int
     share: float = 1.0
@@ -27,11 +27,11 @@ NO_GPU = GpuNeed(0)
 
 
 def gpu_need(config: RunConfig) -> GpuNeed:
-    """What all actors of a run need: their sum rounded up, and more where fractions would not fit into that many."""
+    """Returns what all actors of a run need: their sum rounded up, or more where fractions do not fit into it."""
     rollout, learner = config.rollout, config.learner
     actors = [rollout.resources.num_gpus] * rollout.workers + [learner.resources.num_gpus] * learner.ranks
     whole = 0
-    begun: list[float] = []  # what is used of GPUs that fractions share
+    begun: list[float] = []  # used shares of GPUs that fractions share
     for amount in filter(None, actors):
         checked_tensors = [i for i, used in enumerate(begun) if used + amount <= 1 + ROUNDING]
         if amount >= 1:
@@ -45,9 +45,9 @@ def gpu_need(config: RunConfig) -> GpuNeed:
 
 
 def place(need: GpuNeed, used: Mapping[str, float]) -> tuple[str, ...] | None:
-    """The GPUs for it, where `used` says how much of each is taken; None: not before one is freed.
+    """Chooses GPUs, where `used` says how much of each is taken; None if there is no room now.
 
-    Whole GPUs are shared with nobody. A share goes to the fullest GPU that has room, so that others stay whole.
+    Whole GPUs are not shared. A share goes to the fullest GPU that has room, so that others stay whole.
     """
     if need.devices == 1:
         checked_tensors = [name for name, amount in used.items() if amount + need.share <= 1 + ROUNDING]
@@ -57,23 +57,23 @@ def place(need: GpuNeed, used: Mapping[str, float]) -> tuple[str, ...] | None:
 
 
 def at_once(need: GpuNeed, gpus: int) -> int:
-    """How many such units :func:`place` finds room for on so many GPUs."""
+    """Returns for how many such units :func:`place` finds room on so many GPUs."""
     if need.devices == 1:
         return gpus * math.floor(1 / need.share + ROUNDING)
     return gpus // need.devices
 
 
 class Devices:
-    """The GPUs (by their names in CUDA_VISIBLE_DEVICES) and who holds which."""
+    """The GPUs, by their names in CUDA_VISIBLE_DEVICES, and their holders."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = tuple(names)
         self._held: dict[Hashable, tuple[tuple[str, ...], float]] = {}
 
     def take(self, holder: Hashable, need: GpuNeed) -> tuple[str, ...] | None:
-        """GPUs for `holder`, until it gives them back; None: there is no room now.
+        """Assigns GPUs to `holder` until it gives them back; returns None if there is no room now.
 
-        Who needs more than there are gets them all, and is told by its own Ray what is short.
+        A holder that needs more than exist gets all of them, and its own Ray reports what is missing.
         """
         need = GpuNeed(min(need.devices, len(self._names)), need.share)
         if not need.devices:
@@ -92,6 +92,6 @@ class Devices:
 
 
 def visible_gpus(count: int, environment: Mapping[str, str]) -> list[str]:
-    """The names of the `count` GPUs that this process sees; a CUDA_VISIBLE_DEVICES that is set holds for units too."""
+    """Returns the names of the `count` GPUs that this process sees; a set CUDA_VISIBLE_DEVICES applies to units too."""
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     return [str(number) for number in range(count)] if chosen is None else chosen.split(",")[:count]

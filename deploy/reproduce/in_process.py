@@ -1,7 +1,7 @@
-"""The pipeline's loop in one process: no Ray, no DeepSpeed, one thread; generation and learning take turns.
+"""The pipeline's loop in one process: no Ray, no DeepSpeed, one thread; rollouts and training take turns.
 
-It is the yardstick of what the distributed loop costs (`latent-grpo bench loop`), and the cheap vehicle of a suite
-(`runner: in_process`). Engine, prompts, controller, method and run folder are the pipeline's own; three things are not:
+It is the baseline for the cost of the distributed loop (`latent-grpo bench loop`), and the cheap runner of a suite
+(`runner: in_process`). Engine, prompts, controller, method and run folder are the pipeline's own; three things differ:
 
 * the pool is a list of requests that `poll` generates and grades at once,
 * the learner is one rank whose optimizer is plain torch AdamW,
@@ -55,13 +55,13 @@ Weights = tuple[PolicyVersion, list[tuple[str, torch.Tensor]]]
 
 
 def versioned(version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> Weights:
-    """What the pool is given as a publication."""
+    """Makes the weights that the pool takes as a publication."""
     tensors = [(name, parameter.detach()) for name, parameter in parameters]
     return PolicyVersion(version=version, checksum=checksum(tensors)), tensors
 
 
 class InProcessPool:
-    """The controller's `Pool`. `poll` generates everything that was submitted and returns it graded."""
+    """A `Pool` for the controller. `poll` generates everything that was submitted and returns it graded."""
 
     def __init__(self, config: RunConfig, prepared: Prepared, run_id: str):
         self._config, self._run_id = config, run_id
@@ -107,7 +107,7 @@ class InProcessPool:
 
 
 class PlainEngine:
-    """What a rank needs of :class:`learner.zero_engine.ZeroEngine`, in plain torch with one rank."""
+    """The part of :class:`learner.zero_engine.ZeroEngine` that a rank needs, in plain torch with one rank."""
 
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig):
         self.module, self._clip = module, optimizer.grad_clip
@@ -140,7 +140,7 @@ class PlainEngine:
 
     def ensure_finite(self) -> None:
         if self._bad_in_a_row >= self._max_bad:
-            raise LearnerDiverged(f"{self._bad_in_a_row} non-finite updates in a row; lower the learning rate")
+            raise LearnerDiverged(f"{self._bad_in_a_row} non-finite updates in a row; lower optimizer.lr")
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _state(folder: str | Path) -> Path:
 
 
 class _OneRank:
-    """A rank that is the only one, in this process, with the face of `learner.group.RankGroup` that the loops use."""
+    """A single rank in this process, with the interface of `learner.group.RankGroup` that the loops use."""
 
     def __init__(self, rank: RankActor, config: RunConfig, model: str | Path):
         rank.config, rank.rank, rank.world, rank.model_folder, rank.device = config, 0, 1, str(model), "cpu"
@@ -218,7 +218,7 @@ class InProcessSFT(_OneRank):
 
 @contextlib.contextmanager
 def in_process_session(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Iterator[Run]:
-    """`deploy.run.session.run_session` without Ray: the same run, its pool in this process."""
+    """Starts a run like `deploy.run.session.run_session`, without Ray and with the pool in this process."""
     torch.set_num_threads(1)
     with MetricsWriter(folder.path, config.metrics.sinks) as metrics, one_rank_group():
         prepared = prepare(config, reporter, folder).placed(folder, config, reporter)
@@ -228,7 +228,7 @@ def in_process_session(folder: RunFolder, config: RunConfig, reporter: Reporter)
 
 @contextlib.contextmanager
 def one_rank_group() -> Iterator[None]:
-    """A process group of this process alone: the rank's collectives then are no operation."""
+    """Makes a process group of this process alone, in which the rank's collectives do nothing."""
     if torch.distributed.is_initialized():
         yield
         return
@@ -241,7 +241,7 @@ def one_rank_group() -> Iterator[None]:
 
 
 def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
-    """A training run in this process: metrics, summary and model in `folder`, as `latent-grpo train` leaves them."""
+    """Trains in this process; `folder` gets metrics, summary and model as from `latent-grpo train`."""
     began = time.monotonic()
     with in_process_session(folder, config, reporter) as run:
         base = run.initial if config.warm_start is None else warm_start(run, InProcessSFT)
@@ -266,7 +266,7 @@ def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -
 
 
 def start_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
-    """The warm start of a suite (if the model has none yet) and its evaluation, in this process."""
+    """Runs the warm start of a suite (if the model has none yet) and its evaluation in this process."""
     with in_process_session(folder, config, reporter) as run:
         base = run.initial if config.warm_start is None else warm_start(run, InProcessSFT)
         run.pool.publish(versioned(0, load_model(base, config.model.dtype).named_parameters()))

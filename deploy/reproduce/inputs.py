@@ -1,5 +1,7 @@
-"""Whether the models and problem files that a suite's units begin with are there and can be used, asked before anything
-runs: what is on this machine is read as the unit would read it, weights excepted."""
+"""The check that a suite's models and problem files exist and can be used, before anything runs.
+
+Whatever is on this machine is read as the unit would read it, except for weights.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from latent_grpo.deploy.run.problems import read_task
 
 
 def _including(keys: Iterable[str]) -> dict[str, Any]:
-    """Dotted keys as pydantic's `include`."""
+    """Turns dotted keys into pydantic's `include`."""
     include: dict[str, Any] = {}
     for key in keys:
         *sections, leaf = key.split(".")
@@ -34,7 +36,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # no ./name
 
 
 def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]:
-    """What could not be checked, a line each.
+    """Checks the inputs of `units` and returns a line for each that could not be checked.
 
     Raises :class:`SuiteError` with a line for everything that is missing, for tokenizers, chains and generated problems
     that do not fit a unit's settings, and for evaluation files that cannot be graded.
@@ -55,9 +57,9 @@ def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]
         key, model = _given_model(suite, unit, config)
         if model is not None and not Path(model).is_dir():
             if HUB_ID.fullmatch(model):
-                notes[f"{key}: no folder {model} here, it is taken for a hub id and was not looked for"] = None
+                notes[f"{key}: {model} is no folder here; it was taken for a hub id and not checked"] = None
             else:
-                found.append(f"{key}: no folder {model}; set it to a model's folder or to a hub id (owner/name)")
+                found.append(f"{key}: there is no folder {model}; give a model's folder or a hub id (owner/name)")
         named = "" if model is None else f"{key}, {model}: "
         asked = partial(check, config, elsewhere=True, stored=False)
         found += [named + line for line in fault(_of_tokens(config), asked)]
@@ -72,7 +74,7 @@ def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]
 
 
 def _given_model(suite: Suite, unit: Unit, config: RunConfig) -> tuple[str, str | None]:
-    """The key that names the unit's model, and the model; None where one is made: anew, or by the arm's start."""
+    """Returns the key that names the unit's model, and the model; None if it is made new or by the arm's start."""
     start = unit.name if unit.is_start else suite.arms[unit.name].start
     if suite.starts[start].path is not None:
         return f"starts.{start}.path", config.model.path
@@ -88,7 +90,7 @@ def _fault(ask: Callable[[], object]) -> str | None:
 
 
 def _of_tokens(config: RunConfig) -> str:
-    """What decides whether a unit's tokenizer and chain fit: equal for most arms of a start."""
+    """Returns what decides whether a unit's tokenizer and chain fit, which is equal for most arms of a start."""
     seed = None if config.warm_start is None else config.seed  # of the generated problems that it learns from
     return f"tokens {seed} {config.model_dump_json(include=DECIDE_TOKENS)}"
 

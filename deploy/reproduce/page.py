@@ -1,4 +1,4 @@
-"""A suite's report as one HTML file that opens anywhere: plotly's script is packed inside."""
+"""A suite's report as one self-contained HTML file, with plotly's script packed inside."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ DRAW = """
 
 
 def page(report: SuiteReport) -> str:
-    """The whole file as text."""
+    """Returns the whole file as text."""
     body = [f"<h1>{html.escape(report.title)}</h1>"]
     if not report.complete:
         body.append(f"<p><b>Incomplete</b>: {report.units.finished} of {report.units.all} units.</p>")

@@ -1,9 +1,9 @@
-"""Where the probability of the last latent step lies: on the answer, on other numbers, or on fillers.
+"""The probe of the last latent step: how much of its probability is on the answer, other numbers, or fillers.
 
 On chain arithmetic the last latent step must carry the result; the marks around it (`=`, `;`) are fillers. An
 objective that reinforces every component alike moves the mass from the answer to the fillers, step by step, while loss
-and clip fraction look healthy. Read from dumped evaluations (noise off), so any run can be probed afterwards. What
-is seen is the recorded mixture: an answer outside of its K components counts as 0.
+and clip fraction look healthy. The probe reads dumped evaluations (noise off), so any run can be probed afterwards. It
+sees only the recorded mixture: an answer outside of its K components counts as 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Masses:
 
 
 def last_step_masses(rows: pa.RecordBatch, text_of: Callable[[int], str]) -> Masses | None:
-    """None where no noise-free sample has a latent step and a gold answer of one token. `text_of`: a token's text."""
+    """Computes the masses. `text_of` returns a token's text.
+
+    Returns None where no noise-free sample has a latent step and a gold answer of one token.
+    """
     view = TrajectoryBatch(rows)
     quiet = np.array([mode == "off" for mode in view.strings("sampling_noise_mode")], dtype=bool)
     gold = view.strings("gold_answer")
@@ -52,7 +55,7 @@ def last_step_masses(rows: pa.RecordBatch, text_of: Callable[[int], str]) -> Mas
 def probe_run(
     trajectories: Path, text_of: Callable[[int], str], gold_is_one_token: Callable[[str], bool]
 ) -> dict[int, Masses]:
-    """Step -> :class:`Masses` of every dumped evaluation of a run; {} where the answers are longer than a token."""
+    """Returns step -> :class:`Masses` of every dumped evaluation of a run; {} where answers are longer than a token."""
     store = TrajectoryStore(trajectories)
     found: dict[int, Masses] = {}
     for step in store.steps("evaluation"):

@@ -30,7 +30,7 @@ from latent_grpo.deploy.reproduce.suite import Suite, unit_folder, units
 
 
 def write_report(suite: Suite, folder: Path) -> tuple[Path, Path, Path]:
-    """From the units that have finished: report.md, report.html, report.json."""
+    """Writes report.md, report.html and report.json from the units that have finished."""
     found = {
         (unit.name, unit.seed): result
         for unit in units(suite)
@@ -46,7 +46,7 @@ def write_report(suite: Suite, folder: Path) -> tuple[Path, Path, Path]:
 
 
 def markdown(report: SuiteReport) -> str:
-    """The report as Markdown."""
+    """Returns the report as Markdown."""
     parts = [f"# {report.title}", ""]
     if not report.complete:
         parts += [f"**Incomplete**: {report.units.finished} of {report.units.all} units have finished.", ""]

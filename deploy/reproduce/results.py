@@ -1,4 +1,4 @@
-"""What a finished unit of a suite leaves: `result.json`, read from its run folder once and for all.
+"""The result of a finished unit of a suite: `result.json`, computed once from its run folder.
 
 Figures are macro averages over the unit's evaluation tasks (METHOD §8); each task's own are kept beside them.
 """
@@ -24,8 +24,11 @@ SHOWN = ("rollout/reward", "rollout/invalid_share", "learner/grad_norm", "learne
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitResult:
-    """`metrics` (macro): pass_at_1 with standard_error, chain_length, latent_length, invalid_rate, and for each K
-    sampled_pass_at_K with sampled_error_at_K."""
+    """The figures of a unit.
+
+    `metrics` (macro averages) holds pass_at_1 with standard_error, chain_length, latent_length, invalid_rate, and for
+    each K sampled_pass_at_K with sampled_error_at_K.
+    """
 
     unit: str
     seed: int
@@ -45,7 +48,7 @@ class UnitResult:
 
 
 def read_result(folder: Path) -> UnitResult | None:
-    """None where the unit has not finished."""
+    """Reads a unit's result; None if the unit has not finished."""
     path = folder / FILE
     return UnitResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
@@ -53,7 +56,7 @@ def read_result(folder: Path) -> UnitResult | None:
 def write_result(
     folder: Path, unit: Any, config: RunConfig, minutes: float, provenance: dict[str, Any], *, probe: int | None = None
 ) -> UnitResult:
-    """Collects the unit's figures from its folder. `probe`: whether to look at the last latent step's masses."""
+    """Collects the unit's figures from its folder, with `probe` also the masses of the last latent step."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     evaluations = [{"step": row["step"], **_macro(row["metrics"])} for row in read_metrics(folder, kind="evaluation")]
     training = list(read_metrics(folder)) if not unit.is_start else []
@@ -76,7 +79,7 @@ def write_result(
 
 
 def by_task(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
-    """`task/name` -> value as task -> name -> value."""
+    """Turns `task/name` -> value into task -> name -> value."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for key, value in metrics.items():
         task, _, name = key.rpartition("/")
@@ -94,14 +97,14 @@ def is_proportion(name: str) -> bool:
 
 
 def error_of(metrics: dict[str, float], name: str) -> float:
-    """Standard error over problems of the metric `name`; 0: not known."""
+    """Returns the standard error over problems of the metric `name`; 0 if it is not known."""
     if name == "pass_at_1":
         return metrics.get("standard_error", 0.0)
     return metrics.get(name.replace("sampled_pass_at_", "sampled_error_at_"), 0.0) if "sampled" in name else 0.0
 
 
 def thinned(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """At most CURVE_POINTS points, each the mean of its neighbours."""
+    """Returns at most CURVE_POINTS points, each the mean of its neighbours."""
     size = max(-(-len(rows) // CURVE_POINTS), 1)
     points = []
     for start in range(0, len(rows), size):

@@ -1,16 +1,16 @@
-"""`latent-grpo reproduce SUITE`: runs a suite's starts and arms over its seeds, and writes one report.
+"""The command `latent-grpo reproduce SUITE`, which runs a suite's starts and arms over seeds and writes one report.
 
     suite ─► units (start or arm, seed) ─► child processes, side by side where resources allow ─► result.json each
-                     │ finished ones are skipped, interrupted ones go on                               │
+                     │ finished ones are skipped, interrupted ones continue                            │
                      └────────────────────── report.md, report.html, report.json ◄─────────────────────┘
 
     FOLDER/
-        suite.json        the definition and every unit's resolved settings, which may not change when it goes on
+        suite.json        the definition and every unit's resolved settings, which may not change when it continues
         manifest.json     commit, versions, hashes of grader and data, seeds, machine (`deploy.reproduce.manifest`)
-        starts/, runs/    one run folder a unit, with its result.json, log.txt and sessions.json (minutes of each)
+        starts/, runs/    one run folder per unit, with its result.json, log.txt and sessions.json (minutes of each)
         report.*          rewritten after every unit
 
-A unit is a process of its own (`--unit KEY`): what it leaves in memory, and how it ends, is its own affair.
+A unit is a process of its own (`--unit KEY`), so its memory and its end do not affect the others.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ STOP_S = 30.0
 LOG_LINES = 12
 SUITE_FILE = "suite.json"
 Start = Callable[[Request, Unit, Sequence[str]], "subprocess.Popen[bytes]"]
-"""Starts a unit's process; the strings name the GPUs that it is to see, none: all."""
+"""Starts a unit's process; the strings name the GPUs that it may see, and none of them means all GPUs."""
 
 
 class SuiteFailed(RunError):
-    """Units that did not finish; the others did, and the report has them."""
+    """Raised for units that did not finish; the report has those that did."""
 
 
 def default_folder(source: str, quick: bool) -> Path:
@@ -75,11 +75,11 @@ def default_folder(source: str, quick: bool) -> Path:
 def reproduce(
     request: Request, parallel: int | None = None, reporter: Reporter | None = None, *, arms: Sequence[str] = ()
 ) -> Path:
-    """Runs what is missing of the suite and writes the report; returns the suite's folder.
+    """Runs the suite's unfinished units and writes the report; returns the suite's folder.
 
-    `parallel`: units side by side; None: as many as the machine (or the Ray cluster that RAY_ADDRESS names) holds.
-    `arms`: only these, with their starts, are run now; none given: all.
-    Raises :class:`SuiteError` for models and files that are not there and for another configuration than the folder's,
+    `parallel` units run at the same time, by default as many as the machine (or the Ray cluster that RAY_ADDRESS
+    names) holds. With `arms` only these run now, with their starts.
+    Raises :class:`SuiteError` for missing models and files and for another configuration than the folder's, and
     :class:`SuiteFailed` for failed units.
     """
     reporter = reporter or Reporter()
@@ -94,7 +94,7 @@ def reproduce(
     with run_lock(request.folder):
         reporter.say(
             f"suite {suite.title}: {len(wanted)} units, {len(wanted) - len(todo)} finished before, "
-            f"{parallel} side by side · {request.folder}"
+            f"{parallel} at the same time · {request.folder}"
         )
         try:
             with sigterm_as_interrupt():
@@ -108,8 +108,11 @@ def reproduce(
 
 
 def check(request: Request, *, arms: Sequence[str] = ()) -> list[str]:
-    """What the suite would run, one line a unit; writes nothing. Raises :class:`SuiteError` for settings that cannot
-    work, for models and files that are not there, and for another configuration than the folder's."""
+    """Checks the suite and returns one line per unit that it would run; writes nothing.
+
+    Raises :class:`SuiteError` for settings that cannot work, for missing models and files, and for another
+    configuration than the folder's.
+    """
     suite = request.load()
     resolved(suite, request.folder)
     configs = [(unit, unit_config(suite, unit, request.folder)) for unit in units_of(suite, arms)]
@@ -117,7 +120,7 @@ def check(request: Request, *, arms: Sequence[str] = ()) -> list[str]:
     check_folder(request, suite)
     if (used := in_use(request.folder)) is not None:
         notes.append(used)
-    lines = [f"suite {suite.title}: {len(configs)} units, all settings valid, local models and files are there", *notes]
+    lines = [f"suite {suite.title}: {len(configs)} units, all settings valid, local models and files exist", *notes]
     for unit, config in configs:
         work = "start" if unit.is_start else f"{config.steps} steps of {config.algorithm}"
         tasks = ", ".join(task.name for task in config.evaluation.tasks)
@@ -126,7 +129,7 @@ def check(request: Request, *, arms: Sequence[str] = ()) -> list[str]:
 
 
 def open_folder(request: Request, suite: Suite) -> None:
-    """Creates the suite's folder, or goes on with the one that :func:`check_folder` lets through."""
+    """Creates the suite's folder, or continues in one that passes :func:`check_folder`."""
     wanted, session = check_folder(request, suite)
     request.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(request.folder / SUITE_FILE, json.dumps(wanted, indent=2) + "\n")
@@ -146,15 +149,15 @@ def check_folder(request: Request, suite: Suite) -> tuple[dict[str, Any], Sessio
         gone = [key for key in held if key not in wanted["units"]]
         if gone:
             raise SuiteError(
-                f"{request.folder} also holds {', '.join(gone[:6])}{' and more' * (len(gone) > 6)}, which is not asked "
-                "for: ask for its seeds and arms too, or give another --folder"
+                f"{request.folder} also holds {', '.join(gone[:6])}{' and more' * (len(gone) > 6)}, which this command "
+                "leaves out: include those seeds and arms, or give another --folder"
             )
         differing = [*changes(_computed(stored, held), _computed(wanted, held))]
         if differing:
             shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
             raise SuiteError(
                 f"{request.folder} holds the suite with another configuration: {shown}. Its finished units would not "
-                "be comparable with new ones; go on with the same configuration, or give another --folder"
+                "be comparable with new ones; continue with the same configuration, or give another --folder"
             )
     elif request.folder.exists() and any(request.folder.iterdir()):
         raise SuiteError(f"{request.folder} is not empty and holds no suite; give another --folder")
@@ -164,13 +167,13 @@ def check_folder(request: Request, suite: Suite) -> tuple[dict[str, Any], Sessio
 
 
 def _computed(resolved_suite: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """What decides the numbers of these units."""
+    """Returns what decides the numbers of these units."""
     configs = {key: _complete(resolved_suite["units"].get(key)) for key in keys}
     return {"runner": resolved_suite["suite"]["runner"], "units": configs}
 
 
 def _complete(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Settings that an earlier version wrote, with the defaults of those that came later."""
+    """Completes settings that an earlier version wrote with the defaults of later keys."""
     with contextlib.suppress(ConfigError):
         return config and json.loads(parse_config(config).model_dump_json(exclude={"runs_folder"}))
     return config
@@ -182,7 +185,7 @@ def max_parallel_units(
     there: Mapping[str, float] | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> int:
-    """How many units fit at once, by the most demanding of them, into what is `there` (default: what is found)."""
+    """Returns how many units fit at once into `there` (default: all resources found), by the most demanding unit."""
     there = _resources() if there is None else there
     fits = [max(len(configs), 1)]
     for config in configs:
@@ -195,7 +198,7 @@ def max_parallel_units(
 
 
 def _gpus_here(config: RunConfig, runner: str, environment: Mapping[str, str]) -> GpuNeed:
-    """What a unit needs of this machine's GPUs; a cluster (RAY_ADDRESS) hands out its own."""
+    """Returns what a unit needs of this machine's GPUs; a cluster (RAY_ADDRESS) hands out its own."""
     return NO_GPU if runner == "in_process" or environment.get("RAY_ADDRESS") else gpu_need(config)
 
 
@@ -228,7 +231,7 @@ def run_units(
 ) -> dict[Unit, str]:
     """Runs the units, starts before their arms. Returns those that failed, with the reason.
 
-    `start`: starts a unit's process (default: the command, on this machine); `devices`: the GPUs of this machine.
+    `start` starts a unit's process (default: the command, on this machine); `devices` are the GPUs of this machine.
     """
     start = start or _start
     waiting = list(todo)
@@ -238,7 +241,7 @@ def run_units(
     devices = devices or _devices(needs.values())
     began, finished = time.monotonic(), 0
     try:
-        with deferred_interrupts():  # a process that has been started is known here before an interrupt
+        with deferred_interrupts():  # a started process is recorded in `running` before an interrupt
             while waiting or running:
                 for unit in [u for u in waiting if not u.is_start and start_of(suite, u) in failed]:
                     waiting.remove(unit)
@@ -271,7 +274,7 @@ def run_units(
 
 
 def next_unit(suite: Suite, waiting: list[Unit], running: Iterable[Unit]) -> Unit | None:
-    """The first unit whose start is there."""
+    """Returns the first unit whose start has finished."""
     blocked = {*waiting, *running}
     return next((unit for unit in waiting if unit.is_start or start_of(suite, unit) not in blocked), None)
 
@@ -297,7 +300,7 @@ def _start(request: Request, unit: Unit, gpus: Sequence[str]) -> subprocess.Pope
 
 
 def _stop(running: dict[Unit, subprocess.Popen[bytes]]) -> None:
-    """Stops what still runs, so that it keeps a checkpoint; kills what does not end in time."""
+    """Stops running units, so that they save a checkpoint, and kills those that do not end in time."""
     for process in running.values():
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)  # SIGINT is ignored where the suite runs in a script's background

@@ -1,4 +1,4 @@
-"""A suite: arms of one profile over seeds, the initialisations they share, and the claims that they test.
+"""The definition of a suite: arms of one profile over seeds, the starts that they share, and the claims that they test.
 
     starts (one a seed)          arms (one run a seed)            claims
     latent   ─── base model ──┬─ mixture, uniform, two-sided ... ─┬─► reproduced / not reproduced /
@@ -28,14 +28,14 @@ Metric = str
 
 
 class SuiteError(ConfigError):
-    """A suite that cannot be run as asked; the message says what to change."""
+    """A suite that cannot be run as requested; the message says what to change."""
 
 
 class Difference(Section):
-    """`arm` - `than` of a metric: an arm or a start each. With `gain`, each arm's difference to its own start.
+    """The difference `arm` - `than` of a metric, for two arms or starts; with `gain`, of their gains over their starts.
 
-    Better: the mean reaches `at_least` and the 95 % interval is above 0. With `equal_will_do`, at least equal: the
-    interval's lower end is not below -`margin`, so that noise makes neither easier.
+    The claim "better" holds if the mean reaches `at_least` and the 95 % interval is above 0. With `equal_will_do` the
+    claim is "at least equal": the interval's lower end is not below -`margin`, so that noise makes neither easier.
     """
 
     kind: Literal["difference"]
@@ -46,7 +46,7 @@ class Difference(Section):
     at_least: float = 0.0
     equal_will_do: bool = False
     margin: Annotated[float, Field(ge=0)] = 0.05
-    """How much less still counts as equal, in the metric's units."""
+    """The deficit that still counts as equal, in the metric's units."""
     matched: Annotated[float, Field(gt=0)] | None = None
     """Seeds whose two starts differ by more than this in pass@1 are left out and named; needs `gain`."""
 
@@ -54,14 +54,14 @@ class Difference(Section):
     def _one_rule(self) -> Self:
         if self.matched is not None and not self.gain:
             raise ValueError(
-                "matched compares the starts of two gains: it needs gain: true; add it, or leave matched out"
+                "matched compares the starts of two gains, so it needs gain: true; add it, or leave matched out"
             )
         if self.equal_will_do and self.at_least:
             raise ValueError(
-                f"at_least ({self.at_least:g}) is not for equal_will_do, which goes by margin; leave it out"
+                f"at_least ({self.at_least:g}) has no effect with equal_will_do: true, which uses margin; leave it out"
             )
         if "margin" in self.model_fields_set and not self.equal_will_do:
-            raise ValueError("margin is for equal_will_do: true alone, better goes by at_least; leave it out")
+            raise ValueError("margin has an effect only with equal_will_do: true; leave it out, or use at_least")
         return self
 
 
@@ -103,12 +103,12 @@ class Claim(Section):
     text: str
     """The claim in words."""
     source: str = "paper"
-    """Where it is claimed."""
+    """The place in the paper where it is claimed."""
     test: Annotated[Difference | Ratio | NoDecline | MassMoves | Untestable, Field(discriminator="kind")]
 
 
 class Start(Section):
-    """An initialisation: made by the profile's warm start, once a seed, or a finished model."""
+    """An initialisation: made by the profile's warm start, once per seed, or a finished model."""
 
     title: str
     """The name that the report shows."""
@@ -119,7 +119,7 @@ class Start(Section):
 
 
 class Arm(Section):
-    """A training run, once a seed, from one of the starts."""
+    """A training run, once per seed, from one of the starts."""
 
     title: str
     """The name that the report shows."""
@@ -130,7 +130,7 @@ class Arm(Section):
 
 
 class Quick(Section):
-    """What `--quick` leaves of the suite."""
+    """The short form of the suite, which `--quick` runs."""
 
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     arms: list[str]
@@ -163,22 +163,22 @@ class Suite(Section):
             raise ValueError(f"starts and arms need different names, both have {both}")
         for name, arm in self.arms.items():
             if arm.start not in self.starts:
-                raise ValueError(f"arms.{name}.start: no start {arm.start!r}; there is {sorted(self.starts)}")
+                raise ValueError(f"arms.{name}.start: no start {arm.start!r}; the starts are {sorted(self.starts)}")
         known = {*self.starts, *self.arms}
         for name, claim in self.claims.items():
             missing = [n for n in named_in(claim) if n not in known]
             if missing:
-                raise ValueError(f"claims.{name}: no start or arm {missing}; there is {sorted(known)}")
+                raise ValueError(f"claims.{name}: no start or arm {missing}; the names are {sorted(known)}")
         unknown = [n for n in (self.quick.arms if self.quick else []) if n not in self.arms]
         if unknown:
-            raise ValueError(f"quick.arms: no arm {unknown}; there is {sorted(self.arms)}")
+            raise ValueError(f"quick.arms: no arm {unknown}; the arms are {sorted(self.arms)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be distinct, got {self.seeds}")
         return self
 
 
 def named_in(claim: Claim) -> list[str]:
-    """The starts and arms that a claim compares."""
+    """Returns the starts and arms that a claim compares."""
     return [getattr(claim.test, name) for name in ("arm", "than") if hasattr(claim.test, name)]
 
 
@@ -192,7 +192,7 @@ def suites_folder() -> Path:
 def load_suite(
     source: str | Path, *, quick: bool = False, seeds: Sequence[int] = (), overrides: Sequence[str] = ()
 ) -> Suite:
-    """A suite by name or path, with `overrides` for every unit, and `seeds` in place of its own.
+    """Loads a suite by name or path, with `overrides` for every unit, and `seeds` instead of its own.
 
     Raises :class:`SuiteError` with one line per fault.
     """
@@ -237,7 +237,7 @@ def _quick(suite: Suite, source: str | Path) -> Suite:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One start or one arm at one seed: what is run, skipped or resumed as a whole."""
+    """One start or one arm at one seed, which is run, skipped or resumed as a whole."""
 
     name: str
     seed: int
@@ -249,7 +249,7 @@ class Unit:
 
 
 def units(suite: Suite) -> Iterator[Unit]:
-    """Seed by seed, so that an interrupted suite has whole seeds; a start comes right before its arms."""
+    """Yields units seed by seed, so that an interrupted suite has whole seeds; starts come right before their arms."""
     for seed in suite.seeds:
         for start in suite.starts:
             yield Unit(start, seed, True)
@@ -257,7 +257,7 @@ def units(suite: Suite) -> Iterator[Unit]:
 
 
 def units_of(suite: Suite, arms: Sequence[str]) -> Iterator[Unit]:
-    """The units of these arms with those of their starts; no arms: all. Raises :class:`SuiteError` for unknown ones."""
+    """Yields the units of these arms (none: of all) and their starts. Raises :class:`SuiteError` for unknown arms."""
     unknown = [name for name in arms if name not in suite.arms]
     if unknown:
         raise SuiteError(f"--arms: no arm {', '.join(unknown)}; the suite has {', '.join(suite.arms)}")
@@ -266,12 +266,15 @@ def units_of(suite: Suite, arms: Sequence[str]) -> Iterator[Unit]:
 
 
 def start_of(suite: Suite, unit: Unit) -> Unit:
-    """The unit that an arm begins from."""
+    """Returns the unit from which an arm starts."""
     return Unit(suite.arms[unit.name].start, unit.seed, True)
 
 
 def unit_config(suite: Suite, unit: Unit, folder: Path) -> RunConfig:
-    """The unit's settings. `folder`: the suite's; an arm's model is its start's result there, or the start's `path`."""
+    """Returns the unit's settings.
+
+    `folder` is the suite's; an arm's model is its start's result there, or the start's `path`.
+    """
     start = suite.starts[unit.name if unit.is_start else suite.arms[unit.name].start]
     chosen = [*suite.overrides, *start.overrides]
     model = start.path
@@ -296,7 +299,7 @@ def unit_folder(folder: Path, unit: Unit) -> Path:
 
 
 def resolved(suite: Suite, folder: Path) -> dict[str, Any]:
-    """Everything that decides what a suite computes: its definition, and every unit's settings.
+    """Returns everything that decides what a suite computes: its definition and every unit's settings.
 
     Raises :class:`SuiteError` for settings that cannot work, before anything runs.
     """
@@ -313,7 +316,7 @@ def resolved(suite: Suite, folder: Path) -> dict[str, Any]:
 
 
 def changes(before: object, after: object, at: str = "") -> Iterator[str]:
-    """`key: old -> new` for every difference of two resolved suites."""
+    """Yields `key: old -> new` for every difference of two resolved suites."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys(itertools.chain(before, after)):
             yield from changes(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))

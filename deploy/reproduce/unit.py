@@ -1,4 +1,4 @@
-"""One unit of a suite, run in this process."""
+"""The runner of one unit of a suite, in this process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SESSIONS = "sessions.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked for; a unit's process is started with the same."""
+    """The user's request for a suite; a unit's process gets the same one."""
 
     source: str
     folder: Path
@@ -46,7 +46,7 @@ class Request:
 def run_unit(
     request: Request, key: str, reporter: Reporter | None = None, *, clock: Callable[[], float] = time.monotonic
 ) -> UnitResult:
-    """One unit in this process, with its result in its folder. A finished one is left as it is."""
+    """Runs one unit in this process and writes its result to its folder. A finished unit is left as it is."""
     suite, reporter = request.load(), reporter or Reporter()
     unit = next((u for u in units(suite) if u.key == key), None)
     if unit is None:
@@ -66,7 +66,10 @@ def run_unit(
 
 
 def _spent(path: Path, minutes: float) -> float:
-    """Minutes of the sessions that the unit's state comes from, this one included; a killed one left no entry."""
+    """Adds this session's minutes and returns those of all sessions that the unit's state comes from.
+
+    A killed session left no entry.
+    """
     sessions = path / SESSIONS
     earlier = json.loads(sessions.read_text(encoding="utf-8")) if sessions.is_file() else []
     write_atomically(sessions, json.dumps([*earlier, minutes]) + "\n")

@@ -1,7 +1,7 @@
-"""`latent-grpo inspect RUN`: a run in the terminal.
+"""The command `latent-grpo inspect RUN`, which shows a run in the terminal.
 
-Without a filter: the run and its steps. With filters: the trajectories that match. One match, or `--show N`: that
-trajectory in full, thought by thought, with its group beside it. `--diff A B`: one problem at two policy versions.
+Without a filter it shows the run and its steps, with filters the trajectories that match. One match, or `--show N`, is
+shown in full, thought by thought, with its group beside it; `--diff A B` compares one problem at two policy versions.
 
 Model text is hostile: it is shown through `visible` (`deploy.view.terminal_text`) and as rich `Text`, never as markup.
 """
@@ -60,8 +60,8 @@ def inspect(
     machine: bool = False,
     console: Console,
 ) -> None:
-    """Prints what was asked for. `machine`: JSON instead. Raises InspectionError and DumpError."""
-    shown: Any  # an object of JSON for a machine, else what rich prints
+    """Prints the overview or the matches, as JSON for a `machine`. Raises InspectionError and DumpError."""
+    shown: Any  # an object for JSON, or what rich prints
     if not filters.choosing and show is None and filters.sort == "step":
         shown = overview_json(run) if machine else overview(run)
     else:
@@ -95,7 +95,7 @@ def _chosen(run: RunView, filters: Filters, show: int | None, limit: int, max_th
 
 
 def overview(run: RunView) -> RenderableType:
-    """The run's facts and a table of its steps; of many, evenly spaced ones that were dumped."""
+    """Returns the run's facts and a table of its steps; of many steps, evenly spaced ones that were dumped."""
     grid = Table.grid(padding=(0, 2))
     for name, value in facts(run):
         grid.add_row(Text(name, style="dim"), Text(visible(value)))
@@ -104,7 +104,7 @@ def overview(run: RunView) -> RenderableType:
 
 
 def _alarm_lines(run: RunView) -> list[Text]:
-    """The alarms that were not over at the end, with cause and remedy."""
+    """Returns the alarms that were not over at the end, with cause and remedy."""
     lines = [Text(f"alarm since step {a.step}: {visible(a.sentence)}", style="red") for a in last_active(run.alarms)]
     over = sum(alarm.state == "over" for alarm in run.alarms)
     return lines + ([Text(f"{over} earlier alarms are over: {FILE}", style="dim")] if over else [])
@@ -124,12 +124,12 @@ def _steps_table(run: RunView) -> RenderableType:
     for step in chosen:
         cells = [format_value(form, step["metrics"].get(key)) for _, key, form in columns]
         table.add_row(str(step["step"]), *cells, str(step["dumped"] or "-"))
-    note = f"{len(chosen)} of {len(steps)} recorded steps · look into one: --step {chosen[-1]['step']}"
+    note = f"{len(chosen)} of {len(steps)} recorded steps · trajectories of one: --step {chosen[-1]['step']}"
     return Group(table, Text(note, style="dim"))
 
 
 def overview_steps(run: RunView) -> list[dict[str, Any]]:
-    """Every recorded training step: metrics, and how many of its trajectories are dumped."""
+    """Returns every recorded training step with its metrics and its number of dumped trajectories."""
     dumped: dict[int, int] = {}
     for file in run.store.files():
         dumped[file.step] = dumped.get(file.step, 0) + run.count(file)
@@ -152,7 +152,7 @@ def overview_json(run: RunView) -> dict[str, Any]:
 
 
 def _spread(items: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """At most `count` of them, evenly spaced, first and last included."""
+    """Returns at most `count` items, evenly spaced, first and last included."""
     if len(items) <= count:
         return items
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
@@ -162,7 +162,7 @@ def _spread(items: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 
 def listing(run: RunView, rows: Sequence[Row], total: int) -> RenderableType:
-    """One line a trajectory; its number is what `--show` takes."""
+    """Returns a table with one line per trajectory, whose number `--show` takes."""
     table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
     learned = any(row.outcome for row in rows)
     for name in ("#", "step", "problem", "sample", "", "parsed", "gold", "length"):
@@ -185,5 +185,5 @@ def listing(run: RunView, rows: Sequence[Row], total: int) -> RenderableType:
         if learned:
             cells += [format_value("{:+.2f}", row.advantage), row.why or row.outcome or "-"]
         table.add_row(*cells)
-    note = f"{len(rows)} of {total} · one in full: add --show NUMBER · more: --limit 0"
+    note = f"{len(rows)} of {total} · one in full: add --show NUMBER · all: --limit 0"
     return Group(table, Text(note, style="dim"))

@@ -1,4 +1,4 @@
-"""What a run is and was made with, in words: the panel over `inspect` and at the end of `report`."""
+"""The facts of a run in words: the panel above `inspect` and at the end of `report`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latent_grpo.deploy.view.run_view import RunView
 
 
 def facts(run: RunView) -> list[tuple[str, str]]:
-    """What the run is and was made with, in words, for people: (name, value)."""
+    """Returns what the run is and what it was made with, in words for people: (name, value)."""
     settings, noise = run.settings, run.settings.get("noise", {})
     minutes = f", {run.summary['minutes']:g} minutes" if "minutes" in run.summary else ""
     found = [("state", run.state + minutes)]
@@ -64,7 +64,7 @@ def _made_with(run: RunView) -> list[tuple[str, str]]:
 
 
 def _short(run: RunView, source: str) -> str:
-    """A model's folder below the run's by its name."""
+    """Shortens a model's folder below the run's to its relative name."""
     path = Path(source)
     return path.name if path.parent.name == run.folder.name else source
 
@@ -74,7 +74,7 @@ def _versions(versions: dict[str, Any]) -> str:
 
 
 def _digest(files: dict[str, FileFacts]) -> str:
-    """The weights' hashes, which are what tells two models apart."""
+    """Returns the hashes of the weights, which tell two models apart."""
     weights = {name: facts for name, facts in files.items() if name.endswith((".safetensors", ".bin"))}
     return ", ".join(f"{name} {facts.xxh3_128}" for name, facts in weights.items()) or f"{len(files)} files"
 

@@ -1,7 +1,7 @@
-"""A run's folder as its readers see it: settings, metrics, dumps; while it goes on, after it ended, or after it failed.
+"""A read-only view of a run's folder, of a run that is running, has ended or has failed: settings, metrics and dumps.
 
 Nothing here writes, starts Ray or loads a model. `RunView.rows` reads only the small columns of the dumps, so that
-filters are fast on long runs; :mod:`deploy.view.thoughts` then loads what is looked at.
+filters are fast on long runs; :mod:`deploy.view.thoughts` then loads the trajectories that are shown.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from latent_grpo.deploy.view.selection import Filters, InspectionError, Row, exa
 
 @dataclass
 class RunView:
-    """An open run. `unreadable` collects a sentence for each file, or line of one, that a reading left out."""
+    """An open run. `unreadable` collects a sentence for each file, or line of one, that could not be read."""
 
     folder: RunFolder
     settings: dict[str, Any]  # config.json as it stands: readable whatever version wrote it
@@ -63,9 +63,10 @@ class RunView:
 
     @cached_property
     def alarms(self) -> tuple[Alarm, ...]:
-        """The live history's rows, oldest first; lines that cannot be read are named in `unreadable`.
+        """The alarms of the live history, oldest first; lines that cannot be read are named in `unreadable`.
 
-        Raises MetricsError where the run's metrics cannot be read."""
+        Raises MetricsError where the run's metrics cannot be read.
+        """
         record = read_alarms(self.folder.path)
         self.unreadable += record.left_out
         return record.alarms
@@ -84,14 +85,14 @@ class RunView:
 
     @property
     def state(self) -> str:
-        """One phrase."""
+        """The state of the run in one phrase."""
         if self.finished:
             return f"finished after {self.done_steps} steps"
         return f"unfinished: {self.done_steps} of {self.wanted_steps} steps recorded so far"
 
     @cached_property
     def manifest(self) -> RunManifest | None:
-        """What the run was made with; None for a run that has none (`manifest_missing` then says why)."""
+        """The run's manifest, or None if it has none (`manifest_missing` then says why)."""
         try:
             return read_manifest(self.folder.path)
         except ManifestError as error:
@@ -105,7 +106,7 @@ class RunView:
         return TrajectoryStore(self.folder.trajectories)
 
     def files(self, filters: Filters) -> list[DumpFile]:
-        """Dump files that can hold what is asked for. Raises InspectionError naming what is there instead."""
+        """Returns dump files that can hold matches. Raises InspectionError, which names what exists instead."""
         files = self.store.files(purpose=filters.purpose, lineage=filters.lineage)
         if not files:
             raise InspectionError(self._no_dumps(filters))
@@ -129,7 +130,7 @@ class RunView:
         if not self.finished:
             return (
                 f"{self.folder.path} has no trajectory dumps yet: {self.state}, and dump.every is {every}; "
-                "look again after that step"
+                "try again after that step"
             )
         return (
             f"{self.folder.path} has no trajectory dumps: none was written by step {self.done_steps} "
@@ -137,8 +138,11 @@ class RunView:
         )
 
     def rows(self, filters: Filters) -> list[Row]:
-        """Matching trajectories in the asked order. Raises InspectionError if none match, DumpError if nothing is
-        readable; a damaged file among good ones is left out and named in `unreadable`."""
+        """Returns matching trajectories in the order of the filters.
+
+        Raises InspectionError if none match, and DumpError if no file is readable; a damaged file among good ones is
+        left out and named in `unreadable`.
+        """
         files = self.files(filters)
         every: list[Row] = []
         failures: list[DumpError] = []
@@ -157,12 +161,12 @@ class RunView:
         return ordered(chosen, filters.sort)
 
     def group(self, row: Row) -> list[Row]:
-        """The dumped samples of a row's group, the row included, in sample order."""
+        """Returns the dumped samples of a row's group, the row included, in sample order."""
         rows = [r for r in self._file_rows(row.file) if r.group_uid == row.group_uid]
         return sorted(rows, key=lambda r: r.sample_index)
 
     def count(self, file: DumpFile) -> int:
-        """Its trajectories; 0 for a file that cannot be read, which is then named in `unreadable`."""
+        """Returns a file's number of trajectories; 0 if it cannot be read, and it is then named in `unreadable`."""
         try:
             return count_rows(file.path)
         except DumpError as error:
@@ -170,7 +174,7 @@ class RunView:
             return 0
 
     def _read_rows(self, file: DumpFile) -> list[Row]:
-        """The small columns of a dump, with those of the learner's record where it can be read. Raises DumpError."""
+        """Reads the small columns of a dump, with those of the learner's record if it can be read. Raises DumpError."""
         table = read_columns(file.path, [*_COLUMNS, "hard_ids"])
         hard = pc.list_value_length(table["hard_ids"]).to_pylist()
         columns = {ours: table[theirs].to_pylist() for theirs, ours in _COLUMNS.items()}
@@ -190,7 +194,7 @@ class RunView:
             self.unreadable.append(str(error))
 
     def records_path(self, file: DumpFile) -> Path:
-        """Where the learner's record of a dump is, if there is one."""
+        """Returns the path of the learner's record of a dump, which need not exist."""
         return self.folder.learner_records / file.path.relative_to(self.folder.trajectories)
 
     def _file_rows(self, file: DumpFile) -> list[Row]:
@@ -226,7 +230,7 @@ def _learner_columns(path: Path, keys: list[tuple[str, int]]) -> dict[str, list[
 
 
 def open_run(path: str | Path) -> RunView:
-    """Raises InspectionError for a folder that is not there or not a run's."""
+    """Opens a run. Raises InspectionError for a folder that does not exist or is not a run's."""
     path = Path(path)
     if not path.is_dir():
         around = path.parent if path.parent.is_dir() else Path()
@@ -249,10 +253,10 @@ def _runs_in(folder: Path) -> str:
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    """What a run writes later than its other files; absent: empty. Raises InspectionError if damaged."""
+    """Reads a file that a run writes late; empty if absent. Raises InspectionError if it is damaged."""
     if not path.is_file():
         return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InspectionError(f"{path}: not readable JSON ({error}); delete it to go on without") from error
+        raise InspectionError(f"{path}: not readable JSON ({error}); delete it to continue without it") from error

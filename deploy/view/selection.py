@@ -1,4 +1,4 @@
-"""Which trajectories of a run: what a dumped one is searched by, the filters, and the message when nothing matches."""
+"""The selection of a run's trajectories: the searched columns, the filters, and the message without a match."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ SORTS = ("step", "length", "latent", "reward", "seconds", "advantage")
 
 
 class InspectionError(ConfigError):
-    """A run or a choice of trajectories that cannot be shown; the message says what is there instead."""
+    """A run or a selection of trajectories that cannot be shown; the message says what exists instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One dumped trajectory without its steps. `outcome`, `why` and `advantage` are the learner's; None: no record."""
+    """One dumped trajectory without its steps.
+
+    `outcome`, `why` and `advantage` are the learner's, and None without a record.
+    """
 
     file: DumpFile
     index: int  # row of the file
@@ -58,7 +61,7 @@ class Row:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Everything that `--reason` finds this row by."""
+        """All reasons by which `--reason` finds this row."""
         return tuple(r for r in (self.grade_reason, self.finish_reason, self.outcome, self.why) if r)
 
     @property
@@ -68,7 +71,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filters:
-    """Which trajectories. Empty: all. Numbers of steps are inclusive ranges; texts match a part of the name."""
+    """The filters of a selection; without any, all trajectories match.
+
+    Steps are inclusive ranges; texts match a part of the name.
+    """
 
     steps: tuple[tuple[int, int], ...] = ()
     purpose: str | None = None
@@ -97,7 +103,7 @@ class Filters:
 
     @property
     def choosing(self) -> bool:
-        """Whether anything was asked for (but an order)."""
+        """Whether any filter besides the order is set."""
         return any(value not in ((), None, False) for name, value in self._fields() if name != "sort")
 
     def _fields(self) -> Iterator[tuple[str, Any]]:
@@ -130,7 +136,7 @@ class Filters:
 
 
 def parse_steps(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """`["10", "20-40"]` -> ((10, 10), (20, 40)). Raises InspectionError."""
+    """Parses `["10", "20-40"]` into ((10, 10), (20, 40)). Raises InspectionError."""
     spans = []
     for text in texts:
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
@@ -141,7 +147,7 @@ def parse_steps(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
 
 
 def exact_matches_first(rows: list[Row], filters: Filters) -> list[Row]:
-    """Where a name was given in full (`sums/1`), only that one, and not those that contain it (`sums/10`)."""
+    """Keeps only exact matches of a name given in full (`sums/1`), without names that contain it (`sums/10`)."""
     for wanted, name in ((filters.problem, "problem_uid"), (filters.group, "group_uid"), (filters.task, "task")):
         exact = [row for row in rows if getattr(row, name) == wanted]
         rows = exact or rows
@@ -155,7 +161,7 @@ def ordered(rows: list[Row], sort: str) -> list[Row]:
     values = {id(row): getattr(row, name) for row in rows}
     known = [row for row in rows if values[id(row)] is not None and not math.isnan(values[id(row)])]
     if not known:
-        raise InspectionError(f"--sort {name}: none of the {len(rows)} trajectories has one; {WITHOUT_RECORDS}")
+        raise InspectionError(f"--sort {name}: none of the {len(rows)} trajectories has it; {WITHOUT_RECORDS}")
     held = set(map(id, known))
     ordered = sorted(known, key=lambda row: values[id(row)], reverse=sort.startswith("-"))
     return ordered + [row for row in rows if id(row) not in held]
@@ -167,18 +173,16 @@ WITHOUT_RECORDS = (
 
 
 def no_match(filters: Filters, every: Sequence[Row]) -> str:
-    """Why nothing was found: what the dumps of the chosen steps hold."""
+    """Returns a message that nothing matched, with what the dumps of the chosen steps hold."""
     parts = [f"no trajectory matches {filters}; {len(every)} were searched"]
     if filters.reason is not None:
         found = Counter(reason for row in every for reason in row.reasons)
-        parts.append("reasons there: " + ", ".join(f"{name} ({n})" for name, n in found.most_common()))
+        parts.append("reasons found: " + ", ".join(f"{name} ({n})" for name, n in found.most_common()))
     if filters.task is not None:
         parts.append("tasks: " + ", ".join(sorted({row.task for row in every})))
     if (filters.min_length, filters.max_length) != (None, None) and every:
         lengths = [row.length for row in every]
         parts.append(f"lengths: {min(lengths)} to {max(lengths)} response steps")
     if filters.group is not None or filters.problem is not None:
-        parts.append(
-            f"a group there is called {every[0].group_uid}, its problem {every[0].problem_uid}" if every else ""
-        )
+        parts.append(f"for example, group {every[0].group_uid} has problem {every[0].problem_uid}" if every else "")
     return visible(". ".join(part for part in parts if part))

@@ -6,13 +6,15 @@ import unicodedata
 
 
 def visible(text: str) -> str:
-    """A model's text made safe for a terminal and readable in one line: control characters and those that reorder
-    text are shown as symbols, never sent."""
+    """Makes a model's text safe for a terminal and readable in one line.
+
+    Control characters, and those that reorder text, are shown as symbols and never sent.
+    """
     return "".join(_visible_character(c) for c in text)
 
 
 def visible_token(text: str) -> str:
-    """A token by itself: spaces are seen too."""
+    """Makes a single token safe and its spaces visible."""
     return visible(text).replace(" ", "␣") or "∅"
 
 

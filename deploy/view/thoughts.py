@@ -1,7 +1,7 @@
-"""What a trajectory holds, in the terms that people ask about: thoughts, tokens, weights, noise, and what was learned.
+"""The contents of a trajectory for people: thoughts, tokens, weights, noise, and what the learner did with it.
 
 A *thought* is one latent step: K tokens with the weights at which their embeddings were mixed and fed back. Effective
-width is exp(entropy of the weights): 1 if one token has it all, K if all have the same share.
+width is exp(entropy of the weights): 1 if one token has all the weight, K if all have the same share.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 class TokenTexts:
-    """The text of token ids, by the run's own tokenizer; `missing` says why where it cannot be had."""
+    """The texts of token ids, by the run's own tokenizer; `missing` says why where they are not available."""
 
     def __init__(self, tokenizer: Tokenizer | None, missing: str = "") -> None:
         self._tokenizer, self.missing = tokenizer, missing
         self._known: dict[int, str] = {}
 
     def __getitem__(self, token: int) -> str:
-        """One token as it stands, spaces included; `#id` without a tokenizer."""
+        """Returns a token's text, spaces included; `#id` without a tokenizer."""
         if token not in self._known:
             self._known[token] = self._text(int(token))
         return self._known[token]
@@ -55,7 +55,7 @@ class TokenTexts:
 
 
 def run_tokens(run: RunView) -> TokenTexts:
-    """From the run's folder, or from where its settings say the model is."""
+    """Loads the token texts from the run's folder, or from the model that its settings name."""
     from tokenizers import Tokenizer
 
     named = run.settings.get("model", {}).get("path")
@@ -68,7 +68,7 @@ def run_tokens(run: RunView) -> TokenTexts:
 
         try:
             fast = load_tokenizer(named).backend_tokenizer
-        except Exception as error:  # the hub's client, a foreign tokenizer class: any failure only costs the texts
+        except Exception as error:  # the hub's client, a foreign tokenizer class: any failure loses only the texts
             return TokenTexts(
                 None, f"tokens are shown as ids: the tokenizer of {named} cannot be loaded here ({error})"
             )
@@ -78,7 +78,7 @@ def run_tokens(run: RunView) -> TokenTexts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thoughts:
-    """One trajectory with everything that is known of it. L latent steps, T response steps."""
+    """One trajectory with everything that is recorded about it: L latent steps, T response steps."""
 
     row: Row
     trajectory: Trajectory
@@ -89,26 +89,26 @@ class Thoughts:
 
     @property
     def width(self) -> np.ndarray:
-        """[L] effective number of tokens in each mixture."""
+        """The effective number of tokens in each mixture, [L]."""
         return np.exp(self.entropy)
 
     @property
     def taught(self) -> bool:
-        """Whether the learner's step columns are there."""
+        """Whether the record has the learner's step columns."""
         return self.record is not None and len(self.record.old_log_probs) > 0
 
     def learner(self, name: str) -> np.ndarray | None:
-        """[T] a step column of the learner's record; None if the trajectory was not trained on."""
+        """Returns a step column [T] of the learner's record; None if the trajectory was not trained on."""
         return getattr(self.record, name) if self.taught else None
 
     def clip(self, step: int) -> str:
-        """Which bound held the step's gradient back (METHOD §5); empty: none."""
+        """Returns which bound stopped the step's gradient (METHOD §5); empty if none did."""
         clipped = self.learner("clipped")
         return "" if clipped is None else CLIPS[int(clipped[step])]
 
 
 def load(run: RunView, rows: Sequence[Row]) -> list[Thoughts]:
-    """The rows' trajectories with the learner's records, in their order. Raises DumpError.
+    """Loads the rows' trajectories with the learner's records, in their order. Raises DumpError.
 
     Rows of one file that follow each other cost one pass over it.
     """
@@ -126,7 +126,7 @@ def load(run: RunView, rows: Sequence[Row]) -> list[Thoughts]:
 
 
 def _learner_records(run: RunView, row: Row) -> pa.RecordBatch | None:
-    """The learner records of the row's file; None where none can be read (then named in `unreadable`)."""
+    """Loads the learner records of the row's file; None if they cannot be read (then named in `unreadable`)."""
     path = run.records_path(row.file)
     if not path.is_file():
         return None
@@ -143,7 +143,7 @@ def _read(path: Path, kind: type[DumpStore]) -> pa.RecordBatch:
 
 
 def _records_of(trajectories: pa.RecordBatch, records: pa.RecordBatch) -> dict[int, LearnerRecord]:
-    """Row of `trajectories` -> what the learner made of it."""
+    """Returns row of `trajectories` -> its learner record."""
     places = join(trajectories, records)
     with_record = np.flatnonzero(places >= 0)
     return dict(zip(with_record.tolist(), decode_records(take_rows(records, places[with_record])), strict=True))
@@ -167,7 +167,7 @@ def _thoughts(row: Row, trajectory: Trajectory, record: LearnerRecord | None) ->
 
 
 def behaviour_log_probs(thoughts: Thoughts, component_weighting: str) -> np.ndarray:
-    """[T] float32: log pi of each response step at the recorded log-probs (METHOD §3.1, §3.3, §6)."""
+    """Returns log pi of each response step at the recorded log-probs, [T] float32 (METHOD §3.1, §3.3, §6)."""
     recorded = thoughts.learner("behaviour_log_probs")
     if recorded is not None:
         return recorded
@@ -187,9 +187,10 @@ def behaviour_log_probs(thoughts: Thoughts, component_weighting: str) -> np.ndar
 
 
 def drawn_noise(thoughts: Thoughts) -> np.ndarray | None:
-    """[L, K] float32: the noise that the trajectory's key gives for its tokens (METHOD §2.1, §2.5), computed again.
+    """Computes again the noise that the trajectory's key gives for its tokens, [L, K] float32 (METHOD §2.1, §2.5).
 
-    None where no noise was drawn. Equal to `thoughts.noise` up to the rounding of a difference of float32 numbers.
+    Returns None where no noise was drawn. It equals `thoughts.noise` up to the rounding of a difference of float32
+    numbers.
     """
     import torch
 
@@ -213,7 +214,7 @@ def drawn_noise(thoughts: Thoughts) -> np.ndarray | None:
 
 
 def as_json(thoughts: Thoughts, tokens: TokenTexts, component_weighting: str) -> dict[str, Any]:
-    """Everything of a trajectory for machines: numbers are those of the record, texts those of the model."""
+    """Returns everything about a trajectory as JSON: numbers are those of the record, texts those of the model."""
     t, record = thoughts.trajectory, thoughts.record
     behaviour = behaviour_log_probs(thoughts, component_weighting)
     latent = len(t.latent_ids)
@@ -270,7 +271,7 @@ def _record_json(record: LearnerRecord) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Turns NaN and infinity, which JSON does not have, into null."""
     if isinstance(value, (float, np.floating)):
         return float(value) if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value

@@ -1,4 +1,4 @@
-"""One trajectory in full, and two side by side: `inspect --show` and `--diff`."""
+"""The display of one trajectory in full and of two side by side (`inspect --show` and `--diff`)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _verdict(thoughts: Thoughts) -> Text:
         f" ({t.engine}) · {row.seconds:.2f} s"
     )
     if record is None:
-        return line.append("\nlearner: no record of it (an evaluation, or a run made before learner records existed)")
+        return line.append("\nlearner: no record (an evaluation, or a run made before learner records existed)")
     line.append(f"\nlearner: {record.outcome}").append(
         f" ({record.reason}: {REASONS.get(record.reason, '')})" if record.reason else ""
     )
@@ -102,7 +102,7 @@ def _verdict(thoughts: Thoughts) -> Text:
 
 
 def _thoughts_table(thoughts: Thoughts, tokens: TokenTexts, weighting: str, max_thoughts: int) -> RenderableType:
-    """Per latent step its K tokens, then the hard steps; the step's own figures are stacked beside its tokens."""
+    """Returns a table of each latent step's K tokens and the hard steps, with a step's figures beside its tokens."""
     t = thoughts.trajectory
     table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
     table.add_column("step", justify="right", style="cyan", no_wrap=True)
@@ -141,7 +141,7 @@ def _component(thoughts: Thoughts, tokens: TokenTexts, step: int, k: int) -> tup
 
 
 def _step_figures(thoughts: Thoughts, behaviour: np.ndarray, step: int) -> list[str]:
-    """Lines: log pi at the rollout and in the learner, and what the learner did with the step."""
+    """Returns lines with log pi at the rollout and in the learner, and what the learner did with the step."""
     r, clip = thoughts.record, thoughts.clip(step)
     if r is None or not thoughts.taught:
         return [f"log π {behaviour[step]:.3f}"]
@@ -160,18 +160,16 @@ def _noise_line(thoughts: Thoughts) -> Text:
         return Text("no noise was drawn", style="dim")
     gap = float(np.abs(drawn - thoughts.noise).max())
     if gap <= NOISE_TOLERANCE:
-        return Text(
-            f"noise = score - log p; drawing it again from the trajectory's key gives the same (±{gap:.0e})", "dim"
-        )
+        return Text(f"noise = score - log p; the trajectory's key gives the same noise again (±{gap:.0e})", "dim")
     return Text(
-        f"noise = score - log p differs by up to {gap:.3g} from what the trajectory's key gives: the record and the "
+        f"noise = score - log p differs by up to {gap:.3g} from the noise of the trajectory's key: the record and the "
         "run's settings do not belong together",
         style="red",
     )
 
 
 def group_table(siblings: Sequence[Thoughts], tokens: TokenTexts, chosen: int) -> RenderableType:
-    """The group's samples beside each other; thoughts are shown by their leading tokens."""
+    """Returns a table of the group's samples; thoughts are shown by their leading tokens."""
     table = Table(title="its group", title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     for name in ("sample", "", "parsed", "length", "width", "advantage"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
@@ -201,15 +199,18 @@ def diff(
     machine: bool = False,
     console: Console,
 ) -> None:
-    """The same problem at two steps, side by side. Without `--problem`: one whose grade changed, else the first."""
+    """Shows the same problem at two steps, side by side.
+
+    Without `--problem` it is one whose grade changed, or else the first.
+    """
     before, after = (_by_problem(run, step, filters) for step in (step_a, step_b))
     common = [problem for problem in before if problem in after]
     if not common:
         raise InspectionError(
             f"--diff {step_a} {step_b}: no problem was dumped at both steps"
             + (f" that matches {filters}" if filters.choosing else "")
-            + ". Training rarely asks a problem twice; evaluations do: set dump.evaluation=true, and diff the steps of "
-            "two evaluations (0 is the one before training)"
+            + ". Training rarely repeats a problem, but evaluations do: set dump.evaluation=true, and compare the "
+            "steps of two evaluations (0 is the one before training)"
         )
     changed = [p for p in common if before[p].correct != after[p].correct]
     became_correct = [problem for problem in changed if after[problem].correct]
@@ -236,7 +237,7 @@ def diff(
         Text(
             f"{len(common)} problems at both steps: {len(became_correct)} became correct, "
             f"{len(changed) - len(became_correct)} became wrong · "
-            "another one: --problem UID",
+            "choose another with --problem UID",
             style="dim",
         )
     )
@@ -244,7 +245,7 @@ def diff(
 
 
 def _by_problem(run: RunView, step: int, filters: Filters) -> dict[str, Row]:
-    """The first sample of each problem at a step, whatever the purpose it was asked for."""
+    """Returns the first sample of each problem at a step, of any purpose."""
     rows = run.rows(dataclasses.replace(filters, steps=((step, step),)))
     found: dict[str, Row] = {}
     for row in rows:

@@ -97,7 +97,10 @@ def test_the_gold_check_lists_unreadable_mislabelled_and_contradictory_rows(fold
         ("", "has no rows"),
         ("[1]", "expected an object"),
         ('{"response": ', "line 1: not valid JSON"),
-        ('{"text": "x", "gold": "1"}', "none of the columns response, .*; there: text, gold. Name it with --response"),
+        (
+            '{"text": "x", "gold": "1"}',
+            "none of the columns response, .*; its columns are text, gold. Choose one with --response",
+        ),
         ('{"response": "x", "gold": {"a": 1}}', "row 0: gold is {'a': 1}"),
         ('{"response": "x", "gold": "1"}\n{"gold": "1"}', "row 1: response is None"),
         ('{"response": "x", "gold": NaN}', "row 0: gold is nan"),

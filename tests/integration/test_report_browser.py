@@ -111,7 +111,7 @@ def test_search_finds_texts_and_says_when_there_is_nothing(browser, report):
     choose(browser, "q", "CHAINS/5")
     assert len(listed(browser)) == 4
     choose(browser, "q", "no such text")
-    assert "No trajectory of the 52 here matches" in text_of(browser)
+    assert "None of the 52 trajectories in this report matches" in text_of(browser)
 
 
 def test_a_deep_link_shows_its_trajectory_with_thoughts_learner_and_group(browser, report):

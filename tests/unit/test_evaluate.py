@@ -63,12 +63,12 @@ def test_named_benchmarks_bring_prompt_grader_and_budget_and_the_chain_its_width
 @pytest.mark.parametrize(
     ("in_its_run", "profile", "overrides", "line"),
     [
-        (True, None, [], r"^pass@k is sampled with noise\.scale 0\.3 \(one_sided\), of run mine-.*$"),
-        (True, None, ["noise.mode=two_sided"], r"^.*noise\.scale 0\.3 \(two_sided\), of run mine-.*$"),
-        (True, None, ["noise.scale=0.5"], r"^.*noise\.scale 0\.5 \(one_sided\), of the command$"),
-        (False, "quickstart", [], r"^.*noise\.scale 0\.3 \(one_sided\), of profile quickstart$"),
+        (True, None, [], r"^pass@k is sampled with noise\.scale 0\.3 \(one_sided\), from run mine-.*$"),
+        (True, None, ["noise.mode=two_sided"], r"^.*noise\.scale 0\.3 \(two_sided\), from run mine-.*$"),
+        (True, None, ["noise.scale=0.5"], r"^.*noise\.scale 0\.5 \(one_sided\), from the command$"),
+        (False, "quickstart", [], r"^.*noise\.scale 0\.3 \(one_sided\), from profile quickstart$"),
         (False, None, [], r"^\[yellow\].*noise\.scale 1 \(one_sided\), the default: .*give it as noise\.scale=\.\.\."),
-        (False, None, ["noise.scale=0.5"], r"^.*noise\.scale 0\.5 \(one_sided\), of the command$"),
+        (False, None, ["noise.scale=0.5"], r"^.*noise\.scale 0\.5 \(one_sided\), from the command$"),
         (False, None, ["noise.mode=off"], None),
         (True, None, ["evaluation.samples=0"], None),
     ],
@@ -88,7 +88,7 @@ def test_whose_noise_pass_at_k_has_is_one_line(tmp_path, in_its_run, profile, ov
 
 
 def test_nothing_to_evaluate_on_says_what_to_give(tmp_path):
-    with pytest.raises(ConfigError, match=r"Give --tasks \(of gsm8k-aug"):
+    with pytest.raises(ConfigError, match=r"give --tasks \(of gsm8k-aug"):
         evaluation_config(str(tmp_path), [])
 
 

@@ -162,7 +162,7 @@ def test_a_trajectory_in_full_is_its_record(fake):
 def test_without_learner_records_the_rollouts_own_log_probs_are_shown_and_it_says_so(tmp_path):
     path = make_fake_run(tmp_path / "run", learner=False).path
     text = shown(path, Filters(steps=((1, 1),)), show=1)
-    assert "no record of it" in text
+    assert "learner: no record" in text
     assert "log π" in text
     found = shown_json(path, Filters(steps=((1, 1),)), show=1)
     assert found["learner"] is None
@@ -200,7 +200,7 @@ def test_the_noise_is_drawn_again_from_the_key(tmp_path):
     run = open_run(one_group_run(tmp_path / "run", [real]))
     thoughts = load(run, run.rows(Filters()))[0]
     np.testing.assert_allclose(drawn_noise(thoughts), thoughts.noise, atol=1e-5)
-    assert "drawing it again from the trajectory's key gives the same" in shown(run.folder.path, show=1)
+    assert "the trajectory's key gives the same noise again" in shown(run.folder.path, show=1)
     forged = one_group_run(tmp_path / "forged", [base])
     assert "do not belong together" in shown(forged, show=1)
 
@@ -303,10 +303,10 @@ def test_diff_refuses_an_option_that_it_would_ignore(tmp_path, option):
     ("filters", "sentence"),
     [
         (Filters(steps=((15, 15),)), r"--step 15: no trajectory of that step was dumped.*training: 1-3"),
-        (Filters(reason="timeout"), r"matches --reason timeout; 48 were searched.*reasons there: .*wrong \("),
+        (Filters(reason="timeout"), r"matches --reason timeout; 48 were searched.*reasons found: .*wrong \("),
         (Filters(min_length=99), r"no trajectory matches --min-length 99.*lengths: 5 to 7"),
         (Filters(task="gsm8k"), r"tasks: chains"),
-        (Filters(group="x"), r"a group there is called training/0/chains/0"),
+        (Filters(group="x"), r"for example, group training/0/chains/0"),
         (Filters(purpose="evaluation"), r"no such dumps.*it has dumps of training"),
     ],
 )  # fmt: skip

@@ -171,7 +171,7 @@ def test_an_evaluation_says_whose_noise_it_samples_with(tmp_path):
     config = config_of(tmp_path, "evaluation.samples=4", model=model_in(tmp_path / "model"))
     with pytest.raises(RayTouched):
         evaluate.evaluate_model(config, "x", Reporter(console), "run [mine]")
-    assert "pass@k is sampled with noise.scale 0.3 (one_sided), of run [mine]\n" in console.export_text()
+    assert "pass@k is sampled with noise.scale 0.3 (one_sided), from run [mine]\n" in console.export_text()
 
 
 def test_a_resumed_run_reads_its_problems_before_ray_too(tmp_path):

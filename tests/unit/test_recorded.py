@@ -46,7 +46,7 @@ def test_an_earlier_state_serves_where_all_steps_between_are_dumped(tmp_path):
     assert recorded.replayable() == [1, 2, 5, 6]
     with pytest.raises(RecordedError, match="step 3 was not dumped, or its dump was removed; dumped: 1-2, 4-6"):
         recorded.start_for(3)
-    with pytest.raises(RecordedError, match=r"state after step 3.*Checkpoints there: 4 .*replayed: 1-2, 5-6"):
+    with pytest.raises(RecordedError, match=r"state after step 3.*Existing checkpoints: 4 .*replayed: 1-2, 5-6"):
         recorded.start_for(4)
 
 

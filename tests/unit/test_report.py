@@ -124,7 +124,7 @@ def test_more_than_a_browser_can_hold_is_cut_and_said(fake):
     made = sample(run, run.rows(Filters()), 48, TokenTexts(None), "mixture", max_components=200)
     assert 0 < len(made.trajectories) < 48
     assert {entry["step"] for entry in made.trajectories} >= {2, 3}  # thinned evenly, not cut off at the end
-    assert any("held below about 200 tokens" in note for note in made.notes)
+    assert any("limited to about 200 tokens" in note for note in made.notes)
 
 
 def test_questions_are_prompts_without_what_all_have_in_common(fake):
@@ -211,7 +211,7 @@ def test_without_steps_or_with_foreign_settings_the_panel_says_why_it_is_not_the
     assert found["health"] is None
     assert "from_the_future" in found["no_health"]
     (folder.path / "metrics.jsonl").unlink()
-    assert "No step is recorded yet" in contents(write_report(open_run(folder.path)))["no_health"]
+    assert "No step has been recorded yet" in contents(write_report(open_run(folder.path)))["no_health"]
 
 
 # --- bad input

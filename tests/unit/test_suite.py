@@ -114,7 +114,7 @@ def test_a_finished_model_needs_no_warm_start(write, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"arms": {"a": {"title": "a", "start": "nowhere"}}, "quick": None}, r"no start 'nowhere'; there is"),
+        ({"arms": {"a": {"title": "a", "start": "nowhere"}}, "quick": None}, r"no start 'nowhere'; the starts are"),
         (
             {"claims": {"c": {"text": "c", "test": {"kind": "no_decline", "arm": "gone"}}}},
             r"no start or arm \['gone'\]",
@@ -149,7 +149,7 @@ def test_another_configuration_is_refused_and_the_same_one_goes_on(write, tmp_pa
     write(title="a better title", claims={})
     open_folder(request, request.load())
     quick = Request(source=request.source, folder=request.folder, quick=True)
-    with pytest.raises(SuiteError, match=r"also holds latent-seed3, .* which is not asked for"):
+    with pytest.raises(SuiteError, match=r"also holds latent-seed3, .* which this command leaves out"):
         open_folder(quick, quick.load())
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
@@ -191,7 +191,8 @@ def test_arms_may_be_added_to_a_folder_and_settings_to_the_program(write, tmp_pa
         open_folder(request, request.load())
     write()
     with pytest.raises(
-        SuiteError, match=r"also holds hot-seed3, hot-seed5, which is not asked for: ask for its seeds and arms"
+        SuiteError,
+        match=r"also holds hot-seed3, hot-seed5, which this command leaves out: include those seeds and arms",
     ):
         open_folder(request, request.load())
 
@@ -215,7 +216,7 @@ def test_another_grader_or_other_data_are_refused_before_anything_is_written(on_
     suite = on_a_file.load()
     session = this_session(unit_config(suite, unit, on_a_file.folder) for unit in units(suite))
     check_session(on_a_file.folder, session)
-    with pytest.raises(SuiteError, match=r"the grader .* was [0-9a-f]{32}, now 0{32}\. .*of then \(commit "):
+    with pytest.raises(SuiteError, match=r"the grader .* was [0-9a-f]{32}, now 0{32}\. .*program \(commit "):
         check_session(on_a_file.folder, dataclasses.replace(session, grader="0" * 32))
     with pytest.raises(SuiteError, match=r"sympy, which grades, was [0-9.]+, now 0\.1"):
         check_session(on_a_file.folder, dataclasses.replace(session, graded_with={"sympy": "0.1"}))
@@ -298,7 +299,7 @@ def test_seeds_are_chosen_and_may_be_added_to_a_folder(write, tmp_path):
     both = Request(source=source, folder=folder, seeds=[7, 8])
     open_folder(both, both.load())
     assert json.loads((folder / "manifest.json").read_text())["seeds"] == [7, 8]
-    with pytest.raises(SuiteError, match=r"also holds .*-seed8, which is not asked for"):
+    with pytest.raises(SuiteError, match=r"also holds .*-seed8, which this command leaves out"):
         open_folder(one, one.load())
     with pytest.raises(SuiteError, match=r"distinct, got \[7, 7\]"):
         load_suite(source, seeds=[7, 7])
@@ -321,7 +322,7 @@ def test_all_that_is_missing_is_named_at_once_before_anything_runs(write, tmp_pa
             "task held: nowhere/held.jsonl does not exist",
             "task gsm8k: set its `path` (.parquet, .jsonl, .csv, hf:..., builtin:... or python:...) "
             "(latent-seed3 and 9 more)",
-            f"starts.latent.path: no folder {tmp_path / 'gone'}",
+            f"starts.latent.path: there is no folder {tmp_path / 'gone'}",
         ]
         assert faults[2].endswith("(latent-seed3 and 5 more)")
         assert "owner/name here, it is taken for a hub id" in note
@@ -383,10 +384,12 @@ def test_a_hub_id_is_let_through_and_said_and_a_start_to_be_made_is_not_missed(w
     lines = check(Request(source=str(write(starts=starts)), folder=tmp_path / "out"))
     assert lines[0].startswith("suite a suite: 10 units, all settings valid")
     assert [line for line in lines if "owner/name" in line] == [
-        "starts.explicit.path: no folder owner/name here, it is taken for a hub id and was not looked for"
+        "starts.explicit.path: owner/name is no folder here; it was taken for a hub id and not checked"
     ]
     elsewhere = Request(source=str(write()), folder=tmp_path, overrides=["model.path=./gone", "model.new=null"])
-    with pytest.raises(SuiteError, match=r"model.path \(profile .*\): no folder ./gone.*\(latent-seed3 and 3 more\)"):
+    with pytest.raises(
+        SuiteError, match=r"model.path \(profile .*\): there is no folder ./gone.*\(latent-seed3 and 3 more\)"
+    ):
         check(elsewhere)
 
 

@@ -1,4 +1,4 @@
-"""From a run to one HTML file: data and program, packed and put into the page."""
+"""The builder of a report: it packs a run's data and the page's program into one HTML file."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from latent_grpo.deploy.view.thoughts import run_tokens
 
 FILE = "report.html"
 SAMPLE = 1000  # trajectories, unless told otherwise
-QUICK_BYTES = 12 * 2**20  # of trajectory dumps: with no more, a report is written within a second or two
+QUICK_BYTES = 12 * 2**20  # up to this size of trajectory dumps, a report is written within a second or two
 PARTS = ("dom", "data", "charts", "overview", "health", "browse", "heatmap", "trajectory", "start")
-"""The page's program: files of page/ in the order in which they are read."""
+"""The page's program: files of page/ in the order in which they are loaded."""
 
 
 def write_report(run: RunView, target: Path | None = None, filters: Filters | None = None, limit: int = SAMPLE) -> Path:
@@ -45,13 +45,13 @@ def write_report(run: RunView, target: Path | None = None, filters: Filters | No
         write_atomically(target, page(index(run, made), made.groups, f"{run.folder.name} · latent-grpo report"))
     except OSError as error:
         raise InspectionError(
-            f"{target}: the report cannot be written: {error.strerror}; give another --out"
+            f"{target}: the report cannot be written ({error.strerror}); give another file with --out"
         ) from error
     return target
 
 
 def report_note(folder: RunFolder, quick_bytes: int = QUICK_BYTES) -> str:
-    """What `train` ends with: the report, or the command for it where there are more than `quick_bytes` of dumps."""
+    """Returns the last line of `train`: the report, or the command for it if dumps exceed `quick_bytes`."""
     look = f"in the terminal: latent-grpo inspect {folder.path}"
     size = sum(file.stat().st_size for file in folder.trajectories.rglob("*.parquet"))
     if size > quick_bytes:
@@ -74,7 +74,7 @@ def _sample(run: RunView, filters: Filters, limit: int) -> Sample:
 
 
 def index(run: RunView, made: Sample) -> dict[str, Any]:
-    """What the page needs at once; the groups follow when they are looked at."""
+    """Returns what the page needs at once; groups are unpacked when they are shown."""
     health, no_health = panel(run)
     return {
         "name": run.folder.name,
@@ -98,7 +98,7 @@ def index(run: RunView, made: Sample) -> dict[str, Any]:
 
 
 def page(index: dict[str, Any], groups: list[dict[str, Any]], title: str) -> str:
-    """The whole file as text. The same data give the same bytes."""
+    """Returns the whole file as text. The same data give the same bytes."""
     files = resources.files("latent_grpo.deploy.view.report") / "page"
     program = "\n".join((files / f"{part}.js").read_text(encoding="utf-8") for part in PARTS)
     program = f'"use strict";\n(() => {{\n{program}\n}})();'
@@ -122,7 +122,7 @@ def page(index: dict[str, Any], groups: list[dict[str, Any]], title: str) -> str
 
 @lru_cache(maxsize=1)
 def _plotly() -> tuple[str, str]:
-    """Plotly's JavaScript as its Python package brings it: packed, and its hash for the page's policy."""
+    """Returns the JavaScript of Plotly's Python package, packed, and its hash for the page's policy."""
     from plotly.offline import get_plotlyjs
 
     source = get_plotlyjs()
@@ -130,7 +130,7 @@ def _plotly() -> tuple[str, str]:
 
 
 def _packed(name: str, text: str) -> str:
-    """Compressed and in base64: smaller, and no text in it can end the element that holds it."""
+    """Compresses a text and encodes it in base64, so that nothing in it can end the element that holds it."""
     data = base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
     return f'<script type="application/gzip" id="{name}">{data}</script>'
 

@@ -1,4 +1,4 @@
-"""Which curves a report shows, and what each is for: the metrics of a run as charts."""
+"""The charts of a report: which metrics of a run they show, and what each of them means."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEAN_OVER = 10  # steps of the smoothed curves
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One line of a chart. `metric`: a name, or a function of a step's metrics."""
+    """One line of a chart. `metric` is a name, or a function of a step's metrics."""
 
     name: str
     metric: str | Callable[[dict[str, Any]], float | None]
@@ -27,7 +27,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """`explain`: what it shows and what is healthy, for somebody who sees it for the first time."""
+    """A chart. `explain` says what it shows and what is healthy, for a reader who sees it for the first time."""
 
     title: str
     explain: str
@@ -38,53 +38,54 @@ class Chart:
 CHARTS = (
     Chart(
         "Reward",
-        "Mean reward of each step's rollouts, noise on. Training works if the smoothed line climbs.",
+        "Mean reward of each step's rollouts, with noise. Training works if the smoothed line rises.",
         (Curve("each step", "rollout/reward"), Curve(f"mean of {MEAN_OVER} steps", "rollout/reward", smoothed=True)),
     ),
     Chart(
         "Chain length",
-        "Response steps per rollout: latent thoughts plus spoken tokens. A sudden fall or rise deserves a look.",
+        "Response steps per rollout, latent and hard together. Look into a sudden fall or rise.",
         (Curve("all steps", "rollout/steps"), Curve("latent steps", "rollout/latent_steps")),
     ),
     Chart(
         "Invalid rate",
-        "Share of rollouts that used up their token budget without finishing. Should stay near zero.",
+        "Share of rollouts that used up their token budget without finishing. It should stay near zero.",
         (Curve("invalid", "rollout/invalid_share"),),
         "percent",
     ),
     Chart(
         "Log-prob gap",
         "How far the learner's log-probabilities are from those of the rollout worker. With synchronous training it "
-        "measures numerical drift alone and should be tiny and flat.",
+        "is numerical drift alone, and should be tiny and flat.",
         (Curve("mean", "learner/drift_mean"), Curve("p99", "learner/drift_p99"), Curve("largest", "learner/drift_max")),
         "log",
     ),
     Chart(
         "Width of the thoughts",
-        "Effective number of tokens in a latent step, exp(entropy of the weights). 1 means thoughts have collapsed to "
-        "single tokens; K means they are undecided.",
+        "Effective number of tokens in a latent step, exp(entropy of the weights). At 1, thoughts have collapsed to "
+        "single tokens; at K, all tokens have the same weight.",
         (Curve("effective width", "latent/effective_width"),),
     ),
     Chart(
         "Entropy of the thoughts",
-        "Entropy of the mixture weights in nats. It falls as the model makes up its mind.",
+        "Entropy of the mixture weights in nats. It falls as thoughts concentrate on fewer tokens.",
         (Curve("entropy", "latent/entropy"),),
     ),
     Chart(
         "Thinking ends",
-        "Share of rollouts that left latent mode by themselves. Without it there is no answer to grade.",
+        "Share of rollouts that left latent mode by themselves. The others have no answer to grade.",
         (Curve("left latent mode", "latent/thinking_end_rate"),),
         "percent",
     ),
     Chart(
         "Policy ratio",
-        "New probability over old when a step's updates are computed. Values far from 1: the policy moves too fast.",
+        "New probability over old when a step's updates are computed. Values far from 1 mean that the policy moves too "
+        "fast.",
         (Curve("mean", "learner/ratio_mean"), Curve("p99", "learner/ratio_p99"), Curve("p1", "learner/ratio_p01")),
         "free",
     ),
     Chart(
         "Clipped steps",
-        "Share of response steps whose gradient a bound held back.",
+        "Share of response steps whose gradient a clip bound stopped.",
         (
             Curve("low", "learner/clip_fraction_low"),
             Curve("high", "learner/clip_fraction_high"),
@@ -92,10 +93,14 @@ CHARTS = (
         ),
         "percent",
     ),
-    Chart("Gradient norm", "Before clipping. Spikes announce trouble.", (Curve("norm", "learner/grad_norm"),)),
+    Chart(
+        "Gradient norm",
+        "Norm before clipping. Spikes are an early sign of instability.",
+        (Curve("norm", "learner/grad_norm"),),
+    ),
     Chart(
         "Groups without signal",
-        "Share of groups whose samples all have the same reward: nothing to compare, nothing learned.",
+        "Share of groups whose samples all have the same reward, and which therefore teach nothing.",
         (Curve("all equal", "batch/zero_variance_share"),),
         "percent",
     ),
@@ -103,7 +108,7 @@ CHARTS = (
 
 
 def charts(run: RunView) -> list[dict[str, Any]]:
-    """The charts that the run has metrics for, as JSON for the page."""
+    """Returns the charts for which the run has metrics, as JSON for the page."""
     train = run.metric_rows("train")
     found = [_pass_at_1(run), *(_chart(chart, train) for chart in CHARTS)]
     found += [_stack("Grades", GRADES, _grades(train)), _stack("Where the time goes", TIMES, _time_shares(train))]
@@ -111,7 +116,7 @@ def charts(run: RunView) -> list[dict[str, Any]]:
     return [chart for chart in found if chart is not None]
 
 
-GRADES = "What became of each step's rollouts, by the verifier's reason."
+GRADES = "Shares of each step's rollouts by the verifier's reason."
 TIMES = (
     "Share of each step's wall-clock time. A large wait for rollouts means that workers are the bottleneck, a large "
     "learner share that the learner is."
@@ -133,12 +138,12 @@ def _chart(chart: Chart, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | Non
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """The mean of each value and those before it, at most `MEAN_OVER` together."""
+    """Returns the mean of each value and those before it, over at most `MEAN_OVER` values."""
     return [sum(part) / len(part) for part in (values[max(0, i + 1 - MEAN_OVER) : i + 1] for i in range(len(values)))]
 
 
 def _pass_at_1(run: RunView) -> dict[str, Any] | None:
-    """Evaluations: noise off, problems that are not trained on. One line a task, with its standard error."""
+    """Returns the chart of evaluations (noise off, held-out problems): a line per task, with its standard error."""
     rows = run.metric_rows("evaluation")
     tasks = list(dict.fromkeys(key for row in rows for key in row["metrics"] if key.endswith("/pass_at_1")))
     series = []
@@ -149,7 +154,8 @@ def _pass_at_1(run: RunView) -> dict[str, Any] | None:
         series.append(_series(task, [r["step"] for r in has], [r["metrics"][key] for r in has], error=_rounded(errors)))
     return _json(
         "pass@1",
-        "Accuracy on problems that are not trained on, noise off. The number that counts; bars are standard errors.",
+        "Accuracy on problems that are not trained on, with the noise off: the result of the run. Bars are standard "
+        "errors.",
         "percent",
         series,
     )
@@ -170,7 +176,7 @@ def _grades(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]
 
 
 def _time_shares(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Every `time/..._s` as a share of `time/step_s`, and what is left of it."""
+    """Returns every `time/..._s` as a share of `time/step_s`, and the rest as `other`."""
     rows = [row for row in rows if row["metrics"].get("time/step_s")]
     keys = {key for row in rows for key in row["metrics"] if key.startswith("time/") and key.endswith("_s")}
     parts = sorted(keys - {"time/step_s"})
@@ -190,7 +196,7 @@ def _time_shares(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, fl
 def _warm_start(run: RunView) -> dict[str, Any] | None:
     rows = [row for row in run.metric_rows("sft") if row["metrics"].get("loss") is not None]
     series = [_series("loss", [r["step"] for r in rows], [r["metrics"]["loss"] for r in rows])] if rows else []
-    explain = "Latent-SFT, before RL: the model learns to think in mixtures at all. Steps here are its own."
+    explain = "Loss of Latent-SFT, which teaches the model to think in mixtures before RL. It counts its own steps."
     return _json("Warm start", explain, "line", series)
 
 

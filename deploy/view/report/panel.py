@@ -1,4 +1,4 @@
-"""The health panel: the run's metrics judged again by the rules of `deploy.run.health`, and the alarms of the run."""
+"""The health panel: the run's metrics, judged again by the rules of `deploy.run.health`, and the run's alarms."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from latent_grpo.deploy.view.run_view import RunView
 
 
 def panel(run: RunView) -> tuple[dict[str, Any] | None, str]:
-    """Every watched figure at the run's last step, and all alarms in words; or None and why there is no panel."""
+    """Returns every watched figure at the last step and all alarms in words; or None and why there is no panel."""
     rows = run.metric_rows("train")
     if not rows:
-        return None, "No step is recorded yet, so there is nothing to judge."
+        return None, "No step has been recorded yet, so there is nothing to judge."
     try:
         config = parse_config(run.settings)
     except ConfigError as error:

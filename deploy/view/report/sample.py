@@ -1,7 +1,7 @@
-"""Which trajectories a report holds, and how: whole groups, spread evenly over the dumped steps.
+"""The trajectories of a report: whole groups, spread evenly over the dumped steps.
 
-The index (one small entry a trajectory, for lists and filters) is apart from the groups (everything else), which the
-page unpacks one by one.
+The index (one small entry per trajectory, for lists and filters) is separate from the groups (everything else), which
+the page unpacks one by one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEADING = 64  # thoughts shown in a list's preview
 
 @dataclass(slots=True)
 class Sample:
-    """What the page gets. `notes` are sentences about what is not in it."""
+    """The data of the page; `notes` are sentences about what is missing from it."""
 
     trajectories: list[dict[str, Any]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -35,10 +35,10 @@ class Sample:
 
 
 def sampled_groups(rows: Sequence[Row], limit: int) -> list[list[Row]]:
-    """Whole groups of at most `limit` trajectories together, in the order of the run.
+    """Returns whole groups with at most `limit` trajectories together, in the order of the run.
 
-    Every (purpose, step) gives the same number of trajectories as far as it has them; within one, groups are evenly
-    spaced, so that evaluations of the same problems keep the same problems at every step.
+    Every (purpose, step) contributes the same number of trajectories as far as it has them; within one, groups are
+    evenly spaced, so that evaluations of the same problems keep the same problems at every step.
     """
     places: dict[tuple[str, int], dict[str, list[Row]]] = {}
     for row in rows:
@@ -69,13 +69,13 @@ def sample(
     *,
     max_components: int = MAX_COMPONENTS,
 ) -> Sample:
-    """The report's part of `rows`; groups of a damaged dump are left out and named by the run."""
+    """Returns the report's part of `rows`; groups of a damaged dump are left out and named by the run."""
     found, made = sampled_groups(rows, limit), Sample()
     size = int(run.settings.get("k") or 1)
     total = sum(_components(group, size) for group in found)
     if total > max_components:
         found = sampled_groups(rows, max(limit * max_components // total, 1))
-        made.notes.append(f"It is held below about {max_components:,} tokens of steps, so that a browser can hold it.")
+        made.notes.append(f"It is limited to about {max_components:,} tokens of steps, so that a browser can open it.")
     numbers: dict[int, int] = {}  # token id -> place in the vocabulary
     held = sum(map(len, found))
     kept = [sorted(group, key=lambda row: row.sample_index) for group in found]
@@ -94,20 +94,20 @@ def sample(
     if held < len(rows):
         made.notes.append(
             f"This report holds {held:,} of {len(rows):,} dumped trajectories: whole groups, evenly spread over the "
-            "steps. More: --sample N; others: the filters of latent-grpo inspect, or that command itself."
+            "steps. --sample N includes more, and the filters of latent-grpo inspect choose others."
         )
     if tokens.missing:
         made.notes.append(tokens.missing)
     if made.trajectories and not any(entry["outcome"] for entry in made.trajectories):
         made.notes.append(
-            "There are no learner records with these trajectories (the run was made before they existed, or only "
-            "evaluations are shown): ratios, advantages and the learner's log-probabilities are missing."
+            "These trajectories have no learner records (the run was made before they existed, or only evaluations are "
+            "shown), so ratios, advantages and the learner's log-probabilities are missing."
         )
     return made
 
 
 def _components(group: Sequence[Row], k: int) -> int:
-    """Tokens of all its steps: K of a latent one, one of a hard one."""
+    """Returns the number of tokens of a group's steps: K for a latent step, one for a hard step."""
     return sum(row.latent * k + row.length - row.latent for row in group)
 
 
@@ -187,7 +187,7 @@ def _in_full(thoughts: Thoughts, number: Any, weighting: str) -> dict[str, Any]:
 
 
 def _lists(values: np.ndarray) -> list[Any]:
-    """Nested lists of numbers with five significant digits; what is not a number becomes null."""
+    """Returns nested lists of numbers with five significant digits; NaN and infinity become null."""
     if values.ndim > 1:
         return [_lists(row) for row in values]
     return [_round(value) for value in values.tolist()]
@@ -198,7 +198,7 @@ def _round(value: float | None) -> float | None:
 
 
 def shorten_prompts(made: Sample) -> None:
-    """`question`: the prompt without what all prompts begin and end with (instruction, chat template)."""
+    """Sets `question`: the prompt without what all prompts begin and end with (instruction, chat template)."""
     prompts = sorted({group["prompt"] for group in made.groups})
     start = _common_start(prompts)
     end = _common_start(sorted(prompt[start:][::-1] for prompt in prompts))
@@ -210,7 +210,7 @@ def shorten_prompts(made: Sample) -> None:
 
 
 def write_out(made: Sample, settings: dict[str, Any]) -> None:
-    """`written`: the chain of thought in words, where the task can tell (chain arithmetic solves itself)."""
+    """Sets `written`: the chain of thought in words, where the task can compute it (chain arithmetic can)."""
     tasks = [*settings.get("tasks", []), *settings.get("evaluation", {}).get("tasks", [])]
     modulus = {
         task["name"]: task.get("options", {}).get("modulus", MODULUS)
@@ -227,7 +227,7 @@ def write_out(made: Sample, settings: dict[str, Any]) -> None:
 
 
 def _common_start(ordered: Sequence[str]) -> int:
-    """How many characters all texts begin with; never a part of a word or a number."""
+    """Returns how many characters all texts begin with; never a part of a word or a number."""
     if len(ordered) < 2:
         return 0
     first, last = ordered[0], ordered[-1]

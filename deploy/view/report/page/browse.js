@@ -1,8 +1,8 @@
-// The list of trajectories. Its whole state is in the address: every choice can be linked to.
+// The list of trajectories. Its whole state is in the address, so that every selection has a link.
 const PAGE = 40;
 const NO_FILTER = { q: "", purpose: "", step: "", task: "", grade: "", reason: "", min: "", max: "", sort: "run", n: String(PAGE) };
 const SORTS = {
-  run: ["as in the run", () => 0],
+  run: ["order of the run", () => 0],
   newest: ["newest first", (a, b) => b.step - a.step],
   longest: ["longest first", (a, b) => b.length - a.length],
   shortest: ["shortest first", (a, b) => a.length - b.length],
@@ -57,7 +57,7 @@ function trajectoriesPage(query) {
 function list(f, refresh) {
   const found = index.trajectories.filter((entry) => matches(entry, f));
   if (!index.trajectories.length) return [el("p", { class: "empty" }, "This report holds no trajectories."), notes()].filter(Boolean);
-  if (!found.length) return [el("p", { class: "empty" }, `No trajectory of the ${index.trajectories.length.toLocaleString("en")} here matches.`)];
+  if (!found.length) return [el("p", { class: "empty" }, `None of the ${index.trajectories.length.toLocaleString("en")} trajectories in this report matches.`)];
   found.sort(SORTS[f.sort]?.[1] ?? SORTS.run[1]);
   const count = Number(f.n) || PAGE;
   const correct = found.filter((entry) => entry.correct).length;
@@ -81,7 +81,7 @@ function listItem(entry) {
     strip(entry));
 }
 
-// The leading token of each thought, as dark as its weight.
+// The leading token of each thought; the darker, the larger its weight.
 function strip(entry, against) {
   if (!entry.lead.length) return el("div", { class: "strip soft small" }, "no latent steps");
   const cells = entry.lead.map((place, step) => {

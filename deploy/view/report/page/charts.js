@@ -1,4 +1,4 @@
-// Curves are Plotly's. Its bundle is unpacked after the page is there, and once.
+// Plotly draws the curves. Its bundle is unpacked once, after the page is shown.
 let plotly = null;
 
 function loadPlotly() {
@@ -13,7 +13,7 @@ function loadPlotly() {
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const lines = () => ["series-1", "series-2", "series-3", "series-4", "series-5", "series-6", "series-7"].map(color);
-const harmless = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");  // Plotly reads tags in names
+const harmless = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");  // Plotly interprets tags in names
 
 function layoutOf(chart) {
   const axis = { gridcolor: color("line"), zerolinecolor: color("line"), linecolor: color("line"), tickfont: { size: 11 }, automargin: true };
@@ -36,7 +36,7 @@ function layoutOf(chart) {
   };
 }
 
-const MEANING = { correct: "up", wrong: "down" };  // series whose colour says something
+const MEANING = { correct: "up", wrong: "down" };  // series whose colour has a meaning
 
 function traceOf(chart, series, i) {
   const stroke = MEANING[series.name] ? color(MEANING[series.name]) : lines()[i % lines().length];
@@ -58,7 +58,7 @@ async function draw(chart, target) {
   await library.react(target, traces, layoutOf(chart), { displayModeBar: false, responsive: true });
 }
 
-// A chart is drawn when it is about to be seen, one after the other, so that the page stays quick.
+// A chart is drawn when it is about to become visible, one after the other, so that the page stays responsive.
 let drawing = Promise.resolve();
 const watcher = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
@@ -79,7 +79,7 @@ function chartCard(chart) {
   return el("section", { class: "card chart" }, el("h3", {}, chart.title), el("p", { class: "soft small" }, chart.explain), target);
 }
 
-// After a change of colours.
+// Draws all charts again after a change of colours.
 function redrawAll() {
   for (const target of document.querySelectorAll(".plot[data-drawn]")) draw(target.chart, target);
 }

@@ -1,4 +1,4 @@
-// The report's contents. Everything lies compressed in the page; the index is unpacked at once, a group when it is seen.
+// The report's data. The page holds it compressed; the index is unpacked at once, a group when it is shown.
 let index = null;
 const unpackedGroups = new Map();
 

@@ -2,7 +2,7 @@
 const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 const plain = (text) => text.replace(UNSEEN, (c) => "⟨" + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟩");
 
-// Every text reaches the page through here, as a text node: what a model wrote is shown, never interpreted.
+// Every text reaches the page through this function, as a text node: a model's text is shown, never interpreted.
 function el(tag, attributes, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes || {})) {
@@ -27,7 +27,7 @@ function number(value, digits = 2) {
 const signed = (value, digits = 2) => (value > 0 ? "+" : "") + number(value, digits);
 const percent = (value, digits = 0) => (value === null || value === undefined ? "–" : (100 * value).toFixed(digits) + " %");
 
-// A token by itself: spaces and line ends are seen too.
+// A token with visible spaces and line ends.
 const tokenText = (text) => (text === "" ? "∅" : plain(text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥")));
 
 function badge(entry) {

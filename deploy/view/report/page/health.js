@@ -1,15 +1,15 @@
-// The health panel: what is watched, how it stands, and every alarm as a sentence with cause and remedy.
+// The health panel: the watched figures, their state, and every alarm as a sentence with cause and remedy.
 function alarmBanner() {
   const raised = (index.health?.watched || []).filter((rule) => rule.state === "alarm");
   if (!index.health) return null;
-  if (!raised.length) return el("p", { class: "card banner fine" }, el("b", {}, "Healthy. "), `None of the ${index.health.watched.length} watched figures is beyond its limit at the end. `, el("a", { href: "#/health" }, "Health panel"));
+  if (!raised.length) return el("p", { class: "card banner fine" }, el("b", {}, "Healthy. "), `At the end, none of the ${index.health.watched.length} watched figures is beyond its limit. `, el("a", { href: "#/health" }, "Health panel"));
   return el("div", { class: "card banner alarm" }, el("b", {}, raised.length === 1 ? "One alarm at the end" : `${raised.length} alarms at the end`),
     el("ul", {}, raised.map((rule) => el("li", {}, rule.message, ". ", el("span", { class: "soft" }, `Likely cause: ${rule.cause}. What to do: ${rule.remedy}.`)))),
     el("a", { href: "#/health" }, "Health panel"));
 }
 
 function healthPage() {
-  const heading = [el("h1", {}, "Health"), el("p", { class: "lead" }, "Figures that tell trouble early. Each is the mean of the last steps against a limit from the settings (section health).")];
+  const heading = [el("h1", {}, "Health"), el("p", { class: "lead" }, "These figures show trouble early. Each is the mean over the last steps, with its limit from the section health of the settings.")];
   if (!index.health) return el("div", {}, heading, el("p", { class: "empty" }, index.no_health));
   return el("div", {}, heading,
     el("div", { class: "scroll card flush" }, el("table", { class: "watched" },
@@ -20,5 +20,5 @@ function healthPage() {
         el("td", { class: "num" }, rule.value === null ? "–" : String(rule.value)), el("td", { class: "num" }, (rule.low ? "≥ " : "≤ ") + rule.limit), el("td", { class: "num" }, rule.raised || "–")))))),
     el("h2", {}, "Alarms of the run"),
     index.health.alarms.length ? el("ul", { class: "card alarms" }, index.health.alarms.map((alarm) => el("li", {}, el("b", {}, "step " + alarm.step), " " + alarm.sentence)))
-      : el("p", { class: "empty" }, "None was raised."));
+      : el("p", { class: "empty" }, "No alarm was raised."));
 }

@@ -1,4 +1,4 @@
-// A response as a table: one column a step, one row a token rank; below, the figures of each step.
+// A response as a table with one column per step and one row per token rank; below, the figures of each step.
 const WINDOW = 200;  // steps in the table at a time
 
 function heatmap(entry, sample, { compact = false, selected = -1, onselect = null } = {}) {
@@ -30,7 +30,7 @@ function rankRows(sample, steps, selected) {
   const order = new Map([...weights].map(([step, w]) => [step, w.map((_, k) => k).sort((a, b) => w[b] - w[a])]));
   return Array.from({ length: ranks }, (_, rank) => el("tr", {}, el("th", { class: "side" }, rank === 0 ? "strongest" : rank + 1),
     steps.map((step) => {
-      if (step >= latent) return rank === 0 ? saidCell(sample, step, ranks, selected) : null;
+      if (step >= latent) return rank === 0 ? hardCell(sample, step, ranks, selected) : null;
       const k = order.get(step)[rank], w = weights.get(step)[k], text = tokenText(token(sample.ids[step][k]));
       return el("td", {
         class: "cell" + (step === selected ? " selected" : "") + (w > 0.7 ? " strong" : ""), "data-step": step, style: { "--w": w.toFixed(3) },
@@ -39,9 +39,9 @@ function rankRows(sample, steps, selected) {
     })));
 }
 
-function saidCell(sample, step, ranks, selected) {
+function hardCell(sample, step, ranks, selected) {
   const i = step - sample.ids.length, text = tokenText(token(sample.hard[i]));
-  return el("td", { class: "said" + (step === selected ? " selected" : ""), rowspan: ranks, "data-step": step, title: `step ${step + 1}: said “${text}”, probability ${percent(Math.exp(sample.hard_logp[i]), 1)}` },
+  return el("td", { class: "said" + (step === selected ? " selected" : ""), rowspan: ranks, "data-step": step, title: `step ${step + 1}: token “${text}”, probability ${percent(Math.exp(sample.hard_logp[i]), 1)}` },
     el("span", { class: "tok" }, text), el("span", { class: "pct" }, percent(Math.exp(sample.hard_logp[i]))));
 }
 
@@ -59,7 +59,7 @@ function figureRows(sample, steps, selected) {
   }));
   if (sample.advantage) {
     const largest = Math.max(...sample.advantage.map((a) => Math.abs(a ?? 0)), 1e-9);
-    rows.push(figure("advantage", "above 0: the step is made more likely; below: less; 0: not taught", (step) => {
+    rows.push(figure("advantage", "above 0: training makes the step more likely; below 0: less likely; 0: no gradient", (step) => {
       const a = sample.advantage[step];
       return [a === 0 ? "0" : signed(a, 1), { "--a": Math.abs(a ?? 0) / largest }, a > 0 ? "up" : a < 0 ? "down" : "none"];
     }));

@@ -1,4 +1,4 @@
-// The first page: how the run went, what a thought looks like, and the curves.
+// The first page: the result of the run, an example of a thought, and the curves.
 function overviewPage() {
   const example = exampleEntry();
   const holder = el("div", {});
@@ -38,17 +38,17 @@ function tiles() {
   const found = [
     ["pass@1", after ?? last("pass@1"), (v) => percent(v, 1), before !== undefined && after !== undefined ? `${signed(100 * (after - before), 1)} points in this run` : "noise off"],
     ["reward", last("Reward"), (v) => number(v, 3), "last step, noise on"],
-    ["chain length", last("Chain length"), (v) => number(v, 1), last("Chain length", "latent steps") === null ? "response steps" : `of it ${number(last("Chain length", "latent steps"), 1)} latent`],
-    ["thought width", last("Width of the thoughts"), (v) => number(v, 2), `tokens in effect, of ${index.k}`],
+    ["chain length", last("Chain length"), (v) => number(v, 1), last("Chain length", "latent steps") === null ? "response steps" : `${number(last("Chain length", "latent steps"), 1)} of them latent`],
+    ["thought width", last("Width of the thoughts"), (v) => number(v, 2), `effective tokens, of ${index.k}`],
     ["invalid", last("Invalid rate"), (v) => percent(v, 1), "cut off by the budget"],
-    ["log-prob gap", last("Log-prob gap", "mean"), (v) => v.toExponential(1), "learner against rollout"],
+    ["log-prob gap", last("Log-prob gap", "mean"), (v) => v.toExponential(1), "learner and rollout"],
   ];
   return el("div", { class: "tiles" }, found.filter(([, value]) => value !== null && value !== undefined).map(([name, value, form, note]) =>
     el("div", { class: "card tile" }, el("div", { class: "soft small" }, name), el("div", { class: "figure" }, form(value)), el("div", { class: "soft small" }, note))));
 }
 
-// The one to learn reading from: correct, of the newest policy, without noise if there is one, with the most varied and
-// then the most decided thoughts.
+// The trajectory that explains the display: correct, of the newest policy, without noise if there is one, with the most
+// varied and then the narrowest thoughts.
 function exampleEntry() {
   const good = index.trajectories.filter((e) => e.correct && e.finish === "stop" && e.latent > 2);
   if (!good.length) return index.trajectories.find((e) => e.latent > 0);
@@ -63,26 +63,26 @@ function lesson(entry, group) {
   return el("section", { class: "card lesson" },
     el("h2", {}, "What the model thought: an example"),
     el("p", {}, "This model does not write its chain of thought down. It thinks in ", el("b", {}, "latent steps"),
-      `: at each one it takes its ${index.k} most promising tokens, mixes their embeddings by weight, and reads the blend as its next input. Below is one whole response, left to right. `,
-      "Each column is one step, its strongest token on top; the darker a cell, the larger that token's share of the thought. Then it leaves latent mode and says the answer in ordinary tokens (outlined)."),
+      `: at each of them it selects ${index.k} likely tokens, mixes their embeddings by weight, and takes the mixture as its next input. Below is one whole response, from left to right. `,
+      "Each column is one step, with its strongest token on top; the darker a cell, the larger that token's share of the thought. Then the model leaves latent mode and writes the answer in ordinary tokens (outlined)."),
     taught(),
-    el("p", { class: "question" }, el("span", { class: "soft" }, "asked  "), group.question),
+    el("p", { class: "question" }, el("span", { class: "soft" }, "problem  "), group.question),
     heatmap(entry, sample, { compact: true }),
     written(group),
     el("p", { class: "soft" }, narrative(sample)),
     el("p", {}, el("a", { href: linkTo(entry) }, "Open this response"), " · ", el("a", { href: "#/trajectories" }, "Browse all " + index.trajectories.length.toLocaleString("en"))));
 }
 
-// What a column means for a model that had a latent warm start.
+// The meaning of a column for a model that had a latent warm start.
 function taught() {
   const { warm_start: start, tasks } = index.settings;
   if (start?.chain !== "latent") return null;
   const arithmetic = tasks?.find((task) => task.path === "builtin:chain_arithmetic");
-  return el("p", {}, `Its warm start put every ${start.compression} consecutive tokens of a written chain of thought into one step. So read a column as a handful of such tokens in any order`,
-    arithmetic ? `, a piece of “a + b = c ;”, and the chain as worked from left to right, every result modulo ${arithmetic.options?.modulus ?? 11}.` : ".");
+  return el("p", {}, `Its warm start put every ${start.compression} consecutive tokens of a written chain of thought into one step. A column therefore holds such tokens, in any order`,
+    arithmetic ? `: a piece of “a + b = c ;”. The chain is computed from left to right, every result modulo ${arithmetic.options?.modulus ?? 11}.` : ".");
 }
 
-const written = (group) => group.written ? el("p", {}, "Written out, the right chain of thought is ", el("span", { class: "question" }, group.written), " Look for it in the columns.") : null;
+const written = (group) => group.written ? el("p", {}, "Written out, the correct chain of thought is ", el("span", { class: "question" }, group.written), " Its tokens should appear in the columns.") : null;
 
 // The first thoughts in words.
 function narrative(sample) {
@@ -97,10 +97,10 @@ function describe(sample, step) {
   const order = weights.map((_, k) => k).sort((a, b) => weights[b] - weights[a]);
   if (weights[order[0]] >= 0.8) return `almost only ${name(order[0])} (${percent(weights[order[0]])}).`;
   const width = Math.exp(entropyOf(weights));
-  if (width > 0.85 * weights.length && weights.length > 3) return `undecided among ${weights.length} tokens, ${name(order[0])} slightly ahead (${percent(weights[order[0]])}).`;
+  if (width > 0.85 * weights.length && weights.length > 3) return `nearly equal weights on ${weights.length} tokens, the largest on ${name(order[0])} (${percent(weights[order[0]])}).`;
   const shown = order.filter((k) => weights[k] >= 0.1).slice(0, 3);
   const names = shown.map((k) => `${name(k)} (${percent(weights[k])})`);
-  return "a blend of " + (names.length > 1 ? names.slice(0, -1).join(", ") + " and " + names.at(-1) : names[0]) + ".";
+  return "a mixture of " + (names.length > 1 ? names.slice(0, -1).join(", ") + " and " + names.at(-1) : names[0]) + ".";
 }
 
 function facts(pairs) {
@@ -108,7 +108,7 @@ function facts(pairs) {
 }
 
 function notes() {
-  return index.notes.length ? el("section", { class: "card notes" }, el("h3", {}, "What is not here"), el("ul", {}, index.notes.map((note) => el("li", {}, note)))) : null;
+  return index.notes.length ? el("section", { class: "card notes" }, el("h3", {}, "What this report leaves out"), el("ul", {}, index.notes.map((note) => el("li", {}, note)))) : null;
 }
 
 function settingsPage() {

@@ -1,4 +1,4 @@
-// Addresses, themes, and the beginning.
+// Addresses, themes, and the start of the page.
 const TABS = [["#/", "Overview"], ["#/trajectories", "Trajectories"], ["#/health", "Health"], ["#/settings", "Settings"]];
 
 async function pageOf(path, query) {
@@ -17,7 +17,7 @@ async function navigate() {
   try {
     shown = await pageOf(path, new URLSearchParams(query));
   } catch (error) {
-    shown = el("p", { class: "empty" }, "This address cannot be read: " + error.message);
+    shown = el("p", { class: "empty" }, "This address could not be opened: " + error.message);
     console.error(error);
   }
   byId("view").replaceChildren(shown);
@@ -63,6 +63,6 @@ async function start() {
 }
 
 start().catch((error) => {
-  byId("view").replaceChildren(el("p", { class: "empty" }, "The report cannot be shown: " + error.message));
+  byId("view").replaceChildren(el("p", { class: "empty" }, "The report could not be opened: " + error.message));
   console.error(error);
 });

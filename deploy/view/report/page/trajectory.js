@@ -1,7 +1,7 @@
 // One trajectory in full, its group beside it, and the same problem at other policy versions.
 function missing() {
   return el("div", {}, el("h1", {}, "Not in this report"),
-    el("p", { class: "lead" }, "The trajectory that this address names is not part of the report's sample. `latent-grpo inspect` finds every dumped one."),
+    el("p", { class: "lead" }, "The trajectory of this address is not in the report's sample. `latent-grpo inspect` finds every dumped trajectory."),
     el("p", {}, el("a", { href: "#/trajectories" }, "All trajectories of this report")));
 }
 
@@ -30,7 +30,7 @@ async function trajectoryPage(purpose, step, uid, sample, chosen) {
     select(at);
     picture.querySelector(`[data-step="${at}"]`)?.scrollIntoView({ block: "nearest", inline: "nearest" });
   });
-  panel.append(total ? stepPanel(full, first) : el("p", { class: "empty" }, "It was interrupted before its first step."));
+  panel.append(total ? stepPanel(full, first) : el("p", { class: "empty" }, "This sample was interrupted before its first step."));
   return el("div", {},
     el("p", { class: "crumbs soft small" }, el("a", { href: "#/trajectories" }, "trajectories"), " › ", el("a", { href: groupLink(entry) }, entry.uid), " › sample " + entry.sample),
     el("h1", { class: "row wrap" }, badge(entry), el("span", { class: "question" }, group.question.trim())),
@@ -39,7 +39,7 @@ async function trajectoryPage(purpose, step, uid, sample, chosen) {
     neighbours(entry),
     el("h2", {}, full.ids.length ? "The thoughts" : "The response"),
     written(group),
-    el("p", { class: "soft small" }, "One column a step. Tap a column to see it in full. * marks a clipped ratio."),
+    el("p", { class: "soft small" }, "Each column is one step; select a column to see it in full. * marks a clipped ratio."),
     el("section", { class: "card flush" }, picture),
     panel,
     texts(group, entry),
@@ -49,12 +49,12 @@ async function trajectoryPage(purpose, step, uid, sample, chosen) {
 }
 
 function fate(entry, sample) {
-  if (!sample.update) return el("p", { class: "soft" }, entry.purpose === "training" ? "No learner record of this trajectory." : "Not a training rollout: the learner never saw it.");
+  if (!sample.update) return el("p", { class: "soft" }, entry.purpose === "training" ? "This trajectory has no learner record." : "This is not a training rollout, so it has no learner record.");
   const u = sample.update;
   const parts = [{ trained: "Trained on at every step.", masked: "In the update, with its advantage set to 0 at some steps or all.", skipped: "Its update was not applied.", filtered: "Its group was not trained on." }[u.outcome] ?? u.outcome];
   if (u.reason) parts.push(`${u.reason.replace(/_/g, " ")}: ${index.reasons[u.reason] ?? ""}.`);
   if (entry.advantage !== null) parts.push(`Advantage ${signed(entry.advantage)}.`);
-  if (u.winner) parts.push("The group's most likely correct sample: it alone teaches the first step.");
+  if (u.winner) parts.push("It is the most likely correct sample of its group, so only it trains the first step.");
   if (u.index !== null) parts.push(`Update ${u.index + 1} of the step, gradient norm ${number(u.grad_norm, 3)}.`);
   return el("p", {}, el("span", { class: "badge plain" }, "learner"), " ", parts.join(" "));
 }
@@ -69,15 +69,15 @@ function stepPanel(sample, step) {
   const figures = [["log π at the rollout", number(sample.rollout[step], 4)]];
   if (sample.old) figures.push(["log π old, in the learner", number(sample.old[step], 4)], ["log π new", number(sample.new[step], 4)],
     ["ratio", number(sample.ratio[step], 4) + (sample.clip[step] ? `, clipped (${sample.clip[step]})` : "")], ["advantage", signed(sample.advantage[step], 3)],
-    ["share of turned gradients", percent(sample.flip[step])]);
+    ["share of flipped gradients", percent(sample.flip[step])]);
   if (!thought) {
     const text = tokenText(token(sample.hard[step - latent]));
-    return el("section", { class: "card step" }, el("h3", {}, `Step ${step + 1}: said “${text}”`),
+    return el("section", { class: "card step" }, el("h3", {}, `Step ${step + 1}: token “${text}”`),
       el("p", { class: "soft" }, `An ordinary token, probability ${percent(Math.exp(sample.hard_logp[step - latent]), 1)} at the sampling temperature.`), facts(figures));
   }
   const weights = weightsOf(sample, step), entropy = entropyOf(weights);
   figures.unshift(["entropy of the weights", number(entropy, 3) + " nats"], ["effective width", number(Math.exp(entropy), 2) + " of " + weights.length + " tokens"],
-    ["their probability together", percent(sample.logp[step].reduce((sum, p) => sum + Math.exp(p), 0), 1)]);
+    ["probability of these tokens together", percent(sample.logp[step].reduce((sum, p) => sum + Math.exp(p), 0), 1)]);
   return el("section", { class: "card step" }, el("h3", {}, `Step ${step + 1}: ${describe(sample, step)}`),
     el("div", { class: "two" },
       el("div", { class: "scroll" }, el("table", { class: "components" },
@@ -91,13 +91,13 @@ function stepPanel(sample, step) {
 function texts(group, entry) {
   return el("div", { class: "two" },
     el("section", { class: "card" }, el("h3", {}, "Prompt"), el("pre", { class: "text" }, group.prompt)),
-    el("section", { class: "card" }, el("h3", {}, "What it said"), el("pre", { class: "text" }, entry.text === "" ? "(nothing)" : entry.text)));
+    el("section", { class: "card" }, el("h3", {}, "Visible response"), el("pre", { class: "text" }, entry.text === "" ? "(nothing)" : entry.text)));
 }
 
 function groupTable(entry) {
   const siblings = find(entry.purpose, entry.step, entry.uid);
-  if (siblings.length < 2) return el("p", { class: "soft" }, "It is the only sample of its group here.");
-  return el("div", {}, el("p", { class: "soft small" }, "Leading tokens of the thoughts; outlined where they differ from this sample's."),
+  if (siblings.length < 2) return el("p", { class: "soft" }, "This report has no other sample of its group.");
+  return el("div", {}, el("p", { class: "soft small" }, "Leading tokens of the thoughts, outlined where they differ from those of this sample."),
     el("div", { class: "list" }, siblings.map((other) => groupItem(other, entry))));
 }
 
@@ -139,5 +139,5 @@ function elsewhere(entry) {
       heatmap(other, group.samples[other.place], { compact: true }));
   });
   return el("div", {}, el("h2", {}, "The same problem at other policy versions"), holder,
-    others.length > ELSEWHERE ? el("a", { href: "#/trajectories?" + new URLSearchParams({ q: entry.problem }) }, "More of this problem") : null);
+    others.length > ELSEWHERE ? el("a", { href: "#/trajectories?" + new URLSearchParams({ q: entry.problem }) }, "All trajectories of this problem") : null);
 }
