@@ -1,3 +1,3 @@
-"""What both services share; imports nothing of the other packages."""
+"""The parts that both services share. It imports nothing from the other packages."""
 
 __version__ = "0.2.0"

@@ -1,7 +1,7 @@
-"""Which ids a step can draw: their order, the nucleus, and the proof that no other id matters (METHOD §2.1, §2.4).
+"""The candidates of a step: their order, the nucleus, and the proof that no other id matters (METHOD §2.1, §2.4).
 
 A step of the method is a function of :class:`Candidates`. :func:`draw_plain` gives it all V ids and the caller's noise;
-:func:`draw_keyed` gives it the most likely ones and keyed noise, and draws rows again where that was too few.
+:func:`draw_keyed` gives it the most likely ids and keyed noise, and draws rows again for which those were too few.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 
 from latent_grpo.common.noise import gumbel_noise
 
-TOP_M = 128  # ids that the keyed forms look at first: few distributions reach further, and noise costs by the id
-WIDEN = 2  # how much further they look, at the least, where that was too few
-ROUNDING = 2e-6  # over what three float32 operations lose
+TOP_M = 128  # ids that the keyed forms consider first: few distributions need more, and noise costs per id
+WIDEN = 2  # the least factor by which they consider more ids where those were too few
+ROUNDING = 2e-6  # more than three float32 operations lose
 
 Setting = float | torch.Tensor
 Count = int | torch.Tensor
 Switch = bool | torch.Tensor
 Noise = Callable[[torch.Tensor], torch.Tensor]  # draws [N, M] for ids [N, M]
 Drawn = tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]
-"""What was drawn, [N] bool: it can be used, and [N]: no id with a logit below this could have changed it."""
+"""The draws; [N] bool: whether they are usable; and [N]: a logit below which no id could have changed them."""
 Draw = Callable[..., Drawn]
-"""A step of METHOD §2: of candidates, a normaliser [N, 1], noise, and the step's settings in their order."""
+"""A step of METHOD §2: a function of candidates, a normaliser [N, 1], noise, and the step's settings in order."""
 
 
 class Candidates(NamedTuple):
@@ -36,7 +36,7 @@ class Candidates(NamedTuple):
 
 
 def likeliest(logits: torch.Tensor, allowed: torch.Tensor | None, top_m: int) -> Candidates:
-    """The `top_m` most likely ids of `logits` [N, V]; what `allowed` forbids among them has a logit of -inf."""
+    """Returns the `top_m` most likely ids of `logits` [N, V]; those that are not `allowed` have a logit of -inf."""
     rows, vocabulary = logits.shape
     ids, floor = torch.arange(vocabulary, device=logits.device).expand(rows, -1), None
     if vocabulary > top_m:
@@ -51,9 +51,9 @@ def likeliest(logits: torch.Tensor, allowed: torch.Tensor | None, top_m: int) ->
 
 
 def order_key(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """int64 keys, all different, that order as float32 `values` do and equal values from higher to lower id.
+    """Returns distinct int64 keys that order as float32 `values` do, and equal values from higher to lower id.
 
-    One sort or topk of them is exact, where that of the floats breaks ties as the kernel likes. A float's bits order
+    A sort or topk of them is exact, while one of the floats breaks ties in the kernel's own way. A float's bits order
     as an integer once those below the sign of a negative are inverted; + 0.0 turns -0.0 into its equal.
     """
     bits = (values + 0.0).view(torch.int32)
@@ -70,7 +70,7 @@ def broadcast(value: Setting, dtype: torch.dtype) -> Setting: ...
 
 
 def broadcast(value: Setting, dtype: torch.dtype) -> Setting:
-    """A setting as something that broadcasts over [N, M]; a number stays one."""
+    """Makes a setting broadcast over [N, M]; a number stays a number."""
     if not isinstance(value, torch.Tensor):
         return value
     value = value.to(dtype)
@@ -82,10 +82,10 @@ def _rows_of(value: Setting, rows: torch.Tensor) -> Setting:
 
 
 def nucleus(probabilities: torch.Tensor, top_p: Setting, total: Setting = 1.0) -> torch.Tensor:
-    """METHOD §2.1.2: which of the float64 `probabilities` [N, M], in descending order, the nucleus keeps: [N, M] bool.
+    """Returns which of the float64 `probabilities` [N, M], in descending order, the nucleus keeps: [N, M] bool.
 
-    float64, so that neither the table's width nor a parallel scan's order of addition shows in the result. A `top_p`
-    of 1 keeps everything, whatever the sum of the rounded probabilities is.
+    See METHOD §2.1.2. With float64 neither the table's width nor a parallel scan's order of addition affects the
+    result. A `top_p` of 1 keeps everything, whatever the sum of the rounded probabilities is.
     """
     top_p = broadcast(top_p, torch.float64)
     inside = (probabilities.cumsum(-1) - probabilities) < top_p * total
@@ -95,7 +95,7 @@ def nucleus(probabilities: torch.Tensor, top_p: Setting, total: Setting = 1.0) -
 
 
 def last_kept(table: Candidates, keep: torch.Tensor) -> torch.Tensor:
-    """The lowest logit in the prefix `keep` [N, M] of the table: [N]. An id below it does not belong to the prefix."""
+    """Returns the lowest logit in the prefix `keep` [N, M] of the table: [N]. An id below it is not in the prefix."""
     return table.logits.gather(-1, keep.sum(-1, keepdim=True) - 1).squeeze(-1)
 
 
@@ -106,7 +106,7 @@ def draw_plain(
     allowed: torch.Tensor | None,
     settings: tuple[Setting, ...],
 ) -> tuple[torch.Tensor, ...]:
-    """`draw` on all V ids with the given noise."""
+    """Applies `draw` to all V ids with the given noise."""
     table = likeliest(logits, allowed, logits.shape[-1])
     normaliser = logits.logsumexp(-1, keepdim=True)
     drawn, usable, _ = draw(table, normaliser, lambda ids: gumbel.float().gather(-1, ids), *settings)
@@ -127,10 +127,10 @@ def draw_keyed(
     widen: bool = True,
     table: Candidates | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """`draw` on the `top_m` most likely ids; rows that reach further are drawn again from as many as they reach.
+    """Applies `draw` to the `top_m` most likely ids; rows that need more are drawn again from as many as they need.
 
-    `table`: those ids, where the caller has them. Returns what was drawn and [N] bool, which rows are exact: all of
-    them, unless `widen` is False.
+    `table` holds those ids if the caller has them. Returns the draws, and [N] bool: which rows are exact, which is all
+    of them unless `widen` is False.
     """
     table = likeliest(logits, allowed, top_m) if table is None else table
     drawn, usable, reach = draw(table, normaliser, lambda ids: gumbel_noise(keys, steps, ids), *settings)
@@ -149,7 +149,7 @@ def draw_keyed(
         keys[rows],
         steps[rows],
         allowed[rows] if allowed is not None and allowed.ndim == 2 else allowed,
-        max(int(reached.max()) + 1, WIDEN * top_m),  # one more, to see that nothing else reaches as far
+        max(int(reached.max()) + 1, WIDEN * top_m),  # one more, to see that no other id matters
         tuple(_rows_of(setting, rows) for setting in settings),
     )
     drawn = tuple(narrow.index_copy(0, rows, again) for narrow, again in zip(drawn, wide, strict=True))
@@ -158,8 +158,8 @@ def draw_keyed(
 
 def _unusable(usable: torch.Tensor) -> ValueError:
     return ValueError(
-        f"the logits of {int((~usable).sum())} rows leave nothing to select: fewer allowed ids with a finite logit "
-        "than asked for, or NaN or +inf among logits or settings. Check the model's output, `allowed` (the "
+        f"nothing can be selected from the logits of {int((~usable).sum())} rows: they have fewer allowed ids with a "
+        "finite logit than requested, or logits or settings hold NaN or +inf. Check the model's output, `allowed` (the "
         "tokenizer's ids) and the sampling settings"
     )
 

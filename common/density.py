@@ -1,4 +1,4 @@
-"""METHOD §3: the surrogate log-density of a latent step, its straight-through flip, and the log-prob of a hard step."""
+"""The surrogate log-density of a latent step, its straight-through flip, and a hard step's log-prob (METHOD §3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def surrogate_log_prob(
     component_weights: torch.Tensor | None = None,
     flip: Flip = "reference",
 ) -> torch.Tensor:
-    """log pi of latent steps from their components (METHOD §3.1): [N] float32.
+    """Returns log pi of latent steps from their components (METHOD §3.1): [N] float32.
 
     `log_probs` [N, K]: log p_theta(s_k) at temperature 1; `scores` [N, K]: the recorded r_k, constant in the gradient.
     With d_k = r_k - log p_theta(s_k), the surrogate is the standard Gumbel log-density -d_k - exp(-d_k).
@@ -34,7 +34,7 @@ def surrogate_log_prob(
         surrogate = -d - torch.exp(-d)
     else:
         turned = (advantages.unsqueeze(-1) <= 0) & (d < 0)
-        # Each formula sees only the d that it is for: the other's exp could overflow, and inf * 0 is NaN in a gradient
+        # Each formula gets only its own d: the other's exp could overflow, and inf * 0 is NaN in a gradient
         straight = torch.where(turned, d.detach(), d)
         negative = torch.where(turned, d, 0.0)
         proxy = negative - torch.exp(negative) if flip == "reference" else torch.exp(negative) - negative
@@ -53,16 +53,16 @@ def latent_log_prob(
     component_weights: torch.Tensor | None = None,
     flip: Flip = "reference",
 ) -> torch.Tensor:
-    """:func:`surrogate_log_prob` from `logits` [N, V] and selected `ids` [N, K] (log p at temperature 1): [N]."""
+    """Returns :func:`surrogate_log_prob` of `logits` [N, V] and selected `ids` [N, K] (log p at temperature 1): [N]."""
     logits = logits.float()
     log_probs = logits.gather(-1, ids.long()) - logits.logsumexp(-1, keepdim=True)
     return surrogate_log_prob(log_probs, scores, advantages=advantages, component_weights=component_weights, flip=flip)
 
 
 def hard_log_prob(logits: torch.Tensor, ids: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    """log_softmax(logits / temperature)[id] over all V (METHOD §3.3): `logits` [N, V], `ids` [N] -> [N] float32.
+    """Returns log_softmax(logits / temperature)[id] over all V (METHOD §3.3), [N] float32.
 
-    `temperature`: the rollout's, a number or [N].
+    `logits` [N, V], `ids` [N]. `temperature` is the rollout's, a number or [N].
     """
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.float().unsqueeze(-1) if temperature.ndim == 1 else temperature.float()

@@ -1,4 +1,4 @@
-"""Writing files that are whole or absent, and knowing a file by its bytes: one function for each."""
+"""Atomic writes of files and folders, and a file's hash."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import xxhash
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview, *, temporary: str | None = None) -> None:
-    """Writes a file that appears whole, or leaves the earlier one; it is on the disk when this returns.
+    """Writes a file that appears whole or leaves the earlier one; it is on the disk when this returns.
 
-    `temporary`: the name that it has meanwhile in the same folder. Raises OSError and then leaves nothing behind.
+    `temporary` is its name in the same folder while it is written. Raises OSError, and then leaves nothing behind.
     """
     unfinished = path.with_name(temporary or f".{path.name}.{os.getpid()}")
     try:
@@ -31,7 +31,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview, *, temporary
 
 
 def fsync(path: Path) -> None:
-    """Puts a file, or the names in a folder, on the disk: a rename is durable only once its folder is."""
+    """Flushes a file, or the names in a folder, to the disk; a rename is durable only once its folder is flushed."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,7 +49,7 @@ def file_hash(path: Path, algorithm: Callable[[], Any] = xxhash.xxh3_128) -> str
 
 
 def save_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Fills a folder with `write(folder)` and only then gives it its name: a killed run leaves no half a model."""
+    """Fills a folder with `write(folder)` and only then renames it, so that a killed run leaves no partial model."""
     unfinished = target.with_name(f".unfinished-{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     write(unfinished)

@@ -1,16 +1,16 @@
 """Latent and visible steps (METHOD §2): mixtures with and without noise, leaving latent mode, visible sampling.
 
-Every engine and the learner call these functions, so a record means the same everywhere. Everything is float32
-inside, whatever the model's dtype. Two forms of each sampler give exactly the same result:
+Every engine and the learner call these functions, so a record means the same everywhere. They compute in float32,
+whatever the model's dtype. Two forms of each sampler give exactly the same result:
 
-* the plain form takes Gumbel draws for all V ids: the specification, and what reference vectors check;
-* the keyed form, for engines, looks at the `top_m` most likely ids and draws noise for those only. That is exact where
-  the nucleus ends among them, and where noise, being bounded, cannot lift what lies beyond over what was selected. A
-  row for which neither holds (or which is tied at the edge) is drawn again, alone, from as many ids as can matter.
+* the plain form takes Gumbel draws for all V ids; it is the specification, and reference vectors check it;
+* the keyed form, for engines, considers the `top_m` most likely ids and draws noise for those only. That is exact where
+  the nucleus ends among them, and where noise, being bounded, cannot lift other ids above the selected ones. A row for
+  which neither holds (or which is tied at the edge) is drawn again, alone, from as many ids as can matter.
 
-Ties always go to the lower id: a result is a function of values, never of a kernel's order. Settings are scalars or
-[N] tensors, one per row; `allowed` is bool [V] or [N, V] and names the ids that the tokenizer has. A row that cannot
-give what is asked (fewer than k allowed ids with a finite logit, NaN) raises ValueError: nothing of it is recorded.
+Ties always go to the lower id, so that a result is a function of values, never of a kernel's order. Settings are
+scalars or [N] tensors, one per row; `allowed` is bool [V] or [N, V] and marks the ids that the tokenizer has. A row
+that cannot be drawn (fewer than k allowed ids with a finite logit, NaN) raises ValueError, and nothing is recorded.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _mixture(
     noisy: Switch,
     one_sided: Switch,
 ) -> Drawn:
-    """METHOD §2.1.1-4 and §2.2: ids, scores, log-probs [N, k], most likely id [N]."""
+    """Draws ids, scores and log-probs [N, k], and the most likely id [N] (METHOD §2.1.1-4 and §2.2)."""
     log_p = table.logits - normaliser
     if noisy is False:
         ids, scores = table.ids[:, :k], log_p[:, :k]
@@ -77,7 +77,7 @@ def _mixture(
         keep = torch.ones_like(ids, dtype=torch.bool)
     else:
         pick = broadcast(noisy, torch.bool) if isinstance(noisy, torch.Tensor) else None  # None: noise in all rows
-        # without noise nothing but the k most likely can be selected: an empty nucleus says so
+        # without noise only the k most likely can be selected, so the nucleus is empty
         keep = nucleus(log_p.double().exp(), top_p if pick is None else _per_row(pick, top_p, 0.0))
         keep[:, :k] = True
         shift, scale = broadcast(one_sided, torch.float32) * -GUMBEL_LOW, broadcast(noise_scale, torch.float32)
@@ -93,7 +93,7 @@ def _mixture(
     usable = drawn[1].isfinite().all(-1)
     reach = last_kept(table, keep)
     if noisy is not False:
-        # beyond the nucleus' end or not: noise lifts nothing below this logit over the last id that was taken
+        # inside the nucleus or not, noise lifts no id below this logit above the last selected one
         taken, lift = drawn[1][:, -1:], (GUMBEL_HIGH + shift) * scale
         slack = ROUNDING * (taken.abs() + lift + normaliser.abs())
         lowest = (taken - lift + normaliser - slack).squeeze(-1)
@@ -102,7 +102,7 @@ def _mixture(
 
 
 def _per_row(pick: torch.Tensor, if_true: Setting, if_false: float) -> torch.Tensor:
-    """[N] float64: a setting where `pick` [N, 1], else `if_false`."""
+    """Returns a setting where `pick` [N, 1] is true, else `if_false`: [N] float64."""
     pick = pick.squeeze(-1)
     if not isinstance(if_true, torch.Tensor):  # made on the device: a copy of a host value would wait for it
         if_true = torch.full_like(pick, if_true, dtype=torch.float64)
@@ -110,7 +110,7 @@ def _per_row(pick: torch.Tensor, if_true: Setting, if_false: float) -> torch.Ten
 
 
 def mixture_weights(scores: torch.Tensor, tau: Setting) -> torch.Tensor:
-    """softmax(scores / tau) (METHOD §2.1.5): [N, k]; `tau` a number or [N]."""
+    """Returns softmax(scores / tau) (METHOD §2.1.5): [N, k]; `tau` is a number or [N]."""
     return torch.softmax(scores / broadcast(tau, torch.float32), dim=-1)
 
 
@@ -125,7 +125,7 @@ def sample_mixture(
     one_sided: Switch = True,
     allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A latent step with noise (METHOD §2.1), from raw standard Gumbel draws for every id.
+    """Takes a latent step with noise (METHOD §2.1) from raw standard Gumbel draws for every id.
 
     `logits` [N, V], `gumbel` [N, V] before the clamp. Returns ids [N, k] int64, scores [N, k] float32 in descending
     order, weights [N, k] = softmax(scores / tau). log p is over all V rows; the nucleus counts allowed ids only.
@@ -139,7 +139,7 @@ def sample_mixture(
 def greedy_mixture(
     logits: torch.Tensor, *, k: int, tau: Setting = 1.0, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A latent step without noise (METHOD §2.2): the k best by logit; scores are their log-probs. All [N, k]."""
+    """Takes a latent step without noise (METHOD §2.2): the k best by logit, scored by log-prob; all [N, k]."""
     no_draws = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     step = latent_step(
         logits, no_draws, no_draws, k=k, top_p=1.0, noise_scale=0.0, tau=tau, noisy=False, one_sided=False, end_id=-1,
@@ -161,7 +161,7 @@ def sample_mixture_keyed(
     allowed: torch.Tensor | None = None,
     top_m: int = TOP_M,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`sample_mixture` on the draws of :func:`gumbel_noise`, looking at `top_m` candidates where they suffice.
+    """Takes the step of :func:`sample_mixture` with :func:`gumbel_noise`, on `top_m` candidates where they suffice.
 
     `logits` [N, V], `keys` and `steps` [N] int64. Returns ids, scores, weights and behaviour log-probs, each [N, k].
     """
@@ -173,14 +173,14 @@ def sample_mixture_keyed(
 
 
 class LatentStep(NamedTuple):
-    """One latent step of N rows. Where `leaves`, the step is the hard latent-end token instead (METHOD §2.3)."""
+    """One latent step of N rows; where `leaves`, the step is the hard latent-end token instead (METHOD §2.3)."""
 
     ids: torch.Tensor  # [N, k] int64
     scores: torch.Tensor  # [N, k] float32, descending
     weights: torch.Tensor  # [N, k] float32
     log_probs: torch.Tensor  # [N, k] float32: behaviour log p
     leaves: torch.Tensor  # [N] bool
-    exact: torch.Tensor  # [N] bool: all True, unless asked not to `widen`
+    exact: torch.Tensor  # [N] bool: all True unless `widen` was False
 
 
 def latent_step(
@@ -199,20 +199,20 @@ def latent_step(
     top_m: int = TOP_M,
     widen: bool = True,
 ) -> LatentStep:
-    """METHOD §2.1-§2.3 for rows of mixed noise modes: an engine's latent step.
+    """Takes an engine's latent step, for rows of mixed noise modes (METHOD §2.1-§2.3).
 
-    `logits` [N, V], `keys` and `steps` [N] int64. `noisy`: §2.1 where True, §2.2 where False (a `noise_scale` of 0 is
-    §2.1 still: it draws, and adds nothing). Plain booleans save work over [N] tensors that are all alike. A row leaves
-    latent mode where the most likely allowed id or the first selected one is `end_id`; what is recorded of it then is
+    `logits` [N, V], `keys` and `steps` [N] int64. A `noisy` row follows §2.1, others §2.2 (a `noise_scale` of 0 is
+    still §2.1: it draws, and adds nothing). Plain booleans save work over [N] tensors of equal values. A row leaves
+    latent mode where the most likely allowed id or the first selected one is `end_id`; its record then has
     :func:`common.density.hard_log_prob` of `end_id`.
 
-    `widen=False`: never waits for the device. Rows whose result may depend on ids beyond `top_m`, or whose logits are
-    unusable, are then not `exact`, and the caller takes them again with `widen=True`.
+    With `widen=False` it never waits for the device. Rows whose result may depend on ids beyond `top_m`, or whose
+    logits are unusable, are then not `exact`, and the caller takes them again with `widen=True`.
     """
     check_draw(k, logits.shape[-1], tau=tau)
     logits = logits.float()
     normaliser = logits.logsumexp(-1, keepdim=True)
-    # one more than k, to see a tie at its edge; far more where ties (usual in bfloat16) may not be looked at again
+    # one more than k, to see a tie at its edge; far more where ties (usual in bfloat16) may not be drawn again
     top_m = k + 1 if noisy is False and widen else max(top_m, k + 1)
     settings = (k, top_p, noise_scale, noisy, one_sided)
     drawn, exact = draw_keyed(_mixture, logits, normaliser, keys, steps, allowed, top_m, settings, widen)
@@ -241,9 +241,9 @@ def latent_draws(
     allowed: torch.Tensor | None = None,
     top_m: int = TOP_M,
 ) -> list[LatentStep]:
-    """J draws of the same latent steps (METHOD §2.1, §2.3): equal to J calls of :func:`latent_step` with noise.
+    """Draws the same latent steps J times (METHOD §2.1, §2.3); equal to J calls of :func:`latent_step` with noise.
 
-    `logits` [N, V], `keys` [N, J] int64, `steps` [N] int64. The candidates are looked for once.
+    `logits` [N, V], `keys` [N, J] int64, `steps` [N] int64. The candidates are found once.
     """
     check_draw(k, logits.shape[-1], tau=tau)
     logits = logits.float()
@@ -258,9 +258,9 @@ def latent_draws(
 
 
 def mix_embeddings(embedded: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum_k w_k E[s_k]: `embedded` [..., K, D], `weights` [..., K] -> [..., D]; float32 sum, input's dtype out.
+    """Returns sum_k w_k E[s_k]: `embedded` [..., K, D], `weights` [..., K] -> [..., D]; float32 sum, input's dtype out.
 
-    Not a matrix product: that could run in TF32, and in another order for another batch shape.
+    It is not a matrix product, which could run in TF32, and in another order for another batch shape.
     """
     return (embedded.float() * weights.float().unsqueeze(-1)).sum(-2).to(embedded.dtype)
 
@@ -275,7 +275,7 @@ def _visible(
     top_p: Setting,
     top_k: Count,
 ) -> Drawn:
-    """METHOD §2.4 on temperature-divided logits: ids [N], log-probs [N]."""
+    """Draws ids [N] and log-probs [N] from logits divided by the temperature (METHOD §2.4)."""
     width = table.ids.shape[-1]
     position = torch.arange(width, device=table.ids.device)
     if isinstance(top_k, torch.Tensor):
@@ -303,7 +303,7 @@ def sample_visible(
     top_k: Count,
     allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A hard step (METHOD §2.4) by Gumbel-max: `logits` [N, V], `gumbel` [N, V] -> ids [N], log-probs [N].
+    """Takes a hard step (METHOD §2.4) by Gumbel-max: `logits` [N, V], `gumbel` [N, V] -> ids [N], log-probs [N].
 
     `temperature` > 0; `top_k` 0 keeps every id. The log-prob is log_softmax(logits / temperature)[id] over all V, not
     renormalised over the nucleus.
@@ -319,7 +319,7 @@ class VisibleStep(NamedTuple):
 
     ids: torch.Tensor  # [N] int64
     log_probs: torch.Tensor  # [N] float32
-    exact: torch.Tensor  # [N] bool: all True, unless asked not to `widen`
+    exact: torch.Tensor  # [N] bool: all True unless `widen` was False
 
 
 def visible_step(
@@ -334,17 +334,17 @@ def visible_step(
     allowed: torch.Tensor | None = None,
     widen: bool = True,
 ) -> VisibleStep:
-    """:func:`sample_visible` on the draws of :func:`gumbel_noise`: `keys` and `steps` [N] int64.
+    """Takes the step of :func:`sample_visible` with :func:`gumbel_noise`: `keys` and `steps` [N] int64.
 
-    Looks at little more than the `top_k` likeliest ids; with `top_k` 0 at all of them. `largest_top_k`: of the rows,
-    where `top_k` is [N] and the caller knows it without asking the device; else all ids are looked at. `widen` as in
-    :func:`latent_step`.
+    It considers little more than the `top_k` likeliest ids, and with `top_k` 0 all of them. `largest_top_k` is that of
+    the rows, where `top_k` is [N] and the caller knows it without asking the device; without it all ids are considered.
+    `widen` has the meaning of :func:`latent_step`.
     """
     vocabulary = logits.shape[-1]
     check_draw(1, vocabulary, temperature=temperature)
     scaled = logits.float() / broadcast(temperature, torch.float32)
     reach = (largest_top_k if isinstance(top_k, torch.Tensor) else top_k) or vocabulary
-    # one more than top_k, to see a tie at its edge; far more where it may not be looked at again
+    # one more than top_k, to see a tie at its edge; far more where it may not be drawn again
     top_m = reach + 1 if widen else max(TOP_M, WIDEN * reach)
     normaliser = scaled.logsumexp(-1, keepdim=True)
     drawn, exact = draw_keyed(_visible, scaled, normaliser, keys, steps, allowed, top_m, (top_p, top_k), widen)

@@ -1,12 +1,12 @@
-"""What the learner made of each trajectory: an Arrow schema of its own, one row a trajectory.
+"""The learner record of a trajectory, with an Arrow schema of its own and one row per trajectory.
 
 A row is joined to its trajectory by (`group_uid`, `sample_index`) within a step; the store keeps the two in files of
 the same relative path (`common.store`). Step columns are lists over the T response steps, latent and hard, in the
-order of the response. Rows of groups that were not trained on have their reason and null in every learner column.
+order of the response. Rows of groups that were not trained on have their reason, and null in every learner column.
 
-`encode_records` builds one self-contained record batch, `LearnerBatch` is the column view, `decode_records` gives rows
-for people, `join` finds the rows of trajectories. Unlike a trajectory's, a log-prob here may be NaN or infinite: the
-record is where one looks for the cause of an update that was not applied.
+`encode_records` builds one self-contained record batch, `LearnerBatch` is the column view, `decode_records` returns
+rows for people, and `join` finds the rows of trajectories. Unlike a trajectory's, a log-prob here may be NaN or
+infinite, since the record shows the cause of an update that was not applied.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RECORD_VERSION = 1
 _VERSION_KEY = b"latent_grpo.learner_record_version"
 
 CLIPS = ("", "low", "high", "dual")
-"""What a code of `clipped` means (METHOD §5): which bound holds the step's gradient back."""
+"""The meaning of a code of `clipped` (METHOD §5): the bound that stopped the step's gradient."""
 
 OUTCOMES = {
     "trained": "entered the update with its own advantage at every step",
@@ -41,10 +41,10 @@ REASONS = {
     "first_step": "advantage 0 at the first step: another sample is the group's most likely correct one",
     "non_finite": "a loss or gradient of its update was not a number; no parameter was changed",
     "all_equal": "all rewards of its group are equal: nothing to compare",
-    "too_few_valid": "fewer than two samples of its group count",
+    "too_few_valid": "fewer than two samples of its group enter the statistics",
     "no_advantage": "rewards of its group differ only among samples whose advantage is masked",
 }
-"""Why, in words. The last four and `ungraded` are also reasons of whole groups (METHOD §4.3)."""
+"""The reasons in words. The last four and `ungraded` are also reasons of whole groups (METHOD §4.3)."""
 
 _ROW_COLUMNS: tuple[tuple[str, pa.DataType, bool], ...] = (
     ("group_uid", pa.string(), False),
@@ -72,7 +72,7 @@ STEP_COLUMNS: dict[str, pa.DataType] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerRecord:
-    """One row for people. The learner's fields are None (arrays empty) where the group was not trained on."""
+    """One row for people; the learner's fields are None (arrays empty) if the group was not trained on."""
 
     group_uid: str
     sample_index: int
@@ -104,7 +104,7 @@ def record_schema() -> pa.Schema:
 
 
 def encode_records(rows: Mapping[str, Sequence[object] | np.ndarray], steps: Mapping[str, Ragged]) -> pa.RecordBatch:
-    """One record batch. `rows`: the row columns, [B] each; `steps`: the step columns, B rows each.
+    """Encodes one record batch. `rows` are the row columns, [B] each; `steps` are the step columns, B rows each.
 
     Raises :class:`SchemaError` where columns are missing, unknown or of different length.
     """
@@ -126,7 +126,7 @@ def encode_records(rows: Mapping[str, Sequence[object] | np.ndarray], steps: Map
 
 
 def filtered_records(group: pa.RecordBatch, reason: str) -> pa.RecordBatch:
-    """Rows of a group of trajectories that was not trained on, with null learner columns."""
+    """Makes the records of a group that was not trained on, with null learner columns."""
     count, schema = group.num_rows, record_schema()
     known = {
         "group_uid": group.column("group_uid"),
@@ -142,7 +142,7 @@ def filtered_records(group: pa.RecordBatch, reason: str) -> pa.RecordBatch:
 
 
 class LearnerBatch:
-    """Column view of a batch of learner records.
+    """A column view of a batch of learner records.
 
     Raises :class:`SchemaError` at once if the batch is foreign, of another version, or its step columns disagree.
     """
@@ -165,11 +165,11 @@ class LearnerBatch:
         return self.batch.column(name).to_pylist()
 
     def numbers(self, name: str) -> np.ndarray:
-        """[rows]; null reads as NaN (None in a column of booleans)."""
+        """Returns a column, [rows]; null reads as NaN (None in a column of booleans)."""
         return self.batch.column(name).to_numpy(zero_copy_only=False)
 
     def steps(self, name: str) -> Ragged:
-        """A step column; a row that was not trained on is empty."""
+        """Returns a step column; a row that was not trained on is empty."""
         column = self.batch.column(name)
         filled = column.fill_null([]) if column.null_count else column
         offsets = filled.offsets.to_numpy()
@@ -177,7 +177,7 @@ class LearnerBatch:
 
     @cached_property
     def taught(self) -> np.ndarray:
-        """[rows] bool: was in an update; the learner columns are there."""
+        """Whether a row was in an update and has learner columns, [rows] bool."""
         return self.batch.column("old_log_probs").is_valid().to_numpy(zero_copy_only=False)
 
     def _validate(self) -> None:
@@ -223,7 +223,7 @@ def decode_records(batch: pa.RecordBatch) -> list[LearnerRecord]:
 
 
 def join(trajectories: pa.RecordBatch, records: pa.RecordBatch) -> np.ndarray:
-    """[rows of `trajectories`] int64: each one's row of `records`, -1 where there is none. Both of one step."""
+    """Returns each trajectory's row of `records`, [rows of `trajectories`] int64, or -1. Both are of one step."""
     place = {key: row for row, key in enumerate(_keys(records))}
     return np.array([place.get(key, -1) for key in _keys(trajectories)], dtype=np.int64)
 

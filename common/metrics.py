@@ -1,8 +1,7 @@
-"""Metrics of a run: one JSON line per step, always, and the sinks that the user chose.
+"""The metrics of a run: always one JSON line per step, and the sinks that the user chose.
 
-`metrics.jsonl` is the record that reports are made from; it is flushed line by line and survives a kill. The other
-sinks are for looking at: one that fails while the run goes on is switched off with a warning, because hours of
-training must not end with a dashboard.
+Reports are made from `metrics.jsonl`, which is flushed line by line and survives a kill. The other sinks only display:
+one that fails during a run is switched off with a warning, because a dashboard must not end hours of training.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class MetricsWriter:
             raise
 
     def write(self, step: int, values: Mapping[str, Any], *, kind: str = "train", lineage: int = 0) -> None:
-        """One line of the record, then every sink. Numbers only; a non-finite one is recorded as null and named."""
+        """Writes one line of the record, then to every sink. Numbers only; a non-finite one is recorded as null."""
         numeric = {name: _as_number(name, value) for name, value in values.items()}
         self._record.write(step, numeric, kind=kind, lineage=lineage)
         finite = {name: value for name, value in numeric.items() if math.isfinite(value)}
@@ -64,7 +63,7 @@ class MetricsWriter:
     def _guarded(self, name: str, action: Callable[[MetricSink], None]) -> None:
         try:
             action(self._sinks[name])
-        except Exception as error:  # third-party code (network, file formats): any failure of it is only a lost view
+        except Exception as error:  # third-party code (network, file formats): any failure loses only a display
             log.warning("metric sink %s switched off: %s: %s", name, type(error).__name__, error)
             del self._sinks[name]
 
@@ -86,9 +85,10 @@ def _as_number(name: str, value: Any) -> float:
 def read_metrics(
     path: str | Path, *, kind: str | None = "train", lineage: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The lines of a record, oldest first; `path` is a run folder or the file. `lineage` None: the live history.
+    """Reads the lines of a record, oldest first; `path` is a run folder or the file.
 
-    A torn last line (the run was killed while writing it) is left out. A step that a restart repeated counts once.
+    Without a `lineage` it reads the live history. A torn last line (the run was killed while writing it) is left out. A
+    step that a restart repeated counts once.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
@@ -106,16 +106,16 @@ def read_metrics(
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a :class:`LineFile`; a torn last line is left out. Raises :class:`MetricsError`."""
+    """Yields the objects of a :class:`LineFile`; a torn last line is left out. Raises :class:`MetricsError`."""
     return (parsed_line(path, number, line) for number, line in whole_lines(path))
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of a :class:`LineFile`, as they are; a torn last one is left out. Raises MetricsError."""
+    """Yields (number from 1, line) of a :class:`LineFile`; a torn last line is left out. Raises MetricsError."""
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
-        raise MetricsError(f"{path}: no such record; is {path.parent} the folder of a run that has begun?") from error
+        raise MetricsError(f"{path}: no such file; is {path.parent} the folder of a run that has begun?") from error
     with file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -125,7 +125,7 @@ def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def parsed_line(path: Path, number: int, line: bytes) -> Any:
-    """What a line of :func:`whole_lines` says. Raises :class:`MetricsError` with its place."""
+    """Parses a line of :func:`whole_lines`. Raises :class:`MetricsError`, which names the line."""
     try:
         return json.loads(line.decode())
     except ValueError as error:  # no JSON, or no UTF-8
@@ -133,7 +133,7 @@ def parsed_line(path: Path, number: int, line: bytes) -> Any:
 
 
 class LineFile:
-    """JSON objects appended to a file, a line each, flushed at once. Raises :class:`MetricsError`."""
+    """Appends JSON objects to a file, one per line, flushed at once. Raises :class:`MetricsError`."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -144,7 +144,7 @@ class LineFile:
             raise MetricsError(f"{path}: cannot be recorded: {error.strerror or error}") from error
 
     def _cut_torn_line(self) -> None:
-        """What a killed run left of its last line would corrupt the next one."""
+        """Cuts a line that a killed run left unfinished, since it would corrupt the next one."""
         end = self._file.seek(0, os.SEEK_END)
         position = end
         while position > 0:

@@ -1,8 +1,8 @@
 """A model's chain settings: a small file beside its weights, which Latent-SFT and RL write and every run on it reads.
 
-A chain is a contract between the weights and whoever samples from them: how many ids a latent step mixes, how many
-tokens of the explicit chain it stands for, and which token ends it. Another setting is not an error that anybody sees,
-only a worse model; so it is compared here, where it can still be said.
+A chain is a contract between the weights and the sampler: how many ids a latent step mixes, how many tokens of the
+explicit chain it stands for, and which token ends it. A wrong setting would show only as a worse model, so a run
+compares its settings with this file at its start.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CHAIN_FILE = "latent_chain.json"
 
 
 class ChainSettings(Section):
-    """Contents of :data:`CHAIN_FILE`."""
+    """The contents of :data:`CHAIN_FILE`."""
 
     format: Literal[1] = 1
     chain: Literal["latent", "explicit"]
     """`latent`: mixtures up to the latent-end token; `explicit`: the chain is text."""
     source: Literal["uniform", "induced"] | None = None
-    """Where the soft labels came from (METHOD §7 a, b); None: not known, or an explicit chain."""
+    """The source of the soft labels (METHOD §7 a, b); None: not known, or an explicit chain."""
     k: PositiveInt | None = None
     """K of the mixtures; None for an explicit chain."""
     compression: PositiveInt | None = None
@@ -38,8 +38,8 @@ class ChainSettings(Section):
     """The temperature of the mixture weights softmax(r / tau); None for an explicit chain."""
     think_end: str
     think_end_ids: list[int]
-    """Its ids under the model's tokenizer; the first is the latent-end token. Empty: an explicit chain, and the
-    tokenizer cannot write it."""
+    """The ids of `think_end` under the model's tokenizer; the first is the latent-end token. Empty for an explicit
+    chain whose tokenizer cannot write it."""
 
     @model_validator(mode="after")
     def _latent_has_a_width(self) -> Self:
@@ -48,7 +48,7 @@ class ChainSettings(Section):
         return self
 
     def describe(self) -> str:
-        """`latent, K 3, c 3 (uniform), ends with '</think>' [20]`."""
+        """Returns a description such as `latent, K 3, c 3 (uniform), ends with '</think>' [20]`."""
         parts: list[str] = [self.chain]
         if self.k is not None:
             parts.append(f"K {self.k}")
@@ -60,7 +60,7 @@ class ChainSettings(Section):
 def exported_chain(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, before: ChainSettings | None = None
 ) -> ChainSettings:
-    """The chain of the model that a run leaves: of its Latent-SFT if it has one, else what `before` says of c."""
+    """Returns the chain of a run's trained model: its Latent-SFT decides c if it has one, else `before` does."""
     think_end = config.model.prompt.think_end
     ids = _ids(tokenizer, think_end)
     if not config.latent:
@@ -82,9 +82,9 @@ def write_chain(folder: str | Path, settings: ChainSettings) -> None:
 
 
 def read_chain(model: str | Path) -> ChainSettings | None:
-    """The chain of a model folder or hub id; None where the model has no such file.
+    """Reads the chain of a model folder or hub id; None if the model has no such file.
 
-    Raises ConfigError for a damaged one, and for a `model` that is no folder here and cannot be a hub id.
+    Raises ConfigError for a damaged file, and for a `model` that is neither a folder here nor a hub id.
     """
     path = Path(model, CHAIN_FILE)
     if not Path(model).is_dir():
@@ -105,28 +105,28 @@ def read_chain(model: str | Path) -> ChainSettings | None:
         return ChainSettings.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, ValidationError) as error:
         raise ConfigError(
-            f"{path} is damaged or of another version: {error}. Copy it again from where the model was made, or remove "
-            "it to run without its checks"
+            f"{path} is damaged or of another version: {error}. Copy it again from the original model, or remove it to "
+            "run without its checks"
         ) from error
 
 
 def check_chain(
     settings: ChainSettings, model: str | Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Warnings about a run of `config` on `model`. Raises ConfigError where the two cannot fit.
+    """Returns warnings about a run of `config` on `model`. Raises ConfigError where the two do not fit.
 
-    A run with a warm start gives the model another chain: then only the tokenizer is compared.
+    A run with a warm start gives the model another chain, so only the tokenizer is compared.
     """
     think_end = config.model.prompt.think_end
     if think_end != settings.think_end:
         raise ConfigError(
-            f"model {model} ends its thinking with {settings.think_end!r} ({CHAIN_FILE}), model.prompt.think_end is "
-            f"{think_end!r}; set model.prompt.think_end to the model's"
+            f"model {model} ends its thinking with {settings.think_end!r} ({CHAIN_FILE}), but model.prompt.think_end "
+            f"is {think_end!r}; set model.prompt.think_end to the model's"
         )
     ids = _ids(tokenizer, think_end)
     if ids != settings.think_end_ids:
         raise ConfigError(
-            f"the tokenizer of {model} splits {think_end!r} into {ids}, the model was trained with "
+            f"the tokenizer of {model} splits {think_end!r} into {ids}, but the model was trained with "
             f"{settings.think_end_ids} ({CHAIN_FILE}): the end of its thinking would not be recognised. Use the "
             "tokenizer that was saved with the model"
         )
@@ -134,14 +134,14 @@ def check_chain(
         return []
     if settings.chain == "explicit" and config.latent:
         raise ConfigError(
-            f"model {model} has an explicit chain ({CHAIN_FILE}), algorithm {config.algorithm} samples a latent one "
-            "that it never learned (METHOD §7). Set algorithm to grpo, or give the model a latent start first: "
+            f"model {model} has an explicit chain ({CHAIN_FILE}), but algorithm {config.algorithm} samples a latent "
+            "one, which it never learned (METHOD §7). Set algorithm to grpo, or give the model a latent start first: "
             "`latent-grpo sft` with warm_start.chain latent"
         )
     if settings.chain == "latent" and not config.latent:
         raise ConfigError(
-            f"model {model} has a latent chain ({CHAIN_FILE}), algorithm grpo samples an explicit one that it was not "
-            "trained to write. Set algorithm to latent_grpo, or start from a model with an explicit chain: "
+            f"model {model} has a latent chain ({CHAIN_FILE}), but algorithm grpo samples an explicit one, which it "
+            "was not trained to write. Set algorithm to latent_grpo, or start from a model with an explicit chain: "
             "`latent-grpo sft` with algorithm grpo"
         )
     if not config.latent:
@@ -152,14 +152,14 @@ def check_chain(
             f"{CHAIN_FILE}): a step could not hold its tokens; set k to the model's {settings.k}"
         )
     return [
-        f"{key} is {wanted:g}, the model was trained with {had:g} ({CHAIN_FILE}): it meets mixtures it has not seen"
+        f"{key} is {wanted:g}, but the model was trained with {had:g} ({CHAIN_FILE}), so its mixtures are new to it"
         for key, wanted, had in (("k", config.k, settings.k), ("tau", config.tau, settings.tau))
         if wanted != had
     ]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Empty where the tokenizer has no way to write the text (an explicit chain needs none)."""
+    """Returns the ids of a text; empty if the tokenizer cannot write it (an explicit chain need not)."""
     try:
         return tokenizer.encode(text, add_special_tokens=False)
     except Exception:  # tokenizers raises bare Exception for a text outside a vocabulary without <unk>

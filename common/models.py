@@ -1,4 +1,4 @@
-"""Making, loading and saving the policy and its tokenizer (Hugging Face format, safetensors)."""
+"""Functions that make, load and save the policy and its tokenizer (Hugging Face format, safetensors)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 transformers_logging.disable_progress_bar()  # every actor would draw its own
 CHECKED_TOKENS = 4
-LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest; equal bit for bit where tested
+LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative to the largest; tested ones are bit-equal
 LOGIT_SETTINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere, Gemma 2
 USABLE = "Use a model of the Llama, Qwen2, Qwen3 or GPT-2 kind, or another that neither scales nor caps its logits"
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -32,7 +32,7 @@ BPE_CHAT_TEMPLATE = (
 
 
 def make_model(config: NewModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A randomly initialised causal LM in float32 whose vocabulary is the tokenizer's; equal seeds, equal weights."""
+    """Makes a causal LM with random float32 weights, a function of `seed`, and the tokenizer's vocabulary."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if config.hidden_size % config.num_heads:
@@ -54,7 +54,7 @@ def make_model(config: NewModelConfig, tokenizer: PreTrainedTokenizerBase, seed:
             "n_layer": config.num_layers,
             "n_head": config.num_heads,
             "n_positions": config.max_positions,
-            # the learner replays what the engine sampled: dropout would make the two differ
+            # the learner replays the engine's samples, and dropout would make the two differ
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
@@ -80,7 +80,7 @@ def make_model(config: NewModelConfig, tokenizer: PreTrainedTokenizerBase, seed:
 
 
 def make_tokenizer(config: NewModelConfig, texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """The tokenizer of a new model: the arithmetic one, or a byte-level BPE trained on `texts`."""
+    """Makes the tokenizer of a new model: the arithmetic one, or a byte-level BPE trained on `texts`."""
     if config.tokenizer == "arithmetic":
         return make_arithmetic_tokenizer()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -91,7 +91,7 @@ def make_tokenizer(config: NewModelConfig, texts: Iterable[str] = ()) -> PreTrai
     if config.vocab_size < least:
         raise ConfigError(f"model.new.vocab_size must be at least {least} for a bpe tokenizer, got {config.vocab_size}")
     tokenizer = Tokenizer(models.BPE())
-    # single digits: the model sees numbers, not the frequent numbers of its training text
+    # single digits, so that frequent numbers of the training text do not become tokens
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -113,9 +113,9 @@ def make_tokenizer(config: NewModelConfig, texts: Iterable[str] = ()) -> PreTrai
 
 
 def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
-    """A causal LM from a folder or the hub, in `dtype` (`float32`, `bfloat16`), in evaluation mode (no dropout).
+    """Loads a causal LM from a folder or the hub, in `dtype` (`float32`, `bfloat16`), in evaluation mode (no dropout).
 
-    Raises ConfigError for one whose logits are not those that engine and learner compute (:func:`check_logits`).
+    Raises ConfigError if its logits are not those that engine and learner compute (:func:`check_logits`).
     """
     from transformers import AutoModelForCausalLM
 
@@ -130,36 +130,36 @@ def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, name: str) -> None:
-    """Raises ConfigError where the model's own logits are not its output layer on its base model's hidden states.
+    """Raises ConfigError if the model's own logits are not its output layer applied to its base model's hidden states.
 
-    Engine and learner compute the latter, and agree with each other, so no self-test would see the difference. Two
-    passes over a handful of tokens, on weights that are all there: a rank loads the whole model, ZeRO shards it later.
+    Engine and learner compute the latter, and agree with each other, so no self-test would see the difference. The
+    check takes two passes over a few tokens, on whole weights: a rank loads the whole model, and ZeRO shards it later.
     """
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     architecture = type(model).__name__
     if head is None:
         raise ConfigError(f"model {name} ({architecture}) has no output layer; {USABLE}")
     rows = embed.get_parameter("weight").shape[0]
-    spread = torch.arange(1, rows, max(rows // (CHECKED_TOKENS + 2), 1)).tolist()  # padding would draw a warning
+    spread = torch.arange(1, rows, max(rows // (CHECKED_TOKENS + 2), 1)).tolist()  # padding would cause a warning
     ids = torch.tensor([[i for i in spread if i != model.config.pad_token_id][:CHECKED_TOKENS]])
     own = model(input_ids=ids, use_cache=False).logits.float()
     computed = head(model.base_model(inputs_embeds=embed(ids), use_cache=False).last_hidden_state).float()
     if not own.isfinite().all():
-        raise ConfigError(f"model {name} ({architecture}): its logits are not finite; its weights are damaged")
+        raise ConfigError(f"model {name} ({architecture}): its logits are not finite, so its weights are damaged")
     gap, largest = float((own - computed).abs().max()), float(computed.abs().max())
     allowed = LOGIT_TOLERANCE[model.dtype]
     if not gap <= allowed * largest:
         found = [f"{key}={value}" for key in LOGIT_SETTINGS if (value := getattr(model.config, key, None)) is not None]
         named = f" (its configuration: {', '.join(found)})" if found else ""
         raise ConfigError(
-            f"model {name} ({architecture}) changes what its output layer gives{named}: by up to {gap:.2g} where that "
-            f"is up to {largest:.2g}. Engine and learner take the output layer's logits as they are (allowed: "
-            f"{allowed:g} of the largest) and would sample and train another policy. {USABLE}"
+            f"model {name} ({architecture}) changes the logits of its output layer{named}, by up to {gap:.2g} where "
+            f"they are up to {largest:.2g} (allowed: {allowed:g} of the largest). Engine and learner use the output "
+            f"layer's logits unchanged, and would sample and train another policy. {USABLE}"
         )
 
 
 def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:
-    """Rows of the model's output, and the ids that its configuration says end a text; reads no weights."""
+    """Returns the rows of the model's output and the ids that end a text by its configuration; reads no weights."""
     from transformers import AutoConfig, GenerationConfig
 
     check_folder(path)
@@ -173,7 +173,7 @@ def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:
 
 
 def position_limit(path: str | Path) -> int | None:
-    """How many positions the model has (None: it does not say); reads no weights."""
+    """Returns the model's number of positions, or None if its configuration has none; reads no weights."""
     from transformers import AutoConfig
 
     check_folder(path)
@@ -181,11 +181,11 @@ def position_limit(path: str | Path) -> int | None:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id. Raises ConfigError where there is none of that name."""
+    """Loads the tokenizer of a model folder or hub id. Raises ConfigError if there is none of that name."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     check_folder(path)
-    # For some architectures (qwen2) AutoTokenizer puts the family's tokenizer round another one's vocabulary, and its
+    # For some architectures (qwen2) AutoTokenizer puts the family's tokenizer on another one's vocabulary, and its
     # normaliser and decoder change the text; a folder that names the general class means its file as it is.
     settings = Path(path) / "tokenizer_config.json"
     named = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
@@ -195,7 +195,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes what :func:`load_model` and :func:`load_tokenizer` (and any Hugging Face tool) read."""
+    """Writes a folder that :func:`load_model`, :func:`load_tokenizer` and any Hugging Face tool can read."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)

@@ -16,7 +16,7 @@ GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0  # METHOD §2.1.3; the one-sided shift is -G
 def trajectory_key(
     *, run_seed: int, purpose: str, problem_uid: str, epoch: int, sample_index: int, policy_version: int
 ) -> int:
-    """The key of a trajectory's randomness (METHOD §2.5): an int in [0, 2**63), equal on every machine and Python.
+    """Returns the key of a trajectory's randomness (METHOD §2.5): an int in [0, 2**63), equal on every machine.
 
     `policy_version` is that of the rollout's start, 0 in evaluation; `sample_index` is the run or the pass@k sample
     there. Raises TypeError for a number that is not an integer: 1 and 1.0 would be two trajectories.
@@ -27,13 +27,15 @@ def trajectory_key(
 
 
 def noise_version(purpose: Purpose, version: int) -> int:
-    """The policy version that keys a trajectory's noise: that of the rollout's start, and 0 in evaluation, so that two
-    policies are evaluated with the same draws (METHOD §2.5)."""
+    """Returns the policy version that keys a trajectory's noise: that of the rollout's start, and 0 in evaluation.
+
+    Two policies are thus evaluated with the same draws (METHOD §2.5).
+    """
     return 0 if purpose == "evaluation" else version
 
 
 def _signed(word: int) -> int:
-    """A uint64 as the int64 of the same bits."""
+    """Returns the int64 with the bits of a uint64."""
     return word - (1 << 64) if word >> 63 else word
 
 
@@ -42,7 +44,7 @@ _MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser, a bijection of 64-bit words kept in int64, in place.
+    """Applies SplitMix64's finaliser, a bijection of 64-bit words kept in int64, in place.
 
     Products wrap modulo 2**64 in int64 as in uint64 (two's complement, CPU and CUDA alike); the shifts of a uint64 are
     those of int64 with the copies of the sign cut off.
@@ -55,7 +57,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_noise(keys: torch.Tensor, step: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel draws, a function of (trajectory key, step, token id) only (METHOD §2.5).
+    """Returns standard Gumbel draws, a function of (trajectory key, step, token id) only (METHOD §2.5).
 
     `keys` [N] int64 (:func:`trajectory_key`), `step` [N] int64, `ids` [N, M] int64 -> float32 [N, M] in [-3.61, 36.8].
     The integers behind the draws are the same on every device. All 63 bits of a key count.

@@ -1,4 +1,4 @@
-"""A user's code, named by its import path `package.module:Name`."""
+"""The import of a user's code by its import path `package.module:Name`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOVED = {"common.metrics": "common.sinks"}  # module of 0.1.0 -> where its plug
 
 
 class PluginError(ConfigError):
-    """An import path that leads to nothing; the message says what was tried, without saying what it was for."""
+    """An import path that cannot be imported; the message says what was tried, and the caller what it was for."""
 
 
 def is_import_path(text: str) -> bool:
@@ -26,7 +26,7 @@ def is_import_path(text: str) -> bool:
 
 
 def load_plugin(path: str) -> Any:
-    """What the import path names. Raises :class:`PluginError`."""
+    """Returns the object that the import path names. Raises :class:`PluginError`."""
     module_name, _, attribute = path.partition(":")
     if not is_import_path(path):
         raise PluginError(f"{path!r} is no import path; expected package.module:Name")
@@ -50,13 +50,13 @@ def load_plugin(path: str) -> Any:
 
 
 def former_path_hint(paths: Iterable[str]) -> str:
-    """The end of an error's sentence: how import paths of 0.1.0 are written now; empty where none is one."""
+    """Returns the end of an error's sentence that says how import paths of 0.1.0 are written now; empty without one."""
     now = {path: new for path in paths if (new := _new_path(path)) is not None}
     return "".join(f"; {path!r} of version 0.1.0 is {new!r} now" for path, new in now.items())
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a top-level name leads to a package of this program: it would be loaded twice, under two names."""
+    """Whether a top-level name is a package of this program, which would be loaded twice, under two names."""
     if name not in FORMER_PACKAGES:
         return False
     spec = importlib.util.find_spec(name)

@@ -1,4 +1,4 @@
-"""From a problem to prompt ids, and what must be known of a tokenizer, checked once at start (METHOD §1, §8)."""
+"""The rendering of problems as prompt ids, and the facts of a tokenizer, checked once at start (METHOD §1, §8)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PromptRenderer:
             )
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """The chat that goes through the tokenizer's template."""
+        """Returns the chat for the tokenizer's template."""
         chat = [{"role": role, "content": content} for role, content in problem.messages]
         if len(chat) == 1:
             chat[0]["content"] = self.config.user.replace("{problem}", chat[0]["content"])
@@ -48,7 +48,7 @@ class PromptRenderer:
         return chat
 
     def render(self, problem: Problem) -> str:
-        """The prompt's text, ending in reasoning mode (METHOD §1)."""
+        """Returns the prompt's text, which ends in reasoning mode (METHOD §1)."""
         if self.config.format is not None:
             question = "\n\n".join(content for _, content in problem.messages)
             text = self.config.format.replace("{problem}", question)
@@ -56,11 +56,11 @@ class PromptRenderer:
             text = str(
                 self.tokenizer.apply_chat_template(self.messages(problem), tokenize=False, add_generation_prompt=True)
             )
-        # templates of reasoning models end with "<think>\n": already there, white space or not
+        # templates of reasoning models end with "<think>\n": it is already there, with or without white space
         return text if text.rstrip().endswith(self.config.think_start) else text + self.config.think_start
 
     def encode(self, problem: Problem) -> np.ndarray:
-        """The prompt's ids, int32 [P]. A chat template has its special tokens; plain text gets the default ones."""
+        """Returns the prompt's ids, int32 [P]. A chat template has special tokens; plain text gets the default ones."""
         text = self.render(problem)
         plain = self.config.format is not None
         try:
@@ -78,9 +78,9 @@ class PromptRenderer:
 
 
 def read_tokens(config: RunConfig, model: str | Path) -> tuple[PreTrainedTokenizerBase, TokenFacts]:
-    """The tokenizer and the token facts of a run on `model` (a folder or hub id).
+    """Reads the tokenizer and the token facts of a run on `model` (a folder or hub id). Raises ConfigError.
 
-    The driver, the rollout workers and the learner's ranks all call it, so they agree on them. Raises ConfigError.
+    The driver, the rollout workers and the learner's ranks all call it, so they agree.
     """
     from latent_grpo.common.models import load_tokenizer, output_facts
 
@@ -90,11 +90,11 @@ def read_tokens(config: RunConfig, model: str | Path) -> tuple[PreTrainedTokeniz
 
 
 def check_width(config: RunConfig, facts: TokenFacts) -> None:
-    """Raises ConfigError where the tokenizer has fewer ids than a latent step's mixture needs."""
+    """Raises ConfigError if the tokenizer has fewer ids than a latent step's mixture needs."""
     there = int(facts.allowed.sum())
     if config.latent and config.k > there:
         raise ConfigError(
-            f"k ({config.k}) is larger than the vocabulary: the tokenizer has {there} ids, the model's output "
+            f"k ({config.k}) is larger than the vocabulary: the tokenizer has {there} ids, and the model's output has "
             f"{facts.vocab_size} rows; lower k"
         )
 
@@ -125,10 +125,10 @@ def resolve_tokens(
     think_end: str = "</think>",
     extra_eos_ids: Sequence[int] = (),
 ) -> TokenFacts:
-    """The token facts of a run, or a :class:`ConfigError` that says what to change.
+    """Resolves the token facts of a run. Raises :class:`ConfigError`, which says what to change.
 
-    `vocab_size`: rows of the model's output. `extra_eos_ids`: further ids of the model's generation config that end a
-    response. The latent-end token is the first id of `think_end` under this tokenizer (METHOD §1).
+    `vocab_size` is the number of rows of the model's output. `extra_eos_ids` are further ids of the model's generation
+    config that end a response. The latent-end token is the first id of `think_end` under this tokenizer (METHOD §1).
     """
     ids = np.fromiter(tokenizer.get_vocab().values(), dtype=np.int64)
     if ids.max() >= vocab_size:

@@ -1,12 +1,12 @@
-"""THE Arrow schema of a trajectory: the wire format, the dump format and the replay format.
+"""The Arrow schema of a trajectory, which is the wire format, the dump format and the replay format.
 
 One row is one trajectory. Ragged steps are lists: a latent step holds K ids, K scores and K behaviour log-probs
 (fixed-size lists of K), a hard step one id and one log-prob; nothing is padded with sentinels. The schema's metadata
-carry the version and K (0 for `grpo`, whose rows have no latent steps).
+hold the version and K (0 for `grpo`, whose rows have no latent steps).
 
-`encode` builds one self-contained record batch, `TrajectoryBatch` is the column view that the learner and the metrics
-read without touching a row, `decode` gives rows back for people. All three refuse a batch that is not exactly of the
-schema: a malformed record is dropped and counted by its reader, never repaired (REQUIREMENTS 8).
+`encode` builds one self-contained record batch, `TrajectoryBatch` is the column view for the learner and the metrics,
+and `decode` returns rows for people. All three refuse a batch that is not exactly of the schema: its reader drops and
+counts a malformed record, and never repairs it (REQUIREMENTS 8).
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ _STEP_COLUMNS = ("latent_ids", "latent_scores", "latent_log_probs")
 
 
 class SchemaError(LatentGRPOError, ValueError):
-    """A batch that is not of the trajectory schema; the message names the column and what was found."""
+    """A batch that does not have the trajectory schema; the message names the column and what was found."""
 
 
 def trajectory_schema(k: int) -> pa.Schema:
-    """The schema for mixtures of width `k` (0: no latent steps)."""
+    """Returns the schema for mixtures of width `k` (0: no latent steps)."""
 
     def items(kind: pa.DataType) -> pa.Field:
         return pa.field("item", kind, nullable=False)
@@ -91,15 +91,17 @@ def trajectory_schema(k: int) -> pa.Schema:
 
 
 def schema_k(schema: pa.Schema) -> int:
-    """K of a batch's schema. Raises :class:`SchemaError` for foreign data or another version."""
+    """Returns K of a batch's schema. Raises :class:`SchemaError` for foreign data or another version."""
     metadata = schema.metadata or {}
     version = metadata.get(b"latent_grpo.schema_version")
     if version is None:
-        raise SchemaError("not a trajectory batch: its schema has no latent_grpo.schema_version; was it written by us?")
+        raise SchemaError(
+            "not a trajectory batch: its schema has no latent_grpo.schema_version, so another program wrote it"
+        )
     k = metadata.get(b"latent_grpo.k", b"")
     if version != str(SCHEMA_VERSION).encode():
         raise SchemaError(
-            f"trajectory schema version {version.decode(errors='replace')}, this program reads version "
+            f"it has trajectory schema version {version.decode(errors='replace')}, this program reads version "
             f"{SCHEMA_VERSION}; read it with the program that wrote it (the run's manifest.json names it)"
         )
     if not k.isdigit():
@@ -111,7 +113,7 @@ def schema_k(schema: pa.Schema) -> int:
 
 
 def encode(trajectories: Sequence[Trajectory], k: int) -> pa.RecordBatch:
-    """One record batch of the given rows. Raises :class:`SchemaError` if a mixture is not [L, k]."""
+    """Encodes the given rows as one record batch. Raises :class:`SchemaError` if a mixture is not [L, k]."""
     schema = trajectory_schema(k)
     columns: dict[str, pa.Array] = {}
     for name, kind in _PLAIN_COLUMNS:
@@ -172,7 +174,7 @@ class Ragged:
 
 
 class TrajectoryBatch:
-    """Column view of a record batch: NumPy arrays, zero-copy where Arrow allows it.
+    """A column view of a record batch as NumPy arrays, zero-copy where Arrow allows it.
 
     Raises :class:`SchemaError` at once if the batch is foreign, of another version, or its step columns disagree.
     """
@@ -192,15 +194,15 @@ class TrajectoryBatch:
         return self.batch.num_rows
 
     def strings(self, name: str) -> list[str]:
-        """A column of texts that has no nulls."""
+        """Returns a column of texts, which has no nulls."""
         return self.batch.column(name).to_pylist()
 
     def values(self, name: str) -> list[Any]:
-        """Any plain column as Python's values; null is None."""
+        """Returns any plain column as Python values; null is None."""
         return self.batch.column(name).to_pylist()
 
     def numbers(self, name: str) -> np.ndarray:
-        """[rows]; a null reward reads as NaN."""
+        """Returns a column of numbers, [rows]; a null reward reads as NaN."""
         return self.batch.column(name).to_numpy(zero_copy_only=False)
 
     @cached_property
@@ -217,7 +219,7 @@ class TrajectoryBatch:
 
     @cached_property
     def latent_ids(self) -> Ragged:
-        """Row: [L, K] int32."""
+        """Ids of latent steps; a row is [L, K] int32."""
         return self._ragged("latent_ids")
 
     @cached_property
@@ -234,17 +236,17 @@ class TrajectoryBatch:
 
     @cached_property
     def num_steps(self) -> np.ndarray:
-        """[rows] T: latent and hard response steps."""
+        """T, the number of response steps, latent and hard: [rows]."""
         return self.num_latent_steps + self.hard_ids.lengths
 
     @cached_property
     def rewards(self) -> np.ndarray:
-        """[rows] float32; NaN where ungraded."""
+        """Rewards, [rows] float32; NaN where ungraded."""
         return self.numbers("reward").astype(np.float32)
 
     @cached_property
     def valid(self) -> np.ndarray:
-        """[rows] bool: finish reason `stop` (METHOD §4.1)."""
+        """Whether the finish reason is `stop` (METHOD §4.1), [rows] bool."""
         return np.array([reason == "stop" for reason in self.strings("finish_reason")], dtype=bool)
 
     def sampling(self, row: int) -> SamplingSettings:
@@ -287,7 +289,7 @@ class TrajectoryBatch:
 
 
 def decode(batch: pa.RecordBatch) -> list[Trajectory]:
-    """Rows for people and for tests; the hot path reads a :class:`TrajectoryBatch` instead."""
+    """Decodes rows for people and for tests; the hot path reads a :class:`TrajectoryBatch` instead."""
     view = TrajectoryBatch(batch)
     names = [name for name, _ in _PLAIN_COLUMNS] + [name for name, _, _ in _GRADE_COLUMNS]
     columns: dict[str, Any] = {name: view.values(name) for name in names}
@@ -300,10 +302,10 @@ def decode(batch: pa.RecordBatch) -> list[Trajectory]:
 
 
 def take_rows(batch: pa.RecordBatch, rows: Sequence[int] | np.ndarray) -> pa.RecordBatch:
-    """Self-contained copy of some rows. (A slice would ship its whole parent through the object store.)"""
+    """Copies some rows into a self-contained batch; a slice would ship its whole parent through the object store."""
     return batch.take(pa.array(np.asarray(rows, dtype=np.int64)))
 
 
 def concat(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    """One record batch of all rows, in order."""
+    """Joins all rows, in order, into one record batch."""
     return pa.concat_batches(list(batches)) if len(batches) > 1 else batches[0]

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @runtime_checkable
 class MetricSink(Protocol):
-    """Somewhere to show metrics. Made once per run with the run's folder.
+    """A place to show metrics, made once per run with the run's folder.
 
     `values` are finite floats; names have the form `section/name` (`rollout/reward`). A resumed run makes a new sink
     on the same folder and repeats the steps after its checkpoint. `latent_grpo.common.testing.check_sink` is the
@@ -36,7 +36,7 @@ _SINKS: dict[str, SinkFactory] = {}
 
 
 def register_sink(name: str) -> Callable[[SinkFactory], SinkFactory]:
-    """Class decorator: makes a sink available as `metrics.sinks: [name]`."""
+    """Returns a class decorator that makes a sink available as `metrics.sinks: [name]`."""
 
     def add(factory: SinkFactory) -> SinkFactory:
         _SINKS[name] = factory
@@ -46,7 +46,7 @@ def register_sink(name: str) -> Callable[[SinkFactory], SinkFactory]:
 
 
 def make_sink(name: str, run_folder: Path) -> MetricSink:
-    """The sink registered as `name`, or of an import path `package.module:Name`. Raises :class:`MetricsError`."""
+    """Makes the sink registered as `name`, or of an import path `package.module:Name`. Raises :class:`MetricsError`."""
     if name in _SINKS:
         return _SINKS[name](run_folder)
     if ":" not in name:
@@ -72,7 +72,7 @@ def make_sink(name: str, run_folder: Path) -> MetricSink:
 
 @register_sink("console")
 class ConsoleSink:
-    """One line per step: the figures that tell whether a run is healthy, then the rest if the terminal is wide."""
+    """A sink that prints one line per step: figures of the run's health, and more if the terminal is wide."""
 
     FIRST = ("reward", "pass_at_1", "loss", "grad_norm", "steps", "latent_steps", "invalid_share", "step_s")
 
@@ -132,7 +132,7 @@ class TensorBoardSink:
 
 @register_sink("wandb")
 class WandbSink:
-    """Project, entity and key come from wandb's own settings (WANDB_PROJECT, WANDB_API_KEY, ...).
+    """A sink for Weights & Biases; its own settings (WANDB_PROJECT, WANDB_API_KEY, ...) give project and key.
 
     Without a key, and unless WANDB_MODE says otherwise, it records offline below `RUN/wandb`, for `wandb sync` later.
     """
@@ -143,7 +143,8 @@ class WandbSink:
         if mode == "offline":
             log.warning("wandb records offline; upload with: wandb sync %s", run_folder / "wandb" / "offline-run-*")
         self._run = wandb.init(dir=str(run_folder), name=run_folder.name, resume="allow", id=run_folder.name, mode=mode)
-        self._run.define_metric("*", step_metric="step")  # its own counter never goes back, a resumed run's step does
+        # wandb's own counter only rises, while a resumed run's step goes back
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
@@ -165,7 +166,7 @@ def _has_wandb_key(environment: Mapping[str, str]) -> bool:
 
 @register_sink("prometheus")
 class PrometheusSink:
-    """Gauges of Ray's metrics, tagged with the run's name: `rollout/reward` is `ray_latent_grpo_rollout_reward`.
+    """A sink for Ray's metrics: gauges with the run's name, such as `ray_latent_grpo_rollout_reward`.
 
     Every node's Ray serves them on its metrics port, which KubeRay and `ray metrics launch-prometheus` scrape;
     `deploy/cluster/grafana-dashboard.json` shows them.

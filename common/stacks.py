@@ -1,8 +1,8 @@
-"""Where a process that does not answer stands: the stacks of all its threads, asked for from anywhere in the cluster.
+"""The stacks of all threads of a process that does not answer, requested from anywhere in the cluster.
 
-Python's fault handler writes them inside the handler of SIGUSR1, so a thread that waits in a collective or in a C
-library does not keep a process from answering; only one that the kernel does not run (stopped, or stuck in a device
-driver) cannot, and the answer says so.
+Python's fault handler writes them inside the handler of SIGUSR1, so a process answers even while a thread waits in a
+collective or in a C library. Only a process that the kernel does not run (stopped, or stuck in a device driver) cannot
+answer, and the result says so.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 ANSWER_S = 5.0  # how long processes may take to write their stacks
-ASK_S = 30.0  # how long asking on other nodes may take
-_kept: list[BinaryIO] = []  # the fault handler holds a file's number only
+ASK_S = 30.0  # how long a request to other nodes may take
+_kept: list[BinaryIO] = []  # keeps the files open: the fault handler holds only a file's number
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessAddress:
-    """A process of the cluster, and where it writes its stacks."""
+    """A process of the cluster, and the place to which it writes its stacks."""
 
     node_id: str
     pid: int
     path: str | None  # on its node; None: its own log
-    inode: int  # of that file: another process that was given the pid has another
+    inode: int  # of that file; a later process with the same pid has another
 
 
 def serve_stacks() -> ProcessAddress:
-    """From now on this process (an actor's) writes the stacks of its threads when it gets SIGUSR1."""
+    """Makes this process (an actor's) write the stacks of its threads whenever it gets SIGUSR1."""
     import ray
 
     path, inode, file = None, 0, sys.stderr
@@ -48,9 +48,9 @@ def serve_stacks() -> ProcessAddress:
 
 
 def ask_for_stacks(processes: Sequence[ProcessAddress], ask_s: float = ASK_S) -> list[str]:
-    """The stacks of all threads of each process, or in words why there are none.
+    """Returns the stacks of all threads of each process, or the reason in words why there are none.
 
-    All are asked at once; waits at most `ask_s`, or `ANSWER_S` for processes of this node. Never raises.
+    All processes are asked at once; it waits at most `ask_s`, or `ANSWER_S` for processes of this node. Never raises.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -69,18 +69,18 @@ def ask_for_stacks(processes: Sequence[ProcessAddress], ask_s: float = ASK_S) ->
         for node_id, reference in asked.items():
             try:
                 found[node_id] = ray.get(reference, timeout=max(end - time.monotonic(), 0.0))
-            except Exception as error:  # a node that does not answer must not keep the others' stacks from us
+            except Exception as error:  # a node that does not answer must not hide the others' stacks
                 ray.cancel(reference, force=True)
                 found[node_id] = [f"its node could not be asked: {type(error).__name__}: {error}"] * len(
                     by_node[node_id]
                 )
         return [found[p.node_id][by_node[p.node_id].index(i)] for i, p in enumerate(processes)]
-    except Exception as error:  # whatever keeps us from asking must not hide what we ask for
+    except Exception as error:  # a failing request must not hide the error that it is made for
         return [f"its stacks could not be asked for: {type(error).__name__}: {error}"] * len(processes)
 
 
 def _ask(processes: Sequence[ProcessAddress]) -> list[str]:
-    """On their node: all are signalled, then all files are watched until they stop growing."""
+    """Asks processes of this node: all are signalled, then all files are watched until they stop growing."""
     known = [_signalled(process) for process in processes]
     texts = [_unasked(process, size) for process, size in zip(processes, known, strict=True)]
     sizes = list(known)
@@ -89,7 +89,7 @@ def _ask(processes: Sequence[ProcessAddress]) -> list[str]:
         time.sleep(0.3)
         for index, (process, asked_at) in enumerate(zip(processes, known, strict=True)):
             if texts[index] is not None or asked_at is None or process.path is None:
-                continue  # its answer is there
+                continue  # it has answered
             before, size = sizes[index], _size(process.path, process.inode)
             sizes[index] = size
             if size is None:
@@ -103,7 +103,7 @@ def _ask(processes: Sequence[ProcessAddress]) -> list[str]:
 
 
 def _signalled(process: ProcessAddress) -> int | None:
-    """What it had written before it was asked, bytes; None: it is gone."""
+    """Signals a process; returns how many bytes it had written before, or None if it no longer runs."""
     size = 0 if process.path is None else _size(process.path, process.inode)
     if size is not None:
         try:
@@ -120,7 +120,7 @@ def _unasked(process: ProcessAddress, known: int | None) -> str | None:
 
 
 def _size(path: str, inode: int) -> int | None:
-    """The size in bytes of the file of that inode; None where its process is gone."""
+    """Returns the size in bytes of the file of that inode, or None if its process no longer runs."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, ProcessLookupError):
@@ -138,5 +138,5 @@ def _state(pid: int) -> str:
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return "it is gone"
+        return "it no longer runs"
     return next((line for line in lines if line.startswith("State:")), "nothing").replace("\t", " ")

@@ -1,13 +1,13 @@
-"""Dumps: Parquet files that can be read while the run goes on.
+"""The store of dumps: Parquet files that can be read while the run continues.
 
-Two stores of the same layout: the trajectories (`common.schema`), and what the learner made of them
-(`common.learner_record`). Below a store's folder, one file per write::
+There are two stores of the same layout: the trajectories (`common.schema`), and their learner records
+(`common.learner_record`). Below a store's folder there is one file per write::
 
     training/step=10/lineage-0000-part-0000.parquet
 
 A file appears whole or not at all (temporary name, fsync, rename), so a reader never needs a lock. The lineage rises
 by one with every restart from a checkpoint: steps that a restart repeats get files of their own, and a read without
-a lineage follows the run's live history and leaves the abandoned steps out.
+a lineage follows the run's live history and leaves out abandoned steps.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DumpError(LatentGRPOError, OSError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class DumpFile:
-    """One file of the store. Sorts in the order of the run."""
+    """One file of the store; files sort in the order of the run."""
 
     step: int
     lineage: int
@@ -49,7 +49,7 @@ class DumpFile:
 
 
 class DumpStore:
-    """Writes and reads one kind of a run's dumps. One process writes; any number may read meanwhile.
+    """Writes and reads one kind of a run's dumps. One process writes, and any number may read meanwhile.
 
     Example::
 
@@ -59,7 +59,7 @@ class DumpStore:
     """
 
     what: str
-    """The rows, for messages."""
+    """The name of the rows in messages."""
     check: Callable[[pa.RecordBatch], object]
     """Raises SchemaError for a batch that is not of the store's schema."""
     check_version: Callable[[pa.Schema], object]
@@ -77,7 +77,7 @@ class DumpStore:
         """
         if step < 0 or lineage < 0:
             raise ValueError(f"step and lineage must be >= 0, got step {step}, lineage {lineage}")
-        self.check(batch)  # a malformed record must fail here and not when somebody needs the dump
+        self.check(batch)  # a malformed record must fail now, and not when the dump is read
         target = self.folder_of(step, purpose)
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ class DumpStore:
         return path
 
     def folder_of(self, step: int, purpose: str) -> Path:
-        """Where a step's files lie."""
+        """Returns the folder of a step's files."""
         if not re.fullmatch(r"[\w-]+", purpose):
             raise ValueError(f"purpose must be one word (it names a folder), got {purpose!r}")
         return self.folder / purpose / f"step={step}"
@@ -102,26 +102,26 @@ class DumpStore:
     # --- read ------------------------------------------------------------------------------------------------------
 
     def size(self, step: int, purpose: str = "training") -> int:
-        """Bytes of a step's files, those of abandoned lineages too."""
+        """Returns the bytes of a step's files, those of abandoned lineages included."""
         return sum(path.stat().st_size for path in self.folder_of(step, purpose).glob("*.parquet"))
 
     def sizes(self, purpose: str = "training") -> dict[int, int]:
-        """Bytes of every step that has files."""
+        """Returns the bytes of every step that has files."""
         return {
             step: self.size(step, purpose) for step in sorted({f.step for f in self._scan() if f.purpose == purpose})
         }
 
     def remove(self, step: int, purpose: str = "training") -> None:
-        """Deletes a step's files, of every lineage. A reader that has one open goes on."""
+        """Deletes a step's files, of every lineage. A reader that has one open can continue."""
         shutil.rmtree(self.folder_of(step, purpose), ignore_errors=True)
 
     def files(
         self, step: int | None = None, purpose: str | None = "training", lineage: int | None = None
     ) -> list[DumpFile]:
-        """The complete files, in the order of the run. `purpose` None: all purposes.
+        """Returns the complete files, in the order of the run, without a `purpose` those of all purposes.
 
-        `lineage` None: the live history. A step of lineage a is abandoned once a later lineage has written that step
-        or an earlier one of the same purpose, because a restart had rewound the run to before it.
+        Without a `lineage` it returns the live history. A step of a lineage is abandoned once a later lineage has
+        written that step or an earlier one of the same purpose, because a restart had rewound the run to before it.
         """
         found = sorted(self._scan())
         if purpose is not None:
@@ -143,20 +143,20 @@ class DumpStore:
         return [f for f in found if step is None or f.step == step]
 
     def steps(self, purpose: str = "training", lineage: int | None = None) -> list[int]:
-        """Steps that have a dump, ascending."""
+        """Returns the steps that have a dump, ascending."""
         return sorted({f.step for f in self.files(purpose=purpose, lineage=lineage)})
 
     def batches(
         self, step: int | None = None, purpose: str | None = "training", lineage: int | None = None
     ) -> Iterator[tuple[DumpFile, pa.RecordBatch]]:
-        """File by file, so that a long run need not fit into memory."""
+        """Yields the batches file by file, so that a long run need not fit into memory."""
         for file in self.files(step, purpose, lineage):
             yield file, read_dump(file.path, type(self))
 
     def read(
         self, step: int | None = None, purpose: str | None = "training", lineage: int | None = None
     ) -> pa.RecordBatch:
-        """All rows of a step (or of all steps) as one batch. Raises :class:`DumpError` if there are none."""
+        """Reads all rows of a step (or of all steps) as one batch. Raises :class:`DumpError` if there are none."""
         batches = [batch for _, batch in self.batches(step, purpose, lineage)]
         if not batches:
             have = self.steps(purpose) if purpose else []
@@ -193,7 +193,7 @@ class TrajectoryStore(DumpStore):
 
 
 class LearnerStore(DumpStore):
-    """What the learner made of the trajectories in the :class:`TrajectoryStore`'s file of the same relative path."""
+    """The learner records of the trajectories in the :class:`TrajectoryStore`'s file of the same relative path."""
 
     what = "learner records"
     check = LearnerBatch
@@ -201,9 +201,9 @@ class LearnerStore(DumpStore):
 
 
 def read_dump(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> pa.RecordBatch:
-    """The batch of one dump file, checked against its store's schema and the pages' checksums.
+    """Reads the batch of one dump file and checks its store's schema and the pages' checksums.
 
-    Raises :class:`DumpError` for a file that is missing, truncated, damaged or not ours.
+    Raises :class:`DumpError` for a file that is missing, truncated, damaged or of another program.
     """
     path = Path(path)
     table = _read_table(path, None, kind)
@@ -217,7 +217,7 @@ def read_dump(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> pa.R
 
 
 def read_columns(path: str | Path, names: Sequence[str], kind: type[DumpStore] = TrajectoryStore) -> pa.Table:
-    """Some columns of a dump: what a search over a long run reads. The schema's version is checked, the rows are not.
+    """Reads some columns of a dump, for a search over a long run. It checks the schema's version, but not the rows.
 
     Raises :class:`DumpError` as :func:`read_dump` does.
     """
@@ -229,12 +229,12 @@ def read_columns(path: str | Path, names: Sequence[str], kind: type[DumpStore] =
 
 
 def count_rows(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> int:
-    """The number of rows of a dump, from its footer alone. Raises :class:`DumpError` as :func:`read_columns` does."""
+    """Returns the number of rows of a dump, from its footer. Raises :class:`DumpError` as :func:`read_columns` does."""
     return read_columns(path, [], kind).num_rows
 
 
 def _read_table(path: Path, names: Sequence[str] | None, kind: type[DumpStore]) -> pa.Table:
-    """`names` None: every column, unchecked."""
+    """Reads columns; without `names` every column, unchecked."""
     try:
         # ParquetFile, not read_table: the latter adds columns for the `purpose=` and `step=` folders
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -262,8 +262,8 @@ def _parquet_bytes(batch: pa.RecordBatch) -> pa.Buffer:
 
 def _explained(error: OSError, folder: Path, what: str) -> DumpError:
     reason = {
-        errno.ENOSPC: "the disk is full; free space, keep fewer (dump.keep_bytes) or dump less often (dump.every)",
-        errno.EDQUOT: "the disk quota is used up; free space there, or dump less often (dump.every)",
+        errno.ENOSPC: "the disk is full; free some space, keep fewer (dump.keep_bytes) or dump less often (dump.every)",
+        errno.EDQUOT: "the disk quota is used up; free some space, or dump less often (dump.every)",
         errno.EACCES: "no permission to write there; choose another runs_folder",
         errno.EROFS: "the file system is read-only; choose another runs_folder",
     }.get(error.errno or 0, str(error))
@@ -271,7 +271,7 @@ def _explained(error: OSError, folder: Path, what: str) -> DumpError:
 
 
 def step_ranges(steps: list[int]) -> str:
-    """`[1, 2, 3, 7]` -> `1-3, 7`."""
+    """Formats `[1, 2, 3, 7]` as `1-3, 7`."""
     spans: list[list[int]] = []
     for step in steps:
         if spans and step == spans[-1][1] + 1:

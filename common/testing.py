@@ -1,4 +1,4 @@
-"""What every task and every metric sink has to keep, as functions for a test suite.
+"""The contracts of tasks and metric sinks, as functions for a test suite.
 
 def test_my_task() -> None:
     check_task("python:my_package.my_module:MyTask", options={"longest": 4})
@@ -33,7 +33,7 @@ _PROCESS_S = 120
 def check_task(
     path: str, *, options: Mapping[str, Any] | None = None, seed: int = 0, count: int = 32, **settings: Any
 ) -> list[Problem]:
-    """Load a task as a run does and assert its contract on its first `count` problems, which are returned.
+    """Loads a task as a run does and asserts its contract on its first `count` problems, which it returns.
 
     `path`, `options` and further `settings` are those of a run's `tasks`. The contract: a problem has a uid that no
     other one has, a message of the user and an answer; the same index is the same problem whenever it is asked, in
@@ -51,10 +51,10 @@ def check_task(
         asked = [text for role, text in problem.messages if role == "user" and text.strip()]
         assert asked, f"problem({index}) asks nothing: {problem}"
     uids = [problem.uid for problem in problems]
-    assert len(set(uids)) == count, f"some of the uids are the same: {', '.join(sorted(uids))}"
+    assert len(set(uids)) == count, f"some problems have the same uid: {', '.join(sorted(uids))}"
     fresh = load_task(config, seed)
     for index in reversed(range(count)):
-        assert fresh.problem(index) == problems[index], f"problem({index}) depends on what was asked before it"
+        assert fresh.problem(index) == problems[index], f"problem({index}) depends on the problems requested before it"
     if source.size is not None:
         try:
             beyond = source.problem(source.size)
@@ -97,7 +97,7 @@ def _print_digest(config: str, seed: str, count: str) -> None:
 
 
 def check_sink(name: str, run_folder: str | Path) -> None:
-    """Use a metric sink as a run does, and assert its contract: it takes what a run writes, and goes on.
+    """Uses a metric sink as a run does, and asserts its contract: it accepts what a run writes.
 
     The contract: it is made with the run's folder alone; it takes names that it has not seen before, steps without
     any value, and after a resume steps that it had before; it leaves the values as they are; it can be closed. What

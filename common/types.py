@@ -1,6 +1,6 @@
-"""What crosses a boundary between the services: frozen dataclasses of plain values and NumPy arrays.
+"""The types that cross the boundary between the services: frozen dataclasses of plain values and NumPy arrays.
 
-Nothing here imports torch, Ray or the services, so every process (and every test) can read a trajectory.
+This module imports neither torch, Ray nor the services, so every process can read a trajectory.
 
 Example: one sample of a group, K = 3, two latent steps, then `</think>`, an answer token and EOS::
 
@@ -22,7 +22,7 @@ FinishReason = Literal["stop", "length", "aborted"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One row of a task: what is asked and the gold answer."""
+    """One row of a task: the problem and its gold answer."""
 
     uid: str  # task name + row index: contents repeat in real data (METHOD §2.5)
     task: str
@@ -33,7 +33,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenFacts:
-    """What the pipeline needs to know of a tokenizer, resolved and checked once at start (`common.prompts`)."""
+    """The facts of a tokenizer that the pipeline needs, resolved and checked once at start (`common.prompts`)."""
 
     vocab_size: int  # V: rows of the model's output, padding rows included
     allowed: np.ndarray  # [V] bool: ids that the tokenizer has; others are never sampled (METHOD §2.1)
@@ -43,7 +43,7 @@ class TokenFacts:
 
     @property
     def latent_end(self) -> int:
-        """`latent_end_id` for what takes latent steps; a run of latent steps refuses a tokenizer without one."""
+        """`latent_end_id`, for code that takes latent steps. Raises ValueError for a tokenizer without one."""
         if self.latent_end_id is None:
             raise ValueError("this tokenizer has no token for the end of thinking, so it has no latent steps")
         return self.latent_end_id
@@ -51,7 +51,7 @@ class TokenFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """How the samples of one group are drawn (METHOD §2). Settings travel with each request, never with a batch."""
+    """The sampling settings of one group (METHOD §2). They travel with each request, never with a batch."""
 
     mode: Literal["latent", "visible"]  # how the response starts; `grpo` starts (and stays) visible
     max_tokens: int  # response steps, latent and hard together
@@ -66,7 +66,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRequest:
-    """A prompt and the samples wanted of it: the unit of dispatch, of retry and of exactly-once delivery."""
+    """A prompt and its requested samples: the unit of dispatch, of retry and of exactly-once delivery."""
 
     group_uid: str
     problem_uid: str
@@ -83,7 +83,7 @@ class GroupRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyVersion:
-    """Which weights: a number that rises by one with every publication, and the checksum of the published bytes."""
+    """The version of published weights: a number that rises by one with every publication, and their checksum."""
 
     version: int
     checksum: str
@@ -91,10 +91,10 @@ class PolicyVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """One sample: the Arrow row of `common.schema`, as NumPy arrays. L latent steps, H hard steps, T = L + H.
+    """One sample: the Arrow row of `common.schema` as NumPy arrays, with L latent steps, H hard steps and T = L + H.
 
-    An engine fills everything but the text and the grade; the worker that owns it adds those.
-    `reward is None` means ungraded: the sample never enters statistics (METHOD §4).
+    An engine fills everything but the text and the grade, which its worker adds. `reward is None` means ungraded: the
+    sample never enters statistics (METHOD §4).
     """
 
     run_id: str = ""
@@ -127,5 +127,5 @@ class Trajectory:
 
     @property
     def num_steps(self) -> int:
-        """T: response steps, latent and hard, end token and EOS included (METHOD §8's chain length)."""
+        """T, the number of response steps, latent and hard, end token and EOS included (METHOD §8's chain length)."""
         return len(self.latent_ids) + len(self.hard_ids)

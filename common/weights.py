@@ -1,9 +1,9 @@
-"""The format of published weights: flat byte buckets with a manifest, and the checksum both ends must agree on.
+"""The format of published weights: flat byte buckets with a manifest, and the checksum on which both ends must agree.
 
-The learner packs (`pack`), the object store or NCCL carries, an engine verifies and unpacks (`unpack`). A bucket's
-checksum catches a damaged transfer before anything is applied; the publication's checksum is over names, shapes,
-dtypes and bytes of all tensors whatever the bucketing, so an engine can compute it from its own parameters after
-loading (REQUIREMENTS 3). xxh3-128 runs at memory speed.
+The learner packs them (`pack`), the object store or NCCL carries them, and an engine verifies and unpacks them
+(`unpack`). A bucket's checksum catches a damaged transfer before anything is applied. The publication's checksum covers
+names, shapes, dtypes and bytes of all tensors whatever the bucketing, so an engine can compute it from its own
+parameters after loading (REQUIREMENTS 3). xxh3-128 runs at memory speed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ALIGNMENT = 64  # bytes; every tensor starts on a boundary that any dtype may be
 
 
 class WeightsCorrupt(LatentGRPOError, ValueError):
-    """Published bytes do not match their checksum."""
+    """Published bytes that do not match their checksum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSlot:
-    """Where a tensor lies in its bucket."""
+    """The place of a tensor in its bucket."""
 
     name: str
     dtype: str  # "float32"
@@ -59,20 +59,20 @@ class WeightManifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
-    """One policy version: what the buckets hold, and where they lie. The bytes live as long as a reference does."""
+    """One policy version: the manifest and the buckets, whose bytes live as long as a reference to them."""
 
     manifest: WeightManifest
     buckets: tuple[Any, ...]  # Ray object references to uint8 arrays [nbytes], in the manifest's order
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's bytes as a flat uint8 array; a view where it lies contiguous in host memory."""
+    """Returns the tensor's bytes as a flat uint8 array, a view where it lies contiguous in host memory."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy() if len(flat) else np.empty(0, np.uint8)
 
 
 def checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """xxh3-128 over (name, dtype, shape, bytes) of all tensors, whatever their order."""
+    """Returns the xxh3-128 over (name, dtype, shape, bytes) of all tensors, whatever their order."""
     return combine_checksums(tensor_checksum(name, tensor) for name, tensor in tensors)
 
 
@@ -87,7 +87,7 @@ def combine_checksums(parts: Iterable[str]) -> str:
 
 
 def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[tuple[BucketManifest, np.ndarray]]:
-    """Buckets of about `bucket_bytes` (a larger tensor gets one of its own): manifest and uint8 array [nbytes]."""
+    """Yields buckets of about `bucket_bytes` (a larger tensor gets its own): manifest and uint8 array [nbytes]."""
     pending: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in tensors:
@@ -102,7 +102,7 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iter
 
 
 def unpack(manifest: BucketManifest, data: np.ndarray) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of a bucket, as read-only views of `data`. Raises :class:`WeightsCorrupt` before returning any."""
+    """Returns a bucket's tensors as read-only views of `data`. Raises :class:`WeightsCorrupt` before returning any."""
     found = xxhash.xxh3_128_hexdigest(data.data) if len(data) == manifest.nbytes else f"{len(data)} bytes"
     if found != manifest.checksum:
         raise WeightsCorrupt(

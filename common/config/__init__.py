@@ -1,6 +1,6 @@
 """Every setting of a run. The key names are a public interface: profiles, `config.json` and the documents use them.
 
-Imports neither torch, Ray nor transformers, so `latent-grpo validate` answers in a second.
+It imports neither torch, Ray nor transformers, so that `latent-grpo validate` answers in a second.
 """
 
 from __future__ import annotations

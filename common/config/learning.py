@@ -85,7 +85,7 @@ class InductionConfig(Section):
     encoder_steps: PositiveInt = 200
     """The encoder learns alone for this many steps first, against the initial model as decoder."""
     decoder_steps: PositiveInt = 200
-    """The decoder learns alone for this many steps then."""
+    """The decoder then learns alone for this many steps."""
     union_steps: PositiveInt = 200
     """Both learn together for this many steps at the end."""
     batch_size: PositiveInt = 192
@@ -124,6 +124,7 @@ class LatentSFTConfig(Section):
     evaluate_every: PositiveInt = 10
     """The held-out pass@1 is measured after every so many steps, with the noise off."""
     evaluation_problems: PositiveInt = 512
-    """This many problems of all tasks together are held out for that; of a stored task at most a tenth of its rows."""
+    """This many problems of all tasks together are held out to measure pass@1; of a stored task at most a tenth of its
+    rows."""
     stop_at: Share | None = None
-    """The training ends early where the held-out pass@1 reaches this; null: after `max_steps`."""
+    """The training ends early when the held-out pass@1 reaches this; null: it ends after `max_steps`."""

@@ -1,4 +1,4 @@
-"""A profile with overrides becomes a RunConfig; one line for each fault."""
+"""The loading of a RunConfig from a profile with overrides, with one line for each fault."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from latent_grpo.common.errors import ConfigError
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a profile (name, path or mapping), applies dotted overrides and validates.
 
-    `overrides`: `key.sub=value`, value in YAML; list items by index (`tasks.0.path=x`). When an override changes
-    `algorithm`, what the file says of the objective is left to the new algorithm's defaults (METHOD §9), so that
+    `overrides` are `key.sub=value`, with the value in YAML and list items by index (`tasks.0.path=x`). When an override
+    changes `algorithm`, the file's keys of the objective give way to the new algorithm's defaults (METHOD §9), so that
     `algorithm=soft_grpo` is Soft-GRPO on every profile; for `grpo` all latent-only keys of the file are left out. Keys
-    given as overrides count. Raises :class:`ConfigError` with one line per fault.
+    given as overrides stay. Raises :class:`ConfigError` with one line per fault.
     """
     data = dict(source) if isinstance(source, dict) else read_profile(source)
     changed = [parse_override(o) for o in overrides]
@@ -39,12 +39,12 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
 
 
 def of_model(path: str) -> list[str]:
-    """Overrides that replace a profile's model by a finished one."""
+    """Returns overrides that replace a profile's model by a finished one."""
     return [f"model.path={path}", "model.new=null", "warm_start=null"]
 
 
 def parse_config(data: dict[str, Any]) -> RunConfig:
-    """Validates a mapping; :class:`ConfigError` names every faulty key."""
+    """Validates a mapping. Raises :class:`ConfigError`, which names every faulty key."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -56,7 +56,7 @@ def profiles_folder() -> Path:
 
 
 def read_profile(source: str | Path) -> dict[str, Any]:
-    """The mapping of a profile given by name (`quickstart`) or by path. `extends: NAME` starts from another profile."""
+    """Reads the mapping of a profile, by name (`quickstart`) or path. `extends: NAME` starts from another profile."""
     return read_mapping(source, profiles_folder(), "profile")
 
 
@@ -88,5 +88,5 @@ def _nearest(loc: tuple[int | str, ...]) -> str:
 
 
 def config_as_json(config: RunConfig) -> str:
-    """The resolved configuration, every effective default included."""
+    """Returns the resolved configuration as JSON, every effective default included."""
     return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"

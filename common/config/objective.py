@@ -1,4 +1,4 @@
-"""The keys that a run's algorithm decides where its settings do not (METHOD §9), once they are decided."""
+"""The values of the keys that a run's algorithm decides where its settings do not (METHOD §9)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latent_grpo.common.types import NoiseMode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """Values of the keys of the same names in :class:`RunConfig`, and of `noise.mode`; none is null."""
+    """The decided values of the keys of the same names in :class:`RunConfig`, and of `noise.mode`; none is null."""
 
     noise_mode: NoiseMode
     component_weighting: Literal["mixture", "uniform"]

@@ -1,4 +1,4 @@
-"""Sections about what is asked and who answers: tasks, prompts, verifiers by name, and the model."""
+"""The sections about problems and the model: tasks, prompts, verifiers by name, and the policy."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Columns(Section):
-    """These are the column names of a problem file. verl's `prompt` and `reward_model.ground_truth` are found by
-    themselves, and so are the raw columns of GPQA."""
+    """These are the column names of a problem file. verl's `prompt` and `reward_model.ground_truth`, and the raw
+    columns of GPQA, are found without settings."""
 
     problem: str = "problem"
     """This column holds the text of the problem."""
@@ -29,15 +29,15 @@ class PromptConfig(Section):
     system: str | None = None
     """The chat begins with this system message; null: it has none."""
     user: str = "{problem}"
-    """The user message is this text, with the problem in the place of `{problem}`."""
+    """The user message is this text, with the problem in place of `{problem}`."""
     format: str | None = None
-    """A plain-text prompt with `{problem}` takes the place of the chat template; null: the template is used."""
+    """A plain-text prompt with `{problem}` replaces the chat template; null: the template is used."""
     think_start: str = "<think>"
     """This text is appended unless the rendered prompt already ends with it (for `grpo` too: its explicit chain is
     thinking)."""
     think_end: str = "</think>"
-    """The first token id of this text is the latent-end token, which the tokenizer tells at the start (METHOD §1). It
-    is one for the whole run."""
+    """The first token id of this text under the model's tokenizer is the latent-end token (METHOD §1). A run has one
+    for all tasks."""
 
 
 class TaskConfig(Section):
@@ -45,13 +45,13 @@ class TaskConfig(Section):
     verifier, prompt and token budgets."""
 
     name: str
-    """The name tells the task from others; with a row's index it is a problem's identity (METHOD §2.5)."""
+    """The name identifies the task; with a row's index it identifies a problem (METHOD §2.5)."""
     path: str | None = None
     """The problems come from a `.parquet`, `.jsonl` or `.csv` file, from `hf:owner/dataset[:split]`, or from a program
     that makes them: `builtin:NAME`, or your own, `python:package.module:Name` (`examples/own_task`)."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
-    """A generated task takes these options (`common/tasks/arithmetic.py`), and `size`, how many problems are asked;
-    `config` names the configuration of a dataset of the hub."""
+    """A generated task takes these options (`common/tasks/arithmetic.py`), and `size`, its number of problems; `config`
+    names the configuration of a dataset of the hub."""
     columns: Columns = Columns()
     weight: Annotated[float, Field(gt=0)] = 1.0
     """The task's share of the run's prompts is this, relative to the weights of the other tasks."""
@@ -66,7 +66,7 @@ class TaskConfig(Section):
     """Responses are graded by `math`, `number`, `choice`, another registered verifier, one that `verifiers` defines, or
     one given by its import path `package.module:Name`."""
     prompt: PromptConfig | None = None
-    """This section takes the place of `model.prompt` for this task."""
+    """This section replaces `model.prompt` for this task."""
 
 
 class VerifierDefinition(Section):
@@ -76,12 +76,12 @@ class VerifierDefinition(Section):
     """The verifier is `weighted_sum`, `format`, `length_penalty`, `gate`, any other registered name, or an import path
     `package.module:Name`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """The verifier's constructor gets these arguments. A verifier inside is a mapping with `kind` and `options`
-    again."""
+    """The verifier's constructor gets these arguments. An inner verifier is again a mapping with `kind` and
+    `options`."""
 
 
 class NewModelConfig(Section):
-    """A small model with random weights is made on the spot (quickstart, demonstrations, tests)."""
+    """A small model with random weights is made at the start of the run (quickstart, demonstrations, tests)."""
 
     architecture: Literal["llama", "qwen2", "qwen3", "gpt2"] = "llama"
     """The model is a causal language model of this kind."""
@@ -113,7 +113,7 @@ class ModelConfig(Section):
     """The model is this folder or hub id of a Hugging Face causal language model with its tokenizer."""
     new: NewModelConfig | None = None
     dtype: Dtype = "float32"
-    """Forward passes compute in this type; master weights and logits are float32 always (METHOD §5)."""
+    """Forward passes compute in this type; master weights and logits are always float32 (METHOD §5)."""
     prompt: PromptConfig = PromptConfig()
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The settings as data, read from the models: every key with its type, values, default, rules and sentence.
+"""The reference of the settings as data, read from the models: each key's type, values, default, rules and sentence.
 
 A key of a list's sections has `N` in the index's place (`tasks.N.path`), one of a mapping's has `NAME`
 (`verifiers.NAME.kind`).
@@ -22,14 +22,14 @@ from latent_grpo.common.config.run import ALGORITHM_DEFAULTS, RunConfig
 from latent_grpo.common.config.section import Section
 from latent_grpo.common.errors import ConfigError
 
-NEAREST = 5  # keys that the message about an unknown one names
+NEAREST = 5  # keys that the message about an unknown key lists
 PLAIN = {bool: "true or false", int: "whole number", float: "number", str: "text", NoneType: "null", Any: "any value"}
 BOUNDS = ((Gt, "gt", ">"), (Ge, "ge", ">="), (Lt, "lt", "<"), (Le, "le", "<="))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFacts:
-    """All that is known of one key."""
+    """The facts of one key."""
 
     name: str
     type: str  # in words, e.g. "whole number >= 1, or null"
@@ -43,7 +43,7 @@ class KeyFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SectionFacts:
-    """A section: what it is about, and its own keys."""
+    """A section: its text and its own keys."""
 
     name: str  # "" for the top level
     occurrence: str  # a sentence on whether it is optional, or one of several; empty where neither
@@ -53,7 +53,7 @@ class SectionFacts:
 
 
 def reference(prefix: str = "") -> tuple[SectionFacts, ...]:
-    """The sections, each before those inside it, with the keys at or below `prefix`.
+    """Returns the sections, each before those inside it, with the keys at or below `prefix`.
 
     Raises :class:`ConfigError` for a prefix that no key has, with the nearest keys.
     """
@@ -78,7 +78,7 @@ def covers(prefix: str, section: SectionFacts) -> bool:
 def _sections(
     model: type[Section], name: str, text: str, occurrence: str, rules: frozenset[Rule], defaults: Section | None
 ) -> Iterator[SectionFacts]:
-    """The section `name` and all below it. `defaults`: the instance that it is by default, if it is one."""
+    """Yields the section `name` and all below it. `defaults` is its default instance, if it has one."""
     own: list[KeyFacts] = []
     inside: list[Iterator[SectionFacts]] = []
     for field, info in model.model_fields.items():
@@ -140,7 +140,7 @@ def _occurrence(between: tuple[str, ...], default: Any) -> str:
 
 
 def _type(kind: Any) -> tuple[str, tuple[Any, ...]]:
-    """A type in words, and the values that it allows if it is a choice."""
+    """Returns a type in words, and the values that it allows if it is a choice."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         words, allowed = _type(parts[0])
@@ -163,7 +163,7 @@ def _type(kind: Any) -> tuple[str, tuple[Any, ...]]:
 
 
 def _bounds(marks: tuple[Any, ...]) -> list[str]:
-    """`>= 1` and the like, of pydantic's and annotated-types' marks."""
+    """Returns bounds such as `>= 1` from pydantic's and annotated-types' marks."""
     flat = [mark for outer in marks for mark in (outer.metadata if isinstance(outer, FieldInfo) else (outer,))]
     return [
         f"{sign} {getattr(mark, limit):g}" for kind, limit, sign in BOUNDS for mark in flat if isinstance(mark, kind)
@@ -197,7 +197,7 @@ def _nearest(prefix: str, everything: tuple[SectionFacts, ...]) -> str:
     same = [name for name in names if name.rpartition(".")[2] == last]
     close = difflib.get_close_matches(prefix, names, n=NEAREST)
     found = list(dict.fromkeys((*same, *close)))[:NEAREST]
-    if not found:  # nothing is spelled alike as a whole: the last part alone
+    if not found:  # no whole key is similar, so only last parts are compared
         ends = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in names}, n=2)
         found = [name for name in names if name.rpartition(".")[2] in ends][:NEAREST]
     return f"the nearest: {', '.join(found)}" if found else "`latent-grpo settings` lists all"

@@ -26,15 +26,15 @@ rollout:
 ```
 
 `latent-grpo settings PREFIX` prints a part of this page (`rollout`, `optimizer.lr`), and
-`latent-grpo validate --profile NAME` the values that a profile comes to. `METHOD` is [method](method.md), and terms are
-explained in the [glossary](glossary.md).
+`latent-grpo validate --profile NAME` prints the resolved values of a profile. `METHOD` is [method](method.md), and the
+[glossary](glossary.md) explains terms.
 """
 FOR_USERS = frozenset(Rule) - {Rule.TOKENS}
 """Rules that a reader can act on; the others are in the JSON only."""
 
 
 def as_text(prefix: str = "", width: int = 100) -> str:
-    """For a terminal of `width` columns."""
+    """Returns the reference as text for a terminal of `width` columns."""
     lines: list[str] = []
     for section in reference(prefix):
         if section.name and covers(prefix, section):
@@ -47,7 +47,7 @@ def as_text(prefix: str = "", width: int = 100) -> str:
 
 
 def as_json(prefix: str = "") -> str:
-    """One object per key, with the sections' texts beside them."""
+    """Returns the reference as JSON: one object per key, and the sections' texts."""
     sections = reference(prefix)
     about = [
         {"section": s.name, "occurrence": s.occurrence, "rules": _names(s.rules), "description": s.text}
@@ -72,7 +72,7 @@ def as_json(prefix: str = "") -> str:
 
 
 def as_markdown(prefix: str = "") -> str:
-    """The page docs/settings.md, a table a section."""
+    """Returns the page docs/settings.md, with one table per section."""
     sections = reference(prefix)
     parts = [] if prefix else [INTRODUCTION, _filled("Sections: " + ", ".join(map(_link, sections)) + ".")]
     for section in sections:
@@ -92,7 +92,7 @@ def _title(section: SectionFacts) -> str:
 
 
 def _link(section: SectionFacts) -> str:
-    """To the section's heading, by the name that GitHub gives it."""
+    """Links to the section's heading, by the anchor that GitHub gives it."""
     return f"[{_title(section)}](#{_title(section).lower().replace('.', '').replace(' ', '-')})"
 
 
@@ -101,7 +101,7 @@ def _filled(text: str) -> str:
 
 
 def _row(key: KeyFacts, known: tuple[Rule, ...]) -> str:
-    """A key's row; rules of the whole section (`known`) stand above the table."""
+    """Returns a key's row; rules of the whole section (`known`) stand above the table."""
     name = key.name.rpartition(".")[2]
     values = ", ".join(f"`{_value(value)}`" for value in key.allowed) or key.type
     rules = [f"*This key {rule.value}.*" for rule in key.rules if rule in FOR_USERS.difference(known)]
@@ -125,7 +125,7 @@ def _default(key: KeyFacts, quote: str = "", word: str = "default ") -> str:
 
 
 def _value(value: Any) -> str:
-    """A value as it may be written in YAML."""
+    """Formats a value as YAML accepts it."""
     if isinstance(value, str) and re.fullmatch(r"[\w<>/.-]+", value):
         return value
     return re.sub(r"e-0(\d)", r"e-\1", json.dumps(value))

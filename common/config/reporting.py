@@ -1,4 +1,4 @@
-"""Sections about what a run measures, keeps and warns of: evaluation, checkpoints, dumps, metrics, alarms."""
+"""The sections about what a run measures, keeps and reports: evaluation, checkpoints, dumps, metrics, alarms."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class EvaluationConfig(Section):
     pass_at_k: list[PositiveInt] | None = None
     """pass@k is given for these k; null: for those of 1, 4, 8, 16, 32 and 64 that `samples` allows."""
     sampled_problems: PositiveInt | None = None
-    """pass@k is measured on the first problems of each task, this many; null: on all."""
+    """pass@k is measured on this many problems of each task, the first ones; null: on all."""
     at_start: bool = True
     """The initial model is evaluated before training."""
     at_end: bool = True
@@ -50,12 +50,12 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """A checkpoint is the complete state of a run between two steps, which `--resume` goes on from."""
+    """A checkpoint is the complete state of a run between two steps, from which `--resume` continues."""
 
     every: Annotated[int, Field(ge=0)] = 10
     """A checkpoint is written after every so many steps; 0: only at the end and at an interrupt."""
     keep: PositiveInt = 2
-    """Only the newest checkpoints stay, this many."""
+    """This many checkpoints are kept, the newest ones."""
 
 
 class DumpConfig(Section):
@@ -64,15 +64,15 @@ class DumpConfig(Section):
     every: Annotated[int, Field(ge=0)] = 1
     """One step of every so many is dumped; 0: none."""
     after_checkpoint: bool = True
-    """The first step and those after a checkpoint are dumped too, whatever `every` says: `replay` needs no others for
-    them."""
+    """The first step and those after a checkpoint are dumped too, whatever `every` says, since `replay` needs no other
+    dumps for them."""
     which: Literal["all", "failures"] = "all"
     """Dumps hold all samples (`all`), or leave out those that ended by themselves and were graded right (`failures`),
     and cannot be replayed then."""
     keep_steps: PositiveInt | None = None
-    """Only the newest dumped steps stay, this many; null: all stay."""
+    """This many dumped steps are kept, the newest ones; null: all."""
     keep_bytes: PositiveInt | None = None
-    """The oldest dumped steps are removed when all together have more bytes than this; null: there is no limit."""
+    """The oldest dumped steps are removed when all of them together exceed this many bytes; null: there is no limit."""
     queue: PositiveInt = 2
     """This many steps may wait for the disk; training waits when there would be more."""
     evaluation: bool = False
@@ -80,7 +80,7 @@ class DumpConfig(Section):
 
 
 class MetricsConfig(Section):
-    """Metrics go to `metrics.jsonl` in the run's folder always, and to these sinks besides (docs/health.md)."""
+    """Metrics always go to `metrics.jsonl` in the run's folder, and also to these sinks (docs/health.md)."""
 
     sinks: list[str] = Field(default_factory=lambda: ["console"])
     """A sink is `console`, `tensorboard`, `wandb`, `prometheus`, or an import path `package.module:Name`."""
@@ -119,7 +119,7 @@ class HealthConfig(Section):
     min_ratio_p01: Limit = 0.5
     """The 1st percentile of the policy ratio is at least this."""
     max_clipped_share: Limit = 0.3
-    """The share of response steps that a clip bound holds back is at most this."""
+    """The share of response steps whose gradient a clip bound stops is at most this."""
     max_zero_variance_share: Limit = 0.9
     """The share of groups whose rewards are all equal is at most this."""
     max_no_answer_share: Limit = 0.9

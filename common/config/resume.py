@@ -1,4 +1,4 @@
-"""Which settings a resumed run may change."""
+"""The rule for the settings that a resumed run may change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latent_grpo.common.config.run import RunConfig
 
 
 def refused_changes(stored: RunConfig, wanted: RunConfig) -> list[str]:
-    """`key: old -> new` of every change that the key's rules do not allow."""
+    """Returns `key: old -> new` for every change that the key's rules do not allow."""
     before, after = _flat(stored.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
 

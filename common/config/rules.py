@@ -1,4 +1,4 @@
-"""What is true of a key besides its type and range, as marks of its annotation:
+"""The rules of a key besides its type and range, as marks of its annotation:
 
     max_rows: Annotated[PositiveInt, Rule.MAY_CHANGE] = 256
 
@@ -14,7 +14,7 @@ from latent_grpo.common.config.section import Section
 
 
 class Rule(Enum):
-    """A rule. Its value says it in words that go on from "this key"."""
+    """A rule. Its value completes a sentence that begins with "this key"."""
 
     MAY_CHANGE = "may change when a run is resumed"
     """The key decides where and how fast, not what is computed."""
@@ -25,7 +25,7 @@ class Rule(Enum):
 
 
 def section_in(annotation: Any) -> tuple[tuple[str, ...], type[Section]] | None:
-    """The section that a field holds, and what stands between their keys: `N` for a list's index, `NAME` for a name."""
+    """Returns the section that a field holds, and the part between their keys: `N` for an index, `NAME` for a name."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return (), annotation
     own: dict[Any, tuple[str, ...]] = {list: ("N",), dict: ("NAME",)}
@@ -37,7 +37,7 @@ def section_in(annotation: Any) -> tuple[tuple[str, ...], type[Section]] | None:
 
 
 def keys_with(model: type[Section], rule: Rule) -> tuple[str, ...]:
-    """The dotted keys that have a rule, as they are defined; where a section has it, the section alone."""
+    """Returns the dotted keys that have a rule, in order of definition; where a section has it, the section alone."""
     found: list[str] = []
     for name, info in model.model_fields.items():
         if rule in info.metadata:
@@ -49,7 +49,7 @@ def keys_with(model: type[Section], rule: Rule) -> tuple[str, ...]:
 
 
 def rules_of(model: type[Section], key: str) -> frozenset[Rule]:
-    """The rules of a dotted key (`tasks.0.path`), those of its sections included."""
+    """Returns the rules of a dotted key (`tasks.0.path`), those of its sections included."""
     found: set[Rule] = set()
     parts = iter(key.split("."))
     for part in parts:

@@ -1,10 +1,10 @@
 """Every setting of a run: pydantic models, one YAML file and dotted command-line overrides.
 
-Imports neither torch, Ray nor transformers, so `latent-grpo validate` answers in a second. The key names are a
+It imports neither torch, Ray nor transformers, so that `latent-grpo validate` answers in a second. The key names are a
 public interface: profiles, the resolved `config.json` of a run and the documentation use them.
 
 A setting that the algorithm decides (METHOD §9) is `None` until :class:`RunConfig` has filled it in; a user's
-explicit value wins, which is how every ablation is one line.
+explicit value wins, so that every ablation is one line.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class RunConfig(Section):
     """A component's weight in a latent step's log-density is its mixture weight (`mixture`), or 1/K (`uniform`)
     (METHOD §3.1)."""
     flip: Annotated[Literal["reference", "sign", "off"] | None, Rule.OBJECTIVE, Rule.LATENT_ONLY] = None
-    """The straight-through gradient of components with d < 0 and no positive advantage is bounded (`reference`), turned
-    to the advantage's sign (`sign`), or left alone (`off`) (METHOD §3.2)."""
+    """The straight-through gradient of components with d < 0 and no positive advantage is bounded (`reference`),
+    flipped to the advantage's sign (`sign`), or unchanged (`off`) (METHOD §3.2)."""
     first_token: Annotated[bool | None, Rule.OBJECTIVE] = None
     """The first response step is learned from the most likely correct sample of a group alone (METHOD §4.2)."""
     masking: Annotated[Literal["exclude", "include", "off"] | None, Rule.OBJECTIVE] = None
@@ -107,14 +107,14 @@ class RunConfig(Section):
     # objective (METHOD §5)
     clip: ClipConfig = ClipConfig()
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
-    """The loss has the KL divergence from the initial model with this coefficient; 0: without (METHOD §5)."""
+    """The KL divergence from the initial model has this coefficient in the loss; 0: there is no KL term (METHOD §5)."""
     freeze_embeddings: bool = True
     """Input embeddings are not trained, and neither is an output layer that is tied to them (METHOD §5)."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
     model: Annotated[ModelConfig, Rule.TOKENS]
     warm_start: Annotated[LatentSFTConfig | None, Rule.TOKENS] = None
-    """This section puts Latent-SFT before the RL steps; null: the model has a latent start already."""
+    """This section puts Latent-SFT before the RL steps; null: the model already has a latent start."""
     tasks: Annotated[list[TaskConfig], Rule.TOKENS]
     """The policy is trained on these tasks; at least one is needed."""
     verifiers: dict[str, VerifierDefinition] = Field(default_factory=dict)
@@ -152,7 +152,7 @@ class RunConfig(Section):
     def latent_sft(self) -> LatentSFTConfig:
         """The section `warm_start`. Raises ConfigError where the settings have none."""
         if self.warm_start is None:
-            raise ConfigError("Latent-SFT needs the section warm_start; add it (an empty one takes the defaults)")
+            raise ConfigError("Latent-SFT needs the section warm_start; add it (an empty section uses the defaults)")
         return self.warm_start
 
     @property
@@ -215,7 +215,7 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, Any]] = {
         "masking": "off",
     },
 }
-"""METHOD §9: an algorithm is nothing but these defaults (and, for `grpo`, a response that starts visible)."""
+"""The defaults of each algorithm, which are all that defines it, with the visible start of `grpo` (METHOD §9)."""
 
 OBJECTIVE_KEYS = frozenset(keys_with(RunConfig, Rule.OBJECTIVE))
 LATENT_ONLY_KEYS = keys_with(RunConfig, Rule.LATENT_ONLY)
@@ -225,7 +225,7 @@ LATENT_ONLY_KEYS = keys_with(RunConfig, Rule.LATENT_ONLY)
 
 
 def conflicts(config: RunConfig) -> list[str]:
-    """What cannot work or has no effect; each sentence names the keys, the values received and what to set."""
+    """Returns what cannot work or has no effect; each sentence names the keys, the values and what to set."""
     problems: list[str] = []
     prompts, mini = config.prompts_per_step, config.minibatch_prompts
     if prompts % mini:
@@ -296,7 +296,7 @@ def changed(section: BaseModel, key: str) -> bool:
 
 
 def _engine_problems(config: RunConfig) -> list[str]:
-    """What a rollout engine refuses of every group."""
+    """Returns the settings with which a rollout engine would refuse every group."""
     largest = {
         "group_size": config.group_size,
         "evaluation.runs": config.evaluation.runs if config.evaluation.tasks else 0,
@@ -311,7 +311,7 @@ def _engine_problems(config: RunConfig) -> list[str]:
 
 
 def _objective_problems(config: RunConfig) -> list[str]:
-    """Settings that the learner could only refuse after the warm start."""
+    """Returns faults that the learner would otherwise find only after the warm start."""
     problems, clip = [], config.clip
     if clip.dual < 1 + clip.high:
         problems.append(f"clip.dual ({clip.dual:g}) must be at least 1 + clip.high ({1 + clip.high:g})")
@@ -337,7 +337,7 @@ def _objective_problems(config: RunConfig) -> list[str]:
 
 
 def _without_effect(config: RunConfig) -> list[str]:
-    """Keys that differ from their defaults and do nothing with the others."""
+    """Returns keys that differ from their defaults and have no effect with the other settings."""
     idle = {
         "importance_cap": (changed(config, "importance_cap") and not config.max_staleness, "max_staleness 0"),
         "max_dispatch_factor": (
@@ -357,7 +357,7 @@ def _without_effect(config: RunConfig) -> list[str]:
     end = config.model.prompt.think_end
     problems += [
         f"task {task.name}: prompt.think_end {task.prompt.think_end!r} differs from model.prompt.think_end {end!r}; "
-        "the latent-end token is one for the whole run: set model.prompt.think_end"
+        "a run has one latent-end token for all tasks: set model.prompt.think_end"
         for task in (*config.tasks, *config.evaluation.tasks)
         if task.prompt is not None and changed(task.prompt, "think_end") and task.prompt.think_end != end
     ]
@@ -365,7 +365,7 @@ def _without_effect(config: RunConfig) -> list[str]:
 
 
 def _vllm_problems(config: RunConfig) -> list[str]:
-    """Settings that the vLLM engine cannot serve; which vLLM and which models it can: `deploy.checks.validate`."""
+    """Returns settings that the vLLM engine cannot serve; `deploy.run.preparation` checks its version and the model."""
     rollout, vllm = config.rollout, config.rollout.vllm
     if rollout.engine != "vllm":
         if vllm != type(vllm)():
@@ -373,9 +373,9 @@ def _vllm_problems(config: RunConfig) -> list[str]:
         return []
     problems = []
     if config.deterministic:
-        problems.append("deterministic: true needs rollout.engine transformers; vLLM batches as it likes")
+        problems.append("deterministic: true needs rollout.engine transformers, since vLLM's batches depend on timing")
     if rollout.device != "auto":
-        problems.append(f"rollout.device ({rollout.device}) has no effect with rollout.engine vllm: its build decides")
+        problems.append(f"rollout.device ({rollout.device}) has no effect with rollout.engine vllm; remove it")
     if vllm.in_flight_updates and config.max_staleness == 0:
         problems.append("rollout.vllm.in_flight_updates needs max_staleness of 1 or more, got 0")
     gpus = rollout.resources.num_gpus
@@ -385,5 +385,7 @@ def _vllm_problems(config: RunConfig) -> list[str]:
             f"rollout.resources.num_gpus to {vllm.tensor_parallel}, got {gpus:g}"
         )
     if vllm.memory_share is not None and not gpus:
-        problems.append("rollout.vllm.memory_share is of a GPU and rollout.resources.num_gpus is 0; use kv_cache_bytes")
+        problems.append(
+            "rollout.vllm.memory_share needs a GPU and rollout.resources.num_gpus is 0; set rollout.vllm.kv_cache_bytes"
+        )
     return problems

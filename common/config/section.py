@@ -1,4 +1,4 @@
-"""What every section of the settings is, and types of keys that several sections use."""
+"""The base class of the settings' sections, and types of keys that several sections use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A mapping of keys: unknown ones are refused, and the text below a key is its description."""
+    """A mapping of keys. Unknown keys are refused, and the text below a key is its description."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 

@@ -1,4 +1,4 @@
-"""Sections about where a run happens: what actors get, rollout workers, verifiers, the learner, deadlines."""
+"""The sections about the services of a run: actors' resources, rollout workers, verifiers, learner, deadlines."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class VLLMConfig(Section):
     in_flight_updates: bool = False
     """New weights are applied at once, in the middle of rollouts; `max_staleness` must be 1 or more."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """These further arguments go to vLLM's EngineArgs as they are; docs/vllm.md lists the accepted ones."""
+    """These further arguments go unchanged to vLLM's EngineArgs; docs/vllm.md lists the accepted ones."""
 
 
 class RolloutConfig(Section):
@@ -101,8 +101,8 @@ class LearnerConfig(Section):
 
 
 class DeadlineConfig(Section):
-    """Every wait has a deadline, in seconds. A component that misses its own is restarted, or the run stops and says
-    so."""
+    """Every wait has a deadline, in seconds. A component that misses its deadline is restarted, or the run stops with
+    an error that names it."""
 
     start_s: Annotated[float, Field(gt=0)] = 300.0
     """An actor has this many seconds to be scheduled, to load its model and to answer."""
@@ -113,4 +113,4 @@ class DeadlineConfig(Section):
     weights_s: Annotated[float, Field(gt=0)] = 300.0
     """A worker has this many seconds to fetch and verify one publication."""
     dump_s: Annotated[float, Field(gt=0)] = 600.0
-    """The disk has this many seconds to take the dumps that wait for it."""
+    """The disk has this many seconds to write the dumps that wait for it."""

@@ -12,7 +12,7 @@ from latent_grpo.common.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `off` is a word (a value of several settings), `1e-6` a number."""
+    """A loader of YAML 1.2's scalars: `off` is a word (a value of several settings), `1e-6` is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -32,7 +32,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_mapping(source: str | Path, folder: Path, what: str) -> dict[str, Any]:
-    """A YAML file given by its name in `folder` or by path; `what` is it called in errors."""
+    """Reads a YAML file, by its name in `folder` or by path; errors call it `what`."""
     path = Path(source)
     if path.suffix not in {".yaml", ".yml", ".json"}:
         path = folder / f"{source}.yaml"
@@ -50,7 +50,7 @@ def read_mapping(source: str | Path, folder: Path, what: str) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """`a.b=1` -> (["a", "b"], 1)."""
+    """Parses `a.b=1` into (["a", "b"], 1)."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {text!r}: expected key=value, for example rollout.workers=4")
@@ -62,7 +62,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def with_value(node: Any, path: list[str], value: Any, whole: str) -> Any:
-    """A copy of `node` with the value at `path` set."""
+    """Returns a copy of `node` with the value at `path` set."""
     if not path:
         return value
     head, rest = path[0], path[1:]
@@ -78,7 +78,7 @@ def with_value(node: Any, path: list[str], value: Any, whole: str) -> Any:
 
 
 def without(node: Any, path: list[str]) -> Any:
-    """A copy of `node` that lacks the key at `path`; `node` itself where there is no such key."""
+    """Returns a copy of `node` without the key at `path`, or `node` itself if it has no such key."""
     head, rest = path[0], path[1:]
     if not isinstance(node, dict) or head not in node:
         return node

@@ -1,4 +1,4 @@
-"""The eight benchmarks (METHOD §8): grader, prompt and budget of each, which file holds it, how to get that file."""
+"""The eight benchmarks (METHOD §8): verifier, prompt, budget and file of each, and how to get that file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GET_GPQA = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """Defaults of a task of this name. Budgets in tokens, the response's latent and hard steps together."""
+    """The defaults of a benchmark's task. Budgets are in tokens, the response's latent and hard steps together."""
 
     level: Literal["low", "high"]
     verifier: str
@@ -85,11 +85,11 @@ PROFILE_FILES = {
     ),
     "gsm8k-test": f"a .parquet file with the columns problem and answer is expected; {MADE_FROM_TEXT}",
 }
-"""Task of a shipped profile that is no benchmark -> how to get its file."""
+"""Tasks of shipped profiles that are no benchmarks -> how to get their files."""
 
 
 def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:
-    """`config` with the benchmark's values where the user gave none; any other name is returned as it is."""
+    """Fills in the benchmark's values where the user gave none; a config of any other name is returned unchanged."""
     benchmark = BENCHMARKS.get(config.name)
     if benchmark is None:
         return config
@@ -97,17 +97,17 @@ def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:
 
 
 def how_to_get(name: str) -> str:
-    """A sentence for the message that the file of a benchmark or a profile is missing; empty for another task."""
+    """Returns a sentence on how to get the file of a benchmark or a profile; empty for another task."""
     known = BENCHMARKS[name].how_to_get if name in BENCHMARKS else PROFILE_FILES.get(name)
     return f". {name}: {known}" if known else ""
 
 
 def benchmark_tasks(names: Sequence[str], folder: str | Path) -> list[TaskConfig]:
-    """The named benchmarks, with the files of `folder`. Raises ConfigError for an unknown name or a missing file."""
+    """Returns the named benchmarks with files of `folder`. Raises ConfigError for unknown names or missing files."""
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown or not names:
         raise ConfigError(
-            f"unknown benchmark(s) {', '.join(unknown) or '(none given)'}; there is: {', '.join(BENCHMARKS)}"
+            f"unknown benchmark(s) {', '.join(unknown) or '(none given)'}; known are {', '.join(BENCHMARKS)}"
         )
     tasks, missing = [], []
     for name in dict.fromkeys(names):

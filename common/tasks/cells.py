@@ -1,4 +1,4 @@
-"""A cell of a table as text: a missing one is empty, whatever its source writes for it."""
+"""Cells of a table as text, where a missing cell is empty, whatever its source writes for it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _MISSING = frozenset({"nan", "NaN", "NaT", "<NA>"})  # of float and NumPy, of De
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: None, NaN, pandas' NA. A text never is, not even the text "nan"."""
+    """Whether a cell holds nothing: None, NaN, pandas' NA. A text is never missing, not even "nan"."""
     return value is None or (not isinstance(value, str) and str(value) in _MISSING)
 
 
 def cell_text(value: Any) -> str:
-    """Empty for a missing value."""
+    """Returns a cell's text, which is empty for a missing value."""
     return "" if is_missing(value) else str(value)

@@ -1,4 +1,4 @@
-"""Generated problems: what a generator is, and a user's own, which is checked as it is used."""
+"""Generators of problems: their Protocol, and the wrapper that checks a user's own generator while it is used."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from latent_grpo.common.plugins import PluginError, load_plugin
 from latent_grpo.common.types import Problem
 
 PREFIX = "python:"
-CHECKED_PROBLEMS = 8  # at the start
+CHECKED_PROBLEMS = 8  # problems that are checked at the start
 
 
 class GeneratorError(ConfigError):
-    """A user's generator that cannot be made, or makes what cannot be asked. The message says what to change."""
+    """A user's generator that cannot be made, or that makes unusable problems. The message says what to change."""
 
 
 class Generator(Protocol):
     """The plug point: a program that makes problems, named as `path: builtin:NAME` or `python:package.module:Name`.
 
     It is made with `name` (the task's), `seed` (the run's), `split` and the task's `options`, which may also give
-    another seed or split. It makes the problem of any index: the same one whenever and wherever it is asked. A
-    problem's uid is `NAME/` and what no other problem of the task has. `split` is `training` or `evaluation`: no
-    problem is in both, whatever the seed, for Latent-SFT is judged on the second. An attribute `size` says how many
-    problems there are; without it they never run out. `latent_grpo.common.testing.check_task` is the contract.
+    another seed or split. It makes the problem of any index, always and everywhere the same one. A problem's uid is
+    `NAME/` and a part that no other problem of the task has. `split` is `training` or `evaluation`: no problem is in
+    both, whatever the seed, since Latent-SFT is evaluated on the second. An attribute `size` says how many problems
+    there are; without it the task is endless. `latent_grpo.common.testing.check_task` is the contract.
     """
 
     def problem(self, index: int) -> Problem: ...
@@ -33,7 +33,7 @@ class Generator(Protocol):
 class UsersGenerator:
     """The generator of a task whose path is `python:package.module:Name`. Raises :class:`GeneratorError`.
 
-    `options` are what it is made with besides the task's name.
+    `options` are its constructor's arguments besides the task's name.
     """
 
     def __init__(self, config: TaskConfig, options: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class UsersGenerator:
             raise self._error(f"its size must be a positive whole number, or None, got {self.size!r}")
 
     def problem(self, index: int) -> Problem:
-        """The generator's problem, if it can be asked."""
+        """Returns the generator's problem. Raises :class:`GeneratorError` if it is unusable."""
         try:
             problem = self._generator.problem(index)
         except Exception as error:  # a user's method may raise anything
@@ -67,17 +67,17 @@ class UsersGenerator:
         name, messages = self._task.name, problem.messages
         for key, good, wanted in (
             ("task", problem.task == name, f"the task's name {name!r}"),
-            ("uid", _is_text(problem.uid) and problem.uid.startswith(f"{name}/"), f"'{name}/' and what tells it apart"),
+            ("uid", _is_text(problem.uid) and problem.uid.startswith(f"{name}/"), f"'{name}/' and a part of its own"),
             ("answer", _is_text(problem.answer), "a text that is not empty"),
             ("cot", isinstance(problem.cot, str), "a text, empty where there is no chain of thought"),
-            ("messages", _are_messages(messages), "a tuple of (role, text) pairs, one of them a user's that says more"),
+            ("messages", _are_messages(messages), "a tuple of (role, text) pairs, one of them a user's with text"),
         ):
             if not good:
                 raise self._error(f"problem({index}): {key} is {getattr(problem, key)!r:.200}; expected {wanted}")
         return problem
 
     def check_first(self, size: int | None, gradable: Callable[[str], bool] | None) -> None:
-        """Looks at the first problems: none changes, repeats a uid or has an answer that is not `gradable`."""
+        """Checks that none of the first problems changes, repeats a uid or has an answer that is not `gradable`."""
         problems = [self.problem(index) for index in range(min(CHECKED_PROBLEMS, size or CHECKED_PROBLEMS))]
         for index, problem in enumerate(problems):
             if (again := self.problem(index)) != problem:
@@ -102,7 +102,7 @@ def _is_text(value: object) -> bool:
 
 
 def _are_messages(value: object) -> bool:
-    """Whether it is a chat with something that a user says."""
+    """Whether it is a chat with text from the user."""
     if not isinstance(value, tuple):
         return False
     pairs = [m for m in value if isinstance(m, tuple) and len(m) == 2 and all(isinstance(part, str) for part in m)]

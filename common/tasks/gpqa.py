@@ -18,7 +18,7 @@ LETTERS = "ABCD"
 
 
 def with_letters(number: int, row: Mapping[str, Any]) -> tuple[str, str]:
-    """(question with its options, letter of the correct one) of row `number`; ("", "") where a part is missing."""
+    """Returns (question with its options, letter of the correct one) of row `number`; ("", "") if a part is missing."""
     parts = [cell_text(row.get(column)).strip() for column in (QUESTION, CORRECT, *INCORRECT)]
     if not all(parts):
         return parts[0], ""

@@ -1,4 +1,4 @@
-"""Rows of public benchmarks whose published answer is wrong. They stay in the data, as published, and are named.
+"""Rows of public benchmarks whose published answer is wrong. They stay in the data, as published, and are reported.
 
 A row is known by its problem text, whatever file it comes from. To drop such rows, or to correct them, is the user's
 decision: figures of papers include them.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class KnownFault:
-    """A published answer that is wrong, and how one can tell."""
+    """A published answer that is wrong, and the evidence."""
 
     benchmark: str
     published: str
@@ -31,12 +31,12 @@ _FAULTS: dict[str, KnownFault] = {
 
 
 def fingerprint(problem: str) -> str:
-    """A problem's text without white space, case, punctuation and LaTeX delimiters: two spellings have the same one."""
+    """Reduces a problem's text by white space, case, punctuation and LaTeX delimiters, so that spellings agree."""
     text = _DRESSING.sub("", problem).casefold()
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def known_fault(problem: str, answer: str) -> KnownFault | None:
-    """The fault of a row with this problem text, if its answer is the published, wrong one."""
+    """Returns the fault of a row with this problem text, if its answer is the published, wrong one."""
     fault = _FAULTS.get(fingerprint(problem))
     return fault if fault is not None and fault.published == answer.strip() else None

@@ -1,4 +1,4 @@
-"""Problems: from files, the hub or a generator, and the endless order in which training asks them (METHOD §2.5, §8).
+"""Sources of problems (files, the hub, generators), and the endless order of training (METHOD §2.5, §8).
 
 A problem's identity is task name and row number in its source, so dropping a faulty row renames no other.
 """
@@ -35,7 +35,7 @@ class TaskError(ConfigError):
 
 
 class TaskSource(Protocol):
-    """What a run reads of a task: problems by index. `size` is None where they never run out."""
+    """A run's view of a task: problems by index. `size` is None for an endless task."""
 
     config: TaskConfig
     dropped: dict[str, list[int]]  # reason -> row numbers in the source
@@ -47,7 +47,7 @@ class TaskSource(Protocol):
 
 
 class GeneratedTask:
-    """Problems made on demand, any index; `size` only bounds what an epoch or an evaluation asks."""
+    """Problems made on demand, at any index; `size` only limits an epoch or an evaluation."""
 
     def __init__(self, config: TaskConfig, make: Callable[[int], Problem], size: int | None) -> None:
         self.config = config
@@ -84,7 +84,7 @@ class StoredTask:
         return self._problems[index]
 
     def filtered(self, keep: Callable[[Problem], bool], reason: str) -> StoredTask:
-        """Without the problems that `keep` refuses, counted under `reason` (prompts that are too long, say)."""
+        """Returns the task without the problems that `keep` refuses, which are counted under `reason`."""
         kept, refused = [], []
         for problem in self._problems:
             if keep(problem):
@@ -98,7 +98,7 @@ class StoredTask:
 
 
 def describe_dropped(dropped: dict[str, list[int]]) -> str:
-    """`dropped 3 empty problem (rows 4, 9, 17)`; empty if nothing was."""
+    """Describes dropped rows as `dropped 3 empty problem (rows 4, 9, 17)`; empty if there are none."""
     parts = []
     for reason, rows in dropped.items():
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
@@ -107,10 +107,11 @@ def describe_dropped(dropped: dict[str, list[int]]) -> str:
 
 
 def load_task(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | None = None) -> TaskSource:
-    """The task's problems. `seed` is the run's (an option `seed` of a generated task wins).
+    """Loads the task's problems. `seed` is the run's; an option `seed` of a generated task takes precedence.
 
-    `gradable`: whether the task's verifier can read a gold answer; rows that it cannot are dropped and counted, for
-    a sample of such a row could never be right. The source's `config` has the benchmark's defaults filled in.
+    `gradable` says whether the task's verifier can read a gold answer; other rows are dropped and counted, since a
+    sample of such a row could never be right. The source's `config` has the benchmark's defaults filled in. Raises
+    TaskError.
     """
     config = with_benchmark_defaults(config)
     if config.path is None:
@@ -130,13 +131,13 @@ def load_task(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | N
 
 
 def is_generated(task: TaskConfig) -> bool:
-    """Whether a program makes the task's problems, so that no file has to be there."""
+    """Whether a program makes the task's problems, so that it needs no file."""
     return task.path is not None and task.path.startswith(("builtin:", PREFIX))
 
 
 def _built_in(config: TaskConfig, name: str, seed: int) -> GeneratedTask:
     if name not in BUILTIN:
-        raise TaskError(f"task {config.name}: no generated task {name!r}; there is: {', '.join(BUILTIN)}")
+        raise TaskError(f"task {config.name}: no generated task {name!r}; known are {', '.join(BUILTIN)}")
     options, size = _options_and_size(config, seed)
     try:
         source = BUILTIN[name](name=config.name, **options)
@@ -146,7 +147,7 @@ def _built_in(config: TaskConfig, name: str, seed: int) -> GeneratedTask:
 
 
 def _options_and_size(config: TaskConfig, seed: int) -> tuple[dict[str, Any], int | None]:
-    """What a generator is made with, and how many of its problems are asked (None: no end)."""
+    """Returns a generator's arguments, and the number of its problems (None: endless)."""
     options = {"seed": seed, **config.options}
     size = options.pop("size", None)
     if size is not None and (not isinstance(size, int) or size < 1):
@@ -256,13 +257,13 @@ def _read_csv(config: TaskConfig, file: Path) -> list[Row]:
         if None in row or None in row.values():
             raise TaskError(
                 f"task {config.name}: {file}: row {number} has more or fewer cells than the header; is it a CSV file "
-                "with a comma between cells and quotes round texts with commas?"
+                "with a comma between cells and quotes around texts with commas?"
             )
     return rows
 
 
 def _read_hub(config: TaskConfig, name: str) -> list[Row]:
-    """`owner/dataset[:split]`; an option `config` names a dataset's configuration."""
+    """Reads `owner/dataset[:split]`; an option `config` names a dataset's configuration."""
     import datasets
 
     repository, _, split = name.partition(":")
@@ -303,7 +304,7 @@ def _reader(config: TaskConfig, there: set[str]) -> Callable[[int, Row], Reading
 
 
 def _read_verl(config: TaskConfig, number: int, row: Row) -> Reading:
-    """verl's layout: `prompt` is a chat, `reward_model.ground_truth` the gold answer."""
+    """Reads verl's layout: `prompt` is a chat, `reward_model.ground_truth` the gold answer."""
     chat, truth = row.get("prompt"), row.get("reward_model")
     if not isinstance(chat, list) or any(not isinstance(m, dict) or {"role", "content"} - m.keys() for m in chat):
         raise TaskError(f"task {config.name}: row {number}: `prompt` must be a list of role and content, got {chat!r}")
@@ -322,7 +323,7 @@ def _read_gpqa(number: int, row: Row) -> Reading:
 
 
 class Draw(NamedTuple):
-    """What the stream gives for an ordinal."""
+    """The problem at an ordinal of the stream."""
 
     task: int  # index into the stream's tasks
     problem: Problem
@@ -333,7 +334,7 @@ class PromptStream:
     """An endless, deterministic order of problems over several tasks. Its whole state is an ordinal.
 
     Tasks take turns by weight (the one furthest behind its share is next); within a task each epoch is another seeded
-    permutation. A task that never runs out stays in epoch 0 and is read in order.
+    permutation. An endless task stays in epoch 0 and is read in order.
     """
 
     def __init__(self, tasks: Sequence[TaskSource], weights: Iterable[float], seed: int) -> None:

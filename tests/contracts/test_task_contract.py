@@ -94,7 +94,7 @@ def test_a_users_task_may_end():
         ("python:test_task_contract:Counting", "size", "size must be a positive whole number, or None, got 0"),
         ("python:test_task_contract:Counting", "raises", r"problem\(0\) failed: KeyError"),
         ("python:test_task_contract:Counting", "dict", "is a dict; expected a latent_grpo.common.types.Problem"),
-        ("python:test_task_contract:Counting", "uid", "uid is 'other/0'; expected 't/' and what tells it apart"),
+        ("python:test_task_contract:Counting", "uid", "uid is 'other/0'; expected 't/' and a part of its own"),
         ("python:test_task_contract:Counting", "uids", "first 4 problems have the same uid: t/0, t/0"),
         ("python:test_task_contract:Counting", "task", "task is 'other'; expected the task's name 't'"),
         ("python:test_task_contract:Counting", "messages", r"messages is \(\); expected a tuple"),
@@ -119,7 +119,7 @@ def test_answers_that_the_verifier_cannot_read_are_refused():
     [
         ("splits", "4 problem.s. are in both splits"),
         ("another process", "another process makes other problems of the same seed"),
-        ("order", "depends on what was asked before it"),
+        ("order", "depends on the problems requested before it"),
     ],
 )
 def test_the_contract_finds_what_a_start_does_not(fault, message):

@@ -47,7 +47,7 @@ def test_every_name_is_found_in_the_folder_and_an_unknown_one_is_named(tmp_path)
     tasks = benchmark_tasks([*BENCHMARKS, "svamp"], tmp_path)
     assert [task.name for task in tasks] == list(BENCHMARKS)
     assert tasks[2].path == str(tmp_path / "svamp.parquet")
-    with pytest.raises(ConfigError, match=r"unknown benchmark\(s\) gsm9k; there is: gsm8k-aug, gsm-hard"):
+    with pytest.raises(ConfigError, match=r"unknown benchmark\(s\) gsm9k; known are gsm8k-aug, gsm-hard"):
         benchmark_tasks(["gsm9k", "svamp"], tmp_path)
 
 

@@ -172,7 +172,7 @@ def test_more_noise_never_makes_at_least_equal_easier():
 def test_a_rule_takes_its_own_bound_only():
     with pytest.raises(ValidationError, match=r"at_least \(0.2\) has no effect with equal_will_do"):
         Claim(text="c", test={**EQUAL, "at_least": 0.2})
-    with pytest.raises(ValidationError, match="margin is for equal_will_do: true alone"):
+    with pytest.raises(ValidationError, match="margin has an effect only with equal_will_do: true"):
         Claim(text="c", test={**GAIN, "margin": 0.1})
 
 

@@ -94,7 +94,7 @@ def test_nothing_to_evaluate_on_says_what_to_give(tmp_path):
 
 def test_a_mistyped_model_is_said_before_its_chain_is_looked_for(tmp_path):
     (tmp_path / "svamp.parquet").touch()
-    with pytest.raises(ConfigError, match=r"model\.path '\./typo': no config\.json there"):
+    with pytest.raises(ConfigError, match=r"model\.path '\./typo': it has no config\.json"):
         evaluation_config("./typo", [], tasks=["svamp"], data=str(tmp_path))
 
 

@@ -139,7 +139,7 @@ def test_unusable_logits_are_marked_where_nothing_may_wait():
     keys = torch.arange(3)
     settings = {"k": 4, "top_p": 0.95, "noise_scale": 1.0, "tau": 1.0, "noisy": True, "one_sided": True, "end_id": -1}
     assert latent_step(logits, keys, keys, **settings, widen=False).exact.tolist() == [True, False, True]
-    with pytest.raises(ValueError, match="1 rows leave nothing to select"):
+    with pytest.raises(ValueError, match="nothing can be selected from the logits of 1 rows"):
         latent_step(logits, keys, keys, **settings)
 
 

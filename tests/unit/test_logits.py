@@ -37,7 +37,9 @@ def saved(folder, architecture, **settings):
 )
 def test_a_model_that_changes_its_logits_is_refused_on_both_sides(tmp_path, dtype, architecture, settings, found):
     saved(tmp_path, architecture, **settings)
-    message = rf"(?i){architecture}ForCausalLM\) changes what its output layer gives .*{found}.*by up to .*Llama, Qwen2"
+    message = (
+        rf"(?i){architecture}ForCausalLM\) changes the logits of its output layer .*{found}.*by up to .*Llama, Qwen2"
+    )
     with pytest.raises(ConfigError, match=message):
         load_model(tmp_path, dtype)
     with pytest.raises(ConfigError, match=message):
@@ -45,7 +47,7 @@ def test_a_model_that_changes_its_logits_is_refused_on_both_sides(tmp_path, dtyp
 
 
 def test_a_small_change_of_small_logits_is_seen_in_float32(tmp_path):
-    with pytest.raises(ConfigError, match=r"by up to 0\.000\d+ where that is up to 0\.\d\d\."):
+    with pytest.raises(ConfigError, match=r"by up to 0\.000\d+ where they are up to 0\.\d\d \("):
         load_model(saved(tmp_path, "gemma2", initializer_range=0.05))
 
 

@@ -70,7 +70,7 @@ def test_a_fitting_run_is_not_warned():
         (explicit(), [], TOKENIZER, "has an explicit chain .* Set algorithm to grpo"),
         (latent(), ["algorithm=grpo"], TOKENIZER, "has a latent chain .* Set algorithm to latent_grpo"),
         (latent(), ["k=2"], TOKENIZER, r"k \(2\) is smaller than the model's compression \(3 tokens"),
-        (latent(), [], SplitsTheEnd(), r"splits '</think>' into \[4, 5\], the model was trained with \[20\]"),
+        (latent(), [], SplitsTheEnd(), r"splits '</think>' into \[4, 5\], but the model was trained with \[20\]"),
         (
             latent(think_end="<end>"),
             [],
@@ -86,11 +86,11 @@ def test_what_cannot_fit_is_refused(settings, overrides, tokenizer, message):
 
 def test_another_width_or_tau_is_a_warning():
     (line,) = check_chain(latent(), "m", on_a_model("k=5"), TOKENIZER)
-    assert "k is 5, the model was trained with 3" in line
+    assert "k is 5, but the model was trained with 3" in line
     (line,) = check_chain(latent(), "m", on_a_model("tau=0.5"), TOKENIZER)
     assert "tau is 0.5" in line
     (line,) = check_chain(latent(source="induced"), "m", on_a_model("k=2"), TOKENIZER)
-    assert "k is 2, the model was trained with 3" in line, "an induced label need not hold its step's tokens"
+    assert "k is 2, but the model was trained with 3" in line, "an induced label need not hold its step's tokens"
 
 
 def test_a_warm_start_changes_the_chain_so_only_the_tokenizer_is_compared():
@@ -116,10 +116,11 @@ def test_a_model_without_the_file_says_nothing_and_a_damaged_one_is_named(tmp_pa
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("./typo", r"^model\.path '\./typo': no config\.json there; expected a Hugging Face model folder"),
+        ("./typo", r"^model\.path '\./typo': it has no config\.json; give a Hugging Face model folder"),
         (
             "runs/gone/base",  # no hub id either, so the network is not asked
-            r"^model\.path 'runs/gone/base': there is no such folder here, and as a hub id .*'runs/gone/base'.* Give",
+            r"^model\.path 'runs/gone/base': there is no such folder here, and it cannot be read as a hub id .*"
+            r"'runs/gone/base'.* Give",
         ),
     ],
 )
@@ -139,5 +140,5 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 10}')
-    with pytest.raises(ConfigError, match=r"cannot be read \(.*\); expected a whole Hugging Face model folder"):
+    with pytest.raises(ConfigError, match=r"cannot be read \(.*\); give a complete Hugging Face model folder"):
         load_tokenizer(tmp_path)

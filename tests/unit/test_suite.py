@@ -325,7 +325,7 @@ def test_all_that_is_missing_is_named_at_once_before_anything_runs(write, tmp_pa
             f"starts.latent.path: there is no folder {tmp_path / 'gone'}",
         ]
         assert faults[2].endswith("(latent-seed3 and 5 more)")
-        assert "owner/name here, it is taken for a hub id" in note
+        assert "owner/name is no folder here; it was taken for a hub id" in note
     assert not request.folder.exists()
 
 

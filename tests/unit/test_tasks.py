@@ -112,7 +112,7 @@ def test_generated_task_is_endless_unless_sized():
 @pytest.mark.parametrize(
     ("path", "options", "message"),
     [
-        ("builtin:chess", {}, "there is: chain_arithmetic"),
+        ("builtin:chess", {}, "known are chain_arithmetic"),
         ("builtin:chain_arithmetic", {"moves": 3}, "moves"),
         ("builtin:chain_arithmetic", {"operations": 0}, "at least 1"),
         ("builtin:chain_arithmetic", {"split": "test"}, "training or evaluation"),
