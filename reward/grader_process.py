@@ -62,7 +62,7 @@ class _Grader:
             self._reply(
                 {"load_error": f"Verifier {kind!r} does not fit in the memory limit; raise memory_limit_bytes."}
             )
-        except Exception as error:  # the constructor of a user's verifier may raise anything
+        except (Exception, SystemExit) as error:  # the constructor of a user's verifier may do anything
             self._reply({"load_error": f"Verifier {kind!r} cannot be built: {type(error).__name__}: {error}"})
         else:
             self._verifiers[kind] = verifier

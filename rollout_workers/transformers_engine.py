@@ -27,7 +27,7 @@ from latent_grpo.common.weights import checksum
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.kv_cache import SlotCache
 from latent_grpo.rollout_workers.requests import SETTINGS, Draw, RunningGroup, SampleRecord, admit, on_device
-from latent_grpo.rollout_workers.verification import TensorShape, check_checksum, checked_tensors
+from latent_grpo.rollout_workers.weight_checks import TensorShape, check_checksum, checked_tensors
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass; it bounds memory, not admission
 

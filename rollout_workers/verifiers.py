@@ -55,21 +55,33 @@ def build_verifier(config: RunConfig, kind: str) -> Verifier:
             ) from error
 
 
-def check_verifiers(config: RunConfig) -> dict[str, list[str]]:
+def check_verifiers(config: RunConfig, *, spare: bool = False) -> dict[str, list[str]]:
     """Builds each verifier of the run once; returns each with the names of the tasks that use it.
 
-    Raises ConfigError for one that cannot be built and for a definition that no task names.
+    Raises ConfigError for one that cannot be built and, unless `spare` ones are allowed, for a definition that no task
+    uses.
     """
-    tasks = [with_benchmark_defaults(task) for task in (*config.tasks, *config.evaluation.tasks)]
-    users: dict[str, list[str]] = {}
-    for task in tasks:
-        users.setdefault(task.verifier, []).append(task.name)
+    users = _users(config)
     for kind in [*users, *config.verifiers]:
         build_verifier(config, kind)
-    used = set(users) | _named_inside([config.verifiers[kind].options for kind in users if kind in config.verifiers])
-    unused = sorted(set(config.verifiers) - used)
-    if unused:
+    unused = sorted(set(config.verifiers) - used_definitions(config))
+    if unused and not spare:
         raise ConfigError(f"verifiers.{unused[0]}: no task uses it; set a task's `verifier` to it, or remove it")
+    return users
+
+
+def used_definitions(config: RunConfig) -> set[str]:
+    """Names of `verifiers` that a task uses, by itself or inside another one."""
+    users = _users(config)
+    inside = _named_inside([config.verifiers[kind].options for kind in users if kind in config.verifiers])
+    return (set(users) | inside) & set(config.verifiers)
+
+
+def _users(config: RunConfig) -> dict[str, list[str]]:
+    """Verifier -> names of the tasks that name it."""
+    users: dict[str, list[str]] = {}
+    for task in (*config.tasks, *config.evaluation.tasks):
+        users.setdefault(with_benchmark_defaults(task).verifier, []).append(task.name)
     return users
 
 

@@ -26,7 +26,6 @@ from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts, Tr
 from latent_grpo.common.weights import checksum
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.requests import RunningGroup, admit
-from latent_grpo.rollout_workers.verification import TensorShape, check_checksum, checked_tensors
 from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
 from latent_grpo.rollout_workers.vllm_plugin.support import (
@@ -36,6 +35,7 @@ from latent_grpo.rollout_workers.vllm_plugin.support import (
     runner_problem,
     vllm_problem,
 )
+from latent_grpo.rollout_workers.weight_checks import TensorShape, check_checksum, checked_tensors
 
 BUCKET_BYTES = 64 * 2**20  # weights per call to the workers, which copies them if the workers are processes
 CACHE_ATTEMPTS = 3

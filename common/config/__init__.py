@@ -46,6 +46,7 @@ from latent_grpo.common.config.run import (
     OBJECTIVE_KEYS,
     Algorithm,
     RunConfig,
+    conflicts,
 )
 from latent_grpo.common.config.section import Section, Share
 from latent_grpo.common.config.services import (
@@ -98,6 +99,7 @@ __all__ = [
     "VerifierConfig",
     "VerifierDefinition",
     "config_as_json",
+    "conflicts",
     "load_config",
     "of_model",
     "parse_config",

@@ -1,1 +1,30 @@
-"""Where problems come from: files, hub datasets, the benchmarks and the generated task."""
+"""Where problems come from: files, hub datasets, the benchmarks, generators, and a user's own by import path."""
+
+from __future__ import annotations
+
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS, Benchmark, benchmark_tasks, with_benchmark_defaults
+from latent_grpo.common.tasks.sources import (
+    Draw,
+    GeneratedTask,
+    PromptStream,
+    StoredTask,
+    TaskError,
+    TaskSource,
+    describe_dropped,
+    load_task,
+)
+
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "Draw",
+    "GeneratedTask",
+    "PromptStream",
+    "StoredTask",
+    "TaskError",
+    "TaskSource",
+    "benchmark_tasks",
+    "describe_dropped",
+    "load_task",
+    "with_benchmark_defaults",
+]

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from latent_grpo.common.config import ConfigError, TaskConfig
-from latent_grpo.common.tasks import gpqa
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, how_to_get, with_benchmark_defaults
 from latent_grpo.common.tasks.cells import cell_text
 from latent_grpo.common.tasks.generator import PREFIX, Generator, UsersGenerator
+from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
+from latent_grpo.common.tasks.gpqa import with_letters
 from latent_grpo.common.types import Problem
 
 EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER = "empty problem", "empty answer", "unreadable gold answer"
@@ -283,7 +284,7 @@ def _reader(config: TaskConfig, there: set[str]) -> Callable[[int, Row], Reading
     columns = config.columns
     if columns.problem not in there and {"prompt", "reward_model"} <= there:
         return lambda number, row: _read_verl(config, number, row)
-    if columns.problem not in there and there >= gpqa.COLUMNS:
+    if columns.problem not in there and there >= GPQA_COLUMNS:
         return _read_gpqa
     for key, column in (("problem", columns.problem), ("answer", columns.answer)):
         if column not in there:
@@ -315,7 +316,7 @@ def _read_verl(config: TaskConfig, number: int, row: Row) -> Reading:
 
 
 def _read_gpqa(number: int, row: Row) -> Reading:
-    question, letter = gpqa.with_letters(number, row)
+    question, letter = with_letters(number, row)
     return (("user", question),), letter, ""
 
 

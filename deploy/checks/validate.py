@@ -13,6 +13,7 @@ from latent_grpo.common.prompts import PromptRenderer
 from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
 from latent_grpo.common.types import Problem
 from latent_grpo.deploy.run.preparation import Checked, InitialModel, check
+from latent_grpo.deploy.run.problems import describe
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
 
 Row = tuple[str, str]
@@ -41,7 +42,8 @@ def validate(
 
 def _problem_rows(found: Checked) -> list[Row]:
     if found.problems is None:
-        return []
+        read = dict.fromkeys([*found.sources.training, *found.sources.evaluation])
+        return [("problems", f"{describe(source)}; the lengths of its prompts were not checked") for source in read]
     rows = [("problems", line) for line in found.problems.summaries]
     if found.sft is not None:
         rows += [("Latent-SFT", task.summary) for task in found.sft.tasks]

@@ -39,6 +39,7 @@ from latent_grpo.deploy.run.problems import PreparedTask, evaluation_requests
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.learner.publication import publish_model
+from latent_grpo.rollout_workers.verifiers import used_definitions
 
 SAMPLES_AT_ONCE = 8192  # samples requested together, which bounds the trajectories in memory
 
@@ -209,7 +210,10 @@ def evaluation_config(
         noise = "the command"
     if "scale" not in config.noise.model_fields_set:
         noise = None
-    return EvaluationPlan(config.model_copy(update={"tasks": config.evaluation.tasks}), name, noise)
+    config = config.model_copy(update={"tasks": config.evaluation.tasks})
+    used = used_definitions(config)  # those of the training tasks alone are of no use here
+    verifiers = {name: definition for name, definition in config.verifiers.items() if name in used}
+    return EvaluationPlan(config.model_copy(update={"verifiers": verifiers}), name, noise)
 
 
 def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def _fault(ask: Callable[[], object]) -> str | None:
 def _of_tokens(config: RunConfig) -> str:
     """Returns what decides whether a unit's tokenizer and chain fit, which is equal for most arms of a start."""
     seed = None if config.warm_start is None else config.seed  # of the generated problems that it learns from
-    return f"tokens {seed} {config.model_dump_json(include=DECIDE_TOKENS)}"
+    decide = DECIDE_TOKENS | {"verifiers": True, "rollout": {"engine": True, "vllm": True, "verifier": True}}
+    return f"tokens {seed} {config.model_dump_json(include=decide)}"
 
 
 def _of_task(task: TaskConfig, config: RunConfig) -> str:

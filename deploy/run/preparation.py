@@ -55,8 +55,9 @@ class Checked:
 
     engine: str
     verifiers: dict[str, list[str]]  # kind -> names of the tasks that it grades
+    sources: Sources  # the tasks that were read
     model: InitialModel | None  # None: a hub id, or a folder of another machine
-    problems: Problems | None  # None: no training task was read
+    problems: Problems | None  # None: no training task was read, or there is no tokenizer for its prompts
     sft: SFTData | None  # None: there is no Latent-SFT to do, or none of its tasks was read
 
 
@@ -112,13 +113,14 @@ def check(
     if stored:
         check_files(config)
     engine = check_engine(config, elsewhere=elsewhere)
-    verifiers = check_verifiers(config)
-    if elsewhere and config.model.path is not None and not Path(config.model.path).is_dir():
-        return Checked(engine, verifiers, None, None, None)
+    verifiers = check_verifiers(config, spare=folder is not None)  # 0.1.0 started runs with spare ones
     sources = Sources.read(config, stored=stored)
-    model = _read_model(config, folder, sources)
-    if config.model.new is not None and config.model.new.tokenizer == "bpe" and not sources.training:
-        return Checked(engine, verifiers, model, None, None)  # its tokens come from a file that was not read
+    if elsewhere and config.model.path is not None and not Path(config.model.path).is_dir():
+        return Checked(engine, verifiers, sources, None, None, None)
+    first = sources.training[0] if stored or is_generated(config.tasks[0]) else None
+    model = _read_model(config, folder, first)
+    if config.model.new is not None and config.model.new.tokenizer == "bpe" and first is None:
+        return Checked(engine, verifiers, sources, model, None, None)  # its tokens come from a file that was not read
     check_width(config, model.facts)
     check_think_start(config, model.tokenizer)
     tasks = sources.prepared(config, model.tokenizer)
@@ -128,19 +130,21 @@ def check(
         complete = len(tasks.training) == len(config.tasks)
         if complete or any(has_chain(task.source) for task in tasks.training):
             sft = prepare_sft(config, tasks.training, model.tokenizer, model.facts)
-    return Checked(engine, verifiers, model, Problems(config, tasks) if tasks.training else None, sft)
+    problems = Problems(config, tasks) if tasks.training else None
+    return Checked(engine, verifiers, sources, model, problems, sft)
 
 
 # --- the model ---------------------------------------------------------------------------------------------------
 
 
-def _read_model(config: RunConfig, folder: RunFolder | None, sources: Sources) -> InitialModel:
+def _read_model(config: RunConfig, folder: RunFolder | None, first: TaskSource | None) -> InitialModel:
+    """`first`: the first training task, which a new tokenizer is trained on; None: it was not read."""
     new, source = config.model.new, _place_of_initial(config, folder)
     if source is None:
         if new is None:
             raise ConfigError("model: one of `path` and `new` must be given")
-        tokenizer: PreTrainedTokenizerBase = make_tokenizer(new, _texts(config, sources.training))
-        nominal = new.tokenizer == "bpe" and not sources.training
+        tokenizer: PreTrainedTokenizerBase = make_tokenizer(new, _texts(config, first))
+        nominal = new.tokenizer == "bpe" and first is None
         rows = new.vocab_size if nominal else len(tokenizer)
         facts = resolve_tokens(tokenizer, rows, config.latent, config.model.prompt.think_end)
         return InitialModel(None, tokenizer, facts, None, new.max_positions)
@@ -174,11 +178,10 @@ def _has_start(folder: RunFolder | None) -> bool:
     return folder is not None and (folder.base_model / "config.json").is_file()
 
 
-def _texts(config: RunConfig, sources: list[TaskSource]) -> Iterator[str]:
+def _texts(config: RunConfig, source: TaskSource | None) -> Iterator[str]:
     """Texts that a new model's tokenizer is trained on: the first task's problems, chains and answers."""
-    if config.model.new is None or config.model.new.tokenizer == "arithmetic" or not sources:
+    if config.model.new is None or config.model.new.tokenizer == "arithmetic" or source is None:
         return
-    source = sources[0]
     for index in range(min(source.size or TEXTS_FOR_TOKENIZER, TEXTS_FOR_TOKENIZER)):
         problem = source.problem(index)
         yield from (content for _, content in problem.messages)

@@ -47,9 +47,7 @@ class PreparedTask:
 
     @property
     def summary(self) -> str:
-        size = "generated without end" if self.source.size is None else f"{self.source.size:,} problems"
-        dropped = describe_dropped(self.source.dropped)
-        return f"{self.name}: {size}" + (f"; {dropped}" if dropped else "")
+        return describe(self.source)
 
     def prompt_ids(self, problem: Problem) -> np.ndarray:
         """Returns the prompt's token ids, int32 [P]. Raises TaskError for a generated problem that is too long."""
@@ -136,6 +134,14 @@ class Sources:
         if self.training is self.evaluation:
             return Tasks(evaluation, evaluation)
         return Tasks([prepare_task(source, config, tokenizer) for source in self.training], evaluation)
+
+
+def describe(source: TaskSource) -> str:
+    """`gsm8k: 7,473 problems; dropped 1 empty answer (row 4)`."""
+    plural = "" if source.size == 1 else "s"
+    size = "generated without end" if source.size is None else f"{source.size:,} problem{plural}"
+    dropped = describe_dropped(source.dropped)
+    return f"{source.config.name}: {size}" + (f"; {dropped}" if dropped else "")
 
 
 class Tasks(NamedTuple):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import deferred_interrupts
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.deploy.controller import Pool, gather
@@ -174,8 +175,10 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
     interface of :class:`SFTLearner`.
     """
     config, base, data = run.config, run.folder.base_model, run.prepared.sft
-    if (base / "config.json").is_file() or data is None:
+    if (base / "config.json").is_file():
         return base
+    if data is None:
+        raise RunError(f"{run.folder.path}: its Latent-SFT was not prepared and base/ holds no model; resume the run again")
     for line in data.summaries:
         run.reporter.say(line)
     initial = induce(run, data) if config.latent_sft.source == "induced" else run.initial
@@ -199,6 +202,7 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
     finally:
         learner.close()
     shutil.rmtree(run.folder.sft, ignore_errors=True)
+    run.prepared = dataclasses.replace(run.prepared, sft=None)  # its encoded chains are not needed again
     run.reporter.say(f"Latent-SFT: {outcome.steps} steps, held-out pass@1 {outcome.held_out_pass_at_1:.3f}")
     stop_at = config.latent_sft.stop_at
     if stop_at is not None and not outcome.reached:

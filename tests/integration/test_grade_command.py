@@ -45,6 +45,15 @@ def grade(*arguments) -> str:
     return result.stdout
 
 
+@pytest.mark.parametrize("end", ["raise SystemExit(3)", "raise RuntimeError('no licence')"])
+def test_a_verifier_whose_constructor_does_not_return_is_one_line(folder, importable, end):
+    name = f"ends_{abs(hash(end))}"
+    (folder / f"{name}.py").write_text(f"class Ends:\n    def __init__(self):\n        {end}\n    grade = None\n")
+    importable(folder)
+    with pytest.raises(ConfigError, match=rf"Verifier '{name}:Ends' cannot be built: (SystemExit: 3|.*no licence)"):
+        grade(folder / "rows.jsonl", "--kind", f"{name}:Ends")
+
+
 def test_every_row_has_its_reason_and_the_report_is_readable_by_machines(folder):
     report = json.loads(
         grade(folder / "rows.jsonl", "--kind", "math", "--json", "--compare", "--output", folder / "out.jsonl")

@@ -43,6 +43,16 @@ def test_a_run_s_model_is_evaluated_with_its_run_s_settings(tmp_path):
     assert [t.name for t in config.tasks] == ["chain-arithmetic-held-out"], "training tasks are not loaded"
 
 
+def test_a_verifier_of_the_training_tasks_alone_is_left_out_of_an_evaluation(tmp_path):
+    """As unused it would be refused, and nothing grades with it."""
+    shaped = {"kind": "weighted_sum", "options": {"parts": [{"kind": "number", "weight": 1.0}]}}
+    model = model_of_a_run(tmp_path, f"verifiers.shaped={json.dumps(shaped)}", "tasks.0.verifier=shaped")
+    config, _, _ = evaluation_config(str(model), [])
+    assert config.verifiers == {}
+    config, _, _ = evaluation_config(str(model), ["evaluation.tasks.0.verifier=shaped"])
+    assert list(config.verifiers) == ["shaped"]
+
+
 def test_named_benchmarks_bring_prompt_grader_and_budget_and_the_chain_its_width(tmp_path):
     for benchmark in BENCHMARKS.values():
         (tmp_path / benchmark.files[0]).touch()

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from latent_grpo.common.config import ConfigError, load_config, profiles_folder
+from latent_grpo.common.config import ConfigError, TaskConfig, load_config, profiles_folder
 from latent_grpo.common.models import make_model
 from latent_grpo.common.prompts import PromptRenderer
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.common.tasks.sources import BENCHMARKS, load_task, with_benchmark_defaults
-from latent_grpo.deploy.checks.validate import resource_rows
+from latent_grpo.deploy.checks.validate import resource_rows, validate
 from latent_grpo.deploy.cli.app import app
 from latent_grpo.deploy.run.preparation import check_engine
 
@@ -41,6 +41,29 @@ def test_validate_refuses_a_generated_chain_that_fills_no_latent_step(chain):
         assert "has 6 token(s), fewer than one latent step stands for (warm_start.compression 7)" in str(
             result.exception
         )
+
+
+def test_validate_reads_the_files_of_a_run_whose_model_is_elsewhere(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "", "answer": "3"}\n')
+    given = ["model.path=/of/another/machine", "model.new=null", "warm_start=null", f"tasks.0.path={path}"]
+    config = load_config("quickstart", [*given, "tasks.0.options={}"])
+    rows = validate(config, files=True)
+    assert ("problems", "chain-arithmetic: 1 problem; dropped 1 empty problem (row 1); the lengths of its prompts "
+            "were not checked") in rows  # fmt: skip
+    path.write_text('{"problem": "1+1?", "answer": ""}\n')
+    with pytest.raises(ConfigError, match="none of the 1 rows"):
+        validate(config, files=True)
+
+
+def test_a_tokenizer_to_be_trained_is_judged_by_its_own_task_alone():
+    """The first task's file is not read here: the second task's text would give another tokenizer."""
+    second = {"name": "sums", "path": "builtin:chain_arithmetic", "verifier": "number"}
+    config = load_config("gsm8k-small")
+    other = config.model_copy(update={"tasks": [*config.tasks, TaskConfig.model_validate(second)]})
+    alone, beside = (dict(validate(one))["vocabulary"] for one in (config, other))
+    assert alone == beside
+    assert alone.startswith(f"{config.model.new.vocab_size:,} rows")
 
 
 def test_a_run_without_vllm_is_refused_where_it_would_start():

@@ -356,6 +356,16 @@ def test_a_given_model_whose_tokenizer_does_not_fit_is_refused_once_for_its_unit
     assert not request.folder.exists()
 
 
+def test_a_fault_of_one_arm_is_reported_for_that_arm(write, tmp_path):
+    """Arms share what was read of their tokenizer, and nothing else."""
+    spare = ["verifiers.spare={kind: number}"]
+    arms = {**SUITE["arms"], "mixture": {**SUITE["arms"]["mixture"], "overrides": spare}}
+    starts = {name: {**start, "path": "owner/name"} for name, start in SUITE["starts"].items()}
+    request = Request(source=str(write(arms=arms, starts=starts)), folder=tmp_path / "out")
+    with pytest.raises(SuiteError, match=r"verifiers\.spare: no task uses it.*\(mixture-seed3 and 1 more\)"):
+        check(request)
+
+
 @pytest.mark.parametrize("ask", [check, reproduce])
 def test_generated_chains_that_fill_no_latent_step_are_refused(write, tmp_path, ask):
     short = ["k=7", "warm_start.compression=7", "tasks.0.options.operations=1"]
@@ -488,6 +498,30 @@ def test_units_of_one_machine_see_gpus_of_their_own(on_gpus):
     failed = run_units(on_gpus, suite, starts, 9, Reporter(), start=Child, devices=there, environment={})
     assert list(failed) == starts, "this child leaves no result"
     assert sorted(seen) == ["0", "0", "1", "1"]
+
+
+def test_a_unit_that_fails_is_named_with_the_error_in_its_log_and_the_others_go_on(write, tmp_path):
+    request = Request(source=str(write()), folder=tmp_path / "out")
+    suite = request.load()
+    begun = []
+
+    class Child:
+        def __init__(self, request, unit, gpus):
+            folder = unit_folder(request.folder, unit)
+            folder.mkdir(parents=True)
+            (folder / "log.txt").write_text(f"reading\nerror torn.jsonl of {unit.key}: not valid JSON\n")
+            begun.append(unit.key)
+
+        def poll(self):
+            return 1
+
+    failed = run_units(request, suite, [*units(suite)], 1, Reporter(), start=Child, devices=Devices([]), environment={})
+    reasons = {unit.key: reason for unit, reason in failed.items()}
+    assert begun == ["latent-seed3", "explicit-seed3", "latent-seed5", "explicit-seed5"], "no arm without its start"
+    assert "error torn.jsonl of latent-seed3: not valid JSON" in reasons["latent-seed3"]
+    assert "reading" not in reasons["latent-seed3"]
+    assert reasons["mixture-seed5"] == "its start latent-seed5 failed"
+    assert reasons.keys() == {unit.key for unit in units(suite)}
 
 
 def test_changes_name_the_key_and_both_values():

@@ -12,9 +12,9 @@ TESTS = Path(__file__).resolve().parents[1]
 MOST_PATCHES = 60
 PATCHES = re.compile("monkey" + r"patch|\bmock\b")
 PRIVATE = re.compile(
-    r"""(?<=[\w)\]])(?<!\bself)(?<!\bcls)\._[a-z]       # an attribute of another object
-    |\bimport\b.*(?<!\w)_[a-z]                         # a name of another module
-    |attr\((?!self\b)[^,]+,\s*["']_[a-z]              # either by its name
+    r"""(?<=[\w)\]])(?<!\bself)(?<!\bcls)\._[a-zA-Z]       # an attribute of another object
+    |\bimport\b.*(?<!\w)_[a-zA-Z]                         # a name of another module
+    |attr\((?!self\b)[^,]+,\s*["']_[a-zA-Z]              # either by its name
     """,
     re.VERBOSE,
 )
