@@ -24,7 +24,11 @@ from latent_grpo.deploy.cli.arguments import listed, overrides, settings, whole_
 from latent_grpo.deploy.cli.bench import bench
 from latent_grpo.deploy.cli.reading import reading
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+HELP = """Trains and evaluates models that reason in latent steps.
+
+Settings follow a command's own options: `key.sub=VALUE` or `--key.sub VALUE`; `latent-grpo settings` lists them.
+"""
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 app.add_typer(bench, name="bench")
 app.add_typer(reading)
 console = Console()
@@ -273,7 +277,7 @@ def submit(
     address: Annotated[str | None, typer.Option(help="Address of the cluster's job server: http://HEAD:8265.")] = None,
     follow: Annotated[bool, typer.Option(help="Print the driver's log and return its exit code.")] = True,
 ) -> None:
-    """Runs a command of this program as a Ray job: `latent-grpo submit [train] --profile svamp`."""
+    """Runs a command of this program as a Ray job: `latent-grpo submit train --profile svamp`."""
     from latent_grpo.deploy.cluster.submit import submit as submit_job
 
     raise typer.Exit(submit_job(command_of_job(context.args), address, follow))
