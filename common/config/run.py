@@ -375,7 +375,9 @@ def _vllm_problems(config: RunConfig) -> list[str]:
     if config.deterministic:
         problems.append("deterministic: true needs rollout.engine transformers, since vLLM's batches depend on timing")
     if rollout.device != "auto":
-        problems.append(f"rollout.device ({rollout.device}) has no effect with rollout.engine vllm; remove it")
+        problems.append(
+            f"rollout.device ({rollout.device}) has no effect with rollout.engine vllm, whose build decides; remove it"
+        )
     if vllm.in_flight_updates and config.max_staleness == 0:
         problems.append("rollout.vllm.in_flight_updates needs max_staleness of 1 or more, got 0")
     gpus = rollout.resources.num_gpus
