@@ -16,7 +16,7 @@ _MOVED = {"common.metrics": "common.sinks"}  # module of 0.1.0 -> where its plug
 
 
 class PluginError(ConfigError):
-    """An import path that cannot be imported; the message says what was tried, and the caller what it was for."""
+    """An import path that cannot be imported; the message says what was tried, and the caller adds its purpose."""
 
 
 def is_import_path(text: str) -> bool:

@@ -79,7 +79,7 @@ class GroupBuffer:
 
     @property
     def free_slots(self) -> int:
-        """How many more prompts may be dispatched now."""
+        """The number of prompts that may be dispatched now."""
         held = sum(1 for e in self._entries.values() if e.dropped is None or not self.refill)
         return self.slots - held - self._training
 

@@ -31,7 +31,7 @@ class GroupSelection:
 
     @property
     def kept(self) -> np.ndarray:
-        """[M] bool."""
+        """Whether a group is kept, [M] bool."""
         return np.array([not reason for reason in self.reasons], dtype=bool)
 
 

@@ -63,7 +63,10 @@ class PolicyModule(nn.Module):
         )
 
     def _embedded(self, inputs: ReplayInputs) -> torch.Tensor:
-        """[R, S, D]: E[id] at hard positions, the detached mixture sum_k w_k E[s_k] at latent ones (METHOD §3)."""
+        """Returns E[id] at hard positions and the detached mixture sum_k w_k E[s_k] at latent ones: [R, S, D].
+
+        See METHOD §3.
+        """
         rows, length = inputs.ids.shape
         # one lookup for both, so that the number of calls does not depend on the data
         flat = self.model.get_input_embeddings()(torch.cat([inputs.ids.reshape(-1), inputs.fed_ids.reshape(-1)]))

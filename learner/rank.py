@@ -73,7 +73,7 @@ class RankReport:
     hard_log_probs: np.ndarray  # [hard steps of the rank] float32
     learning_rate: float
     seconds: float
-    records: pa.RecordBatch | None  # step columns of the rank's rows (`learner.recorder`), where they are asked for
+    records: pa.RecordBatch | None  # step columns of the rank's rows (`learner.recorder`), if requested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Where problems come from: files, hub datasets, the benchmarks, generators, and a user's own by import path."""
+"""The sources of problems: files, hub datasets, the benchmarks, generators, and a user's own by import path."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def solve(numbers: list[int], operators: list[str], modulus: int = MODULUS) -> t
 
 
 def split_of(expression: str) -> Split:
-    """Which split an expression belongs to, whatever the seed: no problem is ever in both."""
+    """Returns the split of an expression, whatever the seed, so that no problem is ever in both."""
     digest = hashlib.blake2b(expression.encode(), digest_size=4).digest()
     return "evaluation" if int.from_bytes(digest, "big") % EVALUATION_SHARE == 0 else "training"
 
@@ -116,7 +116,7 @@ class ChainArithmetic:
         )
 
     def _identity(self, index: int) -> str:
-        """What a problem is drawn from; options that are left alone leave it as it was without them."""
+        """Returns the text that seeds a problem's draw; an option at its default does not change it."""
         parts = ["chain_arithmetic", self.seed, self.split, self.operations, index]
         parts += [f"from {self.shortest}"] if self.shortest else []
         parts += [f"rechecks {self.rechecks}"] if self.rechecks else []

@@ -56,7 +56,7 @@ def _token_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
         return [("tokenizer", f"not checked: {config.model.path} is not a folder on this machine")]
     tokenizer, facts = model.tokenizer, model.facts
     problem = Problem(uid="0", task="", messages=(("user", "(problem)"),), answer="")
-    prompts: dict[str, list[str]] = {}  # text -> tasks that are asked with it
+    prompts: dict[str, list[str]] = {}  # text -> tasks that use it
     for task in (*config.tasks, *config.evaluation.tasks):
         prompt = with_benchmark_defaults(task).prompt or config.model.prompt
         prompts.setdefault(PromptRenderer(tokenizer, prompt).render(problem), []).append(task.name)

@@ -75,7 +75,7 @@ def report(
 
 
 def _origin(task: PreparedTask) -> dict[str, Any]:
-    """Describes where a task's problems came from, and how they were asked and graded."""
+    """Describes the source of a task's problems, their prompt and their verifier."""
     config, renderer = task.source.config, task.renderer.config
     file = Path(config.path or "")
     return {

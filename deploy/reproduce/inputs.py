@@ -43,7 +43,7 @@ def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]
     """
     faults: dict[str, list[str]] = {}
     notes: dict[str, None] = {}
-    found_before: dict[str, str | None] = {}  # what was asked -> its fault: units share models and files
+    found_before: dict[str, str | None] = {}  # question -> fault; units share models and files
 
     def fault(asked: str, ask: Callable[[], object]) -> list[str]:
         if asked not in found_before:
