@@ -22,6 +22,15 @@ from latent_grpo.common.config.loading import (
     profiles_folder,
     read_profile,
 )
+from latent_grpo.common.config.monitoring_and_checkpoints import (
+    PASS_AT_K,
+    CheckpointConfig,
+    DumpConfig,
+    EvaluationConfig,
+    HealthConfig,
+    Limit,
+    MetricsConfig,
+)
 from latent_grpo.common.config.problems_and_model import (
     Columns,
     Dtype,
@@ -30,15 +39,6 @@ from latent_grpo.common.config.problems_and_model import (
     PromptConfig,
     TaskConfig,
     VerifierDefinition,
-)
-from latent_grpo.common.config.reporting import (
-    PASS_AT_K,
-    CheckpointConfig,
-    DumpConfig,
-    EvaluationConfig,
-    HealthConfig,
-    Limit,
-    MetricsConfig,
 )
 from latent_grpo.common.config.run import (
     ALGORITHM_DEFAULTS,

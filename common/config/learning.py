@@ -12,119 +12,121 @@ from latent_grpo.common.types import NoiseMode
 
 
 class NoiseConfig(Section):
-    """Gumbel noise makes the latent steps of rollouts differ (METHOD §2.1)."""
+    """Gumbel noise, which makes the latent steps of rollouts differ (METHOD §2.1)."""
 
     mode: Annotated[NoiseMode | None, Rule.OBJECTIVE] = None
-    """Noise in training is at least 0 (`one_sided`), not shifted (`two_sided`), or absent (`off`)."""
+    """Noise in training: shifted to be at least 0 (`one_sided`), not shifted (`two_sided`), or none (`off`)."""
     scale: Annotated[float, Field(ge=0)] = 1.0
-    """The noise is multiplied by this before it is added to log-probs (METHOD §2.1.3)."""
+    """Factor applied to the noise before it is added to log-probs (METHOD §2.1.3)."""
 
 
 class ClipConfig(Section):
-    """The policy ratio is clipped as in PPO (METHOD §5)."""
+    """PPO clipping of the policy ratio (METHOD §5)."""
 
     low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """The lower bound of the policy ratio is 1 - low."""
+    """Lower clip range: the policy ratio is clipped at 1 - low."""
     high: Annotated[float, Field(gt=0)] = 0.2
-    """The upper bound of the policy ratio is 1 + high."""
+    """Upper clip range: the policy ratio is clipped at 1 + high."""
     dual: Annotated[float, Field(gt=1)] = 3.0
-    """The dual clip bounds the loss of a negative advantage at this ratio, which must be at least 1 + high."""
+    """Dual clip: ratio at which the loss of a negative advantage is bounded; at least 1 + high."""
 
 
 class OptimizerConfig(Section):
-    """AdamW updates float32 master weights; the schedule counts steps of the run, not updates (METHOD symbols)."""
+    """AdamW with float32 master weights. The schedule counts steps of the run, not updates (METHOD symbols)."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-6
-    """The learning rate after warm-up is this."""
+    """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's running means of gradients and of their squares decay at these rates, each in [0, 1)."""
+    """Decay rates of AdamW's running means of the gradient and of its square, each in [0, 1)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW adds this to the denominator of an update."""
+    """Constant added to the denominator of AdamW's update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW shrinks weights by this times the learning rate at every update, apart from the gradient."""
+    """Decoupled weight decay: every update shrinks weights by `weight_decay` times the learning rate, apart from the
+    gradient."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
-    """A gradient with a larger global norm than this is scaled down to it."""
+    """Upper bound on the global gradient norm; a gradient with a larger norm is scaled down to it."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """The learning rate rises linearly over this many steps; 0: it starts at its full value."""
+    """Number of steps over which the learning rate rises linearly; 0: no warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after warm-up is constant, or decays to zero at `decay_steps`, linearly or along a cosine."""
+    """Learning rate after warm-up: constant, or decaying to zero at `decay_steps`, linearly or along a cosine."""
     decay_steps: PositiveInt | None = None
-    """The decay ends at this step; null: at the run's last step, `steps`."""
+    """Step at which the decay ends; null: the run's last step, `steps`."""
     max_bad_updates: PositiveInt = 3
-    """This many non-finite updates in a row stop the run; each single one is skipped, dumped and counted."""
+    """Number of non-finite updates in a row that stops the run. Each non-finite update is skipped, dumped and
+    counted."""
 
 
 class SFTOptimizerConfig(OptimizerConfig):
-    """AdamW of Latent-SFT has its own defaults, so that setting one key leaves the others; its schedule counts steps of
-    Latent-SFT."""
+    """AdamW for Latent-SFT, with its own defaults: setting one key leaves the others as they are. The schedule counts
+    steps of Latent-SFT."""
 
     lr: Annotated[float, Field(gt=0)] = 3e-3
-    """The learning rate after warm-up is this. The default is for models of a million parameters; a pretrained model
-    needs a far smaller one."""
+    """Learning rate after warm-up. The default is for models of a million parameters; a pretrained model needs a far
+    smaller one."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's running means of gradients and of their squares decay at these rates, each in [0, 1)."""
+    """Decay rates of AdamW's running means of the gradient and of its square, each in [0, 1)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
-    """The learning rate rises linearly over this many steps; 0: it starts at its full value."""
+    """Number of steps over which the learning rate rises linearly; 0: no warm-up."""
     decay_steps: PositiveInt | None = None
-    """The decay ends at this step; null: at the last step of this training."""
+    """Step at which the decay ends; null: the last step that the schedule counts."""
 
 
 class InductionOptimizerConfig(SFTOptimizerConfig):
-    """AdamW has these defaults in each of the three parts of stage 1; its schedule counts the steps of the part."""
+    """AdamW for stage 1, with the same values in each of its three parts. The schedule counts the steps of the part."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """The learning rate after warm-up is this. The default is for models of a million parameters."""
+    """Learning rate after warm-up. The default is for models of a million parameters."""
     warmup_steps: Annotated[int, Field(ge=0)] = 20
-    """The learning rate rises linearly over this many steps; 0: it starts at its full value."""
+    """Number of steps over which the learning rate rises linearly; 0: no warm-up."""
 
 
 class InductionConfig(Section):
-    """Stage 1 of Latent-SFT with induced labels: an encoder learns to compress the chain of thought (METHOD §7b). It is
-    used with `source` `induced`."""
+    """Stage 1 of Latent-SFT with induced labels: an encoder learns to compress the chain of thought (METHOD §7b). Used
+    with `source` `induced`."""
 
     encoder_steps: PositiveInt = 200
-    """The encoder learns alone for this many steps first, against the initial model as decoder."""
+    """First part: number of steps in which only the encoder is trained, against the initial model as decoder."""
     decoder_steps: PositiveInt = 200
-    """The decoder then learns alone for this many steps."""
+    """Second part: number of steps in which only the decoder is trained."""
     union_steps: PositiveInt = 200
-    """Both learn together for this many steps at the end."""
+    """Third part: number of steps in which encoder and decoder are trained together."""
     batch_size: PositiveInt = 192
-    """A step trains on this many rows, over all ranks."""
+    """Number of rows per step, over all ranks."""
     anchor: Annotated[float, Field(ge=0)] = 1.0
-    """KL(uniform label || encoder's label) has this weight in the loss while the encoder learns alone; 0: it has none,
-    as in the paper."""
+    """Weight of KL(uniform label || encoder's label) in the loss while only the encoder is trained; 0: no such term, as
+    in the paper."""
     optimizer: InductionOptimizerConfig = InductionOptimizerConfig()
 
 
 class LatentSFTConfig(Section):
-    """Latent-SFT is the initialisation that latent RL needs (METHOD §7)."""
+    """Latent-SFT, the supervised initialisation that latent RL needs (METHOD §7)."""
 
     chain: Literal["latent", "explicit"] = "latent"
-    """The chain of thought is learned as latent steps (`latent`), or as text (`explicit`), which is the start of
-    `grpo`."""
+    """Form in which the chain of thought is learned: latent steps (`latent`), or text (`explicit`), which is the start
+    of `grpo`."""
     source: Literal["uniform", "induced"] = "uniform"
-    """Soft labels are uniform over a step's tokens (`uniform`, METHOD §7a), or an encoder's (`induced`, METHOD §7b, see
-    `induction`)."""
+    """Source of the soft labels: uniform over a step's tokens (`uniform`, METHOD §7a), or an encoder (`induced`, METHOD
+    §7b, see `induction`)."""
     induction: InductionConfig = InductionConfig()
     compression: PositiveInt = 2
-    """A latent step stands for this many tokens of the chain of thought: c of METHOD §7. `k` must be at least c."""
+    """Number of chain-of-thought tokens per latent step: c of METHOD §7. `k` must be at least c."""
     max_steps: PositiveInt = 400
-    """The training ends after this many steps at the latest."""
+    """Maximum number of steps; `stop_at` may end the training earlier."""
     batch_size: PositiveInt = 192
-    """A step trains on this many rows, over all ranks."""
+    """Number of rows per step, over all ranks."""
     optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
     perturb_share: Share = 0.5
-    """This share of rows has its input mixtures perturbed with Gumbel noise (METHOD §7c)."""
+    """Share of rows whose input mixtures are perturbed with Gumbel noise (METHOD §7c)."""
     perturb_scale: Annotated[float, Field(ge=0)] = 1.0
-    """The noise of perturbed rows, and of noisy self-feeding, is multiplied by this."""
+    """Factor applied to the noise of perturbed rows and of noisy self-feeding."""
     self_feeding: Share = 0.5
-    """A latent step's input is the model's own mixture at that step with this probability (METHOD §7c)."""
+    """Probability that the input of a latent step is the model's own mixture at that step (METHOD §7c)."""
     self_feeding_ramp: Annotated[int, Field(ge=0)] = 0
-    """The probability of self-feeding rises from 0 over this many steps; 0: it is constant."""
+    """Number of steps over which the probability of self-feeding rises from 0; 0: it is constant."""
     evaluate_every: PositiveInt = 10
-    """The held-out pass@1 is measured after every so many steps, with the noise off."""
+    """Interval at which the held-out pass@1 is measured, with the noise off, in steps."""
     evaluation_problems: PositiveInt = 512
-    """This many problems of all tasks together are held out to measure pass@1; of a stored task at most a tenth of its
+    """Number of problems held out to measure pass@1, all tasks together; of a stored task at most a tenth of its
     rows."""
     stop_at: Share | None = None
-    """The training ends early when the held-out pass@1 reaches this; null: it ends after `max_steps`."""
+    """Held-out pass@1 at which the training ends early; null: it ends after `max_steps`."""

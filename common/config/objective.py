@@ -10,7 +10,7 @@ from latent_grpo.common.types import NoiseMode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The decided values of the keys of the same names in :class:`RunConfig`, and of `noise.mode`; none is null."""
+    """Values in effect of the keys of the same names in :class:`RunConfig`, and of `noise.mode`; none is null."""
 
     noise_mode: NoiseMode
     component_weighting: Literal["mixture", "uniform"]

@@ -12,108 +12,106 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Columns(Section):
-    """These are the column names of a problem file. verl's `prompt` and `reward_model.ground_truth`, and the raw
-    columns of GPQA, are found without settings."""
+    """Column names of a problem file. verl's `prompt` and `reward_model.ground_truth`, and the raw columns of GPQA, are
+    found without settings."""
 
     problem: str = "problem"
-    """This column holds the text of the problem."""
+    """Column with the text of the problem."""
     answer: str = "answer"
-    """This column holds the gold answer, which the verifier grades against."""
+    """Column with the gold answer, which the verifier grades against."""
     cot: str = "cot"
-    """This column holds the explicit chain of thought; only Latent-SFT reads it (METHOD §7)."""
+    """Column with the explicit chain of thought, which only Latent-SFT reads (METHOD §7)."""
 
 
 class PromptConfig(Section):
-    """A problem becomes a prompt in this way (METHOD §8). The rendered prompt ends with the start-of-thinking text."""
+    """How a problem becomes a prompt (METHOD §8). The rendered prompt ends with the start-of-thinking text."""
 
     system: str | None = None
-    """The chat begins with this system message; null: it has none."""
+    """System message at the beginning of the chat; null: none."""
     user: str = "{problem}"
-    """The user message is this text, with the problem in place of `{problem}`."""
+    """Template of the user message; `{problem}` is replaced by the problem."""
     format: str | None = None
-    """A plain-text prompt with `{problem}` replaces the chat template; null: the template is used."""
+    """Plain-text prompt with `{problem}`, used instead of the chat template; null: the chat template is used."""
     think_start: str = "<think>"
-    """This text is appended unless the rendered prompt already ends with it (for `grpo` too: its explicit chain is
-    thinking)."""
+    """Start-of-thinking text, appended unless the rendered prompt already ends with it (also for `grpo`, whose explicit
+    chain is thinking)."""
     think_end: str = "</think>"
-    """The first token id of this text under the model's tokenizer is the latent-end token (METHOD §1). A run has one
-    for all tasks."""
+    """End-of-thinking text. Its first token id under the model's tokenizer is the latent-end token (METHOD §1), of
+    which a run has one for all tasks."""
 
 
 class TaskConfig(Section):
-    """A task is a source of problems. The name of a benchmark (`common/tasks/benchmarks.py`) gives other defaults for
+    """A task is a source of problems; the name of a benchmark (`common/tasks/benchmarks.py`) gives other defaults for
     verifier, prompt and token budgets."""
 
     name: str
-    """The name identifies the task; with a row's index it identifies a problem (METHOD §2.5)."""
+    """Name of the task. Together with a row's index it identifies a problem (METHOD §2.5)."""
     path: str | None = None
-    """The problems come from a `.parquet`, `.jsonl` or `.csv` file, from `hf:owner/dataset[:split]`, or from a program
-    that makes them: `builtin:NAME`, or your own, `python:package.module:Name` (`examples/own_task`)."""
+    """Source of the problems: a `.parquet`, `.jsonl` or `.csv` file, `hf:owner/dataset[:split]`, or a program that
+    makes them, `builtin:NAME` or your own `python:package.module:Name` (`examples/own_task`)."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
-    """A generated task takes these options (`common/tasks/arithmetic.py`), and `size`, its number of problems; `config`
-    names the configuration of a dataset of the hub."""
+    """Options of a generated task (`common/tasks/arithmetic.py`), among them `size`, its number of problems. For a
+    dataset of the hub, `config` names the dataset's configuration."""
     columns: Columns = Columns()
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """The task's share of the run's prompts is this, relative to the weights of the other tasks."""
+    """Share of the run's prompts, relative to the weights of the other tasks."""
     limit: PositiveInt | None = None
-    """At most this many rows are used, the first ones; null: all."""
+    """Maximum number of rows, of which the first ones are used; null: all rows."""
     max_prompt_tokens: PositiveInt = 1024
-    """Problems whose prompts have more tokens than this are dropped, counted and listed in the summary."""
+    """Maximum number of prompt tokens. Problems with longer prompts are dropped, counted and listed in the summary."""
     max_response_tokens: PositiveInt = 1024
-    """A response has at most this many steps, latent and hard together; one that needs more is an invalid sample
-    (METHOD §4.1)."""
+    """Maximum number of response steps, latent and hard together. A sample that needs more is invalid (METHOD §4.1)."""
     verifier: str = "math"
-    """Responses are graded by `math`, `number`, `choice`, another registered verifier, one that `verifiers` defines, or
-    one given by its import path `package.module:Name`."""
+    """Verifier that grades responses: `math`, `number`, `choice`, another registered one, one that `verifiers` defines,
+    or an import path `package.module:Name`."""
     prompt: PromptConfig | None = None
-    """This section replaces `model.prompt` for this task."""
+    """Replaces `model.prompt` for this task."""
 
 
 class VerifierDefinition(Section):
-    """A verifier gets a name that tasks can use: a plug-in with options, or a composition (docs/verifiers.md)."""
+    """A named verifier is a plug-in with options, or a composition (docs/verifiers.md)."""
 
     kind: str
-    """The verifier is `weighted_sum`, `format`, `length_penalty`, `gate`, any other registered name, or an import path
-    `package.module:Name`."""
+    """Kind of verifier: `weighted_sum`, `format`, `length_penalty`, `gate`, any other registered name, or an import
+    path `package.module:Name`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """The verifier's constructor gets these arguments. An inner verifier is again a mapping with `kind` and
-    `options`."""
+    """Arguments of the verifier's constructor. An inner verifier is again a mapping with `kind` and `options`."""
 
 
 class NewModelConfig(Section):
-    """A small model with random weights is made at the start of the run (quickstart, demonstrations, tests)."""
+    """A small model with random weights, made at the start of the run (quickstart, demonstrations, tests)."""
 
     architecture: Literal["llama", "qwen2", "qwen3", "gpt2"] = "llama"
-    """The model is a causal language model of this kind."""
+    """Architecture of the causal language model."""
     tokenizer: Literal["arithmetic", "bpe"] = "arithmetic"
-    """The tokenizer has the fixed vocabulary of the generated task (`arithmetic`), or is trained on the first task's
-    text (`bpe`)."""
+    """Tokenizer: the fixed vocabulary of the generated task (`arithmetic`), or BPE trained on the first task's text
+    (`bpe`)."""
     vocab_size: PositiveInt = 2048
-    """The BPE tokenizer has at most this many tokens."""
+    """Maximum number of tokens in the vocabulary of the BPE tokenizer."""
     hidden_size: PositiveInt = 128
-    """Embeddings and hidden states have this width; `num_heads` must divide it."""
+    """Width of embeddings and hidden states; must be divisible by `num_heads`."""
     intermediate_size: PositiveInt = 384
-    """The feed-forward layers have this width."""
+    """Width of the feed-forward layers."""
     num_layers: PositiveInt = 2
-    """The model has this many transformer layers."""
+    """Number of transformer layers."""
     num_heads: PositiveInt = 4
-    """Each layer has this many attention heads."""
+    """Number of attention heads per layer."""
     max_positions: PositiveInt = 512
-    """The model has this many positions; prompt and response of every task must fit into them."""
+    """Number of positions; prompt plus response of every task must fit."""
     tie_embeddings: bool = False
-    """The output layer shares its weights with the input embeddings."""
+    """Whether the output layer shares its weights with the input embeddings."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.05
-    """Initial weights are drawn with this standard deviation."""
+    """Standard deviation of the initial weights."""
 
 
 class ModelConfig(Section):
-    """The policy comes from exactly one of `path` and `new`."""
+    """The model of the policy, given by exactly one of `path` and `new`."""
 
     path: str | None = None
-    """The model is this folder or hub id of a Hugging Face causal language model with its tokenizer."""
+    """Folder or hub id of a Hugging Face causal language model with its tokenizer."""
     new: NewModelConfig | None = None
     dtype: Dtype = "float32"
-    """Forward passes compute in this type; master weights and logits are always float32 (METHOD §5)."""
+    """Data type of forward passes; master weights and logits are always float32 (METHOD §5)."""
     prompt: PromptConfig = PromptConfig()
 
     @model_validator(mode="after")

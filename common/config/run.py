@@ -14,15 +14,15 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
 from latent_grpo.common.config.learning import ClipConfig, LatentSFTConfig, NoiseConfig, OptimizerConfig
-from latent_grpo.common.config.objective import Objective
-from latent_grpo.common.config.problems_and_model import ModelConfig, TaskConfig, VerifierDefinition
-from latent_grpo.common.config.reporting import (
+from latent_grpo.common.config.monitoring_and_checkpoints import (
     CheckpointConfig,
     DumpConfig,
     EvaluationConfig,
     HealthConfig,
     MetricsConfig,
 )
+from latent_grpo.common.config.objective import Objective
+from latent_grpo.common.config.problems_and_model import ModelConfig, TaskConfig, VerifierDefinition
 from latent_grpo.common.config.rules import Rule, keys_with
 from latent_grpo.common.config.section import Section
 from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RolloutConfig
@@ -39,86 +39,88 @@ def _decided(value: T | None) -> T:
 
 
 class RunConfig(Section):
-    """These are all settings of one training run. Where a default depends on the algorithm, an explicit value wins
-    (METHOD §9)."""
+    """All settings of a training run. Where a default depends on the algorithm, an explicit value wins (METHOD §9)."""
 
     algorithm: Annotated[Algorithm, Rule.TOKENS] = "latent_grpo"
-    """The algorithm decides the defaults of other keys (METHOD §9); with `grpo` responses start visible."""
+    """Training algorithm, which sets the defaults of other keys (METHOD §9). With `grpo`, responses start in visible
+    mode."""
     seed: int = 0
-    """The seed decides noise, prompt order, generated problems and a new model's weights (METHOD §2.5)."""
+    """Seed of noise, prompt order, generated problems and a new model's weights (METHOD §2.5)."""
     deterministic: bool = False
-    """A deterministic run repeats bit for bit at any number of workers: CPU only, `max_staleness` 0, engine
-    `transformers`, and each group is decoded alone at a fixed shape."""
+    """Whether the run repeats bit for bit at any number of workers. Needs CPU only, `max_staleness` 0 and the engine
+    `transformers`, and decodes each group alone at a fixed shape."""
     steps: PositiveInt = 100
-    """The run has this many steps, each of which trains on one batch (METHOD symbols). A resumed run may change this
-    where `optimizer.schedule` is constant or `optimizer.decay_steps` is given."""
+    """Number of steps, each of which trains on one batch (METHOD symbols). A resumed run may change it if
+    `optimizer.schedule` is constant or `optimizer.decay_steps` is given."""
 
     # the policy's record (METHOD §2)
     k: Annotated[PositiveInt, Rule.LATENT_ONLY, Rule.TOKENS] = 10
-    """A latent step mixes this many vocabulary entries: K of METHOD §1."""
+    """Number of vocabulary entries that a latent step mixes: K of METHOD §1."""
     tau: Annotated[float, Field(gt=0), Rule.LATENT_ONLY, Rule.TOKENS] = 1.0
-    """The weights of a mixture are softmax(scores / tau) (METHOD §2.1.5)."""
+    """Temperature of mixture weights, which are softmax(scores / tau) (METHOD §2.1.5)."""
     noise: Annotated[NoiseConfig, Rule.LATENT_ONLY] = NoiseConfig()
     temperature: Annotated[float, Field(gt=0)] = 0.6
-    """The logits of hard steps are divided by this, in rollouts and in the learner (METHOD §2.4, §3.3)."""
+    """Sampling temperature of hard steps, which divides their logits in rollouts and in the learner (METHOD §2.4,
+    §3.3)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """The nucleus holds the most likely tokens that together have this probability, in latent and in hard steps
-    (METHOD §2.1.2, §2.4)."""
+    """Cumulative probability of the nucleus of most likely tokens, in latent and in hard steps (METHOD §2.1.2,
+    §2.4)."""
     top_k: PositiveInt = 30
-    """A hard step is drawn from this many most likely tokens (METHOD §2.4)."""
+    """Number of most likely tokens from which a hard step is drawn (METHOD §2.4)."""
 
     # density and advantages (METHOD §3, §4)
     component_weighting: Annotated[Literal["mixture", "uniform"] | None, Rule.OBJECTIVE, Rule.LATENT_ONLY] = None
-    """A component's weight in a latent step's log-density is its mixture weight (`mixture`), or 1/K (`uniform`)
-    (METHOD §3.1)."""
+    """Weight of a component in a latent step's log-density: its mixture weight (`mixture`), or 1/K (`uniform`) (METHOD
+    §3.1)."""
     flip: Annotated[Literal["reference", "sign", "off"] | None, Rule.OBJECTIVE, Rule.LATENT_ONLY] = None
-    """The straight-through gradient of components with d < 0 and no positive advantage is bounded (`reference`),
-    flipped to the advantage's sign (`sign`), or unchanged (`off`) (METHOD §3.2)."""
+    """Straight-through gradient of components with d < 0 and no positive advantage: bounded (`reference`), flipped to
+    the advantage's sign (`sign`), or unchanged (`off`) (METHOD §3.2)."""
     first_token: Annotated[bool | None, Rule.OBJECTIVE] = None
-    """The first response step is learned from the most likely correct sample of a group alone (METHOD §4.2)."""
+    """Whether the first response step is learned from the most likely correct sample of a group alone (METHOD §4.2)."""
     masking: Annotated[Literal["exclude", "include", "off"] | None, Rule.OBJECTIVE] = None
-    """Invalid samples get advantage 0 and stay out of the group's statistics (`exclude`), get 0 and count in them
-    (`include`), or keep their advantage (`off`) (METHOD §4.1)."""
+    """Treatment of invalid samples: advantage 0 and left out of the group's statistics (`exclude`), advantage 0 and
+    counted in them (`include`), or their own advantage (`off`) (METHOD §4.1)."""
     scale_by_std: bool = True
-    """Advantages are divided by the standard deviation of the group's rewards; false: Dr. GRPO (METHOD §4.1)."""
+    """Whether advantages are divided by the standard deviation of the group's rewards; false: Dr. GRPO (METHOD
+    §4.1)."""
     centering_draws: Annotated[int, Field(ge=0, le=64), Rule.OBJECTIVE, Rule.LATENT_ONLY] = 0
-    """The mean log-density of this many other draws of a latent step is subtracted from its own, an addition of this
-    project (docs/centering.md); 0: none."""
+    """Number of other draws of a latent step whose mean log-density is subtracted from its own; 0: none. An addition of
+    this project (docs/centering.md)."""
 
     # the batch (METHOD symbols, §4.3, §6)
     group_size: Annotated[int, Field(ge=2)] = 8
-    """A group has this many samples of one prompt: G of METHOD symbols."""
+    """Number of samples per prompt: G of METHOD symbols."""
     prompts_per_step: PositiveInt = 64
-    """A batch has the groups of this many prompts."""
+    """Number of prompts per batch; each gives one group."""
     minibatch_prompts: PositiveInt = 16
-    """An update trains on the groups of this many prompts; it must divide `prompts_per_step`."""
+    """Number of prompts per update (mini-batch); must divide `prompts_per_step`."""
     dynamic_sampling: Literal["refill", "drop"] = "refill"
-    """Groups that teach nothing are replaced by fresh prompts (`refill`), or leave the batch smaller (`drop`)
-    (METHOD §4.3)."""
+    """What becomes of groups that teach nothing: they are replaced by fresh prompts (`refill`), or leave the batch
+    smaller (`drop`) (METHOD §4.3)."""
     max_dispatch_factor: Annotated[PositiveInt, Rule.MAY_CHANGE] = 50
-    """More groups than this times `prompts_per_step` dispatched for one batch are an error (METHOD §4.3)."""
+    """Upper bound on the groups dispatched for one batch, in multiples of `prompts_per_step`; more are an error. Used
+    with `dynamic_sampling` `refill` (METHOD §4.3)."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """A group may be this many policy versions old when it is trained on; 0: rollouts and training take turns
-    (METHOD §6)."""
+    """Upper bound on the staleness of a group that is trained on, in policy versions; 0: rollouts and training take
+    turns (METHOD §6)."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
-    """The importance weight of a stale response step is at most this; used where `max_staleness` is above 0
-    (METHOD §6)."""
+    """Upper bound on the importance weight of a stale response step; used if `max_staleness` is above 0 (METHOD §6)."""
 
     # objective (METHOD §5)
     clip: ClipConfig = ClipConfig()
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
-    """The KL divergence from the initial model has this coefficient in the loss; 0: there is no KL term (METHOD §5)."""
+    """Coefficient of the KL divergence from the initial model in the loss; 0: no KL term (METHOD §5)."""
     freeze_embeddings: bool = True
-    """Input embeddings are not trained, and neither is an output layer that is tied to them (METHOD §5)."""
+    """Whether input embeddings are frozen, and with them an output layer that is tied to them (METHOD §5)."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
     model: Annotated[ModelConfig, Rule.TOKENS]
     warm_start: Annotated[LatentSFTConfig | None, Rule.TOKENS] = None
-    """This section puts Latent-SFT before the RL steps; null: the model already has a latent start."""
+    """Warm start before the RL steps; null: the model already has a latent start."""
     tasks: Annotated[list[TaskConfig], Rule.TOKENS]
-    """The policy is trained on these tasks; at least one is needed."""
+    """Tasks that the policy is trained on."""
     verifiers: dict[str, VerifierDefinition] = Field(default_factory=dict)
-    """These are verifiers that `tasks.N.verifier` may name besides the registered ones."""
+    """Verifiers that `tasks.N.verifier` may name besides the registered ones."""
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluation: Annotated[EvaluationConfig, Rule.MAY_CHANGE] = EvaluationConfig()
@@ -128,10 +130,10 @@ class RunConfig(Section):
     health: Annotated[HealthConfig, Rule.MAY_CHANGE] = HealthConfig()
     deadlines: Annotated[DeadlineConfig, Rule.MAY_CHANGE] = DeadlineConfig()
     runs_folder: Annotated[str, Rule.MAY_CHANGE] = "runs"
-    """Run folders are made in this folder; on a cluster it lies on shared storage."""
+    """Folder in which run folders are made; on a cluster it must be on shared storage."""
     self_test_groups: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 2
-    """This many groups are replayed in the learner before training, within the tolerance of METHOD §6; 0: no
-    self-test."""
+    """Number of groups that are replayed in the learner before training, whose log-probs must agree within the
+    tolerance of METHOD §6; 0: no self-test."""
 
     @model_validator(mode="after")
     def _fill_and_check(self) -> Self:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A mapping of keys. Unknown keys are refused, and the text below a key is its description."""
+    """A section of the settings. Unknown keys are refused; the docstring below a key is its description."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
