@@ -91,11 +91,11 @@ def read_tokens(config: RunConfig, model: str | Path) -> tuple[PreTrainedTokeniz
 
 def check_width(config: RunConfig, facts: TokenFacts) -> None:
     """Raises ConfigError if the tokenizer has fewer ids than a latent step's mixture needs."""
-    there = int(facts.allowed.sum())
-    if config.latent and config.k > there:
+    available = int(facts.allowed.sum())
+    if config.latent and config.k > available:
         raise ConfigError(
-            f"k ({config.k}) is larger than the vocabulary: the tokenizer has {there} ids, and the model's output has "
-            f"{facts.vocab_size} rows; lower k"
+            f"k ({config.k}) is larger than the vocabulary: the tokenizer has {available} ids, and the model's output "
+            f"has {facts.vocab_size} rows; lower k"
         )
 
 

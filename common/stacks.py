@@ -62,9 +62,9 @@ def ask_for_stacks(processes: Sequence[ProcessAddress], ask_s: float = ASK_S) ->
         asked = {}
         for node_id in by_node.keys() - {here}:
             there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            remote = ray.remote(_ask).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            remote = ray.remote(_request_stacks).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
             asked[node_id] = remote.remote([processes[i] for i in by_node[node_id]])
-        found = {here: _ask([processes[i] for i in by_node[here]])} if here in by_node else {}
+        found = {here: _request_stacks([processes[i] for i in by_node[here]])} if here in by_node else {}
         end = time.monotonic() + ask_s
         for node_id, reference in asked.items():
             try:
@@ -79,7 +79,7 @@ def ask_for_stacks(processes: Sequence[ProcessAddress], ask_s: float = ASK_S) ->
         return [f"its stacks could not be asked for: {type(error).__name__}: {error}"] * len(processes)
 
 
-def _ask(processes: Sequence[ProcessAddress]) -> list[str]:
+def _request_stacks(processes: Sequence[ProcessAddress]) -> list[str]:
     """Asks processes of this node: all are signalled, then all files are watched until they stop growing."""
     known = [_signalled(process) for process in processes]
     texts = [_unasked(process, size) for process, size in zip(processes, known, strict=True)]
@@ -87,15 +87,15 @@ def _ask(processes: Sequence[ProcessAddress]) -> list[str]:
     end = time.monotonic() + ANSWER_S
     while None in texts and time.monotonic() < end:
         time.sleep(0.3)
-        for index, (process, asked_at) in enumerate(zip(processes, known, strict=True)):
-            if texts[index] is not None or asked_at is None or process.path is None:
+        for index, (process, size_at_request) in enumerate(zip(processes, known, strict=True)):
+            if texts[index] is not None or size_at_request is None or process.path is None:
                 continue  # it has answered
             before, size = sizes[index], _size(process.path, process.inode)
             sizes[index] = size
             if size is None:
                 texts[index] = "it no longer runs"
-            elif size == before and size > asked_at:  # complete: it has stopped growing
-                texts[index] = _written(process.path, asked_at)
+            elif size == before and size > size_at_request:  # complete: it has stopped growing
+                texts[index] = _written(process.path, size_at_request)
     return [
         f"it did not write its stacks within {ANSWER_S:g} s; the kernel says: {_state(process.pid)}" if t is None else t
         for process, t in zip(processes, texts, strict=True)

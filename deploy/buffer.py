@@ -151,12 +151,12 @@ class GroupBuffer:
         return (chosen if self.refill else consumed) == self.prompts_per_step
 
     def _take(self, chosen: list[int], consumed: list[int]) -> ReadyBatch:
-        there = [entry for o in consumed if (entry := self._entries[o]).group is not None]
+        generated = [entry for o in consumed if (entry := self._entries[o]).group is not None]
         batch = ReadyBatch(
             ordinals=tuple(chosen),
             groups=tuple(self._entries[o].group for o in chosen),
-            generated=tuple(e.group for e in there),
-            reasons=tuple(e.dropped for e in there),
+            generated=tuple(e.group for e in generated),
+            reasons=tuple(e.dropped for e in generated),
             next_ordinal=consumed[-1] + 1,
             dropped=self._dropped,
         )

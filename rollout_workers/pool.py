@@ -36,7 +36,7 @@ from latent_grpo.rollout_workers.worker import RolloutWorker, WorkerStatus
 logger = logging.getLogger(__name__)
 
 SHOWN = 4  # workers whose stacks are shown at once
-LOOK_S = 0.5  # seconds between checks for an interrupt
+INTERRUPT_POLL_S = 0.5  # seconds between checks for an interrupt
 STREAM_BACKPRESSURE = 16  # groups a worker may be ahead of the driver: bounds what waits in the object store
 
 
@@ -86,7 +86,7 @@ class _Member:
     groups: dict[str, GroupRequest] = field(default_factory=dict)  # dispatched, not delivered
     updates: list[ray.ObjectRef[Any]] = field(default_factory=list)
     heartbeat: ray.ObjectRef[Any] | None = None
-    asked_at: float = 0.0  # when the pending heartbeat was sent
+    heartbeat_sent_at: float = 0.0  # when the pending heartbeat was sent
     progress: int = -1
     progressed_at: float = field(default_factory=time.monotonic)
     last_event: str = "started"
@@ -206,10 +206,10 @@ class RolloutPool:
             except RayError as error:
                 if isinstance(cause := getattr(error, "cause", None), RequestRefused):
                     raise RolloutPoolError(f"rollout {member.name} refused its work: {cause}") from error
-                with self._unheard():
+                with self._deadlines_paused():
                     self._lose(member, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
             except StopIteration:
-                with self._unheard():
+                with self._deadlines_paused():
                     self._lose(member, "its stream of results ended")
         self._watch()
         self._release_leavers()
@@ -249,28 +249,28 @@ class RolloutPool:
         now, limit = time.monotonic(), self._deadlines.rollout_s
         frozen: dict[str, float] = {}
         for member in self._members.values():
-            if member.heartbeat is None and now - member.asked_at >= self._heartbeat_s:
-                member.heartbeat, member.asked_at = member.actor.status.remote(), now
-            silent = now - member.asked_at if member.heartbeat is not None else 0.0
+            if member.heartbeat is None and now - member.heartbeat_sent_at >= self._heartbeat_s:
+                member.heartbeat, member.heartbeat_sent_at = member.actor.status.remote(), now
+            silent = now - member.heartbeat_sent_at if member.heartbeat is not None else 0.0
             stuck = now - member.progressed_at if member.groups or member.updates else 0.0
             if max(silent, stuck) > limit:
                 frozen[member.name] = max(silent, stuck)
         if frozen:
-            with self._unheard():
+            with self._deadlines_paused():
                 self._show_stacks({name: self._members[name].process for name in frozen})
                 for name, seconds in frozen.items():
                     why = f"no progress for {seconds:.0f} s (deadlines.rollout_s = {limit:g})"
                     self._lose(self._members[name], why)
 
     @contextlib.contextmanager
-    def _unheard(self) -> Iterator[None]:
+    def _deadlines_paused(self) -> Iterator[None]:
         """Excludes from the deadlines the time while a replacement starts, when no other worker is polled."""
         began, others = time.monotonic(), list(self._members.values())
         yield
-        unheard = time.monotonic() - began
+        paused = time.monotonic() - began
         for member in others:
-            member.asked_at += unheard
-            member.progressed_at += unheard
+            member.heartbeat_sent_at += paused
+            member.progressed_at += paused
 
     def _show_stacks(self, processes: dict[str, ProcessAddress]) -> None:
         shown = list(processes)[:SHOWN]
@@ -348,9 +348,9 @@ def _answers(refs: list[ray.ObjectRef[Any]], end: float) -> list[Any]:
     while True:
         left = max(end - time.monotonic(), 0.0)
         try:
-            return ray.get(refs, timeout=min(left, LOOK_S))
+            return ray.get(refs, timeout=min(left, INTERRUPT_POLL_S))
         except GetTimeoutError:
-            if left <= LOOK_S:
+            if left <= INTERRUPT_POLL_S:
                 raise
             check_interrupt()
 

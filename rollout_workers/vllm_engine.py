@@ -132,7 +132,7 @@ class VLLMEngine:
             return []
         uids = [int(output.request_id) for output in outputs]
         completions = [output.outputs[0] for output in outputs]
-        records = self._ask("take_records", uids, [len(c.token_ids) for c in completions])[0]
+        records = self._call_workers("take_records", uids, [len(c.token_ids) for c in completions])[0]
         completed = []
         for uid, completion, record in zip(uids, completions, records, strict=True):
             if completion.finish_reason not in ("stop", "length"):
@@ -152,7 +152,7 @@ class VLLMEngine:
         """Drops all pending samples."""
         if self._owner:
             self._llm.abort_request([str(uid) for uid in self._owner])
-            self._ask("forget", list(self._owner))
+            self._call_workers("forget", list(self._owner))
             self._owner.clear()
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class VLLMEngine:
         self._llm.engine_core.shutdown()
         self._llm = None
 
-    def _ask(self, method: str, *args: Any) -> list[Any]:
+    def _call_workers(self, method: str, *args: Any) -> list[Any]:
         """Calls a method of every worker process; returns one answer from each."""
         return self._llm.collective_rpc(method, args=args)
 
@@ -192,7 +192,7 @@ class VLLMEngine:
         except Exception as error:
             raise EngineError(f"version {version.version}: vLLM could not load it ({error}); publish again") from error
         differing = sorted(
-            {name for bucket in buckets for names in self._ask("differing_weights", bucket) for name in names}
+            {name for bucket in buckets for names in self._call_workers("differing_weights", bucket) for name in names}
         )
         if differing:
             raise EngineError(
@@ -204,12 +204,12 @@ class VLLMEngine:
 
     def _apply(self, buckets: list[list[tuple[str, torch.Tensor]]]) -> None:
         """Runs vLLM's reload in every worker. After a failure layers still compute, but with undefined weights."""
-        self._ask("begin_weights")
+        self._call_workers("begin_weights")
         try:
             for bucket in buckets:
-                self._ask("add_weights", bucket)
+                self._call_workers("add_weights", bucket)
         finally:
-            self._ask("end_weights")
+            self._call_workers("end_weights")
 
     def _drop_cache(self, version: PolicyVersion) -> None:
         """Drops keys and values of the old weights; running samples compute theirs again, mixtures included."""

@@ -280,21 +280,22 @@ def _read_hub(config: TaskConfig, name: str) -> list[Row]:
 Reading = tuple[tuple[tuple[str, str], ...], str, str]  # messages, answer, chain of thought
 
 
-def _reader(config: TaskConfig, there: set[str]) -> Callable[[int, Row], Reading]:
+def _reader(config: TaskConfig, present: set[str]) -> Callable[[int, Row], Reading]:
     columns = config.columns
-    if columns.problem not in there and {"prompt", "reward_model"} <= there:
+    if columns.problem not in present and {"prompt", "reward_model"} <= present:
         return lambda number, row: _read_verl(config, number, row)
-    if columns.problem not in there and there >= GPQA_COLUMNS:
+    if columns.problem not in present and present >= GPQA_COLUMNS:
         return _read_gpqa
     for key, column in (("problem", columns.problem), ("answer", columns.answer)):
-        if column not in there:
+        if column not in present:
             raise TaskError(
-                f"task {config.name}: {config.path} has no column {column!r}; there: {', '.join(sorted(there))}. "
-                f"Set columns.{key}"
+                f"task {config.name}: {config.path} has no column {column!r}; its columns are "
+                f"{', '.join(sorted(present))}. Set columns.{key}"
             )
-    if "cot" in columns.model_fields_set and columns.cot not in there:
+    if "cot" in columns.model_fields_set and columns.cot not in present:
         raise TaskError(
-            f"task {config.name}: {config.path} has no column {columns.cot!r}; there: {', '.join(sorted(there))}"
+            f"task {config.name}: {config.path} has no column {columns.cot!r}; its columns are "
+            f"{', '.join(sorted(present))}"
         )
 
     def read(number: int, row: Row) -> Reading:

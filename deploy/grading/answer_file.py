@@ -39,17 +39,17 @@ def read_rows(
     given = [name for name in (response_column, gold_column) if name]
     usual = (*RESPONSE_COLUMNS, *GOLD_COLUMNS, *PROBLEM_COLUMNS)
     wanted = {part for name in (*given, *usual) for part in (name, name.partition(".")[0])}
-    there, records = _read_parquet(file, wanted) if file.suffix == ".parquet" else _read_jsonl(file)
+    present, records = _read_parquet(file, wanted) if file.suffix == ".parquet" else _read_jsonl(file)
     if not records:
         raise AuditError(f"{file} has no rows")
     first = records[0]
 
     def column(name: str | None, candidates: tuple[str, ...], option: str) -> str:
         for candidate in (name,) if name else candidates:
-            if candidate in there or _value(first, candidate) is not None:
+            if candidate in present or _value(first, candidate) is not None:
                 return candidate
         missing = f"no column {name!r}" if name else f"none of the columns {', '.join(candidates)}"
-        raise AuditError(f"{file} has {missing}; its columns are {', '.join(there)}. Choose one with {option}")
+        raise AuditError(f"{file} has {missing}; its columns are {', '.join(present)}. Choose one with {option}")
 
     gold_name = column(gold_column, GOLD_COLUMNS, "--gold-column")
     response_name = None if golds_only else column(response_column, RESPONSE_COLUMNS, "--response-column")
@@ -72,8 +72,10 @@ def _read_parquet(file: Path, wanted: set[str]) -> tuple[list[str], list[dict[st
 
     _check_there(file)
     try:
-        there = pyarrow.parquet.read_schema(file).names
-        return there, pyarrow.parquet.read_table(file, columns=[name for name in there if name in wanted]).to_pylist()
+        present = pyarrow.parquet.read_schema(file).names
+        return present, pyarrow.parquet.read_table(
+            file, columns=[name for name in present if name in wanted]
+        ).to_pylist()
     except (pyarrow.lib.ArrowException, OSError) as error:
         raise AuditError(f"{file} cannot be read as Parquet: {error}") from error
 

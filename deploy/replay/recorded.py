@@ -145,10 +145,10 @@ class RecordedRun:
         for start in sorted((s for s in starts if s < step), reverse=True):
             if all(between in dumped for between in range(start + 1, step)):
                 return Start(step=start, checkpoint=starts[start])
-        there = step_ranges([s for s in starts if s]) or "none"
+        checkpoints = step_ranges([s for s in starts if s]) or "none"
         raise RecordedError(
             f"step {step} needs the learner's state after step {step - 1}, or an earlier one and the dumps of all "
-            f"steps between. Existing checkpoints: {there} (and the initial model, 0); dumped steps: "
+            f"steps between. Existing checkpoints: {checkpoints} (and the initial model, 0); dumped steps: "
             f"{step_ranges(sorted(dumped))}. Steps of this run that can be replayed: "
             f"{step_ranges(self.replayable()) or 'none'}. Keep more in the next run with checkpoint.every, "
             "checkpoint.keep and dump.every: 1"

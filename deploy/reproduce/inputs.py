@@ -45,10 +45,10 @@ def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]
     notes: dict[str, None] = {}
     found_before: dict[str, str | None] = {}  # question -> fault; units share models and files
 
-    def fault(asked: str, ask: Callable[[], object]) -> list[str]:
-        if asked not in found_before:
-            found_before[asked] = _fault(ask)
-        found = found_before[asked]
+    def fault(question: str, check_it: Callable[[], object]) -> list[str]:
+        if question not in found_before:
+            found_before[question] = _fault(check_it)
+        found = found_before[question]
         return [] if found is None else [found]
 
     for unit in units:
@@ -61,8 +61,8 @@ def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]
             else:
                 found.append(f"{key}: there is no folder {model}; give a model's folder or a hub id (owner/name)")
         named = "" if model is None else f"{key}, {model}: "
-        asked = partial(check, config, elsewhere=True, stored=False)
-        found += [named + line for line in fault(_of_tokens(config), asked)]
+        inputs = partial(check, config, elsewhere=True, stored=False)
+        found += [named + line for line in fault(_of_tokens(config), inputs)]
         for task in filter(_is_here, config.evaluation.tasks):
             found += fault(_of_task(task, config), partial(read_task, task, config, whole=True))
         for line in found:
@@ -81,9 +81,9 @@ def _given_model(suite: Suite, unit: Unit, config: RunConfig) -> tuple[str, str 
     return f"model.path (profile {suite.profile})", config.model.path if unit.is_start else None
 
 
-def _fault(ask: Callable[[], object]) -> str | None:
+def _fault(check_it: Callable[[], object]) -> str | None:
     try:
-        ask()
+        check_it()
     except ConfigError as error:
         return str(error)
     return None

@@ -182,18 +182,18 @@ def _complete(config: dict[str, Any] | None) -> dict[str, Any] | None:
 def max_parallel_units(
     configs: list[RunConfig],
     runner: str,
-    there: Mapping[str, float] | None = None,
+    available: Mapping[str, float] | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> int:
-    """Returns how many units fit at once into `there` (default: all resources found), by the most demanding unit."""
-    there = _resources() if there is None else there
+    """Returns how many units fit at once into `available` (default: all resources), by the most demanding unit."""
+    available = _resources() if available is None else available
     fits = [max(len(configs), 1)]
     for config in configs:
         needs = {"CPU": 1.0} if runner == "in_process" else needed_resources(config)
         if (gpus := _gpus_here(config, runner, environment)).devices:  # of this machine each unit sees its own
-            fits.append(at_once(gpus, int(there.get("GPU", 0))))
+            fits.append(at_once(gpus, int(available.get("GPU", 0))))
             del needs["GPU"]
-        fits += [math.floor(there.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items()]
+        fits += [math.floor(available.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items()]
     return max(min(fits), 1)
 
 
@@ -208,8 +208,8 @@ def _resources() -> dict[str, float]:
 
         if not ray.is_initialized():
             ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.WARNING)
-        there: dict[str, float] = ray.cluster_resources()
-        return there
+        available: dict[str, float] = ray.cluster_resources()
+        return available
     import torch
 
     return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}

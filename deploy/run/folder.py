@@ -128,11 +128,11 @@ def reopen_run(path: str | Path, overrides: list[str]) -> tuple[RunFolder, RunCo
     return folder, config, lineage
 
 
-def open_run(path: str | Path, overrides: list[str], asked_by: str) -> tuple[RunFolder, RunConfig]:
+def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFolder, RunConfig]:
     """Reads a run's folder and its settings with allowed changes; writes nothing. Raises :class:`ResumeError`."""
     folder = RunFolder(Path(path))
     if not (folder.path / "config.json").is_file():
-        raise ResumeError(f"{asked_by} {path}: it has no config.json; give a run folder such as runs/quickstart-...")
+        raise ResumeError(f"{option} {path}: it has no config.json; give a run folder such as runs/quickstart-...")
     stored = folder.config()
     config = load_config(stored.model_dump(mode="json"), overrides)
     refused = refused_changes(stored, config)

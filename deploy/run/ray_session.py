@@ -29,12 +29,12 @@ def needed_resources(config: RunConfig, services: Services = "both") -> dict[str
     return {name: amount for name, amount in total.items() if amount > 0}
 
 
-def check_resources(config: RunConfig, there: dict[str, float], where: str, services: Services = "both") -> None:
+def check_resources(config: RunConfig, available: dict[str, float], where: str, services: Services = "both") -> None:
     """Raises ConfigError where the run's actors can never all be placed; Ray would wait forever without a message."""
     short = [
-        f"{name}: {amount:g} needed, {there.get(name, 0):g} available"
+        f"{name}: {amount:g} needed, {available.get(name, 0):g} available"
         for name, amount in needed_resources(config, services).items()
-        if amount > there.get(name, 0) + 1e-6
+        if amount > available.get(name, 0) + 1e-6
     ]
     if short:
         rollout, learner = config.rollout, config.learner

@@ -20,7 +20,7 @@ from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.sft.induction import DECODER, PHASES, Phase
 from latent_grpo.learner.sft.induction_learner import InductionLearner
 
-JUDGED = 256  # held-out rows that are evaluated at the end of a phase
+EVALUATED_ROWS = 256  # held-out rows that are evaluated at the end of a phase
 
 
 def induce(run: Run, data: SFTData) -> Path:
@@ -71,7 +71,7 @@ def _learn(run: Run, data: SFTData, learner: InductionLearner, phase: Phase, num
 
 def _judge(run: Run, data: SFTData, learner: InductionLearner, phase: Phase) -> None:
     """Reports the answer loss on held-out problems, given their own induced latents and given other problems'."""
-    rows = [data.row(task, problem) for task, problem in data.held_out[:JUDGED]]
+    rows = [data.row(task, problem) for task, problem in data.held_out[:EVALUATED_ROWS]]
     own, shuffled = (learner.judge(rows, shuffled=s)["answer_loss"] for s in (False, True))
     done, kind = getattr(run.config.latent_sft.induction, f"{phase}_steps"), f"induction_{phase}_held_out"
     run.metrics.write(done, {"answer_loss": own, "shuffled": shuffled}, kind=kind, lineage=run.lineage)

@@ -126,7 +126,7 @@ def _thoughts_table(thoughts: Thoughts, tokens: TokenTexts, weighting: str, max_
     for i, token in enumerate(t.hard_ids):
         figures = _step_figures(thoughts, behaviour, latent + i)
         p = f"{math.exp(t.hard_log_probs[i]):.3f}"
-        table.add_row(str(latent + i + 1), Text(visible_token(tokens[token])), "said", p, "", figures[0])
+        table.add_row(str(latent + i + 1), Text(visible_token(tokens[token])), "hard", p, "", figures[0])
         for figure in figures[1:]:
             table.add_row("", "", "", "", "", figure)
     return table

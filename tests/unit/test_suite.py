@@ -384,7 +384,7 @@ def test_evaluation_files_are_read_as_the_units_read_them(on_a_file, tmp_path, a
     ):
         ask(on_a_file)
     (tmp_path / "held.jsonl").write_text('{"question": "3+4?", "answer": "7"}\n')
-    with pytest.raises(SuiteError, match=r"has no column 'problem'; there: answer, question\."):
+    with pytest.raises(SuiteError, match=r"has no column 'problem'; its columns are answer, question\."):
         ask(on_a_file)
     assert not on_a_file.folder.exists()
 

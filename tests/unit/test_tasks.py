@@ -163,7 +163,7 @@ def test_parquet_with_named_columns(tmp_path):
     pq.write_table(pa.table({"question": ["a?", "b?"], "gold": [1, 2]}), path)
     config = TaskConfig(name="t", path=str(path), columns=Columns(problem="question", answer="gold"))
     assert load_task(config, 0).problem(1).messages == (("user", "b?"),)
-    with pytest.raises(TaskError, match=r"no column 'problem'; there: gold, question. Set columns.problem"):
+    with pytest.raises(TaskError, match=r"no column 'problem'; its columns are gold, question. Set columns.problem"):
         load_task(TaskConfig(name="t", path=str(path)), 0)
 
 

@@ -41,7 +41,7 @@ function rankRows(sample, steps, selected) {
 
 function hardCell(sample, step, ranks, selected) {
   const i = step - sample.ids.length, text = tokenText(token(sample.hard[i]));
-  return el("td", { class: "said" + (step === selected ? " selected" : ""), rowspan: ranks, "data-step": step, title: `step ${step + 1}: token “${text}”, probability ${percent(Math.exp(sample.hard_logp[i]), 1)}` },
+  return el("td", { class: "hard" + (step === selected ? " selected" : ""), rowspan: ranks, "data-step": step, title: `step ${step + 1}: token “${text}”, probability ${percent(Math.exp(sample.hard_logp[i]), 1)}` },
     el("span", { class: "tok" }, text), el("span", { class: "pct" }, percent(Math.exp(sample.hard_logp[i]))));
 }
 
