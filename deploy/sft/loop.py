@@ -178,7 +178,9 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
     if (base / "config.json").is_file():
         return base
     if data is None:
-        raise RunError(f"{run.folder.path}: its Latent-SFT was not prepared and base/ holds no model; resume the run again")
+        raise RunError(
+            f"{run.folder.path}: its Latent-SFT was not prepared and base/ holds no model; resume the run again"
+        )
     for line in data.summaries:
         run.reporter.say(line)
     initial = induce(run, data) if config.latent_sft.source == "induced" else run.initial
