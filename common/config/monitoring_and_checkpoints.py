@@ -38,7 +38,7 @@ class EvaluationConfig(Section):
     def _enough_samples(self) -> Self:
         if self.pass_at_k and max(self.pass_at_k) > self.samples:
             raise ValueError(
-                f"pass@{max(self.pass_at_k)} needs at least {max(self.pass_at_k)} samples a problem, "
+                f"pass@{max(self.pass_at_k)} needs at least {max(self.pass_at_k)} samples per problem, "
                 f"evaluation.samples is {self.samples}; raise it or leave that k out of evaluation.pass_at_k"
             )
         return self

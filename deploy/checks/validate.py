@@ -85,11 +85,11 @@ def arithmetic(config: RunConfig) -> list[tuple[str, str]]:
     gpus = rollout.workers * rollout.resources.num_gpus + learner.ranks * learner.resources.num_gpus
     at_most = "at most " if config.dynamic_sampling == "drop" else ""
     return [
-        ("prompts a step", f"{at_most}{config.prompts_per_step}, {config.group_size} samples each"),
-        ("samples a step", f"{at_most}{samples:,}"),
-        ("response steps a step", f"at most {samples * longest:,} ({longest:,} a sample)"),
-        ("tokens a step, prompts included", f"at most {samples * (longest + prompt):,}"),
-        ("updates a step", f"{at_most}{updates}, {config.minibatch_prompts} prompts each"),
+        ("prompts per step", f"{at_most}{config.prompts_per_step}, {config.group_size} samples each"),
+        ("samples per step", f"{at_most}{samples:,}"),
+        ("response steps per step", f"at most {samples * longest:,} ({longest:,} per sample)"),
+        ("tokens per step, prompts included", f"at most {samples * (longest + prompt):,}"),
+        ("updates per step", f"{at_most}{updates}, {config.minibatch_prompts} prompts each"),
         ("longest sequence", f"{prompt + longest:,} tokens; a micro-batch holds {learner.tokens_per_microbatch:,}"),
         ("groups in flight", f"at most {slots} ({config.max_staleness} step(s) of staleness)"),
         ("whole run", f"{config.steps:,} steps, {at_most}{config.steps * samples:,} samples trained on"),

@@ -194,7 +194,7 @@ def test_from_an_empty_folder_it_validates_and_trains_a_step(installed, tmp_path
     }
     command, empty = places[0] / "latent-grpo", tmp_path / "empty"
     empty.mkdir()
-    assert "prompts a step" in installed.run(command, "validate", cwd=empty)
+    assert "prompts per step" in installed.run(command, "validate", cwd=empty)
     small = ["steps=1", "prompts_per_step=4", "minibatch_prompts=4", "group_size=2", "rollout.workers=1"]
     small += [
         "warm_start.max_steps=2",
@@ -265,7 +265,7 @@ def test_a_checkout_trains_without_installation_and_every_module_has_one_name(ba
     bare.run(bare.python, "-m", "deploy", "train", "--profile", "mine.yaml", cwd=checkout, **variables)
     assert list((checkout / "called").iterdir())
     check_one_name(told(checkout / "modules"), checkout.resolve())
-    assert "prompts a step" in bare.run(bare.python, "-m", "latent_grpo.deploy", "validate", cwd=checkout)
+    assert "prompts per step" in bare.run(bare.python, "-m", "latent_grpo.deploy", "validate", cwd=checkout)
 
 
 def test_a_checkout_wins_over_an_installed_copy_and_the_difference_is_said(installed, checkout):

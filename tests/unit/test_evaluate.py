@@ -113,7 +113,7 @@ def test_pass_at_k_takes_the_usual_k_that_the_samples_allow():
     assert load_config("quickstart").evaluation.ks == []
     stored = load_config("quickstart", ["evaluation.samples=20"]).model_dump(mode="json")  # as a run's config.json
     assert load_config(stored, ["evaluation.samples=4"]).evaluation.ks == [1, 4]
-    with pytest.raises(ConfigError, match=r"pass@8 needs at least 8 samples a problem, evaluation.samples is 4"):
+    with pytest.raises(ConfigError, match=r"pass@8 needs at least 8 samples per problem, evaluation.samples is 4"):
         load_config("quickstart", ["evaluation.samples=4", "evaluation.pass_at_k=[1, 8]"])
 
 

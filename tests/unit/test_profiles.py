@@ -25,7 +25,7 @@ PROFILES = sorted(path.stem for path in profiles_folder().glob("*.yaml"))
 def test_validate_accepts_the_profile_on_a_machine_without_what_it_needs(name):
     result = CliRunner().invoke(app, ["validate", "--profile", name])
     assert result.exit_code == 0, result.output
-    assert "prompts a step" in result.output
+    assert "prompts per step" in result.output
 
 
 @pytest.mark.parametrize("chain", ["latent", "explicit"])
