@@ -6,7 +6,7 @@ hold the version and K (0 for `grpo`, whose rows have no latent steps).
 
 `encode` builds one self-contained record batch, `TrajectoryBatch` is the column view for the learner and the metrics,
 and `decode` returns rows for people. All three refuse a batch that is not exactly of the schema: its reader drops and
-counts a malformed record, and never repairs it (REQUIREMENTS 8).
+counts a malformed record, and never repairs it.
 """
 
 from __future__ import annotations

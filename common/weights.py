@@ -3,7 +3,7 @@
 The learner packs them (`pack`), the object store or NCCL carries them, and an engine verifies and unpacks them
 (`unpack`). A bucket's checksum catches a damaged transfer before anything is applied. The publication's checksum covers
 names, shapes, dtypes and bytes of all tensors whatever the bucketing, so an engine can compute it from its own
-parameters after loading (REQUIREMENTS 3). xxh3-128 runs at memory speed.
+parameters after loading. xxh3-128 runs at memory speed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The check of a publication against its model, with the same errors in both engines (REQUIREMENTS 3)."""
+"""The check of a publication against its model, with the same errors in both engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The alarms of a run. Each says in plain words what is wrong, its likely cause and what to do (REQUIREMENTS 22).
+"""The alarms of a run. Each says in plain words what is wrong, its likely cause and what to do.
 
 Every alarm compares one metric, averaged over the last `health.window` steps, with one limit of the section `health`.
 It is reported when it is raised, every `health.repeat` steps while it lasts, and when it is over; each of these is

@@ -3,7 +3,7 @@
 It holds the resolved settings, the seeds, and the hashes of data, model and grader. For every lineage (the start and
 each resume) it says when it began, by which command, with which program (commit, hash of its sources, versions of what
 it uses) and on which hardware. Hashes are xxh3-128 of bytes: they show whether two things are the same, and are no
-signature (REQUIREMENTS 23).
+signature.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loading of published weights into a running vLLM model, and the proof that it holds them (REQUIREMENTS 3).
+"""Loading of published weights into a running vLLM model, and the proof that it holds them.
 
 vLLM's own in-place reload does the loading: it splits and fuses the published (Hugging Face) parameters as the model
 needs them and keeps every address, so captured CUDA graphs stay valid. Afterwards each published tensor is compared
