@@ -80,6 +80,7 @@ def ray_session():
             log_to_driver=True,
             logging_level="warning",
             _temp_dir=os.path.join(home, "r"),
+            _system_config={"metrics_report_interval_ms": 1000},  # else a test of metrics waits ten seconds for each
         )
         yield ray
     finally:

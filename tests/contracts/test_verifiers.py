@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from latent_grpo.reward import verifier as registry
 from latent_grpo.reward.testing import check_verifier
 from latent_grpo.reward.verifier import (
     Grade,
@@ -27,7 +28,6 @@ OPTIONS = {
     "length_penalty": {"verifier": {"kind": "number"}, "free_chars": 20, "max_chars": 60, "penalty": 0.5},
     "weighted_sum": {"parts": [{"kind": "math", "weight": 1.0}, {**ANSWER_TAG, "weight": 0.2}]},
 }
-BUILT_IN = set(registered_kinds())
 EXAMPLES = {
     "format": ([("<answer>\n5</answer>", "")], [("5", "5"), ("<answer>5", "5")]),
     "gate": ([(r"<answer>\boxed{5}</answer>", "5")], [(r"\boxed{5}", "5"), (r"<answer>\boxed{6}</answer>", "5")]),
@@ -81,7 +81,7 @@ def test_built_in_verifiers_keep_the_contract(kind: str) -> None:
 
 
 def test_every_registered_kind_has_examples_here() -> None:
-    assert set(EXAMPLES) == BUILT_IN
+    assert set(EXAMPLES) == set(registered_kinds())
 
 
 def test_a_users_verifier_keeps_the_contract() -> None:
@@ -97,7 +97,9 @@ def test_the_contract_finds_verifiers_that_break_it(name: str, message: str) -> 
         check_verifier(f"test_verifiers:{name}", correct=[("1", "1"), ("2", "2")], wrong=[("3", "1")])
 
 
-def test_a_verifier_can_be_registered_under_a_name() -> None:
+def test_a_verifier_can_be_registered_under_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = dict(registry._REGISTERED)  # nothing takes a name back
+    monkeypatch.setattr(registry, "_REGISTERED", known)  # as above
     register("backwards", "test_verifiers:Reversed")
     register("backwards", "test_verifiers:Reversed")
     assert import_path_of("backwards") == "test_verifiers:Reversed"

@@ -78,7 +78,7 @@ def steps_done(folder):
 
 def test_a_killed_learner_is_named_and_an_interrupt_keeps_its_checkpoint(environment, tmp_path):
     profile, runs, log = tmp_path / "tiny.yaml", tmp_path / "runs", tmp_path / "log"
-    profile.write_text(yaml.safe_dump({**PROFILE, "steps": 100_000, "runs_folder": str(runs)}))
+    profile.write_text(yaml.safe_dump({**PROFILE, "steps": 100_000, "runs_folder": str(runs), "evaluation": {}}))
 
     process = start(environment, log, "--profile", str(profile))
     wait_for(lambda: list(runs.glob("tiny-*")), "run folder", process, log)

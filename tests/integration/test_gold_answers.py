@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from latent_grpo.reward.pool import VerifierPool
 
 pytestmark = pytest.mark.integration
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(os.environ.get("LATENT_GRPO_DATA", Path(__file__).parents[2] / "data"))
 NUMBER = (
     "gsm8k_train", "gsm8k_test", "gsm8k_aug_train_noaug", "gsm8k_aug_valid", "gsm8k_aug_test", "gsm_hard", "svamp",
     "multiarith", "multiarith_test180",
@@ -36,7 +37,9 @@ def pool():
 def rows_of(name: str):
     path = DATA / f"{name}.parquet"
     if not path.exists():
-        pytest.skip(f"{path} is not here: the benchmark files are not part of the repository")
+        pytest.skip(
+            f"{path} is not here: the benchmark files are not part of the repository; LATENT_GRPO_DATA names a folder"
+        )
     return read_rows(path, golds_only=True)
 
 

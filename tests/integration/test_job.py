@@ -138,6 +138,7 @@ def test_submit_runs_a_training_on_the_cluster_and_shows_its_log(head, profile, 
     assert "RAY_AUTH_TOKEN" in output
 
 
+@pytest.mark.slow  # the test above runs a job of this program's upload, too
 def test_the_plain_ray_job_submit_runs_it_too_and_uploads_little(head, profile, tmp_path):
     address, environment = head
     command = ("ray", "job", "submit", "--address", address, "--working-dir", ".", "--")

@@ -1,5 +1,6 @@
 """The learner on a real Ray and a real DeepSpeed: ranks, stages and packing change nothing but the time."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -210,8 +211,8 @@ def moved(after, before):
     return torch.cat([(after[n].double() - p.detach().double()).reshape(-1) for n, p in before.named_parameters()])
 
 
-QUICK = [(1, 0, 24, 5), (2, 2, 40, 4), (2, 3, 24, 3)]  # ranks, stage, tokens, chunk
-MORE = [(1, 2, 10_000, 2048), (1, 3, 40, 7), (2, 0, 40, 7), (2, 1, 24, 3)]
+QUICK = [(1, 0, 24, 5), (2, 2, 40, 4)]  # ranks, stage, tokens, chunk; stage 3: the centered step below
+MORE = [(2, 3, 24, 3), (1, 2, 10_000, 2048), (1, 3, 40, 7), (2, 0, 40, 7), (2, 1, 24, 3)]
 SHAPES = QUICK + [pytest.param(*shape, marks=pytest.mark.slow) for shape in MORE]
 
 
@@ -311,8 +312,8 @@ def test_the_gradient_of_each_tensor_is_that_of_plain_torch(ray_session, folder,
     assert max(errors.values()) < 1e-5, errors
 
 
-@pytest.mark.parametrize(("ranks", "stage", "dtype"), [(2, 3, "float32"), (2, 2, "bfloat16")])
-def test_state_survives_saving_and_non_finite_updates(ray_session, folder, batch, tmp_path, ranks, stage, dtype):
+@contextlib.contextmanager
+def learner(folder, ranks, stage, dtype):
     config = settings(
         learner={"ranks": ranks, "zero_stage": stage, "tokens_per_microbatch": 40},
         model={"path": "unused", "dtype": dtype},
@@ -320,36 +321,57 @@ def test_state_survives_saving_and_non_finite_updates(ray_session, folder, batch
     )
     group = LearnerGroup(config, folder)
     try:
-        start = published(group, 0)
-        group.train(batch, 0)
-        group.save(tmp_path / "state")
-        one = published(group)
-        group.train(batch, 1)
-        two = published(group)
-        group.load(tmp_path / "state")
-        assert checksum(published(group).items()) == checksum(one.items())
-        group.train(batch, 1)
-        assert checksum(published(group).items()) == checksum(two.items()), "the resumed step differs"
-        assert checksum(one.items()) not in (checksum(start.items()), checksum(two.items()))
-
-        group.export(tmp_path / "model")
-        exported = load(tmp_path / "model")
-        assert all(torch.equal(p.detach(), two[n].float()) for n, p in exported.named_parameters())
-
-        poisoned = poison(batch)
-        report = group.train(poisoned, 2)
-        assert report.metrics["learner/skipped_updates"] == 1
-        assert {(r.outcome, r.reason) for r in decode_records(report.records)} == {("skipped", "non_finite")}
-        assert checksum(published(group).items()) == checksum(two.items())
-        group.load(tmp_path / "state")
-        group.train(batch, 1)
-        assert checksum(published(group).items()) == checksum(two.items()), "a skipped update left something behind"
-        group.train(poisoned, 2)
-        report = group.train(poisoned, 3)  # the caller keeps the batch and then stops: nothing is raised before
-        assert report.metrics["learner/bad_updates_in_a_row"] == config.optimizer.max_bad_updates
-        assert report.bad_rows
+        yield group
     finally:
         group.close()
+
+
+@pytest.fixture(scope="module")
+def pair(ray_session, folder):
+    """Two ranks that two tests share; the second one ends them."""
+    with learner(folder, 2, 3, "float32") as group:
+        yield group
+
+
+def test_state_survives_saving_and_non_finite_updates(pair, batch, tmp_path):
+    check_state(pair, batch, tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_state_in_bfloat16_survives_saving_and_non_finite_updates(ray_session, folder, batch, tmp_path, ranks):
+    with learner(folder, ranks, 2, "bfloat16") as group:
+        check_state(group, batch, tmp_path)
+
+
+def check_state(group, batch, tmp_path):
+    start = published(group, 0)
+    group.train(batch, 0)
+    group.save(tmp_path / "state")
+    one = published(group)
+    group.train(batch, 1)
+    two = published(group)
+    group.load(tmp_path / "state")
+    assert checksum(published(group).items()) == checksum(one.items())
+    group.train(batch, 1)
+    assert checksum(published(group).items()) == checksum(two.items()), "the resumed step differs"
+    assert checksum(one.items()) not in (checksum(start.items()), checksum(two.items()))
+
+    group.export(tmp_path / "model")
+    exported = load(tmp_path / "model")
+    assert all(torch.equal(p.detach(), two[n].float()) for n, p in exported.named_parameters())
+
+    poisoned = poison(batch)
+    report = group.train(poisoned, 2)
+    assert report.metrics["learner/skipped_updates"] == 1
+    assert {(r.outcome, r.reason) for r in decode_records(report.records)} == {("skipped", "non_finite")}
+    assert checksum(published(group).items()) == checksum(two.items())
+    group.load(tmp_path / "state")
+    group.train(batch, 1)
+    assert checksum(published(group).items()) == checksum(two.items()), "a skipped update left something behind"
+    group.train(poisoned, 2)
+    report = group.train(poisoned, 3)  # the caller keeps the batch and then stops: nothing is raised before
+    assert report.metrics["learner/bad_updates_in_a_row"] == group.config.optimizer.max_bad_updates
+    assert report.bad_rows
 
 
 def poison(batch):
@@ -360,11 +382,7 @@ def poison(batch):
     return encode([dataclasses.replace(first, latent_scores=scores), *others], K)
 
 
-def test_the_death_of_a_rank_is_named(ray_session, folder, batch):
-    group = LearnerGroup(settings(learner={"ranks": 2}), folder)
-    try:
-        os.kill(group.process_ids()[1], signal.SIGKILL)
-        with pytest.raises(LearnerError, match="learner rank 1 died"):
-            group.train(batch, 0)
-    finally:
-        group.close()
+def test_the_death_of_a_rank_is_named(pair, batch):
+    os.kill(pair.process_ids()[1], signal.SIGKILL)
+    with pytest.raises(LearnerError, match="learner rank 1 died"):
+        pair.train(batch, 0)

@@ -16,6 +16,7 @@ from training import PROFILE, TASK
 
 from latent_grpo.common.models import load_model
 from latent_grpo.deploy.reproduce.scheduler import SuiteFailed, reproduce
+from latent_grpo.deploy.reproduce.suite import SuiteError
 from latent_grpo.deploy.reproduce.unit import Request, run_unit
 
 pytestmark = pytest.mark.integration
@@ -63,7 +64,8 @@ def test_both_runners_compute_the_same(ray_session, suite, tmp_path):
 
 def test_a_stopped_suite_goes_on_and_reports(suite, tmp_path):
     folder = tmp_path / "out"
-    path = suite(runner="in_process")
+    arms = {"mixture": SUITE["arms"]["mixture"]}
+    path = suite(runner="in_process", arms=arms)
     command = [sys.executable, "-m", "deploy", "reproduce", str(path), "--folder", str(folder), "--parallel", "1"]
     paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -84,7 +86,7 @@ def test_a_stopped_suite_goes_on_and_reports(suite, tmp_path):
     assert first.stat().st_mtime_ns == made, "a finished unit was run again"
     report = json.loads((folder / "report.json").read_text())
     assert report["complete"]
-    assert [row["name"] for row in report["arms"]] == ["latent", "mixture", "uniform"]
+    assert [row["name"] for row in report["arms"]] == ["latent", "mixture"]
     before, after = (row["each"]["4"] for row in report["arms"][:2])
     gain = after["pass_at_1"] - before["pass_at_1"]
     error = math.hypot(after["standard_error"], before["standard_error"])
@@ -99,13 +101,11 @@ def test_a_stopped_suite_goes_on_and_reports(suite, tmp_path):
     assert "://" not in page.partition("id='plotly'")[0], "the page needs the network"
     assert "| it gains | paper |" in (folder / "report.md").read_text()
 
-    other = subprocess.run(
-        [*command, "steps=3"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert other.returncode == 2
-    assert "another configuration: units.latent-seed4.steps: 2 -> 3;" in other.stderr
+    with pytest.raises(SuiteError, match=r"another configuration: units.latent-seed4.steps: 2 -> 3;"):
+        reproduce(Request(source=str(path), folder=folder, overrides=["steps=3"]))
 
 
+@pytest.mark.slow  # test_suite.py: a child that ends without a result is named with its log's error
 def test_a_unit_that_fails_is_named_with_its_reason_and_the_others_go_on(suite, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(ROOT)]))
     (tmp_path / "torn.jsonl").write_text('{"problem": "3+4?", "ans')

@@ -93,7 +93,7 @@ def pool(ray_session):
 @pytest.fixture
 def mortal(ray_session):
     """A pool that soon notices a worker that stands still; yet a busy machine must not be taken for one."""
-    with two_workers(DEADLINES.model_copy(update={"rollout_s": 15.0})) as made:
+    with two_workers(DEADLINES.model_copy(update={"rollout_s": 10.0})) as made:
         made.publish(publication(1))
         yield made
 

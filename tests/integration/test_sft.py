@@ -113,10 +113,19 @@ def test_zero_3_on_two_ranks_computes_what_zero_1_on_one_does(ray_session, tmp_p
         torch.testing.assert_close(found[name], expected[name], atol=2e-4, rtol=1e-3)
 
 
-def test_explicit_sft_is_the_start_of_explicit_grpo_and_of_nothing_else(ray_session, tmp_path):
+def sft_in_process(config, name):
+    folder = create_run(config, name)
+    with in_process_session(folder, config, Reporter()) as run:
+        warm_start(run, InProcessSFT)
+    return folder
+
+
+# on ranks only in the slow case: in the test before the first, ranks stop and go on with latent chains
+@pytest.mark.parametrize("run_sft", [sft_in_process, pytest.param(sft, marks=pytest.mark.slow)])
+def test_explicit_sft_is_the_start_of_explicit_grpo_and_of_nothing_else(ray_session, tmp_path, run_sft):
     explicit = ("algorithm=grpo", f"runs_folder={tmp_path}", "tasks.0.max_response_tokens=22")
     config = tiny("warm_start.chain=explicit", *SFT, *explicit, "learner.zero_stage=0", "warm_start.max_steps=30")
-    folder = sft(config, "explicit")
+    folder = run_sft(config, "explicit")
     assert read_chain(folder.base_model).chain == "explicit"
     assert np.mean(losses(folder)[-5:]) < 0.95 * losses(folder)[0]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training import tiny
+from training import COMMON, WHOLE, tiny
 
 from latent_grpo.common.learner_record import decode_records, join
 from latent_grpo.common.metrics import read_metrics
@@ -17,8 +17,10 @@ from latent_grpo.common.schema import TrajectoryBatch, decode
 from latent_grpo.common.sinks import gauge_name
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
 from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
-from latent_grpo.deploy.run.folder import ResumeError
+from latent_grpo.deploy.reproduce.in_process import train_in_process
+from latent_grpo.deploy.run.folder import ResumeError, create_run
 from latent_grpo.deploy.run.manifest import read_manifest
+from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.train import resume, train
 from latent_grpo.learner.checkpoint import latest_checkpoint
 
@@ -37,12 +39,10 @@ def weights_of(folder):
     return dict(load_model(folder.model).named_parameters())
 
 
-def test_three_steps_and_three_more_are_six_bit_for_bit_at_any_number_of_workers(ray_session, tmp_path):
-    # epochs of ten problems: both the first run and the resumed one cross from one to the next
-    common = (f"runs_folder={tmp_path}", "deterministic=true", "tasks.0.options.size=10")
-    whole = train(tiny(*common, "steps=6", "rollout.workers=2", "checkpoint.every=0"), "whole")
-    half = train(tiny(*common, "steps=3", "rollout.workers=1"), "half")
-    resumed = resume(half.path, ["steps=6", "rollout.workers=3"])
+def test_three_steps_and_three_more_are_six_bit_for_bit_at_any_number_of_workers(whole, tmp_path):
+    quiet = ("evaluation.at_start=false", "evaluation.at_end=false", "checkpoint.every=0")  # the last is always kept
+    half = train(tiny(*COMMON, *quiet, f"runs_folder={tmp_path}", "steps=3", "rollout.workers=2"), "half")
+    resumed = resume(half.path, ["steps=6", "rollout.workers=1"])
 
     for first, second in zip(rows_of(whole, range(1, 7)), rows_of(resumed, range(1, 7)), strict=True):
         assert first == second
@@ -63,20 +63,21 @@ def test_three_steps_and_three_more_are_six_bit_for_bit_at_any_number_of_workers
         resume(half.path, ["group_size=8"])
 
 
-def test_what_a_run_leaves(ray_session, tmp_path):
-    folder = train(tiny(f"runs_folder={tmp_path}", "evaluation.every=2", "dump.evaluation=true"), "left")
-    assert folder.config() == tiny(f"runs_folder={tmp_path}", "evaluation.every=2", "dump.evaluation=true")
+def test_what_a_run_leaves(whole):
+    folder = whole
+    assert folder.config() == tiny(*WHOLE, f"runs_folder={folder.path.parent}")
     assert set(folder.read_json("run.json")["versions"]) >= {"torch", "ray", "deepspeed", "transformers", "python"}
     summary = folder.read_json("summary.json")
     assert summary["before"].keys() == summary["after"].keys()
     assert "held-out/pass_at_1" in summary["after"]
 
     steps = [row["metrics"] for row in read_metrics(folder.path)]
-    assert [m["learner/updates"] for m in steps] == [2, 2, 2]
+    assert [m["learner/updates"] for m in steps] == [2] * 6
     assert all(0 < m["rollout/reward"] < 1 and m["learner/grad_norm"] > 0 for m in steps)
     assert all(m["learner/drift_max"] < 1e-3 for m in steps)
     kinds = [row["kind"] for row in map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())]
-    assert kinds == ["self_test", "evaluation", "train", "train", "evaluation", "train", "evaluation"]
+    expected = ["self_test", "evaluation", *["train"] * 4, "evaluation", *["train"] * 2, "evaluation"]
+    assert kinds == expected
 
     check_records(folder, steps)
     assert read_manifest(folder.path).model.keys() == {"initial", "trained"}
@@ -86,11 +87,11 @@ def test_what_a_run_leaves(ray_session, tmp_path):
     trained = decode(TrajectoryStore(folder.trajectories).read(2))
     assert {t.policy_version_min for t in trained} == {1}
     assert all(t.run_id == folder.name and t.reward in (0.0, 1.0) and t.gold_answer for t in trained)
-    evaluated = decode(TrajectoryStore(folder.trajectories).read(2, "evaluation"))
+    evaluated = decode(TrajectoryStore(folder.trajectories).read(4, "evaluation"))
     assert {t.sampling.noise_mode for t in evaluated} == {"off"}
 
     # the model is an ordinary Hugging Face one, the last checkpoint's, and what the last evaluation judged
-    assert latest_checkpoint(folder.checkpoints).step == 3
+    assert latest_checkpoint(folder.checkpoints).step == 6
     load_tokenizer(folder.model)
     before, after = (dict(load_model(p).named_parameters()) for p in (folder.base_model, folder.model))
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -149,6 +150,18 @@ def check_records(folder, metrics):
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "soft_grpo"])
+def test_the_baselines_train_in_one_process(tmp_path, algorithm):
+    config = tiny(f"runs_folder={tmp_path}", f"algorithm={algorithm}", "steps=2", "evaluation.runs=2")
+    folder = create_run(config, algorithm)
+    train_in_process(folder, config, Reporter())
+    metrics = [row["metrics"] for row in read_metrics(folder.path)]
+    assert all(np.isfinite(m["learner/loss"]) and m["learner/updates"] == 2 for m in metrics)
+    latent = folder.read_json("summary.json")["after"]["held-out/latent_length"]
+    assert (latent == 0) == (algorithm == "grpo")
+
+
+@pytest.mark.slow  # the test above, and test_reproduce.py: both runners compute the same
+@pytest.mark.parametrize("algorithm", ["grpo", "soft_grpo"])
 def test_the_baselines_run_through_the_same_path(ray_session, tmp_path, algorithm):
     folder = train(tiny(f"runs_folder={tmp_path}", f"algorithm={algorithm}", "steps=2", "max_staleness=1"), algorithm)
     rows = decode(TrajectoryStore(folder.trajectories).read(2))
@@ -157,6 +170,7 @@ def test_the_baselines_run_through_the_same_path(ray_session, tmp_path, algorith
     assert all(np.isfinite(m["learner/loss"]) and m["learner/updates"] == 2 for m in metrics)
 
 
+@pytest.mark.slow  # test_dumps.py holds when the failure is raised, test_command.py what a run that breaks off leaves
 def test_a_full_disk_stops_the_run_with_the_reason_and_leaves_the_last_checkpoint(ray_session, tmp_path, monkeypatch):
     write, written = TrajectoryStore.write, []
 

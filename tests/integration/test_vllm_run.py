@@ -11,6 +11,7 @@ from latent_grpo.deploy.train import train
 pytestmark = [pytest.mark.integration, pytest.mark.vllm]
 VLLM = (
     "rollout.engine=vllm",
+    "rollout.workers=2",
     "rollout.vllm.kv_cache_bytes=16777216",
     "model.new.hidden_size=64",  # heads of 32
     "evaluation.at_start=false",

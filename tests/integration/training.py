@@ -29,7 +29,7 @@ PROFILE = {
         }
     },
     "tasks": [{**TASK, "options": {"operations": 2}}],
-    "rollout": {"workers": 2, "resources": {"num_cpus": 0.25}},
+    "rollout": {"workers": 1, "resources": {"num_cpus": 0.25}},
     "learner": {"resources": {"num_cpus": 0.25}},
     "evaluation": {
         "runs": 1,
@@ -38,6 +38,9 @@ PROFILE = {
     "checkpoint": {"every": 1}, "metrics": {"sinks": []},
     "deadlines": {"start_s": 300, "rollout_s": 300, "learner_s": 300, "weights_s": 300},
 }  # fmt: skip
+# epochs of ten problems: a run of three steps and its resumption cross from one to the next
+COMMON = ("deterministic=true", "tasks.0.options.size=10")
+WHOLE = (*COMMON, "steps=6", "evaluation.every=4", "dump.evaluation=true")
 
 
 def tiny(*overrides):
