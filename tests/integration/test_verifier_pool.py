@@ -70,7 +70,11 @@ def gone(pid: int) -> bool:
 
 
 def zombies() -> list[int]:
-    return [p.pid for p in psutil.Process().children(recursive=True) if p.status() == psutil.STATUS_ZOMBIE]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has been reaped since it was listed
+            found += [process.pid] * (process.status() == psutil.STATUS_ZOMBIE)
+    return found
 
 
 def hang_many(hangs: int) -> None:
