@@ -33,11 +33,11 @@ def gpu_need(config: RunConfig) -> GpuNeed:
     whole = 0
     begun: list[float] = []  # used shares of GPUs that fractions share
     for amount in filter(None, actors):
-        checked_tensors = [i for i, used in enumerate(begun) if used + amount <= 1 + ROUNDING]
+        with_room = [i for i, used in enumerate(begun) if used + amount <= 1 + ROUNDING]
         if amount >= 1:
             whole += math.ceil(amount)
-        elif checked_tensors:
-            begun[max(checked_tensors, key=begun.__getitem__)] += amount
+        elif with_room:
+            begun[max(with_room, key=begun.__getitem__)] += amount
         else:
             begun.append(amount)
     devices = whole + len(begun)
@@ -50,8 +50,8 @@ def place(need: GpuNeed, used: Mapping[str, float]) -> tuple[str, ...] | None:
     Whole GPUs are not shared. A share goes to the fullest GPU that has room, so that others stay whole.
     """
     if need.devices == 1:
-        checked_tensors = [name for name, amount in used.items() if amount + need.share <= 1 + ROUNDING]
-        return (max(checked_tensors, key=used.__getitem__),) if checked_tensors else None
+        with_room = [name for name, amount in used.items() if amount + need.share <= 1 + ROUNDING]
+        return (max(with_room, key=used.__getitem__),) if with_room else None
     free = [name for name, amount in used.items() if not amount]
     return tuple(free[: need.devices]) if len(free) >= need.devices else None
 

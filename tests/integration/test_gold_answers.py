@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
+from benchmark_files import DATA, MISSING
 
 from latent_grpo.common.config import TaskConfig
 from latent_grpo.common.tasks.sources import StoredTask, load_task
@@ -17,7 +15,6 @@ from latent_grpo.reward.pool import VerifierPool
 
 pytestmark = pytest.mark.integration
 
-DATA = Path(os.environ.get("LATENT_GRPO_DATA", Path(__file__).parents[2] / "data"))
 NUMBER = (
     "gsm8k_train", "gsm8k_test", "gsm8k_aug_train_noaug", "gsm8k_aug_valid", "gsm8k_aug_test", "gsm_hard", "svamp",
     "multiarith", "multiarith_test180",
@@ -37,9 +34,7 @@ def pool():
 def rows_of(name: str):
     path = DATA / f"{name}.parquet"
     if not path.exists():
-        pytest.skip(
-            f"{path} is not here: the benchmark files are not part of the repository; LATENT_GRPO_DATA names a folder"
-        )
+        pytest.skip(f"{path.name}: {MISSING}")
     return read_rows(path, golds_only=True)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from benchmark_files import DATA, MISSING
 
 from latent_grpo.common.config import ConfigError, TaskConfig, load_config
 from latent_grpo.common.tasks import gpqa
@@ -24,7 +25,6 @@ from latent_grpo.deploy.run.problems import Sources, read_task
 from latent_grpo.reward.answers import gold_is_parsable
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROW = {
     "Question": "What is heavier?",
     "Correct Answer": "lead",
@@ -174,7 +174,7 @@ def test_evaluation_tasks_of_the_same_name_are_refused():
         load_config("quickstart", ["evaluation.tasks=[{name: a, path: x}, {name: a, path: y}]"])
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not on this machine")
+@pytest.mark.skipif(not DATA.is_dir(), reason=MISSING)
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "gpqa"])
 def test_every_row_of_the_published_files_can_be_graded(name):
     (task,) = benchmark_tasks([name], DATA)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from benchmark_files import DATA, MISSING
 
 from latent_grpo.common.config import Columns, PromptConfig, TaskConfig
 from latent_grpo.common.tasks.arithmetic import MODULUS, ChainArithmetic, split_of
@@ -19,8 +20,6 @@ from latent_grpo.common.tasks.sources import (
     load_task,
     with_benchmark_defaults,
 )
-
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:
@@ -216,7 +215,7 @@ def test_benchmark_defaults_yield_to_what_the_user_gave():
     }  # fmt: skip
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not on this machine")
+@pytest.mark.skipif(not DATA.is_dir(), reason=MISSING)
 @pytest.mark.parametrize(("name", "rows"), [("gsm_hard", 1319), ("svamp", 1000), ("math500", 500), ("aime2025", 30)])
 def test_published_benchmarks_load_whole(name, rows):
     task = load_task(TaskConfig(name=name, path=str(DATA / f"{name}.parquet")), 0)
