@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts jobs in 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 INTEGRATION_S = 1200  # of one test: processes, models and Ray start slowly on a busy machine
+LONG_S, TOGETHER_S = 60.0, 540.0  # of one test that is not marked slow, and of all of them
 RAY_CPUS = 4  # logical: more actors than the machine has cores may run side by side
 
 
@@ -40,6 +41,16 @@ def pytest_collection_modifyitems(items):
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Names what would make `make test` too long. A hint and no failure: a busy machine is several times slower."""
+    ran = [report for report in terminalreporter.getreports("passed") if "slow" not in report.keywords]
+    long = [f"{report.duration:.0f} s {report.nodeid}" for report in ran if report.duration > LONG_S]
+    if long or sum(report.duration for report in ran) > TOGETHER_S:
+        terminalreporter.section("make test should stay below ten minutes: mark as slow what a quicker test covers")
+        for line in long:
+            terminalreporter.write_line(line)
 
 
 def _has_cuda() -> bool:
