@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from latent_grpo.common.config import ConfigError, PromptConfig
+from latent_grpo.common.encoding import TextEncoder, UnencodableText
+from latent_grpo.common.schema import Ragged
 from latent_grpo.common.types import Problem, TokenFacts
 
 if TYPE_CHECKING:
@@ -60,21 +62,55 @@ class PromptRenderer:
         return text if text.rstrip().endswith(self.config.think_start) else text + self.config.think_start
 
     def encode(self, problem: Problem) -> np.ndarray:
-        """Returns the prompt's ids, int32 [P]. A chat template has special tokens; plain text gets the default ones."""
-        text = self.render(problem)
+        """Returns the prompt's ids, int32 [P]. A chat template has special tokens; plain text gets the default ones.
+
+        Raises ConfigError, which names the problem.
+        """
+        (ids,) = self.encode_all([problem], TextEncoder(self.tokenizer)).values()
+        return ids
+
+    def encode_all(self, problems: Sequence[Problem], encoder: TextEncoder, name: str = "prompts") -> EncodedPrompts:
+        """Returns the ids of all prompts by the problems' uid. `name` is what the progress calls them."""
+        texts = [self.render(problem) for problem in problems]
         plain = self.config.format is not None
         try:
-            ids = self.tokenizer.encode(text, add_special_tokens=plain)
-        except Exception as error:  # tokenizers raises bare Exception for a text outside a vocabulary without <unk>
+            ids = encoder.encode(name, texts, special_tokens=plain)
+        except UnencodableText as error:
             raise ConfigError(
-                f"problem {problem.uid}: the model's tokenizer cannot encode its prompt {text[:80]!r}... ({error}); "
-                "use a model whose tokenizer knows these texts, or another prompt"
+                f"problem {problems[error.index].uid}: the model's tokenizer cannot encode its prompt "
+                f"{error.text[:80]!r}... ({error.reason}); use a model whose tokenizer knows these texts, or another "
+                "prompt"
             ) from error
-        if plain and ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]  # tokenizers that close every text would end the response before it starts
-        if not ids:
-            raise ConfigError(f"problem {problem.uid}: its prompt has no tokens")
-        return np.asarray(ids, dtype=np.int32)
+        # tokenizers that close every text would end the response before it starts
+        closing = self.tokenizer.eos_token_id if plain else None
+        found = EncodedPrompts([problem.uid for problem in problems], ids, closing)
+        for problem, length in zip(problems, found.lengths, strict=True):
+            if not length:
+                raise ConfigError(f"problem {problem.uid}: its prompt has no tokens")
+        return found
+
+
+class EncodedPrompts(Mapping[str, np.ndarray]):
+    """The prompts of many problems as token ids: uid -> int32 [P]."""
+
+    def __init__(self, uids: Sequence[str], ids: Ragged, closing_id: int | None = None) -> None:
+        """A prompt's last token is left out where it is `closing_id`."""
+        self._places = {uid: place for place, uid in enumerate(uids)}
+        self._ids = ids
+        self.lengths = ids.lengths  # [prompts], in tokens
+        if closing_id is not None and len(ids.values):
+            last = ids.values[np.maximum(ids.offsets[1:] - 1, 0)]
+            self.lengths = self.lengths - ((self.lengths > 0) & (last == closing_id))
+
+    def __getitem__(self, uid: str) -> np.ndarray:
+        place = self._places[uid]
+        return self._ids[place][: self.lengths[place]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def read_tokens(config: RunConfig, model: str | Path) -> tuple[PreTrainedTokenizerBase, TokenFacts]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.files import save_whole
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chain, read_chain
 from latent_grpo.common.models import make_model, make_tokenizer, position_limit, save_model
@@ -92,7 +93,7 @@ def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = No
 
     `folder` is the run's, if it has one; its `model.new` or its finished Latent-SFT may be there already.
     """
-    found = check(config, folder)
+    found = check(config, folder, reporter=reporter)
     if found.model is None or found.problems is None:
         raise ConfigError("the run has no model or no training problems")  # check() refuses both on this machine
     for warning in found.model.warnings:
@@ -103,13 +104,19 @@ def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = No
 
 
 def check(
-    config: RunConfig, folder: RunFolder | None = None, *, elsewhere: bool = False, stored: bool = True
+    config: RunConfig,
+    folder: RunFolder | None = None,
+    *,
+    elsewhere: bool = False,
+    stored: bool = True,
+    reporter: Reporter | None = None,
 ) -> Checked:
     """Checks everything that can be checked before a run starts. Raises ConfigError.
 
     With `elsewhere` the run may start on another machine, so a model or a vLLM that is missing here is not checked.
-    Without `stored` only generated tasks are read, and no files.
+    Without `stored` only generated tasks are read, and no files. `reporter` shows the progress where that takes long.
     """
+    reporter = reporter or Reporter()
     if stored:
         check_files(config)
     engine = check_engine(config, elsewhere=elsewhere)
@@ -123,13 +130,14 @@ def check(
         return Checked(engine, verifiers, sources, model, None, None)  # its tokens come from a file that was not read
     check_width(config, model.facts)
     check_think_start(config, model.tokenizer)
-    tasks = sources.prepared(config, model.tokenizer)
+    encoder = TextEncoder(model.tokenizer, reporter.phase, reporter.say)
+    tasks = sources.prepared(config, encoder)
     check_positions((*tasks.training, *tasks.evaluation), model.positions, model.source or "model.new")
     sft = None
     if config.warm_start is not None and not _has_start(folder):
         complete = len(tasks.training) == len(config.tasks)
         if complete or any(has_chain(task.source) for task in tasks.training):
-            sft = prepare_sft(config, tasks.training, model.tokenizer, model.facts)
+            sft = prepare_sft(config, tasks.training, encoder, model.facts)
     problems = Problems(config, tasks) if tasks.training else None
     return Checked(engine, verifiers, sources, model, problems, sft)
 
@@ -180,7 +188,7 @@ def _has_start(folder: RunFolder | None) -> bool:
 
 def _texts(config: RunConfig, source: TaskSource | None) -> Iterator[str]:
     """Texts that a new model's tokenizer is trained on: the first task's problems, chains and answers."""
-    if config.model.new is None or config.model.new.tokenizer == "arithmetic" or source is None:
+    if config.model.new is None or config.model.new.tokenizer != "bpe" or source is None:
         return
     for index in range(min(source.size or TEXTS_FOR_TOKENIZER, TEXTS_FOR_TOKENIZER)):
         problem = source.problem(index)

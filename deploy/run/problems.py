@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
-from latent_grpo.common.prompts import PromptRenderer
+from latent_grpo.common.encoding import TextEncoder
+from latent_grpo.common.prompts import EncodedPrompts, PromptRenderer
 from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.tasks.sources import (
@@ -28,7 +29,6 @@ from latent_grpo.rollout_workers.verifiers import build_verifier
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedTokenizerBase
 
 TOO_LONG = "prompt over max_prompt_tokens"
 
@@ -40,6 +40,7 @@ class PreparedTask:
     source: TaskSource
     renderer: PromptRenderer
     longest_prompt: int = 0  # tokens; for a generated task, max_prompt_tokens
+    prompts: EncodedPrompts | None = None  # of a stored task's problems
 
     @property
     def name(self) -> str:
@@ -51,7 +52,7 @@ class PreparedTask:
 
     def prompt_ids(self, problem: Problem) -> np.ndarray:
         """Returns the prompt's token ids, int32 [P]. Raises TaskError for a generated problem that is too long."""
-        ids = self.renderer.encode(problem)
+        ids = self.renderer.encode(problem) if self.prompts is None else self.prompts[problem.uid]
         limit = self.source.config.max_prompt_tokens
         if len(ids) > limit:
             raise TaskError(
@@ -61,24 +62,20 @@ class PreparedTask:
         return ids
 
 
-def prepare_task(source: TaskSource, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedTask:
-    """Encodes a task's prompts with this tokenizer; prompts of a stored task that are too long are dropped and counted.
+def prepare_task(source: TaskSource, config: RunConfig, encoder: TextEncoder) -> PreparedTask:
+    """Encodes a task's prompts; prompts of a stored task that are too long are dropped and counted.
 
     Raises TaskError when nothing is left.
     """
-    renderer = PromptRenderer(tokenizer, source.config.prompt or config.model.prompt)
-    if isinstance(source, StoredTask):
-        limit, longest = source.config.max_prompt_tokens, 0
-
-        def fits(problem: Problem) -> bool:
-            nonlocal longest
-            length = len(renderer.encode(problem))
-            if length <= limit:
-                longest = max(longest, length)
-            return length <= limit
-
-        return PreparedTask(source.filtered(fits, TOO_LONG), renderer, longest)
-    return PreparedTask(source, renderer, source.config.max_prompt_tokens)
+    renderer = PromptRenderer(encoder.tokenizer, source.config.prompt or config.model.prompt)
+    limit = source.config.max_prompt_tokens
+    if not isinstance(source, StoredTask):
+        return PreparedTask(source, renderer, limit)
+    name = f"the prompts of {source.config.name}"
+    prompts = renderer.encode_all([source.problem(i) for i in range(source.size)], encoder, name)
+    fitting = source.filtered(lambda problem: len(prompts[problem.uid]) <= limit, TOO_LONG)
+    longest = int(prompts.lengths[prompts.lengths <= limit].max())
+    return PreparedTask(fitting, renderer, longest, prompts)
 
 
 def read_task(task: TaskConfig, config: RunConfig, *, whole: bool = False) -> TaskSource:
@@ -128,12 +125,12 @@ class Sources:
             return cls(evaluation, evaluation)
         return cls([read_task(task, config) for task in config.tasks if stored or is_generated(task)], evaluation)
 
-    def prepared(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tasks:
-        """Encodes the tasks' prompts with this tokenizer. Raises TaskError."""
-        evaluation = [prepare_task(source, config, tokenizer) for source in self.evaluation]
+    def prepared(self, config: RunConfig, encoder: TextEncoder) -> Tasks:
+        """Encodes the tasks' prompts. Raises TaskError."""
+        evaluation = [prepare_task(source, config, encoder) for source in self.evaluation]
         if self.training is self.evaluation:
             return Tasks(evaluation, evaluation)
-        return Tasks([prepare_task(source, config, tokenizer) for source in self.training], evaluation)
+        return Tasks([prepare_task(source, config, encoder) for source in self.training], evaluation)
 
 
 def describe(source: TaskSource) -> str:

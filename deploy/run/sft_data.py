@@ -5,21 +5,21 @@ A chain is encoded once for each stored problem, when it is checked; its soft la
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.markup import escape
 
 from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.encoding import TextEncoder, UnencodableText
 from latent_grpo.common.tasks.sources import PromptStream, StoredTask, TaskError, TaskSource, load_task
 from latent_grpo.common.types import Problem, TokenFacts
 from latent_grpo.deploy.run.problems import PreparedTask
-from latent_grpo.learner.sft.rows import ChainTooShort, EncodedChain, SFTRow, encode_chain
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from latent_grpo.learner.sft.rows import ChainTooShort, EncodedChain, SFTRow, chain_of_ids, visible_text
 
 HELD_OUT_SEED = 7919  # added to the run's seed, so that the evaluation's problems do not decide when to stop
 HELD_OUT_SHARE = 0.1
@@ -35,33 +35,60 @@ class NoChain(ConfigError):
 
 
 class Chains:
-    """Encodes chains of thought for one tokenizer and one Latent-SFT; a stored problem's chain is encoded once."""
+    """Encodes chains of thought: those of a stored task together, that of a generated problem where it is used."""
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, facts: TokenFacts) -> None:
+    def __init__(self, config: RunConfig, encoder: TextEncoder, facts: TokenFacts) -> None:
         self._config, self._settings = config, config.latent_sft
-        self._tokenizer, self._facts = tokenizer, facts
-        self._known: dict[str, EncodedChain] = {}  # by the uid of a stored problem
+        self._encoder, self._facts = encoder, facts
+        self._stored: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by a stored problem's uid: ids of chain, answer
+
+    def read(self, task: PreparedTask, source: StoredTask) -> None:
+        """Encodes the chains of a stored task's problems. Raises ConfigError, which names the problem."""
+        problems, chains = [], []
+        for index in range(source.size):
+            with contextlib.suppress(NoChain):
+                problem = source.problem(index)
+                chains.append(_chain_text(problem, self._think_end(task)))
+                problems.append(problem)
+        answers = [visible_text(problem.answer, self._think_end(task)) for problem in problems]
+        of_chains = self._encoded(f"the chains of {task.name}", problems, chains)
+        of_answers = self._encoded(f"the answers of {task.name}", problems, answers)
+        uids = (problem.uid for problem in problems)
+        self._stored |= dict(zip(uids, zip(of_chains, of_answers, strict=True), strict=True))
 
     def encoded(self, task: PreparedTask, problem: Problem) -> EncodedChain:
         """Returns the problem's chain as token ids. Raises ConfigError, which names the problem."""
-        chain = self._known.get(problem.uid)
-        if chain is None:
-            think_end = (task.source.config.prompt or self._config.model.prompt).think_end
-            try:
-                chain = encode_chain(
-                    self._tokenizer,
-                    _chain_text(problem, think_end),
-                    problem.answer,
-                    c=self._settings.compression,
-                    latent_end_id=self._facts.latent_end_id,
-                    think_end=think_end,
-                    explicit=self._settings.chain == "explicit",
-                )
-            except ConfigError as error:
-                raise type(error)(f"problem {problem.uid}: {error}") from error
-            if isinstance(task.source, StoredTask):
-                self._known[problem.uid] = chain
-        return chain
+        text = _chain_text(problem, self._think_end(task))
+        if problem.uid in self._stored:
+            cot, visible = self._stored[problem.uid]
+        else:
+            texts = [text, visible_text(problem.answer, self._think_end(task))]
+            cot, visible = self._encoded(f"the chain of {problem.uid}", [problem] * 2, texts)
+        try:
+            return chain_of_ids(
+                cot,
+                visible,
+                self._encoder.tokenizer.eos_token_id,
+                c=self._settings.compression,
+                latent_end_id=self._facts.latent_end_id,
+                think_end=self._think_end(task),
+                explicit=self._settings.chain == "explicit",
+            )
+        except ConfigError as error:
+            raise type(error)(f"problem {problem.uid}: {error}") from error
+
+    def _encoded(self, name: str, problems: Sequence[Problem], texts: Sequence[str]) -> Iterator[np.ndarray]:
+        try:
+            found = self._encoder.encode(name, texts, special_tokens=False)
+        except UnencodableText as error:
+            raise ConfigError(
+                f"problem {problems[error.index].uid}: the model's tokenizer cannot encode {error.text[:80]!r} of its "
+                f"chain of thought or answer ({error.reason}); use a model whose tokenizer knows these texts"
+            ) from error
+        return (found[i] for i in range(len(found)))
+
+    def _think_end(self, task: PreparedTask) -> str:
+        return (task.source.config.prompt or self._config.model.prompt).think_end
 
     def row(self, task: PreparedTask, problem: Problem) -> SFTRow:
         """Returns the problem's training row, with uniform labels."""
@@ -124,11 +151,9 @@ class SFTData:
         self._made[0, count] = self.rows(0, count)
 
 
-def prepare_sft(
-    config: RunConfig, tasks: list[PreparedTask], tokenizer: PreTrainedTokenizerBase, facts: TokenFacts
-) -> SFTData:
+def prepare_sft(config: RunConfig, tasks: list[PreparedTask], encoder: TextEncoder, facts: TokenFacts) -> SFTData:
     """Splits the tasks that have a chain of thought. Raises ConfigError if none has, or where a first row fails."""
-    settings, chains = config.latent_sft, Chains(config, tokenizer, facts)
+    settings, chains = config.latent_sft, Chains(config, encoder, facts)
     found: list[PreparedTask] = []
     without: list[PreparedTask] = []
     for task in tasks:
@@ -184,6 +209,7 @@ def _split(task: PreparedTask, count: int, config: RunConfig, chains: Chains) ->
         options = {**source.config.options, "split": "evaluation", "seed": config.seed + HELD_OUT_SEED, "size": count}
         other = load_task(source.config.model_copy(update={"options": options}), config.seed)
         return task, [other.problem(i) for i in range(other.size or count)]
+    chains.read(task, source)
     problems = (source.problem(i) for i in range(source.size))
     faults = {problem.uid: chains.fault(task, problem) for problem in problems}
     for reason in (NO_CHAIN, TOO_SHORT, TOO_LONG):

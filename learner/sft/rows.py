@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,11 @@ class EncodedChain:
         return -(-len(self.cot_ids) // c) + len(self.hard_ids)
 
 
+def visible_text(answer: str, think_end: str = "</think>") -> str:
+    """The text that a row's visible part begins with: the end of thinking and the boxed answer."""
+    return f"{think_end}\\boxed{{{answer}}}"
+
+
 def encode_chain(
     tokenizer: PreTrainedTokenizerBase,
     cot: str,
@@ -67,23 +73,44 @@ def encode_chain(
 ) -> EncodedChain:
     """Encodes a problem's chain and answer; `explicit` keeps the chain as hard tokens (the baseline's start).
 
-    Raises ConfigError for an empty chain, for an end of thinking that the tokenizer merges with the answer, and
-    (:class:`ChainTooShort`) for a chain of fewer than c tokens.
+    Raises ConfigError for an empty chain, and as :func:`chain_of_ids` does.
     """
     if not cot.strip():
         raise ConfigError("Latent-SFT needs an explicit chain of thought, got an empty one; set the task's columns.cot")
     cot_ids = tokenizer.encode(cot, add_special_tokens=False)
-    visible = tokenizer.encode(f"{think_end}\\boxed{{{answer}}}", add_special_tokens=False)
+    visible = tokenizer.encode(visible_text(answer, think_end), add_special_tokens=False)
+    eos_id = tokenizer.eos_token_id
+    return chain_of_ids(
+        cot_ids, visible, eos_id, c=c, latent_end_id=latent_end_id, think_end=think_end, explicit=explicit
+    )
+
+
+def chain_of_ids(
+    cot_ids: Sequence[int] | np.ndarray,
+    visible_ids: Sequence[int] | np.ndarray,
+    eos_id: int,
+    *,
+    c: int,
+    latent_end_id: int | None,
+    think_end: str,
+    explicit: bool,
+) -> EncodedChain:
+    """Makes a chain of the ids of a problem's chain of thought and of its :func:`visible_text`.
+
+    Raises ConfigError for an end of thinking that the tokenizer merges with the answer, and (:class:`ChainTooShort`)
+    for a chain of fewer than c tokens.
+    """
+    cot, visible = np.asarray(cot_ids, dtype=np.int32), np.asarray(visible_ids, dtype=np.int32)
     if latent_end_id is not None and visible[0] != latent_end_id:
         raise ConfigError(
             f"{think_end!r} starts with token {visible[0]} before the answer, but with {latent_end_id} by itself: the "
             "tokenizer merges it with what follows; use another prompt.think_end"
         )
-    compressed = [] if explicit else [i for i in cot_ids if i != latent_end_id]
+    compressed = cot[:0] if explicit else cot[cot != (-1 if latent_end_id is None else latent_end_id)]
     if not explicit and len(compressed) < c:
         raise ChainTooShort(
-            f"the chain of thought {cot!r} has {len(compressed)} token(s), fewer than one latent step stands for "
+            f"the chain of thought has {len(compressed)} token(s), fewer than one latent step stands for "
             f"(warm_start.compression {c}); lower warm_start.compression, or leave the problem out"
         )
-    hard = [*(cot_ids if explicit else ()), *visible, tokenizer.eos_token_id]
-    return EncodedChain(np.asarray(compressed, dtype=np.int32), np.asarray(hard, dtype=np.int32))
+    hard = [cot if explicit else cot[:0], visible, np.array([eos_id], dtype=np.int32)]
+    return EncodedChain(compressed, np.concatenate(hard))

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from latent_grpo.common.config import ConfigError, load_config
+from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.model_chain import ChainSettings, write_chain
 from latent_grpo.common.schema import encode
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
@@ -148,7 +149,7 @@ class Cluster:
 
 
 def problems_of(config):
-    return Problems(config, Sources.read(config).prepared(config, make_arithmetic_tokenizer()))
+    return Problems(config, Sources.read(config).prepared(config, TextEncoder(make_arithmetic_tokenizer())))
 
 
 def evaluation_of(*overrides):

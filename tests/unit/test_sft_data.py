@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from latent_grpo.common.config import ConfigError, TaskConfig, load_config
+from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.prompts import resolve_tokens
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
 from latent_grpo.common.tasks.sources import StoredTask, TaskError
@@ -32,13 +33,13 @@ def stored(tmp_path, cots: list[str], *overrides: str):
     path.write_text("\n".join(map(json.dumps, rows)))
     task = TaskConfig(name="rows", path=str(path), max_prompt_tokens=32, max_response_tokens=12, verifier="number")
     config = load_config("quickstart", list(overrides)).model_copy(update={"tasks": [task]})
-    return config, [prepare_task(read_task(task, config), config, TOKENIZER)]
+    return config, [prepare_task(read_task(task, config), config, TextEncoder(TOKENIZER))]
 
 
 def test_unusable_chains_are_dropped_and_counted_by_reason(tmp_path):
     good = "1+2=3;"
     config, tasks = stored(tmp_path, ["", "3", good * 9, *[good] * 12])
-    (task,) = prepare_sft(config, tasks, TOKENIZER, FACTS).tasks
+    (task,) = prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS).tasks
     dropped = task.source.dropped
     assert (dropped[NO_CHAIN], dropped[TOO_SHORT], dropped[TOO_LONG]) == ([0], [1], [2])
     assert task.source.size == 11  # twelve good ones, one of them held out
@@ -47,7 +48,7 @@ def test_unusable_chains_are_dropped_and_counted_by_reason(tmp_path):
 def test_dropped_chains_are_a_warning_and_their_counts_are_kept(tmp_path):
     config, tasks = stored(tmp_path, ["", "", "3", *["1+2=3;"] * 12])
     other = dataclasses.replace(tasks[0], source=StoredTask(TaskConfig(name="[plain]", path="x"), [PLAIN], {}))
-    data = prepare_sft(config, [*tasks, other], TOKENIZER, FACTS)
+    data = prepare_sft(config, [*tasks, other], TextEncoder(TOKENIZER), FACTS)
     assert data.dropped == {"rows": {NO_CHAIN: 2, TOO_SHORT: 1}, "[plain]": {NO_CHAIN: 1}}
     console = Console(width=300, record=True, file=io.StringIO(), force_terminal=True, highlight=False)
     for line in data.summaries:
@@ -58,7 +59,7 @@ def test_dropped_chains_are_a_warning_and_their_counts_are_kept(tmp_path):
     assert "Latent-SFT leaves out [plain]: no chain of thought" in text
 
     config, tasks = stored(tmp_path, ["1+2=3;"] * 12)
-    data = prepare_sft(config, tasks, TOKENIZER, FACTS)
+    data = prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
     assert (data.dropped, [line.startswith("Latent-SFT on rows: ") for line in data.summaries]) == ({}, [True])
 
 
@@ -67,7 +68,7 @@ def test_a_chain_is_learned_with_one_end_of_thinking(tmp_path, overrides):
     """Whatever its text holds, latent or explicit; nothing but an end is no chain."""
     ends = ["1+2=3;</think>", "</think>1+2</think>=3;", " </think>"]
     config, tasks = stored(tmp_path, [*ends, *["1+2=3;"] * 12], *overrides)
-    data = prepare_sft(config, tasks, TOKENIZER, FACTS)
+    data = prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
     assert data.dropped == {"rows": {NO_CHAIN: 1}}
     rows = [data.row(tasks[0], tasks[0].source.problem(index)) for index in (0, 1, 3)]
     assert {tuple(row.hard_ids) for row in rows} == {tuple(rows[2].hard_ids)}
@@ -86,9 +87,9 @@ def test_a_chain_is_learned_with_one_end_of_thinking(tmp_path, overrides):
 def test_a_file_that_loses_most_of_its_chains_for_their_length_is_refused(tmp_path, bad, counts):
     config, tasks = stored(tmp_path, ["", "", *bad, *["1+2=3;"] * 5])
     with pytest.raises(TaskError, match=rf"task rows: {counts}"):
-        prepare_sft(config, tasks, TOKENIZER, FACTS)
+        prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
     config, tasks = stored(tmp_path, ["", "", *bad, *["1+2=3;"] * 6])
-    (task,) = prepare_sft(config, tasks, TOKENIZER, FACTS).tasks  # half may go
+    (task,) = prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS).tasks  # half may go
     assert task.source.size == 5
 
 
@@ -97,44 +98,66 @@ def test_chains_shorter_than_a_latent_step_alone_are_an_error(tmp_path):
     with pytest.raises(
         ConfigError, match=r"no problem is left; dropped 3 chain of thought under warm_start\.compression"
     ):
-        prepare_sft(config, tasks, TOKENIZER, FACTS)
+        prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
 
 
 def test_a_generated_chain_that_is_too_short_names_the_problem_and_the_setting():
     config = load_config("quickstart", ["warm_start.compression=7", "k=7", "tasks.0.options.operations=1"])
-    tasks = [prepare_task(read_task(config.tasks[0], config), config, TOKENIZER)]
+    tasks = [prepare_task(read_task(config.tasks[0], config), config, TextEncoder(TOKENIZER))]
     with pytest.raises(ConfigError, match=r"problem chain-arithmetic/0: .* has 6 token\(s\).*compression 7"):
-        prepare_sft(config, tasks, TOKENIZER, FACTS)
+        prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
 
 
-def test_a_row_is_encoded_once(tmp_path, monkeypatch):
+class CountingEncoder(TextEncoder):
+    """An encoder that counts the texts that it encodes."""
+
+    def __init__(self) -> None:
+        super().__init__(TOKENIZER)
+        self.count = 0
+
+    def encode(self, name, texts, *, special_tokens):
+        self.count += len(texts)
+        return super().encode(name, texts, special_tokens=special_tokens)
+
+
+def test_a_row_is_encoded_once(tmp_path):
     """A stored problem's chain however often it is used, a generated one's from the check to the first step."""
-    encoded = []
-    count = lambda *given, **settings: encoded.append(given[1]) or encode_chain(*given, **settings)  # noqa: E731
-    monkeypatch.setattr("latent_grpo.deploy.run.sft_data.encode_chain", count)
+    encoder = CountingEncoder()
     config, tasks = stored(tmp_path, ["1+2=3;"] * 12)
-    data = prepare_sft(config, tasks, TOKENIZER, FACTS)
+    data = prepare_sft(config, tasks, encoder, FACTS)
     first, again = data.rows(0, 8), data.rows(0, 8)
-    assert len(encoded) == 12
+    assert encoder.count == 24, "a chain and an answer each"
     assert all(np.array_equal(a.hard_ids, b.hard_ids) for a, b in zip(first, again, strict=True))
-    encoded.clear()
+
+    encoder = CountingEncoder()
     config = load_config("quickstart", ["warm_start.batch_size=4"])
-    tasks = [prepare_task(read_task(config.tasks[0], config), config, TOKENIZER)]
-    data = prepare_sft(config, tasks, TOKENIZER, FACTS)
+    tasks = [prepare_task(read_task(config.tasks[0], config), config, encoder)]
+    data = prepare_sft(config, tasks, encoder, FACTS)
     data.rows(0, 4)
-    assert len(encoded) == 4
+    assert encoder.count == 8
+
+
+def test_a_stored_task_keeps_the_ids_of_its_prompts(tmp_path):
+    config, (task,) = stored(tmp_path, ["1+2=3;"] * 12)
+    for index in range(12):
+        problem = task.source.problem(index)
+        assert np.array_equal(task.prompt_ids(problem), task.renderer.encode(problem))
+    encoder = CountingEncoder()
+    task = prepare_task(read_task(config.tasks[0], config), config, encoder)
+    task.prompt_ids(task.source.problem(0))
+    assert encoder.count == 12
 
 
 def test_too_few_problems_to_hold_any_out_is_an_error(tmp_path):
     config, tasks = stored(tmp_path, ["1+2=3;"])
     with pytest.raises(ConfigError, match=r"1 usable problem\(s\) are too few"):
-        prepare_sft(config, tasks, TOKENIZER, FACTS)
+        prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
 
 
 def test_no_task_with_a_chain_is_an_error(tmp_path):
     config, tasks = stored(tmp_path, ["", ""])
     with pytest.raises(ConfigError, match="needs an explicit chain of thought"):
-        prepare_sft(config, tasks, TOKENIZER, FACTS)
+        prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
 
 
 def test_k_must_hold_the_tokens_of_a_step_but_an_explicit_chain_does_not_care():
@@ -173,7 +196,7 @@ def test_ranks_call_the_output_layer_equally_often():
 
 def test_held_out_problems_are_never_learned_from(tmp_path):
     config, tasks = stored(tmp_path, [f"1+{i % 10}=3;" for i in range(30)])
-    data = prepare_sft(config, tasks, TOKENIZER, FACTS)
+    data = prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
     held_out = {problem.uid for _, problem in data.held_out}
     learned = {data.stream[i].problem.uid for i in range(200)}
     assert len(held_out) == 3
