@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from latent_grpo.common.config import ConfigError, NewModelConfig
+from latent_grpo.common.head import float32_logits, install_float32_head
 from latent_grpo.common.hub import check_folder, hub_errors
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 
@@ -115,7 +116,8 @@ def make_tokenizer(config: NewModelConfig, texts: Iterable[str] = ()) -> PreTrai
 def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     """Loads a causal LM from a folder or the hub, in `dtype` (`float32`, `bfloat16`), in evaluation mode (no dropout).
 
-    Raises ConfigError if its logits are not those that engine and learner compute (:func:`check_logits`).
+    Its logits are float32 in either (`common.head`). Raises ConfigError if they are not those that engine and learner
+    compute (:func:`check_logits`).
     """
     from transformers import AutoModelForCausalLM
 
@@ -132,18 +134,21 @@ def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
 def check_logits(model: PreTrainedModel, name: str) -> None:
     """Raises ConfigError if the model's own logits are not its output layer applied to its base model's hidden states.
 
+    The output layer is made to give float32 logits first (`common.head`).
+
     Engine and learner compute the latter, and agree with each other, so no self-test would see the difference. The
     check takes two passes over a few tokens, on whole weights: a rank loads the whole model, and ZeRO shards it later.
     """
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     architecture = type(model).__name__
-    if head is None:
+    if model.get_output_embeddings() is None:
         raise ConfigError(f"model {name} ({architecture}) has no output layer; {USABLE}")
+    embed, head = model.get_input_embeddings(), install_float32_head(model)
     rows = embed.get_parameter("weight").shape[0]
     spread = torch.arange(1, rows, max(rows // (CHECKED_TOKENS + 2), 1)).tolist()  # padding would cause a warning
     ids = torch.tensor([[i for i in spread if i != model.config.pad_token_id][:CHECKED_TOKENS]])
     own = model(input_ids=ids, use_cache=False).logits.float()
-    computed = head(model.base_model(inputs_embeds=embed(ids), use_cache=False).last_hidden_state).float()
+    hidden = model.base_model(inputs_embeds=embed(ids), use_cache=False).last_hidden_state
+    computed = float32_logits(head, hidden)
     if not own.isfinite().all():
         raise ConfigError(f"model {name} ({architecture}): its logits are not finite, so its weights are damaged")
     gap, largest = float((own - computed).abs().max()), float(computed.abs().max())

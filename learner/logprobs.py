@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from latent_grpo.common.density import Flip, surrogate_log_prob
+from latent_grpo.common.head import float32_logits
 
 if TYPE_CHECKING:
     from latent_grpo.learner.batching import ReplayInputs
@@ -56,7 +57,8 @@ def _chunk(head: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, temperature
 
 
 def _logits(head: nn.Module, hidden: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
-    return head(hidden).float().div_(temperatures.unsqueeze(-1))  # in place: a second copy would double the peak
+    # in place: a second copy would double the peak
+    return float32_logits(head, hidden).div_(temperatures.unsqueeze(-1))
 
 
 def _selected(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from latent_grpo.common.head import install_float32_head
 from latent_grpo.common.latent import mix_embeddings
 from latent_grpo.learner.batching import ReplayInputs
 from latent_grpo.learner.centering import OtherDraws, Redraw
@@ -29,6 +30,7 @@ class PolicyModule(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, freeze_embeddings: bool = True, gradient_checkpointing: bool = False):
         super().__init__()
+        install_float32_head(model)
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
         if freeze_embeddings:

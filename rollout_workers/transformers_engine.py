@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from latent_grpo.common.density import hard_log_prob
+from latent_grpo.common.head import float32_logits, install_float32_head
 from latent_grpo.common.latent import latent_step, mix_embeddings, visible_step
 from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import checksum
@@ -106,7 +107,7 @@ class TransformersEngine:
         self._device = torch.device(device)
         self._model = model.to(self._device).eval()  # type: ignore[arg-type]  # transformers' `to` loses its self
         self._facts, self._max_rows, self._deterministic = facts, max_rows, deterministic
-        self._embed, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        self._embed, self._head = model.get_input_embeddings(), install_float32_head(model)
         self._additive_mask = model.config._attn_implementation == "eager"
         allowed = torch.as_tensor(np.asarray(facts.allowed, dtype=bool))
         self._allowed = None if bool(allowed.all()) else allowed.to(self._device)
@@ -212,7 +213,7 @@ class TransformersEngine:
             use_cache=True,
         ).last_hidden_state
         rows["length"] += 1
-        return self._head(hidden[:, -1]).float()
+        return float32_logits(self._head, hidden[:, -1])
 
     def _admit(self) -> list[torch.Tensor]:
         """Admits queued groups that fit, in order of arrival; returns the logits of their prompts, [rows, V] each."""
@@ -259,7 +260,7 @@ class TransformersEngine:
         self._cache.insert(output.past_key_values, owners, self._running)
         for group in groups:
             self._start(group)
-        return self._head(hidden).float()[owners]
+        return float32_logits(self._head, hidden)[owners]
 
     def _start(self, group: RunningGroup) -> None:
         """Fills the rows of a group whose prompt is in the cache."""

@@ -30,6 +30,7 @@ from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
 from latent_grpo.rollout_workers.vllm_plugin.support import (
     argument_problem,
+    head_problem,
     installed,
     model_problem,
     runner_problem,
@@ -282,6 +283,7 @@ def _start(
         "model": str(model),
         "skip_tokenizer_init": True,
         "dtype": dtype,
+        "hf_overrides": {"head_dtype": "float32"},  # logits in float32 whatever the dtype (METHOD §5, common.head)
         "seed": 0,
         "load_format": "dummy",
         "max_num_seqs": max_rows,
@@ -314,6 +316,7 @@ def _start(
     config = EngineArgs(**{**args, **options.engine_args}).create_engine_config()
     problem = model_problem(config.model_config.hf_config.to_dict(), build)
     problem = problem or runner_problem(build, config.use_v2_model_runner)
+    problem = problem or head_problem(str(config.model_config.head_dtype))
     if problem:
         raise EngineError(problem)
     llm = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)

@@ -35,6 +35,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from latent_grpo.common.head import float32_logits, install_float32_head
 from latent_grpo.common.latent import mix_embeddings
 from latent_grpo.learner.policy import checkpoint_layers
 from latent_grpo.learner.sft.soft_labels import Chain, chain_length
@@ -236,6 +237,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, k: int, allowed: torch.Tensor | np.ndarray, chunk_tokens: int = 2048):
         super().__init__()
+        install_float32_head(model)
         self.model, self.k, self.chunk_tokens = model, k, chunk_tokens
         self.register_buffer("allowed", torch.as_tensor(allowed, dtype=torch.bool).clone(), persistent=False)
 
@@ -256,7 +258,7 @@ class Encoder(nn.Module):
     def _mixtures(
         self, head: nn.Module, states: torch.Tensor, *anchor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits = head(states).float().masked_fill(~self.allowed, -torch.inf)
+        logits = float32_logits(head, states).masked_fill(~self.allowed, -torch.inf)
         values, ids = logits.topk(self.k, dim=-1)
         distance = values.new_zeros(())
         if anchor:
@@ -289,6 +291,7 @@ class InductionModule(nn.Module):
             for model in (encoder, decoder):
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         self.encoder = Encoder(encoder, k=k, allowed=allowed, chunk_tokens=chunk_tokens)
+        install_float32_head(decoder)
         self.decoder = decoder
         self.chunk_tokens = chunk_tokens
         encoder.requires_grad_(phase != "decoder")
@@ -335,7 +338,7 @@ class InductionModule(nn.Module):
 
 
 def _losses(head: nn.Module, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(head(states).float(), ids, reduction="sum")
+    return nn.functional.cross_entropy(float32_logits(head, states), ids, reduction="sum")
 
 
 # --- the labels --------------------------------------------------------------------------------------------------

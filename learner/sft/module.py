@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from latent_grpo.common.head import float32_logits, install_float32_head
 from latent_grpo.common.latent import greedy_mixture, mix_embeddings, sample_mixture_keyed
 from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW, gumbel_noise, trajectory_key
 from latent_grpo.learner.policy import checkpoint_layers
@@ -177,6 +178,7 @@ class LatentSFTModule(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        install_float32_head(model)
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
@@ -236,7 +238,7 @@ class LatentSFTModule(nn.Module):
         embed, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         mixed = []
         for row, position in self._chunks(rows, positions, batch.calls.latent):
-            logits = head(hidden[row, position - 1]).float()
+            logits = float32_logits(head, hidden[row, position - 1])
             if not len(row):
                 mixed.append(embed(row))
                 continue
@@ -296,10 +298,10 @@ class LatentSFTModule(nn.Module):
 
 def _latent_losses(head: nn.Module, states: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Returns the sum of KL(q || p): `states` [N, D], `ids` and `labels` [N, K]."""
-    log_p = torch.log_softmax(head(states).float(), dim=-1).gather(-1, ids)
+    log_p = torch.log_softmax(float32_logits(head, states), dim=-1).gather(-1, ids)
     return (torch.xlogy(labels, labels) - labels * log_p).sum()
 
 
 def _hard_losses(head: nn.Module, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Returns the sum of cross-entropies: `states` [N, D], `ids` [N]."""
-    return nn.functional.cross_entropy(head(states).float(), ids, reduction="sum")
+    return nn.functional.cross_entropy(float32_logits(head, states), ids, reduction="sum")

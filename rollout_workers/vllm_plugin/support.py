@@ -165,6 +165,16 @@ def runner_problem(build: str, v2: bool) -> str | None:
     return None
 
 
+def head_problem(dtype: str) -> str | None:
+    """Returns why vLLM's choice of a dtype for logits (`torch.float32`) cannot be used and what to do, or None."""
+    if dtype != "torch.float32":
+        return (
+            f"rollout.engine vllm: vLLM would compute logits in {dtype.removeprefix('torch.')}, but they must be "
+            "float32 on this device too; set rollout.engine to transformers"
+        )
+    return None
+
+
 def argument_problem(arguments: Mapping[str, Any]) -> str | None:
     """Returns why some of `rollout.vllm.engine_args` are refused and what to do, or None; checks names only."""
     refused = [f"{name}: {_refusal(name)}" for name in arguments if name not in ACCEPTED]
