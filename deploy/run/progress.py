@@ -1,17 +1,23 @@
-"""Progress of long phases: a bar with rate and remaining time on a terminal, a line every 15 seconds in a log."""
+"""Progress of long phases: a bar with pace and remaining time on a terminal, a line every 15 seconds in a log."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 LOG_EVERY_S = 15.0
+RECENT_S = 120.0  # the pace is that of the last two minutes, or of the last RECENT advances if they took longer
+RECENT = 8
 Advance = Callable[..., None]
-"""Called as `advance(completed, note="")`."""
+"""Called as `advance(completed, note="")`; a fraction is the share of the running step that is done."""
 
 
 class LastingConsole(Console):
@@ -22,65 +28,147 @@ class LastingConsole(Console):
             super().on_broken_pipe()
 
 
-class Reporter:
-    """The output of a run: `say` prints a line, and `phase` shows the progress of a long piece of work."""
+@dataclass(slots=True)
+class Pace:
+    """The pace of a phase and the time that it still takes, from its whole steps, however long each of them is.
 
-    def __init__(self, console: Console | None = None) -> None:
+    `total` steps, called `unit` (a plural). `now()` is a clock in seconds.
+    """
+
+    total: int
+    unit: str
+    now: Callable[[], float] = time.monotonic
+    done: float = 0.0
+    note: str = ""
+    _whole: deque[tuple[float, int]] = field(default_factory=deque)  # (when, steps) of the advances that count
+
+    def advance(self, completed: float, note: str = "") -> None:
+        """Notes that `completed` steps are done. The first call says how many were done before the phase."""
+        self.done, self.note = completed, note
+        if not self._whole or int(completed) > self._whole[-1][1]:
+            self._whole.append((self.now(), int(completed)))
+        while len(self._whole) > RECENT + 1 and self._whole[-1][0] - self._whole[1][0] > RECENT_S:
+            self._whole.popleft()
+
+    @property
+    def seconds_each(self) -> float | None:
+        """Seconds that a step takes; None before one has been taken."""
+        if len(self._whole) < 2:
+            return None
+        (began, before), (ended, after) = self._whole[0], self._whole[-1]
+        return (ended - began) / (after - before)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the phase ends; None before a step has been taken."""
+        each = self.seconds_each
+        if each is None:
+            return None
+        ended, after = self._whole[-1]
+        return max((self.total - after) * each - (self.now() - ended), 0.0)
+
+    @property
+    def rate(self) -> str:
+        """`12 steps/s`, `43 s/step` or `2.1 min/step`; empty before a step has been taken."""
+        each = self.seconds_each
+        if each is None:
+            return ""
+        if each <= 1:
+            return f"{1 / max(each, 1e-9):,.3g} {self.unit}/s"
+        return f"{duration(each)}/{self.unit.removesuffix('s')}"
+
+    @property
+    def left(self) -> str:
+        left = self.left_s
+        return "" if left is None or self.done >= self.total else f"{duration(left)} left"
+
+
+def duration(seconds: float) -> str:
+    """A duration in the unit that suits it: `8.2 s`, `43 s`, `2.1 min`, `3.4 h`."""
+    for limit, size, unit in ((100, 1, "s"), (6_000, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / size:.{int(seconds < 10 * size)}f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def end_of(seconds: float, now: datetime | None = None) -> str:
+    """The local time in `seconds` from now: `14:32`, or `Nov 29 03:10` on another day."""
+    now = now or datetime.now()
+    end = now + timedelta(seconds=seconds)
+    return f"{end:%H:%M}" if end.date() == now.date() else f"{end:%b %d %H:%M}"
+
+
+class Reporter:
+    """The output of a run: `say` prints a line, and `phase` shows the progress of a long piece of work.
+
+    `now()` is the clock of the progress, in seconds.
+    """
+
+    def __init__(self, console: Console | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self.console = console or LastingConsole(highlight=False, soft_wrap=True)
+        self._now = now
 
     def say(self, text: str) -> None:
         self.console.print(text)
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int, unit: str = "steps") -> Iterator[Advance]:
+        """Shows the progress of `total` steps, called `unit`, while the block runs."""
         shown = self._bar if self.console.is_terminal else self._lines
-        with shown(name, total, unit) as advance:
+        with shown(name, Pace(total, unit, self._now)) as advance:
             yield advance
 
     @contextlib.contextmanager
-    def _bar(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+    def _bar(self, name: str, pace: Pace) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description:<14}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            _PaceColumn(pace),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _LeftColumn(pace),
             TextColumn("{task.fields[note]}"),
         )
-        started = time.monotonic()
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(name, total=total, note="", rate="")
-            first: list[int] = []
+            task = progress.add_task(name, total=pace.total, note="")
 
-            def advance(completed: int, note: str = "") -> None:
-                first.append(completed) if not first else None
-                progress.update(task, completed=completed, note=note, rate=_rate(completed - first[0], started, unit))
+            def advance(completed: float, note: str = "") -> None:
+                pace.advance(completed, note)
+                progress.update(task, completed=completed, note=note)
 
             yield advance
 
     @contextlib.contextmanager
-    def _lines(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        started = shown = time.monotonic()
-        first: list[int] = []
-        self.say(f"{name}: {total:,} {unit}")
+    def _lines(self, name: str, pace: Pace) -> Iterator[Advance]:
+        started = shown = self._now()
+        self.say(f"{name}: {pace.total:,} {pace.unit}")
 
-        def advance(completed: int, note: str = "") -> None:
+        def advance(completed: float, note: str = "") -> None:
             nonlocal shown
-            first.append(completed) if not first else None
-            now = time.monotonic()
-            if now - shown < LOG_EVERY_S and completed < total:
+            pace.advance(completed, note)
+            now = self._now()
+            if now - shown < LOG_EVERY_S and completed < pace.total:
                 return
             shown = now
-            done = completed - first[0]
-            left = (now - started) / done * (total - completed) if done else 0.0
-            rate = _rate(done, started, unit)
-            self.say(f"{name}: {completed:,}/{total:,} · {rate} · {left:,.0f} s left" + (f" · {note}" if note else ""))
+            parts = (f"{int(completed):,}/{pace.total:,}", pace.rate, pace.left, note)
+            self.say(f"{name}: {' · '.join(part for part in parts if part)}")
 
         yield advance
-        self.say(f"{name}: done after {time.monotonic() - started:,.1f} s")
+        self.say(f"{name}: done after {duration(self._now() - started)}")
 
 
-def _rate(done: int, started: float, unit: str) -> str:
-    return f"{done / max(time.monotonic() - started, 1e-9):.3g} {unit}/s"
+class _PaceColumn(ProgressColumn):
+    """Steps done, of all, and their pace."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{int(task.completed):,}/{self._pace.total:,} {self._pace.rate}".rstrip())
+
+
+class _LeftColumn(_PaceColumn):
+    """The time that is left, which also falls while a long step runs."""
+
+    def render(self, task: Task) -> Text:
+        return Text(self._pace.left)
