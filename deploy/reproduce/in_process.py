@@ -36,14 +36,15 @@ from latent_grpo.deploy.evaluation.evaluate import evaluate
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.self_test import self_test
 from latent_grpo.deploy.run.session import Run
 from latent_grpo.deploy.sft.loop import warm_start
-from latent_grpo.deploy.train import self_test
 from latent_grpo.learner.base_rank import RankActor
-from latent_grpo.learner.learner import ReplayReport, summarize, summarize_gaps
+from latent_grpo.learner.gaps import ReplayReport, summarize_gaps
+from latent_grpo.learner.learner import summarize
 from latent_grpo.learner.policy import load_policy_model
 from latent_grpo.learner.rank import LearnerRank
-from latent_grpo.learner.sft.learner import SFTRank
+from latent_grpo.learner.sft.learner import SFTRank, merged
 from latent_grpo.learner.sft.rows import SFTRow
 from latent_grpo.learner.zero_engine import LearnerDiverged, UpdateResult
 from latent_grpo.reward.answers import grade
@@ -212,8 +213,7 @@ class InProcessSFT(_OneRank):
         self._report = self._rank.sft_step(rows, step)
 
     def finish_step(self) -> dict[str, float]:
-        report = self._report
-        return {"loss": report.loss, "grad_norm": report.grad_norm, "seconds": report.seconds}
+        return merged([self._report])
 
 
 @contextlib.contextmanager

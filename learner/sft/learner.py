@@ -18,7 +18,7 @@ from latent_grpo.learner.base_rank import RankActor
 from latent_grpo.learner.group import RankGroup
 from latent_grpo.learner.policy import load_policy_model
 from latent_grpo.learner.sft.induction import InducedChains, encoder_beside
-from latent_grpo.learner.sft.module import Calls, LatentSFTModule, collate, combine, row_key
+from latent_grpo.learner.sft.module import Calls, LatentSFTModule, collate, means, row_key
 from latent_grpo.learner.sft.rows import SFTRow
 from latent_grpo.learner.sft.soft_labels import ChainSource
 from latent_grpo.learner.zero_engine import learning_rate
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SFTReport:
-    """The report of a step on one rank; the loss is its share of the step's."""
+    """The report of a step on one rank; the two parts of the loss are its share of the step's (METHOD §7)."""
 
-    loss: float
+    kl: float  # of the soft labels from the policy, mean over the step's latent positions
+    cross_entropy: float  # mean over the step's hard positions
     grad_norm: float
     applied: bool
     seconds: float
@@ -138,7 +139,7 @@ class SFTRank(RankActor):
         self_feeding = self_feeding_share(settings, step)
         feed = latent > 0 and self_feeding > 0
         calls = least_calls(plan, rows, config.learner.logprob_chunk_tokens, feed)
-        total = 0.0
+        kl = cross_entropy = 0.0
         for piece, least in zip(plan[self.rank], calls, strict=True):
             batch = collate(
                 self._labelled([rows[i] for i in piece.rows]),
@@ -149,13 +150,15 @@ class SFTRank(RankActor):
                 self_feeding=self_feeding,
                 calls=least,
             )
-            loss = combine(self.engine.forward(batch.to(self.device)), latent, hard) * float(piece.counts)
-            self.engine.backward(loss)
-            total += float(loss.detach())
+            of_latent, of_hard = means(self.engine.forward(batch.to(self.device)), latent, hard)
+            self.engine.backward((of_latent + of_hard) * float(piece.counts))
+            if piece.counts:
+                kl, cross_entropy = kl + float(of_latent.detach()), cross_entropy + float(of_hard.detach())
         result = self.engine.step(learning_rate(settings.optimizer, step, settings.max_steps))
         self.engine.ensure_finite()
         return SFTReport(
-            loss=total,
+            kl=kl,
+            cross_entropy=cross_entropy,
             grad_norm=result.grad_norm,
             applied=result.applied,
             seconds=time.perf_counter() - started,
@@ -173,10 +176,17 @@ class SFTLearner(RankGroup):
 
     def finish_step(self) -> dict[str, float]:
         """Waits for the step and returns its metrics."""
-        reports: list[SFTReport] = self._finish()
-        return {
-            "loss": sum(r.loss for r in reports),
-            "grad_norm": reports[0].grad_norm,
-            "seconds": max(r.seconds for r in reports),
-            "skipped_updates": float(not reports[0].applied),
-        }
+        return merged(self._finish())
+
+
+def merged(reports: Sequence[SFTReport]) -> dict[str, float]:
+    """Returns the metrics of a step from the reports of all ranks."""
+    kl, cross_entropy = sum(r.kl for r in reports), sum(r.cross_entropy for r in reports)
+    return {
+        "loss": kl + cross_entropy,
+        "kl": kl,
+        "cross_entropy": cross_entropy,
+        "grad_norm": reports[0].grad_norm,
+        "seconds": max(r.seconds for r in reports),
+        "skipped_updates": float(not reports[0].applied),
+    }

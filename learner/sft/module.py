@@ -134,7 +134,7 @@ def collate(
 
 
 class LossParts(NamedTuple):
-    """Sums of losses with gradient, to be divided by the global counts of the step (:func:`combine`)."""
+    """Sums of losses with gradient, to be divided by the global counts of the step (:func:`means`)."""
 
     latent_sum: torch.Tensor  # sum of KL(q || p) over latent positions
     latent_count: torch.Tensor
@@ -142,11 +142,16 @@ class LossParts(NamedTuple):
     hard_count: torch.Tensor
 
 
-def combine(parts: LossParts, latent_count: float | None = None, hard_count: float | None = None) -> torch.Tensor:
-    """Returns mean KL + mean cross-entropy (METHOD §7); counts are of all micro-batches and ranks, or this batch's."""
+def means(
+    parts: LossParts, latent_count: float | None = None, hard_count: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean KL and mean cross-entropy, whose sum is the loss (METHOD §7).
+
+    Counts are of all micro-batches and ranks, or this batch's.
+    """
     latent = parts.latent_count if latent_count is None else latent_count
     hard = parts.hard_count if hard_count is None else hard_count
-    return parts.latent_sum / max(float(latent), 1.0) + parts.hard_sum / max(float(hard), 1.0)
+    return parts.latent_sum / max(float(latent), 1.0), parts.hard_sum / max(float(hard), 1.0)
 
 
 def perturb(labels: torch.Tensor, gumbel: torch.Tensor, scale: float, tau: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from latent_grpo.common.config import NewModelConfig, PromptConfig
 from latent_grpo.common.models import make_model
 from latent_grpo.common.prompts import PromptRenderer, resolve_tokens
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
-from latent_grpo.learner.sft.module import LatentSFTModule, collate, combine, perturb, row_key
+from latent_grpo.learner.sft.module import LatentSFTModule, collate, means, perturb, row_key
 from latent_grpo.learner.sft.rows import SFTRow, encode_chain
 from latent_grpo.learner.sft.soft_labels import build_chain
 
@@ -130,7 +130,9 @@ def test_loss_is_kl_at_latent_and_cross_entropy_at_hard_positions():
     torch.testing.assert_close(parts.latent_sum, kl, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(parts.hard_sum, hard, rtol=1e-4, atol=1e-4)
     assert (parts.latent_count, parts.hard_count) == batch.counts
-    torch.testing.assert_close(combine(parts), kl / parts.latent_count + hard / parts.hard_count)
+    torch.testing.assert_close(
+        torch.stack(means(parts)), torch.stack((kl / parts.latent_count, hard / parts.hard_count))
+    )
 
 
 def test_sums_of_two_halves_are_the_sums_of_the_whole():
@@ -144,7 +146,7 @@ def test_sums_of_two_halves_are_the_sums_of_the_whole():
 def test_no_gradient_reaches_the_embedding_through_a_mixture(shares):
     model = small_model()
     batch = batch_of(range(4), **shares)
-    combine(LatentSFTModule(model, k=K, allowed=FACTS.allowed)(batch)).backward()
+    sum(means(LatentSFTModule(model, k=K, allowed=FACTS.allowed)(batch))).backward()
     gradient = model.get_input_embeddings().weight.grad
     hard_inputs = set(batch.hard_ids[batch.attention & ~batch.latent].tolist())
     touched = set(gradient.abs().sum(-1).nonzero().flatten().tolist())
@@ -163,7 +165,7 @@ def test_explicit_rows_are_ordinary_cross_entropy():
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets[:, 1:], reduction="sum")
     torch.testing.assert_close(parts.hard_sum, expected, rtol=1e-4, atol=1e-4)
     assert parts.latent_sum == 0
-    combine(parts).backward()
+    sum(means(parts)).backward()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -174,7 +176,7 @@ def test_recomputed_layers_give_the_same_gradients(architecture):
         module = LatentSFTModule(
             small_model(architecture=architecture), k=K, allowed=FACTS.allowed, gradient_checkpointing=recompute
         ).train(False)
-        combine(module(batch)).backward()
+        sum(means(module(batch))).backward()
         gradients.append({name: p.grad for name, p in module.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, msg=name)
@@ -216,7 +218,7 @@ def test_self_feeding_replaces_fed_positions_only_and_needs_no_gradient():
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gpt2"])
 def test_other_architectures_give_a_finite_loss(architecture):
     module = LatentSFTModule(small_model(architecture=architecture), k=K, allowed=FACTS.allowed)
-    loss = combine(module(batch_of(range(3))))
+    loss = sum(means(module(batch_of(range(3)))))
     loss.backward()
     assert torch.isfinite(loss)
 
@@ -232,7 +234,7 @@ def test_training_teaches_the_chain():
     losses = []
     for step in range(80):
         batch = batch_of(range(step * 96, step * 96 + 96), operations=1, step=step)
-        loss = combine(module(batch))
+        loss = sum(means(module(batch)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
