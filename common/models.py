@@ -16,7 +16,7 @@ from latent_grpo.common.hub import check_folder, hub_errors
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 transformers_logging.disable_progress_bar()  # every actor would draw its own
@@ -80,10 +80,18 @@ def make_model(config: NewModelConfig, tokenizer: PreTrainedTokenizerBase, seed:
     return model.eval()
 
 
-def make_tokenizer(config: NewModelConfig, texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """Makes the tokenizer of a new model: the arithmetic one, or a byte-level BPE trained on `texts`."""
+def make_tokenizer(config: NewModelConfig, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
+    """Makes the tokenizer of a new model: the arithmetic one, a byte-level BPE trained on `texts`, or another model's.
+
+    Raises ConfigError for a folder or hub id without a tokenizer, and for a vocabulary that is too small for bytes.
+    """
     if config.tokenizer == "arithmetic":
         return make_arithmetic_tokenizer()
+    if (path := config.tokenizer_path) is not None:
+        try:
+            return load_tokenizer(path)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("model.path", "model.new.tokenizer", 1)) from error
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

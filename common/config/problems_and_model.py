@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 from latent_grpo.common.config.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
+MADE_TOKENIZERS = ("arithmetic", "bpe")
 
 
 class Columns(Section):
@@ -83,9 +84,9 @@ class NewModelConfig(Section):
 
     architecture: Literal["llama", "qwen2", "qwen3", "gpt2"] = "llama"
     """Architecture of the causal language model."""
-    tokenizer: Literal["arithmetic", "bpe"] = "arithmetic"
-    """Tokenizer: the fixed vocabulary of the generated task (`arithmetic`), or BPE trained on the first task's text
-    (`bpe`)."""
+    tokenizer: str = "arithmetic"
+    """Tokenizer: the fixed vocabulary of the generated task (`arithmetic`), BPE trained on the first task's text
+    (`bpe`), or that of a model, given by its folder or hub id, which has a `/` in it."""
     vocab_size: PositiveInt = 2048
     """Maximum number of tokens in the vocabulary of the BPE tokenizer."""
     hidden_size: PositiveInt = 128
@@ -103,6 +104,20 @@ class NewModelConfig(Section):
     initializer_range: Annotated[float, Field(gt=0)] = 0.05
     """Standard deviation of the initial weights."""
 
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Folder or hub id of the model whose tokenizer is used; None: the tokenizer is made."""
+        return None if self.tokenizer in MADE_TOKENIZERS else self.tokenizer
+
+    @model_validator(mode="after")
+    def _known_tokenizer(self) -> Self:
+        if self.tokenizer not in MADE_TOKENIZERS and "/" not in self.tokenizer:
+            raise ValueError(
+                f"tokenizer must be {', '.join(MADE_TOKENIZERS)}, or a model's folder or hub id with a / in it (a "
+                f"folder beside you is ./{self.tokenizer}), got {self.tokenizer!r}"
+            )
+        return self
+
 
 class ModelConfig(Section):
     """The model of the policy, given by exactly one of `path` and `new`."""
@@ -113,6 +128,11 @@ class ModelConfig(Section):
     dtype: Dtype = "float32"
     """Data type of forward passes; master weights and logits are always float32 (METHOD §5)."""
     prompt: PromptConfig = PromptConfig()
+
+    @property
+    def source(self) -> str | None:
+        """Folder or hub id that is read for the model, or for a new model's tokenizer; None: everything is made."""
+        return self.path if self.new is None else self.new.tokenizer_path
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

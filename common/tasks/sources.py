@@ -23,6 +23,7 @@ from latent_grpo.common.tasks.cells import cell_text
 from latent_grpo.common.tasks.generator import PREFIX, Generator, UsersGenerator
 from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
 from latent_grpo.common.tasks.gpqa import with_letters
+from latent_grpo.common.tasks.words import WordProblems
 from latent_grpo.common.types import Problem
 
 EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER = "empty problem", "empty answer", "unreadable gold answer"
@@ -158,7 +159,7 @@ def _options_and_size(config: TaskConfig, seed: int) -> tuple[dict[str, Any], in
     return options, size
 
 
-BUILTIN: dict[str, Callable[..., Generator]] = {"chain_arithmetic": ChainArithmetic}
+BUILTIN: dict[str, Callable[..., Generator]] = {"chain_arithmetic": ChainArithmetic, "words": WordProblems}
 
 
 def _users_own(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | None) -> GeneratedTask:

@@ -53,7 +53,7 @@ def _problem_rows(found: Checked) -> list[Row]:
 def _token_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
     """Rows about the tokenizer, the rendered prompts and the model's chain."""
     if model is None:
-        return [("tokenizer", f"not checked: {config.model.path} is not a folder on this machine")]
+        return [("tokenizer", f"not checked: {config.model.source} is not a folder on this machine")]
     tokenizer, facts = model.tokenizer, model.facts
     problem = Problem(uid="0", task="", messages=(("user", "(problem)"),), answer="")
     prompts: dict[str, list[str]] = {}  # text -> tasks that use it

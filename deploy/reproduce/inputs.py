@@ -74,11 +74,12 @@ def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]
 
 
 def _given_model(suite: Suite, unit: Unit, config: RunConfig) -> tuple[str, str | None]:
-    """Returns the key that names the unit's model, and the model; None if it is made new or by the arm's start."""
+    """Returns the key that names the unit's model (of a new one, its tokenizer), and that; None if it is made."""
     start = unit.name if unit.is_start else suite.arms[unit.name].start
     if suite.starts[start].path is not None:
         return f"starts.{start}.path", config.model.path
-    return f"model.path (profile {suite.profile})", config.model.path if unit.is_start else None
+    key = "model.path" if config.model.new is None else "model.new.tokenizer"
+    return f"{key} (profile {suite.profile})", config.model.source if unit.is_start else None
 
 
 def _fault(check_it: Callable[[], object]) -> str | None:

@@ -26,8 +26,8 @@ SHOWN = ("rollout/reward", "rollout/invalid_share", "learner/grad_norm", "learne
 class UnitResult:
     """The figures of a unit.
 
-    `metrics` (macro averages) holds pass_at_1 with standard_error, chain_length, latent_length, invalid_rate, and for
-    each K sampled_pass_at_K with sampled_error_at_K.
+    `metrics` (macro averages) holds pass_at_1 with standard_error, chain_length, latent_length, latent_share (the part
+    of a chain's steps that is latent), invalid_rate, and for each K sampled_pass_at_K with sampled_error_at_K.
     """
 
     unit: str
@@ -88,7 +88,10 @@ def by_task(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def _macro(metrics: dict[str, float]) -> dict[str, float]:
-    return average([*by_task(metrics).values()])
+    tasks = by_task(metrics).values()
+    return average(
+        [{**figures, "latent_share": figures["latent_length"] / figures["chain_length"]} for figures in tasks]
+    )
 
 
 def is_proportion(name: str) -> bool:

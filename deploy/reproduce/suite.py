@@ -24,7 +24,7 @@ from latent_grpo.common.config import ConfigError, RunConfig, Section, load_conf
 from latent_grpo.common.config.yaml_files import read_mapping
 
 Metric = str
-"""`pass_at_1`, `chain_length`, `latent_length`, `invalid_rate` or `sampled_pass_at_K`."""
+"""`pass_at_1`, `chain_length`, `latent_length`, `latent_share`, `invalid_rate` or `sampled_pass_at_K`."""
 
 
 class SuiteError(ConfigError):

@@ -122,7 +122,7 @@ def check(
     engine = check_engine(config, elsewhere=elsewhere)
     verifiers = check_verifiers(config, spare=folder is not None)  # 0.1.0 started runs with spare ones
     sources = Sources.read(config, stored=stored)
-    if elsewhere and config.model.path is not None and not Path(config.model.path).is_dir():
+    if elsewhere and config.model.source is not None and not Path(config.model.source).is_dir():
         return Checked(engine, verifiers, sources, None, None, None)
     first = sources.training[0] if stored or is_generated(config.tasks[0]) else None
     model = _read_model(config, folder, first)
