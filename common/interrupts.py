@@ -3,7 +3,8 @@
 Python raises KeyboardInterrupt between any two instructions: between the calls that start a step on two ranks, say, or
 between a step's end and the record that it ended. Inside :func:`deferred_interrupts` a first signal is only noted,
 and :func:`check_interrupt` raises it where a loop waits; publishing weights, saving and writing dumps end first, each
-within its own deadline. A second signal raises at once; the last checkpoint stays valid.
+within its own deadline. The loop then lets the running step end (`deploy.run.stepping`). A second signal raises at
+once; the last checkpoint stays valid.
 """
 
 from __future__ import annotations
@@ -16,31 +17,38 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Protocol
 
-SETTLE_S = 15.0  # of the 30 s that an interrupt may take
+LEAVE_S = 30.0  # until every process is gone, from the end of the wait for the running step or from a second signal
 POLL_S = 0.02  # nothing wakes a wait when the learner is done, so it polls often
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NOTED = b"\ninterrupt received: saving the state first; a second interrupt ends the command at once\n"
+NOTED = b"\ninterrupt received: the step ends and its state is saved; a second interrupt ends the command at once\n"
 
 
 class Interrupted(KeyboardInterrupt):
-    """An interrupt that a loop takes where it waits, so that its state can be finished and saved."""
+    """An interrupt that a loop takes where it waits, so that its state can be finished and saved.
+
+    `terminated` says whether the signal was SIGTERM; `at` is the `time.monotonic()` at which it came.
+    """
+
+    def __init__(self, number: int, at: float):
+        super().__init__()
+        self.terminated, self.at = number == signal.SIGTERM, at
 
 
 class _Deferral:
-    noted = False
+    noted: Interrupted | None = None
     taken = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
         if self.noted:
             raise KeyboardInterrupt
-        self.noted = True
+        self.noted = Interrupted(number, time.monotonic())
         with contextlib.suppress(OSError):  # `| tee`: it may have died of the same Ctrl-C
             os.write(2, NOTED)  # not a print: the signal may have arrived inside one
 
     def take(self) -> None:
         if self.noted and not self.taken:
             self.taken = True
-            raise Interrupted
+            raise self.noted
 
 
 _innermost: _Deferral | None = None
@@ -101,7 +109,7 @@ def wait_for_step(learner: Stepping) -> dict[str, float]:
     return learner.finish_step()
 
 
-def finish_within(learner: Stepping, seconds: float = SETTLE_S) -> dict[str, float] | None:
+def finish_within(learner: Stepping, seconds: float) -> dict[str, float] | None:
     """Returns the running step's metrics after an interrupt, or None if it does not end within `seconds`."""
     deadline = time.monotonic() + seconds
     while not learner.finished():

@@ -116,6 +116,11 @@ class Controller:
         """The policy version at which work is dispatched. It rises with every step, even one without an update."""
         return self.step
 
+    @property
+    def learning(self) -> bool:
+        """Whether the learner is in the middle of a step."""
+        return self._learning is not None
+
     def begin(self) -> None:
         """Publishes the learner's weights before any work, so a resumed run samples with its checkpoint's weights."""
         self.pool.publish(self.learner.publish(self.version))
@@ -155,15 +160,15 @@ class Controller:
         return gather(self.pool, requests, on_arrival, self._take)
 
     def settle(self, timeout_s: float) -> StepResult | None:
-        """After an interrupt, finishes the step that the learner has begun and returns it, or None without one.
+        """After an interrupt, finishes the step that the learner has begun and returns it.
 
-        Raises :class:`TrainingStopped` if the step does not end within `timeout_s`.
+        Returns None without such a step, or if it does not end within `timeout_s`: then :attr:`learning` stays true.
         """
         if self._learning is None:
             return None
         learned = finish_within(self.learner, timeout_s)
         if learned is None:
-            raise TrainingStopped(f"the learner's step did not end within {timeout_s:g} s of the interrupt")
+            return None
         batch, rows = self._learning, concat(self._learning.groups)
         return self._advance(batch, rows, learned | self._batch_metrics(batch, rows))
 

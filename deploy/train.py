@@ -11,35 +11,26 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Protocol
 
-import pyarrow as pa
 from rich.markup import escape
 from rich.table import Table
 
 from latent_grpo.common.config import RunConfig
-from latent_grpo.common.interrupts import SETTLE_S
-from latent_grpo.common.schema import concat
-from latent_grpo.deploy.controller import Controller, TrainingStopped, gather
+from latent_grpo.common.interrupts import Interrupted
+from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate
 from latent_grpo.deploy.run.folder import RunFolder, create_run, reopen_run
 from latent_grpo.deploy.run.manifest import record_model
 from latent_grpo.deploy.run.observer import StepObserver
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.self_test import self_test
 from latent_grpo.deploy.run.session import Run, run_session
-from latent_grpo.deploy.run.stepping import interruptible
+from latent_grpo.deploy.run.stepping import StateKeeper, interruptible
 from latent_grpo.deploy.sft.loop import warm_start
 from latent_grpo.deploy.view.report.build import report_note
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
-from latent_grpo.learner.learner import LearnerGroup, ReplayReport
-
-TOLERANCE = {"float32": ("max", 1e-3), "bfloat16": ("p99", 0.2)}  # METHOD §6, component log-probs
-MEAN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
-
-
-class SelfTestFailed(TrainingStopped):
-    """The learner does not compute the policy that the engine sampled from, so training would be wrong silently."""
+from latent_grpo.learner.learner import LearnerGroup
 
 
 def train(config: RunConfig, profile: str, reporter: Reporter | None = None, path: Path | None = None) -> RunFolder:
@@ -103,17 +94,24 @@ def _train(run: Run, learner: LearnerGroup) -> None:
 
 
 def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver) -> None:
-    config, saved = run.config, controller.step
+    config = run.config
 
-    def settle() -> str:
-        nonlocal saved
-        result = controller.settle(SETTLE_S)
-        if result is not None:
-            observer.observe(result, learner.last_report if result.batch is not None else None)
-        observer.flush(SETTLE_S)
-        if controller.step > saved:
-            saved = save(run, controller, learner, observer)
-        return f"interrupted; the checkpoint of step {saved} is complete"
+    def record(done: int, values: dict[str, float]) -> None:
+        run.metrics.write(done, values, kind="checkpoint", lineage=run.lineage)
+
+    def write(done: int) -> None:
+        save(run, controller, learner, observer)
+
+    keeper = StateKeeper("training", controller.step, write, record, config.deadlines, run.reporter)
+
+    def settle(interrupt: Interrupted) -> str:
+        if controller.learning:
+            result = keeper.finish_step(interrupt, controller.settle)
+            if result is not None:
+                observer.observe(result, learner.last_report if result.batch is not None else None)
+        if not controller.learning:
+            keeper.keep(controller.step)
+        return keeper.report(controller.step)
 
     with interruptible(settle, run.reporter), run.reporter.phase(config.algorithm, config.steps) as advance:
         advance(controller.step)
@@ -122,8 +120,10 @@ def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: St
             result = controller.run_step()
             observer.observe(result, learner.last_report if result.batch is not None else None)
             rewards.append(result.metrics["rollout/reward"])
+            keeper.took(result.metrics["time/learner_s"])
             if _due(config.checkpoint.every, result.step) or result.step == config.steps:
-                saved = save(run, controller, learner, observer)
+                keeper.keep(result.step)
+            keeper.keep_ahead(result.step)
             if _due(config.evaluation.every, result.step) and result.step < config.steps:
                 evaluate(run, controller.gather, controller.step, f"step-{result.step}")
             advance(result.step, f"reward {rewards[-1]:.3f} {sparkline(rewards)}")
@@ -133,42 +133,8 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class Replaying(Protocol):
-    """A learner that computes recorded trajectories again (`learner.learner.LearnerGroup`)."""
-
-    def replay(self, batch: pa.RecordBatch) -> ReplayReport: ...
-
-
-def self_test(run: Run, learner: Replaying) -> None:
-    """Replays a few rollouts in the learner. Raises :class:`SelfTestFailed` if log-probs differ (METHOD §6)."""
-    if not run.config.self_test_groups:
-        return
-    requests = [run.problems.request(i, "self_test") for i in range(run.config.self_test_groups)]
-    report = learner.replay(concat(gather(run.pool, requests)))
-    run.metrics.write(0, _gaps(report), kind="self_test", lineage=run.lineage)
-    dtype = run.config.model.dtype
-    statistic, limit = TOLERANCE[dtype]
-    for name, gap in (("latent", report.latent), ("hard", report.hard)):
-        found = getattr(gap, statistic)
-        if not (found <= limit and gap.mean <= MEAN_TOLERANCE[dtype]):  # a NaN fails too
-            raise SelfTestFailed(
-                f"self-test: the learner's log-probs of {gap.count} {name} components differ from the engine's by "
-                f"{found:.3g} ({statistic}; mean {gap.mean:.3g}), allowed in {dtype}: {limit:g} (mean "
-                f"{MEAN_TOLERANCE[dtype]:g}). Training would optimise another policy than the one that samples; check "
-                "that both load the same model, and run `latent-grpo doctor`"
-            )
-    run.reporter.say(
-        f"self-test: learner and engine agree (max gap latent {report.latent.max:.1e}, hard {report.hard.max:.1e})"
-    )
-
-
-def _gaps(report: ReplayReport) -> dict[str, float]:
-    pairs = (("latent", report.latent), ("hard", report.hard))
-    return {f"{kind}_{s}": getattr(gap, s) for kind, gap in pairs for s in ("mean", "p99", "max", "count")}
-
-
-def save(run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver) -> int:
-    """Writes a checkpoint between two steps, once the dumps of its steps are on the disk; returns its step."""
+def save(run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver) -> None:
+    """Writes a checkpoint between two steps, once the dumps of its steps are on the disk."""
     observer.flush()
     state = {"step": controller.step, "next_ordinal": controller.next_ordinal, "lineage": run.lineage}
     write_checkpoint(
@@ -178,7 +144,6 @@ def save(run: Run, controller: Controller, learner: LearnerGroup, observer: Step
         state,
         run.config.checkpoint.keep,
     )
-    return controller.step
 
 
 # --- what the user sees --------------------------------------------------------------------------------------------

@@ -115,3 +115,20 @@ class DeadlineConfig(Section):
     """Time for the learner to publish weights, and for a worker to fetch and verify them, in seconds."""
     dump_s: Annotated[float, Field(gt=0)] = 600.0
     """Time for the disk to write the dumps that wait for it, in seconds."""
+    settle_s: Annotated[float, Field(gt=0)] | None = None
+    """Time for the running step to end after Ctrl-C (SIGINT), in seconds; null: that of `learner_s`. A step that takes
+    longer is given up."""
+    terminate_s: Annotated[float, Field(gt=0)] = 100.0
+    """Time for the running step to end after SIGTERM, in seconds; the machine must wait 30 s longer before it kills.
+    While steps last so long that one may not end in it, a checkpoint is written after every step."""
+
+    def after_signal(self, terminated: bool) -> tuple[float, str]:
+        """Returns how long a running step may go on after a SIGTERM (`terminated`) or SIGINT, and the key that says so.
+
+        The time is in seconds.
+        """
+        if terminated:
+            return self.terminate_s, "deadlines.terminate_s"
+        if self.settle_s is not None:
+            return self.settle_s, "deadlines.settle_s"
+        return self.learner_s, "deadlines.learner_s"

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import latent_grpo
+from latent_grpo.common.config import DeadlineConfig
 from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.interrupts import LEAVE_S
 from latent_grpo.deploy.run.manifest import commit_for_job
 from latent_grpo.deploy.run.versions import SUBMITTED, versions
 
@@ -30,7 +32,8 @@ PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
 UPLOAD_LIMIT_BYTES = 20 * 2**20
 INTERRUPTED = 130
 _POLL_S = 2.0
-_STOP_DEADLINE_S = 30.0
+STOP_S = DeadlineConfig().terminate_s + LEAVE_S  # how long a stopped job may go on: its step, its state, its end
+_STOP_DEADLINE_S = STOP_S + 30.0  # for Ray to notice
 
 
 class SubmitError(ConfigError):
@@ -71,6 +74,7 @@ def submit(
                     "working_dir": folder,
                     "env_vars": {
                         "PYTHONUNBUFFERED": "1",
+                        "RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:.0f}",  # else Ray kills the job 3 s after SIGTERM
                         SUBMITTED: json.dumps(versions()),
                         **commit_for_job(),
                         **(environment or {}),

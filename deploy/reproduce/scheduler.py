@@ -33,7 +33,7 @@ from rich.markup import escape
 from latent_grpo.common.config import RunConfig, parse_config
 from latent_grpo.common.errors import ConfigError, RunError
 from latent_grpo.common.files import write_atomically
-from latent_grpo.common.interrupts import check_interrupt, deferred_interrupts, sigterm_as_interrupt
+from latent_grpo.common.interrupts import LEAVE_S, check_interrupt, deferred_interrupts, sigterm_as_interrupt
 from latent_grpo.deploy.reproduce.gpus import NO_GPU, Devices, GpuNeed, at_once, gpu_need, visible_gpus
 from latent_grpo.deploy.reproduce.inputs import check_inputs
 from latent_grpo.deploy.reproduce.manifest import Session, check_session, make_manifest, this_session
@@ -57,7 +57,6 @@ from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.ray_session import needed_resources
 
 POLL_S = 0.3
-STOP_S = 30.0
 LOG_LINES = 12
 SUITE_FILE = "suite.json"
 Start = Callable[[Request, Unit, Sequence[str]], "subprocess.Popen[bytes]"]
@@ -237,7 +236,8 @@ def run_units(
     waiting = list(todo)
     running: dict[Unit, subprocess.Popen[bytes]] = {}
     failed: dict[Unit, str] = {}
-    needs = {unit: _gpus_here(unit_config(suite, unit, request.folder), suite.runner, environment) for unit in todo}
+    configs = {unit: unit_config(suite, unit, request.folder) for unit in todo}
+    needs = {unit: _gpus_here(config, suite.runner, environment) for unit, config in configs.items()}
     devices = devices or _devices(needs.values())
     began, finished = time.monotonic(), 0
     try:
@@ -269,7 +269,7 @@ def run_units(
                 time.sleep(POLL_S)
                 check_interrupt()
     finally:
-        _stop(running)
+        _stop(running, {unit: configs[unit].deadlines.terminate_s for unit in running}, reporter)
     return failed
 
 
@@ -299,18 +299,42 @@ def _start(request: Request, unit: Unit, gpus: Sequence[str]) -> subprocess.Pope
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
 
-def _stop(running: dict[Unit, subprocess.Popen[bytes]]) -> None:
-    """Stops running units, so that they save a checkpoint, and kills those that do not end in time."""
-    for process in running.values():
+def _stop(running: dict[Unit, subprocess.Popen[bytes]], step_s: Mapping[Unit, float], reporter: Reporter) -> None:
+    """Stops running units, so that they save a checkpoint, and kills those that do not end in time.
+
+    `step_s` is the time that each has for its running step, in seconds. A second interrupt ends them at once.
+    """
+    if not running:
+        return
+    reporter.say(
+        f"{', '.join(unit.key for unit in running)}: stopping after the running step, for which there are "
+        f"{max(step_s.values()):g} s (deadlines.terminate_s)"
+    )
+    _signal(running.values())  # SIGINT is ignored where the suite runs in a script's background
+    began = time.monotonic()
+    try:
+        for unit, process in running.items():
+            _end(process, began + step_s[unit] + LEAVE_S)
+    except KeyboardInterrupt:
+        _signal(running.values())
+        for process in running.values():
+            _end(process, time.monotonic() + LEAVE_S)
+        raise
+
+
+def _signal(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)  # SIGINT is ignored where the suite runs in a script's background
-    deadline = time.monotonic() + STOP_S
-    for process in running.values():
-        try:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.send_signal(signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[bytes], deadline: float) -> None:
+    """Waits for a process until `deadline` (`time.monotonic()`), then kills it with its children."""
+    try:
+        process.wait(max(deadline - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _tail(request: Request, unit: Unit) -> str:

@@ -1,15 +1,18 @@
 """Interruptible steps: after an interrupt the running step ends, the state is saved, and the interrupt is raised.
 
-The loops of RL and of both stages of Latent-SFT use :func:`interruptible`; the latter count their steps with
-:class:`LearnerSteps`.
+The loops of RL and of both stages of Latent-SFT use :func:`interruptible` and a :class:`StateKeeper`; the latter count
+their steps with :class:`LearnerSteps`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from latent_grpo.common.config import DeadlineConfig
 from latent_grpo.common.interrupts import (
     Interrupted,
     Stepping,
@@ -20,19 +23,99 @@ from latent_grpo.common.interrupts import (
 )
 from latent_grpo.deploy.run.progress import Reporter
 
+Result = TypeVar("Result")
+RECENT = 8  # steps whose longest says how long the next one may be
+MARGIN = 2.0  # the next step and its state are taken to need at most so many times as long as those seen
+
 
 @contextlib.contextmanager
-def interruptible(finish: Callable[[], str], reporter: Reporter) -> Iterator[None]:
+def interruptible(finish: Callable[[Interrupted], str], reporter: Reporter) -> Iterator[None]:
     """Runs a loop. An interrupt inside calls `finish`, which saves the state and returns a report, and is raised again.
 
-    A first SIGINT or SIGTERM waits for the loop's next :func:`common.interrupts.check_interrupt`.
+    A first SIGINT or SIGTERM waits for the loop's next :func:`common.interrupts.check_interrupt`; a second one is
+    raised at once, during `finish` too.
     """
     try:
         with deferred_interrupts():
             yield
-    except Interrupted:
-        reporter.say(finish())
+    except Interrupted as interrupt:
+        reporter.say(finish(interrupt))
         raise
+
+
+class StateKeeper:
+    """Writes the states of a loop between two of its steps, and waits for the running step after an interrupt.
+
+    After SIGTERM a step has `deadlines.terminate_s` to end. It cannot be given up and saved: its ranks may have made
+    updates already. So while steps last so long that the next one may not end in that time, the state before it is
+    written first (:meth:`keep_ahead`), and giving the step up loses nothing whole.
+
+    `write(done)` writes the state after `done` steps; `record(done, metrics)` is called with the seconds that it took.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        done: int,
+        write: Callable[[int], None],
+        record: Callable[[int, dict[str, float]], None],
+        deadlines: DeadlineConfig,
+        reporter: Reporter,
+    ) -> None:
+        self.name, self.saved = name, done
+        self._write, self._record, self._deadlines, self._reporter = write, record, deadlines, reporter
+        self._steps: deque[float] = deque(maxlen=RECENT)
+        self._save_s = 0.0
+        self._told = False
+
+    def keep(self, done: int) -> None:
+        """Writes the state after `done` steps, unless it has been written already."""
+        if done == self.saved:
+            return
+        began = time.monotonic()
+        self._write(done)
+        self.saved, self._save_s = done, time.monotonic() - began
+        self._record(done, {"seconds": self._save_s})
+
+    def took(self, seconds: float) -> None:
+        """Notes the duration of a step of the learner."""
+        self._steps.append(seconds)
+
+    def keep_ahead(self, done: int) -> None:
+        """Writes the state after `done` steps if the next step may not end in the time that SIGTERM leaves."""
+        longest, limit = max(self._steps, default=0.0), self._deadlines.terminate_s
+        if done == self.saved or MARGIN * (longest + self._save_s) <= limit:
+            return
+        self.keep(done)
+        if not self._told:
+            self._told = True
+            self._reporter.say(
+                f"{self.name}: a step takes up to {longest:,.0f} s, and SIGTERM leaves {limit:g} s "
+                f"(deadlines.terminate_s): the state is written after every step, {self._save_s:,.1f} s each. Raise "
+                "that key if the machine waits longer"
+            )
+
+    def finish_step(self, interrupt: Interrupted, finish: Callable[[float], Result | None]) -> Result | None:
+        """Gives the running step the time that the signal leaves, and returns its result, or None if it is given up.
+
+        `finish(seconds)` waits for the step and returns None if it does not end in time.
+        """
+        limit, key = self._deadlines.after_signal(interrupt.terminated)
+        left = max(interrupt.at + limit - time.monotonic(), 0.0)
+        self._reporter.say(f"{self.name}: the running step may take {left:,.0f} s more ({key})")
+        result = finish(left)
+        if result is None:
+            self._reporter.say(f"[yellow]{self.name}: the running step did not end in time ({key}) and is given up[/]")
+        return result
+
+    def report(self, done: int) -> str:
+        """Says what an interrupt after `done` whole steps leaves on the disk."""
+        if done > self.saved:
+            lost = f"; not saved: step {self.saved + 1}" + (f" to {done}" if done > self.saved + 1 else "")
+        else:
+            lost = ""
+        kept = f"; the checkpoint of {self.name} step {self.saved} is complete" if self.saved else ""
+        return f"interrupted{kept}{lost}"
 
 
 class StepLearner(Stepping, Protocol):
@@ -44,26 +127,22 @@ class StepLearner(Stepping, Protocol):
 class LearnerSteps:
     """Takes the steps of a learner one at a time, counts and records them, and can save the state between any two.
 
-    `done` is the number of steps taken before. `record(done, metrics)` is called after each step; `keep(done)` writes
-    the state.
+    `done` is the number of steps taken before. `record(done, metrics)` is called after each step.
     """
 
     def __init__(
-        self,
-        learner: StepLearner,
-        done: int,
-        record: Callable[[int, dict[str, float]], None],
-        keep: Callable[[int], None],
+        self, learner: StepLearner, done: int, record: Callable[[int, dict[str, float]], None], keeper: StateKeeper
     ) -> None:
-        self.done = self.saved = done
-        self._learner, self._record, self._keep = learner, record, keep
-        self._running = False
+        self.done = done
+        self._learner, self._record, self._keeper = learner, record, keeper
+        self._began: float | None = None  # of the running step
 
     def start(self, *inputs: Any) -> None:
         """Begins a step, unless an interrupt is pending."""
+        self._keeper.keep_ahead(self.done)
         check_interrupt()
         self._learner.start_step(*inputs)
-        self._running = True
+        self._began = time.monotonic()
 
     def finish(self) -> dict[str, float]:
         """Waits for the step that was begun and returns its metrics."""
@@ -71,26 +150,28 @@ class LearnerSteps:
 
     def keep(self) -> None:
         """Writes the state, unless it has been written already."""
-        if self.done != self.saved:
-            self._keep(self.done)
-            self.saved = self.done
+        self._keeper.keep(self.done)
 
     @contextlib.contextmanager
-    def interruptible(self, name: str, reporter: Reporter) -> Iterator[None]:
-        """Runs a loop over these steps as :func:`interruptible` does; `name` is the loop's name in the report."""
+    def interruptible(self, reporter: Reporter) -> Iterator[None]:
+        """Runs a loop over these steps as :func:`interruptible` does."""
 
-        def settle() -> str:
-            if self._running and (metrics := finish_within(self._learner)) is not None:
-                self._finished(metrics)
-            if not self._running:
+        def settle(interrupt: Interrupted) -> str:
+            if self._began is not None:
+                metrics = self._keeper.finish_step(interrupt, lambda seconds: finish_within(self._learner, seconds))
+                if metrics is not None:
+                    self._finished(metrics)
+            if self._began is None:
                 self.keep()
-            return f"interrupted; the state of {name} step {self.saved} is complete" if self.saved else "interrupted"
+            return self._keeper.report(self.done)
 
         with interruptible(settle, reporter):
             yield
 
     def _finished(self, metrics: dict[str, float]) -> dict[str, float]:
-        self._running = False
+        if self._began is not None:
+            self._keeper.took(time.monotonic() - self._began)
+        self._began = None
         self.done += 1
         self._record(self.done, metrics)
         return metrics

@@ -15,7 +15,7 @@ from latent_grpo.common.files import save_whole
 from latent_grpo.common.interrupts import deferred_interrupts
 from latent_grpo.deploy.run.session import Run
 from latent_grpo.deploy.run.sft_data import SFTData
-from latent_grpo.deploy.run.stepping import LearnerSteps
+from latent_grpo.deploy.run.stepping import LearnerSteps, StateKeeper
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.sft.induction import DECODER, PHASES, Phase
 from latent_grpo.learner.sft.induction_learner import InductionLearner
@@ -46,7 +46,7 @@ def induce(run: Run, data: SFTData) -> Path:
 
 
 def _learn(run: Run, data: SFTData, learner: InductionLearner, phase: Phase, number: int) -> None:
-    settings, name = run.config.latent_sft.induction, f"stage 1, {phase},"
+    settings, name = run.config.latent_sft.induction, f"stage 1 ({phase})"
     total, states = getattr(settings, f"{phase}_steps"), run.folder.induction / f"{phase}-states"
     every, kind = run.config.checkpoint.every, f"induction_{phase}"
     # each phase of stage 1 continues reading the data where the phase before it stopped
@@ -55,11 +55,16 @@ def _learn(run: Run, data: SFTData, learner: InductionLearner, phase: Phase, num
     def record(done: int, values: dict[str, float]) -> None:
         run.metrics.write(done, values, kind=kind, lineage=run.lineage)
 
-    def keep(done: int) -> None:
+    def record_state(done: int, values: dict[str, float]) -> None:
+        run.metrics.write(done, values, kind=f"{kind}_checkpoint", lineage=run.lineage)
+
+    def write(done: int) -> None:
         write_checkpoint(states, done, lambda folder: learner.save(folder / "learner"), {}, run.config.checkpoint.keep)
 
-    steps = LearnerSteps(learner, _restored(run, learner, states, phase), record, keep)
-    with steps.interruptible(name, run.reporter), run.reporter.phase(f"stage 1, {phase}", total) as advance:
+    before = _restored(run, learner, states, phase)
+    keeper = StateKeeper(name, before, write, record_state, run.config.deadlines, run.reporter)
+    steps = LearnerSteps(learner, before, record, keeper)
+    with steps.interruptible(run.reporter), run.reporter.phase(f"stage 1, {phase}", total) as advance:
         advance(steps.done)
         while steps.done < total:
             steps.start(data.rows(first + steps.done, settings.batch_size), steps.done, total)

@@ -27,7 +27,7 @@ from latent_grpo.deploy.run.problems import group_request
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.sft_data import SFTData
-from latent_grpo.deploy.run.stepping import LearnerSteps, StepLearner
+from latent_grpo.deploy.run.stepping import LearnerSteps, StateKeeper, StepLearner
 from latent_grpo.deploy.sft.induction import induce
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.sft.learner import SFTLearner
@@ -75,7 +75,8 @@ def run_latent_sft(
 ) -> Progress:
     """Trains until the held-out pass@1 reaches `stop_at`, or for `max_steps`. The learner holds the result.
 
-    `keep` saves the learner's state with the progress, every `checkpoint.every` steps and at an interrupt.
+    `keep` saves the learner's state with the progress: every `checkpoint.every` steps, at an interrupt, and where
+    :class:`StateKeeper` says so.
     """
     settings = config.latent_sft
 
@@ -84,9 +85,16 @@ def run_latent_sft(
         progress = dataclasses.replace(progress, steps=done)
         metrics.write(done, values, kind="sft", lineage=lineage)
 
-    steps = LearnerSteps(learner, progress.steps, record, lambda done: keep(progress))
+    def record_state(done: int, values: dict[str, float]) -> None:
+        metrics.write(done, values, kind="sft_checkpoint", lineage=lineage)
+
+    def write(done: int) -> None:
+        keep(progress)
+
+    keeper = StateKeeper("Latent-SFT", progress.steps, write, record_state, config.deadlines, reporter)
+    steps = LearnerSteps(learner, progress.steps, record, keeper)
     with (
-        steps.interruptible("Latent-SFT", reporter),
+        steps.interruptible(reporter),
         reporter.phase("Latent-SFT", settings.max_steps) as advance,
     ):
         advance(progress.steps)

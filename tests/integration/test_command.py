@@ -105,7 +105,7 @@ def test_a_killed_learner_is_named_and_an_interrupt_keeps_its_checkpoint(environ
     live = list(read_metrics(folder))
     assert last.step == live[-1]["step"] > kept.step, "the interrupt saved what was trained"
     assert TrajectoryStore(folder / "trajectories").steps()[-1] == last.step
-    assert f"the checkpoint of step {last.step} is complete" in log.read_text()
+    assert f"the checkpoint of training step {last.step} is complete" in log.read_text()
 
     assert {row["lineage"] for row in live} == {0, 1}
     assert [row["step"] for row in live] == list(range(1, len(live) + 1))

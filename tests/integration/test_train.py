@@ -1,13 +1,22 @@
 """Whole runs on a real Ray with a real DeepSpeed: what a run leaves, and that it repeats and resumes bit for bit."""
 
+import contextlib
 import errno
+import gc
+import io
 import json
+import os
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from rich.console import Console
 from training import COMMON, WHOLE, tiny
 
 from latent_grpo.common.learner_record import decode_records, join
@@ -16,6 +25,7 @@ from latent_grpo.common.models import load_model, load_tokenizer
 from latent_grpo.common.schema import TrajectoryBatch, decode
 from latent_grpo.common.sinks import gauge_name
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
+from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
 from latent_grpo.deploy.reproduce.in_process import train_in_process
 from latent_grpo.deploy.run.folder import ResumeError, create_run
@@ -63,6 +73,61 @@ def test_three_steps_and_three_more_are_six_bit_for_bit_at_any_number_of_workers
         resume(half.path, ["group_size=8"])
 
 
+class HeldIn(Reporter):
+    """The learner stands still in the step after `step`, where the signal arrives; it goes on `hold` seconds later."""
+
+    def __init__(self, step, number, hold):
+        super().__init__(Console(file=io.StringIO(), width=300, record=True))
+        self.step, self.number, self.hold = step, number, hold
+
+    @contextlib.contextmanager
+    def phase(self, name, total, unit="steps"):
+        def advance(completed, note=""):
+            if name == "latent_grpo" and completed == self.step:
+                every = psutil.Process().children(recursive=True)
+                (learner,) = [p for p in every if "LearnerRank" in " ".join(p.cmdline())]
+                learner.suspend()
+                threading.Thread(target=self.interrupt, args=(learner,)).start()
+
+        yield advance
+
+    def interrupt(self, learner):
+        end = time.monotonic() + 120
+        while time.monotonic() < end and not any(type(o) is Controller and o.learning for o in gc.get_objects()):
+            time.sleep(0.2)
+        os.kill(os.getpid(), self.number)
+        time.sleep(self.hold)
+        learner.resume()
+
+
+@pytest.mark.parametrize(
+    ("number", "kept", "said"),
+    [
+        (signal.SIGINT, 3, "the running step may take 300 s more (deadlines.learner_s)"),
+        (signal.SIGTERM, 2, "the running step did not end in time (deadlines.terminate_s) and is given up"),
+    ],
+)
+def test_an_interrupt_in_a_long_step_loses_nothing_whole(whole, tmp_path, number, kept, said):
+    """The step lasts longer than SIGTERM leaves; no checkpoint is due. Resumed, the run is the uninterrupted one."""
+    quiet = ("evaluation.at_start=false", "evaluation.at_end=false", "checkpoint.every=0", "deadlines.terminate_s=0.1")
+    reporter = HeldIn(step=2, number=number, hold=3.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(*COMMON, *quiet, f"runs_folder={tmp_path}", "steps=6"), "held", reporter)
+    (held,) = tmp_path.glob("held-*")
+    text = reporter.console.export_text()
+    assert said in text
+    assert f"the checkpoint of training step {kept} is complete" in text
+    assert latest_checkpoint(held / "checkpoints").step == kept
+
+    resumed = resume(held, ["deadlines.terminate_s=100"])
+    lines = [(row["step"], row["lineage"]) for row in read_metrics(resumed.path)]
+    assert lines == [(step, int(step > kept)) for step in range(1, 7)]
+    for first, second in zip(rows_of(whole, range(1, 7)), rows_of(resumed, range(1, 7)), strict=True):
+        assert first == second
+    expected, found = weights_of(whole), weights_of(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_what_a_run_leaves(whole):
     folder = whole
     assert folder.config() == tiny(*WHOLE, f"runs_folder={folder.path.parent}")
@@ -76,7 +141,8 @@ def test_what_a_run_leaves(whole):
     assert all(0 < m["rollout/reward"] < 1 and m["learner/grad_norm"] > 0 for m in steps)
     assert all(m["learner/drift_max"] < 1e-3 for m in steps)
     kinds = [row["kind"] for row in map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())]
-    expected = ["self_test", "evaluation", *["train"] * 4, "evaluation", *["train"] * 2, "evaluation"]
+    step = ["train", "checkpoint"]
+    expected = ["self_test", "evaluation", *step * 4, "evaluation", *step * 2, "evaluation"]
     assert kinds == expected
 
     check_records(folder, steps)

@@ -187,6 +187,18 @@ def test_an_interrupt_in_the_learners_step_settles_to_the_state_after_it(moment)
     assert controller.step == 1
 
 
+def test_a_step_that_does_not_end_after_an_interrupt_is_left_alone_and_known_to_run():
+    cfg = config()
+    pool, learner = SimulatedPool(mixed), SimulatedLearner(looks=10**9)
+    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
+    controller.begin()
+    interrupt_in(learner, "start_step")
+    with pytest.raises(Interrupted), deferred_interrupts():
+        controller.run_step()
+    assert controller.settle(0.0) is None
+    assert (controller.learning, controller.step, controller.next_ordinal) == (True, 0, 0)
+
+
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 @pytest.mark.parametrize("moment", ["finish_step", "publish"])
 def test_an_interrupt_once_the_learner_is_done_lets_the_step_end_and_begins_no_other(moment, staleness):

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -62,6 +63,21 @@ def signalled(*numbers, then=lambda: None):
 
 def fail():
     raise ValueError("the cause")
+
+
+@pytest.mark.parametrize(("number", "terminated"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_an_interrupt_knows_which_signal_came_and_when(number, terminated):
+    def interrupted():
+        with sigterm_as_interrupt(), deferred_interrupts():
+            signal.raise_signal(number)
+            time.sleep(0.05)
+            check_interrupt()
+
+    before = time.monotonic()
+    with pytest.raises(Interrupted) as raised:
+        interrupted()
+    assert raised.value.terminated is terminated
+    assert before <= raised.value.at <= time.monotonic() - 0.05
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -151,4 +167,4 @@ def test_a_wait_for_a_step_can_be_interrupted_and_settled():
     learner = Learner(looks=3)
     assert signalled(signal.SIGINT, then=lambda: wait_for_step(learner)) == ["went on"]
     assert learner.collected == 0
-    assert finish_within(learner) is METRICS
+    assert finish_within(learner, seconds=60) is METRICS
