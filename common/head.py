@@ -97,7 +97,7 @@ class _Float32Product(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]  # named arguments of one output
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         hidden, weight = ctx.saved_tensors
         for_hidden, for_weight = ctx.needs_input_grad
         native = float32_product_is_native(hidden, weight)

@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from latent_grpo.common.agreement import Gap
 from latent_grpo.common.config import RunConfig
+from latent_grpo.learner.gaps import ReplayReport, summarize_gaps
 from latent_grpo.learner.group import LearnerError, RankGroup
-from latent_grpo.learner.rank import LearnerRank, RankGaps, RankReport
+from latent_grpo.learner.rank import LearnerRank, RankReport
 from latent_grpo.learner.recorder import RowFacts, UpdateOutcome, assemble
 
-__all__ = ["Gap", "LearnerError", "LearnerGroup", "LearnerReport", "ReplayReport"]
+__all__ = ["LearnerError", "LearnerGroup", "LearnerReport"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,24 +31,6 @@ class LearnerReport:
     bad_rows: tuple[int, ...]  # rows with a log-prob that is not a number
     updates: tuple[UpdateOutcome, ...]
     records: pa.RecordBatch | None  # learner records of the batch's rows, for a step whose dump is due
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gap:
-    """Statistics of |learner - engine| over log-probs."""
-
-    mean: float
-    p99: float
-    max: float
-    count: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplayReport:
-    """The gaps between replayed and recorded component log-probs (METHOD §6)."""
-
-    latent: Gap
-    hard: Gap
 
 
 class LearnerGroup(RankGroup):
@@ -88,13 +72,6 @@ class LearnerGroup(RankGroup):
         return summarize_gaps(self._all("replay", ray.put(batch)))
 
 
-def summarize_gaps(ranks: list[RankGaps]) -> ReplayReport:
-    """Merges the ranks' gaps into one report."""
-    return ReplayReport(
-        latent=_gap(np.concatenate([r.latent for r in ranks])), hard=_gap(np.concatenate([r.hard for r in ranks]))
-    )
-
-
 # --- metrics -----------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +84,9 @@ def summarize(ranks: list[RankReport]) -> LearnerReport:
     )
     ratios = np.concatenate([u.ratios for r in ranks for u in r.updates] or [np.zeros(0, np.float32)])
     steps = max(ratios.size, 1)
-    drift = _gap(np.concatenate([r.drift for r in ranks]))
+    drift = Gap.of(np.concatenate([r.drift for r in ranks]))
+    latent_gap = Gap.of(np.concatenate([r.latent_gap for r in ranks]))
+    hard_gap = Gap.of(np.concatenate([r.hard_gap for r in ranks]))
     norms = [u.grad_norm for u in outcomes if u.applied]
     metrics = {
         "learner/loss": _mean([u.loss for u in outcomes]),
@@ -129,6 +108,10 @@ def summarize(ranks: list[RankReport]) -> LearnerReport:
         "learner/drift_mean": drift.mean,
         "learner/drift_p99": drift.p99,
         "learner/drift_max": drift.max,
+        "learner/latent_gap_mean": latent_gap.mean,
+        "learner/latent_gap_p99": latent_gap.p99,
+        "learner/hard_gap_mean": hard_gap.mean,
+        "learner/hard_gap_p99": hard_gap.p99,
         "learner/latent_mass": _mean(np.concatenate([r.latent_mass for r in ranks])),
         "learner/hard_log_prob": _mean(np.concatenate([r.hard_log_probs for r in ranks])),
         "learner/first_token_share": float(first.first_token.mean()),
@@ -170,10 +153,6 @@ def _records(
         masking=config.objective.masking,
         first_token=config.objective.first_token,
     )
-
-
-def _gap(values: np.ndarray) -> Gap:
-    return Gap(mean=_mean(values), p99=_quantile(values), max=float(values.max(initial=0.0)), count=int(values.size))
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -12,13 +12,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from latent_grpo.common.head import install_float32_head
 from latent_grpo.common.latent import mix_embeddings
 from latent_grpo.learner.batching import ReplayInputs
-from latent_grpo.learner.centering import OtherDraws, Redraw
+from latent_grpo.learner.centering import OtherDraws
 from latent_grpo.learner.logprobs import selected_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+
+class LogitVisitor(Protocol):
+    """Sees the logits of a replay as its chunks pass by."""
+
+    def visit(self, piece: slice, logits: torch.Tensor) -> None:
+        """Takes the logits [n, V] of the next steps, `piece`, divided by the steps' temperatures."""
 
 
 class PolicyModule(nn.Module):
@@ -47,11 +54,11 @@ class PolicyModule(nn.Module):
         return self
 
     def forward(
-        self, inputs: ReplayInputs, redraw: Redraw | None = None, others: OtherDraws | None = None
+        self, inputs: ReplayInputs, visitor: LogitVisitor | None = None, others: OtherDraws | None = None
     ) -> torch.Tensor:
         """Returns component log-probs of all response steps, float32: [N, W]; with those of `others`, [N, W + J K].
 
-        `redraw` visits the logits, and must be given only without gradient.
+        `visitor` sees the logits, and must be given only without gradient.
         """
         # right-padded and causal: no position of a response sees padding, so there is no mask to pass
         hidden = self.model.base_model(inputs_embeds=self._embedded(inputs), use_cache=False).last_hidden_state
@@ -61,7 +68,7 @@ class PolicyModule(nn.Module):
             inputs.selected if others is None else others.widened(inputs),
             inputs.temperatures,
             inputs.chunks,
-            visit=None if redraw is None else redraw.visit,
+            visit=None if visitor is None else visitor.visit,
         )
 
     def _embedded(self, inputs: ReplayInputs) -> torch.Tensor:

@@ -30,6 +30,7 @@ from latent_grpo.learner.advantages import first_token_mask, group_advantages
 from latent_grpo.learner.base_rank import RankActor
 from latent_grpo.learner.batching import MiniBatch, ReplayInputs, collate, group_indices, plan
 from latent_grpo.learner.centering import OtherDraws, Redraw, draw_keys
+from latent_grpo.learner.gaps import RankGaps, compare, joined
 from latent_grpo.learner.logprobs import step_log_probs
 from latent_grpo.learner.objective import clip_codes, k3_kl, policy_loss
 from latent_grpo.learner.policy import PolicyModule, load_policy_model
@@ -68,20 +69,14 @@ class RankReport:
     first_token: np.ndarray  # [B] bool: keeps its advantage at the first step
     updates: tuple[UpdateReport, ...]
     drift: np.ndarray  # [steps of the rank] float32: |log pi_old - log pi_behaviour| (METHOD §6)
+    latent_gap: np.ndarray  # [latent steps of the rank * K] float32: the same of single components' log-probs
+    hard_gap: np.ndarray  # [hard steps of the rank] float32
     latent_mass: np.ndarray  # [latent steps of the rank] float32: probability of the K components together
     uncentered: np.ndarray  # [latent steps of the rank] float32: 1 where no other draw stayed; empty without centering
     hard_log_probs: np.ndarray  # [hard steps of the rank] float32
     learning_rate: float
     seconds: float
     records: pa.RecordBatch | None  # step columns of the rank's rows (`learner.recorder`), if requested
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankGaps:
-    """The gaps |learner - engine| of the recorded log-probs of a rank's rows."""
-
-    latent: np.ndarray  # [latent steps * K] float32
-    hard: np.ndarray  # [hard steps] float32
 
 
 @dataclass(slots=True)
@@ -91,6 +86,7 @@ class _Replayed:
     inputs: ReplayInputs
     old: torch.Tensor  # [N] log pi_old, of which the ratio is taken
     plain_old: torch.Tensor  # [N] the same without centering
+    gap: torch.Tensor  # [N, W] |log p_old - log p_behaviour| of the components
     others: OtherDraws | None
     reference: torch.Tensor | None  # [N] log pi of the initial model (METHOD §5)
     importance: torch.Tensor | None  # [N] truncated weight (METHOD §6)
@@ -158,10 +154,12 @@ class LearnerRank(RankActor):
             mean_old_log_probs=mean_old,
             first_token=keeps_first,
             updates=tuple(updates),
-            drift=_joined([(p.plain_old - self._behaviour(p.inputs)).abs() for p in pieces]),
-            latent_mass=_joined([self._mass(p) for p in pieces]),
-            uncentered=_joined([~p.others.usable for p in pieces if p.others is not None]),
-            hard_log_probs=_joined([p.old[~p.inputs.latent] for p in pieces]),
+            drift=joined([(p.plain_old - self._behaviour(p.inputs)).abs() for p in pieces]),
+            latent_gap=joined([p.gap[p.inputs.latent] for p in pieces]),
+            hard_gap=joined([p.gap[~p.inputs.latent, 0] for p in pieces]),
+            latent_mass=joined([self._mass(p) for p in pieces]),
+            uncentered=joined([~p.others.usable for p in pieces if p.others is not None]),
+            hard_log_probs=joined([p.old[~p.inputs.latent] for p in pieces]),
             learning_rate=lr,
             seconds=time.perf_counter() - started,
             records=None if collector is None else collector.batch(),
@@ -230,14 +228,15 @@ class LearnerRank(RankActor):
             clipped_low=int(clipped[0]),
             clipped_high=int(clipped[1]),
             clipped_dual=int(clipped[2]),
-            ratios=_joined(ratios),
-            flip_shares=_joined(flips),
+            ratios=joined(ratios),
+            flip_shares=joined(flips),
             bad_rows=tuple(sorted(bad)),
         )
 
     @torch.no_grad()
     def _replay(self, inputs: ReplayInputs, redraw: Redraw | None) -> _Replayed:
-        plain = self._steps(self.engine.forward(inputs, redraw), inputs)
+        components = self.engine.forward(inputs, redraw)
+        plain = self._steps(components, inputs)
         old, others = plain, None
         if redraw is not None:
             others, log_probs = redraw.draws()
@@ -249,7 +248,8 @@ class LearnerRank(RankActor):
         importance = None
         if self.config.max_staleness > 0:
             importance = torch.exp(plain - self._behaviour(inputs)).clamp(max=self.config.importance_cap)
-        return _Replayed(inputs, old, plain, others, reference, importance)
+        gap = (components - inputs.behaviour).abs()
+        return _Replayed(inputs, old, plain, gap, others, reference, importance)
 
     def _redrawn(self, view: TrajectoryBatch) -> Callable[[ReplayInputs], Redraw | None]:
         """Returns a function that makes the other draws of a micro-batch of `view` (`learner.centering`)."""
@@ -310,17 +310,5 @@ class LearnerRank(RankActor):
         """Compares the learner's component log-probs with the recorded ones (METHOD §6); updates nothing."""
         view = TrajectoryBatch(batch)
         groups = group_indices(view.strings("group_uid"))
-        latent, hard = [], []
-        for mini in self._plan(view, groups, int(groups.max(initial=0)) + 1):
-            for inputs in self._inputs(view, mini):
-                gap = (self.engine.forward(inputs) - inputs.behaviour).abs()
-                latent.append(gap[inputs.latent].reshape(-1))
-                hard.append(gap[~inputs.latent, 0])
-        return RankGaps(latent=_joined(latent), hard=_joined(hard))
-
-
-def _joined(parts: list[torch.Tensor]) -> np.ndarray:
-    """One flat float32 array."""
-    if not parts:
-        return np.zeros(0, dtype=np.float32)
-    return torch.cat([p.detach().float().reshape(-1).cpu() for p in parts]).numpy()
+        minibatches = self._plan(view, groups, int(groups.max(initial=0)) + 1)
+        return compare(self.engine.forward, (inputs for mini in minibatches for inputs in self._inputs(view, mini)))

@@ -109,9 +109,10 @@ class HealthConfig(Section):
     """Lower bound on the share of latent rollouts that leave latent mode."""
     max_truncated_share: Limit = 0.5
     """Upper bound on the share of rollouts that the token budget cuts off."""
-    max_log_prob_gap: Limit = 0.05
-    """Upper bound on the mean |log pi_learner - log pi_rollout| of a response step if `max_staleness` is 0 (METHOD
-    §6)."""
+    max_log_prob_gap: Limit | Literal["auto"] = "auto"
+    """Upper bound on the mean |log p_learner - log p_rollout| of single components, latent or hard, if `max_staleness`
+    is 0 (METHOD §6). The self-test at the start holds the same bound. `auto`: the bound of `model.dtype`
+    (docs/numerics.md)."""
     max_stale_log_prob_gap: Limit = 0.5
     """Upper bound on the mean |log pi_learner - log pi_rollout| of a response step if `max_staleness` is above 0, where
     the policy has moved between the two."""

@@ -150,8 +150,10 @@ def _type(kind: Any) -> tuple[str, tuple[Any, ...]]:
     if origin in (Union, UnionType):
         nullable = NoneType in parts
         described = [_type(part) for part in parts if part is not NoneType]
-        words = ", or ".join(dict.fromkeys(words for words, _ in described))
-        choices = [value for _, allowed in described for value in allowed]
+        closed = all(allowed for _, allowed in described)  # a number or some word is no choice
+        texts = [words if closed else words.removeprefix("one of ") for words, _ in described]
+        words = ", or ".join(dict.fromkeys(texts))
+        choices = [value for _, allowed in described for value in allowed if closed]
         return words + (", or null" if nullable else ""), (*choices, *((None,) if nullable and choices else ()))
     if origin is list:
         return f"list of items ({_type(parts[0])[0]})", ()

@@ -87,3 +87,20 @@ def bench_rollout(
     show(found)
     if json_file is not None:
         write_json(found, json_file)
+
+
+@bench.command("agreement", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_agreement(
+    context: typer.Context,
+    profile: Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")] = "quickstart",
+    groups: Annotated[int, typer.Option(min=1, help="Groups of the profile's group_size that are compared.")] = 64,
+    json_file: JsonFile = None,
+) -> None:
+    """Measures how far the learner's log-probs are from the engine's, as the self-test does, without limits."""
+    from latent_grpo.common.config import load_config
+    from latent_grpo.deploy.bench.agreement import measure, show, write_json
+
+    found = measure(load_config(profile, overrides(context.args)), groups)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)

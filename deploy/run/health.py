@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from latent_grpo.common.agreement import TOLERANCES
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.errors import MetricsError
 from latent_grpo.common.metrics import LineFile, parsed_line, read_metrics, whole_lines
@@ -77,6 +78,12 @@ def _clipped(metrics: Mapping[str, float]) -> float | None:
     return sum(metrics[name] for name in names) if all(name in metrics for name in names) else None
 
 
+def _log_prob_gap(metrics: Mapping[str, float]) -> float | None:
+    """Returns the larger mean gap of latent and hard components, the quantity that the self-test judges."""
+    found = [metrics[name] for name in ("learner/latent_gap_mean", "learner/hard_gap_mean") if name in metrics]
+    return max(found, default=None)
+
+
 RULES = (
     Rule(
         "min_thinking_end_rate", "latent/thinking_end_rate", True,
@@ -92,8 +99,8 @@ RULES = (
         "raise tasks.*.max_response_tokens, or look at the longest: `latent-grpo inspect RUN --failed --sort length`",
     ),
     Rule(
-        "max_log_prob_gap", "learner/drift_mean", False,
-        "the learner's log-probs differ from the rollout's by {value} on average (limit {limit})",
+        "max_log_prob_gap", _log_prob_gap, False,
+        "the learner's log-probs of single components differ from the rollout's by {value} on average (limit {limit})",
         "engine and learner do not compute the same policy: other weights, dtype or kernels",
         "stop and run the self-test (self_test_groups above 0); compare model.dtype and the engines' versions with "
         "`latent-grpo doctor`",
@@ -224,8 +231,10 @@ class Judge:
 
     def __init__(self, config: RunConfig, lineage: int):
         self._config, self._lineage = config, lineage
-        limits: dict[str, float | None] = {r.name: getattr(config.health, r.name) for r in RULES if r.when(config)}
-        self._limits = {name: limit for name, limit in limits.items() if limit is not None}
+        limits = {r.name: getattr(config.health, r.name) for r in RULES if r.when(config)}
+        if limits.get("max_log_prob_gap") == "auto":
+            limits["max_log_prob_gap"] = TOLERANCES[config.model.dtype].mean
+        self._limits: dict[str, float] = {name: limit for name, limit in limits.items() if limit is not None}
         self._rules = [r for r in RULES if r.name in self._limits]
         self._seen: dict[str, deque[float]] = {r.name: deque(maxlen=config.health.window) for r in self._rules}
         self._raised_at: dict[str, int] = {}

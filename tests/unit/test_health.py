@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fake_run import fake_config, fake_trajectory
 
+from latent_grpo.common.agreement import TOLERANCES
 from latent_grpo.common.config import HealthConfig, load_config
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import encode
@@ -28,6 +29,8 @@ HEALTHY = {
     "batch/zero_variance_share": 0.4,
     "batch/staleness_mean": 0.0,
     "learner/drift_mean": 1e-4,
+    "learner/latent_gap_mean": 1e-5,
+    "learner/hard_gap_mean": 1e-5,
     "learner/ratio_p01": 0.95,
     "learner/ratio_p99": 1.05,
     "learner/clip_fraction_low": 0.01,
@@ -43,7 +46,7 @@ HEALTHY = {
 PROVOKED = {
     "min_thinking_end_rate": ({"latent/thinking_end_rate": 0.02}, "98% of rollouts never left latent mode"),
     "max_truncated_share": ({"rollout/truncated_share": 0.8}, "80% of rollouts were cut off"),
-    "max_log_prob_gap": ({"learner/drift_mean": 0.3}, "differ from the rollout's by 0.3 on average"),
+    "max_log_prob_gap": ({"learner/hard_gap_mean": 0.3}, "differ from the rollout's by 0.3 on average (limit 0.001)"),
     "max_stale_log_prob_gap": ({"learner/drift_mean": 0.9}, "differ by 0.9 in log-prob"),
     "max_ratio_p99": ({"learner/ratio_p99": 7.0}, "above 7"),
     "min_ratio_p01": ({"learner/ratio_p01": 0.1}, "below 0.1"),
@@ -64,8 +67,9 @@ PROVOKED = {
 }
 
 
-def monitor(path, lineage=0, staleness=0, **limits):
+def monitor(path, lineage=0, staleness=0, model=None, **limits):
     base = fake_config().model_dump(mode="json")
+    base |= {} if model is None else {"model": model}
     base |= {"health": {"max_relative_width": 0.99, "window": 1, **limits}, "max_staleness": staleness}
     return HealthMonitor(path, load_config(base), lineage)
 
@@ -215,7 +219,7 @@ def test_trajectories_raise_what_is_wrong_with_them(tmp_path, changes, expected)
     assert {alarm.name for alarm in monitor(tmp_path).judge(1, rollouts(*changes))} == expected
 
 
-def learned(*, ratio=1.0, drift=0.0, applied=True, clipped=0, uncentered=()):
+def learned(*, ratio=1.0, gap=0.0, applied=True, clipped=0, uncentered=()):
     """The metrics of a learner's step of a hundred response steps."""
     hundred = np.full(100, 1.0, np.float32)
     update = UpdateReport(
@@ -224,8 +228,8 @@ def learned(*, ratio=1.0, drift=0.0, applied=True, clipped=0, uncentered=()):
     )  # fmt: skip
     report = RankReport(
         advantages=hundred, mean_old_log_probs=hundred, first_token=hundred > 0, updates=(update,),
-        drift=hundred * drift, latent_mass=hundred, uncentered=np.array(uncentered, np.float32), hard_log_probs=hundred,
-        learning_rate=1e-3, seconds=1.0, records=None,
+        drift=hundred, latent_gap=hundred * 0, hard_gap=hundred * gap, latent_mass=hundred,
+        uncentered=np.array(uncentered, np.float32), hard_log_probs=hundred, learning_rate=1e-3, seconds=1.0, records=None,
     )  # fmt: skip
     return summarize([report]).metrics
 
@@ -242,12 +246,20 @@ def test_steps_that_could_not_be_centered_are_counted_and_only_where_centering_i
         ({"ratio": 5.0}, {"max_ratio_p99"}),
         ({"ratio": 0.1}, {"min_ratio_p01"}),
         ({"clipped": 60}, {"max_clipped_share"}),
-        ({"drift": 0.2}, {"max_log_prob_gap"}),
+        ({"gap": 0.2}, {"max_log_prob_gap"}),
         ({"applied": False}, {"max_skipped_updates"}),
     ],
 )
 def test_a_learners_step_raises_what_is_wrong_with_it(tmp_path, change, expected):
     assert {alarm.name for alarm in monitor(tmp_path).judge(1, learned(**change))} == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_alarm_of_log_probs_begins_where_the_self_test_refuses(tmp_path, dtype):
+    limit = TOLERANCES[dtype].mean
+    for gap, expected in ((0.9 * limit, set()), (1.1 * limit, {"max_log_prob_gap"})):
+        watched = monitor(tmp_path, model={"new": {}, "dtype": dtype})
+        assert {alarm.name for alarm in watched.judge(1, learned(gap=gap))} == expected
 
 
 def test_settings_that_a_remedy_names_exist():

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from fake_run import fake_config, fake_group
 from rich.console import Console
 
+from latent_grpo.common.agreement import TOLERANCES, Gap, spacing
 from latent_grpo.deploy.run.progress import Reporter
-from latent_grpo.deploy.train import SelfTestFailed, self_test
-from latent_grpo.learner.learner import Gap, ReplayReport
+from latent_grpo.deploy.run.self_test import SelfTestFailed, self_test
+from latent_grpo.learner.gaps import ReplayReport
 
 GROUPS = [fake_group(np.random.default_rng(g), 1, g, 4, 3) for g in range(2)]
 
@@ -28,8 +30,8 @@ class Pool:
 
 
 class Learner:
-    def __init__(self, latent, hard):
-        self.report = ReplayReport(latent=latent, hard=hard)
+    def __init__(self, latent, hard, largest_logit):
+        self.report = ReplayReport(latent=latent, hard=hard, largest_logit=largest_logit)
 
     def replay(self, batch):
         self.rows = batch.num_rows
@@ -40,7 +42,7 @@ def gap(largest, mean=0.0, p99=0.0):
     return Gap(mean=mean, p99=p99, max=largest, count=20)
 
 
-def outcome(latent, hard, **config):
+def outcome(latent, hard, largest_logit=30.0, **config):
     """What the run's metrics got."""
     written = []
     uids = [group.column("group_uid")[0].as_py() for group in GROUPS]
@@ -52,7 +54,7 @@ def outcome(latent, hard, **config):
         lineage=0,
         reporter=Reporter(Console(quiet=True)),
     )
-    learner = Learner(latent, hard)
+    learner = Learner(latent, hard, largest_logit)
     try:
         self_test(run, learner)
     finally:
@@ -81,8 +83,44 @@ def test_a_learner_that_computes_something_else_is_not_trained(latent, hard, whi
         outcome(latent, hard)
 
 
+BFLOAT16 = {"new": {}, "dtype": "bfloat16"}
+
+
 def test_in_bfloat16_a_few_components_may_differ_more():
-    model = {"new": {}, "dtype": "bfloat16"}
-    outcome(gap(3.0, p99=0.1), gap(3.0, p99=0.1), model=model)
-    with pytest.raises(SelfTestFailed, match=r"allowed in bfloat16: 0.2"):
-        outcome(gap(3.0, p99=0.3), gap(0.0), model=model)
+    outcome(gap(3.0, p99=0.1), gap(3.0, p99=0.1), model=BFLOAT16)
+    with pytest.raises(SelfTestFailed, match=rf"allowed in bfloat16: {TOLERANCES['bfloat16'].p99:g} \(p99\)"):
+        outcome(gap(3.0, p99=0.3), gap(0.0), model=BFLOAT16)
+
+
+def test_a_gap_that_looks_like_rounding_is_called_so_and_another_is_not():
+    rounded = gap(0.26, mean=0.055, p99=0.24)  # what logits rounded to bfloat16 gave on a real model
+    with pytest.raises(SelfTestFailed, match=r"looks like rounding .* 0\.25 apart at the size of these logits \(36\)"):
+        outcome(rounded, gap(0.0), largest_logit=36.0, model=BFLOAT16)
+    with pytest.raises(SelfTestFailed, match="both load the same model") as found:
+        outcome(rounded, gap(0.0), largest_logit=3.0, model=BFLOAT16)
+    assert "rounding" not in str(found.value)
+    with pytest.raises(SelfTestFailed, match="both load the same model"):
+        outcome(gap(7.0, mean=1.2, p99=5.0), gap(0.0), largest_logit=36.0, model=BFLOAT16)
+
+
+def test_the_alarms_limit_is_the_self_tests_too():
+    wide = gap(0.3, mean=0.06, p99=0.1)
+    with pytest.raises(SelfTestFailed, match=r"0.06 \(mean"):
+        outcome(wide, gap(0.0), model=BFLOAT16)
+    outcome(wide, gap(0.0), model=BFLOAT16, health={"max_log_prob_gap": 0.07})
+    with pytest.raises(SelfTestFailed, match=r"allowed in bfloat16: 0.001 \(mean\)"):
+        outcome(gap(0.1, mean=0.01), gap(0.0), model=BFLOAT16, health={"max_log_prob_gap": 0.001})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "expected"),
+    [("bfloat16", 36.0, 0.25), ("bfloat16", 24.0, 0.125), ("bfloat16", 32.0, 0.25), ("float32", 1.0, 2.0**-23)],
+)
+def test_the_spacing_is_that_of_the_dtypes_neighbouring_numbers(dtype, size, expected):
+    here = torch.tensor(size, dtype=getattr(torch, dtype))
+    above = torch.nextafter(here, here + 1)
+    assert spacing(dtype, size) == expected == float(above - here)
+
+
+def test_no_size_has_no_spacing():
+    assert spacing("bfloat16", 0.0) == spacing("bfloat16", math.inf) == 0.0
