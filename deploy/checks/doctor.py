@@ -20,6 +20,7 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 
+from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sentence
 from latent_grpo.deploy.checks.torch_build import describe_torch
 from latent_grpo.rollout_workers.vllm_plugin.support import installed, vllm_problem
 
@@ -60,6 +61,7 @@ def run_doctor(folder: str | Path = ".", ray_deadline_s: float = RAY_DEADLINE_S)
         _python,
         _packages,
         _torch,
+        bfloat16_checks,
         _vllm,
         _compiler,
         _shared_memory,
@@ -113,6 +115,20 @@ def _torch() -> list[Check]:
     if has_gpu and "CPU build" in found:
         return [Check(name="torch build", status="warn", found=f"{found}, but this machine has a GPU", fix=advice)]
     return [Check(name="torch build", status="ok", found=found)]
+
+
+def bfloat16_checks(slowdown: Callable[[str], float] = bfloat16_slowdown) -> list[Check]:
+    """Compares the speed of the two dtypes that a run may use, on each kind of device that this machine has."""
+    import torch
+
+    findings = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        ratio = slowdown(device)
+        slow = slowdown_sentence(ratio, device)
+        found = f"{device}: {ratio:.2g} times the time of float32"
+        fix = slow or ""
+        findings.append(Check(name="bfloat16", status="warn" if slow else "ok", found=found, fix=fix))
+    return findings
 
 
 def _vllm() -> list[Check]:

@@ -7,11 +7,13 @@ configuration only.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.prompts import PromptRenderer
 from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
 from latent_grpo.common.types import Problem
+from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sentence
 from latent_grpo.deploy.run.preparation import Checked, InitialModel, check
 from latent_grpo.deploy.run.problems import describe
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
@@ -33,11 +35,25 @@ def validate(
     return [
         *arithmetic(config),
         *resources,
+        *([] if cpus is not None or gpus is not None else dtype_rows(config)),
         ("rollout engine", found.engine),
         *((f"verifier {kind}", f"can be built; grades {', '.join(names)}") for kind, names in found.verifiers.items()),
         *_problem_rows(found),
         *_token_rows(config, found.model),
     ]
+
+
+def dtype_rows(config: RunConfig, slowdown: Callable[[str], float] = bfloat16_slowdown) -> list[Row]:
+    """A warning if the run would compute in bfloat16 on this machine, and that is slower than float32 here."""
+    if config.model.dtype != "bfloat16":
+        return []
+    import torch
+
+    device = "cuda" if needed_resources(config).get("GPU") else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        return []  # the run cannot start here
+    sentence = slowdown_sentence(slowdown(device), device)
+    return [] if sentence is None else [("warning", sentence)]
 
 
 def _problem_rows(found: Checked) -> list[Row]:
