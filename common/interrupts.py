@@ -13,7 +13,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Protocol
 
@@ -101,9 +101,13 @@ class Stepping(Protocol):
     def finish_step(self) -> dict[str, float]: ...
 
 
-def wait_for_step(learner: Stepping) -> dict[str, float]:
-    """Waits for the running step and returns its metrics; raises an interrupt that comes meanwhile."""
+def wait_for_step(learner: Stepping, on_wait: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Waits for the running step and returns its metrics; raises an interrupt that comes meanwhile.
+
+    `on_wait` is called again and again while it waits.
+    """
     while not learner.finished():
+        on_wait()
         check_interrupt()
         time.sleep(POLL_S)
     return learner.finish_step()

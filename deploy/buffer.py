@@ -83,6 +83,12 @@ class GroupBuffer:
         held = sum(1 for e in self._entries.values() if e.dropped is None or not self.refill)
         return self.slots - held - self._training
 
+    @property
+    def ready_share(self) -> float:
+        """The share of the next batch's groups that have arrived."""
+        arrived = sum(1 for e in self._entries.values() if e.settled and (e.dropped is None or not self.refill))
+        return min(arrived / self.prompts_per_step, 1.0)
+
     def dispatched(self, request: GroupRequest) -> int:
         """Takes a slot for the next prompt; returns its ordinal. Raises :class:`TooManyDispatched`."""
         if self.free_slots <= 0:

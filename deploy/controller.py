@@ -39,6 +39,8 @@ from latent_grpo.rollout_workers.metrics import rollout_metrics
 
 log = logging.getLogger(__name__)
 POLL_S = 0.2
+OnWait = Callable[[str, float | None], None]
+"""Called with a part of a step (`rollout`, `learner`, `publish`) and the share of it that is done, if that is known."""
 MALFORMED = "malformed"  # why a group was dropped
 LEARNING_POLL_S = 0.02  # nothing wakes the loop when the learner is done, so it polls often
 
@@ -125,10 +127,13 @@ class Controller:
         """Publishes the learner's weights before any work, so a resumed run samples with its checkpoint's weights."""
         self.pool.publish(self.learner.publish(self.version))
 
-    def run_step(self) -> StepResult:
-        """Runs one step: a batch, the learner's update on it, and the publication of the result."""
+    def run_step(self, on_wait: OnWait = lambda part, share: None) -> StepResult:
+        """Runs one step: a batch, the learner's update on it, and the publication of the result.
+
+        `on_wait` is called again and again while the step waits.
+        """
         started = time.perf_counter()
-        batch = self._next_batch()
+        batch = self._next_batch(on_wait)
         check_interrupt()  # the batch may have been there without a wait
         waited = time.perf_counter() - started
         rows = concat(batch.groups) if batch.groups else None
@@ -137,10 +142,11 @@ class Controller:
             self.learner.start_step(rows, self.step)
         metrics = self._batch_metrics(batch, rows)  # while the learner is at work
         if rows is not None:
-            metrics |= self._learned()
+            metrics |= self._learned(on_wait)
         learned = time.perf_counter() - started - waited
         result = self._advance(batch, rows, metrics)
         publishing = time.perf_counter()
+        on_wait("publish", None)
         self.begin()
         metrics |= {
             "time/rollout_wait_s": waited,
@@ -172,8 +178,9 @@ class Controller:
         batch, rows = self._learning, concat(self._learning.groups)
         return self._advance(batch, rows, learned | self._batch_metrics(batch, rows))
 
-    def _learned(self) -> dict[str, float]:
+    def _learned(self, on_wait: OnWait) -> dict[str, float]:
         while not self.learner.finished():
+            on_wait("learner", None)
             self._exchange(LEARNING_POLL_S)  # with staleness, rollouts continue while the learner trains
         return self.learner.finish_step()
 
@@ -184,8 +191,9 @@ class Controller:
         self.buffer.trained(batch)
         return StepResult(self.step, rows, batch.generated, batch.reasons, metrics)
 
-    def _next_batch(self) -> ReadyBatch:
+    def _next_batch(self, on_wait: OnWait) -> ReadyBatch:
         while (batch := self.buffer.take_batch()) is None:
+            on_wait("rollout", self.buffer.ready_share)
             self._exchange()
         return batch
 

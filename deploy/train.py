@@ -23,7 +23,7 @@ from latent_grpo.deploy.run.folder import RunFolder, create_run, reopen_run
 from latent_grpo.deploy.run.manifest import record_model
 from latent_grpo.deploy.run.observer import StepObserver
 from latent_grpo.deploy.run.preparation import Prepared, prepare
-from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.progress import Reporter, StepShare, first_step_line
 from latent_grpo.deploy.run.self_test import self_test
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.stepping import StateKeeper, interruptible
@@ -31,6 +31,8 @@ from latent_grpo.deploy.sft.loop import warm_start
 from latent_grpo.deploy.view.report.build import report_note
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.learner import LearnerGroup
+
+STEP_PARTS = {"rollout": "rollout_wait", "learner": "learner", "publish": "publish"}  # name -> metric of its seconds
 
 
 def train(config: RunConfig, profile: str, reporter: Reporter | None = None, path: Path | None = None) -> RunFolder:
@@ -116,17 +118,29 @@ def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: St
     with interruptible(settle, run.reporter), run.reporter.phase(config.algorithm, config.steps) as advance:
         advance(controller.step)
         rewards: list[float] = []
+        before, share, curve = controller.step, StepShare(), ""
+
+        def waiting(part: str, of_part: float | None) -> None:
+            done, note = share.at(part, of_part)
+            advance(before + len(rewards) + done, f"{curve}{note}")
+
         while controller.step < config.steps:
-            result = controller.run_step()
+            result = controller.run_step(waiting)
             observer.observe(result, learner.last_report if result.batch is not None else None)
             rewards.append(result.metrics["rollout/reward"])
             keeper.took(result.metrics["time/learner_s"])
+            parts = {name: result.metrics[f"time/{key}_s"] for name, key in STEP_PARTS.items()}
+            share.learn(**parts)
+            if len(rewards) == 1:
+                left = config.steps - result.step
+                run.reporter.say(first_step_line("training", result.metrics["time/step_s"], left, parts))
             if _due(config.checkpoint.every, result.step) or result.step == config.steps:
                 keeper.keep(result.step)
             keeper.keep_ahead(result.step)
             if _due(config.evaluation.every, result.step) and result.step < config.steps:
                 evaluate(run, controller.gather, controller.step, f"step-{result.step}")
-            advance(result.step, f"reward {rewards[-1]:.3f} {sparkline(rewards)}")
+            curve = f"reward {rewards[-1]:.3f} {sparkline(rewards)} "
+            advance(result.step, curve)
 
 
 def _due(every: int, step: int) -> bool:

@@ -7,6 +7,7 @@ All uncertainty is over problems: the samples of one problem are averaged first,
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -140,6 +141,13 @@ def _result(task: str, found: _Collected) -> TaskResult:
         invalid_rate=1.0 - found.valid / len(rewards),
         ungraded=int((~graded).sum()),
     )
+
+
+def failure_shares(groups: Iterable[pa.RecordBatch]) -> dict[str, float]:
+    """Returns the share of samples that were not graded `correct`, by the verifier's reason; commonest first."""
+    reasons = Counter(reason for group in groups for reason in group.column("grade_reason").to_pylist())
+    total = reasons.total()
+    return {reason: count / total for reason, count in reasons.most_common() if reason != "correct"}
 
 
 def pass_at_k_results(groups: Iterable[pa.RecordBatch], ks: Sequence[int]) -> dict[str, tuple[PassAtK, ...]]:

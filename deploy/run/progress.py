@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -96,6 +96,48 @@ def end_of(seconds: float, now: datetime | None = None) -> str:
     now = now or datetime.now()
     end = now + timedelta(seconds=seconds)
     return f"{end:%H:%M}" if end.date() == now.date() else f"{end:%b %d %H:%M}"
+
+
+class StepShare:
+    """How much of a running step is done. The parts of a step weigh what they took in the step before.
+
+    A part says how much of it is done; of one that cannot (`None`) it follows from the time. Before a first step is
+    done nothing is known, and the share is 0.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._took: dict[str, float] = {}  # part -> seconds, in the order of a step
+        self._part, self._began = "", 0.0
+
+    def learn(self, **seconds: float) -> None:
+        """Notes what the parts of a step that is done took, in their order."""
+        self._took, self._part = seconds, ""
+
+    def at(self, part: str, share: float | None) -> tuple[float, str]:
+        """Returns the share of the step that is done, below 1, and a note: `learner 12 s`, `rollout 40%`."""
+        if part != self._part:
+            self._part, self._began = part, self._now()
+        elapsed, parts = self._now() - self._began, list(self._took)
+        note = f"{part} {duration(elapsed)}" if share is None else f"{part} {share:.0%}"
+        if part not in parts or not sum(self._took.values()):
+            return 0.0, note
+        whole = self._took[part]
+        within = min(elapsed, whole) if share is None else share * whole
+        before = sum(self._took[name] for name in parts[: parts.index(part)])
+        return min((before + within) / sum(self._took.values()), 0.99), note
+
+
+def first_step_line(
+    name: str, seconds: float, left: int, parts: Mapping[str, float], now: datetime | None = None
+) -> str:
+    """Says what the first step took, in all and in its `parts`, and when `left` more of them will have ended."""
+    shares = ", ".join(f"{part} {duration(of_part)}" for part, of_part in parts.items())
+    shares = f" ({shares})" if shares else ""
+    if not left:
+        return f"{name}: the step took {duration(seconds)}{shares}"
+    end = f"{duration(left * seconds)}, until {end_of(left * seconds, now)}"
+    return f"{name}: the first step took {duration(seconds)}{shares}; {left:,} more at this pace take {end}"
 
 
 class Reporter:

@@ -21,7 +21,7 @@ from latent_grpo.common.interrupts import (
     finish_within,
     wait_for_step,
 )
-from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.progress import Advance, Reporter, StepShare
 
 Result = TypeVar("Result")
 RECENT = 8  # steps whose longest says how long the next one may be
@@ -127,15 +127,17 @@ class StepLearner(Stepping, Protocol):
 class LearnerSteps:
     """Takes the steps of a learner one at a time, counts and records them, and can save the state between any two.
 
-    `done` is the number of steps taken before. `record(done, metrics)` is called after each step.
+    `done` is the number of steps taken before, `took` the seconds of the last one. `record(done, metrics)` is called
+    after each step.
     """
 
     def __init__(
         self, learner: StepLearner, done: int, record: Callable[[int, dict[str, float]], None], keeper: StateKeeper
     ) -> None:
-        self.done = done
+        self.done, self.took = done, 0.0
         self._learner, self._record, self._keeper = learner, record, keeper
         self._began: float | None = None  # of the running step
+        self._share = StepShare()
 
     def start(self, *inputs: Any) -> None:
         """Begins a step, unless an interrupt is pending."""
@@ -144,9 +146,14 @@ class LearnerSteps:
         self._learner.start_step(*inputs)
         self._began = time.monotonic()
 
-    def finish(self) -> dict[str, float]:
-        """Waits for the step that was begun and returns its metrics."""
-        return self._finished(wait_for_step(self._learner))
+    def finish(self, advance: Advance = lambda completed, note="": None) -> dict[str, float]:
+        """Waits for the step that was begun, which `advance` shows, and returns its metrics."""
+
+        def waiting() -> None:
+            share, note = self._share.at("learner", None)
+            advance(self.done + share, note)
+
+        return self._finished(wait_for_step(self._learner, waiting))
 
     def keep(self) -> None:
         """Writes the state, unless it has been written already."""
@@ -170,7 +177,9 @@ class LearnerSteps:
 
     def _finished(self, metrics: dict[str, float]) -> dict[str, float]:
         if self._began is not None:
-            self._keeper.took(time.monotonic() - self._began)
+            self.took = time.monotonic() - self._began
+            self._keeper.took(self.took)
+            self._share.learn(learner=self.took)
         self._began = None
         self.done += 1
         self._record(self.done, metrics)

@@ -68,7 +68,7 @@ def _learn(run: Run, data: SFTData, learner: InductionLearner, phase: Phase, num
         advance(steps.done)
         while steps.done < total:
             steps.start(data.rows(first + steps.done, settings.batch_size), steps.done, total)
-            values = steps.finish()
+            values = steps.finish(advance)
             advance(steps.done, f"answer loss {values['answer_loss']:.3f}")
             if every and steps.done % every == 0 and steps.done < total:
                 steps.keep()

@@ -10,27 +10,34 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+
+import pyarrow as pa
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import deferred_interrupts
 from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.common.schema import concat
 from latent_grpo.deploy.controller import Pool, gather
-from latent_grpo.deploy.evaluation.scores import TaskResult, results
+from latent_grpo.deploy.evaluation.scores import TaskResult, failure_shares, results
 from latent_grpo.deploy.run.folder import RunFolder, create_run, reopen_run
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.problems import group_request
-from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.progress import Reporter, first_step_line
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.sft_data import SFTData
 from latent_grpo.deploy.run.stepping import LearnerSteps, StateKeeper, StepLearner
 from latent_grpo.deploy.sft.induction import induce
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.sft.learner import SFTLearner
+
+SFT_PURPOSE = "sft"  # of the dumps of held-out samples
+FAILED = "failed_"  # begins the metric of a failure's share; the verifier's reason follows
 
 
 class SFTRanks(StepLearner, Protocol):
@@ -72,11 +79,12 @@ def run_latent_sft(
     lineage: int = 0,
     progress: Progress = Progress(),
     keep: Callable[[Progress], None] = lambda progress: None,
+    dump: Callable[[int, pa.RecordBatch], None] = lambda step, samples: None,
 ) -> Progress:
     """Trains until the held-out pass@1 reaches `stop_at`, or for `max_steps`. The learner holds the result.
 
     `keep` saves the learner's state with the progress: every `checkpoint.every` steps, at an interrupt, and where
-    :class:`StateKeeper` says so.
+    :class:`StateKeeper` says so. `dump` stores the held-out samples of each evaluation.
     """
     settings = config.latent_sft
 
@@ -99,39 +107,59 @@ def run_latent_sft(
     ):
         advance(progress.steps)
         rows = data.rows(progress.steps, settings.batch_size)
+        first, note = progress.steps, ""
         while True:
-            due = progress.steps % settings.evaluate_every == 0 or progress.steps == settings.max_steps
+            due = progress.steps % settings.evaluate_every == 0 or progress.steps >= settings.max_steps
             if progress.steps and due and progress.evaluated_at != progress.steps:
-                result = _evaluate(config, data, learner, pool, progress.steps)
+                groups = _held_out(config, data, learner, pool, progress.steps)
+                dump(progress.steps, concat(groups))
+                (result,), failures = results(groups, together="held-out"), failure_shares(groups)
                 reached = settings.stop_at is not None and result.pass_at_1 >= settings.stop_at
                 progress = Progress(progress.steps, progress.steps, result.pass_at_1, reached)
-                metrics.write(progress.steps, _figures(result), kind="sft_evaluation", lineage=lineage)
-                advance(progress.steps, f"held-out pass@1 {result.pass_at_1:.3f}")
+                metrics.write(progress.steps, _figures(result, failures), kind="sft_evaluation", lineage=lineage)
+                note = held_out_line(result, failures)
+                advance(progress.steps, note)
             if progress.reached or progress.steps >= settings.max_steps:
+                if note:
+                    reporter.say(f"Latent-SFT, step {progress.steps}: {note}")
                 return progress
             if _due(config.checkpoint.every, progress.steps):
                 steps.keep()
             steps.start(rows, progress.steps)
             rows = data.rows(progress.steps + 1, settings.batch_size)  # while the ranks train
-            values = steps.finish()
-            advance(progress.steps, _note(values["loss"], progress))
+            values = steps.finish(advance)
+            advance(progress.steps, _losses(values) + (f" · {note}" if note else ""))
+            if progress.steps == first + 1:
+                reporter.say(first_step_line("Latent-SFT", steps.took, settings.max_steps - progress.steps, {}))
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def _figures(result: TaskResult) -> dict[str, float]:
+def _figures(result: TaskResult, failures: Mapping[str, float]) -> dict[str, float]:
     names = ("pass_at_1", "standard_error", "chain_length", "latent_length", "invalid_rate")
-    return {name: getattr(result, name) for name in names}
+    figures = {name: getattr(result, name) for name in names}
+    return figures | {f"{FAILED}{reason}": share for reason, share in failures.items()}
 
 
-def _note(loss: float, progress: Progress) -> str:
-    held_out = progress.held_out_pass_at_1
-    return f"loss {loss:.3f}" + ("" if held_out is None else f" · held-out pass@1 {held_out:.3f}")
+def held_out_line(result: TaskResult, failures: Mapping[str, float]) -> str:
+    """`held-out pass@1 0.450, length 17.0 (12.0 latent), invalid 0%, wrong 50%, no_answer 5%`."""
+    parts = [
+        f"held-out pass@1 {result.pass_at_1:.3f}",
+        f"length {result.chain_length:.1f} ({result.latent_length:.1f} latent)",
+        f"invalid {result.invalid_rate:.0%}",
+        *(f"{reason} {share:.0%}" for reason, share in failures.items()),
+    ]
+    return ", ".join(parts)
 
 
-def _evaluate(config: RunConfig, data: SFTData, learner: SFTRanks, pool: Pool, step: int) -> TaskResult:
+def _losses(values: Mapping[str, float]) -> str:
+    return f"loss {values['loss']:.3f} (KL {values['kl']:.3f}, cross-entropy {values['cross_entropy']:.3f})"
+
+
+def _held_out(config: RunConfig, data: SFTData, learner: SFTRanks, pool: Pool, step: int) -> list[pa.RecordBatch]:
+    """Generates a sample, noise off, of each held-out problem with the learner's weights."""
     pool.publish(learner.publish(step))
     requests = [
         group_request(
@@ -139,7 +167,7 @@ def _evaluate(config: RunConfig, data: SFTData, learner: SFTRanks, pool: Pool, s
         )
         for i, (task, problem) in enumerate(data.held_out)
     ]
-    return results(gather(pool, requests), together="held-out")[0]
+    return gather(pool, requests)
 
 
 # --- as a command, and as the start of a run -----------------------------------------------------------------------
@@ -204,6 +232,7 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
             lineage=run.lineage,
             progress=_restored(run, learner),
             keep=lambda progress: _keep(run, learner, progress),
+            dump=partial(_dump, run),
         )
         with deferred_interrupts():  # the trained model is saved before an interrupt ends the run
             run.export(base, learner.export)
@@ -213,7 +242,6 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
         learner.close()
     shutil.rmtree(run.folder.sft, ignore_errors=True)
     run.prepared = dataclasses.replace(run.prepared, sft=None)  # its encoded chains are not needed again
-    run.reporter.say(f"Latent-SFT: {outcome.steps} steps, held-out pass@1 {outcome.held_out_pass_at_1:.3f}")
     stop_at = config.latent_sft.stop_at
     if stop_at is not None and not outcome.reached:
         run.reporter.say(
@@ -221,6 +249,11 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
             f"{outcome.held_out_pass_at_1:.3f}, below stop_at {stop_at}; RL starts from this model[/]"
         )
     return base
+
+
+def _dump(run: Run, step: int, samples: pa.RecordBatch) -> None:
+    if run.config.dump.every:
+        run.store.write(step, samples, SFT_PURPOSE, run.lineage)
 
 
 def _restored(run: Run, learner: SFTRanks) -> Progress:

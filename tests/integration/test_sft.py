@@ -47,6 +47,7 @@ class InterruptedAt(Reporter):
     def phase(self, name, total, unit="steps"):
         def advance(completed, note=""):
             if name == self.name and completed == self.step:
+                self.step = None  # once: the progress is shown again while the next step runs
                 signal.raise_signal(signal.SIGINT)
 
         yield advance

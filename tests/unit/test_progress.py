@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 from rich.console import Console
 
-from latent_grpo.deploy.run.progress import LOG_EVERY_S, Pace, Reporter, duration, end_of
+from latent_grpo.deploy.run.progress import LOG_EVERY_S, Pace, Reporter, StepShare, duration, end_of, first_step_line
 
 
 class Clock:
@@ -112,3 +112,33 @@ def test_a_bar_shows_pace_and_remaining_time(seconds):
     text = console.file.getvalue()
     assert f"1/16 {duration(seconds)}/step" in text
     assert f"{duration(15 * seconds)} left" in text
+
+
+def test_the_share_of_a_step_follows_its_parts_and_never_falls():
+    clock = Clock()
+    share = StepShare(clock)
+    assert share.at("rollout", 0.5) == (0.0, "rollout 50%")  # nothing is known of a first step
+    share.learn(rollout=10, learner=30, publish=0)
+    seen = []
+    for arrived in (0.0, 0.4, 1.0):
+        clock.time += 6
+        seen.append(share.at("rollout", arrived)[0])
+    for seconds in (0, 15, 15, 60):  # the learner takes longer than in the step before
+        clock.time += seconds
+        done, note = share.at("learner", None)
+        seen.append(done)
+    assert seen == pytest.approx([0.0, 0.1, 0.25, 0.25, 0.625, 0.99, 0.99])
+    assert note == "learner 90 s"
+    assert share.at("publish", None)[0] == 0.99  # it took no time before
+    share.learn(rollout=10, learner=90, publish=1)
+    assert share.at("rollout", 0.0)[0] == 0.0
+
+
+def test_the_first_step_says_what_a_step_costs_and_when_the_run_ends():
+    noon = datetime(2026, 11, 28, 12, 0)
+    line = first_step_line("training", 43.3, 99, {"rollout": 6.5, "learner": 34.3, "publish": 2.5}, noon)
+    assert line == (
+        "training: the first step took 43 s (rollout 6.5 s, learner 34 s, publish 2.5 s); 99 more at this pace take "
+        "71 min, until 13:11"
+    )
+    assert first_step_line("Latent-SFT", 4.0, 0, {}) == "Latent-SFT: the step took 4.0 s"
