@@ -10,6 +10,7 @@ import numpy as np
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.types import FinishReason, TokenFacts
 from latent_grpo.rollout_workers.engine import LatentEngine
+from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.verifiers import verifier_pool
 from latent_grpo.rollout_workers.worker import RolloutWorker
 
@@ -53,7 +54,7 @@ class WorkerFactory:
 def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngine:
     """Makes the engine of the run's settings; it refuses to sample before its first publication."""
     rollout = config.rollout
-    if rollout.engine == "vllm":
+    if choose_engine(config).name == "vllm":
         from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
 
         tasks = (*config.tasks, *config.evaluation.tasks)

@@ -371,7 +371,9 @@ def _vllm_problems(config: RunConfig) -> list[str]:
     rollout, vllm = config.rollout, config.rollout.vllm
     if rollout.engine != "vllm":
         if vllm != type(vllm)():
-            return ["rollout.vllm has no effect with rollout.engine transformers; remove it or set rollout.engine=vllm"]
+            return [
+                f"rollout.vllm has no effect with rollout.engine {rollout.engine}; remove it or set rollout.engine=vllm"
+            ]
         return []
     problems = []
     if config.deterministic:

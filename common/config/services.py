@@ -63,8 +63,9 @@ class VLLMConfig(Section):
 class RolloutConfig(Section):
     """Rollout workers, which sample responses and grade them (METHOD §2)."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """Inference engine: a decoding loop of this program's own (`transformers`), or vLLM (`vllm`)."""
+    engine: Literal["transformers", "vllm", "auto"] = "transformers"
+    """Inference engine: a decoding loop of this program's own (`transformers`), or vLLM (`vllm`). `auto`: vllm on GPUs
+    once its latent steps were proven there (docs/gpu.md), else transformers; the run says what it took and why."""
     vllm: VLLMConfig = VLLMConfig()
     workers: Annotated[PositiveInt, Rule.MAY_CHANGE] = 1
     """Number of rollout workers."""

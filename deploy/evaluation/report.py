@@ -20,6 +20,7 @@ from latent_grpo.common.model_chain import ChainSettings
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS
 from latent_grpo.deploy.evaluation.scores import MACRO, TaskResult, macro_average
 from latent_grpo.deploy.run.problems import PreparedTask
+from latent_grpo.rollout_workers.engine_choice import choose_engine
 
 REPORT_FILE = "evaluation.json"
 WIDEST = 400  # columns of a table in a log
@@ -51,7 +52,7 @@ def report(
             "algorithm": config.algorithm,
             "seed": config.seed,
             "dtype": config.model.dtype,
-            "engine": config.rollout.engine,
+            "engine": choose_engine(config).name,
             "k": config.schema_k,
             "tau": config.tau,
             "temperature": config.temperature,

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.manifest_schema import (
     FORMAT,
     DataFacts,
+    EngineFacts,
     FileFacts,
     GraderFacts,
     HardwareFacts,
@@ -46,6 +48,7 @@ from latent_grpo.deploy.run.manifest_schema import (
 )
 from latent_grpo.deploy.run.program import OUR_PACKAGES, source_hash
 from latent_grpo.deploy.run.versions import versions
+from latent_grpo.rollout_workers.engine_choice import choose_engine
 
 if TYPE_CHECKING:
     from latent_grpo.common.tasks.sources import TaskSource
@@ -80,6 +83,7 @@ def write_manifest(
         model={"initial": model_facts(model)},
         grader=GraderFacts(sources=source_hash(["reward"]), **grading_versions()),
         seeds=SeedFacts(run=config.seed, model=config.seed if config.model.new else None, data=config.seed),
+        engine=EngineFacts.model_validate(asdict(choose_engine(config))),
         lineages=[*(entry for entry in earlier if entry.lineage < lineage), lineage_facts(lineage)],
     )
     _write(folder, manifest)

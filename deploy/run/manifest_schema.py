@@ -62,6 +62,14 @@ class SeedFacts(Facts):
     data: int
 
 
+class EngineFacts(Facts):
+    """The rollout engine: what the settings ask for, what was taken and why."""
+
+    asked: str
+    name: str
+    why: str
+
+
 class ProgramFacts(Facts):
     """The program that ran."""
 
@@ -104,4 +112,5 @@ class RunManifest(Facts):
     model: dict[str, ModelFacts]  # initial; base: what RL starts from; trained: what it made
     grader: GraderFacts
     seeds: SeedFacts
+    engine: EngineFacts | None = None  # None: a program before 0.3 wrote it
     lineages: list[LineageFacts]

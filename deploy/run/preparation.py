@@ -28,6 +28,7 @@ from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.sft_data import SFTData, has_chain, prepare_sft
+from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.verifiers import check_verifiers
 from latent_grpo.rollout_workers.vllm_plugin import support
 
@@ -244,8 +245,9 @@ def check_engine(
     With `elsewhere` a vLLM that is not installed on this machine is reported, not refused. `installed` returns its
     build and version.
     """
-    if config.rollout.engine != "vllm":
-        return config.rollout.engine
+    choice = choose_engine(config)
+    if choice.name != "vllm":
+        return choice.sentence
     found = installed()
     if problem := support.argument_problem(config.rollout.vllm.engine_args):
         raise ConfigError(problem)

@@ -22,6 +22,7 @@ from latent_grpo.deploy.run.problems import Problems
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.ray_session import Services, ray_session
 from latent_grpo.deploy.run.versions import differences
+from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.factory import WorkerFactory
 from latent_grpo.rollout_workers.pool import RolloutPool
 
@@ -91,7 +92,7 @@ def run_session(
         stack.enter_context(ray_session(config, services))
         stack.enter_context(sigterm_as_interrupt())
         write_manifest(folder, config, lineage, prepared.initial, data_facts(prepared.problems))
-        reporter.say(f"starting {config.rollout.workers} rollout worker(s)")
+        reporter.say(f"starting {config.rollout.workers} rollout worker(s), engine {choose_engine(config).sentence}")
         factory = WorkerFactory(config_as_json(config), str(prepared.initial), folder.name)
         pool = stack.enter_context(RolloutPool(factory, config.rollout, config.deadlines))
         run = Run(folder, config, lineage, reporter, metrics, prepared, pool)

