@@ -31,9 +31,9 @@ from latent_grpo.common.schema import concat
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks
 from latent_grpo.common.types import GroupRequest, NoiseMode
 from latent_grpo.deploy.controller import gather
-from latent_grpo.deploy.evaluation.report import REPORT_FILE, report, show, table
+from latent_grpo.deploy.evaluation.report import report, show, table
 from latent_grpo.deploy.evaluation.scores import TaskResult, pass_at_k_results, results
-from latent_grpo.deploy.run.folder import create_run
+from latent_grpo.deploy.run.folder import EVALUATION_FILE, create_run
 from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.problems import PreparedTask, evaluation_requests
 from latent_grpo.deploy.run.progress import Reporter
@@ -252,7 +252,7 @@ def evaluate_model(
     prepared = prepare(config, reporter)
     if (line := noise_line(config, noise)) is not None:
         reporter.say(line)
-    folder = create_run(config, f"evaluate-{name}")
+    folder = create_run(config, f"evaluate-{name}", kind="evaluate")
     with run_session(folder, config, 0, reporter, prepared) as run:
         publication = publish_model(run.initial, 0, config)
         run.pool.publish(publication)
@@ -272,7 +272,7 @@ def evaluate_model(
             chain=run.prepared.model.chain,
             versions=folder.read_json("run.json")["versions"],
         )
-        run.folder.write_json(REPORT_FILE, content)
+        run.folder.write_json(EVALUATION_FILE, content)
     show(reporter.console, table(found.tasks, str(config.model.path)))
-    reporter.say(f"{run.folder.path / REPORT_FILE} · trajectories in {run.folder.trajectories}")
+    reporter.say(f"{run.folder.path / EVALUATION_FILE} · trajectories in {run.folder.trajectories}")
     return found

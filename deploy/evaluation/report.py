@@ -22,7 +22,6 @@ from latent_grpo.deploy.evaluation.scores import MACRO, TaskResult, macro_averag
 from latent_grpo.deploy.run.problems import PreparedTask
 from latent_grpo.rollout_workers.engine_choice import choose_engine
 
-REPORT_FILE = "evaluation.json"
 WIDEST = 400  # columns of a table in a log
 
 
@@ -36,7 +35,7 @@ def report(
     chain: ChainSettings | None,
     versions: dict[str, str],
 ) -> dict[str, Any]:
-    """Returns the contents of :data:`REPORT_FILE`.
+    """Returns the contents of :data:`EVALUATION_FILE`.
 
     `checksum` is that of the published weights, `versions` are those of program and packages.
     """

@@ -2,7 +2,7 @@
 
 runs/NAME/
     config.json        the resolved settings
-    run.json           lineage, program and package versions
+    run.json           kind of run, lineage, program and package versions
     manifest.json      what it was made with: program, data, model, hardware, seeds (deploy.run.manifest)
     metrics.jsonl      one line per step
     alarms.jsonl       alarms: raised, lasting, over (deploy.run.health)
@@ -14,6 +14,7 @@ runs/NAME/
     checkpoints/       complete states (learner.checkpoint)
     model/             the trained policy, Hugging Face format
     summary.json       the final table
+    evaluation.json    the results of an evaluation run
     .lock              locked by the process that writes here (run_lock)
 """
 
@@ -28,7 +29,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -36,6 +37,12 @@ from latent_grpo.common.config import ConfigError, RunConfig, config_as_json, lo
 from latent_grpo.common.config.resume import refused_changes
 from latent_grpo.common.files import write_atomically
 from latent_grpo.deploy.run.versions import versions
+
+EVALUATION_FILE = "evaluation.json"  # the results of an evaluation run
+SFT_PURPOSE = "sft"  # of the dumps of Latent-SFT's held-out samples
+FAILED = "failed_"  # begins the metric of a failure's share of them; the verifier's reason follows
+RunKind = Literal["train", "sft", "evaluate"]
+"""What a run does: RL, with a Latent-SFT before it where one is due; Latent-SFT alone; an evaluation."""
 
 
 class ResumeError(ConfigError):
@@ -90,14 +97,14 @@ class RunFolder:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
-def create_run(config: RunConfig, profile: str, path: Path | None = None) -> RunFolder:
+def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kind: RunKind = "train") -> RunFolder:
     """Makes a new folder `PROFILE-DATE-TIME` below `runs_folder`; a number is added where that name is taken.
 
-    With `path` that folder is used instead; it may exist but must hold no run.
+    With `path` that folder is used instead; it may exist but must hold no run. `kind` says what the run does.
     """
     if path is not None:
         path.mkdir(parents=True, exist_ok=True)
-        _write_identity(RunFolder(path), config, lineage=0)
+        _write_identity(RunFolder(path), config, 0, kind)
         return RunFolder(path)
     root = Path(config.runs_folder)
     stem = re.sub(r"[^\w.-]+", "-", Path(profile).stem) or "run"
@@ -111,7 +118,7 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None) -> Run
         except OSError as error:
             raise ConfigError(f"runs_folder {root}: {error.strerror}; choose a folder that is writable") from error
         folder = RunFolder(path)
-        _write_identity(folder, config, lineage=0)
+        _write_identity(folder, config, 0, kind)
         return folder
     raise ConfigError(f"runs_folder {root}: all names from {stem} to {stem}-999 are taken; choose another folder")
 
@@ -123,8 +130,9 @@ def reopen_run(path: str | Path, overrides: list[str]) -> tuple[RunFolder, RunCo
     """
     folder, config = open_run(path, overrides, "--resume")
     with run_lock(folder.path):
-        lineage = int(folder.read_json("run.json")["lineage"]) + 1
-        _write_identity(folder, config, lineage)
+        identity = folder.read_json("run.json")
+        lineage = int(identity["lineage"]) + 1
+        _write_identity(folder, config, lineage, identity.get("kind", "train"))  # 0.2.0 and earlier: no kind
     return folder, config, lineage
 
 
@@ -144,8 +152,9 @@ def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFo
     return folder, config
 
 
-def _write_identity(folder: RunFolder, config: RunConfig, lineage: int) -> None:
-    folder.write_json("run.json", {"lineage": lineage, "started": time.strftime("%FT%T%z"), "versions": versions()})
+def _write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: RunKind) -> None:
+    identity = {"kind": kind, "lineage": lineage, "started": time.strftime("%FT%T%z"), "versions": versions()}
+    folder.write_json("run.json", identity)
     write_atomically(folder.path / "config.json", config_as_json(config))
 
 

@@ -25,7 +25,7 @@ from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import concat
 from latent_grpo.deploy.controller import Pool, gather
 from latent_grpo.deploy.evaluation.scores import TaskResult, failure_shares, results
-from latent_grpo.deploy.run.folder import RunFolder, create_run, reopen_run
+from latent_grpo.deploy.run.folder import FAILED, SFT_PURPOSE, RunFolder, create_run, reopen_run
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.problems import group_request
 from latent_grpo.deploy.run.progress import Reporter, first_step_line
@@ -35,9 +35,6 @@ from latent_grpo.deploy.run.stepping import LearnerSteps, StateKeeper, StepLearn
 from latent_grpo.deploy.sft.induction import induce
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.sft.learner import SFTLearner
-
-SFT_PURPOSE = "sft"  # of the dumps of held-out samples
-FAILED = "failed_"  # begins the metric of a failure's share; the verifier's reason follows
 
 
 class SFTRanks(StepLearner, Protocol):
@@ -179,7 +176,7 @@ def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> Ru
         raise ConfigError(f"profile {profile} has no section warm_start; add it (an empty section uses the defaults)")
     reporter = reporter or Reporter()
     prepared = prepare(config, reporter)
-    return _alone(create_run(config, profile), config, 0, reporter, prepared)
+    return _alone(create_run(config, profile, kind="sft"), config, 0, reporter, prepared)
 
 
 def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from latent_grpo.deploy.run.health import FILE, last_active
+from latent_grpo.deploy.view.other_kinds import evaluation_table, sft_steps, sft_table
 from latent_grpo.deploy.view.run_facts import facts
 from latent_grpo.deploy.view.run_view import RunView
 from latent_grpo.deploy.view.selection import Filters, InspectionError, Row
@@ -111,7 +112,11 @@ def _alarm_lines(run: RunView) -> list[Text]:
 
 
 def _steps_table(run: RunView) -> RenderableType:
+    if run.kind == "evaluate":
+        return evaluation_table(run)
     steps = overview_steps(run)
+    if run.kind == "sft" or (not steps and sft_steps(run)):
+        return sft_table(run)
     if not steps:
         return Text("no step has been recorded yet", style="yellow")
     chosen = _spread([s for s in steps if s["dumped"]] or steps, OVERVIEW_ROWS)
@@ -148,6 +153,8 @@ def overview_json(run: RunView) -> dict[str, Any]:
         "manifest": {} if run.manifest is None else run.manifest.model_dump(mode="json", exclude_unset=True),
         "alarms": [dataclasses.asdict(a) for a in run.alarms],
         "steps": overview_steps(run),
+        "sft": sft_steps(run),
+        "evaluation": run.evaluation,
     }
 
 

@@ -22,6 +22,12 @@ def facts(run: RunView) -> list[tuple[str, str]]:
         }
         if scores:
             found.append((f"pass@1 {tag}", ", ".join(f"{task} {value:.3f}" for task, value in scores.items())))
+    tasks = run.evaluation.get("tasks", [])
+    if tasks:
+        found.append(("pass@1", ", ".join(f"{task['task']} {task['pass_at_1']:.3f}" for task in tasks)))
+    held_out = run.metric_rows("sft_evaluation")
+    if run.kind == "sft" and held_out:
+        found.append(("held-out pass@1", f"{held_out[-1]['metrics']['pass_at_1']:.3f} at step {held_out[-1]['step']}"))
     found += [
         ("algorithm", f"{settings.get('algorithm')}, {settings.get('component_weighting')} weighting"),
         ("tasks", ", ".join(task["name"] for task in settings.get("tasks", []))),

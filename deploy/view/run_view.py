@@ -25,7 +25,7 @@ from latent_grpo.common.store import (
     read_columns,
     step_ranges,
 )
-from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, RunKind
 from latent_grpo.deploy.run.health import Alarm, read_alarms
 from latent_grpo.deploy.run.manifest import ManifestError, read_manifest
 from latent_grpo.deploy.run.manifest_schema import RunManifest
@@ -53,6 +53,11 @@ class RunView:
         return _optional_json(self.folder.path / "run.json")
 
     @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        """The results of an evaluation run; empty for other runs and before its end."""
+        return _optional_json(self.folder.path / EVALUATION_FILE)
+
+    @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of the live history, of every kind; empty where the run has recorded nothing yet."""
         path = self.folder.path / METRICS_FILE
@@ -72,23 +77,39 @@ class RunView:
         return record.alarms
 
     @property
+    def kind(self) -> RunKind:
+        """What the run does. Runs of 0.2.0 and earlier do not say it: an evaluation is told by its results."""
+        stated: RunKind | None = self.identity.get("kind")
+        return stated or ("evaluate" if (self.folder.path / EVALUATION_FILE).is_file() else "train")
+
+    @property
     def wanted_steps(self) -> int:
-        return int(self.settings.get("steps", 0))
+        """Steps of RL, or of Latent-SFT in a run that does only that; 0 for an evaluation."""
+        if self.kind == "sft":
+            return int((self.settings.get("warm_start") or {}).get("max_steps", 0))
+        return 0 if self.kind == "evaluate" else int(self.settings.get("steps", 0))
 
     @property
     def done_steps(self) -> int:
-        return max((row["step"] for row in self.metric_rows("train")), default=0)
+        return max((row["step"] for row in self.metric_rows("sft" if self.kind == "sft" else "train")), default=0)
 
     @property
     def finished(self) -> bool:
+        if self.kind == "sft":
+            return (self.folder.base_model / "config.json").is_file()
+        if self.kind == "evaluate":
+            return (self.folder.path / EVALUATION_FILE).is_file()
         return "minutes" in self.summary and self.done_steps >= self.wanted_steps
 
     @property
     def state(self) -> str:
         """The state of the run in one phrase."""
+        if self.kind == "evaluate":
+            return "finished evaluation" if self.finished else "unfinished evaluation: no results yet"
+        of = " of Latent-SFT" if self.kind == "sft" else ""
         if self.finished:
-            return f"finished after {self.done_steps} steps"
-        return f"unfinished: {self.done_steps} of {self.wanted_steps} steps recorded so far"
+            return f"finished after {self.done_steps} steps{of}"
+        return f"unfinished: {self.done_steps} of {self.wanted_steps} steps{of} recorded so far"
 
     @cached_property
     def manifest(self) -> RunManifest | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from latent_grpo.deploy.run.folder import FAILED
 from latent_grpo.deploy.view.run_view import RunView
 
 MEAN_OVER = 10  # steps of the smoothed curves
@@ -112,7 +113,7 @@ def charts(run: RunView) -> list[dict[str, Any]]:
     train = run.metric_rows("train")
     found = [_pass_at_1(run), *(_chart(chart, train) for chart in CHARTS)]
     found += [_stack("Grades", GRADES, _grades(train)), _stack("Where the time goes", TIMES, _time_shares(train))]
-    found.append(_warm_start(run))
+    found += _warm_start(run)
     return [chart for chart in found if chart is not None]
 
 
@@ -193,11 +194,49 @@ def _time_shares(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, fl
     return named | ({"other": other} if other else {})
 
 
-def _warm_start(run: RunView) -> dict[str, Any] | None:
-    rows = [row for row in run.metric_rows("sft") if row["metrics"].get("loss") is not None]
-    series = [_series("loss", [r["step"] for r in rows], [r["metrics"]["loss"] for r in rows])] if rows else []
-    explain = "Loss of Latent-SFT, which teaches the model to think in mixtures before RL. It counts its own steps."
-    return _json("Warm start", explain, "line", series)
+def _warm_start(run: RunView) -> list[dict[str, Any] | None]:
+    """Returns the charts of Latent-SFT: its two losses, held-out pass@1, lengths and failures."""
+    rows, held_out = run.metric_rows("sft"), run.metric_rows("sft_evaluation")
+    losses = {"loss": "loss", "KL (latent steps)": "kl", "cross-entropy (text)": "cross_entropy"}
+    found = {name: [(r["step"], r["metrics"].get(key)) for r in rows] for name, key in losses.items()}
+    series = [
+        _series(name, [s for s, v in points if v is not None], [v for _, v in points if v is not None])
+        for name, points in found.items()
+        if any(v is not None for _, v in points)
+    ]
+    steps = [row["step"] for row in held_out]
+    scores = [row["metrics"]["pass_at_1"] for row in held_out]
+    errors = _rounded(row["metrics"].get("standard_error") or 0.0 for row in held_out)
+    reasons = dict.fromkeys(key for row in held_out for key in row["metrics"] if key.startswith(FAILED))
+    failures = {
+        key.removeprefix(FAILED).replace("_", " "): [(r["step"], r["metrics"].get(key) or 0.0) for r in held_out]
+        for key in reasons
+    }
+    if failures:
+        right = [(row["step"], 1.0 - sum(row["metrics"].get(key) or 0.0 for key in reasons)) for row in held_out]
+        failures = {"correct": right, **failures}
+    lengths = Chart(
+        "Latent-SFT: chain length",
+        "Response steps per held-out sample, noise off.",
+        (Curve("all steps", "chain_length"), Curve("latent steps", "latent_length")),
+    )
+    return [
+        _json("Latent-SFT: loss", SFT_LOSS, "line", series),
+        _json(
+            "Latent-SFT: held-out pass@1",
+            "Accuracy on problems that Latent-SFT does not learn from, with the noise off. Bars are standard errors.",
+            "percent",
+            [_series("held-out", steps, scores, error=errors)] if held_out else [],
+        ),
+        _chart(lengths, held_out),
+        _stack("Latent-SFT: grades", "Shares of the held-out samples by the verifier's reason.", failures),
+    ]
+
+
+SFT_LOSS = (
+    "Loss of Latent-SFT, which teaches the model to think in mixtures before RL: how far the mixtures are from the "
+    "chain's tokens (KL), and how badly the text after them is predicted (cross-entropy). It counts its own steps."
+)
 
 
 def _series(name: str, x: list[int], y: list[float], **more: Any) -> dict[str, Any]:
