@@ -1,7 +1,8 @@
 """Generated problems in words, for a model with a real tokenizer: a few operations on small numbers.
 
 A problem is `Tom has 3 pens, gets 4, loses 2. Left?`, about 20 tokens of a BPE tokenizer that splits digits one by one;
-its explicit chain of thought is `3+4=7;7-2=5;`, its answer the last result. No value leaves 0 to `largest`.
+its explicit chain of thought is `3+4=7;7-2=5;`, its answer the last result. No value leaves 0 to `largest`. Operations
+are told in equally many tokens, so that a small model learns within minutes where to look.
 
 The chain writes every number with as many digits as `largest` has (`07` if it is 20), so that an operation is a fixed
 number of tokens there: three numbers and three marks, 6 of them up to 9 and 9 of them beyond. A compression of 3
@@ -14,7 +15,6 @@ eight is held out, whatever name, thing and verbs it is told with.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from latent_grpo.common.tasks.arithmetic import Split, split_of
@@ -25,9 +25,8 @@ THINGS = (
     *("pens", "books", "coins", "eggs", "cards", "stones", "apples", "shells", "cups"),
     *("keys", "balls", "toys", "stamps", "nuts", "cakes", "boxes", "plants", "birds"),
 )
-MORE = ("gets", "finds", "buys", "wins", "takes", "earns", "gains", "receives", "picks", "collects")
-LESS = ("loses", "eats", "sells", "gives", "drops", "spends", "uses", "breaks", "returns", "burns")
-TWICE = "doubles them"
+VERBS = {"+": ("gets", "finds", "buys", "wins"), "-": ("loses", "eats", "sells", "gives"), "*": ("times",)}
+FACTORS = (2, 3)
 GREATEST = 99  # two digits
 
 
@@ -63,7 +62,7 @@ class WordProblems:
                 value = steps[-1].result
             if split_of(str(first) + "".join(step.operator + str(step.number) for step in steps)) == self.split:
                 break
-        told = "".join(", " + step.told(draw.choice) for step in steps)
+        told = "".join(f", {draw.choice(VERBS[step.operator])} {step.number}" for step in steps)
         text = f"{draw.choice(NAMES)} has {first} {draw.choice(THINGS)}{told}. Left?"
         digits = len(str(self.largest))
         chain = "".join(step.written(digits) for step in steps)
@@ -74,10 +73,10 @@ class WordProblems:
     def _step(self, draw: random.Random, value: int) -> _Step:
         """Draws one operation among those that stay within the range."""
         room = self.largest - value
-        operator = draw.choice("+" * (room > 0) + "-" * (value > 0) + "*" * (0 < value <= room))
-        if operator == "*":
-            return _Step(value, operator, 2)
-        return _Step(value, operator, draw.randint(1, room if operator == "+" else value))
+        factors = [factor for factor in FACTORS if 0 < value * factor <= self.largest]
+        operator = draw.choice("+" * (room > 0) + "-" * (value > 0) + "*" * bool(factors))
+        numbers = {"+": range(1, room + 1), "-": range(1, value + 1), "*": factors}[operator]
+        return _Step(value, operator, draw.choice(numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +89,6 @@ class _Step:
     def result(self) -> int:
         changed = {"+": self.value + self.number, "-": self.value - self.number, "*": self.value * self.number}
         return changed[self.operator]
-
-    def told(self, choose: Callable[[tuple[str, ...]], str]) -> str:
-        if self.operator == "*":
-            return TWICE
-        return f"{choose(MORE if self.operator == '+' else LESS)} {self.number}"
 
     def written(self, digits: int) -> str:
         value, number, result = (f"{n:0{digits}d}" for n in (self.value, self.number, self.result))

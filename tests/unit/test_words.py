@@ -9,7 +9,7 @@ import pytest
 from latent_grpo.common.config import NewModelConfig, TaskConfig
 from latent_grpo.common.models import make_tokenizer
 from latent_grpo.common.tasks.sources import TaskError, load_task
-from latent_grpo.common.tasks.words import LESS, MORE, TWICE, WordProblems
+from latent_grpo.common.tasks.words import VERBS, WordProblems
 
 
 def answer_of(text: str) -> int:
@@ -18,8 +18,8 @@ def answer_of(text: str) -> int:
     value = int(re.fullmatch(r"\w+ has (\d+) \w+", first)[1])
     for clause in told:
         verb, _, number = clause.partition(" ")
-        value = value * 2 if clause == TWICE else value + int(number) * (1 if verb in MORE else -1)
-        assert clause == TWICE or verb in MORE + LESS
+        (operator,) = (sign for sign, verbs in VERBS.items() if verb in verbs)
+        value = {"+": value + int(number), "-": value - int(number), "*": value * int(number)}[operator]
     return value
 
 
