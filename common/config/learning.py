@@ -61,8 +61,8 @@ class SFTOptimizerConfig(OptimizerConfig):
     steps of Latent-SFT."""
 
     lr: Annotated[float, Field(gt=0)] = 3e-3
-    """Learning rate after warm-up. The default is for models of a million parameters; a pretrained model needs a far
-    smaller one."""
+    """Learning rate after warm-up. The default is for models of a million parameters, which `model.new` makes; with
+    `model.path` it is 2e-5."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay rates of AdamW's running means of the gradient and of its square, each in [0, 1)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
@@ -75,7 +75,8 @@ class InductionOptimizerConfig(SFTOptimizerConfig):
     """AdamW for stage 1, with the same values in each of its three parts. The schedule counts the steps of the part."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Learning rate after warm-up. The default is for models of a million parameters."""
+    """Learning rate after warm-up. The default is for models of a million parameters, which `model.new` makes; with
+    `model.path` it is 2e-5."""
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     """Number of steps over which the learning rate rises linearly; 0: no warm-up."""
 
@@ -91,7 +92,7 @@ class InductionConfig(Section):
     union_steps: PositiveInt = 200
     """Third part: number of steps in which encoder and decoder are trained together."""
     batch_size: PositiveInt = 192
-    """Number of rows per step, over all ranks."""
+    """Number of rows per step, over all ranks. The default is 64 with `model.path`."""
     anchor: Annotated[float, Field(ge=0)] = 1.0
     """Weight of KL(uniform label || encoder's label) in the loss while only the encoder is trained; 0: no such term, as
     in the paper."""
@@ -113,7 +114,7 @@ class LatentSFTConfig(Section):
     max_steps: PositiveInt = 400
     """Maximum number of steps; `stop_at` may end the training earlier."""
     batch_size: PositiveInt = 192
-    """Number of rows per step, over all ranks."""
+    """Number of rows per step, over all ranks. The default is 64 with `model.path`."""
     optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
     perturb_share: Share = 0.5
     """Share of rows whose input mixtures are perturbed with Gumbel noise (METHOD §7c)."""
@@ -130,3 +131,31 @@ class LatentSFTConfig(Section):
     rows."""
     stop_at: Share | None = None
     """Held-out pass@1 at which the training ends early; null: it ends after `max_steps`."""
+
+    def fit_given_model(self) -> dict[str, float]:
+        """Sets the keys that were left open to :data:`GIVEN_MODEL_DEFAULTS`, and returns them, by their dotted names.
+
+        The class's own defaults suit a model of a million parameters with random weights. They would destroy a
+        pretrained one.
+        """
+        filled = {}
+        for key, value in GIVEN_MODEL_DEFAULTS.items():
+            *sections, leaf = key.split(".")
+            if sections[:1] == ["induction"] and self.source != "induced":
+                continue
+            owner: Section = self
+            for name in sections:
+                owner = getattr(owner, name)
+            if leaf not in owner.model_fields_set:
+                object.__setattr__(owner, leaf, value)
+                filled[key] = value
+        return filled
+
+
+GIVEN_MODEL_DEFAULTS: dict[str, float] = {
+    "optimizer.lr": 2e-5,
+    "batch_size": 64,
+    "induction.optimizer.lr": 2e-5,
+    "induction.batch_size": 64,
+}
+"""Keys of `warm_start` whose defaults are others for a model that is given (`model.path`) than for a new one."""

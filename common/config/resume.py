@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from latent_grpo.common.config.learning import OptimizerConfig
 from latent_grpo.common.config.rules import Rule, rules_of
 from latent_grpo.common.config.run import RunConfig
 
@@ -24,8 +25,12 @@ def refused_changes(stored: RunConfig, wanted: RunConfig) -> list[str]:
 
 
 def _more_steps(key: str, config: RunConfig) -> bool:
-    """`steps` may change where the learning rate's schedule does not depend on it."""
-    return key == "steps" and (config.optimizer.schedule == "constant" or config.optimizer.decay_steps is not None)
+    """A number of steps may change where the learning rate's schedule does not depend on it."""
+    optimizers: dict[str, OptimizerConfig] = {"steps": config.optimizer}
+    if config.warm_start is not None:
+        optimizers["warm_start.max_steps"] = config.warm_start.optimizer
+    optimizer = optimizers.get(key)
+    return optimizer is not None and (optimizer.schedule == "constant" or optimizer.decay_steps is not None)
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

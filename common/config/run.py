@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, PositiveInt, model_validator
+from pydantic import BaseModel, Field, PositiveInt, PrivateAttr, model_validator
 
 from latent_grpo.common.config.learning import ClipConfig, LatentSFTConfig, NoiseConfig, OptimizerConfig
 from latent_grpo.common.config.monitoring_and_checkpoints import (
@@ -135,15 +135,24 @@ class RunConfig(Section):
     """Number of groups that are replayed in the learner before training, whose log-probs must agree within the
     tolerance of METHOD §6; 0: no self-test."""
 
+    _fitted: dict[str, float] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="after")
     def _fill_and_check(self) -> Self:
         for key, value in ALGORITHM_DEFAULTS[self.algorithm].items():
             owner, leaf = (self.noise, "mode") if key == "noise.mode" else (self, key)
             if getattr(owner, leaf) is None:
                 object.__setattr__(owner, leaf, value)
+        if self.warm_start is not None and self.model.path is not None:
+            self._fitted = self.warm_start.fit_given_model()
         if found := conflicts(self):
             raise ValueError("; ".join(found))
         return self
+
+    @property
+    def fitted_defaults(self) -> dict[str, float]:
+        """Keys of `warm_start` that the settings leave open and whose defaults fit a given model, with their values."""
+        return self._fitted
 
     @property
     def latent(self) -> bool:

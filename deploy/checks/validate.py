@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.prompts import PromptRenderer
 from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
 from latent_grpo.common.types import Problem
 from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sentence
+from latent_grpo.deploy.checks.memory import GIB, ModelShape, machine_bytes, rank_memory
 from latent_grpo.deploy.run.preparation import Checked, InitialModel, check
 from latent_grpo.deploy.run.problems import describe
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
+from latent_grpo.deploy.run.sft_data import SFTData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Row = tuple[str, str]
 """A name and what was found about it."""
@@ -39,6 +45,8 @@ def validate(
         ("rollout engine", found.engine),
         *((f"verifier {kind}", f"can be built; grades {', '.join(names)}") for kind, names in found.verifiers.items()),
         *_problem_rows(found),
+        *sft_rows(config, found.sft),
+        *([] if found.model is None else memory_rows(config, found.model)),
         *_token_rows(config, found.model),
     ]
 
@@ -66,6 +74,67 @@ def _problem_rows(found: Checked) -> list[Row]:
     return rows
 
 
+def _rest(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What follows the latent-end token in the end of thinking, if that is more than one token."""
+    ids = tokenizer.encode(config.model.prompt.think_end, add_special_tokens=False)
+    if len(ids) < 2:
+        return ""
+    pieces = " ".join(repr(tokenizer.decode([i])) for i in ids)
+    return f", the first of the {len(ids)} tokens of {config.model.prompt.think_end!r}: {pieces}"
+
+
+def sft_rows(config: RunConfig, data: SFTData | None) -> list[Row]:
+    """Rows about the size of Latent-SFT. Without `data` the number of its rows and of held-out problems is unknown."""
+    settings = config.warm_start
+    if settings is None:
+        return []
+    optimizer, fitted, rows = settings.optimizer, config.fitted_defaults, settings.max_steps * settings.batch_size
+    steps = f"at most {settings.max_steps:,} of {settings.batch_size:,} rows: {rows:,} rows"
+    sizes = [] if data is None else [task.source.size for task in data.tasks]
+    if known := sum(size for size in sizes if size is not None):
+        steps += f", {rows / known:.1f} times the {known:,} that the tasks have" if None not in sizes else ""
+    held_out = "held-out problems" if data is None else f"{len(data.held_out):,} held-out problems"
+    rate = f"{optimizer.lr:g}, {optimizer.warmup_steps} steps of warm-up, then {optimizer.schedule}"
+    defaults = ", ".join(f"warm_start.{key} {value:g}" for key, value in fitted.items())
+    return [
+        ("Latent-SFT steps", steps),
+        ("Latent-SFT learning rate", rate),
+        ("Latent-SFT tokens per step", f"at most {_sft_tokens(config):,}, prompts included"),
+        ("Latent-SFT evaluation", f"every {settings.evaluate_every} steps on {held_out}"),
+        *([("Latent-SFT defaults", f"{defaults}: those for a model that is given, not made")] if fitted else []),
+    ]
+
+
+def _sft_tokens(config: RunConfig) -> int:
+    longest = max(t.max_prompt_tokens + t.max_response_tokens for t in config.tasks)
+    return longest * config.latent_sft.batch_size
+
+
+def memory_rows(config: RunConfig, model: InitialModel) -> list[Row]:
+    """Rows about the memory of a learner rank, with a warning if it cannot be had on this machine's CPU."""
+    shape, learner = ModelShape.of(config, model.source, model.tokenizer), config.learner
+    frozen_too = ", and the output layer, which is tied to them" if shape.tied else ""
+    frozen_rows = [("frozen in RL", f"the input embeddings{frozen_too} (freeze_embeddings)")]
+    longest = max(t.max_prompt_tokens + t.max_response_tokens for t in config.tasks)
+    stages = {"RL": (longest * config.minibatch_prompts * config.group_size, config.freeze_embeddings)}
+    if config.warm_start is not None:
+        stages = {"Latent-SFT": (_sft_tokens(config), False), **stages}
+    rows, largest = frozen_rows if config.freeze_embeddings else [], 0
+    for name, (tokens, frozen) in stages.items():
+        memory = rank_memory(config, shape, -(-tokens // learner.ranks), frozen_embeddings=frozen)
+        rows.append((f"memory of a learner rank, {name}", str(memory)))
+        largest = max(largest, memory.total)
+    have = machine_bytes()
+    if not learner.resources.num_gpus and largest * learner.ranks > have:
+        sentence = (
+            f"{learner.ranks} learner rank(s) of {largest / GIB:.0f} GiB do not fit into the {have / GIB:.0f} GiB of "
+            f"this machine; lower learner.tokens_per_microbatch ({learner.tokens_per_microbatch:,}), or set "
+            "learner.gradient_checkpointing"
+        )
+        rows.append(("warning", sentence))
+    return rows
+
+
 def _token_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
     """Rows about the tokenizer, the rendered prompts and the model's chain."""
     if model is None:
@@ -81,7 +150,10 @@ def _token_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
     chain = model.chain.describe() if model.chain else "not stated: the model has no latent_chain.json"
     return [
         ("vocabulary", f"{facts.vocab_size:,} rows, {int(facts.allowed.sum()):,} of them tokens"),
-        ("latent-end token", "none" if end is None else f"{end} ({tokenizer.decode([end])!r})"),
+        (
+            "latent-end token",
+            "none" if end is None else f"{end} ({tokenizer.decode([end])!r}){_rest(config, tokenizer)}",
+        ),
         ("end of sequence, padding", f"{', '.join(map(str, facts.eos_ids))}; {facts.pad_id}{pad}"),
         *((f"rendered prompt of {', '.join(dict.fromkeys(names))}", repr(text)) for text, names in prompts.items()),
         ("the model's chain", chain),

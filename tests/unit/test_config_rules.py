@@ -115,6 +115,33 @@ def test_a_resumed_run_may_change_where_and_how_fast_only(override, refused):
     assert refused_changes(*_changed(override)) == ([] if refused is None else [refused])
 
 
+@pytest.mark.parametrize(("optimizer", "refused"), [({}, []), ({"schedule": "linear"}, ["max_steps: 400 -> 7"])])
+def test_a_latent_sft_may_be_shortened_where_the_learning_rate_does_not_depend_on_it(optimizer, refused):
+    changed = _changed("warm_start.max_steps=7", warm_start={"optimizer": optimizer})
+    assert refused_changes(*changed) == [f"warm_start.{key}" for key in refused]
+
+
+def test_a_given_model_never_gets_the_defaults_of_a_toy():
+    def sft(model, **keys):
+        config = load_config({"model": model, "tasks": [{"name": "a", "path": "a.jsonl"}], "warm_start": keys})
+        found = config.latent_sft
+        return found.optimizer.lr, found.batch_size, found.induction.optimizer.lr, found.induction.batch_size, config
+
+    new, given = {"new": {"max_positions": 4096}}, {"path": "some/model"}
+    assert sft(new)[:4] == (3e-3, 192, 1e-3, 192)
+    *values, config = sft(given)
+    assert (values[:2], config.fitted_defaults) == ([2e-5, 64], {"optimizer.lr": 2e-5, "batch_size": 64})
+    assert sft(given, source="induced")[:4] == (2e-5, 64, 2e-5, 64)
+    # what a user sets is taken as it is, the default's own value too
+    *values, config = sft(given, batch_size=192, optimizer={"lr": 3e-3})
+    assert (values[:2], config.fitted_defaults) == ([3e-3, 192], {})
+    *values, config = sft(given, optimizer={"warmup_steps": 5})
+    assert (values[:2], config.latent_sft.optimizer.warmup_steps) == ([2e-5, 64], 5)
+    again = load_config(config.model_dump(mode="json"))  # as a resume reads it
+    assert (again.latent_sft.optimizer.lr, again.fitted_defaults) == (2e-5, {})
+    assert sft(new)[:4] == (3e-3, 192, 1e-3, 192), "no default was changed for other runs"
+
+
 def test_steps_stay_where_the_learning_rate_depends_on_them():
     assert refused_changes(*_changed("steps=7", optimizer={"schedule": "linear"})) == ["steps: 100 -> 7"]
     assert refused_changes(*_changed("steps=7", optimizer={"schedule": "linear", "decay_steps": 50})) == []

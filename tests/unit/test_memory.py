@@ -1,0 +1,89 @@
+"""The estimate of a rank's memory, against what the model itself saves and holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from latent_grpo.common.config import load_config
+from latent_grpo.common.models import make_model, save_model
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
+from latent_grpo.deploy.checks.memory import ModelShape, machine_bytes, rank_memory
+
+TOKENIZER = make_arithmetic_tokenizer()
+NEW = ["model.new.hidden_size=256", "model.new.intermediate_size=640", "model.new.num_layers=3"]
+
+
+def saved_bytes(model, tokens: int) -> int:
+    """Bytes of all storages that a forward pass saves, its parameters left out."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}  # torch's identity of a storage
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes(), tensor
+        return tensor
+
+    inputs = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(inputs_embeds=inputs, use_cache=False)
+    return sum(size for size, _ in saved.values())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_those_that_a_forward_pass_saves(architecture, dtype):
+    config = load_config("quickstart", [*NEW, f"model.new.architecture={architecture}"])
+    shape = ModelShape.of(config, None, TOKENIZER)
+    model = make_model(config.model.new, TOKENIZER, 0).to(getattr(torch, dtype))
+    found = saved_bytes(model, 128) / 128
+    assert shape.saved_bytes(dtype, checkpointing=False) == pytest.approx(found, rel=0.25)
+    assert shape.saved_bytes(dtype, checkpointing=True) < found / 2
+
+
+def test_the_shape_is_the_models_and_makes_no_weights(tmp_path):
+    config = load_config("quickstart", [*NEW, "model.new.tie_embeddings=true"])
+    model = make_model(config.model.new, TOKENIZER, 0)
+    save_model(tmp_path / "m", model, TOKENIZER)
+    (tmp_path / "m" / "model.safetensors").unlink()
+    for shape in (ModelShape.of(config, None, TOKENIZER), ModelShape.of(config, tmp_path / "m", TOKENIZER)):
+        assert (shape.parameters, shape.tied) == (model.num_parameters(), True)
+        assert (shape.layers, shape.width, shape.mlp_width, shape.rows) == (3, 256, 640, len(TOKENIZER))
+
+
+def test_states_are_partitioned_by_stage():
+    shape = ModelShape.of(load_config("quickstart", NEW), None, TOKENIZER)
+    n, e = shape.parameters, shape.embeddings
+
+    def states(stage: int, ranks: int, dtype: str = "float32", frozen: bool = False) -> float:
+        config = load_config(
+            "quickstart", [*NEW, f"learner.zero_stage={stage}", f"learner.ranks={ranks}", f"model.dtype={dtype}"]
+        )
+        return rank_memory(config, shape, 1000, frozen_embeddings=frozen).states
+
+    assert states(0, 1) == 16 * n
+    assert states(1, 1) == states(3, 1) == 20 * n
+    assert states(1, 4) == 8 * n + 3 * n
+    assert states(2, 4) == 4 * n + 4 * n
+    assert states(3, 4) == 5 * n
+    assert states(3, 4, "bfloat16") == 4 * n + n // 2
+    assert states(2, 1, "bfloat16", frozen=True) == 2 * n + 16 * (n - e)
+
+
+def test_a_micro_batch_is_no_larger_than_the_step():
+    config = load_config("quickstart", [*NEW, "learner.tokens_per_microbatch=1000", "learner.logprob_chunk_tokens=300"])
+    shape = ModelShape.of(config, None, TOKENIZER)
+    small, full = (rank_memory(config, shape, tokens, frozen_embeddings=False) for tokens in (500, 50_000))
+    assert full.activations == 2 * small.activations
+    assert small.logits == full.logits == 3 * 4 * shape.rows * 300
+    assert str(full).startswith(f"about {full.total / 2**30:.1f} GiB: ")
+    assert machine_bytes() > 2**28
+
+
+def test_a_pretrained_model_of_135m_needs_what_was_measured():
+    """SmolLM2-135M: 1.28 MiB of saved activations a token in float32 (its own forward pass, 2026-11-28)."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_layers": 30, "num_heads": 9}
+    config = load_config("quickstart", [f"model.new.{key}={value}" for key, value in sizes.items()])
+    shape = ModelShape.of(config, None, TOKENIZER)
+    assert shape.saved_bytes("float32", checkpointing=False) / 2**20 == pytest.approx(1.28, rel=0.1)

@@ -1,0 +1,71 @@
+"""`validate` says what Latent-SFT will do, what a rank needs, and what is frozen, before anything starts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from latent_grpo.common.config import load_config
+from latent_grpo.common.models import make_model, save_model
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
+from latent_grpo.deploy.checks.validate import memory_rows, sft_rows, validate
+from latent_grpo.deploy.run.preparation import check
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A model's folder with tied embeddings, and a file of twenty problems."""
+    folder = tmp_path_factory.mktemp("given")
+    tokenizer = make_arithmetic_tokenizer()
+    new = load_config("quickstart", ["model.new.tie_embeddings=true"]).model.new
+    save_model(folder / "model", make_model(new, tokenizer, 0), tokenizer)
+    rows = [{"problem": f"{i % 11}+{i // 11}?", "answer": "7", "cot": "1+2=3;"} for i in range(20)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def config_of(given, *overrides: str, **warm_start):
+    task = {"name": "rows", "path": str(given / "rows.jsonl"), "max_prompt_tokens": 10, "max_response_tokens": 14}
+    settings = {"model": {"path": str(given / "model")}, "tasks": [task | {"verifier": "number"}], "k": 3}
+    return load_config(settings | {"warm_start": {"compression": 3, **warm_start}}, list(overrides))
+
+
+def test_the_size_of_latent_sft_is_said(given):
+    config = config_of(given, max_steps=9, batch_size=6, evaluate_every=4, optimizer={"lr": 1e-4})
+    found = dict(sft_rows(config, check(config).sft))
+    assert found == {
+        "Latent-SFT steps": "at most 9 of 6 rows: 54 rows, 3.0 times the 18 that the tasks have",
+        "Latent-SFT learning rate": "0.0001, 50 steps of warm-up, then constant",
+        "Latent-SFT tokens per step": "at most 144, prompts included",
+        "Latent-SFT evaluation": "every 4 steps on 2 held-out problems",
+    }
+    assert dict(sft_rows(config, None))["Latent-SFT steps"] == "at most 9 of 6 rows: 54 rows"
+    assert sft_rows(load_config("quickstart", ["warm_start=null"]), None) == []
+
+
+def test_defaults_that_fit_a_given_model_are_said(given):
+    found = dict(sft_rows(config_of(given), None))
+    assert found["Latent-SFT learning rate"].startswith("2e-05, ")
+    assert found["Latent-SFT defaults"] == (
+        "warm_start.optimizer.lr 2e-05, warm_start.batch_size 64: those for a model that is given, not made"
+    )
+
+
+def test_memory_frozen_weights_and_the_end_of_thinking_are_said(given):
+    rows = validate(config_of(given), files=True)
+    found = dict(rows)
+    assert found["frozen in RL"] == (
+        "the input embeddings, and the output layer, which is tied to them (freeze_embeddings)"
+    )
+    for stage in ("Latent-SFT", "RL"):
+        assert found[f"memory of a learner rank, {stage}"].startswith("about 0.")
+    assert found["latent-end token"] == "20 ('</think>')"
+    assert not [value for name, value in rows if name == "warning" and "do not fit" in value]
+
+
+def test_a_rank_that_does_not_fit_this_machine_is_a_warning(given):
+    config = config_of(given, "learner.ranks=1000000")
+    (warning,) = [value for name, value in memory_rows(config, check(config).model) if name == "warning"]
+    assert warning.startswith("1000000 learner rank(s) of 0 GiB do not fit into the ")
+    assert "learner.tokens_per_microbatch (16,384)" in warning
