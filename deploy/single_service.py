@@ -112,7 +112,7 @@ def train_only(source: str | Path, overrides: list[str], reporter: Reporter | No
     write_manifest(folder, config, 0, recorded.base, [source_facts])
     with (
         MetricsWriter(folder.path, config.metrics.sinks) as metrics,
-        recorded_learner(config, recorded.base, Start(step=0, checkpoint=None)) as learner,
+        recorded_learner(config, recorded.base, Start(step=0, checkpoint=None), reporter) as learner,
         StepObserver(folder, config, 0, metrics, reporter) as observer,
         reporter.phase("learner", len(dumped)) as advance,
     ):

@@ -9,7 +9,8 @@ import ray
 import torch
 
 from latent_grpo.common.config import RunConfig
-from latent_grpo.common.models import load_model
+from latent_grpo.common.hub import hub_errors
+from latent_grpo.common.models import DTYPES, load_model
 from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import Publication, WeightManifest, combine_checksums, pack, tensor_checksum
 
@@ -32,6 +33,15 @@ def publish(tensors: Iterable[tuple[str, torch.Tensor]], version: int, bucket_by
         refs.append(ray.put(data))
     policy = PolicyVersion(version=version, checksum=combine_checksums(parts))
     return Publication(manifest=WeightManifest(version=policy, buckets=tuple(manifests)), buckets=tuple(refs))
+
+
+def published_bytes(model: str | Path, dtype: str) -> int:
+    """Returns the size of one publication of a model (a folder or hub id), in bytes; reads its configuration only."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with hub_errors(model), torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    return sum(p.numel() for p in shape.parameters()) * DTYPES[dtype].itemsize
 
 
 def publish_model(model: str | Path, version: int, config: RunConfig) -> Publication:

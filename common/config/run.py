@@ -25,7 +25,7 @@ from latent_grpo.common.config.objective import Objective
 from latent_grpo.common.config.problems_and_model import ModelConfig, TaskConfig, VerifierDefinition
 from latent_grpo.common.config.rules import Rule, keys_with
 from latent_grpo.common.config.section import Section
-from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RolloutConfig
+from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RayConfig, RolloutConfig
 from latent_grpo.common.errors import ConfigError
 
 Algorithm = Literal["latent_grpo", "soft_grpo", "grpo"]
@@ -129,6 +129,7 @@ class RunConfig(Section):
     metrics: Annotated[MetricsConfig, Rule.MAY_CHANGE] = MetricsConfig()
     health: Annotated[HealthConfig, Rule.MAY_CHANGE] = HealthConfig()
     deadlines: Annotated[DeadlineConfig, Rule.MAY_CHANGE] = DeadlineConfig()
+    ray: Annotated[RayConfig, Rule.MAY_CHANGE] = RayConfig()
     runs_folder: Annotated[str, Rule.MAY_CHANGE] = "runs"
     """Folder in which run folders are made; on a cluster it must be on shared storage."""
     self_test_groups: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 2

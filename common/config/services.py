@@ -102,6 +102,15 @@ class LearnerConfig(Section):
     """Size of the buckets in which weights are published, in bytes; a larger tensor has a bucket of its own."""
 
 
+class RayConfig(Section):
+    """The Ray that a run starts on its machine. A cluster's is set where it is started."""
+
+    object_store_bytes: Annotated[int, Field(ge=100_000_000)] | None = None
+    """Size of the object store of a local Ray, in bytes, through which weights and trajectories pass; null: two
+    published versions of the weights, more with `max_staleness`, and the trajectories of a step. Without effect on a
+    cluster (`ray start --object-store-memory`)."""
+
+
 class DeadlineConfig(Section):
     """Deadlines of all waits, in seconds. A component that misses its deadline is restarted, or the run stops with an
     error that names it."""

@@ -119,7 +119,10 @@ def replay(path: str | Path, step: int, overrides: list[str], reporter: Reporter
     numbers = range(start.step + 1, step + 1)
     way = f" through {len(numbers) - 1} earlier step(s)" if len(numbers) > 1 else ""
     reporter.say(f"replaying step {step} from {origin}{way}")
-    with recorded_learner(config, run.base, start) as learner, reporter.phase("replay", len(numbers)) as advance:
+    with (
+        recorded_learner(config, run.base, start, reporter) as learner,
+        reporter.phase("replay", len(numbers)) as advance,
+    ):
         replayed = []
         for number in numbers:
             replayed.append(_replayed(run.step(number), learner, config))
@@ -128,10 +131,10 @@ def replay(path: str | Path, step: int, overrides: list[str], reporter: Reporter
 
 
 @contextmanager
-def recorded_learner(config: RunConfig, base: str | Path, start: Start) -> Iterator[LearnerGroup]:
+def recorded_learner(config: RunConfig, base: str | Path, start: Start, reporter: Reporter) -> Iterator[LearnerGroup]:
     """Starts a learner alone, in a Ray of its own, in the state of `start`; it makes records of every step."""
     every = config.dump.model_copy(update={"every": 1})
-    with ray_session(config, "learner"):
+    with ray_session(config, reporter, "learner"):
         learner = LearnerGroup(config.model_copy(update={"dump": every}), base)
         try:
             if start.checkpoint is not None:

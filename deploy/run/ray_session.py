@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Literal
 
 from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.deploy.run.object_store import Store, local_store, spill_watch
+from latent_grpo.deploy.run.progress import Reporter
 
-LOCAL_STORE_BYTES = 512 * 2**20
-log = logging.getLogger(__name__)
+ON_A_CLUSTER = "start Ray on each node with a larger --object-store-memory"
 Services = Literal["both", "rollout", "learner"]
 
 
@@ -46,10 +47,13 @@ def check_resources(config: RunConfig, available: dict[str, float], where: str, 
 
 
 @contextlib.contextmanager
-def ray_session(config: RunConfig, services: Services = "both") -> Iterator[None]:
+def ray_session(
+    config: RunConfig, reporter: Reporter, services: Services = "both", published_bytes: int = 0
+) -> Iterator[None]:
     """Connects to Ray, checks that the cluster can hold the run, and disconnects at the end without leaving anything.
 
-    RAY_ADDRESS (set inside a job) names the cluster; without it a local Ray is started with this machine's cores.
+    RAY_ADDRESS (set inside a job) names the cluster; without it a local Ray is started with this machine's cores, and
+    an object store for publications of `published_bytes`. Says what it has started, and if Ray spills objects.
     Raises ConfigError.
     """
     import ray
@@ -65,17 +69,32 @@ def ray_session(config: RunConfig, services: Services = "both") -> Iterator[None
         ray.init(address=address, logging_level=logging.WARNING)
     else:
         temporary = tempfile.mkdtemp(prefix="lg-")  # short: Unix socket paths end at 107 bytes
-        ray.init(
-            address="local",  # never a Ray that another program has left on this machine
-            include_dashboard=False,
-            object_store_memory=LOCAL_STORE_BYTES,
-            logging_level=logging.WARNING,
-            _temp_dir=temporary,
-        )
+        _start_local(local_store(config, published_bytes), temporary, reporter)
     try:
         check_resources(config, ray.cluster_resources(), address or "this machine", services)
-        yield
+        with spill_watch(reporter.say, ON_A_CLUSTER if address else "raise ray.object_store_bytes"):
+            yield
     finally:
         ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start_local(store: Store, folder: str, reporter: Reporter) -> None:
+    import ray
+
+    reporter.say(store.sentence)
+    if store.warning:
+        reporter.say(f"[yellow]{store.warning}[/]")
+    # with every start it warns that authentication is on, as it should be
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    try:
+        ray.init(
+            address="local",  # never a Ray that another program has left on this machine
+            include_dashboard=False,
+            object_store_memory=store.size,
+            logging_level=logging.WARNING,
+            _temp_dir=folder,
+        )
+    except ValueError as error:  # more than the machine's memory, or than it has shared memory
+        raise ConfigError(f"{store.sentence}: {error}; lower ray.object_store_bytes") from error

@@ -22,6 +22,7 @@ from latent_grpo.deploy.run.problems import Problems
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.ray_session import Services, ray_session
 from latent_grpo.deploy.run.versions import differences
+from latent_grpo.learner.publication import published_bytes
 from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.factory import WorkerFactory
 from latent_grpo.rollout_workers.pool import RolloutPool
@@ -89,7 +90,8 @@ def run_session(
         stack.enter_context(run_lock(folder.path))
         prepared = prepared.placed(folder, config, reporter)
         metrics = stack.enter_context(MetricsWriter(folder.path, config.metrics.sinks))
-        stack.enter_context(ray_session(config, services))
+        published = published_bytes(prepared.initial, config.model.dtype)
+        stack.enter_context(ray_session(config, reporter, services, published))
         stack.enter_context(sigterm_as_interrupt())
         write_manifest(folder, config, lineage, prepared.initial, data_facts(prepared.problems))
         reporter.say(f"starting {config.rollout.workers} rollout worker(s), engine {choose_engine(config).sentence}")

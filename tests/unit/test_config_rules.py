@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "metrics",
     "health",
     "deadlines",
+    "ray",
     "runs_folder",
     "self_test_groups",
     "max_dispatch_factor",

@@ -1,0 +1,127 @@
+"""Ray's object store: how large a run needs it, and whether Ray spills from it to the disk.
+
+Published weights and trajectories pass through it. What does not fit is spilled: Ray writes it to the disk and reads it
+again at every publication, without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from latent_grpo.common.config import RunConfig
+
+SHARED_MEMORY = Path("/dev/shm")
+LEAST_BYTES = 512 * 2**20  # for trajectories, and for all else that passes through it
+MIB = 2**20
+LOOK_EVERY_S = 5.0
+ROW_BYTES = 4096  # of a trajectory besides its prompt and its steps: text, answers, names
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The size of a local object store, in bytes, and the sentences about it: what it is for, what is wrong with it."""
+
+    size: int
+    sentence: str
+    warning: str | None = None
+
+
+def needed_bytes(config: RunConfig, published_bytes: int) -> int:
+    """Returns the bytes that the run's weights and trajectories take in the store at most.
+
+    `published_bytes` is the size of one publication. The version before is held until the new one is complete, and with
+    staleness each worker's queue may hold as many more.
+    """
+    steps = max(task.max_response_tokens for task in config.tasks) * (12 * config.schema_k + 8)
+    row = steps + 4 * max(task.max_prompt_tokens for task in config.tasks) + ROW_BYTES
+    rows = 2 * config.samples_per_step * (config.max_staleness + 1)  # as many again are filtered, or late
+    return held_versions(config) * published_bytes + max(row * rows, LEAST_BYTES)
+
+
+def held_versions(config: RunConfig) -> int:
+    """Returns the number of published versions that may be in the store at once."""
+    return 2 + config.max_staleness
+
+
+def local_store(config: RunConfig, published_bytes: int, free_bytes: int | None = None) -> Store:
+    """Returns the store that a local Ray gets: `ray.object_store_bytes`, or what the run needs.
+
+    `free_bytes` is what this machine's shared memory has (default: measured); the store is never larger, since Ray
+    would put it on the disk.
+    """
+    if free_bytes is None:
+        free_bytes = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else LEAST_BYTES
+    needed, given = needed_bytes(config, published_bytes), config.ray.object_store_bytes
+    parts = f"{held_versions(config)} versions of the weights of {_mib(published_bytes)} each, and trajectories"
+    if given is not None:
+        sentence = f"object store: {_mib(given)} (ray.object_store_bytes)"
+        if given >= needed:
+            return Store(given, sentence)
+        return Store(given, sentence, f"{parts} may need {_mib(needed)}: Ray will spill to the disk; raise the key")
+    if needed <= free_bytes:
+        return Store(needed, f"object store: {_mib(needed)} ({parts})")
+    size = max(free_bytes, LEAST_BYTES)
+    return Store(
+        size,
+        f"object store: {_mib(size)} ({parts}, need {_mib(needed)})",
+        f"{SHARED_MEMORY} has {_mib(free_bytes)}, so Ray will put objects on the disk: give it more, in a container "
+        "with --shm-size",
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.0f} MiB"
+
+
+# --- spilling ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def spill_watch(say: Callable[[str], None], advice: str, every_s: float = LOOK_EVERY_S) -> Iterator[None]:
+    """Says once if Ray spills objects while the block runs. Ray must be initialized. `advice` says what to set."""
+    ended = threading.Event()
+
+    def look() -> None:
+        before = spilled_bytes()
+        while not ended.wait(every_s):
+            if (found := spilled_bytes()) > before:
+                say(
+                    f"[yellow]Ray spills objects to the disk ({_mib(found - before)} so far), since the object store "
+                    f"is full: publishing weights waits for the disk; {advice}[/]"
+                )
+                return
+
+    thread = threading.Thread(target=look, name="spill-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=30)
+
+
+def spilled_bytes() -> int:
+    """Returns the bytes that all nodes have spilled since they started; a node that does not answer counts as none."""
+    import grpc  # type: ignore[import-untyped]  # it has no types
+    import ray
+    from ray._private.internal_api import node_stats  # Ray says it nowhere else without its dashboard
+
+    total = 0
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        try:
+            found = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
+        except grpc.RpcError as error:
+            log.debug("node %s does not answer: %s", node["NodeManagerAddress"], error)
+            continue
+        total += found.store_stats.spilled_bytes_total
+    return total
