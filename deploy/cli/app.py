@@ -60,7 +60,9 @@ def validate(
     config = settings(profile, context)
     rows = rows_of(config, files=files, cpus=cpus, gpus=gpus)
     console.print_json(config_as_json(config))
-    table = Table("", "", title=f"{profile}: {config.algorithm}", show_header=False)
+    table = Table(title=f"{profile}: {config.algorithm}", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a rendered prompt has long words, and its end matters
     for name, found in rows:
         table.add_row(name, escape(found))
     console.print(table)
@@ -148,13 +150,16 @@ def evaluate(
     samples: Annotated[
         int | None, typer.Option(help="Also measure pass@k, with noise, from this many samples per problem.")
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many problems of each task, the first ones.")
+    ] = None,
 ) -> None:
     """Measures a model: pass@1 (noise off), pass@k (with noise), chain length and invalid rate."""
     from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
 
     names = listed(tasks)
     given = overrides(context.args) + ([] if samples is None else [f"evaluation.samples={samples}"])
-    config, name, noise = evaluation_config(model, given, profile=profile, tasks=names, data=data)
+    config, name, noise = evaluation_config(model, given, profile=profile, tasks=names, data=data, limit=limit)
     with interruptible():
         evaluate_model(config, name, noise=noise)
 

@@ -176,13 +176,20 @@ class EvaluationPlan(NamedTuple):
 
 
 def evaluation_config(
-    model: str, overrides: list[str], *, profile: str | None = None, tasks: Sequence[str] = (), data: str = "data"
+    model: str,
+    overrides: list[str],
+    *,
+    profile: str | None = None,
+    tasks: Sequence[str] = (),
+    data: str = "data",
+    limit: int | None = None,
 ) -> EvaluationPlan:
     """Returns the plan of an evaluation of `model`. Raises ConfigError.
 
     Settings come from `profile`; without one, from the run in whose folder the model lies; without that, for named
     benchmarks, from the model's own chain (`common.model_chain`) and the defaults. `tasks` replaces the evaluation
-    tasks by named benchmarks with the files of the folder `data`. Training tasks are not loaded.
+    tasks by named benchmarks with the files of the folder `data`; `limit` takes the first problems of each. Training
+    tasks are not loaded.
     """
     run_config = Path(model).parent / "config.json"
     if profile is not None:
@@ -204,6 +211,8 @@ def evaluation_config(
         name = "-".join(tasks) if len(tasks) < 4 else f"{len(tasks)}-benchmarks"
     if not evaluation.get("tasks"):
         raise ConfigError(f"{name} has no evaluation.tasks; give --tasks, or add one with `name` and `path`")
+    if limit is not None:
+        evaluation["tasks"] = [{**task, "limit": limit} for task in evaluation["tasks"]]
     settings |= {"evaluation": evaluation, "tasks": evaluation["tasks"]}
     config = load_config(settings, [*overrides, *of_model(model)])
     if any(parse_override(override)[0] in (["noise"], ["noise", "scale"]) for override in overrides):

@@ -54,6 +54,15 @@ def test_a_verifier_of_the_training_tasks_alone_is_left_out_of_an_evaluation(tmp
     assert list(config.verifiers) == ["shaped"]
 
 
+def test_a_limit_takes_the_first_problems_of_every_task(tmp_path):
+    for benchmark in BENCHMARKS.values():
+        (tmp_path / benchmark.files[0]).touch()
+    config, _, _ = evaluation_config(str(tmp_path), [], tasks=["svamp", "math500"], data=str(tmp_path), limit=12)
+    assert [task.limit for task in config.evaluation.tasks] == [12, 12]
+    config, _, _ = evaluation_config(str(model_of_a_run(tmp_path)), [], limit=3)
+    assert [task.source.size for task in problems_of(config).evaluation] == [3]
+
+
 def test_named_benchmarks_bring_prompt_grader_and_budget_and_the_chain_its_width(tmp_path):
     for benchmark in BENCHMARKS.values():
         (tmp_path / benchmark.files[0]).touch()
