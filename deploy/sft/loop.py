@@ -217,6 +217,7 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
     for line in data.summaries:
         run.reporter.say(line)
     initial = induce(run, data) if config.latent_sft.source == "induced" else run.initial
+    run.reporter.say(f"starting {config.learner.ranks} learner rank(s) for Latent-SFT")
     learner = make_learner(config, initial)
     try:
         outcome = run_latent_sft(
