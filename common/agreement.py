@@ -7,7 +7,7 @@ latent step, one of a hard step. The limits are measured, docs/numerics.md.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,16 +46,27 @@ class Tolerance:
 
 
 TOLERANCES = {
-    "float32": Tolerance(mean=1e-3, p99=1e-3, max=1e-3),
-    "bfloat16": Tolerance(mean=0.02, p99=0.2, max=math.inf),
+    "float32": Tolerance(mean=1e-4, p99=1e-3, max=1e-3),
+    "bfloat16": Tolerance(mean=0.05, p99=0.25, max=math.inf),
 }
-"""By `model.dtype`. METHOD §6."""
+"""By `model.dtype`. A model of 135 M parameters after Latent-SFT has, in the worst of many self-tests, 4e-6 (mean) and
+5e-5 (max) in float32, 0.029 (mean) and 0.14 (p99) in bfloat16; with logits rounded to bfloat16 it would have 0.064 and
+0.23, and whole steps would differ by more than a policy clip (docs/numerics.md)."""
+ROUNDING_STEPS = 4
+"""The p99 of a gap that rounding alone can explain, in distances of neighbouring numbers at the logits' size. Measured:
+0.4 of one after Latent-SFT, 2 where a model reads mixtures that it was not trained on."""
 
 
 def tolerance_of(dtype: str, mean: float | str | None) -> Tolerance:
-    """Returns the bounds for a dtype; `mean` is `health.max_log_prob_gap`, whose number replaces that of the mean."""
+    """Returns the bounds for a dtype.
+
+    `mean` is `health.max_log_prob_gap`: a number is the bound of the mean and scales the others alike.
+    """
     found = TOLERANCES[dtype]
-    return replace(found, mean=mean) if isinstance(mean, float) else found
+    if not isinstance(mean, float):
+        return found
+    scale = mean / found.mean
+    return Tolerance(mean=mean, p99=found.p99 * scale, max=found.max * scale if scale else 0.0)
 
 
 def spacing(dtype: str, size: float) -> float:
@@ -66,9 +77,10 @@ def spacing(dtype: str, size: float) -> float:
 
 
 def looks_like_rounding(gap: Gap, dtype: str, largest_logit: float) -> bool:
-    """Whether a gap can come from rounding alone: nearly all of it is within the dtype's spacing at the logits' size.
+    """Whether a gap can come from rounding alone, by the distance of the dtype's numbers at the logits' size.
 
-    `largest_logit` is the mean over steps of the largest logit's size. Other weights, another mask or another position
-    differ by whole nats at most steps.
+    Its mean must be within one of them, and nearly all of it within `ROUNDING_STEPS`. `largest_logit` is the mean over
+    steps of the largest logit's size. Other weights, another mask or another position differ by whole nats.
     """
-    return gap.p99 <= spacing(dtype, largest_logit)
+    step = spacing(dtype, largest_logit)
+    return gap.mean <= step and gap.p99 <= ROUNDING_STEPS * step

@@ -67,7 +67,7 @@ class DumpConfig(Section):
     """Whether the first step and those after a checkpoint are dumped too, whatever `every` is, unless it is 0. `replay`
     needs no other dumps for them."""
     which: Literal["all", "failures"] = "all"
-    """Samples to dump: all of them (`all`), or all but those that ended by themselves and were graded right
+    """Samples to dump: all of them (`all`), or all but those that ended by themselves and were graded `correct`
     (`failures`). Dumps of `failures` cannot be replayed."""
     keep_steps: PositiveInt | None = None
     """Number of dumped steps to keep, the newest ones; null: all."""
@@ -111,8 +111,8 @@ class HealthConfig(Section):
     """Upper bound on the share of rollouts that the token budget cuts off."""
     max_log_prob_gap: Limit | Literal["auto"] = "auto"
     """Upper bound on the mean |log p_learner - log p_rollout| of single components, latent or hard, if `max_staleness`
-    is 0 (METHOD §6). The self-test at the start holds the same bound. `auto`: the bound of `model.dtype`
-    (docs/numerics.md)."""
+    is 0 (METHOD §6). The self-test at the start holds the same bound, and scales its bounds of single
+    components with it. `auto`: the bound of `model.dtype` (docs/numerics.md)."""
     max_stale_log_prob_gap: Limit = 0.5
     """Upper bound on the mean |log pi_learner - log pi_rollout| of a response step if `max_staleness` is above 0, where
     the policy has moved between the two."""

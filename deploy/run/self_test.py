@@ -52,7 +52,8 @@ def _sentence(name: str, gap: Gap, statistic: str, tolerance: Tolerance, dtype: 
         return found + (
             f"That looks like rounding and not like another model: 99 % of the gaps are below {gap.p99:.3g}, and "
             f"{dtype} numbers are {spacing(dtype, largest_logit):.3g} apart at the size of these logits "
-            f"({largest_logit:.0f}). Set model.dtype to float32 for this model; docs/numerics.md says what is usual"
+            f"({largest_logit:.0f}). Set model.dtype to float32, give a model without a latent start one (warm_start), "
+            "or raise health.max_log_prob_gap, the bound of the mean, knowing that; docs/numerics.md says what is usual"
         )
     return found + (
         "Training would optimise another policy than the one that samples; check that both load the same model, and "

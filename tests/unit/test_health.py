@@ -46,7 +46,7 @@ HEALTHY = {
 PROVOKED = {
     "min_thinking_end_rate": ({"latent/thinking_end_rate": 0.02}, "98% of rollouts never left latent mode"),
     "max_truncated_share": ({"rollout/truncated_share": 0.8}, "80% of rollouts were cut off"),
-    "max_log_prob_gap": ({"learner/hard_gap_mean": 0.3}, "differ from the rollout's by 0.3 on average (limit 0.001)"),
+    "max_log_prob_gap": ({"learner/hard_gap_mean": 0.3}, "differ from the rollout's by 0.3 on average (limit 0.0001)"),
     "max_stale_log_prob_gap": ({"learner/drift_mean": 0.9}, "differ by 0.9 in log-prob"),
     "max_ratio_p99": ({"learner/ratio_p99": 7.0}, "above 7"),
     "min_ratio_p01": ({"learner/ratio_p01": 0.1}, "below 0.1"),

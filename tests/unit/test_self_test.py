@@ -79,7 +79,7 @@ def test_a_learner_that_agrees_is_trained_and_the_gaps_are_recorded():
     ],
 )
 def test_a_learner_that_computes_something_else_is_not_trained(latent, hard, which):
-    with pytest.raises(SelfTestFailed, match=rf"20 {which} components differ .*allowed in float32: 0.001"):
+    with pytest.raises(SelfTestFailed, match=rf"20 {which} components differ .*allowed in float32: 0.0+1 "):
         outcome(latent, hard)
 
 
@@ -93,11 +93,11 @@ def test_in_bfloat16_a_few_components_may_differ_more():
 
 
 def test_a_gap_that_looks_like_rounding_is_called_so_and_another_is_not():
-    rounded = gap(0.26, mean=0.055, p99=0.24)  # what logits rounded to bfloat16 gave on a real model
+    rounded = gap(0.26, mean=0.064, p99=0.24)  # what logits rounded to bfloat16 gave on a real model
     with pytest.raises(SelfTestFailed, match=r"looks like rounding .* 0\.25 apart at the size of these logits \(36\)"):
         outcome(rounded, gap(0.0), largest_logit=36.0, model=BFLOAT16)
     with pytest.raises(SelfTestFailed, match="both load the same model") as found:
-        outcome(rounded, gap(0.0), largest_logit=3.0, model=BFLOAT16)
+        outcome(rounded, gap(0.0), largest_logit=1.5, model=BFLOAT16)
     assert "rounding" not in str(found.value)
     with pytest.raises(SelfTestFailed, match="both load the same model"):
         outcome(gap(7.0, mean=1.2, p99=5.0), gap(0.0), largest_logit=36.0, model=BFLOAT16)
@@ -108,7 +108,8 @@ def test_the_alarms_limit_is_the_self_tests_too():
     with pytest.raises(SelfTestFailed, match=r"0.06 \(mean"):
         outcome(wide, gap(0.0), model=BFLOAT16)
     outcome(wide, gap(0.0), model=BFLOAT16, health={"max_log_prob_gap": 0.07})
-    with pytest.raises(SelfTestFailed, match=r"allowed in bfloat16: 0.001 \(mean\)"):
+    outcome(gap(0.3, mean=0.01, p99=0.3), gap(0.0), model=BFLOAT16, health={"max_log_prob_gap": 0.07})
+    with pytest.raises(SelfTestFailed, match=r"allowed in bfloat16: 0.00\d+ \("):
         outcome(gap(0.1, mean=0.01), gap(0.0), model=BFLOAT16, health={"max_log_prob_gap": 0.001})
 
 
