@@ -38,7 +38,7 @@ REASONS = {
     "aborted": "it was interrupted; such samples enter neither statistics nor loss",
     "ungraded": "the verifier failed; such samples enter neither statistics nor loss",
     "invalid": "it did not end by itself (finish reason length): advantage 0 at every step",
-    "first_step": "advantage 0 at the first step: another sample is the group's most likely correct one",
+    "first_step": "advantage 0 at the first step: the group's most likely sample with an advantage above 0 is another",
     "non_finite": "a loss or gradient of its update was not a number; no parameter was changed",
     "all_equal": "all rewards of its group are equal: nothing to compare",
     "too_few_valid": "fewer than two samples of its group enter the statistics",

@@ -23,6 +23,7 @@ from latent_grpo.common.errors import LatentGRPOError
 from latent_grpo.common.types import SamplingSettings, Trajectory
 
 SCHEMA_VERSION = 1
+CORRECT = "correct"  # grade_reason of a response that its verifier accepts, whatever reward it gives
 
 _PLAIN_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("run_id", pa.string()),

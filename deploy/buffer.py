@@ -98,8 +98,8 @@ class GroupBuffer:
             raise TooManyDispatched(
                 f"{self._settled_since_batch} groups were generated for one batch of {self.prompts_per_step} "
                 f"(limit {limit} = max_dispatch_factor x prompts_per_step) and too few had signal; dropped: "
-                f"{dict(self._dropped)}. The task is too easy or too hard for the model, or its answers are never "
-                "graded correct; look at the dumped trajectories, or raise group_size"
+                f"{dict(self._dropped)}. The task is too easy or too hard for the model, or all answers get the same "
+                "reward; look at the dumped trajectories, or raise group_size"
             )
         ordinal = self.next_ordinal
         self._entries[ordinal] = _Entry(request)

@@ -14,8 +14,8 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.
 Step = Annotated[list[str] | None, typer.Option(help="Only this step, or this range: 10-40. May be repeated.")]
 Purpose = Annotated[str | None, typer.Option(help="Only this purpose: training, evaluation, ...; default: all.")]
 Task = Annotated[str | None, typer.Option(help="Only tasks whose name contains this text.")]
-Failed = Annotated[bool, typer.Option("--failed", help="Only trajectories with reward 0 or without a reward.")]
-Correct = Annotated[bool, typer.Option("--correct", help="Only trajectories with a positive reward.")]
+Failed = Annotated[bool, typer.Option("--failed", help="Only trajectories that the verifier does not call correct.")]
+Correct = Annotated[bool, typer.Option("--correct", help="Only trajectories that the verifier calls correct.")]
 Reason = Annotated[
     str | None,
     typer.Option(help="Only this reason, of the grade, the finish or the learner: wrong, length, masked, ..."),

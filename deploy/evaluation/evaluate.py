@@ -158,6 +158,7 @@ def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
         run.reporter.say(
             f"{result.task}: pass@1 {result.pass_at_1:.3f} (95 % {low:.3f} to {high:.3f}), chain length "
             f"{result.chain_length:.1f} ({result.latent_length:.1f} latent), invalid {result.invalid_rate:.1%}"
+            + (f", mean reward {result.mean_reward:.3f}" if result.other_rewards else "")
             + "".join(f", pass@{at.k} {at.value:.3f}" for at in result.pass_at_k)
         )
     return list(found.tasks)

@@ -99,7 +99,10 @@ def table(results: Sequence[TaskResult], title: str) -> Table:
     numbers = published(results)
     ks = list(dict.fromkeys(at.k for result in results for at in result.pass_at_k))
     shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("task", "problems", "pass@1", "95 %", *(f"pass@{k} ~" for k in ks), "steps", "latent", "invalid"):
+    others = any(result.other_rewards for result in results)
+    rewards = ("reward",) if others else ()
+    sampled = [f"pass@{k} ~" for k in ks]
+    for name in ("task", "problems", "pass@1", "95 %", *rewards, *sampled, "steps", "latent", "invalid"):
         if name == "task":
             shown.add_column(name, min_width=len("gsm8k-aug"), overflow="fold")
         else:
@@ -117,6 +120,7 @@ def table(results: Sequence[TaskResult], title: str) -> Table:
             f"{result.problems:,}",
             f"{result.pass_at_1:.3f}",
             f"{low:.3f}-{high:.3f}",
+            *([f"{result.mean_reward:.3f}"] if others else []),
             *(f"{at_k[k].value:.3f}" if k in at_k else "-" for k in ks),
             f"{result.chain_length:.1f}",
             f"{result.latent_length:.1f}",

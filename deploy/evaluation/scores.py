@@ -1,7 +1,7 @@
 """The figures of an evaluation (METHOD §8): pass@1 with its interval, pass@k, lengths, invalid rate, averages. Pure.
 
 All uncertainty is over problems: the samples of one problem are averaged first, so that five runs of 30 problems are
-30 observations and not 150.
+30 observations and not 150. Correct is what the verifier calls `correct`, whatever reward it gives.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from latent_grpo.common.schema import TrajectoryBatch
+from latent_grpo.common.schema import CORRECT, TrajectoryBatch
 
 Z = 1.959964  # normal quantile of a two-sided 95 % interval
 MACRO = "macro average"
@@ -37,10 +37,11 @@ class TaskResult:
     task: str
     problems: int
     samples: int
-    pass_at_1: float  # mean over problems of their samples' mean
+    pass_at_1: float  # mean over problems of the share of their samples that is correct
     standard_error: float  # of pass@1, over problems
     interval: tuple[float, float]  # 95 % of pass@1 (:func:`interval`)
     runs: tuple[float, ...]  # accuracy of each repetition
+    mean_reward: float  # mean over problems of their samples' mean; pass@1, unless a verifier gives other rewards
     chain_length: float
     latent_length: float
     invalid_rate: float
@@ -49,12 +50,18 @@ class TaskResult:
 
     def figures(self) -> dict[str, float]:
         """The stored figures: name -> value."""
-        names = ("pass_at_1", "standard_error", "chain_length", "latent_length", "invalid_rate", "ungraded")
+        names = ("pass_at_1", "standard_error", "mean_reward", "chain_length", "latent_length", "invalid_rate")
+        names += ("ungraded",)
         values = {name: float(getattr(self, name)) for name in names}
         for at in self.pass_at_k:
             values[f"sampled_pass_at_{at.k}"] = at.value
             values[f"sampled_error_at_{at.k}"] = at.standard_error
         return values
+
+    @property
+    def other_rewards(self) -> bool:
+        """Whether the mean reward says something else than pass@1: a verifier gave others than 1 and 0."""
+        return abs(self.mean_reward - self.pass_at_1) > 1e-6
 
     def metrics(self) -> dict[str, float]:
         return {f"{self.task}/{name}": value for name, value in self.figures().items()}
@@ -93,6 +100,7 @@ class _Collected:
     """A few numbers per sample of a task's groups, so that trajectories need not stay in memory."""
 
     rewards: list[np.ndarray] = field(default_factory=list)  # per group [samples] float32; NaN: ungraded
+    correct: list[np.ndarray] = field(default_factory=list)  # the same of 1 (correct) and 0
     indices: list[np.ndarray] = field(default_factory=list)  # sample index: the repetition
     steps: int = 0
     latent_steps: int = 0
@@ -101,6 +109,8 @@ class _Collected:
     def add(self, group: pa.RecordBatch) -> None:
         view = TrajectoryBatch(group)
         self.rewards.append(view.rewards.copy())  # a view would keep the whole batch
+        correct = np.array([reason == CORRECT for reason in view.strings("grade_reason")], dtype=np.float32)
+        self.correct.append(np.where(np.isnan(view.rewards), np.float32(np.nan), correct))
         self.indices.append(view.numbers("sample_index").copy())
         self.steps += int(view.num_steps.sum())
         self.latent_steps += int(view.num_latent_steps.sum())
@@ -123,43 +133,49 @@ def results(groups: Iterable[pa.RecordBatch], together: str | None = None) -> li
 
 
 def _result(task: str, found: _Collected) -> TaskResult:
-    rewards, indices = np.concatenate(found.rewards), np.concatenate(found.indices)
-    graded = ~np.isnan(rewards)
-    means = np.array([group[~np.isnan(group)].mean() for group in found.rewards if not np.isnan(group).all()])
+    correct, indices = np.concatenate(found.correct), np.concatenate(found.indices)
+    graded = ~np.isnan(correct)
+    means = _means(found.correct)
     value, error = _mean_and_error(means)
-    each = (rewards[graded & (indices == run)] for run in np.unique(indices))
+    each = (correct[graded & (indices == run)] for run in np.unique(indices))
     return TaskResult(
         task=task,
         problems=len(found.rewards),
-        samples=len(rewards),
+        samples=len(correct),
         pass_at_1=value,
         standard_error=error,
         interval=interval(value, error, len(means)),
         runs=tuple(float(of_run.mean()) for of_run in each if len(of_run)),
-        chain_length=found.steps / len(rewards),
-        latent_length=found.latent_steps / len(rewards),
-        invalid_rate=1.0 - found.valid / len(rewards),
+        mean_reward=_mean_and_error(_means(found.rewards))[0],
+        chain_length=found.steps / len(correct),
+        latent_length=found.latent_steps / len(correct),
+        invalid_rate=1.0 - found.valid / len(correct),
         ungraded=int((~graded).sum()),
     )
+
+
+def _means(groups: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of each group's graded samples, without groups that have none."""
+    return np.array([group[~np.isnan(group)].mean() for group in groups if not np.isnan(group).all()])
 
 
 def failure_shares(groups: Iterable[pa.RecordBatch]) -> dict[str, float]:
     """Returns the share of samples that were not graded `correct`, by the verifier's reason; commonest first."""
     reasons = Counter(reason for group in groups for reason in group.column("grade_reason").to_pylist())
     total = reasons.total()
-    return {reason: count / total for reason, count in reasons.most_common() if reason != "correct"}
+    return {reason: count / total for reason, count in reasons.most_common() if reason != CORRECT}
 
 
 def pass_at_k_results(groups: Iterable[pa.RecordBatch], ks: Sequence[int]) -> dict[str, tuple[PassAtK, ...]]:
-    """Returns task -> pass@k for each k. A reward above 0.5 counts as correct; ungraded samples are left out."""
+    """Returns task -> pass@k for each k. Ungraded samples are left out."""
     return {
-        task: tuple(_pass_at_k(found.rewards, k) for k in ks) for task, found in _collect(groups, together=None).items()
+        task: tuple(_pass_at_k(found.correct, k) for k in ks) for task, found in _collect(groups, together=None).items()
     }
 
 
-def _pass_at_k(rewards: list[np.ndarray], k: int) -> PassAtK:
-    counts = [(int((~np.isnan(group)).sum()), int((group > 0.5).sum())) for group in rewards]
-    values = np.array([pass_at_k(n, correct, k) for n, correct in counts if n >= k])
+def _pass_at_k(correct: list[np.ndarray], k: int) -> PassAtK:
+    counts = [(int((~np.isnan(group)).sum()), int(np.nansum(group))) for group in correct]
+    values = np.array([pass_at_k(n, right, k) for n, right in counts if n >= k])
     value, error = _mean_and_error(values)
     return PassAtK(k=k, value=value, standard_error=error, problems=len(values))
 
@@ -204,6 +220,7 @@ def macro_average(found: Sequence[TaskResult]) -> TaskResult:
         standard_error=values["standard_error"],
         interval=interval(values["pass_at_1"], values["standard_error"], problems),
         runs=tuple(sum(of_run) / len(found) for of_run in zip(*(r.runs for r in found), strict=False)),
+        mean_reward=values["mean_reward"],
         chain_length=values["chain_length"],
         latent_length=values["latent_length"],
         invalid_rate=values["invalid_rate"],

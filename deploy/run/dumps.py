@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from latent_grpo.common.config import DumpConfig
 from latent_grpo.common.learner_record import filtered_records
-from latent_grpo.common.schema import TrajectoryBatch, concat, take_rows
+from latent_grpo.common.schema import CORRECT, TrajectoryBatch, concat, take_rows
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
 
 POLL_S = 0.1
@@ -161,9 +161,10 @@ def learner_records_of(dump: StepDump) -> pa.RecordBatch:
 
 
 def failures(batch: pa.RecordBatch) -> np.ndarray:
-    """Returns the rows that did not end by themselves, were not graded, or got no reward above 0."""
+    """Returns the rows that did not end by themselves, or that the verifier did not call `correct`."""
     view = TrajectoryBatch(batch)
-    return np.flatnonzero(~(view.valid & (view.rewards > 0)))
+    correct = np.array([reason == CORRECT for reason in view.strings("grade_reason")], dtype=bool)
+    return np.flatnonzero(~(view.valid & correct))
 
 
 class Retention:

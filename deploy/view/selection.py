@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latent_grpo.common.config import ConfigError
+from latent_grpo.common.schema import CORRECT
 from latent_grpo.common.store import DumpFile
 from latent_grpo.deploy.view.terminal_text import visible
 
@@ -56,8 +57,13 @@ class Row:
 
     @property
     def correct(self) -> bool:
-        """A positive reward; everything else (wrong, no answer, timeout, ungraded, ...) is a failure."""
-        return self.reward is not None and self.reward > 0
+        """Whether the verifier calls the answer `correct`; everything else, a partial reward too, is a failure."""
+        return self.grade_reason == CORRECT
+
+    @property
+    def other_reward(self) -> bool:
+        """Whether the reward is not the usual one: 1 for a correct answer, 0 for any other."""
+        return self.reward is not None and self.reward != float(self.correct)
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -104,16 +110,20 @@ class Filters:
     @property
     def choosing(self) -> bool:
         """Whether any filter besides the order is set."""
-        return any(value not in ((), None, False) for name, value in self._fields() if name != "sort")
+        return any(name != "sort" for name, _ in self._given())
 
-    def _fields(self) -> Iterator[tuple[str, Any]]:
-        return ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+    def _given(self) -> Iterator[tuple[str, Any]]:
+        """Yields the filters that are set. A number is set where it is not None: 0 is a sample and a lineage."""
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if not (value is None or value is False or value == ()):
+                yield name, value
 
     def __str__(self) -> str:
         """The filters as options of the command line."""
         words = [f"--step {a}" if a == b else f"--step {a}-{b}" for a, b in self.steps]
-        for name, value in self._fields():
-            if name in ("steps", "sort") or value in (None, False):
+        for name, value in self._given():
+            if name in ("steps", "sort"):
                 continue
             words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
         return " ".join(words) or "no filter"

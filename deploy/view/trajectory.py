@@ -52,7 +52,8 @@ def format_value(form: str, value: float | None) -> str:
 def outcome_mark(row: Row) -> Text:
     if row.reward is None:
         return Text("? ungraded", style="yellow")
-    return Text("✓ correct", style="green") if row.correct else Text(f"✗ {visible(row.grade_reason)}", style="red")
+    mark = Text("✓ correct", style="green") if row.correct else Text(f"✗ {visible(row.grade_reason)}", style="red")
+    return mark.append(f" {row.reward:.3g}", style="yellow") if row.other_reward else mark
 
 
 def show_trajectory(

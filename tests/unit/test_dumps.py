@@ -6,11 +6,11 @@ import threading
 
 import numpy as np
 import pytest
-from fake_run import fake_config, fake_group, fake_records
+from fake_run import fake_config, fake_group, fake_records, fake_trajectory
 
 from latent_grpo.common.config import ConfigError, DumpConfig, load_config
 from latent_grpo.common.learner_record import LearnerBatch, decode_records, join
-from latent_grpo.common.schema import TrajectoryBatch, concat, decode
+from latent_grpo.common.schema import TrajectoryBatch, concat, decode, encode
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
 from latent_grpo.deploy.run.dumps import DumpWriter, StepDump, failures
 from latent_grpo.deploy.run.folder import RunFolder
@@ -145,6 +145,13 @@ def test_failures_only_leaves_out_what_ended_and_was_graded_right(tmp_path):
     reasons = {t.grade_reason for t in decode(kept)}
     assert {"wrong", "ungraded"} <= reasons
     assert join(kept, LearnerStore(folder.learner_records).read(1)).tolist() == list(range(kept.num_rows))
+
+
+def test_a_partial_reward_is_a_failure_and_a_correct_answer_with_less_than_1_is_none():
+    rng = np.random.default_rng(0)
+    verdicts = [("wrong", 0.3), ("correct", 0.7), ("correct", 1.0), ("no_answer", 0.0)]
+    rows = [fake_trajectory(rng, step=1, group=0, index=i, reward=v, reason=r) for i, (r, v) in enumerate(verdicts)]
+    assert failures(encode(rows, 3)).tolist() == [0, 3]
 
 
 def test_only_the_newest_steps_stay(tmp_path):

@@ -147,13 +147,14 @@ class Cluster:
 
     def _sample(self, request, problem, index):
         noisy = request.sampling.noise_mode != "off"
+        right = self.right(noisy, problem, index)
         return Trajectory(
             purpose=request.purpose, task=request.task, problem_uid=request.problem_uid, group_uid=request.group_uid,
             sample_index=index, epoch=0, run_seed=0, policy_version_min=0, policy_version_max=0, engine="none",
             sampling=request.sampling, prompt_ids=request.prompt_ids, latent_ids=np.zeros((2, 3), np.int32),
             latent_scores=np.zeros((2, 3), np.float32), latent_log_probs=np.zeros((2, 3), np.float32),
             hard_ids=np.zeros(3, np.int32), hard_log_probs=np.zeros(3, np.float32), finish_reason="stop",
-            reward=float(self.right(noisy, problem, index)),
+            reward=float(right), grade_reason="correct" if right else "wrong",
         )  # fmt: skip
 
 
@@ -201,7 +202,7 @@ def test_an_evaluation_alone_is_no_training(tmp_path):
 def figures(task, problems=4, pass_at_1=0.5):
     return TaskResult(
         task=task, problems=problems, samples=problems, pass_at_1=pass_at_1, standard_error=0.1, interval=(0.3, 0.7),
-        runs=(pass_at_1,), chain_length=20.0, latent_length=12.0, invalid_rate=0.25, ungraded=0,
+        runs=(pass_at_1,), mean_reward=pass_at_1, chain_length=20.0, latent_length=12.0, invalid_rate=0.25, ungraded=0,
     )  # fmt: skip
 
 
@@ -258,3 +259,14 @@ def test_table_shows_each_task_and_the_average():
     ):
         assert found in text
     assert f"{macro_average(rows).pass_at_1:.3f}" in text
+
+
+def test_the_table_shows_rewards_only_where_they_say_something_else_than_pass_at_1():
+    rows = whole("math500", "aime2024")
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(console, table(rows, "a model"))
+    assert "reward" not in console.export_text()
+    show(console, table([dataclasses.replace(rows[0], mean_reward=0.625), rows[1]], "a model"))
+    text = console.export_text()
+    assert "reward" in text
+    assert "0.625" in text

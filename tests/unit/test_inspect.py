@@ -90,14 +90,15 @@ def test_a_run_that_has_just_begun_is_shown(tmp_path):
         (Filters(steps=parse_steps(["2"])), lambda row: row["step"] == 2),
         (Filters(steps=parse_steps(["1", "3-9"])), lambda row: row["step"] in (1, 3)),
         (Filters(task="chain"), lambda row: row["task"] == "chains"),
-        (Filters(failed=True), lambda row: not row["reward"]),
-        (Filters(correct=True), lambda row: row["reward"] == 1.0),
+        (Filters(failed=True), lambda row: row["grade_reason"] != "correct"),
+        (Filters(correct=True), lambda row: row["grade_reason"] == "correct"),
         (Filters(reason="ungraded"), lambda row: row["grade_reason"] == "ungraded"),
         (Filters(reason="length"), lambda row: row["finish_reason"] == "length"),
         (Filters(reason="masked"), lambda row: row["outcome"] == "masked"),
         (Filters(reason="all_equal"), lambda row: row["why"] == "all_equal"),
         (Filters(group="training/4/"), lambda row: row["group_uid"] == "training/4/chains/4"),
         (Filters(problem="chains/5"), lambda row: row["problem_uid"] == "chains/5"),
+        (Filters(sample_index=0), lambda row: row["sample_index"] == 0),
         (Filters(sample_index=1), lambda row: row["sample_index"] == 1),
         (Filters(min_length=6), lambda row: row["length"] >= 6),
         (Filters(max_length=5), lambda row: row["length"] <= 5),
@@ -110,6 +111,35 @@ def test_a_filter_gives_exactly_the_rows_that_it_names(fake, filters, holds):
     expected = {(r["group_uid"], r["sample_index"]) for r in every if holds(r)}
     assert 0 < len(expected) <= len(every) == 48
     assert {(r["group_uid"], r["sample_index"]) for r in found["trajectories"]} == expected
+
+
+def test_a_filter_of_number_0_is_a_filter(fake):
+    """The first sample of a group, and what a run wrote before its first resume."""
+    for filters in (Filters(sample_index=0), Filters(lineage=0)):
+        assert filters.choosing
+        assert "one in full: add --show NUMBER" in shown(fake, filters), "matches are listed, not the overview"
+        assert str(filters).endswith(" 0")
+    assert not Filters().choosing
+
+
+def test_a_partial_reward_does_not_make_an_answer_correct_and_is_shown(tmp_path):
+    """A near miss gets a part of the reward, and a correct answer loses a part of it."""
+    verdicts = [("wrong", 0.318), ("correct", 0.75), ("correct", 1.0), ("wrong", 0.0)]
+    rng = np.random.default_rng(0)
+    rows = [
+        fake_trajectory(rng, step=1, group=0, index=i, reward=reward, reason=reason)
+        for i, (reason, reward) in enumerate(verdicts)
+    ]
+    path = one_group_run(tmp_path / "partial", rows)
+    steps = parse_steps(["1"])
+    text = shown(path, Filters(steps=steps), width=200)
+    assert "✗ wrong 0.318" in text
+    assert "✓ correct 0.75" in text
+    assert "✓ correct 1" not in text
+    assert "✗ wrong 0 " not in text
+    of = {name: shown_json(path, Filters(steps=steps, **{name: True})) for name in ("correct", "failed")}
+    found = {name: [row["sample_index"] for row in rows["trajectories"]] for name, rows in of.items()}
+    assert found == {"correct": [1, 2], "failed": [0, 3]}
 
 
 def test_a_name_in_full_does_not_match_longer_ones(fake):

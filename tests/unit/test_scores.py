@@ -17,7 +17,10 @@ from latent_grpo.deploy.reproduce.results import by_task
 K = 2
 
 
-def trajectory(task: str, problem: int, sample: int, reward: float | None, latent: int, hard: int, valid: bool):
+def trajectory(
+    task: str, problem: int, sample: int, reward: float | None, latent: int, hard: int, valid: bool, reason: str = ""
+):
+    usual = "ungraded" if reward is None else "correct" if reward == 1 else "wrong"
     return Trajectory(
         purpose="evaluation",
         task=task,
@@ -38,6 +41,7 @@ def trajectory(task: str, problem: int, sample: int, reward: float | None, laten
         hard_log_probs=np.zeros(hard, np.float32),
         finish_reason="stop" if valid else "length",
         reward=reward,
+        grade_reason=reason or usual,
     )
 
 
@@ -97,6 +101,26 @@ def test_pass_at_1_is_the_mean_of_the_problems_and_its_error_counts_problems_not
     assert result.standard_error == pytest.approx(statistics.stdev(means) / 2)
     assert result.runs == (pytest.approx(1 / 3), pytest.approx(3 / 4))  # of the graded samples of each run
     assert (result.problems, result.samples, result.ungraded) == (5, 10, 3)
+
+
+def test_correct_is_the_verifiers_word_and_the_reward_only_a_reward():
+    """Near misses get a part, a long correct answer loses some, and a bonus makes more than 1 of another."""
+    rewards, reasons = [0.4, 0.7, 1.1, -0.5], ["wrong", "correct", "correct", "no_answer"]
+    rows = [
+        trajectory("a", 0, i, reward, 3, 2, valid=True, reason=reason)
+        for i, (reward, reason) in enumerate(zip(rewards, reasons, strict=True))
+    ]
+    group = encode(rows, k=K)
+    (result,) = results([group])
+    assert result.pass_at_1 == 0.5
+    assert result.mean_reward == pytest.approx(statistics.mean(rewards))
+    assert result.runs == (0.0, 1.0, 1.0, 0.0)
+    assert result.other_rewards
+    assert result.metrics()["a/mean_reward"] == result.mean_reward
+    (one, two) = pass_at_k_results([group], [1, 2])["a"]
+    assert (one.value, two.value) == (0.5, pytest.approx(1 - 1 / 6))
+    (usual,) = results(groups_of({"a": [[1, 0], [None, 1]]}))
+    assert not usual.other_rewards
 
 
 def test_lengths_count_invalid_samples_and_split_off_the_latent_part():

@@ -131,6 +131,7 @@ def _add(made: Sample, group: list[Thoughts], tokens: TokenTexts, numbers: dict[
                 "version": row.version,
                 "reward": row.reward,
                 "correct": row.correct,
+                "other": row.other_reward,
                 "grade": row.grade_reason,
                 "finish": row.finish_reason,
                 "gold": row.gold_answer,

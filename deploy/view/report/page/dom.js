@@ -32,9 +32,11 @@ const tokenText = (text) => (text === "" ? "∅" : plain(text.replace(/ /g, "␣
 
 function badge(entry) {
   if (entry.reward === null) return el("span", { class: "badge unsure" }, "ungraded");
-  return entry.correct
+  const word = entry.correct
     ? el("span", { class: "badge good" }, "correct")
     : el("span", { class: "badge bad" }, entry.grade.replace(/_/g, " "));
+  // a reward that the verifier's word does not imply: partial, shaped, below 0
+  return entry.other ? el("span", { class: "row" }, word, el("span", { class: "badge unsure" }, "reward " + number(entry.reward, 3))) : word;
 }
 
 const place = (entry) => (entry.purpose === "training" ? "" : entry.purpose.replace(/_/g, " ") + " · ") + "step " + entry.step;

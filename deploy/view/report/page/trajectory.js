@@ -54,7 +54,7 @@ function fate(entry, sample) {
   const parts = [{ trained: "Trained on at every step.", masked: "In the update, with its advantage set to 0 at some steps or all.", skipped: "Its update was not applied.", filtered: "Its group was not trained on." }[u.outcome] ?? u.outcome];
   if (u.reason) parts.push(`${u.reason.replace(/_/g, " ")}: ${index.reasons[u.reason] ?? ""}.`);
   if (entry.advantage !== null) parts.push(`Advantage ${signed(entry.advantage)}.`);
-  if (u.winner) parts.push("It is the most likely correct sample of its group, so only it trains the first step.");
+  if (u.winner) parts.push("Of the samples of its group with an advantage above 0 it is the most likely one, so only it trains the first step.");
   if (u.index !== null) parts.push(`Update ${u.index + 1} of the step, gradient norm ${number(u.grad_norm, 3)}.`);
   return el("p", {}, el("span", { class: "badge plain" }, "learner"), " ", parts.join(" "));
 }
