@@ -31,8 +31,9 @@ RAY_CPUS = 4  # logical: more actors than the machine has cores may run side by 
 
 def pytest_collection_modifyitems(items):
     missing = {}
-    if any(item.get_closest_marker("gpu") for item in items) and not _has_cuda():
-        missing["gpu"] = "needs CUDA; torch sees no GPU"
+    wanted = any(item.get_closest_marker("gpu") for item in items)
+    if wanted and os.environ.get("LATENT_GRPO_GPU_TESTS_ON") != "cpu" and not _has_cuda():
+        missing["gpu"] = "needs CUDA; torch sees no GPU (LATENT_GRPO_GPU_TESTS_ON=cpu tries what a CPU can)"
     if importlib.util.find_spec("vllm") is None:
         missing["vllm"] = "needs vLLM: make vllm (CPU), or pip install '.[vllm]' (CUDA)"
     for item in items:
@@ -85,7 +86,7 @@ def ray_session():
         ray.init(
             address="local",  # never an address that a Ray of somebody else has left on this machine
             num_cpus=RAY_CPUS,
-            num_gpus=0,
+            num_gpus=1 if _has_cuda() else 0,
             include_dashboard=False,
             object_store_memory=256 * 2**20,
             log_to_driver=True,

@@ -29,7 +29,10 @@ from latent_grpo.rollout_workers.requests import sample_settings
 from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
 
-pytestmark = [pytest.mark.gpu]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="is about CUDA itself; the CPU has tests/contracts"),
+]
 VOCAB, END, EOS, K = 32_000, 5, 1, 10
 FACTS = TokenFacts(vocab_size=VOCAB, allowed=np.ones(VOCAB, bool), latent_end_id=END, eos_ids=(EOS,), pad_id=0)
 # dtype: (tolerance of a redrawn step, mean gap, p99 gap), all in log-prob. Logits of the model below reach 20, where
