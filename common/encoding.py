@@ -56,7 +56,10 @@ def _unseen(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]
 
 
 class TextEncoder:
-    """Encodes texts with one tokenizer. `show` shows the progress; `say` takes a line about the cache."""
+    """Encodes texts with one tokenizer. `show` shows the progress; `say` takes a line about the cache.
+
+    `rows` is the number of ids that the model has; a text with an id beyond it is refused.
+    """
 
     def __init__(
         self,
@@ -64,9 +67,11 @@ class TextEncoder:
         show: Show = _unseen,
         say: Callable[[str], None] = lambda line: None,
         *,
+        rows: int | None = None,
         large: int = LARGE,
     ) -> None:
         self.tokenizer = tokenizer
+        self.rows = rows
         self._show, self._say, self._large = show, say, large
         self._identity: str | None = None
 
@@ -74,8 +79,21 @@ class TextEncoder:
         """Returns the token ids of each text, int32. `name` is what the progress calls the texts.
 
         With `special_tokens` the tokenizer adds those that it puts around a plain text. Raises
-        :class:`UnencodableText` for a text with characters that a tokenizer without an unknown token does not have.
+        :class:`UnencodableText` for a text with characters that a tokenizer without an unknown token does not have, and
+        for one with an id that the model does not have.
         """
+        found = self._found(name, texts, special_tokens)
+        if self.rows is not None and len(found.values) and int(found.values.max()) >= self.rows:
+            place = int(np.argmax(found.values >= self.rows))
+            index = int(np.searchsorted(found.offsets, place, side="right")) - 1
+            beyond = int(found.values[place])
+            token = self.tokenizer.convert_ids_to_tokens(beyond)
+            raise UnencodableText(
+                index, texts[index], f"it has token {token!r} of id {beyond}, and the model has {self.rows:,} rows"
+            )
+        return found
+
+    def _found(self, name: str, texts: Sequence[str], special_tokens: bool) -> Ragged:
         if len(texts) < self._large:
             return _ragged(self._batches(texts, special_tokens, lambda done: None))
         entry = self._entry(texts, special_tokens)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latent_grpo.common.config import ConfigError, PromptConfig
+from latent_grpo.common.config import DATE_FORMAT, DEFAULT_DATE, ConfigError, PromptConfig
 from latent_grpo.common.encoding import TextEncoder, UnencodableText
 from latent_grpo.common.schema import Ragged
 from latent_grpo.common.types import Problem, TokenFacts
@@ -20,66 +23,88 @@ if TYPE_CHECKING:
     from latent_grpo.common.config import RunConfig
 
 logger = logging.getLogger(__name__)
+SENTENCE = 20  # characters from which on a repeated sentence is worth a warning
 
 
 class PromptRenderer:
-    """Renders problems for one tokenizer and one prompt setting.
+    """Renders problems for one tokenizer.
 
-    A problem of one user message goes through `config.user` and `config.system`; a chat of several messages (verl's
-    `prompt` column) is taken as it is, with the system message put before it if the chat has none.
+    A problem of one user message goes through the texts of `config`. A row that brings whole messages (verl's layout)
+    is taken as it is, apart from the texts of `whole`, which are the task's own. `rows` is the number of ids that the
+    model has. Templates that print a date, as Llama 3.2's does, print `date`, so that a prompt is the same every day.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PromptConfig,
+        whole: PromptConfig | None = None,
+        *,
+        rows: int | None = None,
+        date: str = DEFAULT_DATE,
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        for key, template in (("user", config.user), ("format", config.format)):
-            if template is not None and "{problem}" not in template:
-                raise ConfigError(f"prompt.{key} must contain {{problem}}, got {template!r}")
-        if config.format is None and not tokenizer.chat_template:
-            raise ConfigError(
-                "this tokenizer has no chat template: set prompt.format to a plain-text prompt with {problem}"
-            )
+        self._whole = whole or config
+        self._rows = rows
+        day = datetime.strptime(date, DATE_FORMAT)
+        self._dates: dict[str, Any] = {"date_string": date, "strftime_now": day.strftime}
+        for one in (self.config, self._whole):
+            for key, template in (("user", one.user), ("format", one.format)):
+                if template is not None and "{problem}" not in template:
+                    raise ConfigError(f"prompt.{key} must contain {{problem}}, got {template!r}")
+            if one.format is None and not tokenizer.chat_template:
+                raise ConfigError(
+                    "this tokenizer has no chat template: set prompt.format to a plain-text prompt with {problem}"
+                )
+
+    def _config(self, problem: Problem) -> PromptConfig:
+        return self._whole if problem.whole or len(problem.messages) > 1 else self.config
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         """Returns the chat for the tokenizer's template."""
+        config = self._config(problem)
         chat = [{"role": role, "content": content} for role, content in problem.messages]
         if len(chat) == 1:
-            chat[0]["content"] = self.config.user.replace("{problem}", chat[0]["content"])
-        if self.config.system is not None and all(message["role"] != "system" for message in chat):
-            chat.insert(0, {"role": "system", "content": self.config.system})
+            chat[0]["content"] = config.user.replace("{problem}", chat[0]["content"])
+        if config.system is not None and all(message["role"] != "system" for message in chat):
+            chat.insert(0, {"role": "system", "content": config.system})
         return chat
 
     def render(self, problem: Problem) -> str:
         """Returns the prompt's text, which ends in reasoning mode (METHOD §1)."""
-        if self.config.format is not None:
+        config = self._config(problem)
+        if config.format is not None:
             question = "\n\n".join(content for _, content in problem.messages)
-            text = self.config.format.replace("{problem}", question)
+            text = config.format.replace("{problem}", question)
         else:
             text = str(
-                self.tokenizer.apply_chat_template(self.messages(problem), tokenize=False, add_generation_prompt=True)
+                self.tokenizer.apply_chat_template(
+                    self.messages(problem), tokenize=False, add_generation_prompt=True, **self._dates
+                )
             )
         # templates of reasoning models end with "<think>\n": it is already there, with or without white space
-        return text if text.rstrip().endswith(self.config.think_start) else text + self.config.think_start
+        return text if text.rstrip().endswith(config.think_start) else text + config.think_start
 
     def encode(self, problem: Problem) -> np.ndarray:
         """Returns the prompt's ids, int32 [P]. A chat template has special tokens; plain text gets the default ones.
 
         Raises ConfigError, which names the problem.
         """
-        (ids,) = self.encode_all([problem], TextEncoder(self.tokenizer)).values()
+        (ids,) = self.encode_all([problem], TextEncoder(self.tokenizer, rows=self._rows)).values()
         return ids
 
     def encode_all(self, problems: Sequence[Problem], encoder: TextEncoder, name: str = "prompts") -> EncodedPrompts:
         """Returns the ids of all prompts by the problems' uid. `name` is what the progress calls them."""
         texts = [self.render(problem) for problem in problems]
-        plain = self.config.format is not None
+        # rows of one source are all plain problems or all whole messages
+        plain = bool(problems) and self._config(problems[0]).format is not None
         try:
             ids = encoder.encode(name, texts, special_tokens=plain)
         except UnencodableText as error:
             raise ConfigError(
-                f"problem {problems[error.index].uid}: the model's tokenizer cannot encode its prompt "
-                f"{error.text[:80]!r}... ({error.reason}); use a model whose tokenizer knows these texts, or another "
-                "prompt"
+                f"problem {problems[error.index].uid}: its prompt {error.text[:80]!r}... cannot be encoded for this "
+                f"model: {error.reason}; use a model that knows these texts, or another prompt"
             ) from error
         # tokenizers that close every text would end the response before it starts
         closing = self.tokenizer.eos_token_id if plain else None
@@ -88,6 +113,12 @@ class PromptRenderer:
             if not length:
                 raise ConfigError(f"problem {problem.uid}: its prompt has no tokens")
         return found
+
+
+def repeated_sentences(text: str) -> list[str]:
+    """Returns the sentences of a prompt that occur in it more than once, as an instruction that was put in twice."""
+    sentences = [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n", text)]
+    return [part for part, count in Counter(sentences).items() if count > 1 and len(part) >= SENTENCE]
 
 
 class EncodedPrompts(Mapping[str, np.ndarray]):
@@ -163,17 +194,14 @@ def resolve_tokens(
 ) -> TokenFacts:
     """Resolves the token facts of a run. Raises :class:`ConfigError`, which says what to change.
 
-    `vocab_size` is the number of rows of the model's output. `extra_eos_ids` are further ids of the model's generation
-    config that end a response. The latent-end token is the first id of `think_end` under this tokenizer (METHOD §1).
+    `vocab_size` is the number of rows of the model's output. Ids of the tokenizer beyond it are never drawn
+    (:func:`ids_beyond`), and a text that needs one is refused where it is encoded. `extra_eos_ids` are further ids of
+    the model's generation config that end a response. The latent-end token is the first id of `think_end` under this
+    tokenizer (METHOD §1).
     """
     ids = np.fromiter(tokenizer.get_vocab().values(), dtype=np.int64)
-    if ids.max() >= vocab_size:
-        raise ConfigError(
-            f"the tokenizer has ids up to {ids.max()}, but the model's vocabulary has {vocab_size} rows; "
-            "give the tokenizer that the model was made with, or resize the model's embeddings and save it"
-        )
     allowed = np.zeros(vocab_size, dtype=bool)
-    allowed[ids] = True
+    allowed[ids[ids < vocab_size]] = True
 
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -189,14 +217,22 @@ def resolve_tokens(
     return TokenFacts(
         vocab_size=vocab_size,
         allowed=allowed,
-        latent_end_id=_latent_end(tokenizer, think_end, eos_ids, required=latent),
+        latent_end_id=_latent_end(tokenizer, think_end, eos_ids, vocab_size, required=latent),
         eos_ids=eos_ids,
         pad_id=int(pad),
     )
 
 
+def ids_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[int, str]:
+    """Returns the ids that the tokenizer has and the model has no row for, with their tokens, in order.
+
+    Llama 3.2's released latent checkpoints have one: `<|compress_token|>`, 128256, in a model of 128,256 rows.
+    """
+    return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]) if i >= vocab_size}
+
+
 def _latent_end(
-    tokenizer: PreTrainedTokenizerBase, think_end: str, eos_ids: tuple[int, ...], *, required: bool
+    tokenizer: PreTrainedTokenizerBase, think_end: str, eos_ids: tuple[int, ...], vocab_size: int, *, required: bool
 ) -> int | None:
     fault = None
     try:
@@ -207,6 +243,8 @@ def _latent_end(
         fault = fault or "gives no tokens for it"
     elif ids[0] == tokenizer.unk_token_id:
         fault = "gives the unknown token for it"
+    elif max(ids) >= vocab_size:
+        fault = f"gives id {max(ids)} for it, and the model has {vocab_size} rows"
     elif ids[0] in eos_ids:
         fault = f"gives the end-of-sequence id {ids[0]} first: leaving latent mode would end the response"
     elif not str(tokenizer.decode([ids[0]])).strip():

@@ -32,6 +32,8 @@ from latent_grpo.common.config.monitoring_and_checkpoints import (
     MetricsConfig,
 )
 from latent_grpo.common.config.problems_and_model import (
+    DATE_FORMAT,
+    DEFAULT_DATE,
     Columns,
     Dtype,
     ModelConfig,
@@ -63,6 +65,8 @@ from latent_grpo.common.types import NoiseMode
 
 __all__ = [
     "ALGORITHM_DEFAULTS",
+    "DATE_FORMAT",
+    "DEFAULT_DATE",
     "LATENT_ONLY_KEYS",
     "OBJECTIVE_KEYS",
     "PASS_AT_K",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from latent_grpo.common.config.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
+DATE_FORMAT = "%d %b %Y"
+DEFAULT_DATE = "26 Jul 2024"  # what the templates of Llama 3.1 and 3.2 print where they are given no date
 MADE_TOKENIZERS = ("arithmetic", "bpe")
 
 
@@ -25,7 +28,9 @@ class Columns(Section):
 
 
 class PromptConfig(Section):
-    """How a problem becomes a prompt (METHOD §8). The rendered prompt ends with the start-of-thinking text."""
+    """How a problem becomes a prompt (METHOD §8). The rendered prompt ends with the start-of-thinking text. Each key
+    counts by itself: that of `tasks.N.prompt`, else of `model.prompt`, else of the benchmark. Rows in verl's layout
+    bring whole messages, so only `tasks.N.prompt` changes them."""
 
     system: str | None = None
     """System message at the beginning of the chat; null: none."""
@@ -39,6 +44,20 @@ class PromptConfig(Section):
     think_end: str = "</think>"
     """End-of-thinking text. Its first token id under the model's tokenizer is the latent-end token (METHOD §1), of
     which a run has one for all tasks."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that somebody set. Where all are, as in the files of 0.2.0, a default does not count as set."""
+        fields = type(self).model_fields
+        whole = len(self.model_fields_set) == len(fields)
+        values = {name: getattr(self, name) for name in fields if name in self.model_fields_set}
+        return {name: v for name, v in values.items() if not whole or v != fields[name].default}
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that nobody set stays so in a file: written out it would take precedence over a benchmark's."""
+        written: dict[str, Any] = handler(self)
+        return {name: value for name, value in written.items() if name in self.given}
 
 
 class TaskConfig(Section):
@@ -66,7 +85,7 @@ class TaskConfig(Section):
     """Verifier that grades responses: `math`, `number`, `choice`, another registered one, one that `verifiers` defines,
     or an import path `package.module:Name`."""
     prompt: PromptConfig | None = None
-    """Replaces `model.prompt` for this task."""
+    """Keys of the prompt for this task, before those of `model.prompt`."""
 
 
 class VerifierDefinition(Section):
@@ -128,6 +147,12 @@ class ModelConfig(Section):
     dtype: Dtype = "float32"
     """Data type of forward passes; master weights and logits are always float32 (METHOD §5)."""
     prompt: PromptConfig = PromptConfig()
+    date_string: str = DEFAULT_DATE
+    """Date that a chat template prints, if it prints one (Llama 3.2's does), as `26 Jul 2024`. It is fixed, so that
+    prompts do not change from one day to the next, in a resumed run or in an evaluation."""
+    train_layers: PositiveInt | None = None
+    """Number of transformer layers that are trained, the uppermost ones, with the final norm and an output layer that
+    is not tied; everything below stays as it is, input embeddings included, in Latent-SFT and in RL. null: all."""
 
     @property
     def source(self) -> str | None:
@@ -139,4 +164,8 @@ class ModelConfig(Section):
         if (self.path is None) == (self.new is None):
             given = "both" if self.path else "neither"
             raise ValueError(f"model: exactly one of `path` and `new` must be given, got {given}; set model.path")
+        try:
+            datetime.strptime(self.date_string, DATE_FORMAT)
+        except ValueError:
+            raise ValueError(f"date_string must be a date such as {DEFAULT_DATE!r}, got {self.date_string!r}") from None
         return self

@@ -39,7 +39,7 @@ class Benchmark:
     how_to_get: str
 
     def defaults(self) -> dict[str, object]:
-        names = ("verifier", "prompt", "max_prompt_tokens", "max_response_tokens")
+        names = ("verifier", "max_prompt_tokens", "max_response_tokens")
         return {name: getattr(self, name) for name in names}
 
 
@@ -94,6 +94,30 @@ def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:
     if benchmark is None:
         return config
     return config.model_copy(update={k: v for k, v in benchmark.defaults().items() if k not in config.model_fields_set})
+
+
+def prompt_of(task: TaskConfig, model: PromptConfig) -> PromptConfig:
+    """The prompt of a task's plain problems: each key from the task, else from `model.prompt`, else from the benchmark.
+
+    The instruction never appears twice: a benchmark's user text loses it where the system message holds it.
+    """
+    benchmark = BENCHMARKS[task.name].prompt.given if task.name in BENCHMARKS else {}
+    chosen = model.given | (task.prompt.given if task.prompt else {})
+    if "user" in benchmark and INSTRUCTION in (chosen.get("system") or ""):
+        lines = benchmark["user"].split("\n")
+        benchmark["user"] = "\n".join(line for line in lines if line != INSTRUCTION)
+    if "system" in benchmark and INSTRUCTION in (chosen.get("user") or ""):
+        del benchmark["system"]
+    return PromptConfig(**(PromptConfig().__dict__ | benchmark | chosen))
+
+
+def prompt_of_messages(task: TaskConfig, model: PromptConfig) -> PromptConfig:
+    """The prompt of rows that bring whole messages, which only the task's own keys change.
+
+    The texts around thinking are the model's.
+    """
+    thinking = {name: value for name, value in model.given.items() if name in ("think_start", "think_end")}
+    return PromptConfig(**(PromptConfig().__dict__ | thinking | (task.prompt.given if task.prompt else {})))
 
 
 def how_to_get(name: str) -> str:

@@ -178,7 +178,7 @@ def _stored(config: TaskConfig, path: str, gradable: Callable[[str], bool] | Non
     rows = _read(config, path)
     if not rows:
         raise TaskError(f"task {config.name}: {path} has no rows")
-    read = _reader(config, set().union(*(row.keys() for row in rows[:100])))
+    read, whole = _reader(config, set().union(*(row.keys() for row in rows[:100])))
     problems: list[Problem] = []
     dropped: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -191,7 +191,7 @@ def _stored(config: TaskConfig, path: str, gradable: Callable[[str], bool] | Non
             dropped.setdefault(UNREADABLE_ANSWER, []).append(number)
         else:
             uid = f"{config.name}/{number}"
-            problems.append(Problem(uid=uid, task=config.name, messages=messages, answer=answer, cot=cot))
+            problems.append(Problem(uid=uid, task=config.name, messages=messages, answer=answer, cot=cot, whole=whole))
     if not problems:
         raise TaskError(
             f"task {config.name}: none of the {len(rows)} rows of {path} can be graded with verifier "
@@ -281,12 +281,13 @@ def _read_hub(config: TaskConfig, name: str) -> list[Row]:
 Reading = tuple[tuple[tuple[str, str], ...], str, str]  # messages, answer, chain of thought
 
 
-def _reader(config: TaskConfig, present: set[str]) -> Callable[[int, Row], Reading]:
+def _reader(config: TaskConfig, present: set[str]) -> tuple[Callable[[int, Row], Reading], bool]:
+    """Returns a function that reads a row, and whether its messages are a whole prompt."""
     columns = config.columns
     if columns.problem not in present and {"prompt", "reward_model"} <= present:
-        return lambda number, row: _read_verl(config, number, row)
+        return (lambda number, row: _read_verl(config, number, row)), True
     if columns.problem not in present and present >= GPQA_COLUMNS:
-        return _read_gpqa
+        return _read_gpqa, False
     for key, column in (("problem", columns.problem), ("answer", columns.answer)):
         if column not in present:
             raise TaskError(
@@ -303,7 +304,7 @@ def _reader(config: TaskConfig, present: set[str]) -> Callable[[int, Row], Readi
         text = cell_text(row.get(columns.problem))
         return (("user", text),), cell_text(row.get(columns.answer)), cell_text(row.get(columns.cot))
 
-    return read
+    return read, False
 
 
 def _read_verl(config: TaskConfig, number: int, row: Row) -> Reading:

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from latent_grpo.common.config import ConfigError, RunConfig
-from latent_grpo.common.prompts import PromptRenderer
-from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
+from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.types import Problem
 from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sentence
 from latent_grpo.deploy.checks.memory import GIB, ModelShape, machine_bytes, rank_memory
 from latent_grpo.deploy.run.preparation import Checked, InitialModel, check
-from latent_grpo.deploy.run.problems import describe
+from latent_grpo.deploy.run.problems import describe, renderer_of
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
 from latent_grpo.deploy.run.sft_data import SFTData
 
@@ -48,6 +47,7 @@ def validate(
         *sft_rows(config, found.sft),
         *([] if found.model is None else memory_rows(config, found.model)),
         *_token_rows(config, found.model),
+        *([] if found.model is None else prompt_rows(config, found, found.model)),
     ]
 
 
@@ -140,11 +140,6 @@ def _token_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
     if model is None:
         return [("tokenizer", f"not checked: {config.model.source} is not a folder on this machine")]
     tokenizer, facts = model.tokenizer, model.facts
-    problem = Problem(uid="0", task="", messages=(("user", "(problem)"),), answer="")
-    prompts: dict[str, list[str]] = {}  # text -> tasks that use it
-    for task in (*config.tasks, *config.evaluation.tasks):
-        prompt = with_benchmark_defaults(task).prompt or config.model.prompt
-        prompts.setdefault(PromptRenderer(tokenizer, prompt).render(problem), []).append(task.name)
     end = facts.latent_end_id
     pad = " (an EOS id; masks are made from lengths)" if facts.pad_id in facts.eos_ids else ""
     chain = model.chain.describe() if model.chain else "not stated: the model has no latent_chain.json"
@@ -155,10 +150,25 @@ def _token_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
             "none" if end is None else f"{end} ({tokenizer.decode([end])!r}){_rest(config, tokenizer)}",
         ),
         ("end of sequence, padding", f"{', '.join(map(str, facts.eos_ids))}; {facts.pad_id}{pad}"),
-        *((f"rendered prompt of {', '.join(dict.fromkeys(names))}", repr(text)) for text, names in prompts.items()),
         ("the model's chain", chain),
         *(("warning", line) for line in model.warnings),
     ]
+
+
+def prompt_rows(config: RunConfig, found: Checked, model: InitialModel) -> list[Row]:
+    """Rows with the first prompt of each task, in full; for a task that was not read, with `(problem)` in its place."""
+    rows: list[Row] = []
+    known = found.problems
+    for names, text, warnings in [] if known is None else known.first_prompts():
+        rows += [(f"first prompt of {names}", text), *(("warning", line) for line in warnings)]
+    read = set() if known is None else {task.name for task in (*known.training, *known.evaluation)}
+    encoder = TextEncoder(model.tokenizer, rows=model.facts.vocab_size)
+    problem = Problem(uid="0", task="", messages=(("user", "(problem)"),), answer="")
+    prompts: dict[str, list[str]] = {}  # text -> tasks that use it
+    for task in (*config.tasks, *config.evaluation.tasks):
+        if task.name not in read:
+            prompts.setdefault(renderer_of(task, config, encoder).render(problem), []).append(task.name)
+    return rows + [(f"prompt of {', '.join(dict.fromkeys(names))}", text) for text, names in prompts.items()]
 
 
 def arithmetic(config: RunConfig) -> list[tuple[str, str]]:

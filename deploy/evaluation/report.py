@@ -83,7 +83,7 @@ def _origin(task: PreparedTask) -> dict[str, Any]:
         "options": config.options,
         "sha256": file_hash(file, hashlib.sha256) if file.is_file() else None,
         "verifier": config.verifier,
-        "prompt": renderer.model_dump(mode="json"),
+        "prompt": {name: getattr(renderer, name) for name in type(renderer).model_fields},  # also what nobody set
         "max_prompt_tokens": config.max_prompt_tokens,
         "max_response_tokens": config.max_response_tokens,
         "dropped": {reason: len(rows) for reason, rows in task.source.dropped.items()},

@@ -20,7 +20,7 @@ from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.files import save_whole
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chain, read_chain
 from latent_grpo.common.models import make_model, make_tokenizer, position_limit, save_model
-from latent_grpo.common.prompts import check_think_start, check_width, read_tokens, resolve_tokens
+from latent_grpo.common.prompts import check_think_start, check_width, ids_beyond, read_tokens, resolve_tokens
 from latent_grpo.common.tasks.benchmarks import how_to_get
 from latent_grpo.common.tasks.sources import TaskSource, is_generated
 from latent_grpo.common.types import TokenFacts
@@ -101,6 +101,10 @@ def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = No
         reporter.say(f"[yellow]{escape(warning)}[/]")
     for line in found.problems.summaries:
         reporter.say(line)
+    for names, text, warnings in found.problems.first_prompts():
+        reporter.say(escape(f"first prompt of {names}, {text}"))
+        for warning in warnings:
+            reporter.say(f"[yellow]{escape(warning)}[/]")
     return Prepared(found.model, found.problems, found.sft)
 
 
@@ -131,7 +135,7 @@ def check(
         return Checked(engine, verifiers, sources, model, None, None)  # its tokens come from a file that was not read
     check_width(config, model.facts)
     check_think_start(config, model.tokenizer)
-    encoder = TextEncoder(model.tokenizer, reporter.phase, reporter.say)
+    encoder = TextEncoder(model.tokenizer, reporter.phase, reporter.say, rows=model.facts.vocab_size)
     tasks = sources.prepared(config, encoder)
     check_positions((*tasks.training, *tasks.evaluation), model.positions, model.source or "model.new")
     sft = None
@@ -160,8 +164,15 @@ def _read_model(config: RunConfig, folder: RunFolder | None, first: TaskSource |
     tokenizer, facts = read_tokens(config, source)
     chain = read_chain(source)
     warnings: list[str] = []
+    if beyond := ids_beyond(tokenizer, facts.vocab_size):
+        listed = ", ".join(f"{i} ({token!r})" for i, token in list(beyond.items())[:3])
+        more = ", ..." if len(beyond) > 3 else ""
+        warnings.append(
+            f"the tokenizer has {len(beyond):,} id(s) that the model, of {facts.vocab_size:,} rows, has not: {listed}"
+            f"{more}; they are never drawn, and a text that needs one is refused"
+        )
     if chain is not None:
-        warnings = check_chain(chain, source, config, tokenizer)
+        warnings += check_chain(chain, source, config, tokenizer)
     elif new is None and config.latent and config.warm_start is None:
         warnings.append(
             f"model {source} has no {CHAIN_FILE}, so k ({config.k}), tau ({config.tau:g}) and think_end "

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
 from latent_grpo.common.encoding import TextEncoder
-from latent_grpo.common.prompts import EncodedPrompts, PromptRenderer
-from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
+from latent_grpo.common.prompts import EncodedPrompts, PromptRenderer, repeated_sentences
+from latent_grpo.common.tasks.benchmarks import prompt_of, prompt_of_messages, with_benchmark_defaults
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.tasks.sources import (
     EMPTY_ANSWER,
@@ -30,6 +30,7 @@ from latent_grpo.rollout_workers.verifiers import build_verifier
 if TYPE_CHECKING:
     import numpy as np
 
+LAST_TOKENS = 4  # of a prompt, which are shown one by one
 TOO_LONG = "prompt over max_prompt_tokens"
 
 
@@ -50,6 +51,17 @@ class PreparedTask:
     def summary(self) -> str:
         return describe(self.source)
 
+    def first_prompt(self) -> tuple[str, list[str]]:
+        """Returns the first problem's prompt in full, after a line about its tokens, and warnings about it."""
+        problem = self.source.problem(0)
+        ids, text = self.prompt_ids(problem), self.renderer.render(problem)
+        last = " ".join(repr(self.renderer.tokenizer.decode([i])) for i in ids[-LAST_TOKENS:].tolist())
+        warnings = [
+            f"task {self.name}: its prompt says twice: {sentence!r}; look at model.prompt and tasks.N.prompt"
+            for sentence in repeated_sentences(text)
+        ]
+        return f"{len(ids)} tokens, the last of them {last}:\n{text}", warnings
+
     def prompt_ids(self, problem: Problem) -> np.ndarray:
         """Returns the prompt's token ids, int32 [P]. Raises TaskError for a generated problem that is too long."""
         ids = self.renderer.encode(problem) if self.prompts is None else self.prompts[problem.uid]
@@ -62,12 +74,19 @@ class PreparedTask:
         return ids
 
 
+def renderer_of(task: TaskConfig, config: RunConfig, encoder: TextEncoder) -> PromptRenderer:
+    """Returns the renderer of a task's prompts."""
+    prompt, date = config.model.prompt, config.model.date_string
+    plain, whole = prompt_of(task, prompt), prompt_of_messages(task, prompt)
+    return PromptRenderer(encoder.tokenizer, plain, whole, rows=encoder.rows, date=date)
+
+
 def prepare_task(source: TaskSource, config: RunConfig, encoder: TextEncoder) -> PreparedTask:
     """Encodes a task's prompts; prompts of a stored task that are too long are dropped and counted.
 
     Raises TaskError when nothing is left.
     """
-    renderer = PromptRenderer(encoder.tokenizer, source.config.prompt or config.model.prompt)
+    renderer = renderer_of(source.config, config, encoder)
     limit = source.config.max_prompt_tokens
     if not isinstance(source, StoredTask):
         return PreparedTask(source, renderer, limit)
@@ -172,6 +191,15 @@ class Problems:
         """One line for each task that had to drop problems, with counts and reasons."""
         tasks = {task.name: describe_dropped(task.source.dropped) for task in (*self.training, *self.evaluation)}
         return [f"{name}: {found}" for name, found in tasks.items() if found]
+
+    def first_prompts(self) -> list[tuple[str, str, list[str]]]:
+        """Returns each task's :meth:`PreparedTask.first_prompt`; one for tasks that are equal in it."""
+        found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        tasks = self.evaluation if self.training is self.evaluation else [*self.training, *self.evaluation]
+        for task in tasks:
+            text, warnings = task.first_prompt()
+            found.setdefault((text, tuple(warnings)), []).append(task.name)
+        return [(", ".join(dict.fromkeys(names)), text, list(warnings)) for (text, warnings), names in found.items()]
 
     def request(self, ordinal: int, purpose: Purpose = "training") -> GroupRequest:
         """Returns the group at a place of the training order."""

@@ -88,7 +88,7 @@ class Chains:
         return (found[i] for i in range(len(found)))
 
     def _think_end(self, task: PreparedTask) -> str:
-        return (task.source.config.prompt or self._config.model.prompt).think_end
+        return task.renderer.config.think_end
 
     def row(self, task: PreparedTask, problem: Problem) -> SFTRow:
         """Returns the problem's training row, with uniform labels."""

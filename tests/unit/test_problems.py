@@ -1,10 +1,17 @@
 """Rows that are known to be wrong, and problems in two tasks, are said at the start and never dropped."""
 
-from latent_grpo.common.config import TaskConfig
+import json
+
+import pytest
+
+from latent_grpo.common.config import NewModelConfig, TaskConfig, load_config
+from latent_grpo.common.encoding import TextEncoder
+from latent_grpo.common.models import make_tokenizer
+from latent_grpo.common.tasks.benchmarks import INSTRUCTION
 from latent_grpo.common.tasks.known_faults import fingerprint
 from latent_grpo.common.tasks.sources import StoredTask
 from latent_grpo.common.types import Problem
-from latent_grpo.deploy.run.problems import mislabelled, notes, overlaps
+from latent_grpo.deploy.run.problems import Sources, mislabelled, notes, overlaps
 
 CARNIVAL = (  # a row of GSM8K's test split
     "The girls are trying to raise money for a carnival. Kim raises $320 more than Alexandra, who raises $430, and "
@@ -49,3 +56,45 @@ def test_a_fingerprint_sees_neither_space_nor_case_nor_punctuation_but_every_sig
     assert fingerprint("Same\n  Text: $2+2$?") == fingerprint("same text 2 + 2.")
     assert fingerprint("2+2") != fingerprint("2-2")
     assert fingerprint("\ud800") != fingerprint("")
+
+
+# --- rows that bring whole messages
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(NewModelConfig(tokenizer="bpe", vocab_size=300), [INSTRUCTION])
+
+
+def verl_rows(path):
+    """The authors' layout for the low benchmarks: the instruction inside the one user message."""
+    message = {"role": "user", "content": f"{INSTRUCTION}\nHow many are 1 and 1?"}
+    path.write_text(json.dumps({"prompt": [message], "reward_model": {"ground_truth": "2"}}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "own", "said", "twice"),
+    [
+        ({"user": INSTRUCTION + "\n{problem}"}, None, f"{INSTRUCTION}\nHow many are 1 and 1?\n<think>", False),
+        ({}, {"system": INSTRUCTION}, f"{INSTRUCTION}\n{INSTRUCTION}\nHow many are 1 and 1?\n<think>", True),
+    ],
+    ids=["the model's prompt leaves them", "the task's own does not, with a warning"],
+)
+@pytest.mark.parametrize("name", ["gsm8k-aug", "mine"])
+def test_a_rows_own_messages_are_the_prompt(tmp_path, tokenizer, model, own, said, twice, name):
+    row = {"name": name, "path": verl_rows(tmp_path / "rows.jsonl"), "verifier": "number", "max_prompt_tokens": 999}
+    task = row if own is None else {**row, "prompt": own}
+    config = load_config({"model": {"path": "m", "prompt": model}, "tasks": [task]})
+    encoder = TextEncoder(tokenizer)
+    (prepared,) = Sources.read(config).prepared(config, encoder).training
+    text, warnings = prepared.first_prompt()
+    first, _, prompt = text.partition("\n")
+    assert prompt == said
+    assert first.startswith(f"{len(tokenizer.encode(said))} tokens, the last of them ")
+    assert first.endswith("'<think>':")
+    assert bool(warnings) == twice
+    if twice:
+        assert warnings == [
+            f"task {name}: its prompt says twice: {INSTRUCTION!r}; look at model.prompt and tasks.N.prompt"
+        ]

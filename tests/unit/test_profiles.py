@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from latent_grpo.common.config import ConfigError, TaskConfig, load_config, profiles_folder
+from latent_grpo.common.config import ConfigError, PromptConfig, TaskConfig, load_config, profiles_folder
 from latent_grpo.common.models import make_model
 from latent_grpo.common.prompts import PromptRenderer
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
-from latent_grpo.common.tasks.sources import BENCHMARKS, load_task, with_benchmark_defaults
+from latent_grpo.common.tasks.benchmarks import prompt_of
+from latent_grpo.common.tasks.sources import BENCHMARKS, load_task
 from latent_grpo.deploy.checks.validate import resource_rows, validate
 from latent_grpo.deploy.cli.app import app
 from latent_grpo.deploy.run.preparation import check_engine
@@ -102,8 +103,7 @@ def test_benchmark_profile_agrees_with_the_benchmark(name):
         default.max_prompt_tokens,
         default.max_response_tokens,
     )
-    assert with_benchmark_defaults(task).prompt == default.prompt
-    assert (task.prompt or config.model.prompt) == default.prompt
+    assert prompt_of(task, config.model.prompt) == prompt_of(task, PromptConfig())
 
 
 @pytest.mark.parametrize(

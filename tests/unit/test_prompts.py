@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from latent_grpo.common.config import ConfigError, NewModelConfig, PromptConfig, load_config
+from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.models import load_model, load_tokenizer, make_model, make_tokenizer, save_model
-from latent_grpo.common.prompts import PromptRenderer, check_think_start, check_width, resolve_tokens
+from latent_grpo.common.prompts import (
+    PromptRenderer,
+    check_think_start,
+    check_width,
+    ids_beyond,
+    repeated_sentences,
+    resolve_tokens,
+)
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
 from latent_grpo.common.types import Problem
 
@@ -118,8 +128,10 @@ def test_latent_end_is_the_first_id_of_a_text_of_several_tokens(bpe):
 
 
 def test_unusable_tokenizers_are_refused(arithmetic, bpe):
-    with pytest.raises(ConfigError, match="vocabulary has 10 rows"):
+    with pytest.raises(ConfigError, match="gives id 20 for it, and the model has 10 rows"):
         resolve_tokens(arithmetic, 10, latent=True)
+    with pytest.raises(ConfigError, match="not all below the model's vocabulary of 1"):
+        resolve_tokens(arithmetic, 1, latent=False)
     with pytest.raises(ConfigError, match=r"cannot encode it.*set prompt\.think_end"):
         resolve_tokens(arithmetic, 32, latent=True, think_end="[end]")
     with pytest.raises(ConfigError, match="would end the response"):
@@ -132,6 +144,56 @@ def test_unusable_tokenizers_are_refused(arithmetic, bpe):
     endless.eos_token = None
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
         resolve_tokens(endless, 32, latent=True)
+
+
+def test_ids_beyond_the_model_are_left_out_and_refused_where_a_text_needs_one(arithmetic):
+    """Llama's released checkpoints have one such id; the tokenizer's here is the brace of the box, 22."""
+    rows = len(arithmetic) - 1
+    facts = resolve_tokens(arithmetic, rows, latent=True)
+    assert (facts.vocab_size, int(facts.allowed.sum())) == (rows, rows)
+    assert ids_beyond(arithmetic, rows) == {22: "}"}
+    assert ids_beyond(arithmetic, rows + 1) == {}
+    fine, beyond = (
+        Problem(uid=f"t/{text}", task="t", messages=(("user", text),), answer="3") for text in ("1+2?", "1+}?")
+    )
+    renderer = PromptRenderer(arithmetic, PromptConfig(), rows=rows)
+    assert len(renderer.encode(fine)) == 5
+    with pytest.raises(
+        ConfigError, match=r"problem t/1\+\}\?: its prompt '1\+\}\?<think>'.* token '\}' of id 22, .*22 rows"
+    ):
+        renderer.encode(beyond)
+    with pytest.raises(ConfigError, match=r"problem t/1\+\}\?"):
+        renderer.encode_all([fine, beyond], TextEncoder(arithmetic, rows=rows))
+
+
+LLAMA_DATE = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}{%- endif %}"
+    "Today: {{ date_string }}{{ strftime_now('|%Y') }}\n{{ messages[0]['content'] }}"
+)
+
+
+def test_a_template_that_prints_a_date_prints_the_runs_own(bpe):
+    bpe = copy.deepcopy(bpe)
+    bpe.chat_template = LLAMA_DATE
+    assert PromptRenderer(bpe, PromptConfig()).render(PROBLEM).startswith("Today: 26 Jul 2024|2024\n")
+    dated = PromptRenderer(bpe, PromptConfig(), date="01 Feb 2026")
+    assert dated.render(PROBLEM).startswith("Today: 01 Feb 2026|2026\n")
+    with pytest.raises(ConfigError, match="date_string must be a date such as '26 Jul 2024', got 'today'"):
+        load_config("quickstart", ["model.date_string=today"])
+
+
+def test_whole_messages_are_used_as_they_are_but_for_the_tasks_own_texts(bpe):
+    row = Problem(uid="v/0", task="v", messages=(("user", "Be right.\n1+1?"),), answer="2", whole=True)
+    config = PromptConfig(system="Reason.", user="Be right.\n{problem}")
+    assert PromptRenderer(bpe, config, PromptConfig()).render(row) == "Be right.\n1+1?\n<think>"
+    assert PromptRenderer(bpe, config, PromptConfig(system="Short.")).render(row) == "Short.\nBe right.\n1+1?\n<think>"
+
+
+def test_repeated_sentences_are_found():
+    twice = "Please reason step by step.\nWhat is 1+1? Please reason step by step."
+    assert repeated_sentences(twice) == ["Please reason step by step."]
+    assert repeated_sentences("Yes. Yes. A long sentence that occurs once only.") == []
 
 
 def test_explicit_algorithm_needs_no_end_of_thinking(arithmetic):

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from benchmark_files import DATA, MISSING
 
-from latent_grpo.common.config import Columns, PromptConfig, TaskConfig
+from latent_grpo.common.config import Columns, PromptConfig, TaskConfig, load_config
 from latent_grpo.common.tasks.arithmetic import MODULUS, ChainArithmetic, split_of
+from latent_grpo.common.tasks.benchmarks import INSTRUCTION, prompt_of, prompt_of_messages
 from latent_grpo.common.tasks.sources import (
     BENCHMARKS,
     PromptStream,
@@ -202,12 +203,60 @@ def test_faulty_sources_are_named(tmp_path):
         load(write_jsonl(tmp_path / "v.jsonl", [{"prompt": [], "reward_model": {}}]))
 
 
+PROBLEM_FIRST = "Think.\n{problem}"
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "own", "expected"),
+    [
+        ("mine", {}, None, (None, "{problem}")),
+        ("mine", {"system": "M"}, {"user": PROBLEM_FIRST}, ("M", PROBLEM_FIRST)),
+        ("svamp", {}, None, (None, INSTRUCTION + "\n{problem}")),
+        ("svamp", {"user": PROBLEM_FIRST}, None, (None, PROBLEM_FIRST)),
+        ("svamp", {"user": PROBLEM_FIRST}, {"user": "{problem}"}, (None, "{problem}")),
+        # the instruction stands once, in the message that the user chose
+        ("svamp", {"system": INSTRUCTION}, None, (INSTRUCTION, "{problem}")),
+        ("math500", {"user": INSTRUCTION + "\n{problem}"}, None, (None, INSTRUCTION + "\n{problem}")),
+        # GPQA keeps its line about the letters
+        ("gpqa", {"system": "M"}, None, ("M", BENCHMARKS["gpqa"].prompt.user)),
+        ("gpqa", {}, {"system": "Choose."}, ("Choose.", BENCHMARKS["gpqa"].prompt.user)),
+    ],
+)
+def test_what_the_user_sets_wins_key_by_key(name, model, own, expected):
+    task = TaskConfig(name=name, prompt=None if own is None else PromptConfig(**own))
+    found = prompt_of(task, PromptConfig(**model))
+    assert (found.system, found.user) == expected
+
+
+def test_a_default_that_is_written_out_is_no_demand():
+    """The stored settings of a run ask for the same prompts as its profile, those of 0.2.0 with all keys too."""
+    source = {
+        "model": {"path": "m", "prompt": {"think_start": "<t>"}},
+        "tasks": [{"name": "svamp", "path": "svamp.parquet"}, {"name": "gpqa", "path": "x", "prompt": {"system": "C"}}],
+    }
+    config = load_config(source)
+    again = load_config(config.model_dump(mode="json"))
+    assert again.model_dump(mode="json")["model"]["prompt"] == {"think_start": "<t>"}
+    for before, after in zip(config.tasks, again.tasks, strict=True):
+        assert prompt_of(before, config.model.prompt) == prompt_of(after, again.model.prompt)
+    whole = {"system": None, "user": "{problem}", "format": None, "think_start": "<think>", "think_end": "</think>"}
+    earlier = load_config({**source, "model": {"path": "m", "prompt": whole}})
+    assert prompt_of(earlier.tasks[0], earlier.model.prompt).user == INSTRUCTION + "\n{problem}"
+
+
+def test_the_models_prompt_never_touches_whole_messages():
+    model = PromptConfig(system="M", user=PROBLEM_FIRST, think_start="<t>")
+    found = prompt_of_messages(TaskConfig(name="svamp"), model)
+    assert (found.system, found.user, found.think_start) == (None, "{problem}", "<t>")
+    own = TaskConfig(name="svamp", prompt=PromptConfig(system="C"))
+    assert prompt_of_messages(own, model).system == "C"
+
+
 def test_benchmark_defaults_yield_to_what_the_user_gave():
     config = with_benchmark_defaults(TaskConfig(name="svamp", path="x", max_response_tokens=64))
     assert (config.verifier, config.max_prompt_tokens, config.max_response_tokens) == ("number", 192, 64)
-    assert config.prompt.user.endswith("\\boxed{}.\n{problem}")
-    own = with_benchmark_defaults(TaskConfig(name="gpqa", prompt=PromptConfig(system="Choose.")))
-    assert (own.prompt.system, own.verifier, own.max_response_tokens) == ("Choose.", "choice", 4096)
+    own = with_benchmark_defaults(TaskConfig(name="gpqa"))
+    assert (own.verifier, own.max_response_tokens) == ("choice", 4096)
     plain = TaskConfig(name="mine")
     assert with_benchmark_defaults(plain) is plain
     assert set(BENCHMARKS) == {

@@ -69,3 +69,10 @@ def test_a_rank_that_does_not_fit_this_machine_is_a_warning(given):
     (warning,) = [value for name, value in memory_rows(config, check(config).model) if name == "warning"]
     assert warning.startswith("1000000 learner rank(s) of 0 GiB do not fit into the ")
     assert "learner.tokens_per_microbatch (16,384)" in warning
+
+
+def test_the_first_prompt_of_each_task_is_shown_in_full(given):
+    found = dict(validate(config_of(given), files=True))
+    assert found["first prompt of rows"] == "5 tokens, the last of them '+' '0' '?' '<think>':\n0+0?<think>"
+    assert "prompt of rows" not in found
+    assert dict(validate(config_of(given)))["prompt of rows"] == "(problem)<think>"
