@@ -104,3 +104,17 @@ def bench_agreement(
     show(found)
     if json_file is not None:
         write_json(found, json_file)
+
+
+@bench.command("gpu")
+def bench_gpu(
+    minutes: Annotated[float, typer.Option(min=0.0, help="Time after which no further part is begun.")] = 8.0,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu; a CPU runs small shapes only, to try the parts.")] = (
+        "auto"
+    ),
+    json_folder: Annotated[Path | None, typer.Option(help="Also write one JSON file a finished part here.")] = None,
+) -> None:
+    """Measures one GPU: float32 logits, sampling, decoding, log-probs with MFU, and publication of weights."""
+    from latent_grpo.deploy.bench.gpu import measure
+
+    measure(minutes, json_folder, device)

@@ -1,0 +1,345 @@
+"""`latent-grpo bench gpu`: the numbers of one GPU, part by part, in order of worth, within a given time.
+
+    product  float32 logits of bfloat16 weights: by the device's product and by float32 copies
+    sampler  a latent step's draw against a sort of the whole vocabulary, V = 151,936
+    decode   response steps per second of the Transformers engine, latent and visible
+    replay   the learner's log-probs: forward, and forward and backward, with the model FLOPs utilisation
+    publish  full weights to checksummed buckets in host memory, and back into an engine
+
+Models have random weights and the shapes of SmolLM2-135M and Llama-3.2-1B. Each finished part is printed and, with a
+folder, written as one JSON file at once, so that a run that is cut off still gives something. On a CPU the same code
+runs with small shapes, and its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from latent_grpo.common.head import COPY_BYTES, Float32Head, float32_product_is_native
+from latent_grpo.common.latent import latent_step, sample_mixture
+from latent_grpo.common.schema import TrajectoryBatch, encode
+from latent_grpo.common.types import PolicyVersion, SamplingSettings, Trajectory
+from latent_grpo.common.weights import combine_checksums, pack, tensor_checksum, unpack
+from latent_grpo.deploy.bench.workload import Workload, facts_of, load_own_weights, requests_of, run_engine
+from latent_grpo.learner.batching import ReplayInputs, collate
+from latent_grpo.learner.logprobs import step_log_probs
+from latent_grpo.learner.policy import PolicyModule
+from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+"""Dense bfloat16 of a card (by a part of its name), from the vendor's data sheets; the SXM variants."""
+K = 10
+BUCKET_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A Llama's shape."""
+
+    name: str
+    vocabulary: int
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_heads: int
+
+    def model(self, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+        """Makes a tied model with random weights on the device."""
+        config = LlamaConfig(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.inner,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.key_heads,
+            head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.02,
+            bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: PreTrainedModel = LlamaForCausalLM(config).eval()
+            return model.to(dtype)  # type: ignore[arg-type]  # transformers' `to` loses its self
+
+    def forward_flops(self, tokens: int, length: int) -> float:
+        """FLOPs of a forward pass over `tokens` in sequences of `length`: products, the head and causal attention."""
+        attention = 4 * self.hidden * 64 * (self.heads + self.key_heads) + 4 * length / 2 * self.heads * 64
+        layer = attention + 6 * self.hidden * self.inner
+        return tokens * (self.layers * layer + 2 * self.hidden * self.vocabulary)
+
+
+SMALL = Shape(name="135M", vocabulary=49_152, hidden=576, inner=1536, layers=30, heads=9, key_heads=3)
+LARGE = Shape(name="1B", vocabulary=128_256, hidden=2048, inner=8192, layers=16, heads=32, key_heads=8)
+TINY = Shape(name="tiny", vocabulary=512, hidden=64, inner=128, layers=2, heads=1, key_heads=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How much work the parts do: on a GPU, or just enough to run every line on a CPU."""
+
+    shapes: tuple[Shape, ...]
+    sampled: tuple[tuple[int, int], ...]  # vocabulary, rows
+    rows: tuple[int, ...]  # samples decoded side by side
+    response: int
+    prompt: int
+    replayed: int  # rows of one replay
+    repeats: int
+
+
+ON_GPU = Sizes(
+    shapes=(SMALL, LARGE), sampled=((151_936, 64), (151_936, 256), (49_152, 256)), rows=(64, 256), response=64,
+    prompt=128, replayed=64, repeats=10,
+)  # fmt: skip
+ON_CPU = Sizes(shapes=(TINY,), sampled=((2_000, 8),), rows=(4,), response=6, prompt=8, replayed=4, repeats=1)
+
+
+class _Clock:
+    """Wall-clock seconds of work on a device."""
+
+    def __init__(self, device: torch.device, repeats: int):
+        self._device, self._repeats = device, repeats
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Returns the median over the repeats, after one run that warms up."""
+        work()
+        found = []
+        for _ in range(self._repeats):
+            self._wait()
+            began = time.perf_counter()
+            work()
+            self._wait()
+            found.append(time.perf_counter() - began)
+        return float(np.median(found))
+
+    def at_most(self, repeats: int) -> _Clock:
+        """Returns a clock for work that takes long."""
+        return _Clock(self._device, min(self._repeats, repeats))
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+Found = dict[str, float | bool | None]
+"""The numbers of a part, by name; the unit is at the name's end."""
+
+
+def measure(
+    minutes: float, folder: Path | None = None, device: str = "auto", console: Console | None = None
+) -> dict[str, Found]:
+    """Runs the parts until the time is up and returns their numbers; a part that has begun is finished.
+
+    With `folder`, each finished part is written there as `NAME.json`, beside the facts of the machine.
+    """
+    console = console or Console()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place, deadline = torch.device(device), time.monotonic() + 60 * minutes
+    sizes = ON_GPU if place.type == "cuda" else ON_CPU
+    facts = machine(place)
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
+    results: dict[str, Found] = {}
+    for name, part in parts(place, sizes):
+        if time.monotonic() > deadline:
+            console.print(f"[yellow]{name}: not run, {minutes:g} minutes are over[/]")
+            continue
+        began = time.perf_counter()
+        results[name] = part()
+        took = time.perf_counter() - began
+        console.print(f"[bold]{name}[/] ({took:.0f} s)")
+        for key, value in results[name].items():
+            console.print(f"  {key}: {_text(value)}", soft_wrap=True)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            content = {"part": name, "machine": facts, "seconds": took, "found": results[name], "sizes": asdict(sizes)}
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def _text(value: float | bool | None) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Returns the device's name and the versions that decide its speed."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "card": card, "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+
+
+def parts(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Callable[[], Found]]]:
+    """Yields the parts in order of worth."""
+    clock = _Clock(device, sizes.repeats)
+    yield "product", partial(product, device, sizes, clock)
+    yield "sampler", partial(sampler, device, sizes, clock)
+    for shape in sizes.shapes:
+        for name, part in (("replay", replay), ("decode", decode), ("publish", publish)):
+            yield f"{name}-{shape.name}", partial(part, device, sizes, shape, clock)
+
+
+def product(device: torch.device, sizes: Sizes, clock: _Clock) -> Found:
+    """Times the output layer's product with float32 logits, and by what way it is computed."""
+    found: Found = {}
+    for shape in sizes.shapes:
+        layer = torch.nn.Linear(shape.hidden, shape.vocabulary, bias=False).to(device, torch.bfloat16)
+        hidden = torch.randn(sizes.replayed * sizes.response, shape.hidden, device=device).to(torch.bfloat16)
+        head = Float32Head(layer)
+        with torch.no_grad():
+            found[f"{shape.name} native"] = float32_product_is_native(hidden, layer.weight)
+            found[f"{shape.name} ms"] = 1e3 * clock.seconds(partial(head, hidden))
+            found[f"{shape.name} by float32 copies ms"] = 1e3 * clock.seconds(partial(_copies, hidden, layer.weight))
+            found[f"{shape.name} rounded to bfloat16 ms"] = 1e3 * clock.seconds(partial(_rounded, layer, hidden))
+    return found
+
+
+def _rounded(layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = layer(hidden).float()
+    return logits
+
+
+def _copies(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    size = max(COPY_BYTES // (4 * weight.shape[1]), 1)
+    states = hidden.float()
+    return torch.cat([states @ part.float().t() for part in weight.split(size)], dim=-1)
+
+
+def sampler(device: torch.device, sizes: Sizes, clock: _Clock) -> Found:
+    """Times a latent step's draw: this program's, and a sort of the whole vocabulary with noise for every id."""
+    found: Found = {}
+    for vocabulary, rows in sizes.sampled:
+        logits = torch.randn(rows, vocabulary, device=device) * 3.5
+        keys, steps = torch.arange(rows, device=device) + 2**40, torch.arange(rows, device=device)
+        noise = torch.randn_like(logits)
+        settings: dict[str, Any] = {"k": K, "top_p": 0.95, "noise_scale": 1.0, "tau": 1.0}
+        ours = partial(latent_step, logits, keys, steps, **settings, end_id=0, noisy=True, one_sided=True, allowed=None)
+        whole = partial(sample_mixture, logits, noise, **settings)
+        name = f"V {vocabulary:,}, {rows} rows"
+        found[f"{name} us"] = 1e6 * clock.seconds(ours)
+        found[f"{name} full sort us"] = 1e6 * clock.seconds(whole)
+    return found
+
+
+def decode(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> Found:
+    """Times the Transformers engine: response steps per second, latent and visible, bfloat16."""
+    model = shape.model(device)
+    found: Found = {}
+    for rows in sizes.rows:
+        engine = TransformersEngine(model, facts_of(model), max_rows=rows, device=device)
+        load_own_weights(engine, model)
+        work = _work(shape, sizes, rows)
+        kinds = {"latent": requests_of(work, "latent", K), "visible": requests_of(work, "visible", K)}
+        for mode, requests in kinds.items():
+            seconds = clock.at_most(2).seconds(partial(run_engine, engine, requests))
+            found[f"{mode} {rows} rows steps/s"] = work.tokens / seconds
+            found[f"{mode} {rows} rows ms/step"] = 1e3 * seconds / sizes.response
+        engine.close()
+    return found
+
+
+def replay(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> Found:
+    """Times the learner's log-probs of a micro-batch, without and with gradient, bfloat16, embeddings frozen."""
+    model = shape.model(device)
+    policy, inputs = PolicyModule(model), replay_inputs(shape, sizes, device)
+    tokens, length = inputs.ids.numel(), inputs.ids.shape[1]
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return step_log_probs(policy(inputs), inputs, weighting="mixture")
+
+    def train() -> None:
+        step_log_probs(policy(inputs), inputs, weighting="mixture").sum().backward()
+        policy.zero_grad(set_to_none=True)
+
+    found: Found = {"tokens": float(tokens), "response steps": float(len(inputs.rows))}
+    flops = shape.forward_flops(tokens, length)
+    peak = next((value for part, value in PEAK_FLOPS.items() if part in machine(device)["card"]), None)
+    for name, work, passes in (("forward", forward, 1), ("forward and backward", train, 3)):
+        seconds = clock.seconds(work)
+        found[f"{name} ms"] = 1e3 * seconds
+        found[f"{name} tokens/s"] = tokens / seconds
+        found[f"{name} TFLOP/s"] = passes * flops / seconds / 1e12
+        found[f"{name} MFU"] = None if peak is None else passes * flops / seconds / peak
+    if device.type == "cuda":
+        found["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
+def publish(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> Found:
+    """Times a publication: device to checksummed host buckets, and from these into an engine, verified."""
+    model = shape.model(device)
+    engine = TransformersEngine(model, facts_of(model), max_rows=1, device=device)
+    once = clock.at_most(3)
+    kept: list[Any] = []
+
+    def out() -> None:
+        kept[:] = pack(((n, p.detach().cpu()) for n, p in model.named_parameters()), BUCKET_BYTES)
+
+    def sums() -> list[str]:
+        return [tensor_checksum(n, p.detach().cpu()) for n, p in model.named_parameters()]
+
+    packing, hashing = once.seconds(out), once.seconds(sums)
+    version = PolicyVersion(version=1, checksum=combine_checksums(sums()))
+
+    def back() -> None:
+        engine.load_weights(version, (pair for manifest, data in kept for pair in unpack(manifest, data)))
+
+    size = sum(p.nbytes for p in model.parameters())
+    loading = once.seconds(back)
+    return {
+        "GiB": size / 2**30,
+        "copy and pack s": packing,
+        "copy and checksum s": hashing,
+        "verify and load s": loading,
+        "GiB/s out": size / 2**30 / packing,
+        "GiB/s in": size / 2**30 / loading,
+    }
+
+
+def replay_inputs(shape: Shape, sizes: Sizes, device: torch.device | str) -> ReplayInputs:
+    """Makes a micro-batch of trajectories with random ids, half of whose steps are latent."""
+    rng = np.random.default_rng(0)
+    rows: list[Trajectory] = []
+    latent = sizes.response // 2
+    for _ in range(sizes.replayed):
+        scores = -np.sort(rng.exponential(2.0, (latent, K)).astype(np.float32), axis=1)
+        hard = rng.integers(1, shape.vocabulary, sizes.response - latent).astype(np.int32)
+        rows.append(
+            Trajectory(
+                run_id="bench",
+                purpose="training",
+                task="bench",
+                problem_uid="bench",
+                group_uid="bench",
+                sample_index=len(rows),
+                epoch=0,
+                run_seed=0,
+                policy_version_min=0,
+                policy_version_max=0,
+                worker="bench",
+                engine="transformers",
+                sampling=SamplingSettings(mode="latent", max_tokens=sizes.response, k=K),
+                prompt_ids=rng.integers(1, shape.vocabulary, sizes.prompt).astype(np.int32),
+                latent_ids=rng.integers(1, shape.vocabulary, (latent, K)).astype(np.int32),
+                latent_scores=scores,
+                latent_log_probs=scores,
+                hard_ids=hard,
+                hard_log_probs=np.zeros(len(hard), np.float32),
+                finish_reason="stop",
+                reward=0.0,
+                grade_reason="wrong",
+            )
+        )
+    return collate(TrajectoryBatch(encode(rows, K)), range(len(rows)), chunks=4).to(device)
+
+
+def _work(shape: Shape, sizes: Sizes, rows: int) -> Workload:
+    prompts = np.random.default_rng(0).integers(2, shape.vocabulary, (rows, sizes.prompt)).astype(np.int32)
+    return Workload(name=f"{rows} rows", prompts=prompts, samples=1, lengths=np.full(rows, sizes.response))

@@ -1,0 +1,71 @@
+"""`bench gpu` runs whole on a CPU, and its models and FLOPs are those of the shapes that it names."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from latent_grpo.common.head import install_float32_head
+from latent_grpo.deploy.bench.gpu import LARGE, ON_GPU, SMALL, TINY, Shape, measure, parts
+from latent_grpo.learner.logprobs import selected_log_probs
+
+QUIET = Console(quiet=True)
+
+
+def test_every_part_runs_and_is_written_when_it_is_finished(tmp_path):
+    found = measure(minutes=5.0, folder=tmp_path, device="cpu", console=QUIET)
+    wanted = ["product", "sampler", "replay-tiny", "decode-tiny", "publish-tiny"]
+    assert list(found) == wanted
+    for name in wanted:
+        written = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+        assert written["found"] == found[name]
+        assert written["machine"]["device"] == "cpu"
+        assert all(value > 0 for value in found[name].values() if isinstance(value, float))
+
+
+def test_no_part_begins_when_the_time_is_over(tmp_path):
+    assert measure(minutes=0.0, folder=tmp_path, device="cpu", console=QUIET) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_gets_both_models_and_the_vocabulary_of_the_issue():
+    names = [name for name, _ in parts(torch.device("meta"), ON_GPU)]
+    assert names[:2] == ["product", "sampler"]
+    assert {"replay-135M", "replay-1B", "decode-135M", "decode-1B", "publish-135M", "publish-1B"} < set(names)
+    assert 151_936 in {vocabulary for vocabulary, _ in ON_GPU.sampled}
+
+
+@pytest.mark.parametrize(("shape", "millions"), [(SMALL, 134.5), (LARGE, 1235.8)])
+def test_the_shapes_have_the_sizes_of_their_names(shape, millions):
+    model = shape.model("meta")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+GROUPED = Shape(name="grouped", vocabulary=700, hidden=192, inner=320, layers=3, heads=6, key_heads=2)
+
+
+@pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda shape: shape.name)
+def test_the_flops_are_those_that_torch_counts(shape):
+    """Torch counts eager attention over all pairs of positions, of which a causal model needs half."""
+    rows, length = 2, 32
+    model = shape.model("cpu", torch.float32)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+    half = shape.layers * rows * length * 2 * length * shape.heads * 64
+    assert shape.forward_flops(rows * length, length) + half == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=lambda shape: shape.name)
+def test_the_log_probs_of_the_real_shapes_need_no_device(shape):
+    """On the device `meta` every shape and dtype of the output layer's way is computed, and no number."""
+    model = shape.model("meta")
+    head, positions = install_float32_head(model), 300
+    hidden = torch.zeros(positions, shape.hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    ids = torch.zeros(positions, 10, dtype=torch.long, device="meta")
+    log_probs = selected_log_probs(head, hidden, ids, torch.ones(positions, device="meta"), chunks=4)
+    assert (log_probs.dtype, log_probs.shape) == (torch.float32, (positions, 10))
+    log_probs.sum().backward()
+    assert hidden.grad.dtype == head.weight.grad.dtype == torch.bfloat16
