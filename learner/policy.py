@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from latent_grpo.common.errors import ConfigError
 from latent_grpo.common.head import install_float32_head
 from latent_grpo.common.latent import mix_embeddings
 from latent_grpo.learner.batching import ReplayInputs
@@ -99,6 +100,24 @@ def freeze_input_embeddings(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is not None and head.weight is embedding:
         log.warning("freeze_embeddings: the output layer shares the input embeddings and is frozen with them")
+
+
+def freeze_lower_layers(model: PreTrainedModel, trained: int | None) -> None:
+    """Freezes the embeddings and all but the `trained` uppermost layers; None: nothing.
+
+    The backward pass then ends at the lowest trained layer. Raises ConfigError for a model with fewer layers.
+    """
+    if trained is None:
+        return
+    count = model.config.num_hidden_layers
+    if trained > count:
+        raise ConfigError(f"model.train_layers ({trained}): the model has {count} layers; lower it, or leave it out")
+    for part in model.base_model.children():
+        if isinstance(part, nn.Embedding):
+            part.requires_grad_(False)
+        elif isinstance(part, nn.ModuleList):
+            for layer in part[: count - trained]:
+                layer.requires_grad_(False)
 
 
 def load_policy_model(folder: str) -> PreTrainedModel:

@@ -33,7 +33,7 @@ from latent_grpo.learner.centering import OtherDraws, Redraw, draw_keys
 from latent_grpo.learner.gaps import RankGaps, compare, joined
 from latent_grpo.learner.logprobs import step_log_probs
 from latent_grpo.learner.objective import clip_codes, k3_kl, policy_loss
-from latent_grpo.learner.policy import PolicyModule, load_policy_model
+from latent_grpo.learner.policy import PolicyModule, freeze_lower_layers, load_policy_model
 from latent_grpo.learner.recorder import StepCollector, flip_shares
 from latent_grpo.learner.zero_engine import learning_rate
 
@@ -103,6 +103,7 @@ class LearnerRank(RankActor):
             frozen = PolicyModule(load_policy_model(self.model_folder))
             self.reference = frozen.to(self.device, dtype).requires_grad_(False)
         self.facts = read_tokens(config, self.model_folder)[1] if config.centering_draws else None
+        freeze_lower_layers(model, config.model.train_layers)
         module = PolicyModule(
             model,
             freeze_embeddings=config.freeze_embeddings,

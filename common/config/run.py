@@ -289,6 +289,11 @@ def conflicts(config: RunConfig) -> list[str]:
         problems.append(f"dump.{', dump.'.join(limits)} would have no effect with dump.every 0; remove it")
     if config.optimizer.schedule == "constant" and config.optimizer.decay_steps is not None:
         problems.append("optimizer.decay_steps has no effect with optimizer.schedule constant; remove it")
+    if config.model.train_layers and config.warm_start is not None and config.warm_start.source == "induced":
+        problems.append(
+            f"model.train_layers ({config.model.train_layers}) has no effect on stage 1 of warm_start.source induced, "
+            "which trains whole models; leave it out, or take uniform labels"
+        )
     problems += _vllm_problems(config)
     problems += _engine_problems(config)
     problems += _objective_problems(config)

@@ -16,7 +16,7 @@ from latent_grpo.common.config import LatentSFTConfig, OptimizerConfig, RunConfi
 from latent_grpo.common.types import TokenFacts
 from latent_grpo.learner.base_rank import RankActor
 from latent_grpo.learner.group import RankGroup
-from latent_grpo.learner.policy import load_policy_model
+from latent_grpo.learner.policy import freeze_lower_layers, load_policy_model
 from latent_grpo.learner.sft.induction import InducedChains, encoder_beside
 from latent_grpo.learner.sft.module import Calls, LatentSFTModule, collate, means, row_key
 from latent_grpo.learner.sft.rows import SFTRow
@@ -96,6 +96,7 @@ class SFTRank(RankActor):
         _, facts = read_tokens(config, self.model_folder)
         self.pad_id = facts.pad_id
         self.labels = self._chain_source(facts)
+        freeze_lower_layers(model, config.model.train_layers)
         module = LatentSFTModule(
             model,
             k=config.k,
