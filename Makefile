@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-vllm-v2-quick test-gpu lint dist clean
+.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-vllm-v2-quick test-gpu gpu-proof lint dist clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -57,6 +57,12 @@ test-vllm-v2-quick: vllm build/triton
 # on a machine with CUDA, after pip install '.[vllm]' pytest: correctness, then the numbers of docs/vllm.md
 test-gpu:
 	$(or $(wildcard $(BIN)/python),python) -m pytest -m gpu -s tests/gpu
+
+# on a machine with one GPU and the project's packages on Python's path: all of it in order of worth, within MINUTES;
+# it installs nothing and needs neither .venv nor network; a file per part in OUT (docs/gpu.md)
+gpu-proof:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(wildcard $(BIN)/python),python3) tests/gpu/proof.py \
+	--minutes $(or $(MINUTES),12) --out $(or $(OUT),gpu-proof) $(if $(DEVICE),--device $(DEVICE))
 
 lint: install
 	$(BIN)/ruff check .
