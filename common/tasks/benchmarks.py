@@ -35,46 +35,67 @@ class Benchmark:
     max_prompt_tokens: int
     max_response_tokens: int
     problems: int  # of the whole benchmark, as published
-    files: tuple[str, ...]  # looked for in the data folder, in this order
+    own_files: tuple[str, ...]  # the product's names
+    authors_stem: str  # of the file in the authors' repository: STEM.jsonl or STEM.parquet (METHOD §8)
     how_to_get: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names that are looked for in the data folder, in this order: the product's, then the authors' own."""
+        others = (name.removesuffix(".parquet") + ".jsonl" for name in self.own_files if name.endswith(".parquet"))
+        authors = (f"{self.authors_stem}.parquet", f"{self.authors_stem}.jsonl")
+        return tuple(dict.fromkeys([*self.own_files, *others, *authors]))
 
     def defaults(self) -> dict[str, object]:
         names = ("verifier", "max_prompt_tokens", "max_response_tokens")
         return {name: getattr(self, name) for name in names}
 
 
-def _low(file: str, problems: int, source: str) -> Benchmark:
+def _low(file: str, authors: str, problems: int, source: str) -> Benchmark:
     return Benchmark(
         level="low", verifier="number", prompt=LOW_PROMPT, max_prompt_tokens=192, max_response_tokens=128,
-        problems=problems, files=(file,), how_to_get=_source(source),
+        problems=problems, own_files=(file,), authors_stem=authors, how_to_get=_source(source),
     )  # fmt: skip
 
 
 def _high(
-    files: tuple[str, ...], problems: int, how_to_get: str, verifier: str = "math", prompt: PromptConfig = HIGH_PROMPT
+    files: tuple[str, ...],
+    authors: str,
+    problems: int,
+    how_to_get: str,
+    verifier: str = "math",
+    prompt: PromptConfig = HIGH_PROMPT,
 ) -> Benchmark:
     return Benchmark(
         level="high", verifier=verifier, prompt=prompt, max_prompt_tokens=1024, max_response_tokens=4096,
-        problems=problems, files=files, how_to_get=how_to_get,
+        problems=problems, own_files=files, authors_stem=authors, how_to_get=how_to_get,
     )  # fmt: skip
 
 
 def _source(repository: str) -> str:
-    return (
-        f"its problems are published at {repository}; a .parquet file with the columns problem and answer is expected"
-    )
+    return f"or give a .parquet or .jsonl file with the columns problem and answer (published at {repository})"
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "gsm8k-aug": _low("gsm8k_aug_test.parquet", 1319, GSM8K_AUG),
-    "gsm-hard": _low("gsm_hard.parquet", 1319, "https://github.com/reasoning-machines/pal"),
-    "svamp": _low("svamp.parquet", 1000, "https://github.com/arkilpatel/SVAMP"),
-    "multiarith": _low("multiarith.parquet", 600, "https://github.com/reasoning-machines/pal"),
-    "math500": _high(("math500.parquet",), 500, _source("https://github.com/openai/prm800k")),
-    "aime2024": _high(("aime2024.parquet",), 30, _source("https://github.com/QwenLM/Qwen2.5-Math")),
-    "aime2025": _high(("aime2025.parquet",), 30, _source("https://artofproblemsolving.com/wiki/index.php/2025_AIME_I")),
+    "gsm8k-aug": _low("gsm8k_aug_test.parquet", "GSM8k-Aug-test", 1319, GSM8K_AUG),
+    "gsm-hard": _low("gsm_hard.parquet", "GSM8k-Hard-test", 1319, "https://github.com/reasoning-machines/pal"),
+    "svamp": _low("svamp.parquet", "Svamp-test", 1000, "https://github.com/arkilpatel/SVAMP"),
+    "multiarith": _low("multiarith.parquet", "Multiarith-test", 600, "https://github.com/reasoning-machines/pal"),
+    "math500": _high(("math500.parquet",), "Math-500-test", 500, _source("https://github.com/openai/prm800k")),
+    "aime2024": _high(("aime2024.parquet",), "AIME-2024-test", 30, _source("https://github.com/QwenLM/Qwen2.5-Math")),
+    "aime2025": _high(
+        ("aime2025.parquet",),
+        "AIME-2025-test",
+        30,
+        _source("https://artofproblemsolving.com/wiki/index.php/2025_AIME_I"),
+    ),
     "gpqa": _high(
-        ("gpqa_diamond.csv", "gpqa_diamond.parquet", "gpqa_diamond.jsonl"), 198, GET_GPQA, "choice", CHOICE_PROMPT
+        ("gpqa_diamond.csv", "gpqa_diamond.parquet", "gpqa_diamond.jsonl"),
+        "GPQA-test",
+        198,
+        GET_GPQA,
+        "choice",
+        CHOICE_PROMPT,
     ),
 }
 MADE_FROM_TEXT = f"docs/latent_sft.md says how to make it from the text that is published at {GSM8K_AUG}"
@@ -86,6 +107,8 @@ PROFILE_FILES = {
     "gsm8k-test": f"a .parquet file with the columns problem and answer is expected; {MADE_FROM_TEXT}",
 }
 """Tasks of shipped profiles that are no benchmarks -> how to get their files."""
+TRAINING_SETS = ("gsm8k-aug-oss-dup-all", "dapo-math-17k-en", "gsm8k-aug-train", "math-train")
+"""Training sets that `latent-grpo data fetch` knows besides the benchmarks (`deploy.data.sets`)."""
 
 
 def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:
@@ -120,6 +143,11 @@ def prompt_of_messages(task: TaskConfig, model: PromptConfig) -> PromptConfig:
     return PromptConfig(**(PromptConfig().__dict__ | thinking | (task.prompt.given if task.prompt else {})))
 
 
+def fetch_command(name: str, folder: str | Path) -> str | None:
+    """The command that brings a task's file into the folder; None for a task that it does not know."""
+    return f"latent-grpo data fetch {name} --to {folder}" if name in BENCHMARKS or name in TRAINING_SETS else None
+
+
 def how_to_get(name: str) -> str:
     """Returns a sentence on how to get the file of a benchmark or a profile; empty for another task."""
     known = BENCHMARKS[name].how_to_get if name in BENCHMARKS else PROFILE_FILES.get(name)
@@ -139,7 +167,9 @@ def benchmark_tasks(names: Sequence[str], folder: str | Path) -> list[TaskConfig
         if there:
             tasks.append(TaskConfig(name=name, path=str(there[0])))
         else:
-            missing.append(f"no {' or '.join(BENCHMARKS[name].files)} in {Path(folder).resolve()}{how_to_get(name)}")
+            missing.append(name)
     if missing:
-        raise ConfigError("; ".join(missing))
+        place = Path(folder).resolve()
+        lines = [f"no {' or '.join(BENCHMARKS[name].files)} in {place}{how_to_get(name)}" for name in missing]
+        raise ConfigError("\n".join([f"latent-grpo data fetch {' '.join(missing)} --to {folder}", *lines]))
     return tasks

@@ -22,6 +22,7 @@ from latent_grpo.common.config import ConfigError, config_as_json
 from latent_grpo.common.errors import LatentGRPOError
 from latent_grpo.deploy.cli.arguments import listed, overrides, settings, whole_numbers
 from latent_grpo.deploy.cli.bench import bench
+from latent_grpo.deploy.cli.data import data
 from latent_grpo.deploy.cli.reading import reading
 
 HELP = """Trains and evaluates models that reason in latent steps.
@@ -30,6 +31,7 @@ Settings follow a command's own options: `key.sub=VALUE` or `--key.sub VALUE`; `
 """
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 app.add_typer(reading)
 console = Console()
 STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
@@ -143,7 +145,7 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option(help="Named benchmarks, e.g. gsm8k-aug,svamp; default: those of the profile.")
     ] = "",
-    data: Annotated[str, typer.Option(help="Folder with the benchmarks' files.")] = "data",
+    data_folder: Annotated[str, typer.Option("--data", help="Folder with the benchmarks' files.")] = "data",
     profile: Annotated[
         str | None, typer.Option(help="Profile with the settings; default: the settings of the model's own run.")
     ] = None,
@@ -159,7 +161,7 @@ def evaluate(
 
     names = listed(tasks)
     given = overrides(context.args) + ([] if samples is None else [f"evaluation.samples={samples}"])
-    config, name, noise = evaluation_config(model, given, profile=profile, tasks=names, data=data, limit=limit)
+    config, name, noise = evaluation_config(model, given, profile=profile, tasks=names, data=data_folder, limit=limit)
     with interruptible():
         evaluate_model(config, name, noise=noise)
 

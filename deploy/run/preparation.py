@@ -21,7 +21,7 @@ from latent_grpo.common.files import save_whole
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chain, read_chain
 from latent_grpo.common.models import make_model, make_tokenizer, position_limit, save_model
 from latent_grpo.common.prompts import check_think_start, check_width, ids_beyond, read_tokens, resolve_tokens
-from latent_grpo.common.tasks.benchmarks import how_to_get
+from latent_grpo.common.tasks.benchmarks import fetch_command, how_to_get
 from latent_grpo.common.tasks.sources import TaskSource, is_generated
 from latent_grpo.common.types import TokenFacts
 from latent_grpo.deploy.run.folder import RunFolder
@@ -233,19 +233,25 @@ def check_files(config: RunConfig) -> None:
 
 
 def file_faults(config: RunConfig) -> list[str]:
-    """Returns one sentence for every task whose problem file does not exist; the hub is not queried."""
-    faults = []
+    """Returns a sentence for every task whose problem file does not exist, after the commands that fetch the files.
+
+    The hub is not queried.
+    """
+    faults: list[str] = []
+    commands: list[str] = []
     for task in [*config.tasks, *config.evaluation.tasks]:
         path = task.path
         if path is None:
             known = ".parquet, .jsonl, .csv, hf:..., builtin:... or python:..."
             faults.append(f"task {task.name}: set its `path` ({known})")
         elif not is_generated(task) and not path.startswith("hf:") and not Path(path).is_file():
+            if (command := fetch_command(task.name, Path(path).parent)) is not None:
+                commands.append(command)
             faults.append(
                 f"task {task.name}: {path} does not exist; set its `path` to a .parquet, .jsonl or .csv file"
                 f"{how_to_get(task.name)}"
             )
-    return faults
+    return [*dict.fromkeys(commands), *faults]
 
 
 def check_engine(

@@ -25,6 +25,7 @@ ROOMS = {
     "cluster": {"run"},
     "checks": {"run"},
     "view": {"run"},
+    "data": {"run"},
     "evaluation": {"controller", "run"},
     "replay": {"run"},
     "sft": {"controller", "run", "evaluation"},

@@ -52,7 +52,7 @@ def test_every_name_is_found_in_the_folder_and_an_unknown_one_is_named(tmp_path)
 
 
 def test_a_missing_file_says_where_it_was_looked_for_and_gpqa_how_to_get_it(tmp_path):
-    with pytest.raises(ConfigError, match=r"no svamp\.parquet in .*github\.com/arkilpatel/SVAMP"):
+    with pytest.raises(ConfigError, match=r"no svamp\.parquet or svamp\.jsonl or .* in .*github\.com/arkilpatel/SVAMP"):
         benchmark_tasks(["svamp"], tmp_path)
     how = r"its authors ask.*huggingface\.co/datasets/Idavidrein/gpqa.*put it into the data folder as it is"
     with pytest.raises(ConfigError, match=rf"no gpqa_diamond\.csv or .*{how}"):

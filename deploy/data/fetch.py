@@ -1,0 +1,239 @@
+"""`latent-grpo data fetch`: a data set from the hub, or from the authors' own files, becomes a file of the data folder.
+
+Every file is written with the product's columns and an entry in the folder's `manifest.json`: where it came from, the
+revision and the hashes. They are recorded at the first fetch and compared at every later one, so that a set that its
+publisher has changed does not pass for the same.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latent_grpo.common.config import ConfigError
+from latent_grpo.common.files import file_hash, write_atomically
+from latent_grpo.deploy.data.layouts import COLUMNS, UnknownLayout, product_row
+from latent_grpo.deploy.data.sets import DataSet
+from latent_grpo.deploy.run.progress import Reporter
+
+MANIFEST = "manifest.json"
+Rows = Iterable[dict[str, Any]]
+
+
+class FetchError(ConfigError):
+    """A data set that cannot be fetched as requested; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a set's rows come from."""
+
+    repository: str  # of the hub, or the folder of local files
+    revision: str | None  # the commit; None for local files
+    files: tuple[str, ...]
+    xxh3_128: str | None  # of a local file
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """An entry of the manifest."""
+
+    file: str
+    rows: int
+    xxh3_128: str  # of the written file
+    licence: str
+    source: dict[str, Any]
+    at: str
+
+
+def fetch(
+    sets: Iterable[DataSet],
+    folder: Path,
+    reporter: Reporter,
+    *,
+    local: Path | None = None,
+    hub: Callable[[DataSet], tuple[Source, int | None, Rows]] | None = None,
+) -> None:
+    """Fetches sets into `folder`; of `local`, a folder of the authors' files, where that is given, else from the hub.
+
+    A file that is there and unchanged is left alone. `hub(set)` opens a set of the hub (:func:`open_hub`). Raises
+    :class:`FetchError`; files that were complete before stay.
+    """
+    known = read_manifest(folder)
+    for data in sets:
+        target = folder / data.file
+        entry = known.get(data.name)
+        if data.refused:
+            _take_as_it_lies(data, folder, local, reporter)
+            continue
+        if entry is not None and target.is_file():
+            _check_unchanged(data, target, entry)
+            if local is None:
+                reporter.say(f"{data.name}: {target} is there and unchanged ({entry['rows']:,} rows)")
+                continue
+        elif target.is_file():
+            raise FetchError(
+                f"{data.name}: {target} is there, but not from this command (no entry in {folder / MANIFEST}); move it "
+                "away, or give another folder with --to"
+            )
+        source, total, rows = open_local(data, local) if local is not None else (hub or open_hub)(data)
+        made = _written(data, target, source, total, rows, reporter, entry)
+        known[data.name] = asdict(made)
+        write_atomically(folder / MANIFEST, json.dumps(known, indent=2, sort_keys=True) + "\n")
+        reporter.say(f"{data.name}: {made.rows:,} rows in {target}, from {source.repository}")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the folder's manifest, by set; empty if there is none. Raises :class:`FetchError` for a damaged one."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FetchError(f"{path} is damaged ({error}); move it away to fetch the sets again") from error
+    return dict(found)
+
+
+def _check_unchanged(data: DataSet, target: Path, entry: dict[str, Any]) -> None:
+    if file_hash(target) != entry["xxh3_128"]:
+        raise FetchError(
+            f"{data.name}: {target} is not the file that was fetched on {entry['at']}: its hash is another than in "
+            f"{MANIFEST}. Delete it to fetch it again, or keep your own under another name, as a task's path"
+        )
+
+
+def _written(
+    data: DataSet,
+    target: Path,
+    source: Source,
+    total: int | None,
+    rows: Rows,
+    reporter: Reporter,
+    entry: dict[str, Any] | None,
+) -> Fetched:
+    """Writes the file. Raises :class:`FetchError` where it is not what `entry` says that it was at the first fetch."""
+    columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
+    with reporter.phase(f"read {data.name}", total or data.rows or 0, "rows") as advance:
+        advance(0)
+        for number, row in enumerate(rows):
+            try:
+                found = product_row(row)
+            except UnknownLayout as error:
+                raise FetchError(f"{data.name}: row {number} of {source.repository}: {error}") from error
+            for name in COLUMNS:
+                columns[name].append(found[name])
+            if number % 1000 == 999:
+                advance(number + 1)
+    count = len(columns["problem"])
+    if not count:
+        raise FetchError(f"{data.name}: {source.repository} has no rows for it")
+    if data.rows is not None and count != data.rows:
+        reporter.say(f"[yellow]{data.name}: {count:,} rows, where {data.rows:,} were published[/]")
+    kept = {name: texts for name, texts in columns.items() if name in COLUMNS[:2] or any(texts)}
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.table(kept), content, compression="zstd")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        before = target.read_bytes() if target.is_file() else None
+        write_atomically(target, memoryview(content.getvalue()))
+    except OSError as error:
+        raise FetchError(
+            f"{data.name}: {target} cannot be written ({error.strerror}); make room, or give another folder with --to"
+        ) from error
+    digest = file_hash(target)
+    if entry is not None and digest != entry["xxh3_128"]:
+        if before is None:
+            target.unlink()
+        else:
+            write_atomically(target, before)
+        raise FetchError(
+            f"{data.name}: its rows are not those of the first fetch ({entry['at']}, revision "
+            f"{entry['source'].get('revision')}; now {source.revision}), so its publisher has changed it. Delete its "
+            f"entry in {target.parent / MANIFEST} to take the new one"
+        )
+    return Fetched(data.file, count, digest, data.licence, asdict(source), time.strftime("%FT%T%z"))
+
+
+# --- where rows come from ------------------------------------------------------------------------------------------
+
+
+def open_local(data: DataSet, folder: Path) -> tuple[Source, int | None, Rows]:
+    """Opens the authors' own file of a set in `folder`. Raises :class:`FetchError`."""
+    if not folder.is_dir():
+        raise FetchError(f"--from {folder}: there is no such folder (looked in {Path.cwd()})")
+    file = next((path for name in data.authors_files if (path := folder / name).is_file()), None)
+    if file is None:
+        if not data.authors_files:
+            raise FetchError(f"{data.name} is none of the authors' sets; fetch it without --from ({data.repository})")
+        wanted = " or ".join(data.authors_files)
+        have = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+        raise FetchError(f"--from {folder}: {data.name} needs {wanted}; the folder has {have}")
+    return Source(str(folder.resolve()), None, (file.name,), file_hash(file)), None, _rows_of(data, file)
+
+
+def _rows_of(data: DataSet, file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        if file.suffix == ".parquet":
+            for batch in pq.ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+            return
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.strip():
+                    yield json.loads(line)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise FetchError(f"{data.name}: {file} cannot be read: {error}") from error
+
+
+def open_hub(data: DataSet) -> tuple[Source, int | None, Rows]:
+    """Opens a set of the hub through `datasets`, at the newest revision, whose commit is recorded.
+
+    A download that was stopped is continued by the hub's own cache. Raises :class:`FetchError`.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+
+    try:
+        revision = HfApi().dataset_info(data.repository).sha
+        files = _hub_files(data, HfApi().list_repo_files(data.repository, repo_type="dataset", revision=revision))
+        parts = [
+            datasets.load_dataset(data.repository, part, split=data.split, revision=revision, data_files=files or None)
+            for part in data.parts
+        ]
+    except Exception as error:  # the hub's client, requests, datasets: each has errors of its own
+        raise FetchError(
+            f"{data.name}: {data.repository} cannot be read from the hub ({type(error).__name__}: {error!s:.300}). "
+            "Without a network, download the authors' files elsewhere, copy their folder here, and give it with --from"
+        ) from error
+    rows = (row for part in parts for row in part)
+    names = files or tuple(part for part in data.parts if part)
+    return Source(data.repository, revision, tuple(names), None), sum(len(part) for part in parts), rows
+
+
+def _hub_files(data: DataSet, present: Iterable[str]) -> tuple[str, ...]:
+    """The set's file among those of its repository; empty where the repository is the set itself."""
+    if data.stem is None:
+        return ()
+    by_name = {Path(path).name: path for path in present}
+    found = [by_name[name] for name in data.authors_files if name in by_name]
+    if not found:
+        raise FetchError(f"{data.repository} has no {' or '.join(data.authors_files)}")
+    return (found[0],)
+
+
+def _take_as_it_lies(data: DataSet, folder: Path, local: Path | None, reporter: Reporter) -> None:
+    """Copies the authors' file of a set that is not published in plain text. Raises :class:`FetchError` without one."""
+    file = next((p for name in data.authors_files if local is not None and (p := local / name).is_file()), None)
+    if file is None:
+        raise FetchError(f"{data.name}: {data.refused}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / file.name, file.read_bytes())
+    reporter.say(f"{data.name}: {folder / file.name}, copied as it is (its options get their letters when it is read)")

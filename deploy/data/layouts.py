@@ -1,0 +1,86 @@
+"""The layouts in which data sets are published, and their rows in the product's columns.
+
+    problem, answer                      the authors' tests as .jsonl, and most benchmarks
+    problem, cot, cot_answer             the authors' training set: `cot_answer` is the visible text, with the last box
+    prompt, reward_model, extra_info     verl: messages with the instruction in them, and the gold answer
+    question, steps, answer              GSM8K-Aug: the steps are the equations
+    problem, solution                    MATH: the answer is the solution's last box
+
+The product's columns are problem, answer, cot (the chain of thought that Latent-SFT compresses) and solution (the
+visible text after it); a text that a layout lacks is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from latent_grpo.common.config import ConfigError
+from latent_grpo.common.tasks.benchmarks import INSTRUCTION
+from latent_grpo.common.tasks.cells import cell_text
+from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
+from latent_grpo.reward.extraction import extract
+
+COLUMNS = ("problem", "answer", "cot", "solution")
+Row = Mapping[str, Any]
+
+
+class UnknownLayout(ConfigError):
+    """Rows that are in none of the known layouts, or a row that is not whole."""
+
+
+def product_row(row: Row) -> dict[str, str]:
+    """Returns the row in the product's columns. Raises :class:`UnknownLayout`, which says what was found."""
+    if {"prompt", "reward_model"} <= row.keys():
+        return _whole(_of_verl(row))
+    if row.keys() >= {"problem", "cot_answer"}:
+        text = cell_text(row["cot_answer"])
+        answer = cell_text(row.get("answer")) or _boxed(text)
+        return _whole({"problem": row["problem"], "answer": answer, "cot": row.get("cot"), "solution": text})
+    if row.keys() >= {"question", "steps", "answer"}:
+        steps = row["steps"]
+        cot = " ".join(map(str, steps)) if isinstance(steps, Sequence) and not isinstance(steps, str) else steps
+        return _whole({"problem": row["question"], "answer": row["answer"], "cot": cot})
+    if row.keys() >= {"problem", "answer"}:
+        return _whole(row)
+    if row.keys() >= {"problem", "solution"}:
+        text = cell_text(row["solution"])
+        return _whole({"problem": row["problem"], "answer": _boxed(text), "solution": text})
+    if row.keys() >= GPQA_COLUMNS:
+        raise UnknownLayout("these are the raw columns of GPQA, which are read as they are; leave the file where it is")
+    raise UnknownLayout(
+        f"the columns {', '.join(sorted(row))} are none of the known layouts (problem, answer; problem, cot, "
+        "cot_answer; prompt, reward_model; question, steps, answer; problem, solution)"
+    )
+
+
+def _whole(found: Row) -> dict[str, str]:
+    texts = {name: cell_text(found.get(name)).strip() for name in COLUMNS}
+    missing = [name for name in ("problem", "answer") if not texts[name]]
+    if missing:
+        raise UnknownLayout(f"{' and '.join(missing)} cannot be found in {dict(found)!r:.200}")
+    return texts
+
+
+def _boxed(text: str) -> str:
+    return extract(text).content or ""
+
+
+def _of_verl(row: Row) -> dict[str, Any]:
+    """The problem without the instruction: verl's `extra_info.question`, else the user message without its line."""
+    truth, extra = row["reward_model"], row.get("extra_info") or {}
+    if not isinstance(truth, Mapping) or "ground_truth" not in truth:
+        raise UnknownLayout(f"reward_model has no ground_truth: {truth!r:.200}")
+    texts = {"answer": truth["ground_truth"], "cot": row.get("cot"), "solution": row.get("cot_answer")}
+    if question := cell_text(extra.get("question")):
+        return texts | {"problem": question}
+    messages = row["prompt"]
+    users = [m["content"] for m in messages if m.get("role") == "user"] if isinstance(messages, Sequence) else []
+    instructed = INSTRUCTION in "\n".join(str(m.get("content")) for m in messages) if users else False
+    if len(users) != 1 or not instructed:
+        raise UnknownLayout(
+            f"the prompt is not one user message with the instruction {INSTRUCTION!r}, so the problem cannot be told "
+            f"from it: {messages!r:.200}"
+        )
+    lines = str(users[0]).split("\n")
+    return texts | {"problem": "\n".join(line for line in lines if line.strip() != INSTRUCTION)}

@@ -1,0 +1,240 @@
+"""`data fetch`: the authors' files as they lie become the product's columns, and a changed set does not pass unseen."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from latent_grpo.common.config import ConfigError, TaskConfig, load_config
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS, INSTRUCTION, TRAINING_SETS, benchmark_tasks
+from latent_grpo.common.tasks.sources import load_task
+from latent_grpo.deploy.cli.app import app
+from latent_grpo.deploy.data.fetch import MANIFEST, FetchError, Source, fetch, open_local
+from latent_grpo.deploy.data.layouts import UnknownLayout, product_row
+from latent_grpo.deploy.data.sets import SETS, chosen
+from latent_grpo.deploy.run.preparation import file_faults
+from latent_grpo.deploy.run.progress import Reporter
+
+SOLUTION = "Add them. The answer is \\boxed{5}."
+
+
+def verl(problem: str, answer: str, *, high: bool = False, **extra):
+    """verl's layout as the authors have it: low rows hold the instruction in the user message."""
+    user = {"role": "user", "content": problem if high else f"{INSTRUCTION}\n{problem}"}
+    system = [{"role": "system", "content": INSTRUCTION}] if high else []
+    return {
+        "data_source": "x",
+        "prompt": [*system, user],
+        "reward_model": {"style": "rule", "ground_truth": answer},
+        "extra_info": {"index": 0, **extra},
+    }
+
+
+@pytest.fixture
+def authors(tmp_path):
+    """A folder of files in the authors' layouts and names."""
+    folder = tmp_path / "authors"
+    folder.mkdir()
+    rows = [{"problem": f"What is {i} and 2?", "answer": str(i + 2)} for i in range(3)]
+    (folder / "Svamp-test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(
+        pa.Table.from_pylist([verl("1+1?\nSay.", "2"), verl("2+2?", "4")]), folder / "GSM8k-Aug-test.parquet"
+    )
+    high = [verl("Solve x.", "7", high=True)]
+    pq.write_table(pa.Table.from_pylist(high), folder / "DAPO-Math-17k-en-train.parquet")
+    train = [{"problem": "2+3?", "cot": "<<2+3=5>>", "cot_answer": SOLUTION}]
+    pq.write_table(pa.Table.from_pylist(train), folder / "GSM8k-Aug-oss-dup-all.parquet")
+    return folder
+
+
+def fetched(names, folder, **options) -> str:
+    console = Console(file=io.StringIO(), width=300, soft_wrap=True)
+    fetch(chosen(names), folder, Reporter(console), **options)
+    return console.file.getvalue()
+
+
+# --- layouts
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"problem": "p", "answer": 5}, ("p", "5", "", "")),
+        ({"problem": "p", "cot": "c", "cot_answer": SOLUTION}, ("p", "5", "c", SOLUTION)),
+        ({"problem": "p", "cot": "c", "cot_answer": SOLUTION, "answer": "6"}, ("p", "6", "c", SOLUTION)),
+        (verl("two\nlines", "2"), ("two\nlines", "2", "", "")),
+        (verl("p", "2", high=True), ("p", "2", "", "")),
+        (verl("p", "2", question="the question itself"), ("the question itself", "2", "", "")),
+        ({"question": "q", "steps": ["<<1+1=2>>", "<<2+1=3>>"], "answer": "3"}, ("q", "3", "<<1+1=2>> <<2+1=3>>", "")),
+        ({"problem": "p", "solution": SOLUTION, "level": "1"}, ("p", "5", "", SOLUTION)),
+    ],
+)
+def test_every_layout_becomes_the_products_columns(row, expected):
+    assert tuple(product_row(row).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "x"}, "the columns text are none of the known layouts"),
+        ({"problem": "p", "answer": None}, "answer cannot be found"),
+        ({"problem": "p", "cot": "c", "cot_answer": "no box"}, "answer cannot be found"),
+        ({**verl("p", "2"), "prompt": [{"role": "user", "content": "p"}]}, "not one user message with the instruction"),
+        ({**verl("p", "2"), "reward_model": {}}, "reward_model has no ground_truth"),
+    ],
+)
+def test_a_row_that_cannot_be_read_for_sure_is_refused(row, said):
+    with pytest.raises(UnknownLayout, match=re.escape(said)):
+        product_row(row)
+
+
+# --- the authors' own files
+
+
+def test_the_authors_files_are_taken_by_their_names_and_layouts(authors, tmp_path):
+    names = ["svamp", "gsm8k-aug", "gsm8k-aug-oss-dup-all", "dapo-math-17k-en"]
+    said = fetched(names, tmp_path / "data", local=authors)
+    assert "svamp: 3 rows, where 1,000 were published" in said
+    assert pq.read_table(tmp_path / "data/gsm8k_aug_test.parquet").to_pylist() == [
+        {"problem": "1+1?\nSay.", "answer": "2"},
+        {"problem": "2+2?", "answer": "4"},
+    ]
+    (row,) = pq.read_table(tmp_path / "data/gsm8k_aug_oss_dup_all.parquet").to_pylist()
+    assert row == {"problem": "2+3?", "answer": "5", "cot": "<<2+3=5>>", "solution": SOLUTION}
+    manifest = json.loads((tmp_path / "data" / MANIFEST).read_text())
+    assert manifest.keys() == set(names)
+    source = manifest["svamp"]["source"]
+    assert (source["files"], source["revision"]) == (["Svamp-test.jsonl"], None)
+    (task,) = benchmark_tasks(["svamp"], tmp_path / "data")
+    assert load_task(task, 0).problem(2).answer == "4"
+
+
+def test_a_fetched_set_is_left_alone_and_a_changed_one_is_refused(authors, tmp_path):
+    folder = tmp_path / "data"
+    fetched(["svamp"], folder, local=authors)
+    assert "svamp: 3 rows" in fetched(["svamp"], folder, local=authors)  # the same rows once more
+    content = (folder / "svamp.parquet").read_bytes()
+    file = authors / "Svamp-test.jsonl"
+    file.write_text(file.read_text().replace('"4"', '"9"'))
+    with pytest.raises(FetchError, match="its rows are not those of the first fetch"):
+        fetched(["svamp"], folder, local=authors)
+    assert (folder / "svamp.parquet").read_bytes() == content
+    (folder / "svamp.parquet").write_bytes(b"mine")
+    with pytest.raises(FetchError, match="is not the file that was fetched on"):
+        fetched(["svamp"], folder, local=authors)
+
+
+def test_a_file_of_the_users_own_is_never_replaced(authors, tmp_path):
+    (tmp_path / "svamp.parquet").write_bytes(b"mine")
+    with pytest.raises(FetchError, match="is there, but not from this command"):
+        fetched(["svamp"], tmp_path, local=authors)
+    assert (tmp_path / "svamp.parquet").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("names", "folder", "said"),
+    [
+        (["svamp"], "nowhere", "there is no such folder"),
+        (["multiarith"], "authors", "needs Multiarith-test.parquet or Multiarith-test.jsonl; the folder has DAPO"),
+        (["math-train"], "authors", "math-train is none of the authors' sets"),
+        (["gpqa"], "authors", "GPQA does not come with this program"),
+    ],
+)
+def test_a_folder_without_the_set_says_what_it_has(authors, tmp_path, names, folder, said):
+    with pytest.raises(FetchError, match=said):
+        fetched(names, tmp_path / "data", local=tmp_path / folder)
+    assert not (tmp_path / "data" / MANIFEST).exists()
+
+
+def test_a_damaged_file_says_which(authors, tmp_path):
+    (authors / "Svamp-test.jsonl").write_text('{"problem": "p", "answer": "1"}\n{"problem"')
+    with pytest.raises(FetchError, match=r"svamp: .*Svamp-test\.jsonl cannot be read"):
+        fetched(["svamp"], tmp_path / "data", local=authors)
+    (authors / "GSM8k-Aug-test.parquet").write_bytes(b"PAR1")
+    with pytest.raises(FetchError, match=r"gsm8k-aug: .*GSM8k-Aug-test\.parquet cannot be read"):
+        fetched(["gsm8k-aug"], tmp_path / "data", local=authors)
+    assert list((tmp_path / "data").glob("*")) == [] if (tmp_path / "data").exists() else True
+
+
+def test_gpqa_is_copied_as_it_lies(authors, tmp_path):
+    row = {"Question": "Q", "Correct Answer": "c", **{f"Incorrect Answer {i}": str(i) for i in (1, 2, 3)}}
+    (authors / "GPQA-test.jsonl").write_text(json.dumps(row))
+    fetched(["gpqa"], tmp_path / "data", local=authors)
+    (task,) = benchmark_tasks(["gpqa"], tmp_path / "data")
+    assert load_task(task, 0).problem(0).answer in "ABCD"
+
+
+# --- the hub
+
+
+def test_a_set_of_the_hub_records_its_revision_and_says_when_it_changes(tmp_path):
+    revisions = iter(["aaa", "bbb", "ccc"])
+    rows = [{"question": "q", "steps": ["<<1+1=2>>"], "answer": "2"}]
+
+    def hub(data):
+        return Source(data.repository, next(revisions), (), None), len(rows), iter(rows)
+
+    said = fetched(["gsm8k-aug-train"], tmp_path, hub=hub)
+    assert "gsm8k-aug-train: 1 rows in" in said
+    entry = json.loads((tmp_path / MANIFEST).read_text())["gsm8k-aug-train"]
+    assert entry["source"]["revision"] == "aaa"
+    assert "is there and unchanged (1 rows)" in fetched(["gsm8k-aug-train"], tmp_path, hub=hub)
+    (tmp_path / "gsm8k_aug_train.parquet").unlink()
+    fetched(["gsm8k-aug-train"], tmp_path, hub=hub)  # the same rows at another revision
+    (tmp_path / "gsm8k_aug_train.parquet").unlink()
+    rows[0] = {**rows[0], "answer": "3"}
+    with pytest.raises(FetchError, match="revision bbb; now ccc"):
+        fetched(["gsm8k-aug-train"], tmp_path, hub=hub)
+    assert not (tmp_path / "gsm8k_aug_train.parquet").exists()
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        FetchError, match=r"svamp: DJCheng/Latent-GRPO-Data cannot be read from the hub .*give it with --from"
+    ):
+        fetched(["svamp"], tmp_path)
+
+
+# --- names
+
+
+def test_names_of_sets_are_those_of_tasks_and_the_command_comes_first():
+    assert set(SETS) == {*BENCHMARKS, *TRAINING_SETS}
+    assert {name: found.file for name, found in SETS.items() if found.use == "benchmark"} == {
+        name: found.files[0] for name, found in BENCHMARKS.items()
+    }
+    with pytest.raises(ConfigError, match="no data set gsm9k; known are gsm8k-aug, "):
+        chosen(["gsm9k"])
+    config = load_config("svamp", ["tasks.0.path=nowhere/x.parquet", "evaluation.tasks.0.path=nowhere/svamp.parquet"])
+    config = config.model_copy(update={"tasks": [TaskConfig(name="math-train", path="here/math_train.parquet")]})
+    assert file_faults(config)[:2] == [
+        "latent-grpo data fetch math-train --to here",
+        "latent-grpo data fetch svamp --to nowhere",
+    ]
+
+
+@pytest.mark.parametrize("name", ["Svamp-test.jsonl", "Svamp-test.parquet", "svamp.jsonl"])
+def test_evaluate_takes_the_authors_names(tmp_path, name):
+    (tmp_path / name).touch()
+    (task,) = benchmark_tasks(["svamp"], tmp_path)
+    assert task.path == str(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"^latent-grpo data fetch gsm8k-aug math500 --to .*\nno gsm8k_aug_test"):
+        benchmark_tasks(["gsm8k-aug", "math500", "svamp"], tmp_path)
+
+
+def test_the_command(authors, tmp_path):
+    listed = CliRunner().invoke(app, ["data", "list"], env={"COLUMNS": "200"})
+    assert all(name in listed.output for name in SETS)
+    done = CliRunner().invoke(app, ["data", "fetch", "svamp", "--from", str(authors), "--to", str(tmp_path / "d")])
+    assert done.exit_code == 0, done.output
+    assert open_local(replace(SETS["svamp"]), authors)[0].files == ("Svamp-test.jsonl",)
