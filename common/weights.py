@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,11 @@ class Publication:
 
     manifest: WeightManifest
     buckets: tuple[Any, ...]  # Ray object references to uint8 arrays [nbytes], in the manifest's order
+
+    def of_version(self, version: int) -> Publication:
+        """Returns the same weights as another version: a step without an update has the weights of the one before."""
+        relabelled = PolicyVersion(version=version, checksum=self.manifest.version.checksum)
+        return replace(self, manifest=replace(self.manifest, version=relabelled))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:

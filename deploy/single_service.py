@@ -6,7 +6,6 @@ train_only:    dumps of a run ─► learner ─► metrics, learner records, mo
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +15,6 @@ from latent_grpo.common.files import save_whole
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.model_chain import read_chain, write_chain
 from latent_grpo.common.store import step_ranges
-from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import Publication
 from latent_grpo.deploy.controller import Controller, StepResult
 from latent_grpo.deploy.replay.recorded import RecordedRun, Start
@@ -51,9 +49,7 @@ class FrozenLearner:
         return {}
 
     def publish(self, version: int) -> Publication:
-        manifest = self._publication.manifest
-        relabelled = PolicyVersion(version=version, checksum=manifest.version.checksum)
-        return replace(self._publication, manifest=replace(manifest, version=relabelled))
+        return self._publication.of_version(version)
 
 
 def rollout_only(config: RunConfig, profile: str, reporter: Reporter | None = None) -> RunFolder:

@@ -9,7 +9,9 @@ valid, and `train --resume RUN` continues from it. The loop and the method are d
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.markup import escape
@@ -50,8 +52,7 @@ def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = N
 
 
 def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, prepared: Prepared) -> RunFolder:
-    began = time.monotonic()
-    with run_session(folder, config, lineage, reporter, prepared) as run:
+    with run_session(folder, config, lineage, reporter, prepared) as run, timed(run):
         base = run.initial if config.warm_start is None else warm_start(run)
         if config.warm_start is not None:
             record_model(folder, "base", base)
@@ -61,13 +62,38 @@ def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter,
             _train(run, learner)
         finally:
             learner.close()
-        run.record(minutes=round((time.monotonic() - began) / 60, 2), dropped=run.problems.dropped)
-    reporter.console.print(final_table(run))
+        run.record(dropped=run.problems.dropped)
+    if {"before", "after"} & run.summary.keys():
+        reporter.console.print(final_table(run))
+    else:
+        reporter.say(escape(unmeasured(run)))
     for line in run.problems.dropped:
         reporter.say(f"[yellow]{escape(line)}[/]")
     reporter.say(f"model {run.folder.model} · dumps, metrics and checkpoints in {run.folder.path}")
     reporter.say(escape(report_note(run.folder)))
     return run.folder
+
+
+@contextlib.contextmanager
+def timed(run: Run) -> Iterator[None]:
+    """Records the minutes of this session in `sessions`, however it ends, and at the run's end those of all together.
+
+    A session that was killed is not among them.
+    """
+    before = run.summary.get("sessions") or [m for m in [run.summary.get("minutes")] if m is not None]
+    run.summary.pop("minutes", None)  # of a run that had ended and goes on
+    began = time.monotonic()
+
+    def sessions() -> list[float]:
+        return [*before, round((time.monotonic() - began) / 60, 2)]
+
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk may be what ended the session
+            run.record(sessions=sessions())
+        raise
+    run.record(sessions=sessions(), minutes=round(sum(sessions()), 2))
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------
@@ -83,6 +109,8 @@ def _train(run: Run, learner: LearnerGroup) -> None:
         position = {key: checkpoint.state[key] for key in position}
         run.reporter.say(f"resuming from {checkpoint.path.name}, lineage {run.lineage}")
     controller = Controller(config, run.pool, learner, run.problems.request, **position)
+    if controller.step < config.steps:
+        run.record(after=None)  # of the model that goes on
     controller.begin()
     self_test(run, learner)
     if config.evaluation.at_start and "before" not in run.summary:
@@ -171,6 +199,14 @@ def sparkline(values: list[float], width: int = 24) -> str:
     means = [sum(chunk) / len(chunk) for chunk in (values[i : i + size] for i in range(0, len(values), size))]
     low, span = min(means), (max(means) - min(means)) or 1.0
     return "".join("▁▂▃▄▅▆▇█"[min(int((m - low) / span * 8), 7)] for m in means)
+
+
+def unmeasured(run: Run) -> str:
+    """Says how to measure the model of a run that was not evaluated."""
+    return (
+        f"{run.folder.name}: {run.config.algorithm}, {run.summary['minutes']:g} minutes; pass@1 was not measured "
+        f"(evaluation.tasks, evaluation.at_start, evaluation.at_end): latent-grpo evaluate --model {run.folder.model}"
+    )
 
 
 def final_table(run: Run) -> Table:

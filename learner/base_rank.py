@@ -24,7 +24,10 @@ from latent_grpo.learner.zero_engine import UpdateResult, ZeroEngine, init_distr
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENIZER_FILES = (
+SIDE_FILES = (  # what comes with a model besides its weights and configuration
+    "LICENSE*",
+    "README*",
+    "additional_chat_templates",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -108,13 +111,13 @@ class RankActor:
         self.engine.load(folder)
 
     def export(self, folder: str) -> None:
-        """Writes the model in Hugging Face format, with the tokenizer that it came with."""
+        """Writes the model in Hugging Face format, with the tokenizer and the licence that it came with."""
         parameters = dict(self.engine.full_parameters(self.config.learner.weight_bucket_bytes))
         if self.rank == 0:
             self.write_model(parameters, self.model_folder, Path(folder))
 
     def write_model(self, parameters: dict[str, torch.Tensor], source: str, folder: Path) -> None:
-        """Writes a model folder like `source` (a folder or hub id) with these parameters and its tokenizer."""
+        """Writes a model folder like `source` (a folder or hub id) with these parameters and its other files."""
         model = load_policy_model(source)
         model.to(getattr(torch, self.config.model.dtype))
         names = dict(model.named_parameters())
@@ -123,10 +126,18 @@ class RankActor:
                 names[name].copy_(tensor)
         model.save_pretrained(folder)
         if Path(source).is_dir():
-            for pattern in TOKENIZER_FILES:
-                for path in Path(source).glob(pattern):
-                    shutil.copy(path, folder / path.name)
+            copy_side_files(Path(source), folder)
         else:
             from latent_grpo.common.models import load_tokenizer
 
             load_tokenizer(source).save_pretrained(folder)
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copies the tokenizer, chat templates, licence and model card of one model folder into another."""
+    for pattern in SIDE_FILES:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copy(path, folder / path.name)

@@ -35,6 +35,7 @@ class RankGroup:
     def __init__(self, rank_class: type[RankActor], config: RunConfig, model_folder: str | Path):
         self.config = config
         self._step: tuple[list[ray.ObjectRef[Any]], float] | None = None
+        self._published: Publication | None = None  # of the weights that the ranks hold
         learner, resources = config.learner, config.learner.resources
         device = {"OMP_NUM_THREADS": str(resources.threads)}
         if learner.device == "cpu" or not resources.num_gpus:
@@ -74,6 +75,7 @@ class RankGroup:
         """Starts a step on every rank and returns at once."""
         if self._step is not None:
             raise LearnerError(f"{method} started before the last step was finished; call finish_step first")
+        self._published = None
         refs = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
         self._step = refs, time.monotonic() + self.config.deadlines.learner_s
 
@@ -99,12 +101,14 @@ class RankGroup:
     # -- weights and state
 
     def publish(self, version: int) -> Publication:
-        """Puts the current weights into the object store, with checksums.
+        """Puts the current weights into the object store, with checksums; weights that lie there already stay.
 
         They live as long as rank 0 and the references.
         """
-        refs = [rank.publish.remote(version) for rank in self._ranks]
-        return self._wait(refs, self.config.deadlines.weights_s, "publish", "deadlines.weights_s")[0]
+        if self._published is None:
+            refs = [rank.publish.remote(version) for rank in self._ranks]
+            self._published = self._wait(refs, self.config.deadlines.weights_s, "publish", "deadlines.weights_s")[0]
+        return self._published.of_version(version)
 
     def save(self, folder: str | Path) -> None:
         """Writes every rank's state below `folder`, which all ranks must see."""
@@ -112,6 +116,7 @@ class RankGroup:
         self._all("save", str(folder))
 
     def load(self, folder: str | Path) -> None:
+        self._published = None
         self._all("load", str(folder))
 
     def export(self, folder: str | Path) -> None:

@@ -50,8 +50,8 @@ class TaskResult:
 
     def figures(self) -> dict[str, float]:
         """The stored figures: name -> value."""
-        names = ("pass_at_1", "standard_error", "mean_reward", "chain_length", "latent_length", "invalid_rate")
-        names += ("ungraded",)
+        names = ["pass_at_1", "standard_error", "mean_reward", "chain_length", "latent_length", "invalid_rate"]
+        names.append("ungraded")
         values = {name: float(getattr(self, name)) for name in names}
         for at in self.pass_at_k:
             values[f"sampled_pass_at_{at.k}"] = at.value

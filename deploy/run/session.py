@@ -64,8 +64,8 @@ class Run:
         save_whole(target, all_of_it)
 
     def record(self, **entries: Any) -> None:
-        """Adds entries to `summary.json`."""
-        self.summary |= entries
+        """Adds entries to `summary.json`; one of None is taken out."""
+        self.summary = {name: value for name, value in (self.summary | entries).items() if value is not None}
         self.folder.write_json("summary.json", self.summary)
 
 

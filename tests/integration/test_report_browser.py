@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_run import fake_run, fake_trajectory
 
+from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import encode
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.bench.browser import chromium, missing, open_report, wait_for
@@ -77,6 +78,27 @@ def test_it_opens_draws_its_curves_and_says_nothing_on_the_console(browser, repo
     browser.execute_script("document.querySelector('.plot').scrollIntoView()")
     wait_for(browser, "!!document.querySelector('.plot[data-drawn] svg')")
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize(("score", "top"), [(0.0, 1.0), (0.25, 1.1 * 0.27)])
+def test_a_single_evaluation_is_drawn_on_an_axis_of_its_own(browser, tmp_path, score, top):
+    """Plotly's own axes would go from -1 to 1."""
+    folder = fake_run(tmp_path / "run", steps=1)
+    with MetricsWriter(folder.path) as metrics:
+        error = 0.02 if score else 0.0
+        metrics.write(0, {"sums/pass_at_1": score, "sums/standard_error": error}, kind="evaluation")
+    opened(browser, write_report(open_run(folder.path)))
+    browser.execute_script("document.querySelector('.plot').scrollIntoView()")
+    wait_for(browser, "!!document.querySelector('.plot[data-drawn] svg')")
+    x, y = browser.execute_script(
+        "const {xaxis, yaxis} = document.querySelector('.plot[data-drawn]').layout; return [xaxis.range, yaxis.range]"
+    )
+    assert x == [-1, 1]
+    assert y == pytest.approx([0, top])
+    ticks = browser.execute_script(
+        "return [...document.querySelector('.plot').querySelectorAll('.xtick')].map((tick) => tick.textContent)"
+    )
+    assert ticks == ["0"], "the only step"
 
 
 def test_it_loads_nothing_but_itself(browser, report):

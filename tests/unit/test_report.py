@@ -131,7 +131,7 @@ def test_questions_are_prompts_without_what_all_have_in_common(fake):
     prompts = ["<u>Reason.\n12 + 7?<think>", "<u>Reason.\n13 * 7?<think>", "<u>Reason.\nHow many?<think>"]
     made = Sample(groups=[{"prompt": p} for p in prompts])
     shorten_prompts(made)
-    assert [group["question"] for group in made.groups] == ["12 + 7", "13 * 7", "How many"]
+    assert [group["question"] for group in made.groups] == ["12 + 7?", "13 * 7?", "How many?"], "the mark is theirs"
     alone = Sample(groups=[{"prompt": prompts[0]}])
     shorten_prompts(alone)
     assert alone.groups[0]["question"] == prompts[0]

@@ -22,6 +22,7 @@ from latent_grpo.deploy.view.thoughts import Thoughts, TokenTexts, behaviour_log
 
 MAX_COMPONENTS = 4_000_000  # tokens of all steps in one report: about 80 MB of HTML
 LEADING = 64  # thoughts shown in a list's preview
+SENTENCE_ENDS = ".?!\u2026)]}\"'\u201d\u2019"
 
 
 @dataclass(slots=True)
@@ -203,6 +204,9 @@ def shorten_prompts(made: Sample) -> None:
     prompts = sorted({group["prompt"] for group in made.groups})
     start = _common_start(prompts)
     end = _common_start(sorted(prompt[start:][::-1] for prompt in prompts))
+    if end:  # the mark that ends every question belongs to the questions
+        ending = prompts[0][-end:]
+        end -= len(ending) - len(ending.lstrip(SENTENCE_ENDS))
     for group in made.groups:
         whole = group["prompt"]
         group["question"] = whole[start : len(whole) - end].strip() or whole

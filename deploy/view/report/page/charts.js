@@ -15,8 +15,21 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 const lines = () => ["series-1", "series-2", "series-3", "series-4", "series-5", "series-6", "series-7"].map(color);
 const harmless = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");  // Plotly interprets tags in names
 
+// Plotly draws a single value, or a curve of zeros, in the middle of an axis from -1 to 1.
+function rangesOf(chart) {
+  const steps = new Set(chart.series.flatMap((series) => series.x));
+  const tops = chart.series.flatMap((series) => series.y.map((y, i) => y + (series.error?.[i] ?? 0))).filter(Number.isFinite);
+  const lows = chart.series.flatMap((series) => series.y).filter(Number.isFinite);
+  const [step] = steps, top = Math.max(...tops);
+  return {
+    x: steps.size === 1 ? { range: [step - 1, step + 1], tickvals: [step] } : {},
+    y: tops.length && Math.min(...lows) >= 0 && (steps.size === 1 || top === 0) ? { range: [0, 1.1 * top || 1] } : {},
+  };
+}
+
 function layoutOf(chart) {
   const axis = { gridcolor: color("line"), zerolinecolor: color("line"), linecolor: color("line"), tickfont: { size: 11 }, automargin: true };
+  const ranges = rangesOf(chart);
   const percents = chart.form === "percent" || chart.form === "stack";
   return {
     height: 210,
@@ -24,10 +37,10 @@ function layoutOf(chart) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "inherit", color: color("soft"), size: 12 },
-    xaxis: { ...axis, title: { text: "step", standoff: 4, font: { size: 11 } } },
+    xaxis: { ...axis, ...ranges.x, title: { text: "step", standoff: 4, font: { size: 11 } } },
     yaxis: { ...axis, type: chart.form === "log" ? "log" : "linear", exponentformat: "power",
       ...(percents ? { tickformat: ".3~%" } : {}), ...(chart.form === "log" ? { dtick: 1 } : {}),
-      ...(chart.form === "stack" ? { range: [0, 1] } : chart.form === "free" ? {} : { rangemode: "tozero" }) },
+      ...(chart.form === "stack" ? { range: [0, 1] } : chart.form === "free" || chart.form === "log" ? {} : { rangemode: "tozero", ...ranges.y }) },
     hovermode: "x unified",
     hoverlabel: { bgcolor: color("card"), bordercolor: color("line"), font: { color: color("text") } },
     showlegend: chart.series.length > 1,
