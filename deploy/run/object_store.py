@@ -10,16 +10,17 @@ import contextlib
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from latent_grpo.common.config import RunConfig
 
 SHARED_MEMORY = Path("/dev/shm")
-LEAST_BYTES = 512 * 2**20  # for trajectories, and for all else that passes through it
+LEAST_BYTES = 512 * 2**20  # of a local store, besides the weights
 MIB = 2**20
 LOOK_EVERY_S = 5.0
+ON_A_CLUSTER = "start Ray on each node with a larger --object-store-memory"
 ROW_BYTES = 4096  # of a trajectory besides its prompt and its steps: text, answers, names
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The size of a local object store, in bytes, and the sentences about it: what it is for, what is wrong with it."""
+    """The size of an object store, in bytes, and the sentences about it: what it is for, what is wrong with it."""
 
     size: int
     sentence: str
@@ -43,7 +44,7 @@ def needed_bytes(config: RunConfig, published_bytes: int) -> int:
     steps = max(task.max_response_tokens for task in config.tasks) * (12 * config.schema_k + 8)
     row = steps + 4 * max(task.max_prompt_tokens for task in config.tasks) + ROW_BYTES
     rows = 2 * config.samples_per_step * (config.max_staleness + 1)  # as many again are filtered, or late
-    return held_versions(config) * published_bytes + max(row * rows, LEAST_BYTES)
+    return held_versions(config) * published_bytes + row * rows
 
 
 def held_versions(config: RunConfig) -> int:
@@ -60,21 +61,37 @@ def local_store(config: RunConfig, published_bytes: int, free_bytes: int | None 
     if free_bytes is None:
         free_bytes = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else LEAST_BYTES
     needed, given = needed_bytes(config, published_bytes), config.ray.object_store_bytes
+    wanted = max(needed, held_versions(config) * published_bytes + LEAST_BYTES)
     parts = f"{held_versions(config)} versions of the weights of {_mib(published_bytes)} each, and trajectories"
     if given is not None:
         sentence = f"object store: {_mib(given)} (ray.object_store_bytes)"
         if given >= needed:
             return Store(given, sentence)
         return Store(given, sentence, f"{parts} may need {_mib(needed)}: Ray will spill to the disk; raise the key")
-    if needed <= free_bytes:
-        return Store(needed, f"object store: {_mib(needed)} ({parts})")
+    if wanted <= free_bytes:
+        return Store(wanted, f"object store: {_mib(wanted)} ({parts})")
     size = max(free_bytes, LEAST_BYTES)
     return Store(
         size,
-        f"object store: {_mib(size)} ({parts}, need {_mib(needed)})",
+        f"object store: {_mib(size)} ({parts}, for which it would get {_mib(wanted)})",
         f"{SHARED_MEMORY} has {_mib(free_bytes)}, so Ray will put objects on the disk: give it more, in a container "
         "with --shm-size",
     )
+
+
+def running_store(config: RunConfig, published_bytes: int, node_bytes: Sequence[int]) -> Store:
+    """Returns the largest store of a Ray that runs already; `node_bytes` are those of its nodes.
+
+    The weights lie on the learner's node and on those of the workers, which are usually the larger ones.
+    """
+    needed, size = needed_bytes(config, published_bytes), max(node_bytes, default=0)
+    sentence = f"object store: {_mib(size)} on the largest node; the run needs up to {_mib(needed)}"
+    warnings = []
+    if size < needed:
+        warnings.append(f"Ray will spill objects to the disk; {ON_A_CLUSTER}")
+    if config.ray.object_store_bytes is not None:
+        warnings.append("ray.object_store_bytes has no effect on a Ray that runs already")
+    return Store(size, sentence, "; ".join(warnings) or None)
 
 
 def _mib(size: int) -> str:

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from latent_grpo.common.config import ConfigError, RunConfig
-from latent_grpo.deploy.run.object_store import Store, local_store, spill_watch
+from latent_grpo.deploy.run.object_store import ON_A_CLUSTER, Store, local_store, running_store, spill_watch
 from latent_grpo.deploy.run.progress import Reporter
 
-ON_A_CLUSTER = "start Ray on each node with a larger --object-store-memory"
 Services = Literal["both", "rollout", "learner"]
 
 
@@ -60,13 +59,16 @@ def ray_session(
 
     if ray.is_initialized():  # by a notebook, a test or an embedding program: its Ray is used and stays connected
         check_resources(config, ray.cluster_resources(), "this Ray", services)
-        yield
+        _report(_running(config, published_bytes), reporter)
+        with spill_watch(reporter.say, ON_A_CLUSTER):
+            yield
         return
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     temporary = None
     if address:
         ray.init(address=address, logging_level=logging.WARNING)
+        _report(_running(config, published_bytes), reporter)
     else:
         temporary = tempfile.mkdtemp(prefix="lg-")  # short: Unix socket paths end at 107 bytes
         _start_local(local_store(config, published_bytes), temporary, reporter)
@@ -80,12 +82,23 @@ def ray_session(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _start_local(store: Store, folder: str, reporter: Reporter) -> None:
+def _running(config: RunConfig, published_bytes: int) -> Store:
     import ray
 
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return running_store(config, published_bytes, [int(node.get("object_store_memory", 0)) for node in nodes])
+
+
+def _report(store: Store, reporter: Reporter) -> None:
     reporter.say(store.sentence)
     if store.warning:
         reporter.say(f"[yellow]{store.warning}[/]")
+
+
+def _start_local(store: Store, folder: str, reporter: Reporter) -> None:
+    import ray
+
+    _report(store, reporter)
     # with every start it warns that authentication is on, as it should be
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
