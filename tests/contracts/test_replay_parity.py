@@ -1,5 +1,7 @@
 """What an engine recorded, the learner finds again: one maths on both sides (METHOD §3, §6)."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_engine import ARCHITECTURES, make_engine, make_model, make_request
@@ -7,6 +9,7 @@ from test_engine import ARCHITECTURES, make_engine, make_model, make_request
 from latent_grpo.common.density import hard_log_prob, latent_log_prob
 from latent_grpo.common.schema import TrajectoryBatch, encode
 from latent_grpo.learner.batching import collate
+from latent_grpo.learner.gaps import compare, summarize_gaps
 from latent_grpo.learner.logprobs import step_log_probs
 from latent_grpo.learner.policy import PolicyModule
 from latent_grpo.rollout_workers.engine import generate
@@ -15,6 +18,7 @@ SETTINGS = {
     "one_sided": {},
     "two_sided": {"noise_mode": "two_sided", "noise_scale": 0.5, "tau": 0.6},
     "off": {"noise_mode": "off"},
+    "exit by the first id": {"latent_exit": "first", "max_tokens": 30},
     "visible": {"mode": "visible"},
     "hot": {"temperature": 1.7, "noise_scale": 1.5},
 }
@@ -81,6 +85,26 @@ def test_chunked_gradients_equal_those_of_the_whole_logits_matrix():
     assert chunked.keys() == whole.keys()
     for name, gradient in chunked.items():
         assert (gradient - whole[name]).norm() <= 1e-5 * whole[name].norm() + 1e-8, name
+
+
+def test_the_self_tests_comparison_is_that_of_whole_logits():
+    model, batch = rollouts("llama")
+    inputs = collate(batch, range(len(batch)), chunks=4)
+    wrong = dataclasses.replace(inputs, behaviour=inputs.behaviour - 0.25)
+    with torch.no_grad():
+        found = compare(policy(model), [wrong])
+        hidden = model.base_model(inputs_embeds=policy(model)._embedded(inputs)).last_hidden_state  # no other way to it
+        logits = model.get_output_embeddings()(hidden)[inputs.rows, inputs.positions]
+    sizes = torch.from_numpy(found.largest_logits)
+    torch.testing.assert_close(sizes, logits.abs().amax(-1), rtol=1e-4, atol=1e-4)
+    report = summarize_gaps([found, found])
+    assert (report.latent.count, report.hard.count) == (2 * found.latent.size, 2 * found.hard.size)
+    assert found.latent.size == inputs.latent.sum() * 4
+    assert found.hard.size == (~inputs.latent).sum()
+    for gap in (report.latent, report.hard):
+        assert abs(gap.mean - 0.25) < 1e-4
+        assert abs(gap.p99 - 0.25) < 1e-4
+    assert report.largest_logit == pytest.approx(float(sizes.mean()))
 
 
 def test_no_gradient_runs_into_the_embedding_through_a_mixture():
