@@ -195,6 +195,7 @@ def latent_step(
     noisy: Switch,
     one_sided: Switch,
     end_id: int | torch.Tensor,
+    argmax_exits: Switch = True,
     allowed: torch.Tensor | None = None,
     top_m: int = TOP_M,
     widen: bool = True,
@@ -203,8 +204,8 @@ def latent_step(
 
     `logits` [N, V], `keys` and `steps` [N] int64. A `noisy` row follows §2.1, others §2.2 (a `noise_scale` of 0 is
     still §2.1: it draws, and adds nothing). Plain booleans save work over [N] tensors of equal values. A row leaves
-    latent mode where the most likely allowed id or the first selected one is `end_id`; its record then has
-    :func:`common.density.hard_log_prob` of `end_id`.
+    latent mode where the first selected id is `end_id`, and with `argmax_exits` also where the most likely allowed one
+    is; its record then has :func:`common.density.hard_log_prob` of `end_id`.
 
     With `widen=False` it never waits for the device. Rows whose result may depend on ids beyond `top_m`, or whose
     logits are unusable, are then not `exact`, and the caller takes them again with `widen=True`.
@@ -216,14 +217,18 @@ def latent_step(
     top_m = k + 1 if noisy is False and widen else max(top_m, k + 1)
     settings = (k, top_p, noise_scale, noisy, one_sided)
     drawn, exact = draw_keyed(_mixture, logits, normaliser, keys, steps, allowed, top_m, settings, widen)
-    return _latent(drawn, exact, tau, end_id)
+    return _latent(drawn, exact, tau, end_id, argmax_exits)
 
 
 def _latent(
-    drawn: tuple[torch.Tensor, ...], exact: torch.Tensor, tau: Setting, end_id: int | torch.Tensor
+    drawn: tuple[torch.Tensor, ...],
+    exact: torch.Tensor,
+    tau: Setting,
+    end_id: int | torch.Tensor,
+    argmax_exits: Switch,
 ) -> LatentStep:
     ids, scores, log_probs, argmax = drawn
-    leaves = (argmax == end_id) | (ids[:, 0] == end_id)
+    leaves = (ids[:, 0] == end_id) | ((argmax == end_id) & argmax_exits)
     return LatentStep(ids, scores, mixture_weights(scores, tau), log_probs, leaves, exact)
 
 
@@ -238,6 +243,7 @@ def latent_draws(
     tau: Setting,
     one_sided: Switch,
     end_id: int,
+    argmax_exits: Switch = True,
     allowed: torch.Tensor | None = None,
     top_m: int = TOP_M,
 ) -> list[LatentStep]:
@@ -252,7 +258,7 @@ def latent_draws(
 
     def step(of_draw: torch.Tensor) -> LatentStep:
         drawn, exact = draw_keyed(_mixture, logits, normaliser, of_draw, steps, allowed, top_m, settings, table=table)
-        return _latent(drawn, exact, tau, end_id)
+        return _latent(drawn, exact, tau, end_id, argmax_exits)
 
     return [step(of_draw) for of_draw in keys.unbind(-1)]
 

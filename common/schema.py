@@ -22,7 +22,8 @@ import pyarrow as pa
 from latent_grpo.common.errors import LatentGRPOError
 from latent_grpo.common.types import SamplingSettings, Trajectory
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)  # version 1 lacks sampling_latent_exit, and its runs left latent mode by `argmax_or_first`
 CORRECT = "correct"  # grade_reason of a response that its verifier accepts, whatever reward it gives
 
 _PLAIN_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
@@ -49,6 +50,7 @@ _SAMPLING_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("tau", pa.float64()),
     ("noise_mode", pa.string()),
     ("noise_scale", pa.float64()),
+    ("latent_exit", pa.string()),
 )
 _GRADE_COLUMNS: tuple[tuple[str, pa.DataType, bool], ...] = (
     ("finish_reason", pa.string(), False),
@@ -100,14 +102,33 @@ def schema_k(schema: pa.Schema) -> int:
             "not a trajectory batch: its schema has no latent_grpo.schema_version, so another program wrote it"
         )
     k = metadata.get(b"latent_grpo.k", b"")
-    if version != str(SCHEMA_VERSION).encode():
+    if version not in [str(known).encode() for known in READABLE]:
         raise SchemaError(
-            f"it has trajectory schema version {version.decode(errors='replace')}, this program reads version "
-            f"{SCHEMA_VERSION}; read it with the program that wrote it (the run's manifest.json names it)"
+            f"it has trajectory schema version {version.decode(errors='replace')}, this program reads versions "
+            f"{' and '.join(map(str, READABLE))}; read it with the program that wrote it (the run's manifest.json "
+            "names it)"
         )
     if not k.isdigit():
         raise SchemaError(f"damaged trajectory schema: latent_grpo.k is {k.decode(errors='replace')!r}, not a number")
     return int(k)
+
+
+def current(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Returns a batch of an earlier schema version as one of today's; today's are returned unchanged.
+
+    Raises :class:`SchemaError` for foreign data or an unknown version.
+    """
+    k = schema_k(batch.schema)
+    if batch.schema.metadata[b"latent_grpo.schema_version"] != b"1" or "sampling_latent_exit" in batch.schema.names:
+        return batch
+    schema = trajectory_schema(k)
+    place = schema.get_field_index("sampling_latent_exit")
+    rule = pa.array(["argmax_or_first"] * batch.num_rows, pa.string())
+    columns = [*batch.columns[:place], rule, *batch.columns[place:]]
+    names = [*batch.schema.names[:place], "sampling_latent_exit", *batch.schema.names[place:]]
+    if names != schema.names:
+        return batch  # its columns are named by the check that follows
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 # --- encode ------------------------------------------------------------------------------------------------------
@@ -181,6 +202,7 @@ class TrajectoryBatch:
     """
 
     def __init__(self, batch: pa.RecordBatch):
+        batch = current(batch)
         self.k = schema_k(batch.schema)
         if not batch.schema.equals(trajectory_schema(self.k)):
             expected, got = set(trajectory_schema(self.k).names), set(batch.schema.names)

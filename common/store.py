@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from latent_grpo.common.errors import LatentGRPOError
 from latent_grpo.common.files import write_atomically
 from latent_grpo.common.learner_record import LearnerBatch, check_version
-from latent_grpo.common.schema import SchemaError, TrajectoryBatch, schema_k
+from latent_grpo.common.schema import SchemaError, TrajectoryBatch, current, schema_k
 
 _STEP_FOLDER = re.compile(r"step=(\d+)")
 _FILE = re.compile(r"lineage-(\d+)-part-(\d+)\.parquet")
@@ -64,6 +64,8 @@ class DumpStore:
     """Raises SchemaError for a batch that is not of the store's schema."""
     check_version: Callable[[pa.Schema], object]
     """Raises SchemaError for the schema of foreign data or of another version."""
+    current: Callable[[pa.RecordBatch], pa.RecordBatch]
+    """Returns a batch of an earlier version that is still read as one of today's. Raises SchemaError."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -190,6 +192,7 @@ class TrajectoryStore(DumpStore):
     what = "trajectories"
     check = TrajectoryBatch
     check_version = staticmethod(schema_k)
+    current = staticmethod(current)
 
 
 class LearnerStore(DumpStore):
@@ -198,6 +201,7 @@ class LearnerStore(DumpStore):
     what = "learner records"
     check = LearnerBatch
     check_version = staticmethod(check_version)
+    current = staticmethod(lambda batch: batch)
 
 
 def read_dump(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> pa.RecordBatch:
@@ -210,6 +214,7 @@ def read_dump(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> pa.R
     try:
         batches = table.to_batches()
         batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+        batch = kind.current(batch)
         kind.check(batch)
     except SchemaError as error:
         raise DumpError(f"{path}: a Parquet file, but no {kind.what} that can be read: {error}") from error

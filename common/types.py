@@ -16,6 +16,8 @@ import numpy as np
 
 Purpose = Literal["training", "evaluation", "self_test"]
 NoiseMode = Literal["one_sided", "two_sided", "off"]
+LatentExit = Literal["argmax_or_first", "first"]
+"""What ends latent mode (METHOD §2.3): the latent-end token as the first selected id, or also as the argmax."""
 FinishReason = Literal["stop", "length", "aborted"]
 """METHOD §2.6. `stop`: EOS was sampled; `length`: the budget ended first; `aborted`: interrupted, never graded."""
 
@@ -63,6 +65,7 @@ class SamplingSettings:
     tau: float = 1.0
     noise_mode: NoiseMode = "one_sided"
     noise_scale: float = 1.0
+    latent_exit: LatentExit = "argmax_or_first"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,6 +92,8 @@ class Redraw:
         self._settings = {name: column(view.numbers(f"sampling_{name}")) for name in ("top_p", "noise_scale", "tau")}
         one_sided = np.array([mode == "one_sided" for mode in view.strings("sampling_noise_mode")])
         self._settings["one_sided"] = column(one_sided)
+        argmax_exits = np.array([rule == "argmax_or_first" for rule in view.strings("sampling_latent_exit")])
+        self._settings["argmax_exits"] = column(argmax_exits)
         self._drawn: list[tuple[torch.Tensor, ...]] = []
 
     def visit(self, piece: slice, logits: torch.Tensor) -> None:
@@ -114,6 +116,7 @@ class Redraw:
             noise_scale=self._settings["noise_scale"][which],
             tau=self._settings["tau"][which],
             one_sided=self._settings["one_sided"][which],
+            argmax_exits=self._settings["argmax_exits"][which],
         )
         stay = torch.stack([~draw.leaves & usable for draw in draws], 1).float()
         shares = stay / stay.sum(1, keepdim=True).clamp(min=1)

@@ -16,7 +16,7 @@ from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, 
 from latent_grpo.rollout_workers.engine import RequestRefused
 
 REALS = ("temperature", "top_p", "noise_scale", "tau")
-COUNTS = ("key", "budget", "k", "latent", "noisy", "one_sided", "top_k")
+COUNTS = ("key", "budget", "k", "latent", "noisy", "one_sided", "argmax_exits", "top_k")
 SETTINGS: list[tuple[str, type[np.generic]]] = [(name, np.int64) for name in COUNTS]
 SETTINGS += [(name, np.float64) for name in REALS]
 """Columns of a sample. `key` is that of its randomness, `budget` its max_tokens, `latent` 1 while in latent mode."""
@@ -108,6 +108,7 @@ def sample_settings(request: GroupRequest, version: int) -> np.ndarray:
     rows["budget"] = settings.max_tokens
     rows["latent"], rows["noisy"] = settings.mode == "latent", settings.noise_mode != "off"
     rows["one_sided"] = settings.noise_mode == "one_sided"
+    rows["argmax_exits"] = settings.latent_exit == "argmax_or_first"
     for name in ("k", "top_k", *REALS):
         rows[name] = getattr(settings, name)
     rows["key"] = [

@@ -318,6 +318,7 @@ class TransformersEngine:
             tau=draw.setting("tau"),
             noisy=draw.switch("noisy"),
             one_sided=draw.switch("one_sided"),
+            argmax_exits=draw.switch("argmax_exits"),
             end_id=end_id,
             allowed=self._allowed,
         )

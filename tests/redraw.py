@@ -104,7 +104,7 @@ def latent_redraw(logits, keys, steps, sample, facts, allowed, tolerance) -> Red
     noisy, one_sided = s.noise_mode != "off", s.noise_mode == "one_sided"
     drawn = latent_step(
         logits, keys, steps, k=s.k, top_p=s.top_p, noise_scale=s.noise_scale, tau=s.tau, noisy=noisy,
-        one_sided=one_sided, end_id=end, allowed=allowed,
+        one_sided=one_sided, end_id=end, argmax_exits=s.latent_exit == "argmax_or_first", allowed=allowed,
     )  # fmt: skip
     every = torch.arange(logits.shape[-1], device=logits.device).expand(len(logits), -1)
     whole = logits.log_softmax(-1)

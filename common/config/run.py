@@ -27,6 +27,7 @@ from latent_grpo.common.config.rules import Rule, keys_with
 from latent_grpo.common.config.section import Section
 from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RayConfig, RolloutConfig
 from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.types import LatentExit
 
 Algorithm = Literal["latent_grpo", "soft_grpo", "grpo"]
 T = TypeVar("T")
@@ -59,6 +60,9 @@ class RunConfig(Section):
     tau: Annotated[float, Field(gt=0), Rule.LATENT_ONLY, Rule.TOKENS] = 1.0
     """Temperature of mixture weights, which are softmax(scores / tau) (METHOD §2.1.5)."""
     noise: Annotated[NoiseConfig, Rule.LATENT_ONLY] = NoiseConfig()
+    latent_exit: Annotated[LatentExit, Rule.LATENT_ONLY] = "argmax_or_first"
+    """What ends latent mode: the latent-end token as the noise-free argmax or as the first selected id
+    (`argmax_or_first`), or as the latter alone (`first`), as the reference does it for Qwen (METHOD §2.3)."""
     temperature: Annotated[float, Field(gt=0)] = 0.6
     """Sampling temperature of hard steps, which divides their logits in rollouts and in the learner (METHOD §2.4,
     §3.3)."""

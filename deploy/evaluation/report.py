@@ -53,6 +53,7 @@ def report(
             "dtype": config.model.dtype,
             "engine": choose_engine(config).name,
             "k": config.schema_k,
+            "latent_exit": config.latent_exit if config.latent else None,
             "tau": config.tau,
             "temperature": config.temperature,
             "top_p": config.top_p,

@@ -281,6 +281,7 @@ def sampling_settings(config: RunConfig, max_tokens: int, noise: NoiseMode | Non
         tau=config.tau,
         noise_mode=noise or config.objective.noise_mode,
         noise_scale=config.noise.scale,
+        latent_exit=config.latent_exit,
     )
 
 

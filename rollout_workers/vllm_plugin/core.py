@@ -313,6 +313,7 @@ class LatentCore:
             tau=draw.setting("tau"),
             noisy=draw.switch("noisy"),
             one_sided=draw.switch("one_sided"),
+            argmax_exits=draw.switch("argmax_exits"),
             end_id=self._end_id,
             allowed=self._allowed,
             widen=careful,

@@ -112,6 +112,7 @@ def mixed_requests() -> list[GroupRequest]:
         make_request(4, 5, k=2, tau=0.5, max_tokens=20, samples=3),
         make_request(5, 12, purpose="evaluation", max_tokens=3),
         make_request(6, 4, samples=4, max_tokens=40, k=3),
+        make_request(9, 8, samples=4, max_tokens=40, k=3, latent_exit="first"),
         make_request(7, 11, samples=4, max_tokens=40, temperature=1.5, top_p=1.0, top_k=48),
         make_request(8, 6, samples=2, mode="visible", max_tokens=1),
     ]
@@ -148,7 +149,8 @@ def naive(model: torch.nn.Module, request: GroupRequest, sample_index: int, vers
                     logits, gumbel, k=s.k, top_p=s.top_p, noise_scale=s.noise_scale, tau=s.tau, one_sided=side,
                     allowed=allowed,
                 )  # fmt: skip
-            if END in (int(top.indices[0, 0]), int(ids[0, 0])):
+            exits = [int(ids[0, 0])] + ([int(top.indices[0, 0])] if s.latent_exit == "argmax_or_first" else [])
+            if END in exits:
                 latent, token = False, END
             else:
                 out["latent_ids"].append(ids[0].tolist())

@@ -456,7 +456,7 @@ def test_a_foreign_or_old_parquet_is_refused_with_its_version(tmp_path):
     (file,) = (path / "trajectories").rglob("*.parquet")
     table = pq.ParquetFile(file).read()
     pq.write_table(table.replace_schema_metadata({"latent_grpo.schema_version": "0", "latent_grpo.k": "3"}), file)
-    with pytest.raises(DumpError, match="schema version 0, this program reads version 1"):
+    with pytest.raises(DumpError, match="schema version 0, this program reads versions 1 and 2"):
         shown(path, Filters(failed=True))
     pq.write_table(pa.table({"a": [1]}), file)
     with pytest.raises(DumpError, match="not a trajectory batch"):

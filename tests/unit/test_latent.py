@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from latent_grpo.common.latent import (
+    latent_draws,
     latent_step,
     mix_embeddings,
     sample_mixture,
@@ -228,3 +229,25 @@ def test_mix_embeddings_sums_in_float32_and_keeps_the_dtype():
     assert mixed.dtype == torch.bfloat16
     want = (embedded.double() * weights.double().unsqueeze(-1)).sum(-2)
     assert torch.allclose(mixed.double(), want, atol=2e-2)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_rule_that_ends_latent_mode(noisy):
+    """METHOD §2.3: with `first` the argmax alone does not end it; without noise both rules are the same."""
+    logits = torch.randn(4000, 12, generator=torch.Generator().manual_seed(0)) * 2
+    keys = torch.arange(len(logits)) * 7919
+    settings = {"k": 3, "top_p": 0.95, "noise_scale": 1.0, "tau": 1.0, "noisy": noisy, "one_sided": True, "end_id": 4}
+    both = latent_step(logits, keys, keys, **settings)
+    first = latent_step(logits, keys, keys, **settings, argmax_exits=False)
+    mixed = latent_step(logits, keys, keys, **settings, argmax_exits=torch.arange(len(logits)) % 2 == 0)
+    assert torch.equal(first.leaves, first.ids[:, 0] == 4)
+    assert torch.equal(both.leaves, first.leaves | (logits.argmax(-1) == 4))
+    assert bool((both.leaves != first.leaves).any()) == noisy
+    assert torch.equal(mixed.leaves[::2], both.leaves[::2])
+    assert torch.equal(mixed.leaves[1::2], first.leaves[1::2])
+    for name in ("ids", "scores", "weights", "log_probs"):
+        assert torch.equal(getattr(both, name), getattr(first, name)), "the record does not depend on the rule"
+    if noisy:
+        del settings["noisy"]
+        drawn = latent_draws(logits, keys[:, None], keys, **settings, argmax_exits=False)
+        assert torch.equal(drawn[0].leaves, first.leaves)

@@ -12,6 +12,7 @@ from latent_grpo.common.schema import (
     SchemaError,
     TrajectoryBatch,
     concat,
+    current,
     decode,
     encode,
     schema_k,
@@ -119,10 +120,24 @@ def test_foreign_data_is_refused():
         TrajectoryBatch(pa.record_batch({"x": [1]}))
 
 
+def test_a_batch_of_version_1_is_read_as_its_runs_left_latent_mode():
+    """Version 1 lacks the rule; whatever version a store's files have, they can be joined and trained on together."""
+    batch = encode([trajectory()], 3)
+    place = batch.schema.get_field_index("sampling_latent_exit")
+    metadata = {**batch.schema.metadata, b"latent_grpo.schema_version": b"1"}
+    earlier = batch.remove_column(place).replace_schema_metadata(metadata)
+    assert decode(earlier)[0].sampling.latent_exit == "argmax_or_first"
+    assert current(earlier).equals(batch)
+    assert current(earlier).schema.equals(batch.schema, check_metadata=True)
+    assert current(batch) is batch
+    with pytest.raises(SchemaError, match=r"missing .*sampling_tau"):
+        TrajectoryBatch(earlier.remove_column(earlier.schema.get_field_index("sampling_tau")))
+
+
 def test_another_version_is_refused_with_both_numbers():
     batch = encode([trajectory()], 3)
     other = batch.replace_schema_metadata({**batch.schema.metadata, b"latent_grpo.schema_version": b"99"})
-    with pytest.raises(SchemaError, match="version 99, this program reads version 1"):
+    with pytest.raises(SchemaError, match="version 99, this program reads versions 1 and 2"):
         TrajectoryBatch(other)
 
 

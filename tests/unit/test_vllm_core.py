@@ -78,7 +78,7 @@ def assert_equal(a, b):
 MIXED = [
     group(),
     group(noise_mode="off", k=5),
-    group(noise_mode="two_sided", noise_scale=0.5, tau=0.7, top_p=0.8),
+    group(noise_mode="two_sided", noise_scale=0.5, tau=0.7, top_p=0.8, latent_exit="first"),
     group(mode="visible", temperature=1.3, top_k=7),
 ]
 
