@@ -33,7 +33,13 @@ from rich.markup import escape
 from latent_grpo.common.config import RunConfig, parse_config
 from latent_grpo.common.errors import ConfigError, RunError
 from latent_grpo.common.files import write_atomically
-from latent_grpo.common.interrupts import LEAVE_S, check_interrupt, deferred_interrupts, sigterm_as_interrupt
+from latent_grpo.common.interrupts import (
+    LEAVE_S,
+    Interrupted,
+    check_interrupt,
+    deferred_interrupts,
+    sigterm_as_interrupt,
+)
 from latent_grpo.deploy.reproduce.gpus import NO_GPU, Devices, GpuNeed, at_once, gpu_need, visible_gpus
 from latent_grpo.deploy.reproduce.inputs import check_inputs
 from latent_grpo.deploy.reproduce.manifest import Session, check_session, make_manifest, this_session
@@ -239,7 +245,7 @@ def run_units(
     configs = {unit: unit_config(suite, unit, request.folder) for unit in todo}
     needs = {unit: _gpus_here(config, suite.runner, environment) for unit, config in configs.items()}
     devices = devices or _devices(needs.values())
-    began, finished = time.monotonic(), 0
+    began, finished, number = time.monotonic(), 0, signal.SIGTERM
     try:
         with deferred_interrupts():  # a started process is recorded in `running` before an interrupt
             while waiting or running:
@@ -268,8 +274,13 @@ def run_units(
                     write_report(suite, request.folder)
                 time.sleep(POLL_S)
                 check_interrupt()
+    except Interrupted as interrupt:
+        number = signal.SIGTERM if interrupt.terminated else signal.SIGINT
+        raise
     finally:
-        _stop(running, {unit: configs[unit].deadlines.terminate_s for unit in running}, reporter)
+        terminated = number == signal.SIGTERM
+        step_s = {unit: configs[unit].deadlines.after_signal(terminated)[0] for unit in running}
+        _stop(running, number, step_s, reporter)
     return failed
 
 
@@ -299,33 +310,35 @@ def _start(request: Request, unit: Unit, gpus: Sequence[str]) -> subprocess.Pope
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
 
-def _stop(running: dict[Unit, subprocess.Popen[bytes]], step_s: Mapping[Unit, float], reporter: Reporter) -> None:
-    """Stops running units, so that they save a checkpoint, and kills those that do not end in time.
+def _stop(
+    running: dict[Unit, subprocess.Popen[bytes]], number: int, step_s: Mapping[Unit, float], reporter: Reporter
+) -> None:
+    """Stops running units by the signal `number`, so that they save a checkpoint; kills those that do not end in time.
 
     `step_s` is the time that each has for its running step, in seconds. A second interrupt ends them at once.
     """
     if not running:
         return
     reporter.say(
-        f"{', '.join(unit.key for unit in running)}: stopping after the running step, for which there are "
-        f"{max(step_s.values()):g} s (deadlines.terminate_s)"
+        f"{', '.join(unit.key for unit in running)}: stopping after the running step, for which there are up to "
+        f"{max(step_s.values()):,g} s"
     )
-    _signal(running.values())  # SIGINT is ignored where the suite runs in a script's background
+    _signal(running.values(), number)
     began = time.monotonic()
     try:
         for unit, process in running.items():
             _end(process, began + step_s[unit] + LEAVE_S)
     except KeyboardInterrupt:
-        _signal(running.values())
+        _signal(running.values(), number)
         for process in running.values():
             _end(process, time.monotonic() + LEAVE_S)
         raise
 
 
-def _signal(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+def _signal(processes: Iterable[subprocess.Popen[bytes]], number: int) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
 
 
 def _end(process: subprocess.Popen[bytes], deadline: float) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from latent_grpo.common.config import NewModelConfig
+from latent_grpo.common.interrupts import sigterm_as_interrupt
 from latent_grpo.common.model_chain import ChainSettings, write_chain
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
@@ -522,6 +524,47 @@ def test_a_unit_that_fails_is_named_with_the_error_in_its_log_and_the_others_go_
     assert "reading" not in reasons["latent-seed3"]
     assert reasons["mixture-seed5"] == "its start latent-seed5 failed"
     assert reasons.keys() == {unit.key for unit in units(suite)}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "seconds"),
+    [((signal.SIGINT,), 700), ((signal.SIGTERM,), 100), ((signal.SIGINT, signal.SIGINT), 0)],
+)
+def test_a_stopped_suite_passes_the_signal_on_and_waits_as_long_as_a_step_may_take(write, tmp_path, numbers, seconds):
+    """A second one ends the units at once: it is passed on as well."""
+    begun, first, second = [], numbers[0], numbers[1:]
+
+    class Child:
+        def __init__(self, request, unit, gpus):
+            self.sent, self.waits = [], []
+            begun.append(self)
+
+        def poll(self):
+            if len(begun) == 1 and not self.sent:
+                signal.raise_signal(first)
+
+        def send_signal(self, number):
+            self.sent.append(number)
+
+        def wait(self, timeout):
+            self.waits.append(timeout)
+            if second and len(self.waits) == 1:
+                signal.raise_signal(second[0])
+
+    deadlines = ["deadlines.learner_s=700", "deadlines.terminate_s=100"]
+    request = Request(source=str(write(overrides=deadlines)), folder=tmp_path / "out")
+    suite = request.load()
+    todo, devices = list(units(suite))[:1], Devices([])
+
+    def stopped():
+        with sigterm_as_interrupt():
+            run_units(request, suite, todo, 1, Reporter(), start=Child, devices=devices, environment={})
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    (child,) = begun
+    assert child.sent == list(numbers)
+    assert child.waits[-1] == pytest.approx(seconds + 30, abs=20)
 
 
 def test_changes_name_the_key_and_both_values():
