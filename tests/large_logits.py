@@ -57,7 +57,8 @@ def request(uid, **sampling):
     return GroupRequest(
         group_uid=f"g{uid}", problem_uid=f"p{uid}", task="t",
         prompt_ids=np.random.default_rng(uid).integers(6, VOCAB, size=10 + uid).astype(np.int32),
-        sample_indices=(0, 1, 2, 3), sampling=SamplingSettings(**{"mode": "latent", "max_tokens": 24, "k": K} | sampling),
+        sample_indices=(0, 1, 2, 3),
+        sampling=SamplingSettings(**{"mode": "latent", "max_tokens": 24, "k": K} | sampling),
         purpose="self_test", epoch=0, run_seed=3, verifier="v", gold_answer="",
     )  # fmt: skip
 

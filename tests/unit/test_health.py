@@ -229,7 +229,8 @@ def learned(*, ratio=1.0, gap=0.0, applied=True, clipped=0, uncentered=()):
     report = RankReport(
         advantages=hundred, mean_old_log_probs=hundred, first_token=hundred > 0, updates=(update,),
         drift=hundred, latent_gap=hundred * 0, hard_gap=hundred * gap, latent_mass=hundred,
-        uncentered=np.array(uncentered, np.float32), hard_log_probs=hundred, learning_rate=1e-3, seconds=1.0, records=None,
+        uncentered=np.array(uncentered, np.float32), hard_log_probs=hundred, learning_rate=1e-3, seconds=1.0,
+        records=None,
     )  # fmt: skip
     return summarize([report]).metrics
 
