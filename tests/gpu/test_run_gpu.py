@@ -14,7 +14,7 @@ SHORT = (
     "steps=2", "prompts_per_step=8", "minibatch_prompts=4", "group_size=4", "self_test_groups=4", "noise.scale=1.0",
     "warm_start.max_steps=4", "warm_start.batch_size=32", "warm_start.evaluate_every=4", "warm_start.stop_at=null",
     "warm_start.evaluation_problems=8", "evaluation.tasks.0.options.size=8", "checkpoint.every=1", "rollout.workers=1",
-    "dynamic_sampling=drop", "rollout.engine=auto",
+    "dynamic_sampling=drop", "rollout.engine=auto", "optimizer.schedule=constant",
 )  # fmt: skip
 LEFT_BYTES = 256 * 2**20  # that a closed run may leave on the GPU, which the machine's other processes share
 
