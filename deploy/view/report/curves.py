@@ -56,8 +56,15 @@ CHARTS = (
     Chart(
         "Log-prob gap",
         "How far the learner's log-probabilities are from those of the rollout worker. With synchronous training it "
-        "is numerical drift alone, and should be tiny and flat.",
-        (Curve("mean", "learner/drift_mean"), Curve("p99", "learner/drift_p99"), Curve("largest", "learner/drift_max")),
+        "is numerical drift alone, and should be tiny and flat. Self-test and alarm judge the means of single "
+        "components, K of a latent step and one of a hard step; the others are of whole steps.",
+        (
+            Curve("latent components, mean", "learner/latent_gap_mean"),
+            Curve("hard components, mean", "learner/hard_gap_mean"),
+            Curve("steps, mean", "learner/drift_mean"),
+            Curve("steps, p99", "learner/drift_p99"),
+            Curve("steps, largest", "learner/drift_max"),
+        ),
         "log",
     ),
     Chart(
