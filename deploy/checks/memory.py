@@ -65,11 +65,19 @@ class ModelShape:
             rows=embedding.shape[0],
         )
 
-    def saved_bytes(self, dtype: str, *, checkpointing: bool) -> int:
-        """Bytes that one token's forward pass saves for the backward pass, all layers together."""
-        size = 4 if dtype == "float32" else 2
+    def trained(self, layers: int | None, *, frozen_embeddings: bool) -> int:
+        """Parameters that are trained: with `layers`, only those of the uppermost layers and of an untied head."""
+        head = 0 if self.tied else self.embeddings
+        if layers is None:
+            return self.parameters - (self.embeddings if frozen_embeddings else 0)
+        of_layers = self.parameters - self.embeddings - head
+        return of_layers * min(layers, self.layers) // self.layers + head
+
+    def saved_bytes(self, dtype: str, *, checkpointing: bool, layers: int | None = None) -> int:
+        """Bytes that one token's forward pass saves for the backward pass, in all trained layers together."""
+        size, count = 4 if dtype == "float32" else 2, min(layers or self.layers, self.layers)
         layer = size * (SAVED_MLP_WIDTHS * self.mlp_width + SAVED_WIDTHS[dtype] * self.width)
-        return self.layers * size * self.width + layer if checkpointing else self.layers * layer
+        return count * size * self.width + layer if checkpointing else count * layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +106,8 @@ def rank_memory(config: RunConfig, shape: ModelShape, tokens: int, *, frozen_emb
     `tokens` is the size of a step on one rank; `frozen_embeddings` says whether the input embeddings are trained.
     """
     learner, dtype = config.learner, config.model.dtype
-    trained = shape.parameters - (shape.embeddings if frozen_embeddings else 0)
+    layers = config.model.train_layers
+    trained = shape.trained(layers, frozen_embeddings=frozen_embeddings)
     own = 4 if dtype == "float32" else 2
     parts = {"parameters": own * shape.parameters, "gradients": 4 * trained, "optimizer": 12 * trained}
     if learner.zero_stage == 0:
@@ -109,7 +118,7 @@ def rank_memory(config: RunConfig, shape: ModelShape, tokens: int, *, frozen_emb
     at_once = min(learner.tokens_per_microbatch, tokens)
     return RankMemory(
         states=sum(parts.values()),
-        activations=at_once * shape.saved_bytes(dtype, checkpointing=learner.gradient_checkpointing),
+        activations=at_once * shape.saved_bytes(dtype, checkpointing=learner.gradient_checkpointing, layers=layers),
         logits=LOGIT_COPIES * 4 * shape.rows * min(learner.logprob_chunk_tokens, at_once),
     )
 

@@ -71,6 +71,15 @@ def test_states_are_partitioned_by_stage():
     assert states(2, 1, "bfloat16", frozen=True) == 2 * n + 16 * (n - e)
 
 
+def test_frozen_layers_have_no_states_and_save_nothing():
+    shape = ModelShape.of(load_config("quickstart", NEW), None, TOKENIZER)
+    config = load_config("quickstart", [*NEW, "model.train_layers=1"])
+    whole, one = (rank_memory(c, shape, 900, frozen_embeddings=True) for c in (load_config("quickstart", NEW), config))
+    assert one.activations * 3 == whole.activations
+    assert shape.trained(3, frozen_embeddings=True) == shape.trained(None, frozen_embeddings=True)
+    assert whole.states - one.states == pytest.approx(16 * (shape.parameters - 2 * shape.embeddings) * 2 / 3, rel=1e-6)
+
+
 def test_a_micro_batch_is_no_larger_than_the_step():
     config = load_config("quickstart", [*NEW, "learner.tokens_per_microbatch=1000", "learner.logprob_chunk_tokens=300"])
     shape = ModelShape.of(config, None, TOKENIZER)
