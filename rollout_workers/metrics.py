@@ -36,7 +36,10 @@ def rollout_metrics(rows: pa.RecordBatch) -> dict[str, float]:
 
 
 def latent_metrics(view: TrajectoryBatch) -> dict[str, float]:
-    """Returns how wide latent steps are and how often thinking ends; nothing where no row starts in latent mode.
+    """Returns how wide latent steps are, and how often and where thinking ends; nothing where no row starts latent.
+
+    The latent share is that of all response steps together; the exit step is the mean number of latent steps before the
+    latent-end token, over the rows that have one.
 
     Entropy is that of the executed mixture softmax(r / tau), in nats, averaged over steps; the effective width of a
     step is exp(its entropy), between 1 (one token) and K (all alike).
@@ -44,7 +47,13 @@ def latent_metrics(view: TrajectoryBatch) -> dict[str, float]:
     latent = np.array([mode == "latent" for mode in view.strings("sampling_mode")], dtype=bool)
     if not latent.any():
         return {}
-    metrics = {"latent/thinking_end_rate": float((view.hard_ids.lengths[latent] > 0).mean())}
+    left = latent & (view.hard_ids.lengths > 0)
+    metrics = {
+        "latent/thinking_end_rate": float(left.sum() / latent.sum()),
+        "rollout/latent_share": float(view.num_latent_steps[latent].sum() / view.num_steps[latent].sum()),
+    }
+    if left.any():
+        metrics["latent/exit_step"] = float(view.num_latent_steps[left].mean())
     scores = view.latent_scores.values
     if len(scores):
         tau = np.repeat(view.numbers("sampling_tau"), view.num_latent_steps).astype(np.float32)

@@ -107,6 +107,8 @@ class HealthConfig(Section):
     """Number of steps after which an alarm that lasts is reported again."""
     min_thinking_end_rate: Limit = 0.1
     """Lower bound on the share of latent rollouts that leave latent mode."""
+    min_latent_share_retained: Limit = 0.7
+    """Lower bound on the share of latent steps among all response steps, relative to that of the run's first steps."""
     max_truncated_share: Limit = 0.5
     """Upper bound on the share of rollouts that the token budget cuts off."""
     max_log_prob_gap: Limit | Literal["auto"] = "auto"

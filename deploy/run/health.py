@@ -12,12 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from latent_grpo.common.agreement import TOLERANCES
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.errors import MetricsError
+from latent_grpo.common.metrics import FILE as METRICS_FILE
 from latent_grpo.common.metrics import LineFile, parsed_line, read_metrics, whole_lines
 
 FILE = "alarms.jsonl"
@@ -91,6 +93,14 @@ RULES = (
         "the latent-end token is never reached: the model has no latent initialisation, or the budget is too small",
         "check with `latent-grpo validate` that model.prompt.think_end is the token the model was trained with, give "
         "the model a Latent-SFT start (warm_start), or raise tasks.*.max_response_tokens",
+    ),
+    Rule(
+        "min_latent_share_retained", "health/latent_share_retained", True,
+        "the share of latent steps has fallen to {share} of what it was in the run's first steps",
+        "reasoning moves out of latent mode into the visible part: chains leave it earlier, or write more after it",
+        "compare chains with `latent-grpo inspect RUN --sort exit` and the report's chart of the latent share; lower "
+        "optimizer.lr or noise.scale, lower tasks.*.max_response_tokens to what a short answer needs, or go on from "
+        "the last checkpoint before the fall",
     ),
     Rule(
         "max_truncated_share", "rollout/truncated_share", False,
@@ -240,6 +250,7 @@ class Judge:
         self._raised_at: dict[str, int] = {}
         self._rewards: deque[float] = deque(maxlen=config.health.window)
         self._best = 0.0
+        self._first_shares: list[float] = []  # of latent steps, in the run's first steps
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -284,6 +295,11 @@ class Judge:
         derived = {}
         if "latent/effective_width" in metrics and self._config.k > 1:
             derived["latent/relative_width"] = (metrics["latent/effective_width"] - 1) / (self._config.k - 1)
+        if (share := metrics.get("rollout/latent_share")) is not None:
+            if len(self._first_shares) < self._config.health.window:
+                self._first_shares.append(share)
+            elif first := sum(self._first_shares) / len(self._first_shares):
+                derived["health/latent_share_retained"] = share / first
         if "rollout/reward" in metrics:
             self._rewards.append(metrics["rollout/reward"])
             if len(self._rewards) == self._rewards.maxlen:
@@ -314,6 +330,10 @@ class HealthMonitor(Judge):
 
     def __init__(self, folder: Path, config: RunConfig, lineage: int):
         super().__init__(config, lineage)
+        if lineage and (folder / METRICS_FILE).is_file():  # the run's first steps, and not the resumed part's
+            rows = islice(read_metrics(folder), config.health.window)
+            shares = (row["metrics"].get("rollout/latent_share") for row in rows)
+            self._first_shares = [share for share in shares if share is not None]
         self._record = LineFile(folder / FILE)
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:

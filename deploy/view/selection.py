@@ -14,7 +14,7 @@ from latent_grpo.common.schema import CORRECT
 from latent_grpo.common.store import DumpFile
 from latent_grpo.deploy.view.terminal_text import visible
 
-SORTS = ("step", "length", "latent", "reward", "seconds", "advantage")
+SORTS = ("step", "length", "latent", "latent_share", "exit", "reward", "seconds", "advantage")
 
 
 class InspectionError(ConfigError):
@@ -59,6 +59,16 @@ class Row:
     def correct(self) -> bool:
         """Whether the verifier calls the answer `correct`; everything else, a partial reward too, is a failure."""
         return self.grade_reason == CORRECT
+
+    @property
+    def latent_share(self) -> float:
+        """Share of its response steps that are latent."""
+        return self.latent / self.length if self.length else 0.0
+
+    @property
+    def exit(self) -> int | None:
+        """The number of latent steps before it left latent mode; None if it never did."""
+        return self.latent if self.latent < self.length else None
 
     @property
     def other_reward(self) -> bool:
@@ -171,7 +181,8 @@ def ordered(rows: list[Row], sort: str) -> list[Row]:
     values = {id(row): getattr(row, name) for row in rows}
     known = [row for row in rows if values[id(row)] is not None and not math.isnan(values[id(row)])]
     if not known:
-        raise InspectionError(f"--sort {name}: none of the {len(rows)} trajectories has it; {WITHOUT_RECORDS}")
+        why = "none of them left latent mode, or had one" if name == "exit" else WITHOUT_RECORDS
+        raise InspectionError(f"--sort {name}: none of the {len(rows)} trajectories has it; {why}")
     held = set(map(id, known))
     ordered = sorted(known, key=lambda row: values[id(row)], reverse=sort.startswith("-"))
     return ordered + [row for row in rows if id(row) not in held]

@@ -9,7 +9,7 @@ import pytest
 from fake_run import fake_config, fake_trajectory
 
 from latent_grpo.common.agreement import TOLERANCES
-from latent_grpo.common.config import HealthConfig, load_config
+from latent_grpo.common.config import HealthConfig, PromptConfig, load_config
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import encode
 from latent_grpo.deploy.run.health import FILE, RULES, AlarmRecord, HealthMonitor, read_alarms
@@ -24,6 +24,7 @@ HEALTHY = {
     "rollout/verifier_timeout_share": 0.0,
     "rollout/reason_no_answer": 0.05,
     "latent/thinking_end_rate": 0.99,
+    "rollout/latent_share": 0.6,
     "latent/entropy": 0.5,
     "latent/effective_width": 1.8,
     "batch/zero_variance_share": 0.4,
@@ -45,6 +46,10 @@ HEALTHY = {
 }
 PROVOKED = {
     "min_thinking_end_rate": ({"latent/thinking_end_rate": 0.02}, "98% of rollouts never left latent mode"),
+    "min_latent_share_retained": (
+        {"rollout/latent_share": 0.3},
+        "share of latent steps has fallen to 50% of what it was",
+    ),
     "max_truncated_share": ({"rollout/truncated_share": 0.8}, "80% of rollouts were cut off"),
     "max_log_prob_gap": ({"learner/hard_gap_mean": 0.3}, "differ from the rollout's by 0.3 on average (limit 0.0001)"),
     "max_stale_log_prob_gap": ({"learner/drift_mean": 0.9}, "differ by 0.9 in log-prob"),
@@ -109,6 +114,20 @@ def test_each_limit_can_be_moved_and_turned_off(tmp_path, name):
     for limit in (None, wide):
         watched = monitor(tmp_path, staleness=staleness, **{name: limit})
         assert [a for s in (1, 2) for a in watched.judge(s, HEALTHY | (changes if s == 2 else {}))] == []
+
+
+def test_the_latent_share_is_compared_with_the_runs_own_start(tmp_path):
+    shares = [0.6, 0.6, 0.6, 0.5, 0.45, 0.4]
+    watched = monitor(tmp_path, window=2)
+    said = [[a.name for a in watched.judge(s, HEALTHY | {"rollout/latent_share": v})] for s, v in enumerate(shares, 1)]
+    assert said[:-1] == [[]] * 5
+    assert said[-1] == []  # (0.45 + 0.4) / 2 of 0.6 is 0.708
+    assert [a.name for a in watched.judge(7, HEALTHY | {"rollout/latent_share": 0.4})] == ["min_latent_share_retained"]
+    with MetricsWriter(tmp_path) as metrics:
+        for step in (1, 2):
+            metrics.write(step, {"rollout/latent_share": 0.6})
+    resumed = monitor(tmp_path, lineage=1, window=2)
+    assert [a.name for a in resumed.judge(3, HEALTHY | {"rollout/latent_share": 0.3})] == ["min_latent_share_retained"]
 
 
 def test_a_single_bad_step_among_good_ones_is_averaged_away(tmp_path):
@@ -265,6 +284,7 @@ def test_the_alarm_of_log_probs_begins_where_the_self_test_refuses(tmp_path, dty
 
 def test_settings_that_a_remedy_names_exist():
     base = fake_config().model_dump(mode="json")
+    base["model"]["prompt"] = dict.fromkeys(PromptConfig.model_fields)  # written only where they are set
     for rule in RULES:
         for key in re.findall(r"\b((?:rollout|learner|optimizer|model|dump|noise|clip)\.[a-z_.]+[a-z])", rule.remedy):
             node = base

@@ -54,5 +54,21 @@ def test_shares_count_rows():
     assert metrics["latent/thinking_end_rate"] == pytest.approx(0.8)
 
 
+def test_the_latent_share_and_where_chains_leave_latent_mode():
+    """Shares are of all steps together; a row that never leaves has no exit."""
+    none, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
+
+    def row(latent, hard):
+        steps = {name: np.zeros((latent, 3), np.float32) for name in ("latent_scores", "latent_log_probs")}
+        hard_steps = {"hard_ids": np.ones(hard, np.int32), "hard_log_probs": np.zeros(hard, np.float32)}
+        return {"latent_ids": np.zeros((latent, 3), np.int32), **steps, **hard_steps}
+
+    metrics = rollout_metrics(rows(row(2, 2), row(4, 6), {**row(6, 0), "hard_ids": none, "hard_log_probs": floats}))
+    assert metrics["rollout/latent_share"] == pytest.approx(12 / 20)
+    assert metrics["latent/exit_step"] == 3.0
+    assert "latent/exit_step" not in rollout_metrics(rows({**row(6, 0), "hard_ids": none, "hard_log_probs": floats}))
+
+
 def test_responses_without_latent_mode_have_no_latent_metrics():
-    assert not [name for name in rollout_metrics(rows({}, {}, k=0)) if name.startswith("latent/")]
+    names = rollout_metrics(rows({}, {}, k=0))
+    assert not [name for name in names if name.startswith("latent/") or name == "rollout/latent_share"]

@@ -48,6 +48,18 @@ CHARTS = (
         (Curve("all steps", "rollout/steps"), Curve("latent steps", "rollout/latent_steps")),
     ),
     Chart(
+        "Latent share",
+        "Share of a chain's response steps that are latent. A fall means that reasoning moves out of latent mode into "
+        "the visible part.",
+        (Curve("latent", "rollout/latent_share"),),
+        "percent",
+    ),
+    Chart(
+        "Where thinking ends",
+        "Latent steps before the end of thinking, over the rollouts that end it.",
+        (Curve("exit", "latent/exit_step"),),
+    ),
+    Chart(
         "Invalid rate",
         "Share of rollouts that used up their token budget without finishing. It should stay near zero.",
         (Curve("invalid", "rollout/invalid_share"),),
