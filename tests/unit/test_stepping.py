@@ -79,7 +79,7 @@ def test_ctrl_c_waits_for_as_long_as_the_learner_may_take_whatever_sigterm_leave
     ranks = Ranks(signal.SIGINT, seconds=0.5)
     _, recorded, said, _ = run(ranks, DeadlineConfig(terminate_s=0.01, learner_s=77))
     assert len(recorded) == 3
-    assert "the running step may take 77 s more (deadlines.learner_s)" in said
+    assert re.search(r"the running step may take 7\d s more \(deadlines.learner_s\)", said)
 
 
 @pytest.mark.parametrize(
