@@ -77,10 +77,10 @@ def parts(device: str, out: Path) -> list[Part]:
     def latent_grpo(name: str, limit_s: float, *arguments: str, skipped: str = "") -> Part:
         return Part(name, (sys.executable, "-m", "latent_grpo.deploy", *arguments), limit_s, skipped)
 
-    model = os.environ.get(MODEL, "")
+    model, groups = os.environ.get(MODEL, ""), "4" if device == "cpu" else "64"
     agreement = [
         latent_grpo(
-            f"agreement-{dtype}", 120.0, "bench", "agreement", "--profile", "quickstart", "--groups", "64",
+            f"agreement-{dtype}", 120.0, "bench", "agreement", "--profile", "quickstart", "--groups", groups,
             "--json", str(out / f"agreement-{dtype}-found.json"), f"model.path={model}", "model.new=null",
             "warm_start=null", f"model.dtype={dtype}", "k=10", "tasks.0.max_prompt_tokens=192",
             "tasks.0.max_response_tokens=32", "evaluation.tasks=[]",
