@@ -78,12 +78,13 @@ class HeldIn(Reporter):
 
     def __init__(self, step, number, hold):
         super().__init__(Console(file=io.StringIO(), width=300, record=True))
-        self.step, self.number, self.hold = step, number, hold
+        self.step, self.number, self.hold, self.held = step, number, hold, False
 
     @contextlib.contextmanager
     def phase(self, name, total, unit="steps"):
         def advance(completed, note=""):
-            if name == "latent_grpo" and completed == self.step:
+            if name == "latent_grpo" and completed == self.step and not self.held:
+                self.held = True  # a step's progress is shown more than once
                 every = psutil.Process().children(recursive=True)
                 (learner,) = [p for p in every if "LearnerRank" in " ".join(p.cmdline())]
                 learner.suspend()
