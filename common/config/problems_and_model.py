@@ -70,8 +70,8 @@ class TaskConfig(Section):
     """Source of the problems: a `.parquet`, `.jsonl` or `.csv` file, `hf:owner/dataset[:split]`, or a program that
     makes them, `builtin:NAME` or your own `python:package.module:Name` (`examples/own_task`)."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
-    """Options of a generated task (`common/tasks/arithmetic.py`), among them `size`, its number of problems. For a
-    dataset of the hub, `config` names the dataset's configuration."""
+    """Options of a generated task (`common/tasks/arithmetic.py`, `common/tasks/words.py`), among them `size`, its
+    number of problems. For a dataset of the hub, `config` names the dataset's configuration."""
     columns: Columns = Columns()
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the run's prompts, relative to the weights of the other tasks."""
