@@ -58,7 +58,9 @@ def leaves(node, prefix=""):
 
 
 def test_the_reference_has_every_key_of_a_resolved_configuration_and_no_other():
-    task = {"name": "a", "path": "a.jsonl", "prompt": {}}
+    # a prompt's keys are written only where they are set
+    prompt = {"system": "s", "user": "u {problem}", "format": "f {problem}", "think_start": "a", "think_end": "b"}
+    task = {"name": "a", "path": "a.jsonl", "prompt": prompt}
     resolved = [
         load_config(
             {
@@ -70,7 +72,7 @@ def test_the_reference_has_every_key_of_a_resolved_configuration_and_no_other():
             },
             ["tasks.0.max_prompt_tokens=100", "tasks.0.max_response_tokens=100"],
         ).model_dump(mode="json")
-        for model in ({"path": "some/model"}, {"new": {}})
+        for model in ({"path": "some/model", "prompt": prompt}, {"new": {}, "prompt": prompt})
     ]
     assert {name for settings in resolved for name in leaves(settings)} == KEYS.keys()
 

@@ -147,7 +147,9 @@ def test_a_dump_of_another_schema_version_is_refused_with_the_version(tmp_path):
     path = TrajectoryStore(tmp_path).write(1, batch())
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"latent_grpo.schema_version": b"0"}), path)
-    with pytest.raises(DumpError, match=r"schema version 0, this program reads versions 1 and 2; read it with the program"):
+    with pytest.raises(
+        DumpError, match=r"schema version 0, this program reads versions 1 and 2; read it with the program"
+    ):
         read_dump(path)
 
 
