@@ -9,6 +9,7 @@ minus recorded log-probs must be it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,9 +103,10 @@ def latent_redraw(logits, keys, steps, sample, facts, allowed, tolerance) -> Red
     """Steps in latent mode, the one that leaves it included. `logits` [n, V], `keys` and `steps` [n]."""
     s, end = sample.sampling, facts.latent_end_id
     noisy, one_sided = s.noise_mode != "off", s.noise_mode == "one_sided"
+    argmax_exits = s.latent_exit == "argmax_or_first"
     drawn = latent_step(
         logits, keys, steps, k=s.k, top_p=s.top_p, noise_scale=s.noise_scale, tau=s.tau, noisy=noisy,
-        one_sided=one_sided, end_id=end, argmax_exits=s.latent_exit == "argmax_or_first", allowed=allowed,
+        one_sided=one_sided, end_id=end, argmax_exits=argmax_exits, allowed=allowed,
     )  # fmt: skip
     every = torch.arange(logits.shape[-1], device=logits.device).expand(len(logits), -1)
     whole = logits.log_softmax(-1)
@@ -119,6 +121,8 @@ def latent_redraw(logits, keys, steps, sample, facts, allowed, tolerance) -> Red
     others = log_p.index_fill(-1, torch.tensor([end], device=logits.device), -torch.inf)
     end_over_others = log_p[:, end] - others.max(-1).values
 
+    ahead = tolerance if argmax_exits else math.inf  # how far the end may lead the others without ending latent mode
+
     stay = (steps < len(sample.latent_ids)).cpu()
     stayed, left = stay.nonzero()[:, 0].to(logits.device), (~stay).nonzero()[:, 0].to(logits.device)
     ids = torch.from_numpy(sample.latent_ids.astype(np.int64)).to(logits.device)[steps[stayed]]
@@ -129,14 +133,15 @@ def latent_redraw(logits, keys, steps, sample, facts, allowed, tolerance) -> Red
         "a component that was no candidate": possible[stayed].gather(-1, ids).all(-1),
         "components out of order": (taken[:, :-1] >= taken[:, 1:] - tolerance).all(-1),
         "a better candidate passed over": passed_over <= taken.min(-1).values + tolerance,
-        "stayed in latent mode": (end_over_others[stayed] <= tolerance) & (ids[:, 0] != end),
+        "stayed in latent mode": (end_over_others[stayed] <= ahead) & (ids[:, 0] != end),
     }
     for problem, fine in explained.items():
         assert fine.all(), f"{problem} at steps {steps[stayed][~fine].tolist()} ({s})"
     if len(left):
         best = score[left].masked_fill(~certain[left], -torch.inf).max(-1).values
         first = possible[left, end] & (score[left, end] >= best - tolerance)
-        assert ((end_over_others[left] >= -tolerance) | first).all(), f"left latent mode for no reason ({s})"
+        leads = argmax_exits & (end_over_others[left] >= -tolerance)
+        assert (leads | first).all(), f"left latent mode for no reason ({s})"
         assert sample.hard_ids[0] == end, f"left latent mode with token {sample.hard_ids[0]}"
 
     recorded = torch.from_numpy(sample.latent_log_probs).to(logits.device)[steps[stayed]]
