@@ -122,7 +122,8 @@ def _probe(folder: Path, config: RunConfig) -> list[dict[str, float]]:
     from latent_grpo.common.models import load_tokenizer
     from latent_grpo.deploy.reproduce.probe import probe_run
 
-    tokenizer = load_tokenizer(folder / "model" if (folder / "model").is_dir() else folder / "base")
+    made = [path for path in (folder / "model", folder / "base") if path.is_dir()]
+    tokenizer = load_tokenizer(made[0] if made else str(config.model.path))  # a given start makes neither
     found = probe_run(
         folder / "trajectories",
         lambda token: str(tokenizer.decode([token])),
