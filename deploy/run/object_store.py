@@ -116,13 +116,20 @@ def spill_watch(say: Callable[[str], None], advice: str, every_s: float = LOOK_E
                 )
                 return
 
-    thread = threading.Thread(target=look, name="spill-watch", daemon=True)
+    def watch() -> None:
+        try:
+            look()
+        except Exception as error:  # Ray may end while it is asked, which is the run's to report
+            if not ended.is_set():
+                log.warning("the object store is not watched any longer: %s: %s", type(error).__name__, error)
+
+    thread = threading.Thread(target=watch, name="spill-watch", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
-        thread.join(timeout=30)
+        thread.join(timeout=5)  # of the 30 s in which a run leaves
 
 
 def spilled_bytes() -> int:
