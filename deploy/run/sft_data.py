@@ -75,7 +75,7 @@ class Chains:
                 explicit=self._settings.chain == "explicit",
             )
         except ConfigError as error:
-            raise type(error)(f"problem {problem.uid}: {error}") from error
+            raise type(error)(f"problem {problem.uid}: chain {text[:80]!r}: {error}") from error
 
     def _encoded(self, name: str, problems: Sequence[Problem], texts: Sequence[str]) -> Iterator[np.ndarray]:
         try:

@@ -14,15 +14,19 @@ TOKENIZER = make_arithmetic_tokenizer()
 NEW = ["model.new.hidden_size=256", "model.new.intermediate_size=640", "model.new.num_layers=3"]
 
 
+def identity(tensor: torch.Tensor) -> int:
+    """The identity of a tensor's storage, on any device."""
+    return tensor.untyped_storage()._cdata  # torch has no public name for it
+
+
 def saved_bytes(model, tokens: int) -> int:
     """Bytes of all storages that a forward pass saves, its parameters left out."""
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}  # torch's identity of a storage
+    own = {identity(t) for t in (*model.parameters(), *model.buffers())}
     saved = {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage.nbytes(), tensor
+        if identity(tensor) not in own:
+            saved[identity(tensor)] = tensor.untyped_storage().nbytes(), tensor
         return tensor
 
     inputs = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
