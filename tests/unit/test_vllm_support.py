@@ -16,6 +16,7 @@ from latent_grpo.rollout_workers.vllm_plugin.support import (
     ACCEPTED,
     RESERVED,
     argument_problem,
+    head_problem,
     model_problem,
     runner_problem,
     vllm_problem,
@@ -30,6 +31,13 @@ def refused(*overrides, found=("cpu", "0.32.0")):
     with pytest.raises(ConfigError) as error:
         check_engine(load_config("quickstart", ["rollout.engine=vllm", *overrides]), installed=lambda: found)
     return str(error.value)
+
+
+def test_a_device_on_which_vllm_would_round_its_logits_is_refused():
+    assert head_problem("torch.float32") is None
+    found = head_problem("torch.bfloat16")
+    assert "vLLM would compute logits in bfloat16" in found
+    assert "set rollout.engine to transformers" in found
 
 
 def test_the_quickstart_is_served_by_the_tested_builds():
