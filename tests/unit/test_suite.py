@@ -424,7 +424,8 @@ def test_a_resumed_units_minutes_are_those_of_all_its_sessions(write, tmp_path, 
         if not stopped:
             stopped.append(True)
             raise KeyboardInterrupt
-        folder.write_json("summary.json", {"after": {"e/pass_at_1": 0.5}})
+        after = {"e/pass_at_1": 0.5, "e/chain_length": 4.0, "e/latent_length": 2.0}
+        folder.write_json("summary.json", {"after": after})
         (folder.path / "metrics.jsonl").touch()
 
     monkeypatch.setattr("latent_grpo.deploy.reproduce.unit._make_start", work)  # what runs is not the subject
