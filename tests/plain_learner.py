@@ -61,7 +61,7 @@ def components(model, row, wanted=None):
 
     `wanted` [L, M]: other ids than the recorded ones.
     """
-    ids = torch.from_numpy(row.latent_ids).long()
+    ids = torch.tensor(row.latent_ids).long()  # records are not writable, which from_numpy warns of
     embed = model.get_input_embeddings()
     weights = torch.softmax(torch.from_numpy(row.latent_scores), -1)
     hard = torch.from_numpy(row.hard_ids).long()
