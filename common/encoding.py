@@ -43,11 +43,17 @@ class UnencodableText(LatentGRPOError):
         self.index, self.text, self.reason = index, text, reason
 
 
-def cache_folder() -> Path:
-    """The folder of kept token ids: LATENT_GRPO_CACHE, or `latent-grpo` in XDG_CACHE_HOME or in `~/.cache`."""
+def cache_folder() -> Path | None:
+    """The folder of kept token ids: LATENT_GRPO_CACHE, or `latent-grpo` in XDG_CACHE_HOME or in `~/.cache`.
+
+    None for a user without a home, as in some containers.
+    """
     if own := os.environ.get(FOLDER_VARIABLE):
         return Path(own) / "tokens"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "latent-grpo" / "tokens"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "latent-grpo" / "tokens"
+    except RuntimeError:
+        return None
 
 
 @contextlib.contextmanager
@@ -69,10 +75,12 @@ class TextEncoder:
         *,
         rows: int | None = None,
         large: int = LARGE,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         self.tokenizer = tokenizer
         self.rows = rows
         self._show, self._say, self._large = show, say, large
+        self._most_bytes = most_bytes
         self._identity: str | None = None
 
     def encode(self, name: str, texts: Sequence[str], *, special_tokens: bool) -> Ragged:
@@ -142,9 +150,9 @@ class TextEncoder:
     # --- the cache ---------------------------------------------------------------------------------------------------
 
     def _entry(self, texts: Sequence[str], special_tokens: bool) -> Path | None:
-        """The file of these texts; None for a tokenizer in Python, whose content cannot be told from its files."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        """The file of these texts; None without a folder, and for a tokenizer in Python, whose content is not known."""
+        backend, folder = getattr(self.tokenizer, "backend_tokenizer", None), cache_folder()
+        if backend is None or folder is None:
             return None
         if self._identity is None:
             versions = [f"{name} {version(name)}" for name in ("tokenizers", "transformers")]
@@ -154,7 +162,7 @@ class TextEncoder:
             content = text.encode("utf-8", "surrogatepass")
             digest.update(f"{len(content)}|".encode())
             digest.update(content)
-        return cache_folder() / f"{digest.hexdigest()}.arrow"
+        return folder / f"{digest.hexdigest()}.arrow"
 
     def _read(self, entry: Path, count: int) -> Ragged | None:
         """The kept ids, which stay in the file and are read where they are used."""
@@ -182,7 +190,7 @@ class TextEncoder:
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(entry, memoryview(content.getvalue()))
-            _prune(entry.parent, keep=entry)
+            _prune(entry.parent, self._most_bytes, keep=entry)
         except OSError as error:
             self._say(
                 f"[yellow]the token ids could not be kept in {entry.parent} ({error.strerror}), so the next start "
@@ -207,12 +215,17 @@ def _offsets(array: pa.ListArray) -> np.ndarray:
     return offsets - offsets[0]
 
 
-def _prune(folder: Path, *, keep: Path) -> None:
-    entries = sorted(folder.glob("*.arrow"), key=lambda entry: entry.stat().st_mtime)
-    total = sum(entry.stat().st_size for entry in entries)
-    for entry in entries:
-        if total <= MOST_BYTES:
+def _prune(folder: Path, most_bytes: int, *, keep: Path) -> None:
+    """Deletes the entries that were used longest ago. Another process may delete the same ones at the same time."""
+    entries = []
+    for entry in folder.glob("*.arrow"):
+        with contextlib.suppress(FileNotFoundError):
+            found = entry.stat()
+            entries.append((found.st_mtime, found.st_size, entry))
+    total = sum(size for _, size, _ in entries)
+    for _, size, entry in sorted(entries):
+        if total <= most_bytes:
             return
         if entry != keep:
-            total -= entry.stat().st_size
+            total -= size
             entry.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """`latent-grpo data fetch`: a data set from the hub, or from the authors' own files, becomes a file of the data folder.
 
-Every file is written with the product's columns and an entry in the folder's `manifest.json`: where it came from, the
-revision and the hashes. They are recorded at the first fetch and compared at every later one, so that a set that its
-publisher has changed does not pass for the same.
+Every set that is fetched is written with the product's columns and an entry in the folder's `manifest.json`: where it
+came from, the revision and the hashes. They are recorded at the first fetch and compared at every later one, so that a
+set that its publisher has changed does not pass for the same.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from latent_grpo.common.config import ConfigError
 from latent_grpo.common.files import file_hash, write_atomically
-from latent_grpo.deploy.data.layouts import COLUMNS, UnknownLayout, product_row
+from latent_grpo.deploy.data.layouts import COLUMNS, IncompleteRow, UnknownLayout, product_row
 from latent_grpo.deploy.data.sets import DataSet
 from latent_grpo.deploy.run.progress import Reporter
 
@@ -47,7 +48,9 @@ class Fetched:
 
     file: str
     rows: int
-    xxh3_128: str  # of the written file
+    xxh3_128: str  # of the written file, which shows whether it is still that one
+    content: str  # hash of the rows, whatever file format and version they are written with
+    dropped: int  # rows without a problem or an answer
     licence: str
     source: dict[str, Any]
     at: str
@@ -121,13 +124,20 @@ def _written(
 ) -> Fetched:
     """Writes the file. Raises :class:`FetchError` where it is not what `entry` says that it was at the first fetch."""
     columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
+    content, dropped = xxhash.xxh3_128(), 0
     with reporter.phase(f"read {data.name}", total or data.rows or 0, "rows") as advance:
         advance(0)
         for number, row in enumerate(rows):
             try:
                 found = product_row(row)
+            except IncompleteRow as error:
+                if data.use == "benchmark":  # without the row it would be another benchmark
+                    raise FetchError(f"{data.name}: row {number} of {source.repository}: {error}") from error
+                dropped += 1
+                continue
             except UnknownLayout as error:
                 raise FetchError(f"{data.name}: row {number} of {source.repository}: {error}") from error
+            content.update(json.dumps(found).encode())
             for name in COLUMNS:
                 columns[name].append(found[name])
             if number % 1000 == 999:
@@ -135,31 +145,37 @@ def _written(
     count = len(columns["problem"])
     if not count:
         raise FetchError(f"{data.name}: {source.repository} has no rows for it")
-    if data.rows is not None and count != data.rows:
-        reporter.say(f"[yellow]{data.name}: {count:,} rows, where {data.rows:,} were published[/]")
-    kept = {name: texts for name, texts in columns.items() if name in COLUMNS[:2] or any(texts)}
-    content = pa.BufferOutputStream()
-    pq.write_table(pa.table(kept), content, compression="zstd")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        before = target.read_bytes() if target.is_file() else None
-        write_atomically(target, memoryview(content.getvalue()))
-    except OSError as error:
-        raise FetchError(
-            f"{data.name}: {target} cannot be written ({error.strerror}); make room, or give another folder with --to"
-        ) from error
-    digest = file_hash(target)
-    if entry is not None and digest != entry["xxh3_128"]:
-        if before is None:
-            target.unlink()
-        else:
-            write_atomically(target, before)
+    if dropped:
+        reporter.say(f"[yellow]{data.name}: {dropped:,} rows without a problem or an answer are left out[/]")
+    if data.rows is not None and count + dropped != data.rows:
+        reporter.say(f"[yellow]{data.name}: {count + dropped:,} rows, where {data.rows:,} were published[/]")
+    if entry is not None and content.hexdigest() != entry["content"]:
         raise FetchError(
             f"{data.name}: its rows are not those of the first fetch ({entry['at']}, revision "
             f"{entry['source'].get('revision')}; now {source.revision}), so its publisher has changed it. Delete its "
             f"entry in {target.parent / MANIFEST} to take the new one"
         )
-    return Fetched(data.file, count, digest, data.licence, asdict(source), time.strftime("%FT%T%z"))
+    kept = {name: texts for name, texts in columns.items() if name in COLUMNS[:2] or any(texts)}
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.table(kept), file, compression="zstd")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, memoryview(file.getvalue()))
+    except OSError as error:
+        raise FetchError(
+            f"{data.name}: {target} cannot be written ({error.strerror}); make room, or give another folder with --to"
+        ) from error
+    at = time.strftime("%FT%T%z")
+    return Fetched(
+        file=data.file,
+        rows=count,
+        xxh3_128=file_hash(target),
+        content=content.hexdigest(),
+        dropped=dropped,
+        licence=data.licence,
+        source=asdict(source),
+        at=at,
+    )
 
 
 # --- where rows come from ------------------------------------------------------------------------------------------
@@ -205,8 +221,7 @@ def open_hub(data: DataSet) -> tuple[Source, int | None, Rows]:
         revision = HfApi().dataset_info(data.repository).sha
         files = _hub_files(data, HfApi().list_repo_files(data.repository, repo_type="dataset", revision=revision))
         parts = [
-            datasets.load_dataset(data.repository, part, split=data.split, revision=revision, data_files=files or None)
-            for part in data.parts
+            datasets.load_dataset(data.repository, part, revision=revision, **_what(data, files)) for part in data.parts
         ]
     except Exception as error:  # the hub's client, requests, datasets: each has errors of its own
         raise FetchError(
@@ -216,6 +231,13 @@ def open_hub(data: DataSet) -> tuple[Source, int | None, Rows]:
     rows = (row for part in parts for row in part)
     names = files or tuple(part for part in data.parts if part)
     return Source(data.repository, revision, tuple(names), None), sum(len(part) for part in parts), rows
+
+
+def _what(data: DataSet, files: tuple[str, ...]) -> dict[str, Any]:
+    """Which rows of the repository: those of the set's own file, or of its split."""
+    if not files:
+        return {"split": data.split}
+    return {"split": "rows", "data_files": {"rows": list(files)}}  # files have no split but the one that they are given
 
 
 def _hub_files(data: DataSet, present: Iterable[str]) -> tuple[str, ...]:
@@ -234,6 +256,9 @@ def _take_as_it_lies(data: DataSet, folder: Path, local: Path | None, reporter: 
     file = next((p for name in data.authors_files if local is not None and (p := local / name).is_file()), None)
     if file is None:
         raise FetchError(f"{data.name}: {data.refused}")
+    target = folder / file.name
+    if target.is_file() and file_hash(target) != file_hash(file):
+        raise FetchError(f"{data.name}: {target} is another file; move it away, or give another folder with --to")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / file.name, file.read_bytes())
+    write_atomically(target, file.read_bytes())
     reporter.say(f"{data.name}: {folder / file.name}, copied as it is (its options get their letters when it is read)")

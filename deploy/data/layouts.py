@@ -26,7 +26,11 @@ Row = Mapping[str, Any]
 
 
 class UnknownLayout(ConfigError):
-    """Rows that are in none of the known layouts, or a row that is not whole."""
+    """Rows that are in none of the known layouts."""
+
+
+class IncompleteRow(UnknownLayout):
+    """A row of a known layout without a problem or an answer."""
 
 
 def product_row(row: Row) -> dict[str, str]:
@@ -58,7 +62,7 @@ def _whole(found: Row) -> dict[str, str]:
     texts = {name: cell_text(found.get(name)).strip() for name in COLUMNS}
     missing = [name for name in ("problem", "answer") if not texts[name]]
     if missing:
-        raise UnknownLayout(f"{' and '.join(missing)} cannot be found in {dict(found)!r:.200}")
+        raise IncompleteRow(f"{' and '.join(missing)} cannot be found in {dict(found)!r:.200}")
     return texts
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -127,6 +129,8 @@ def test_a_fetched_set_is_left_alone_and_a_changed_one_is_refused(authors, tmp_p
     with pytest.raises(FetchError, match="its rows are not those of the first fetch"):
         fetched(["svamp"], folder, local=authors)
     assert (folder / "svamp.parquet").read_bytes() == content
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["svamp"]["source"]["xxh3_128"]
     (folder / "svamp.parquet").write_bytes(b"mine")
     with pytest.raises(FetchError, match="is not the file that was fetched on"):
         fetched(["svamp"], folder, local=authors)
@@ -194,6 +198,53 @@ def test_a_set_of_the_hub_records_its_revision_and_says_when_it_changes(tmp_path
     with pytest.raises(FetchError, match="revision bbb; now ccc"):
         fetched(["gsm8k-aug-train"], tmp_path, hub=hub)
     assert not (tmp_path / "gsm8k_aug_train.parquet").exists()
+
+
+class HubOfFiles:
+    """`datasets` and the hub's client as far as they are used: files get the split that `data_files` gives them."""
+
+    def __init__(self, files: dict[str, list]):
+        self.files = files
+
+    def load_dataset(self, repository, part, *, revision, split="train", data_files=None):
+        if data_files is None:
+            data_files = {"train": list(self.files)}
+        if isinstance(data_files, (list, tuple)):
+            data_files = {"train": list(data_files)}
+        if split not in data_files:
+            raise ValueError(f"Unknown split {split!r}")
+        return [row for file in data_files[split] for row in self.files[file]]
+
+    def dataset_info(self, repository):
+        return SimpleNamespace(sha="abc")
+
+    def list_repo_files(self, repository, repo_type, revision):
+        return list(self.files)
+
+
+@pytest.mark.parametrize("name", ["svamp", "dapo-math-17k-en", "gsm8k-aug-train"])
+def test_a_set_of_the_hub_is_the_rows_of_its_file_or_split(tmp_path, monkeypatch, name):
+    hub = HubOfFiles({
+        "test/Svamp-test.jsonl": [{"problem": "p", "answer": "1"}],
+        "DAPO-Math-17k-en-train.parquet": [verl("d", "2", high=True)],
+    } if name != "gsm8k-aug-train" else {"x": [{"question": "q", "steps": [], "answer": "3"}]})  # fmt: skip
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    fetched([name], tmp_path)
+    (row,) = pq.read_table(tmp_path / SETS[name].file).to_pylist()
+    assert row["problem"] in ("p", "d", "q")
+    assert json.loads((tmp_path / MANIFEST).read_text())[name]["source"]["revision"] == "abc"
+
+
+def test_an_incomplete_row_is_dropped_from_a_training_set_and_refused_in_a_benchmark(authors, tmp_path):
+    rows = [{"problem": "2+3?", "cot": "c", "cot_answer": text} for text in (SOLUTION, "no box")]
+    pq.write_table(pa.Table.from_pylist(rows), authors / "GSM8k-Aug-oss-dup-all.parquet")
+    assert "1 rows without a problem or an answer are left out" in fetched(
+        ["gsm8k-aug-oss-dup-all"], tmp_path / "data", local=authors
+    )
+    (authors / "Svamp-test.jsonl").write_text('{"problem": "p", "answer": ""}')
+    with pytest.raises(FetchError, match=r"row 0 of .*: answer cannot be found"):
+        fetched(["svamp"], tmp_path / "data", local=authors)
 
 
 def test_no_network_says_what_to_do(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -116,3 +117,16 @@ def test_a_text_outside_the_vocabulary_is_named():
     problems = [Problem(uid=f"t/{i}", task="t", messages=(("user", t),), answer="1") for i, t in enumerate(["1", "%"])]
     with pytest.raises(ConfigError, match=r"problem t/1: its prompt '%<think>'... cannot be encoded"):
         PromptRenderer(tokenizer, PromptConfig()).encode_all(problems, TextEncoder(tokenizer))
+
+
+def test_the_cache_keeps_its_bound(tokenizer, folder):
+    folder.mkdir(parents=True)
+    for age, name in enumerate("abc"):
+        entry = folder / f"{name}.arrow"
+        entry.write_bytes(b"x" * 5000)
+        os.utime(entry, (age, age))
+    TextEncoder(tokenizer, large=10, most_bytes=16_000).encode("texts", TEXTS[:50], special_tokens=False)
+    left = {entry.name for entry in folder.iterdir()}
+    assert left >= {"b.arrow", "c.arrow"}
+    assert "a.arrow" not in left
+    assert len(left) == 3, "what was made now stays"

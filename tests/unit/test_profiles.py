@@ -38,7 +38,7 @@ def test_validate_refuses_a_generated_chain_that_fills_no_latent_step(chain):
         assert result.exit_code == 0, result.output
     else:
         assert isinstance(result.exception, ConfigError)
-        assert "problem chain-arithmetic/0: the chain of thought" in str(result.exception)
+        assert "problem chain-arithmetic/0: chain '" in str(result.exception)
         assert "has 6 token(s), fewer than one latent step stands for (warm_start.compression 7)" in str(
             result.exception
         )
