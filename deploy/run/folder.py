@@ -41,6 +41,7 @@ from latent_grpo.deploy.run.versions import versions
 EVALUATION_FILE = "evaluation.json"  # the results of an evaluation run
 SFT_PURPOSE = "sft"  # of the dumps of Latent-SFT's held-out samples
 FAILED = "failed_"  # begins the metric of a failure's share of them; the verifier's reason follows
+GAP_OF_OLD_RUNS = 0.05  # the default of health.max_log_prob_gap up to version 0.2.0
 RunKind = Literal["train", "sft", "evaluate"]
 """What a run does: RL, with a Latent-SFT before it where one is due; Latent-SFT alone; an evaluation."""
 
@@ -88,7 +89,7 @@ class RunFolder:
         return self.path / "model"
 
     def config(self) -> RunConfig:
-        return parse_config(json.loads((self.path / "config.json").read_text(encoding="utf-8")))
+        return parse_config(_of_today(json.loads((self.path / "config.json").read_text(encoding="utf-8"))))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
@@ -150,6 +151,17 @@ def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFo
             "leave them out, or start a new run with them"
         )
     return folder, config
+
+
+def _of_today(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns stored settings with what versions up to 0.2.0 wrote, which had no section `ray`, as it is meant today.
+
+    They wrote the default of `health.max_log_prob_gap`, a bound on whole steps, into every file; nobody chose it.
+    """
+    health = stored.get("health", {})
+    if "ray" in stored or health.get("max_log_prob_gap") != GAP_OF_OLD_RUNS:
+        return stored
+    return {**stored, "health": {**health, "max_log_prob_gap": "auto"}}
 
 
 def _write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: RunKind) -> None:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from latent_grpo.common.agreement import Gap, Tolerance, looks_like_rounding, spacing, tolerance_of
+from latent_grpo.common.agreement import TOLERANCES, Gap, Tolerance, looks_like_rounding, spacing, tolerance_of
 from latent_grpo.common.schema import concat
 from latent_grpo.deploy.controller import TrainingStopped, gather
 from latent_grpo.deploy.run.session import Run
@@ -35,6 +35,12 @@ def self_test(run: Run, learner: Replaying) -> None:
     for name, gap in (("latent", report.latent), ("hard", report.hard)):
         if (statistic := tolerance.exceeded(gap)) is not None:
             raise SelfTestFailed(_sentence(name, gap, statistic, tolerance, dtype, report.largest_logit))
+    usual = TOLERANCES[dtype].mean
+    if tolerance.mean > usual:
+        run.reporter.say(
+            f"[yellow]self-test: health.max_log_prob_gap ({tolerance.mean:g}) allows {tolerance.mean / usual:,.3g} "
+            f"times the usual gaps in {dtype} ({usual:g} on average); auto holds those[/]"
+        )
     run.reporter.say(
         f"self-test: learner and engine agree (gap of log-probs, mean and largest: latent {report.latent.mean:.1e}, "
         f"{report.latent.max:.1e}; hard {report.hard.mean:.1e}, {report.hard.max:.1e})"

@@ -5,13 +5,14 @@ Its settings name a verifier and a sink by the import paths of then. It was made
 """
 
 import io
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from latent_grpo.common.config import ConfigError
+from latent_grpo.common.config import ConfigError, config_as_json, load_config
 from latent_grpo.common.metrics import read_metrics
 from latent_grpo.common.schema import decode
 from latent_grpo.common.store import TrajectoryStore
@@ -39,6 +40,18 @@ def test_its_settings_records_and_manifest_are_read(run):
     trajectories = decode(TrajectoryStore(run / "trajectories").read(2))
     assert len(trajectories) == 16
     assert {t.policy_version_min for t in trajectories} == {1}
+
+
+def test_a_limit_that_every_old_run_had_is_no_choice_and_loosens_no_self_test(run):
+    path = run / "config.json"
+    stored = json.loads(path.read_text())
+    assert stored["health"]["max_log_prob_gap"] == 0.05
+    assert RunFolder(run).config().health.max_log_prob_gap == "auto"
+    path.write_text(json.dumps(stored | {"health": {"max_log_prob_gap": 0.2}}))
+    assert RunFolder(run).config().health.max_log_prob_gap == 0.2, "another number was set by somebody"
+    today = load_config(RunFolder(run).config().model_dump(mode="json"), ["health.max_log_prob_gap=0.05"])
+    path.write_text(config_as_json(today))
+    assert RunFolder(run).config().health.max_log_prob_gap == 0.05, "today's runs have auto unless it is set"
 
 
 def test_inspect_and_report_show_it(run):

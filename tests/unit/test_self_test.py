@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from types import SimpleNamespace
 
@@ -42,8 +43,8 @@ def gap(largest, mean=0.0, p99=0.0):
     return Gap(mean=mean, p99=p99, max=largest, count=20)
 
 
-def outcome(latent, hard, largest_logit=30.0, **config):
-    """What the run's metrics got."""
+def outcome(latent, hard, largest_logit=30.0, console=None, **config):
+    """What the run's metrics got; what was said is on the console."""
     written = []
     uids = [group.column("group_uid")[0].as_py() for group in GROUPS]
     run = SimpleNamespace(
@@ -52,7 +53,7 @@ def outcome(latent, hard, largest_logit=30.0, **config):
         problems=SimpleNamespace(request=lambda i, purpose: SimpleNamespace(group_uid=uids[i], purpose=purpose)),
         metrics=SimpleNamespace(write=lambda step, values, **where: written.append((where["kind"], values))),
         lineage=0,
-        reporter=Reporter(Console(quiet=True)),
+        reporter=Reporter(console or Console(quiet=True)),
     )
     learner = Learner(latent, hard, largest_logit)
     try:
@@ -111,6 +112,15 @@ def test_the_alarms_limit_is_the_self_tests_too():
     outcome(gap(0.3, mean=0.01, p99=0.3), gap(0.0), model=BFLOAT16, health={"max_log_prob_gap": 0.07})
     with pytest.raises(SelfTestFailed, match=r"allowed in bfloat16: 0.00\d+ \("):
         outcome(gap(0.1, mean=0.01), gap(0.0), model=BFLOAT16, health={"max_log_prob_gap": 0.001})
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"), [(0.05, True), (1e-4, False), (1e-5, False), ("auto", False), (None, False)]
+)
+def test_a_limit_that_loosens_the_self_test_is_said(limit, said):
+    console = Console(file=io.StringIO(), width=300)
+    outcome(gap(1e-6), gap(0.0), console=console, health={"max_log_prob_gap": limit})
+    assert ("(0.05) allows 500 times the usual gaps in float32" in console.file.getvalue()) == said
 
 
 @pytest.mark.parametrize(
