@@ -15,6 +15,7 @@ from pydantic import PositiveInt, ValidationError, model_validator
 
 from latent_grpo.common.config import ConfigError, RunConfig, Section
 from latent_grpo.common.hub import check_folder, hub_errors
+from latent_grpo.common.types import LatentExit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,11 @@ class ChainSettings(Section):
     think_end_ids: list[int]
     """The ids of `think_end` under the model's tokenizer; the first is the latent-end token. Empty for an explicit
     chain whose tokenizer cannot write it."""
+    latent_exit: LatentExit | None = None
+    """What ended latent mode in its training; None for an explicit chain, and where an earlier version wrote the
+    file."""
+    prompt: dict[str, str | None] | None = None
+    """The keys of `model.prompt` that its training set; None where an earlier version wrote the file."""
 
     @model_validator(mode="after")
     def _latent_has_a_width(self) -> Self:
@@ -63,8 +69,9 @@ def exported_chain(
     """Returns the chain of a run's trained model: its Latent-SFT decides c if it has one, else `before` does."""
     think_end = config.model.prompt.think_end
     ids = _ids(tokenizer, think_end)
+    prompt = config.model.prompt.given
     if not config.latent:
-        return ChainSettings(chain="explicit", think_end=think_end, think_end_ids=ids)
+        return ChainSettings(chain="explicit", think_end=think_end, think_end_ids=ids, prompt=prompt)
     sft = config.warm_start
     return ChainSettings(
         chain="latent",
@@ -74,6 +81,8 @@ def exported_chain(
         tau=config.tau,
         think_end=think_end,
         think_end_ids=ids,
+        latent_exit=config.latent_exit,
+        prompt=prompt,
     )
 
 
@@ -132,6 +141,7 @@ def check_chain(
         )
     if config.warm_start is not None:
         return []
+    warnings = _other_prompt(settings, config)
     if settings.chain == "explicit" and config.latent:
         raise ConfigError(
             f"model {model} has an explicit chain ({CHAIN_FILE}), but algorithm {config.algorithm} samples a latent "
@@ -145,17 +155,33 @@ def check_chain(
             "`latent-grpo sft` with algorithm grpo"
         )
     if not config.latent:
-        return []
+        return warnings
     if settings.source == "uniform" and settings.compression is not None and config.k < settings.compression:
         raise ConfigError(
             f"k ({config.k}) is smaller than the model's compression ({settings.compression} tokens a latent step, "
             f"{CHAIN_FILE}): a step could not hold its tokens; set k to the model's {settings.k}"
         )
-    return [
+    if settings.latent_exit not in (None, config.latent_exit):
+        warnings.append(
+            f"latent_exit is {config.latent_exit}, but the model was trained with {settings.latent_exit} "
+            f"({CHAIN_FILE}), so its chains end elsewhere"
+        )
+    return warnings + [
         f"{key} is {wanted:g}, but the model was trained with {had:g} ({CHAIN_FILE}), so its mixtures are new to it"
         for key, wanted, had in (("k", config.k, settings.k), ("tau", config.tau, settings.tau))
         if wanted != had
     ]
+
+
+def _other_prompt(settings: ChainSettings, config: RunConfig) -> list[str]:
+    """Returns a warning if the texts of `model.prompt` are others than those of the model's training."""
+    if settings.prompt is None:
+        return []
+    both = (settings.prompt, config.model.prompt.given)
+    before, now = ({key: text for key, text in prompt.items() if key != "think_end"} for prompt in both)
+    if before == now:
+        return []
+    return [f"model.prompt is {now}, but the model was trained with {before} ({CHAIN_FILE})"]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -230,9 +230,11 @@ def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
     """Settings from a model's own chain."""
     if chain is None:
         return {}
+    model = {"prompt": {**(chain.prompt or {}), "think_end": chain.think_end}}
     if chain.chain == "explicit":
-        return {"algorithm": "grpo", "model": {"prompt": {"think_end": chain.think_end}}}
-    return {"k": chain.k, "tau": chain.tau, "model": {"prompt": {"think_end": chain.think_end}}}
+        return {"algorithm": "grpo", "model": model}
+    exits = {} if chain.latent_exit is None else {"latent_exit": chain.latent_exit}
+    return {"k": chain.k, "tau": chain.tau, "model": model, **exits}
 
 
 def noise_line(config: RunConfig, noise: str | None) -> str | None:

@@ -28,7 +28,7 @@ from latent_grpo.deploy.evaluation.scores import TaskResult, failure_shares, res
 from latent_grpo.deploy.run.folder import FAILED, SFT_PURPOSE, RunFolder, create_run, reopen_run
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.problems import group_request
-from latent_grpo.deploy.run.progress import Reporter, first_step_line
+from latent_grpo.deploy.run.progress import Advance, Reporter, first_step_line
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.sft_data import SFTData
 from latent_grpo.deploy.run.stepping import LearnerSteps, StateKeeper, StepLearner
@@ -108,7 +108,8 @@ def run_latent_sft(
         while True:
             due = progress.steps % settings.evaluate_every == 0 or progress.steps >= settings.max_steps
             if progress.steps and due and progress.evaluated_at != progress.steps:
-                groups = _held_out(config, data, learner, pool, progress.steps)
+                sampled = partial(_show_sampled, advance, progress.steps, len(data.held_out))
+                groups = _held_out(config, data, learner, pool, progress.steps, sampled)
                 dump(progress.steps, concat(groups))
                 (result,), failures = results(groups, together="held-out"), failure_shares(groups)
                 reached = settings.stop_at is not None and result.pass_at_1 >= settings.stop_at
@@ -155,8 +156,17 @@ def _losses(values: Mapping[str, float]) -> str:
     return f"loss {values['loss']:.3f} (KL {values['kl']:.3f}, cross-entropy {values['cross_entropy']:.3f})"
 
 
-def _held_out(config: RunConfig, data: SFTData, learner: SFTRanks, pool: Pool, step: int) -> list[pa.RecordBatch]:
-    """Generates a sample, noise off, of each held-out problem with the learner's weights."""
+def _show_sampled(advance: Advance, steps: int, total: int, done: int) -> None:
+    advance(steps, f"held-out samples {done:,}/{total:,}")
+
+
+def _held_out(
+    config: RunConfig, data: SFTData, learner: SFTRanks, pool: Pool, step: int, sampled: Callable[[int], None]
+) -> list[pa.RecordBatch]:
+    """Generates a sample, noise off, of each held-out problem with the learner's weights.
+
+    `sampled` is called with the number of those so far.
+    """
     pool.publish(learner.publish(step))
     requests = [
         group_request(
@@ -164,7 +174,7 @@ def _held_out(config: RunConfig, data: SFTData, learner: SFTRanks, pool: Pool, s
         )
         for i, (task, problem) in enumerate(data.held_out)
     ]
-    return gather(pool, requests)
+    return gather(pool, requests, sampled)
 
 
 # --- as a command, and as the start of a run -----------------------------------------------------------------------
@@ -186,7 +196,7 @@ def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None
     if (folder.base_model / "config.json").is_file() and (folder.path / "config.json").is_file():
         reporter.say(f"{folder.path} is finished: model {folder.base_model}")
         return folder
-    folder, config, lineage = reopen_run(path, overrides)
+    folder, config, lineage = reopen_run(path, overrides, "sft")
     if config.warm_start is None:
         raise ConfigError(
             f"{folder.path} has no warm_start, so it is not a Latent-SFT; resume it with `latent-grpo train --resume`"
@@ -250,7 +260,7 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
 
 
 def _dump(run: Run, step: int, samples: pa.RecordBatch) -> None:
-    if run.config.dump.every:
+    if run.config.dump.every or run.config.dump.evaluation:
         run.store.write(step, samples, SFT_PURPOSE, run.lineage)
 
 

@@ -66,11 +66,15 @@ def test_a_limit_takes_the_first_problems_of_every_task(tmp_path):
 def test_named_benchmarks_bring_prompt_grader_and_budget_and_the_chain_its_width(tmp_path):
     for benchmark in BENCHMARKS.values():
         (tmp_path / benchmark.files[0]).touch()
-    chain = ChainSettings(chain="latent", k=4, tau=0.5, compression=2, think_end="</t>", think_end_ids=[9])
+    chain = ChainSettings(
+        chain="latent", k=4, tau=0.5, compression=2, think_end="</t>", think_end_ids=[9], latent_exit="first",
+        prompt={"system": "Think."},
+    )  # fmt: skip
     write_chain(tmp_path, chain)
     config, name, _ = evaluation_config(str(tmp_path), [], tasks=["svamp", "math500"], data=str(tmp_path))
     assert (name, config.algorithm, config.k, config.tau) == ("svamp-math500", "latent_grpo", 4, 0.5)
-    assert config.model.prompt.think_end == "</t>"
+    assert (config.model.prompt.think_end, config.model.prompt.system) == ("</t>", "Think.")
+    assert config.latent_exit == "first"
     assert [t.path for t in config.evaluation.tasks] == [
         str(tmp_path / "svamp.parquet"),
         str(tmp_path / "math500.parquet"),

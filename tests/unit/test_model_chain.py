@@ -46,7 +46,7 @@ def explicit():
 
 def test_latent_sft_leaves_its_chain_and_rl_keeps_its_compression(tmp_path):
     settings = exported_chain(quickstart(), TOKENIZER)
-    assert settings == latent()
+    assert settings == latent(latent_exit="argmax_or_first", prompt={})
     write_chain(tmp_path, settings)
     assert read_chain(tmp_path) == settings
     after = exported_chain(on_a_model("k=4"), TOKENIZER, before=settings)
@@ -56,7 +56,18 @@ def test_latent_sft_leaves_its_chain_and_rl_keeps_its_compression(tmp_path):
 
 def test_an_explicit_start_leaves_an_explicit_chain():
     settings = exported_chain(quickstart("algorithm=grpo", "tasks.0.max_response_tokens=44"), TOKENIZER)
-    assert settings == explicit()
+    assert settings == explicit().model_copy(update={"prompt": {}})
+
+
+def test_another_prompt_or_exit_than_the_models_is_a_warning():
+    made = exported_chain(quickstart("model.prompt.system=Think.", "latent_exit=first"), TOKENIZER)
+    assert (made.prompt, made.latent_exit) == ({"system": "Think."}, "first")
+    exits, prompt = sorted(check_chain(made, "m", on_a_model(), TOKENIZER))
+    assert exits.startswith("latent_exit is argmax_or_first, but the model was trained with first")
+    assert prompt.startswith("model.prompt is {}, but the model was trained with {'system': 'Think.'}")
+    same = on_a_model("model.prompt.system=Think.", "latent_exit=first")
+    assert check_chain(made, "m", same, TOKENIZER) == []
+    assert check_chain(latent(), "m", same, TOKENIZER) == [], "a file of an earlier version does not say"
 
 
 def test_a_fitting_run_is_not_warned():
