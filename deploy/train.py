@@ -47,7 +47,7 @@ def train(config: RunConfig, profile: str, reporter: Reporter | None = None, pat
 def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
     """Resumes a run from its last complete checkpoint, or from the beginning if there is none."""
     reporter = reporter or Reporter()
-    folder, config, lineage = reopen_run(path, overrides)
+    folder, config, lineage = reopen_run(path, overrides, "train")
     return _run(folder, config, lineage, reporter, prepare(config, reporter, folder))
 
 

@@ -83,7 +83,7 @@ def _in_process(unit: Unit, config: RunConfig, path: Path, reporter: Reporter) -
         kept = {"log.txt", LOCK_FILE}
         for left in (p for p in path.iterdir() if p.name not in kept):  # it has no checkpoints: it begins anew
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        folder = create_run(config, unit.name, path)
+        folder = create_run(config, unit.name, path, kind="sft" if unit.is_start else "train")
         (start_in_process if unit.is_start else train_in_process)(folder, config, reporter)
 
 
@@ -92,7 +92,10 @@ def _pipeline(unit: Unit, config: RunConfig, path: Path, reporter: Reporter) -> 
 
     begun = (path / "config.json").is_file()
     if unit.is_start:
-        folder, _, lineage = reopen_run(path, []) if begun else (create_run(config, unit.name, path), config, 0)
+        if begun:
+            folder, _, lineage = reopen_run(path, [], "sft")
+        else:
+            folder, lineage = create_run(config, unit.name, path, kind="sft"), 0
         _make_start(folder, config, lineage, reporter)
     elif begun:
         training.resume(path, [], reporter)

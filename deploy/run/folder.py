@@ -124,16 +124,16 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kin
     raise ConfigError(f"runs_folder {root}: all names from {stem} to {stem}-999 are taken; choose another folder")
 
 
-def reopen_run(path: str | Path, overrides: list[str]) -> tuple[RunFolder, RunConfig, int]:
+def reopen_run(path: str | Path, overrides: list[str], kind: RunKind) -> tuple[RunFolder, RunConfig, int]:
     """Opens a stopped run to resume it: its folder, its settings with allowed changes, and its new lineage.
 
+    `kind` says what it does from now on: `train` may go on with the run of an `sft`, and 0.2.0 stored no kind.
     Raises :class:`ResumeError`, and :class:`FolderInUse` where the run has not stopped.
     """
     folder, config = open_run(path, overrides, "--resume")
     with run_lock(folder.path):
-        identity = folder.read_json("run.json")
-        lineage = int(identity["lineage"]) + 1
-        _write_identity(folder, config, lineage, identity.get("kind", "train"))  # 0.2.0 and earlier: no kind
+        lineage = int(folder.read_json("run.json")["lineage"]) + 1
+        _write_identity(folder, config, lineage, kind)
     return folder, config, lineage
 
 

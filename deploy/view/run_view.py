@@ -95,6 +95,8 @@ class RunView:
 
     @property
     def finished(self) -> bool:
+        if self.kind == "sft" and self.settings.get("warm_start") is None:  # a suite's start that was given
+            return "after" in self.summary
         if self.kind == "sft":
             return (self.folder.base_model / "config.json").is_file()
         if self.kind == "evaluate":

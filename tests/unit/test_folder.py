@@ -42,7 +42,7 @@ def test_a_run_that_has_not_stopped_is_not_resumed_and_stays_as_it_is(held):
     folder, process = held
     before = (folder.path / "run.json").read_bytes()
     with pytest.raises(FolderInUse, match=rf"locked by process {process.pid} on .*Wait for it to end, or stop it"):
-        reopen_run(folder.path, [])
+        reopen_run(folder.path, [], "train")
     assert (folder.path / "run.json").read_bytes() == before, "its lineage is not touched"
 
 
@@ -50,7 +50,7 @@ def test_a_killed_process_holds_nothing(held):
     folder, process = held
     process.send_signal(signal.SIGKILL)
     process.wait(60)
-    assert reopen_run(folder.path, [])[2] == 1
+    assert reopen_run(folder.path, [], "train")[2] == 1
     with run_lock(folder.path):
         assert f"process {os.getpid()} on" in (folder.path / ".lock").read_text()
 

@@ -10,11 +10,14 @@ import pytest
 from fake_run import fake_config, fake_trajectory
 from rich.console import Console
 
-from latent_grpo.common.config import config_as_json
+from latent_grpo.common.config import ConfigError, config_as_json
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import encode
 from latent_grpo.common.store import TrajectoryStore
-from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, create_run, reopen_run
+from latent_grpo.deploy import train as training
+from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, create_run
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.sft.loop import resume_sft
 from latent_grpo.deploy.view.inspect import inspect, overview_json
 from latent_grpo.deploy.view.report.curves import charts
 from latent_grpo.deploy.view.run_view import open_run
@@ -109,9 +112,24 @@ def test_an_evaluation_is_shown_as_one(tmp_path, stated):
     assert "pass@1 gsm8k 0.500" in text
 
 
-def test_a_resumed_run_keeps_its_kind(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "kind"), [(training.resume, "train"), (resume_sft, "sft")], ids=["train --resume", "sft --resume"]
+)
+@pytest.mark.parametrize("stored", [{"kind": "sft"}, {"kind": "train"}, {}], ids=["sft", "train", "of 0.2.0"])
+def test_the_command_that_resumes_a_run_says_what_it_is_from_now_on(tmp_path, command, kind, stored):
+    """Its model is gone, so that the command ends once the run is reopened."""
     folder = fake_sft(tmp_path / "run", finished=False)
-    (folder.path / "config.json").write_text(config_as_json(fake_config(warm_start=WARM_START)))
-    reopen_run(folder.path, [])
+    settings = fake_config(warm_start=WARM_START, model={"path": str(tmp_path / "gone")})
+    (folder.path / "config.json").write_text(config_as_json(settings))
+    folder.write_json("run.json", {"lineage": 0, **stored})
+    with pytest.raises(ConfigError):
+        command(folder.path, [], Reporter(Console(quiet=True)))
     identity = json.loads((folder.path / "run.json").read_text())
-    assert (identity["kind"], identity["lineage"]) == ("sft", 1)
+    assert (identity["kind"], identity["lineage"]) == (kind, 1)
+
+
+def test_a_start_that_was_given_is_finished_when_it_is_evaluated(tmp_path):
+    folder = create_run(fake_config(warm_start=None), "start", tmp_path / "run", kind="sft")
+    assert not open_run(folder.path).finished
+    folder.write_json("summary.json", {"after": {"e/pass_at_1": 0.5}})
+    assert open_run(folder.path).finished

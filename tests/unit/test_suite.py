@@ -420,6 +420,7 @@ def test_a_resumed_units_minutes_are_those_of_all_its_sessions(write, tmp_path, 
     clock, stopped = [0.0], []
 
     def work(folder, *rest, **options):
+        assert folder.read_json("run.json")["kind"] == "sft", "a start is no training run"
         clock[0] += 120.0 if stopped else 180.0
         if not stopped:
             stopped.append(True)
