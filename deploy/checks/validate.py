@@ -15,7 +15,7 @@ from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.types import Problem
 from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sentence
 from latent_grpo.deploy.checks.memory import GIB, ModelShape, machine_bytes, rank_memory
-from latent_grpo.deploy.run.preparation import Checked, InitialModel, check
+from latent_grpo.deploy.run.preparation import Checked, InitialModel, check, file_faults
 from latent_grpo.deploy.run.problems import describe, renderer_of
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
 from latent_grpo.deploy.run.sft_data import SFTData
@@ -41,6 +41,7 @@ def validate(
         *arithmetic(config),
         *resources,
         *([] if cpus is not None or gpus is not None else dtype_rows(config)),
+        *([] if files else [("warning", line) for line in file_faults(config)]),
         ("rollout engine", found.engine),
         *((f"verifier {kind}", f"can be built; grades {', '.join(names)}") for kind, names in found.verifiers.items()),
         *_problem_rows(found),

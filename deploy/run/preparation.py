@@ -124,6 +124,7 @@ def check(
     reporter = reporter or Reporter()
     if stored:
         check_files(config)
+    check_model_path(config)
     engine = check_engine(config, elsewhere=elsewhere)
     verifiers = check_verifiers(config, spare=folder is not None)  # 0.1.0 started runs with spare ones
     sources = Sources.read(config, stored=stored)
@@ -230,6 +231,14 @@ def check_files(config: RunConfig) -> None:
     """Raises :class:`common.errors.ConfigError` with a line for every problem file that does not exist."""
     if faults := file_faults(config):
         raise ConfigError("\n".join(faults))
+
+
+def check_model_path(config: RunConfig) -> None:
+    """Raises ConfigError for a model that is given as a file. A hub id, and a folder of another machine, pass."""
+    path = config.model.path
+    if path is not None and Path(path).is_file():
+        how = "; examples/real_model/convert.py shows how a GGUF file becomes one" if path.endswith(".gguf") else ""
+        raise ConfigError(f"model.path {path!r} is a file; give the Hugging Face folder of the model{how}")
 
 
 def file_faults(config: RunConfig) -> list[str]:

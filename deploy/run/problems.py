@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
 from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.prompts import EncodedPrompts, PromptRenderer, repeated_sentences
-from latent_grpo.common.tasks.benchmarks import prompt_of, prompt_of_messages, with_benchmark_defaults
+from latent_grpo.common.tasks.benchmarks import CHOICE_PROMPT, prompt_of, prompt_of_messages, with_benchmark_defaults
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.tasks.sources import (
     EMPTY_ANSWER,
@@ -60,6 +60,13 @@ class PreparedTask:
             f"task {self.name}: its prompt says twice: {sentence!r}; look at model.prompt and tasks.N.prompt"
             for sentence in repeated_sentences(text)
         ]
+        config = self.source.config
+        asked = [line for line in CHOICE_PROMPT.user.split("\n") if line != "{problem}"]
+        if config.verifier == "choice" and not problem.whole and not any(line in text for line in asked):
+            warnings.append(
+                f"task {self.name}: verifier choice grades a letter, and its prompt does not ask for one as the "
+                f"benchmark's does ({asked[0]!r}); say it in tasks.N.prompt.user"
+            )
         return f"{len(ids)} tokens, the last of them {last}:\n{text}", warnings
 
     def prompt_ids(self, problem: Problem) -> np.ndarray:

@@ -58,6 +58,22 @@ def test_a_fingerprint_sees_neither_space_nor_case_nor_punctuation_but_every_sig
     assert fingerprint("\ud800") != fingerprint("")
 
 
+def test_a_choice_task_that_asks_for_no_letter_is_a_warning(tmp_path, tokenizer):
+    row = {"Question": "Q?", "Correct Answer": "c", **{f"Incorrect Answer {i}": str(i) for i in (1, 2, 3)}}
+    (tmp_path / "gpqa.jsonl").write_text(json.dumps(row))
+    task = {"name": "gpqa", "path": str(tmp_path / "gpqa.jsonl")}
+
+    def warnings(prompt):
+        config = load_config({"model": {"path": "m", "prompt": prompt}, "tasks": [task]})
+        (prepared,) = Sources.read(config).prepared(config, TextEncoder(tokenizer)).training
+        return prepared.first_prompt()[1]
+
+    assert warnings({}) == []
+    assert warnings({"system": "Think."}) == []
+    (line,) = warnings({"user": "Think.\n{problem}"})
+    assert line.startswith("task gpqa: verifier choice grades a letter, and its prompt does not ask for one")
+
+
 # --- rows that bring whole messages
 
 

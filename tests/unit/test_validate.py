@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from latent_grpo.common.config import load_config
+from latent_grpo.common.config import ConfigError, load_config
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.deploy.checks.validate import memory_rows, sft_rows, validate
@@ -76,3 +76,11 @@ def test_the_first_prompt_of_each_task_is_shown_in_full(given):
     assert found["first prompt of rows"] == "5 tokens, the last of them '+' '0' '?' '<think>':\n0+0?<think>"
     assert "prompt of rows" not in found
     assert dict(validate(config_of(given)))["prompt of rows"] == "(problem)<think>"
+
+
+def test_a_missing_file_and_a_model_that_is_a_file_are_said(given, tmp_path):
+    config = config_of(given, f"tasks.0.path={tmp_path}/none.jsonl")
+    assert f"task rows: {tmp_path}/none.jsonl does not exist" in str([v for n, v in validate(config) if n == "warning"])
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(ConfigError, match=r"m\.gguf' is a file; give the .*folder.*convert\.py"):
+        validate(config_of(given, f"model.path={tmp_path}/m.gguf"))
