@@ -47,17 +47,14 @@ class PromptConfig(Section):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The keys that somebody set. Where all are, as in the files of 0.2.0, a default does not count as set."""
-        fields = type(self).model_fields
-        whole = len(self.model_fields_set) == len(fields)
-        values = {name: getattr(self, name) for name in fields if name in self.model_fields_set}
-        return {name: v for name, v in values.items() if not whole or v != fields[name].default}
+        """The keys that somebody set."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     @model_serializer(mode="wrap")
     def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A key that nobody set stays so in a file: written out it would take precedence over a benchmark's."""
         written: dict[str, Any] = handler(self)
-        return {name: value for name, value in written.items() if name in self.given}
+        return {name: value for name, value in written.items() if name in self.model_fields_set}
 
 
 class TaskConfig(Section):

@@ -33,7 +33,7 @@ from latent_grpo.common.types import GroupRequest, NoiseMode
 from latent_grpo.deploy.controller import gather
 from latent_grpo.deploy.evaluation.report import report, show, table
 from latent_grpo.deploy.evaluation.scores import TaskResult, pass_at_k_results, results
-from latent_grpo.deploy.run.folder import EVALUATION_FILE, create_run
+from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, create_run
 from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.problems import PreparedTask, evaluation_requests
 from latent_grpo.deploy.run.progress import Reporter
@@ -197,7 +197,7 @@ def evaluation_config(
         settings, name = read_profile(profile), Path(profile).stem
         noise = f"profile {name}"
     elif (Path(model).parent / "run.json").is_file() and run_config.is_file():
-        settings, name = read_profile(run_config), Path(model).resolve().parent.name
+        settings, name = RunFolder(run_config.parent).settings(), Path(model).resolve().parent.name
         noise = f"run {name}"
     elif tasks:
         settings, name, noise = _settings_of(read_chain(model)), "benchmarks", None

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from latent_grpo.common.config import ConfigError, RunConfig, config_as_json, load_config, parse_config
+from latent_grpo.common.config import ConfigError, PromptConfig, RunConfig, config_as_json, load_config, parse_config
 from latent_grpo.common.config.resume import refused_changes
 from latent_grpo.common.files import write_atomically
 from latent_grpo.deploy.run.versions import versions
@@ -89,7 +89,11 @@ class RunFolder:
         return self.path / "model"
 
     def config(self) -> RunConfig:
-        return parse_config(_of_today(json.loads((self.path / "config.json").read_text(encoding="utf-8"))))
+        return parse_config(self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """The stored settings, as this version means them."""
+        return _of_today(json.loads((self.path / "config.json").read_text(encoding="utf-8")))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
@@ -156,12 +160,28 @@ def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFo
 def _of_today(stored: dict[str, Any]) -> dict[str, Any]:
     """Returns stored settings with what versions up to 0.2.0 wrote, which had no section `ray`, as it is meant today.
 
-    They wrote the default of `health.max_log_prob_gap`, a bound on whole steps, into every file; nobody chose it.
+    They wrote defaults into every file that nobody chose: of `health.max_log_prob_gap`, a bound on whole steps, and of
+    the keys of prompts, which would now take precedence over a benchmark's.
     """
-    health = stored.get("health", {})
-    if "ray" in stored or health.get("max_log_prob_gap") != GAP_OF_OLD_RUNS:
+    if "ray" in stored:
         return stored
-    return {**stored, "health": {**health, "max_log_prob_gap": "auto"}}
+    health = stored.get("health", {})
+    if health.get("max_log_prob_gap") == GAP_OF_OLD_RUNS:
+        stored = {**stored, "health": {**health, "max_log_prob_gap": "auto"}}
+    return _without_default_prompts(stored)
+
+
+def _without_default_prompts(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_default_prompts(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    found = {key: _without_default_prompts(value) for key, value in node.items()}
+    if isinstance(prompt := found.get("prompt"), dict):
+        fields = PromptConfig.model_fields
+        chosen = {key: v for key, v in prompt.items() if key not in fields or v != fields[key].default}
+        found["prompt"] = chosen
+    return found
 
 
 def _write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: RunKind) -> None:

@@ -54,6 +54,17 @@ def test_a_limit_that_every_old_run_had_is_no_choice_and_loosens_no_self_test(ru
     assert RunFolder(run).config().health.max_log_prob_gap == 0.05, "today's runs have auto unless it is set"
 
 
+def test_prompt_keys_that_every_old_run_wrote_are_no_choice(run):
+    """Written out, a default would take precedence over a benchmark's text."""
+    path = run / "config.json"
+    stored = json.loads(path.read_text())
+    assert set(stored["model"]["prompt"]) >= {"system", "user", "think_start", "think_end"}
+    stored["tasks"][0]["prompt"] = {**stored["model"]["prompt"], "system": "Think."}
+    path.write_text(json.dumps(stored))
+    config = RunFolder(run).config()
+    assert (config.model.prompt.given, config.tasks[0].prompt.given) == ({}, {"system": "Think."})
+
+
 def test_inspect_and_report_show_it(run):
     console = Console(file=io.StringIO(), width=120, force_terminal=False)
     inspect(open_run(run), Filters(), console=console)

@@ -229,7 +229,7 @@ def test_what_the_user_sets_wins_key_by_key(name, model, own, expected):
 
 
 def test_a_default_that_is_written_out_is_no_demand():
-    """The stored settings of a run ask for the same prompts as its profile, those of 0.2.0 with all keys too."""
+    """The stored settings of a run ask for the same prompts as its profile."""
     source = {
         "model": {"path": "m", "prompt": {"think_start": "<t>"}},
         "tasks": [{"name": "svamp", "path": "svamp.parquet"}, {"name": "gpqa", "path": "x", "prompt": {"system": "C"}}],
@@ -239,9 +239,8 @@ def test_a_default_that_is_written_out_is_no_demand():
     assert again.model_dump(mode="json")["model"]["prompt"] == {"think_start": "<t>"}
     for before, after in zip(config.tasks, again.tasks, strict=True):
         assert prompt_of(before, config.model.prompt) == prompt_of(after, again.model.prompt)
-    whole = {"system": None, "user": "{problem}", "format": None, "think_start": "<think>", "think_end": "</think>"}
-    earlier = load_config({**source, "model": {"path": "m", "prompt": whole}})
-    assert prompt_of(earlier.tasks[0], earlier.model.prompt).user == INSTRUCTION + "\n{problem}"
+    plain = load_config({**source, "model": {"path": "m", "prompt": {"user": "{problem}"}}})
+    assert prompt_of(plain.tasks[0], plain.model.prompt).user == "{problem}", "a default that somebody set is set"
 
 
 def test_the_models_prompt_never_touches_whole_messages():
