@@ -129,8 +129,9 @@ class DeadlineConfig(Section):
     """Time for the running step to end after Ctrl-C (SIGINT), in seconds; null: that of `learner_s`. A step that takes
     longer is given up."""
     terminate_s: Annotated[float, Field(gt=0)] = 100.0
-    """Time for the running step to end after SIGTERM, in seconds; the machine must wait 30 s longer before it kills.
-    While steps last so long that one may not end in it, a checkpoint is written after every step."""
+    """Time for the running step to end and its state to be saved after SIGTERM, in seconds; the machine must wait 30 s
+    longer before it kills. The state gets twice what the last one took, or half of it all before one was written; while
+    steps last so long that one may not end in the rest, a checkpoint is written after every step."""
 
     def after_signal(self, terminated: bool) -> tuple[float, str]:
         """Returns how long a running step may go on after a SIGTERM (`terminated`) or SIGINT, and the key that says so.

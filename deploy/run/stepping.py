@@ -26,6 +26,7 @@ from latent_grpo.deploy.run.progress import Advance, Reporter, StepShare
 Result = TypeVar("Result")
 RECENT = 8  # steps whose longest says how long the next one may be
 MARGIN = 2.0  # the next step and its state are taken to need at most so many times as long as those seen
+UNKNOWN = 0.5  # the share of the time after SIGTERM that a state is taken to need before one was written
 
 
 @contextlib.contextmanager
@@ -46,8 +47,9 @@ def interruptible(finish: Callable[[Interrupted], str], reporter: Reporter) -> I
 class StateKeeper:
     """Writes the states of a loop between two of its steps, and waits for the running step after an interrupt.
 
-    After SIGTERM a step has `deadlines.terminate_s` to end. It cannot be given up and saved: its ranks may have made
-    updates already. So while steps last so long that the next one may not end in that time, the state before it is
+    After SIGTERM there is `deadlines.terminate_s` for the step to end and for its state to be written; the step gets
+    what the state will not need, by the last one's time. It cannot be given up and saved: its ranks may have made
+    updates already. So while steps last so long that the next one may not end in its time, the state before it is
     written first (:meth:`keep_ahead`), and giving the step up loses nothing whole.
 
     `write(done)` writes the state after `done` steps; `record(done, metrics)` is called with the seconds that it took.
@@ -65,7 +67,7 @@ class StateKeeper:
         self.name, self.saved = name, done
         self._write, self._record, self._deadlines, self._reporter = write, record, deadlines, reporter
         self._steps: deque[float] = deque(maxlen=RECENT)
-        self._save_s = 0.0
+        self._save_s: float | None = None  # of the last state
         self._told = False
 
     def keep(self, done: int) -> None:
@@ -74,26 +76,35 @@ class StateKeeper:
             return
         began = time.monotonic()
         self._write(done)
-        self.saved, self._save_s = done, time.monotonic() - began
-        self._record(done, {"seconds": self._save_s})
+        seconds = time.monotonic() - began
+        self.saved, self._save_s = done, seconds
+        self._record(done, {"seconds": seconds})
 
     def took(self, seconds: float) -> None:
         """Notes the duration of a step of the learner."""
         self._steps.append(seconds)
 
     def keep_ahead(self, done: int) -> None:
-        """Writes the state after `done` steps if the next step may not end in the time that SIGTERM leaves."""
-        longest, limit = max(self._steps, default=0.0), self._deadlines.terminate_s
-        if done == self.saved or MARGIN * (longest + self._save_s) <= limit:
+        """Writes the state after `done` steps if the next step may not end in the time that SIGTERM leaves it."""
+        if done == self.saved or not self._may_be_given_up():
             return
         self.keep(done)
-        if not self._told:
+        if not self._told and self._may_be_given_up():  # with the state's time known
             self._told = True
+            limit = self._deadlines.terminate_s
             self._reporter.say(
-                f"{self.name}: a step takes up to {longest:,.0f} s, and SIGTERM leaves {limit:g} s "
-                f"(deadlines.terminate_s): the state is written after every step, {self._save_s:,.1f} s each. Raise "
-                "that key if the machine waits longer"
+                f"{self.name}: a step takes up to {max(self._steps):,.0f} s, and SIGTERM leaves {limit:g} s for it and "
+                f"its state (deadlines.terminate_s): the state is written after every step, {self._save_s or 0.0:,.1f} "
+                "s each. Raise that key if the machine waits longer"
             )
+
+    def _may_be_given_up(self) -> bool:
+        return MARGIN * max(self._steps, default=0.0) > self._deadlines.terminate_s - self._for_state()
+
+    def _for_state(self) -> float:
+        """Returns the seconds of `deadlines.terminate_s` that are kept for the state after the step."""
+        limit = self._deadlines.terminate_s
+        return min(limit, UNKNOWN * limit if self._save_s is None else MARGIN * self._save_s)
 
     def finish_step(self, interrupt: Interrupted, finish: Callable[[float], Result | None]) -> Result | None:
         """Gives the running step the time that the signal leaves, and returns its result, or None if it is given up.
@@ -101,8 +112,10 @@ class StateKeeper:
         `finish(seconds)` waits for the step and returns None if it does not end in time.
         """
         limit, key = self._deadlines.after_signal(interrupt.terminated)
-        left = max(interrupt.at + limit - time.monotonic(), 0.0)
-        self._reporter.say(f"{self.name}: the running step may take {left:,.0f} s more ({key})")
+        for_state = self._for_state() if interrupt.terminated else 0.0  # after Ctrl-C nothing ends the process
+        left = max(interrupt.at + limit - for_state - time.monotonic(), 0.0)
+        rest = f", {for_state:,.1f} s of it for the state" if for_state else ""
+        self._reporter.say(f"{self.name}: the running step may take {left:,.0f} s more ({key}{rest})")
         result = finish(left)
         if result is None:
             self._reporter.say(f"[yellow]{self.name}: the running step did not end in time ({key}) and is given up[/]")

@@ -113,23 +113,66 @@ def test_a_second_signal_ends_the_wait_at_once():
 
 
 def test_states_are_written_ahead_only_while_steps_are_long():
-    """Twice the longest of the last eight steps must fit into the time that SIGTERM leaves."""
+    """Twice the longest of the last eight steps must fit into the time that SIGTERM leaves.
+
+    The first state is written while half of that time is taken to be its own: 40 s are too long then.
+    """
     console = Console(file=io.StringIO(), width=300, record=True)
     written, seconds = [], []
     keeper = StateKeeper(
         "training", 0, written.append, lambda done, values: seconds.append((done, values["seconds"])),
         DeadlineConfig(terminate_s=100), Reporter(console),
     )  # fmt: skip
-    for done, took in enumerate([40, 60, *[30] * 9, 30], start=1):
+    for done, took in enumerate([40, 40, 60, *[30] * 9, 30], start=1):
         keeper.took(took)
         keeper.keep_ahead(done)
-    assert written == [2, 3, 4, 5, 6, 7, 8, 9], "from the long step on until eight short ones have followed"
+    assert written == [1, 3, 4, 5, 6, 7, 8, 9, 10], "from the long step on until eight short ones have followed"
     assert [done for done, _ in seconds] == written
     assert all(0 <= value < 1 for _, value in seconds)
     assert console.export_text().count("the state is written after every step") == 1
-    keeper.keep(9)
-    assert written[-1] == 9, "a state that is there is not written again"
-    assert len(written) == 8
+    keeper.keep(10)
+    assert written[-1] == 10, "a state that is there is not written again"
+    assert len(written) == 9
+
+
+@pytest.mark.parametrize(
+    ("save", "step", "expected"),
+    [
+        (None, 20.0, 50.0),  # no state was written yet: half is kept for it
+        (None, 60.0, 100.0),  # it is written first, in no time
+        (0.5, 0.1, 99.0),
+    ],
+)
+def test_a_step_leaves_its_state_twice_the_time_that_the_last_one_took(save, step, expected):
+    """So both end within `deadlines.terminate_s`, which clusters wait for; Ctrl-C has no such end."""
+
+    def write(done):
+        time.sleep(save or 0.0)
+
+    keeper = StateKeeper(
+        "training", 0, write, lambda done, values: None, DeadlineConfig(terminate_s=100), Reporter(Console(quiet=True))
+    )
+    if save is not None:
+        keeper.keep(1)
+    keeper.took(step)
+    keeper.keep_ahead(2)
+    given = []
+    began = time.monotonic()
+    keeper.finish_step(Interrupted(signal.SIGTERM, began), given.append)
+    assert given == [pytest.approx(expected, abs=0.4)]
+    keeper.finish_step(Interrupted(signal.SIGINT, began), given.append)
+    assert given[1] == pytest.approx(DeadlineConfig().learner_s, abs=0.4)
+
+
+def test_no_step_is_waited_for_where_its_state_alone_takes_all_the_time():
+    keeper = StateKeeper(
+        "training", 0, lambda done: time.sleep(0.2), lambda done, values: None, DeadlineConfig(terminate_s=0.3),
+        Reporter(Console(quiet=True)),
+    )  # fmt: skip
+    keeper.keep(1)
+    given = []
+    keeper.finish_step(Interrupted(signal.SIGTERM, time.monotonic()), given.append)
+    assert given == [0.0]
 
 
 # --- the machine waits long enough ---------------------------------------------------------------------------------
