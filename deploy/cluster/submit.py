@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import shlex
 import shutil
@@ -16,10 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 import latent_grpo
-from latent_grpo.common.config import DeadlineConfig
+from latent_grpo.common.config import DeadlineConfig, parse_override, read_profile, with_value
 from latent_grpo.common.errors import ConfigError
 from latent_grpo.common.interrupts import LEAVE_S
 from latent_grpo.deploy.run.manifest import commit_for_job
@@ -32,8 +35,7 @@ PACKAGES = ("common", "reward", "rollout_workers", "learner", "deploy")
 UPLOAD_LIMIT_BYTES = 20 * 2**20
 INTERRUPTED = 130
 _POLL_S = 2.0
-STOP_S = DeadlineConfig().terminate_s + LEAVE_S  # how long a stopped job may go on: its step, its state, its end
-_STOP_DEADLINE_S = STOP_S + 30.0  # for Ray to notice
+_NOTICE_S = 30.0  # for Ray to notice that a job has ended
 
 
 class SubmitError(ConfigError):
@@ -64,6 +66,7 @@ def submit(
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if not address:
         raise SubmitError("no cluster address: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
+    stop_s = stop_seconds(arguments)
     with tempfile.TemporaryDirectory(prefix="lgs-") as folder:
         staged = stage(Path(folder), arguments)
         try:
@@ -74,7 +77,7 @@ def submit(
                     "working_dir": folder,
                     "env_vars": {
                         "PYTHONUNBUFFERED": "1",
-                        "RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:.0f}",  # else Ray kills the job 3 s after SIGTERM
+                        "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(stop_s)),  # else Ray kills the job 3 s after SIGTERM
                         SUBMITTED: json.dumps(versions()),
                         **commit_for_job(),
                         **(environment or {}),
@@ -94,8 +97,43 @@ def submit(
         asyncio.run(_tail(client, job))
         return _exit_code(client, job, say)
     except KeyboardInterrupt:
-        _stop(client, job, say)
+        _stop(client, job, stop_s + _NOTICE_S, say)
         return INTERRUPTED
+
+
+def stop_seconds(arguments: Sequence[str]) -> float:
+    """Returns how long a stopped job may go on: for its step and state (`deadlines.terminate_s`), and to end.
+
+    The key is read where the job reads it: in its arguments, else in the run that it resumes, else in its profile. A
+    suite's own files are not read, nor what lies on the cluster only, as a run there does: the key's default counts
+    then, unless an argument gives it. Raises ConfigError for a value that the job would refuse.
+    """
+    given = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        key, equals, value = argument.removeprefix("--").partition("=")
+        given.append((key, value if equals else following))
+    options, settings = dict(given), {"deadlines": _stored_deadlines(dict(given))}
+    for key in options:
+        if key.split(".")[0] == "deadlines":
+            path, value = parse_override(f"{key}={options[key]}")
+            settings = with_value(settings, path, value, key)
+    try:
+        return DeadlineConfig.model_validate(settings["deadlines"]).terminate_s + LEAVE_S
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+        raise SubmitError(f"deadlines of the job: {found}") from error
+
+
+def _stored_deadlines(options: dict[str, str]) -> dict[str, Any]:
+    """Returns the section `deadlines` of the run or profile that the job's options name; empty where it is not here."""
+    run, profile = options.get("resume") or options.get("train-only"), options.get("profile")
+    found: dict[str, Any] = {}
+    if run is not None:
+        path = Path(run) / "config.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    elif profile is not None and (Path(profile).is_file() or not Path(profile).suffix):
+        found = read_profile(profile)
+    return found.get("deadlines") or {}
 
 
 def stage(folder: Path, arguments: Sequence[str]) -> list[str]:
@@ -163,13 +201,13 @@ def _exit_code(client: JobSubmissionClient, job: str, say: Callable[[str], None]
     return details.driver_exit_code or 1
 
 
-def _stop(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> None:
+def _stop(client: JobSubmissionClient, job: str, within_s: float, say: Callable[[str], None]) -> None:
     say(f"stopping job {job}")
     client.stop_job(job)
-    deadline = time.monotonic() + _STOP_DEADLINE_S
+    deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if client.get_job_status(job).is_terminal():
             say(f"job {job} stopped")
             return
         time.sleep(1.0)
-    say(f"job {job} has not stopped within {_STOP_DEADLINE_S:.0f} s; see `ray job status {job}`")
+    say(f"job {job} has not stopped within {within_s:.0f} s; see `ray job status {job}`")

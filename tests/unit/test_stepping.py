@@ -180,7 +180,7 @@ def test_no_step_is_waited_for_where_its_state_alone_takes_all_the_time():
 
 def test_clusters_wait_as_long_as_a_run_may_take_after_sigterm():
     promised = DeadlineConfig().terminate_s + LEAVE_S
-    assert promised == submit.STOP_S
+    assert promised == submit.stop_seconds(["train", "--profile", "quickstart"])
     slurm = (CLUSTER / "slurm.sbatch").read_text()
     assert [float(s) for s in re.findall(r"^#SBATCH --signal=B:TERM@(\d+)$", slurm, re.MULTILINE)] == [promised]
     for name in ("rayjob.yaml", "raycluster.yaml"):
@@ -192,3 +192,34 @@ def test_clusters_wait_as_long_as_a_run_may_take_after_sigterm():
     in_shell = re.search(r"--runtime-env-json '(.*?)'", (CLUSTER / "submit.sh").read_text())
     for environment in (yaml.safe_load(job["runtimeEnvYAML"]), json.loads(in_shell[1])):
         assert float(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) == promised
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds"),
+    [
+        ("train", 100),
+        ("train --profile PROFILE", 400),
+        ("sft --profile=PROFILE", 400),
+        ("train --profile PROFILE deadlines.terminate_s=50 steps=2", 50),
+        ("train --profile PROFILE --deadlines.terminate_s 50", 50),
+        ("reproduce suite --quick deadlines.terminate_s=50", 50),
+        ("train --deadlines.terminate_s=50 deadlines.terminate_s=60.5", 60.5),
+        ("train deadlines={terminate_s: 70}", 70),
+        ("train --resume RUN", 300),
+        ("train --resume RUN deadlines.terminate_s=50", 50),
+        ("train --resume /on/the/cluster", 100),
+        ("train --profile /on/the/cluster.yaml", 100),
+    ],
+)
+def test_a_stopped_job_has_the_time_that_its_own_settings_say(tmp_path, arguments, seconds):
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("extends: quickstart\ndeadlines: {terminate_s: 400}\n")
+    (tmp_path / "config.json").write_text(json.dumps({"deadlines": {"terminate_s": 300.0, "start_s": 1.0}}))
+    paths = {"PROFILE": str(profile), "RUN": str(tmp_path)}
+    whole = re.findall(r"\S+=\{.*\}|\S+", re.sub("PROFILE|RUN", lambda found: paths[found[0]], arguments))
+    assert submit.stop_seconds(whole) == seconds + LEAVE_S
+
+
+def test_a_time_that_the_job_would_refuse_is_refused_before_it_is_sent():
+    with pytest.raises(submit.SubmitError, match=r"terminate_s: Input should be greater than 0, got -1"):
+        submit.stop_seconds(["train", "deadlines.terminate_s=-1"])
