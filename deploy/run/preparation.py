@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEXTS_FOR_TOKENIZER = 20_000
+LARGE_MIB = 2  # of a problem file, compressed: some 10,000 rows
 NEW_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -127,6 +128,8 @@ def check(
     check_model_path(config)
     engine = check_engine(config, elsewhere=elsewhere)
     verifiers = check_verifiers(config, spare=folder is not None)  # 0.1.0 started runs with spare ones
+    for line in large_files(config) if stored else []:
+        reporter.say(line)
     sources = Sources.read(config, stored=stored)
     if elsewhere and config.model.source is not None and not Path(config.model.source).is_dir():
         return Checked(engine, verifiers, sources, None, None, None)
@@ -231,6 +234,14 @@ def check_files(config: RunConfig) -> None:
     """Raises :class:`common.errors.ConfigError` with a line for every problem file that does not exist."""
     if faults := file_faults(config):
         raise ConfigError("\n".join(faults))
+
+
+def large_files(config: RunConfig) -> list[str]:
+    """Returns a line for each problem file that takes long to read, about 10 s for 100,000 rows."""
+    paths = dict.fromkeys(task.path for task in (*config.tasks, *config.evaluation.tasks) if task.path)
+    files = [Path(path) for path in paths if Path(path).is_file()]
+    sizes = [(file, file.stat().st_size / 2**20) for file in files]
+    return [f"reading {file} ({size:,.0f} MiB)" for file, size in sizes if size >= LARGE_MIB]
 
 
 def check_model_path(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from latent_grpo.common.types import Problem
 from latent_grpo.deploy import single_service, train
 from latent_grpo.deploy.evaluation import evaluate
 from latent_grpo.deploy.run.folder import RunFolder
-from latent_grpo.deploy.run.preparation import prepare
+from latent_grpo.deploy.run.preparation import large_files, prepare
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.sft import loop as sft
 
@@ -202,3 +202,11 @@ def test_a_model_that_was_made_is_read_as_it_was_checked(tmp_path, tokenizer):
     assert np.array_equal(before.model.facts.allowed, again.model.facts.allowed)
     for name in ("vocab_size", "latent_end_id", "eos_ids", "pad_id"):
         assert getattr(before.model.facts, name) == getattr(again.model.facts, name)
+
+
+def test_a_large_file_is_said_before_it_is_read(tmp_path):
+    large, small = tmp_path / "large.jsonl", tmp_path / "small.jsonl"
+    large.write_bytes(b" " * 3 * 2**20)
+    small.touch()
+    config = load_config("quickstart", [f"tasks.0.path={large}", f"evaluation.tasks.0.path={small}"])
+    assert large_files(config) == [f"reading {large} (3 MiB)"]
