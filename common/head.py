@@ -19,6 +19,9 @@ from latent_grpo.common.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PROVEN_ON_CUDA = False
+"""Whether the tests of `tests/gpu` have passed with torch's bfloat16 products with a float32 result (docs/gpu.md). Only
+then does a model's output layer use them; until then float32 copies are multiplied."""
 COPY_BYTES = 64 * 2**20
 """Bytes of the largest float32 copy of the layer's rows at a time; the whole layer of a large model has gigabytes."""
 PROBE = (16, 64, 128)  # rows, inputs and outputs of the product that a device is tried with
@@ -59,21 +62,26 @@ def float32_logits(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class Float32Head(nn.Linear):
-    """A linear output layer whose logits are float32. It shares the parameters of the layer that it replaces."""
+    """A linear output layer whose logits are float32. It shares the parameters of the layer that it replaces.
 
-    def __init__(self, layer: nn.Linear):
+    `native` lets it use the device's product where :func:`float32_product_is_native`.
+    """
+
+    def __init__(self, layer: nn.Linear, *, native: bool = PROVEN_ON_CUDA):
         bias = layer.bias is not None
         super().__init__(layer.in_features, layer.out_features, bias=bias, device="meta", dtype=layer.weight.dtype)
         self.weight = layer.weight
         if bias:
             self.bias = layer.bias
+        self.native = native
         self.train(layer.training)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.dtype == torch.float32 and self.weight.dtype == torch.float32:
             return super().forward(hidden)
         states = hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])
-        logits: torch.Tensor = _Float32Product.apply(states, self.weight)  # type: ignore[no-untyped-call]  # torch's own
+        native = self.native and float32_product_is_native(states, self.weight)
+        logits: torch.Tensor = _Float32Product.apply(states, self.weight, native)  # type: ignore[no-untyped-call]  # torch
         if self.bias is not None:
             logits = logits + self.bias.float()
         return logits if hidden.ndim == 2 else logits.view(*hidden.shape[:-1], len(self.weight))
@@ -86,9 +94,10 @@ class _Float32Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, native: bool) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
-        if float32_product_is_native(hidden, weight):
+        ctx.native = native
+        if native:
             return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
         states = hidden.float()
@@ -97,18 +106,17 @@ class _Float32Product(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
-        for_hidden, for_weight = ctx.needs_input_grad
-        native = float32_product_is_native(hidden, weight)
+        for_hidden, for_weight, _ = ctx.needs_input_grad
         states_gradient = rows_gradient = None
-        if native:
+        if ctx.native:
             coarse = gradient.to(weight.dtype)  # as precise as what it is multiplied with
             if for_hidden:
                 states_gradient = torch.mm(coarse, weight, out_dtype=torch.float32).to(hidden.dtype)
             if for_weight:
                 rows_gradient = torch.mm(coarse.t(), hidden, out_dtype=torch.float32).to(weight.dtype)
-            return states_gradient, rows_gradient
+            return states_gradient, rows_gradient, None
         if for_hidden:
             total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
             for rows in _pieces(weight):
@@ -118,7 +126,7 @@ class _Float32Product(torch.autograd.Function):
             states, rows_gradient = hidden.float(), torch.empty_like(weight)
             for rows in _pieces(weight):
                 rows_gradient[rows] = torch.mm(gradient[:, rows].t(), states)
-        return states_gradient, rows_gradient
+        return states_gradient, rows_gradient, None
 
 
 def _pieces(weight: torch.Tensor) -> list[slice]:

@@ -86,11 +86,12 @@ def test_the_fast_sampler_is_the_full_sort(device):
     assert torch.equal(fast.scores, scores)
 
 
-def test_bfloat16_logits_are_float32_and_so_are_their_gradients_sums(device):
-    """Torch's product with a float32 result, where the device has it, is that of float32 copies, both ways."""
+@pytest.mark.parametrize("native", [False, True], ids=["copies", "native"])
+def test_bfloat16_logits_are_float32_and_so_are_their_gradients_sums(device, native):
+    """By float32 copies, and by torch's product with a float32 result where the device has it, both ways."""
     layer = torch.nn.Linear(576, 4096, bias=False).to(device, torch.bfloat16)
     hidden = torch.randn(64, 576, device=device, dtype=torch.bfloat16).requires_grad_()
-    found = Float32Head(layer)(hidden)
+    found = Float32Head(layer, native=native)(hidden)
     outer = torch.randn_like(found)
     found.backward(outer)
     wide, states = layer.weight.detach().float(), hidden.detach().float()

@@ -9,7 +9,7 @@ from large_logits import FACTS, VOCAB, component_gaps, large_logits, make_model,
 from torch import nn
 
 from latent_grpo.common.config import ConfigError
-from latent_grpo.common.head import COPY_BYTES, Float32Head, float32_logits, install_float32_head
+from latent_grpo.common.head import COPY_BYTES, PROVEN_ON_CUDA, Float32Head, float32_logits, install_float32_head
 from latent_grpo.rollout_workers.engine import generate
 from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
@@ -61,6 +61,15 @@ def test_a_layer_too_large_for_one_float32_copy_is_multiplied_in_parts():
     found.backward(outer)
     torch.testing.assert_close(hidden.grad.float(), outer @ plain.weight.detach().float(), rtol=2**-8, atol=1e-3)
     torch.testing.assert_close(plain.weight.grad.float(), outer.T @ hidden.detach().float(), rtol=2**-8, atol=1e-3)
+
+
+def test_products_that_no_gpu_has_run_are_off_unless_they_are_asked_for():
+    assert not PROVEN_ON_CUDA, "docs/gpu.md must then name the card, and this test the new default"
+    assert not install_float32_head(make_model()).native
+    plain, hidden = layer(48, 70), states(5, 48)
+    tried = Float32Head(plain, native=True)
+    assert tried.native
+    assert torch.equal(tried(hidden), Float32Head(plain)(hidden)), "a CPU has none, so copies are multiplied"
 
 
 def test_a_frozen_layer_passes_the_gradient_on():
