@@ -69,11 +69,23 @@ class Shape:
             model: PreTrainedModel = LlamaForCausalLM(config).eval()
             return model.to(dtype)  # type: ignore[arg-type]  # transformers' `to` loses its self
 
-    def forward_flops(self, tokens: int, length: int) -> float:
-        """FLOPs of a forward pass over `tokens` in sequences of `length`: products, the head and causal attention."""
+    def layer_flops(self, tokens: int, length: int) -> float:
+        """FLOPs of a forward pass of the layers over `tokens` in sequences of `length`: products, causal attention."""
         attention = 4 * self.hidden * 64 * (self.heads + self.key_heads) + 4 * length / 2 * self.heads * 64
-        layer = attention + 6 * self.hidden * self.inner
-        return tokens * (self.layers * layer + 2 * self.hidden * self.vocabulary)
+        return float(tokens * self.layers * (attention + 6 * self.hidden * self.inner))
+
+    def head_flops(self, positions: int) -> float:
+        """FLOPs of a forward pass of the output layer, which only response steps need."""
+        return 2.0 * positions * self.hidden * self.vocabulary
+
+    def replay_flops(self, tokens: int, length: int, positions: int, *, gradient: bool) -> float:
+        """Model FLOPs of a replay (`learner.policy.PolicyModule`) of `positions` response steps.
+
+        With a gradient: that of the layers' weights and inputs is twice their forward pass; the frozen tied output
+        layer has one of its inputs alone. Its logits are computed again then, which are no model FLOPs.
+        """
+        layers, head = self.layer_flops(tokens, length), self.head_flops(positions)
+        return 3 * layers + 2 * head if gradient else layers + head
 
 
 SMALL = Shape(name="135M", vocabulary=49_152, hidden=576, inner=1536, layers=30, heads=9, key_heads=3)
@@ -242,7 +254,7 @@ def replay(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> F
     """Times the learner's log-probs of a micro-batch, without and with gradient, bfloat16, embeddings frozen."""
     model = shape.model(device)
     policy, inputs = PolicyModule(model), replay_inputs(shape, sizes, device)
-    tokens, length = inputs.ids.numel(), inputs.ids.shape[1]
+    tokens, length, positions = inputs.ids.numel(), inputs.ids.shape[1], len(inputs.rows)
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
@@ -252,15 +264,15 @@ def replay(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> F
         step_log_probs(policy(inputs), inputs, weighting="mixture").sum().backward()
         policy.zero_grad(set_to_none=True)
 
-    found: Found = {"tokens": float(tokens), "response steps": float(len(inputs.rows))}
-    flops = shape.forward_flops(tokens, length)
+    found: Found = {"tokens": float(tokens), "response steps": float(positions)}
     peak = next((value for part, value in PEAK_FLOPS.items() if part in machine(device)["card"]), None)
-    for name, work, passes in (("forward", forward, 1), ("forward and backward", train, 3)):
+    for name, work in (("forward", forward), ("forward and backward", train)):
+        flops = shape.replay_flops(tokens, length, positions, gradient=work is train)
         seconds = clock.seconds(work)
         found[f"{name} ms"] = 1e3 * seconds
         found[f"{name} tokens/s"] = tokens / seconds
-        found[f"{name} TFLOP/s"] = passes * flops / seconds / 1e12
-        found[f"{name} MFU"] = None if peak is None else passes * flops / seconds / peak
+        found[f"{name} TFLOP/s"] = flops / seconds / 1e12
+        found[f"{name} MFU"] = None if peak is None else flops / seconds / peak
     if device.type == "cuda":
         found["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
         torch.cuda.reset_peak_memory_stats(device)

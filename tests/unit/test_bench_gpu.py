@@ -8,8 +8,9 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from latent_grpo.common.head import install_float32_head
-from latent_grpo.deploy.bench.gpu import LARGE, ON_GPU, SMALL, TINY, Shape, measure, parts
-from latent_grpo.learner.logprobs import selected_log_probs
+from latent_grpo.deploy.bench.gpu import LARGE, ON_CPU, ON_GPU, SMALL, TINY, Shape, measure, parts, replay_inputs
+from latent_grpo.learner.logprobs import selected_log_probs, step_log_probs
+from latent_grpo.learner.policy import PolicyModule
 
 QUIET = Console(quiet=True)
 
@@ -46,16 +47,24 @@ def test_the_shapes_have_the_sizes_of_their_names(shape, millions):
 GROUPED = Shape(name="grouped", vocabulary=700, hidden=192, inner=320, layers=3, heads=6, key_heads=2)
 
 
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward too"])
 @pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda shape: shape.name)
-def test_the_flops_are_those_that_torch_counts(shape):
-    """Torch counts eager attention over all pairs of positions, of which a causal model needs half."""
-    rows, length = 2, 32
+def test_the_flops_are_those_that_torch_counts_of_the_learners_pass(shape, gradient):
+    """Torch counts eager attention over all pairs of positions, of which a causal model needs half, and the logits that
+    the backward pass computes again, which are no model FLOPs."""
     model = shape.model("cpu", torch.float32)
     model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
-    half = shape.layers * rows * length * 2 * length * shape.heads * 64
-    assert shape.forward_flops(rows * length, length) + half == pytest.approx(counter.get_total_flops(), rel=0.01)
+    policy, inputs = PolicyModule(model), replay_inputs(shape, ON_CPU, "cpu")
+    (rows, length), positions = inputs.ids.shape, len(inputs.rows)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(gradient):
+        log_probs = step_log_probs(policy(inputs), inputs, weighting="mixture")
+        if gradient:
+            log_probs.sum().backward()
+    assert positions == rows * ON_CPU.response < rows * length
+    half = shape.layers * rows * length * 2 * length * shape.heads * 64 * (3 if gradient else 1)
+    again = shape.head_flops(positions) if gradient else 0
+    expected = shape.replay_flops(rows * length, length, positions, gradient=gradient)
+    assert expected + half + again == pytest.approx(counter.get_total_flops(), rel=0.001)
 
 
 @pytest.mark.parametrize("shape", [SMALL, LARGE], ids=lambda shape: shape.name)
