@@ -80,10 +80,10 @@ def _clipped(metrics: Mapping[str, float]) -> float | None:
     return sum(metrics[name] for name in names) if all(name in metrics for name in names) else None
 
 
-def _log_prob_gap(metrics: Mapping[str, float]) -> float | None:
+def log_prob_gap(metrics: Mapping[str, float | None]) -> float | None:
     """Returns the larger mean gap of latent and hard components, the quantity that the self-test judges."""
-    found = [metrics[name] for name in ("learner/latent_gap_mean", "learner/hard_gap_mean") if name in metrics]
-    return max(found, default=None)
+    gaps = (metrics.get(name) for name in ("learner/latent_gap_mean", "learner/hard_gap_mean"))
+    return max((gap for gap in gaps if gap is not None), default=None)
 
 
 RULES = (
@@ -109,7 +109,7 @@ RULES = (
         "raise tasks.*.max_response_tokens, or look at the longest: `latent-grpo inspect RUN --failed --sort length`",
     ),
     Rule(
-        "max_log_prob_gap", _log_prob_gap, False,
+        "max_log_prob_gap", log_prob_gap, False,
         "the learner's log-probs of single components differ from the rollout's by {value} on average (limit {limit})",
         "engine and learner do not compute the same policy: other weights, dtype or kernels",
         "stop and run the self-test (self_test_groups above 0); compare model.dtype and the engines' versions with "

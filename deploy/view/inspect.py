@@ -9,7 +9,7 @@ Model text is hostile: it is shown through `visible` (`deploy.view.terminal_text
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, JustifyMethod, RenderableType
@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from latent_grpo.deploy.run.health import FILE, last_active
+from latent_grpo.deploy.run.health import FILE, last_active, log_prob_gap
 from latent_grpo.deploy.view.other_kinds import evaluation_table, sft_steps, sft_table
 from latent_grpo.deploy.view.run_facts import facts
 from latent_grpo.deploy.view.run_view import RunView
@@ -39,12 +39,20 @@ from latent_grpo.deploy.view.trajectory import (
 )
 
 OVERVIEW_ROWS = 40
-OVERVIEW = (
+
+
+def _gap(metrics: Mapping[str, float | None]) -> float | None:
+    """Returns what the self-test and the alarm judge; of a run of 0.2.0 or earlier, the mean gap of whole steps."""
+    found = log_prob_gap(metrics)
+    return metrics.get("learner/drift_mean") if found is None else found
+
+
+OVERVIEW: tuple[tuple[str, str | Callable[[Mapping[str, float | None]], float | None], str], ...] = (
     ("reward", "rollout/reward", "{:.3f}"),
     ("length", "rollout/steps", "{:.1f}"),
     ("latent", "rollout/latent_steps", "{:.1f}"),
     ("invalid", "rollout/invalid_share", "{:.1%}"),
-    ("gap", "learner/drift_mean", "{:.1e}"),
+    ("gap", _gap, "{:.1e}"),
     ("grad norm", "learner/grad_norm", "{:.3g}"),
     ("groups", "batch/groups", "{:.0f}"),
     ("s", "time/step_s", "{:.2f}"),
@@ -121,16 +129,20 @@ def _steps_table(run: RunView) -> RenderableType:
         return Text("no step has been recorded yet", style="yellow")
     chosen = _spread([s for s in steps if s["dumped"]] or steps, OVERVIEW_ROWS)
     table = Table(title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
-    columns = [c for c in OVERVIEW if any(c[1] in s["metrics"] for s in chosen)]
+    columns = [c for c in OVERVIEW if any(_figure(s["metrics"], c[1]) is not None for s in chosen)]
     table.add_column("step", justify="right")
     for name, *_ in columns:
         table.add_column(name, justify="right")
     table.add_column("dumped", justify="right")
     for step in chosen:
-        cells = [format_value(form, step["metrics"].get(key)) for _, key, form in columns]
+        cells = [format_value(form, _figure(step["metrics"], key)) for _, key, form in columns]
         table.add_row(str(step["step"]), *cells, str(step["dumped"] or "-"))
     note = f"{len(chosen)} of {len(steps)} recorded steps · trajectories of one: --step {chosen[-1]['step']}"
     return Group(table, Text(note, style="dim"))
+
+
+def _figure(metrics: Mapping[str, float | None], key: str | Callable[..., float | None]) -> float | None:
+    return key(metrics) if callable(key) else metrics.get(key)
 
 
 def overview_steps(run: RunView) -> list[dict[str, Any]]:

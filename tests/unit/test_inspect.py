@@ -65,6 +65,26 @@ def test_the_overview_names_the_state_and_every_dumped_step(fake):
     assert overview["steps"][0]["metrics"]["rollout/steps"] > 0
 
 
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"latent_gap_mean": 3e-6, "hard_gap_mean": 2e-5, "drift_mean": 0.7}, "2.0e-05"),
+        ({"latent_gap_mean": 4e-5, "hard_gap_mean": 2e-6, "drift_mean": 0.7}, "4.0e-05"),
+        ({"drift_mean": 0.7}, "7.0e-01"),
+    ],
+    ids=["hard is larger", "latent is larger", "of 0.2.0"],
+)
+def test_the_gap_is_what_the_self_test_and_the_alarm_speak_of(tmp_path, metrics, expected):
+    folder = make_fake_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["metrics"] |= {f"learner/{name}": value for name, value in metrics.items()}
+    (folder.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = shown(folder.path)
+    assert " gap " in text
+    assert expected in text
+    assert ("7.0e-01" in text) == (expected == "7.0e-01")
+
+
 def test_an_unfinished_run_says_how_far_it_is(tmp_path):
     path = make_fake_run(tmp_path / "run", finished=False).path
     (path / "metrics.jsonl").write_text((path / "metrics.jsonl").read_text()[:-40])  # the last line is torn
