@@ -38,7 +38,7 @@ class Store:
 def needed_bytes(config: RunConfig, published_bytes: int) -> int:
     """Returns the bytes that the run's weights and trajectories take in the store at most.
 
-    `published_bytes` is the size of one publication. The version before is held until the new one is complete, and with
+    `published_bytes` is the size of one publication, 0 where none is made. The version before is held until the new one is complete, and with
     staleness each worker's queue may hold as many more.
     """
     steps = max(task.max_response_tokens for task in config.tasks) * (12 * config.schema_k + 8)
@@ -62,7 +62,9 @@ def local_store(config: RunConfig, published_bytes: int, free_bytes: int | None 
         free_bytes = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else LEAST_BYTES
     needed, given = needed_bytes(config, published_bytes), config.ray.object_store_bytes
     wanted = max(needed, held_versions(config) * published_bytes + LEAST_BYTES)
-    parts = f"{held_versions(config)} versions of the weights of {_mib(published_bytes)} each, and trajectories"
+    parts = "trajectories"
+    if published_bytes:  # none where no rollout worker listens
+        parts = f"{held_versions(config)} versions of the weights of {_mib(published_bytes)} each, and trajectories"
     if given is not None:
         sentence = f"object store: {_mib(given)} (ray.object_store_bytes)"
         if given >= needed:

@@ -67,3 +67,11 @@ def test_shared_memory_that_is_too_small_bounds_the_store_and_is_said():
     assert store.size == GIB
     assert "--shm-size" in store.warning
     assert local_store(fake_config(), GIB, free_bytes=2**20).size == LEAST_BYTES, "Ray itself then uses the disk"
+
+
+def test_no_weights_are_spoken_of_where_none_are_published():
+    """A replay, or a learner alone."""
+    store = local_store(fake_config(), 0, free_bytes=100 * GIB)
+    assert (store.size, store.sentence) == (LEAST_BYTES, "object store: 512 MiB (trajectories)")
+    small = local_store(fake_config(), 0, free_bytes=2**20)
+    assert "weights" not in f"{small.sentence} {small.warning}"
