@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from latent_grpo.deploy.reproduce.results import UnitResult, error_of
+from latent_grpo.deploy.reproduce.results import UnitResult, error_of, has_error
 from latent_grpo.deploy.reproduce.suite import (
     Claim,
     Difference,
@@ -146,7 +146,12 @@ def _difference(suite: Suite, test: Difference, results: Results, seeds: list[in
     except KeyError as error:
         return "not testable here", f"the results have no {error.args[0]}"
     found = estimate([a[0] - b[0] for a, b in pairs], [error_of_difference(*a[1], *b[1]) for a, b in pairs])
-    holds, remark = _at_least_equal(found, test.margin) if test.equal_will_do else _better(found, test.at_least)
+    if found.low is None and not has_error(test.metric):  # the mean alone would decide, by whatever it is
+        holds, remark = False, f"; undecided: one seed, and no error of {test.metric} over problems is known"
+    elif test.equal_will_do:
+        holds, remark = _at_least_equal(found, test.margin)
+    else:
+        holds, remark = _better(found, test.at_least)
     what = f"{'gain in ' if test.gain else ''}{test.metric}"
     numbers = f"{test.arm} - {test.than}, {what}: {found.text()}{remark}{left_out}"
     return ("reproduced" if holds else "not reproduced"), numbers

@@ -95,8 +95,13 @@ def _macro(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def is_proportion(name: str) -> bool:
-    """Whether a metric lies between 0 and 1: pass@1, pass@k, the invalid rate."""
-    return name.removeprefix("sampled_").startswith("pass_at_") or name == "invalid_rate"
+    """Whether a metric lies between 0 and 1: pass@1, pass@k, the invalid rate, the latent share."""
+    return has_error(name) or name in ("invalid_rate", "latent_share")
+
+
+def has_error(name: str) -> bool:
+    """Whether results hold a metric's standard error over problems: pass@1 and pass@k."""
+    return name.removeprefix("sampled_").startswith("pass_at_")
 
 
 def error_of(metrics: dict[str, float], name: str) -> float:

@@ -38,8 +38,8 @@ class Store:
 def needed_bytes(config: RunConfig, published_bytes: int) -> int:
     """Returns the bytes that the run's weights and trajectories take in the store at most.
 
-    `published_bytes` is the size of one publication, 0 where none is made. The version before is held until the new one is complete, and with
-    staleness each worker's queue may hold as many more.
+    `published_bytes` is the size of one publication, 0 where none is made. The version before is held until the new one
+    is complete, and with staleness each worker's queue may hold as many more.
     """
     steps = max(task.max_response_tokens for task in config.tasks) * (12 * config.schema_k + 8)
     row = steps + 4 * max(task.max_prompt_tokens for task in config.tasks) + ROW_BYTES

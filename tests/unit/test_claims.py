@@ -10,7 +10,7 @@ from latent_grpo.deploy.reproduce.figures import figures
 from latent_grpo.deploy.reproduce.manifest import Session, SuiteManifest
 from latent_grpo.deploy.reproduce.page import page
 from latent_grpo.deploy.reproduce.report import markdown
-from latent_grpo.deploy.reproduce.results import UnitResult
+from latent_grpo.deploy.reproduce.results import UnitResult, is_proportion
 from latent_grpo.deploy.reproduce.suite import Claim, Suite
 
 SUITE = Suite.model_validate({
@@ -204,6 +204,24 @@ def test_one_seeds_pass_at_k_has_the_interval_of_its_problems():
     assert kind == "not reproduced"
     assert "the interval includes 0" in numbers
     assert verdict(test, results(latent=sampled(0.85), mixture=sampled(0.97)))[0] == "reproduced"
+
+
+@pytest.mark.parametrize("equal_will_do", [False, True])
+def test_one_seeds_latent_share_decides_nothing_since_its_error_is_not_known(equal_will_do):
+    def shares(*values):
+        return [{"latent_share": value} for value in values]
+
+    test = {**EQUAL, "metric": "latent_share", "equal_will_do": equal_will_do}
+    kind, numbers = verdict(test, results(mixture=shares(0.8), uniform=shares(0.6)))
+    assert kind == "not reproduced"
+    assert "undecided: one seed, and no error of latent_share over problems is known" in numbers
+    several = results(mixture=shares(0.8, 0.81, 0.79), uniform=shares(0.6, 0.6, 0.6))
+    assert verdict(test, several)[0] == "reproduced", "seeds give an interval"
+
+
+def test_the_interval_of_a_latent_share_lies_between_0_and_1():
+    assert is_proportion("latent_share")
+    assert not is_proportion("latent_length")
 
 
 def test_a_ratio_of_lengths():
