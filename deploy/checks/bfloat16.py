@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from latent_grpo.common.models import DTYPES
+
 TOKENS, INPUTS, OUTPUTS = 128, 576, 1536  # of a feed-forward layer of a model of 135 M parameters
 REPEATS = 3
 NOTICEABLE = 1.3
 """The ratio from which a user is told; below it a shared machine's noise decides."""
 
 
-def bfloat16_slowdown(device: str = "cpu", repeats: int = REPEATS) -> float:
+def layer_seconds(hidden: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> float:
+    """Returns the wall-clock seconds of the layer's three products: [T, I] x [O, I], and with the gradient [T, O]."""
+    _wait(hidden.device)
+    began = time.perf_counter()
+    torch.mm(hidden, weight.t())
+    torch.mm(gradient, weight)
+    torch.mm(gradient.t(), hidden)
+    _wait(hidden.device)
+    return time.perf_counter() - began
+
+
+def bfloat16_slowdown(
+    device: str = "cpu", repeats: int = REPEATS, seconds: Callable[..., float] = layer_seconds
+) -> float:
     """Returns the time of a layer's forward and backward pass in bfloat16, as a multiple of float32's.
 
-    The two are timed in turn, by wall clock, and the fastest of `repeats` of each counts. It takes well under a second.
+    The two are timed in turn by `seconds`, and the fastest of `repeats` of each counts. It takes well under a second.
     """
     passes = {name: _tensors(dtype, torch.device(device)) for name, dtype in DTYPES.items()}
     best = dict.fromkeys(passes, float("inf"))
     for repeat in range(repeats + 1):
         for name, tensors in passes.items():
-            seconds = _seconds(*tensors)
+            found = seconds(*tensors)
             if repeat:  # the first is the warm-up
-                best[name] = min(best[name], seconds)
+                best[name] = min(best[name], found)
     return best["bfloat16"] / best["float32"]
 
 
@@ -43,16 +58,6 @@ def _tensors(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, to
     shapes = ((TOKENS, INPUTS), (OUTPUTS, INPUTS), (TOKENS, OUTPUTS))
     hidden, weight, gradient = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes)
     return hidden, weight, gradient
-
-
-def _seconds(hidden: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> float:
-    _wait(hidden.device)
-    began = time.perf_counter()
-    torch.mm(hidden, weight.t())
-    torch.mm(gradient, weight)
-    torch.mm(gradient.t(), hidden)
-    _wait(hidden.device)
-    return time.perf_counter() - began
 
 
 def _wait(device: torch.device) -> None:
