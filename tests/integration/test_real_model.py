@@ -95,7 +95,8 @@ def test_validate_says_the_size_the_memory_and_the_end_of_thinking(command):
     assert "49,152 rows, 49,152 of them tokens" in output
     assert "the first of the 3 tokens of '</think>': '</' 'think' '>'" in output
     assert "memory of a learner rank, Latent-SFT" in output
-    assert "<|im_start|>assistant\\n<think>'" in output.replace("\n", "")
+    assert "57 tokens, the last of them '\\n' '<' 'think' '>':" in output
+    assert re.search(r"<\|im_start\|>assistant +│\n│ +│ <think> ", output), "the prompt is shown to its end"
 
 
 def test_latent_sft_is_seen_as_it_learns(latent, command):
@@ -110,7 +111,7 @@ def test_latent_sft_is_seen_as_it_learns(latent, command):
     assert TrajectoryStore(run / "trajectories").steps(SFT_PURPOSE) == [2, 4]
     overview = command("inspect", str(run))
     assert "finished after 4 steps of Latent-SFT" in overview
-    assert re.search(r"^ *4 .*4$", overview, re.M)
+    assert re.search(r"^ *4 .*4 *$", overview, re.M)
     assert "sft step 2" in command("inspect", str(run), "--purpose", "sft", "--step", "2", "--show", "1")
 
 
