@@ -104,7 +104,12 @@ class HeldIn(Reporter):
 @pytest.mark.parametrize(
     ("number", "kept", "said"),
     [
-        (signal.SIGINT, 3, r"the running step may take (2\d\d|300) s more \(deadlines.learner_s\)"),
+        pytest.param(
+            signal.SIGINT,
+            3,
+            r"the running step may take (2\d\d|300) s more \(deadlines.learner_s\)",
+            marks=pytest.mark.slow,  # tests/unit/test_stepping.py covers it without Ray
+        ),
         (signal.SIGTERM, 2, r"the running step did not end in time \(deadlines.terminate_s\) and is given up"),
     ],
 )
