@@ -101,15 +101,11 @@ class HeldIn(Reporter):
         learner.resume()
 
 
+@pytest.mark.slow  # tests/unit/test_stepping.py covers both signals without Ray
 @pytest.mark.parametrize(
     ("number", "kept", "said"),
     [
-        pytest.param(
-            signal.SIGINT,
-            3,
-            r"the running step may take (2\d\d|300) s more \(deadlines.learner_s\)",
-            marks=pytest.mark.slow,  # tests/unit/test_stepping.py covers it without Ray
-        ),
+        (signal.SIGINT, 3, r"the running step may take (2\d\d|300) s more \(deadlines.learner_s\)"),
         (signal.SIGTERM, 2, r"the running step did not end in time \(deadlines.terminate_s\) and is given up"),
     ],
 )
