@@ -143,7 +143,7 @@ class TextEncoder:
         for index, text in enumerate(batch, start=start):
             try:
                 self._ids([text], special_tokens)
-            except Exception as own:
+            except Exception as own:  # bare in tokenizers; its words are the reason
                 return UnencodableText(index, text, str(own))
         return error
 

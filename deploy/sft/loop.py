@@ -104,7 +104,11 @@ def run_latent_sft(
     ):
         advance(progress.steps)
         rows = data.rows(progress.steps, settings.batch_size)
-        first, note = progress.steps, ""
+        first, note, curve = progress.steps, "", ""
+
+        def waiting(completed: float, what: str = "") -> None:
+            advance(completed, f"{curve}{what}")
+
         while True:
             due = progress.steps % settings.evaluate_every == 0 or progress.steps >= settings.max_steps
             if progress.steps and due and progress.evaluated_at != progress.steps:
@@ -125,10 +129,14 @@ def run_latent_sft(
                 steps.keep()
             steps.start(rows, progress.steps)
             rows = data.rows(progress.steps + 1, settings.batch_size)  # while the ranks train
-            values = steps.finish(advance)
-            advance(progress.steps, _losses(values) + (f" · {note}" if note else ""))
+            values = steps.finish(waiting)
+            shown = _losses(values) + (f" · {note}" if note else "")
+            advance(progress.steps, shown)
+            curve = f"{shown} · "
             if progress.steps == first + 1:
-                reporter.say(first_step_line("Latent-SFT", steps.took, settings.max_steps - progress.steps, {}))
+                ends = "" if settings.stop_at is None else f", which ends earlier at pass@1 {settings.stop_at:g}"
+                left = settings.max_steps - progress.steps
+                reporter.say(first_step_line(f"Latent-SFT{ends}", steps.took, left, {}))
 
 
 def _due(every: int, step: int) -> bool:
