@@ -31,6 +31,7 @@ class Problem:
     messages: tuple[tuple[str, str], ...]  # (role, content) of the chat; a plain problem is one user message
     answer: str
     cot: str = ""  # explicit chain of thought, where the source has one (for METHOD §7)
+    solution: str = ""  # visible text after the chain, with the boxed answer; empty: the boxed answer alone (METHOD §7)
     whole: bool = False  # whether the messages are a whole prompt (verl's layout), not a problem to be put into one
 
 

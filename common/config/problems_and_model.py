@@ -25,6 +25,10 @@ class Columns(Section):
     """Column with the gold answer, which the verifier grades against."""
     cot: str = "cot"
     """Column with the explicit chain of thought, which only Latent-SFT reads (METHOD §7)."""
+    solution: str | None = "solution"
+    """Column with the visible text after the chain, its box at the end, which Latent-SFT trains whole (METHOD §7);
+    `cot_answer` of the authors' files is found without settings. The gold answer is its last box where the file has no
+    answer column. null, or a file without such a column: the visible text is the boxed answer."""
 
 
 class PromptConfig(Section):

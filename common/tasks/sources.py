@@ -27,6 +27,7 @@ from latent_grpo.common.tasks.words import WordProblems
 from latent_grpo.common.types import Problem
 
 EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER = "empty problem", "empty answer", "unreadable gold answer"
+AUTHORS_SOLUTION = "cot_answer"  # of the authors' files: the visible text, with the boxed answer at its end (METHOD §7)
 
 
 class TaskError(ConfigError):
@@ -108,11 +109,17 @@ def describe_dropped(dropped: dict[str, list[int]]) -> str:
     return "dropped " + "; ".join(parts) if parts else ""
 
 
-def load_task(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | None = None) -> TaskSource:
+def load_task(
+    config: TaskConfig,
+    seed: int,
+    gradable: Callable[[str], bool] | None = None,
+    boxed: Callable[[str], str | None] = lambda text: None,
+) -> TaskSource:
     """Loads the task's problems. `seed` is the run's; an option `seed` of a generated task takes precedence.
 
     `gradable` says whether the task's verifier can read a gold answer; other rows are dropped and counted, since a
-    sample of such a row could never be right. The source's `config` has the benchmark's defaults filled in. Raises
+    sample of such a row could never be right. `boxed` returns the last boxed answer of a text, which is the gold answer
+    of a row that has a solution and no answer. The source's `config` has the benchmark's defaults filled in. Raises
     TaskError.
     """
     config = with_benchmark_defaults(config)
@@ -126,7 +133,7 @@ def load_task(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | N
         return _built_in(config, config.path.removeprefix("builtin:"), seed)
     if config.path.startswith(PREFIX):
         return _users_own(config, seed, gradable)
-    return _stored(config, config.path, gradable)
+    return _stored(config, config.path, gradable, boxed)
 
 
 # --- generated problems ------------------------------------------------------------------------------------------
@@ -174,7 +181,9 @@ def _users_own(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | 
 # --- files and the hub -------------------------------------------------------------------------------------------
 
 
-def _stored(config: TaskConfig, path: str, gradable: Callable[[str], bool] | None) -> StoredTask:
+def _stored(
+    config: TaskConfig, path: str, gradable: Callable[[str], bool] | None, boxed: Callable[[str], str | None]
+) -> StoredTask:
     rows = _read(config, path)
     if not rows:
         raise TaskError(f"task {config.name}: {path} has no rows")
@@ -182,7 +191,7 @@ def _stored(config: TaskConfig, path: str, gradable: Callable[[str], bool] | Non
     problems: list[Problem] = []
     dropped: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        messages, answer, cot = read(number, row)
+        messages, answer, cot, solution = _with_gold(read(number, row), boxed)
         if not any(content.strip() for role, content in messages if role == "user"):
             dropped.setdefault(EMPTY_PROBLEM, []).append(number)
         elif not answer.strip():
@@ -191,7 +200,17 @@ def _stored(config: TaskConfig, path: str, gradable: Callable[[str], bool] | Non
             dropped.setdefault(UNREADABLE_ANSWER, []).append(number)
         else:
             uid = f"{config.name}/{number}"
-            problems.append(Problem(uid=uid, task=config.name, messages=messages, answer=answer, cot=cot, whole=whole))
+            problems.append(
+                Problem(
+                    uid=uid,
+                    task=config.name,
+                    messages=messages,
+                    answer=answer,
+                    cot=cot,
+                    solution=solution,
+                    whole=whole,
+                )
+            )
     if not problems:
         raise TaskError(
             f"task {config.name}: none of the {len(rows)} rows of {path} can be graded with verifier "
@@ -278,18 +297,39 @@ def _read_hub(config: TaskConfig, name: str) -> list[Row]:
     return (data if config.limit is None else data.select(range(min(config.limit, len(data))))).to_list()
 
 
-Reading = tuple[tuple[tuple[str, str], ...], str, str]  # messages, answer, chain of thought
+class Reading(NamedTuple):
+    """A row's texts; one that it lacks is empty."""
+
+    messages: tuple[tuple[str, str], ...]  # (role, content)
+    answer: str
+    cot: str = ""
+    solution: str = ""
+
+
+def _with_gold(found: Reading, boxed: Callable[[str], str | None]) -> Reading:
+    """Returns the reading with a gold answer: where there is none, the last box of the solution.
+
+    No gold answer is a sentence with a box, so an answer column of such texts is a solution.
+    """
+    if not found.solution and (answer := boxed(found.answer)) is not None:
+        return found._replace(answer=answer, solution=found.answer)
+    if not found.answer.strip() and found.solution:
+        return found._replace(answer=boxed(found.solution) or "")
+    return found
 
 
 def _reader(config: TaskConfig, present: set[str]) -> tuple[Callable[[int, Row], Reading], bool]:
     """Returns a function that reads a row, and whether its messages are a whole prompt."""
     columns = config.columns
     if columns.problem not in present and {"prompt", "reward_model"} <= present:
-        return (lambda number, row: _read_verl(config, number, row)), True
+        solution = _solution_column(config, present)
+        return (lambda number, row: _read_verl(config, solution, number, row)), True
     if columns.problem not in present and present >= GPQA_COLUMNS:
         return _read_gpqa, False
+    solution = _solution_column(config, present)
+    boxed = solution is not None and columns.answer not in present and "answer" not in columns.model_fields_set
     for key, column in (("problem", columns.problem), ("answer", columns.answer)):
-        if column not in present:
+        if column not in present and not (key == "answer" and boxed):
             raise TaskError(
                 f"task {config.name}: {config.path} has no column {column!r}; its columns are "
                 f"{', '.join(sorted(present))}. Set columns.{key}"
@@ -301,13 +341,35 @@ def _reader(config: TaskConfig, present: set[str]) -> tuple[Callable[[int, Row],
         )
 
     def read(number: int, row: Row) -> Reading:
-        text = cell_text(row.get(columns.problem))
-        return (("user", text),), cell_text(row.get(columns.answer)), cell_text(row.get(columns.cot))
+        answer = "" if columns.answer == solution else cell_text(row.get(columns.answer))
+        return Reading(
+            messages=(("user", cell_text(row.get(columns.problem))),),
+            answer=answer,
+            cot=cell_text(row.get(columns.cot)),
+            solution=_cell(row, solution),
+        )
 
     return read, False
 
 
-def _read_verl(config: TaskConfig, number: int, row: Row) -> Reading:
+def _solution_column(config: TaskConfig, present: set[str]) -> str | None:
+    """Returns the column of the visible text: the one that is set, else `solution`, else the authors'; None: none."""
+    columns = config.columns
+    if columns.solution is None or columns.solution in present:
+        return columns.solution
+    if "solution" in columns.model_fields_set:
+        raise TaskError(
+            f"task {config.name}: {config.path} has no column {columns.solution!r}; its columns are "
+            f"{', '.join(sorted(present))}. Set columns.solution, or null to train the boxed answer alone"
+        )
+    return AUTHORS_SOLUTION if AUTHORS_SOLUTION in present else None
+
+
+def _cell(row: Row, column: str | None) -> str:
+    return "" if column is None else cell_text(row.get(column))
+
+
+def _read_verl(config: TaskConfig, solution: str | None, number: int, row: Row) -> Reading:
     """Reads verl's layout: `prompt` is a chat, `reward_model.ground_truth` the gold answer."""
     chat, truth = row.get("prompt"), row.get("reward_model")
     if not isinstance(chat, list) or any(not isinstance(m, dict) or {"role", "content"} - m.keys() for m in chat):
@@ -315,12 +377,13 @@ def _read_verl(config: TaskConfig, number: int, row: Row) -> Reading:
     if not isinstance(truth, dict) or "ground_truth" not in truth:
         raise TaskError(f"task {config.name}: row {number}: `reward_model` has no ground_truth, got {truth!r}")
     messages = tuple((str(m["role"]), cell_text(m["content"])) for m in chat)
-    return messages, cell_text(truth["ground_truth"]), cell_text(row.get(config.columns.cot))
+    answer, cot = cell_text(truth["ground_truth"]), cell_text(row.get(config.columns.cot))
+    return Reading(messages, answer, cot, _cell(row, solution))
 
 
 def _read_gpqa(number: int, row: Row) -> Reading:
     question, letter = with_letters(number, row)
-    return (("user", question),), letter, ""
+    return Reading((("user", question),), letter)
 
 
 # --- the order of training ---------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def _texts(config: RunConfig, source: TaskSource | None) -> Iterator[str]:
         problem = source.problem(index)
         yield from (content for _, content in problem.messages)
         yield problem.cot
-        yield f"\\boxed{{{problem.answer}}}"
+        yield problem.solution or f"\\boxed{{{problem.answer}}}"
 
 
 def check_positions(tasks: Iterable[PreparedTask], limit: int | None, model: str | Path) -> None:

@@ -25,6 +25,7 @@ from latent_grpo.common.tasks.sources import (
 )
 from latent_grpo.common.types import GroupRequest, NoiseMode, Problem, Purpose, SamplingSettings
 from latent_grpo.reward.answers import gold_is_parsable
+from latent_grpo.reward.extraction import extract
 from latent_grpo.rollout_workers.verifiers import build_verifier
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def read_task(task: TaskConfig, config: RunConfig, *, whole: bool = False) -> Ta
     task that is endless or that has such rows.
     """
     verifier = build_verifier(config, with_benchmark_defaults(task).verifier)
-    source = load_task(task, config.seed, lambda gold: gold_is_parsable(verifier, gold))
+    source = load_task(
+        task, config.seed, lambda gold: gold_is_parsable(verifier, gold), lambda text: extract(text).content
+    )
     if whole:
         _check_whole(source)
     return source

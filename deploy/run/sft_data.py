@@ -20,12 +20,14 @@ from latent_grpo.common.tasks.sources import PromptStream, StoredTask, TaskError
 from latent_grpo.common.types import Problem, TokenFacts
 from latent_grpo.deploy.run.problems import PreparedTask
 from latent_grpo.learner.sft.rows import ChainTooShort, EncodedChain, SFTRow, chain_of_ids, visible_text
+from latent_grpo.reward.extraction import extract
 
 HELD_OUT_SEED = 7919  # added to the run's seed, so that the evaluation's problems do not decide when to stop
 HELD_OUT_SHARE = 0.1
 NO_CHAIN = "no chain of thought"
 TOO_SHORT = "chain of thought under warm_start.compression"
 TOO_LONG = "chain over max_response_tokens"
+NO_BOX = "solution without a boxed answer"
 HELD_OUT = "held out"
 MOST_DROPPED = 0.5  # of a task's chains, for their length: beyond it training would be on another data set
 
@@ -50,9 +52,9 @@ class Chains:
                 problem = source.problem(index)
                 chains.append(_chain_text(problem, self._think_end(task)))
                 problems.append(problem)
-        answers = [visible_text(problem.answer, self._think_end(task)) for problem in problems]
+        answers = [visible_text(problem.answer, self._think_end(task), problem.solution) for problem in problems]
         of_chains = self._encoded(f"the chains of {task.name}", problems, chains)
-        of_answers = self._encoded(f"the answers of {task.name}", problems, answers)
+        of_answers = self._encoded(f"the visible texts of {task.name}", problems, answers)
         uids = (problem.uid for problem in problems)
         self._stored |= dict(zip(uids, zip(of_chains, of_answers, strict=True), strict=True))
 
@@ -62,7 +64,7 @@ class Chains:
         if problem.uid in self._stored:
             cot, visible = self._stored[problem.uid]
         else:
-            texts = [text, visible_text(problem.answer, self._think_end(task))]
+            texts = [text, visible_text(problem.answer, self._think_end(task), problem.solution)]
             cot, visible = self._encoded(f"the chain of {problem.uid}", [problem] * 2, texts)
         try:
             return chain_of_ids(
@@ -83,7 +85,7 @@ class Chains:
         except UnencodableText as error:
             raise ConfigError(
                 f"problem {problems[error.index].uid}: the model's tokenizer cannot encode {error.text[:80]!r} of its "
-                f"chain of thought or answer ({error.reason}); use a model whose tokenizer knows these texts"
+                f"chain of thought or visible text ({error.reason}); use a model whose tokenizer knows these texts"
             ) from error
         return (found[i] for i in range(len(found)))
 
@@ -96,13 +98,18 @@ class Chains:
         return chain.row(task.prompt_ids(problem), c=self._settings.compression, k=self._config.k)
 
     def fault(self, task: PreparedTask, problem: Problem) -> str | None:
-        """Returns the reason why a stored problem cannot be used for training, or None if it can."""
+        """Returns the reason why a stored problem cannot be used for training, or None if it can.
+
+        A solution without a box would teach answers that no verifier reads.
+        """
         try:
             chain = self.encoded(task, problem)
         except NoChain:
             return NO_CHAIN
         except ChainTooShort:
             return TOO_SHORT
+        if problem.solution and extract(problem.solution).content is None:
+            return NO_BOX
         return TOO_LONG if chain.steps(self._settings.compression) > task.source.config.max_response_tokens else None
 
 
@@ -212,7 +219,8 @@ def _split(task: PreparedTask, count: int, config: RunConfig, chains: Chains) ->
     chains.read(task, source)
     problems = (source.problem(i) for i in range(source.size))
     faults = {problem.uid: chains.fault(task, problem) for problem in problems}
-    for reason in (NO_CHAIN, TOO_SHORT, TOO_LONG):
+    _check_boxes(source, sum(fault == NO_BOX for fault in faults.values()))
+    for reason in (NO_CHAIN, TOO_SHORT, NO_BOX, TOO_LONG):
         faulty = {uid for uid, fault in faults.items() if fault == reason}
         source = source.filtered(partial(_is_not_of, faulty), reason)
     _check_lengths(source, config.latent_sft.compression)
@@ -230,6 +238,17 @@ def _split(task: PreparedTask, count: int, config: RunConfig, chains: Chains) ->
 
 def _is_not_of(uids: set[str], problem: Problem) -> bool:
     return problem.uid not in uids
+
+
+def _check_boxes(source: StoredTask, without: int) -> None:
+    """Raises TaskError where most of a task's solutions have no boxed answer, `without` of them."""
+    solutions = sum(bool(source.problem(i).solution) for i in range(source.size))
+    if without > MOST_DROPPED * solutions:
+        raise TaskError(
+            f"task {source.config.name}: {without:,} of {solutions:,} solutions have no \\boxed{{}} answer, so a model "
+            "that learned them would give none; at most half may have none. Set columns.solution to a column whose "
+            "texts end with the box, or to null to train the boxed answer alone"
+        )
 
 
 def _check_lengths(source: StoredTask, compression: int) -> None:

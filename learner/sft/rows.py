@@ -24,7 +24,7 @@ class SFTRow:
     prompt_ids: np.ndarray  # [P] int64
     cot_ids: np.ndarray  # [N] int64: what the latent steps stand for, without the latent-end token; N = 0 if explicit
     chain: Chain  # uniform labels (METHOD §7a); L = 0 in explicit mode
-    hard_ids: np.ndarray  # [H] int64: (explicit chain,) end of thinking, boxed answer, EOS
+    hard_ids: np.ndarray  # [H] int64: (explicit chain,) end of thinking, solution or boxed answer, EOS
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.chain.ids) + len(self.hard_ids)
@@ -39,7 +39,7 @@ class EncodedChain:
     """A problem's chain and answer as token ids, which is all that a row needs from the tokenizer; made once each."""
 
     cot_ids: np.ndarray  # [N] int32: what the latent steps stand for, without the latent-end token; N = 0 if explicit
-    hard_ids: np.ndarray  # [H] int32: (explicit chain,) end of thinking, boxed answer, EOS
+    hard_ids: np.ndarray  # [H] int32: (explicit chain,) end of thinking, solution or boxed answer, EOS
 
     def row(self, prompt_ids: np.ndarray, *, c: int, k: int) -> SFTRow:
         """Returns the training row with uniform labels (METHOD §7a)."""
@@ -56,9 +56,13 @@ class EncodedChain:
         return -(-len(self.cot_ids) // c) + len(self.hard_ids)
 
 
-def visible_text(answer: str, think_end: str = "</think>") -> str:
-    """The text that a row's visible part begins with: the end of thinking and the boxed answer."""
-    return f"{think_end}\\boxed{{{answer}}}"
+def visible_text(answer: str, think_end: str = "</think>", solution: str = "") -> str:
+    """Returns a row's visible text: the end of thinking, then the whole solution, or without one the boxed answer.
+
+    An end of thinking inside the solution is left out, since the row has its own (METHOD §7).
+    """
+    shown = (solution.replace(think_end, "") if think_end else solution) or f"\\boxed{{{answer}}}"
+    return think_end + shown
 
 
 def encode_chain(
@@ -70,6 +74,7 @@ def encode_chain(
     latent_end_id: int | None,
     think_end: str = "</think>",
     explicit: bool = False,
+    solution: str = "",
 ) -> EncodedChain:
     """Encodes a problem's chain and answer; `explicit` keeps the chain as hard tokens (the baseline's start).
 
@@ -78,7 +83,7 @@ def encode_chain(
     if not cot.strip():
         raise ConfigError("Latent-SFT needs an explicit chain of thought, got an empty one; set the task's columns.cot")
     cot_ids = tokenizer.encode(cot, add_special_tokens=False)
-    visible = tokenizer.encode(visible_text(answer, think_end), add_special_tokens=False)
+    visible = tokenizer.encode(visible_text(answer, think_end, solution), add_special_tokens=False)
     eos_id = tokenizer.eos_token_id
     return chain_of_ids(
         cot_ids, visible, eos_id, c=c, latent_end_id=latent_end_id, think_end=think_end, explicit=explicit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from latent_grpo.common.config import NewModelConfig, PromptConfig
 from latent_grpo.common.models import make_model
 from latent_grpo.common.prompts import PromptRenderer, resolve_tokens
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic_tokenizer
+from latent_grpo.learner.sft.learner import least_calls, plan_rows
 from latent_grpo.learner.sft.module import LatentSFTModule, collate, means, perturb, row_key
 from latent_grpo.learner.sft.rows import SFTRow, encode_chain
 from latent_grpo.learner.sft.soft_labels import build_chain
@@ -31,6 +34,11 @@ def row(index: int, operations: int = 2, explicit: bool = False) -> SFTRow:
         TOKENIZER, problem.cot, problem.answer, c=C, latent_end_id=FACTS.latent_end_id, explicit=explicit
     )
     return chain.row(RENDERER.encode(problem), c=C, k=K)
+
+
+def solution_ids(text: str) -> np.ndarray:
+    chain = encode_chain(TOKENIZER, "1+1=2;", "2", c=C, latent_end_id=FACTS.latent_end_id, solution=text)
+    return chain.hard_ids.astype(np.int64)
 
 
 def batch_of(indices, operations=2, explicit=False, step=0, **shares):
@@ -140,6 +148,36 @@ def test_sums_of_two_halves_are_the_sums_of_the_whole():
     whole, *halves = (module(batch_of(i)) for i in (range(6), range(3), range(3, 6)))
     torch.testing.assert_close(whole.latent_sum, halves[0].latent_sum + halves[1].latent_sum, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.hard_sum, halves[0].hard_sum + halves[1].hard_sum, rtol=1e-4, atol=1e-4)
+
+
+def test_the_step_is_the_same_however_its_rows_are_packed():
+    """Rows of 20 to 200 tokens: the two means are over the step's positions (METHOD §7), not over micro-batches."""
+    long = "".join(f"{n}+1={n + 1};" for n in range(1, 9)) * 4 + "\\boxed{9}"
+    rows = [row(0), row(1, operations=6), row(2), replace(row(3), hard_ids=solution_ids(long)), row(4, operations=4)]
+    latent, hard = sum(len(r.chain.ids) for r in rows), sum(len(r.hard_ids) for r in rows)
+
+    def step(ranks: int, budget: int):
+        module = LatentSFTModule(small_model(), k=K, allowed=FACTS.allowed)
+        plan = plan_rows([len(r) for r in rows], ranks, budget)
+        calls = least_calls(plan, rows, chunk_tokens=16, feed=True)
+        found = torch.zeros(2)
+        for pieces in plan:
+            for piece, least in zip(pieces, calls, strict=True):
+                keys = [row_key(0, 0, i) for i in piece.rows]
+                batch = collate([rows[i] for i in piece.rows], keys, k=K, pad_id=FACTS.pad_id, calls=least)
+                both = torch.stack(means(module(batch), latent, hard)) * float(piece.counts)
+                both.sum().backward()
+                found += both.detach()
+        return found, {name: p.grad for name, p in module.named_parameters()}, sum(map(len, plan))
+
+    whole, gradients, passes = step(1, 10_000)
+    assert passes == 1
+    for ranks, budget, expected in [(1, 1, 5), (1, 220, 2), (2, 220, 4)]:
+        losses, found, passes = step(ranks, budget)
+        assert passes == expected
+        torch.testing.assert_close(losses, whole, rtol=1e-5, atol=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("shares", [QUIET, {"perturb_share": 1.0, "self_feeding": 1.0}])

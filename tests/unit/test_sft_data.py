@@ -17,7 +17,7 @@ from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic
 from latent_grpo.common.tasks.sources import StoredTask, TaskError
 from latent_grpo.common.types import Problem
 from latent_grpo.deploy.run.problems import prepare_task, read_task
-from latent_grpo.deploy.run.sft_data import NO_CHAIN, TOO_LONG, TOO_SHORT, prepare_sft
+from latent_grpo.deploy.run.sft_data import NO_BOX, NO_CHAIN, TOO_LONG, TOO_SHORT, prepare_sft
 from latent_grpo.learner.sft.learner import least_calls, plan_rows, self_feeding_share
 from latent_grpo.learner.sft.rows import encode_chain
 
@@ -43,6 +43,63 @@ def test_unusable_chains_are_dropped_and_counted_by_reason(tmp_path):
     dropped = task.source.dropped
     assert (dropped[NO_CHAIN], dropped[TOO_SHORT], dropped[TOO_LONG]) == ([0], [1], [2])
     assert task.source.size == 11  # twelve good ones, one of them held out
+
+
+VISIBLE = "1+2=3;\\boxed{3}"
+
+
+def with_rows(tmp_path, rows: list[dict], **columns):
+    """A quickstart on these rows."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = TaskConfig(name="rows", path=str(path), columns=columns, max_response_tokens=24, verifier="number")
+    config = load_config("quickstart").model_copy(update={"tasks": [task]})
+    return config, [prepare_task(read_task(task, config), config, TextEncoder(TOKENIZER))]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"solution": VISIBLE}, {}),
+        ({"solution": VISIBLE, "answer": "3"}, {}),
+        ({"cot_answer": VISIBLE}, {}),
+        ({"cot_answer": VISIBLE, "answer": ""}, {}),
+        ({"cot_answer": VISIBLE}, {"answer": "cot_answer"}),
+        ({"answer": VISIBLE}, {}),
+        ({"text": VISIBLE, "answer": "3"}, {"solution": "text"}),
+        ({"solution": f"</think>{VISIBLE}"}, {}),
+    ],
+)
+def test_a_solution_is_trained_whole_and_its_last_box_is_the_gold_answer(tmp_path, row, columns):
+    config, tasks = with_rows(tmp_path, [{"problem": "1+2?", "cot": "1+2=3;", **row}] * 12, **columns)
+    problem = tasks[0].source.problem(0)
+    assert problem.answer == "3"
+    data = prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
+    expected = TOKENIZER.encode(f"</think>{VISIBLE}", add_special_tokens=False)
+    assert data.row(tasks[0], problem).hard_ids.tolist() == [*expected, TOKENIZER.eos_token_id]
+
+
+def test_a_solution_column_can_be_left_out(tmp_path):
+    rows = [{"problem": "1+2?", "cot": "1+2=3;", "answer": "3", "solution": VISIBLE}] * 12
+    config, tasks = with_rows(tmp_path, rows, solution=None)
+    data = prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
+    expected = TOKENIZER.encode("</think>\\boxed{3}", add_special_tokens=False)
+    assert data.row(tasks[0], tasks[0].source.problem(0)).hard_ids.tolist() == [*expected, TOKENIZER.eos_token_id]
+    with pytest.raises(TaskError, match=r"no column 'text'.*columns are answer, cot, problem, solution.* or null"):
+        with_rows(tmp_path, rows, solution="text")
+
+
+def test_a_solution_without_a_box_teaches_no_answer_and_is_dropped(tmp_path):
+    good, bad = ({"problem": "1+2?", "cot": "1+2=3;", "answer": "3", "solution": s} for s in (VISIBLE, "1+2=3;"))
+    config, tasks = with_rows(tmp_path, [bad, *[good] * 12])
+    (task,) = prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS).tasks
+    assert task.source.dropped[NO_BOX] == [0]
+    config, tasks = with_rows(tmp_path, [bad] * 12)
+    with pytest.raises(TaskError, match=r"task rows: 12 of 12 solutions have no \\boxed\{\} answer.*columns\.solution"):
+        prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
+    without = [{key: text for key, text in row.items() if key != "answer"} for row in (bad, good)]
+    _, tasks = with_rows(tmp_path, without)
+    assert tasks[0].source.dropped == {"empty answer": [0]}, "without an answer column it cannot be graded either"
 
 
 def test_dropped_chains_are_a_warning_and_their_counts_are_kept(tmp_path):
