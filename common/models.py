@@ -16,13 +16,14 @@ from latent_grpo.common.hub import check_folder, hub_errors
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 transformers_logging.disable_progress_bar()  # every actor would draw its own
 CHECKED_TOKENS = 4
 LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative to the largest; tested ones are bit-equal
 LOGIT_SETTINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere, Gemma 2
+EXTRAPOLATING = ("default", "linear", "llama3")  # rotary positions that do not depend on how many there are
 USABLE = "Use a model of the Llama, Qwen2, Qwen3 or GPT-2 kind, or another that neither scales nor caps its logits"
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 BPE_SPECIAL_TOKENS = ("<pad>", "<eos>", "<think>", "</think>")
@@ -121,11 +122,12 @@ def make_tokenizer(config: NewModelConfig, texts: Iterable[str] = ()) -> PreTrai
     )
 
 
-def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
+def load_model(path: str | Path, dtype: str = "float32", max_positions: int | None = None) -> PreTrainedModel:
     """Loads a causal LM from a folder or the hub, in `dtype` (`float32`, `bfloat16`), in evaluation mode (no dropout).
 
-    Its logits are float32 in either (`common.head`). Raises ConfigError if they are not those that engine and learner
-    compute (:func:`check_logits`).
+    Its logits are float32 in either (`common.head`). `max_positions` raises the number of positions
+    (:func:`extend_positions`). Raises ConfigError if the logits are not those that engine and learner compute
+    (:func:`check_logits`).
     """
     from transformers import AutoModelForCausalLM
 
@@ -135,6 +137,7 @@ def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     with hub_errors(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
     check_logits(model, str(path))
+    extend_positions(model.config, max_positions)
     return model
 
 
@@ -186,11 +189,43 @@ def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:
 
 
 def position_limit(path: str | Path) -> int | None:
-    """Returns the model's number of positions, or None if its configuration has none; reads no weights."""
+    """Returns the model's own number of positions, or None if its configuration has none; reads no weights."""
+    return getattr(_settings_of(path), "max_position_embeddings", None)
+
+
+def extended_limit(path: str | Path, wanted: int | None) -> int | None:
+    """Returns the number of positions of a run on the model (:func:`extend_positions`); reads no weights."""
+    return extend_positions(_settings_of(path), wanted)
+
+
+def _settings_of(path: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     check_folder(path)
-    return getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+    return AutoConfig.from_pretrained(path)
+
+
+def extend_positions(settings: PretrainedConfig, wanted: int | None) -> int | None:
+    """Raises the number of positions in a model's `settings` to `wanted` (`model.max_positions`), and returns it.
+
+    A number that is not larger, or None, changes nothing. Rotary positions are a function of the position alone, so a
+    model reads positions beyond those of its training, at what quality it may. Raises ConfigError for a model with
+    learned positions, which has no others, and for rotary ones that are computed from their number, where the same
+    weights would be another model.
+    """
+    own: int | None = getattr(settings, "max_position_embeddings", None)
+    if wanted is None or own is None or wanted <= own:
+        return own
+    rotary = getattr(settings, "rope_parameters", None)
+    kind = rotary.get("rope_type") if rotary else None
+    if kind not in EXTRAPOLATING:
+        why = f"its rotary positions ({kind}) depend on their number" if kind else "its positions are learned"
+        raise ConfigError(
+            f"model.max_positions ({wanted:,}) exceeds the {own:,} positions of this {settings.model_type} model, and "
+            f"{why}; leave model.max_positions out, and lower the tasks' budgets"
+        )
+    settings.max_position_embeddings = wanted
+    return wanted
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

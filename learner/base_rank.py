@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from latent_grpo.common.config import OptimizerConfig, RunConfig
+from latent_grpo.common.models import extend_positions
 from latent_grpo.common.stacks import ProcessAddress, serve_stacks
 from latent_grpo.common.weights import Publication
 from latent_grpo.learner.policy import load_policy_model
@@ -124,6 +125,7 @@ class RankActor:
         with torch.no_grad():
             for name, tensor in parameters.items():
                 names[name].copy_(tensor)
+        extend_positions(model.config, self.config.model.max_positions)
         model.save_pretrained(folder)
         if Path(source).is_dir():
             copy_side_files(Path(source), folder)

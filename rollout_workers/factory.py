@@ -70,6 +70,7 @@ def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngin
             max_tokens=max(t.max_response_tokens for t in tasks),
             k=max(config.schema_k, 1),
             options=options,
+            max_positions=config.model.max_positions,
         )
     import torch
 
@@ -80,7 +81,7 @@ def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngin
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return TransformersEngine(
-        load_model(model, config.model.dtype),
+        load_model(model, config.model.dtype, config.model.max_positions),
         facts,
         max_rows=rollout.max_rows,
         deterministic=config.deterministic,

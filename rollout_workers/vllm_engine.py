@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from latent_grpo.common.config import VLLMConfig
-from latent_grpo.common.models import DTYPES
+from latent_grpo.common.models import DTYPES, extend_positions
 from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import checksum
 from latent_grpo.rollout_workers.engine import EngineError
@@ -72,16 +72,20 @@ class VLLMEngine:
         k: int = 10,
         options: VLLMConfig | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        max_positions: int | None = None,
     ) -> None:
         self._facts, self._max_rows, self._options = facts, max_rows, options or VLLMConfig()
         self._bucket_bytes = bucket_bytes
         config = AutoConfig.from_pretrained(model)
         self._expected = _published_parameters(config, dtype)
         self._version: PolicyVersion | None = None
-        positions = config.max_position_embeddings
+        own, positions = config.max_position_embeddings, extend_positions(config, max_positions)
+        positions = own if positions is None else positions
+        # vLLM refuses a longer max_model_len, and its table of rotary positions has as many rows as this number
+        longer = {} if positions == own else {"max_position_embeddings": positions}
         self._max_length = positions if max_length is None else min(max_length, positions)
         records = (min(max_tokens or self._max_length, self._max_length), k)
-        self._llm = _start(model, facts, dtype, max_rows, self._max_length, records, self._options)
+        self._llm = _start(model, facts, dtype, max_rows, self._max_length, records, self._options, longer)
         self.careful = self._llm.vllm_config.device_config.device_type == "cpu"
         """Whether draws may wait for the device, as they do on the CPU, where there is nothing to wait for."""
         self._uids = itertools.count()
@@ -261,10 +265,12 @@ def _start(
     max_length: int,
     records: tuple[int, int],
     options: VLLMConfig,
+    overrides: dict[str, Any],
 ) -> Any:
     """Starts vLLM's engine with the latent plug-in in its workers. Weights are random until `load_weights`.
 
-    `records` holds the response steps and components of the largest expected record.
+    `records` holds the response steps and components of the largest expected record; `overrides` are settings of the
+    model that differ from its folder's.
     """
     found = installed()
     problem = vllm_problem(found) or argument_problem(options.engine_args)
@@ -283,7 +289,8 @@ def _start(
         "model": str(model),
         "skip_tokenizer_init": True,
         "dtype": dtype,
-        "hf_overrides": {"head_dtype": "float32"},  # logits in float32 whatever the dtype (METHOD §5, common.head)
+        # logits in float32 whatever the dtype (METHOD §5, common.head)
+        "hf_overrides": {"head_dtype": "float32", **overrides},
         "seed": 0,
         "load_format": "dummy",
         "max_num_seqs": max_rows,

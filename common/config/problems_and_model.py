@@ -147,6 +147,10 @@ class ModelConfig(Section):
     new: NewModelConfig | None = None
     dtype: Dtype = "float32"
     """Data type of forward passes; master weights and logits are always float32 (METHOD §5)."""
+    max_positions: PositiveInt | None = None
+    """Number of positions, prompt and response together, where it is to exceed that of the checkpoint: rotary positions
+    extrapolate (METHOD §5: 12,000 for Qwen2.5-Math-7B, which states 4,096). Engines serve so many, and the trained
+    model's `config.json` states it. null, or a smaller number: the checkpoint's own."""
     prompt: PromptConfig = PromptConfig()
     date_string: str = DEFAULT_DATE
     """Date that a chat template prints, if it prints one (Llama 3.2's does), as `26 Jul 2024`. It is fixed, so that

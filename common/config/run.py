@@ -314,6 +314,11 @@ def conflicts(config: RunConfig) -> list[str]:
 def changed(section: BaseModel, key: str) -> bool:
     """Whether a key differs from its default."""
     return getattr(section, key) != type(section).model_fields[key].default
+    if config.model.new is not None and config.model.max_positions is not None:
+        problems.append(
+            f"model.max_positions ({config.model.max_positions}) is for a model that is given; set "
+            "model.new.max_positions"
+        )
 
 
 def _engine_problems(config: RunConfig) -> list[str]:

@@ -68,7 +68,7 @@ class InProcessPool:
         self._config, self._run_id = config, run_id
         facts = prepared.model.facts
         self._engine = TransformersEngine(
-            load_model(prepared.initial, config.model.dtype),
+            load_model(prepared.initial, config.model.dtype, config.model.max_positions),
             facts,
             max_rows=config.rollout.max_rows * config.rollout.workers,
             deterministic=config.deterministic,

@@ -19,7 +19,7 @@ from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.files import save_whole
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chain, read_chain
-from latent_grpo.common.models import make_model, make_tokenizer, position_limit, save_model
+from latent_grpo.common.models import extended_limit, make_model, make_tokenizer, position_limit, save_model
 from latent_grpo.common.prompts import check_think_start, check_width, ids_beyond, read_tokens, resolve_tokens
 from latent_grpo.common.tasks.benchmarks import fetch_command, how_to_get
 from latent_grpo.common.tasks.sources import TaskSource, is_generated
@@ -48,7 +48,7 @@ class InitialModel:
     tokenizer: PreTrainedTokenizerBase
     facts: TokenFacts
     chain: ChainSettings | None  # from the model's latent_chain.json, if it has one
-    positions: int | None  # the longest sequence that it can read, if its configuration says so
+    positions: int | None  # of the longest sequence that the run may use; None: its configuration states none
     warnings: tuple[str, ...] = ()
 
 
@@ -182,7 +182,13 @@ def _read_model(config: RunConfig, folder: RunFolder | None, first: TaskSource |
             f"model {source} has no {CHAIN_FILE}, so k ({config.k}), tau ({config.tau:g}) and think_end "
             f"({config.model.prompt.think_end!r}) could not be checked; they must be those that it was trained with"
         )
-    return InitialModel(source, tokenizer, facts, chain, position_limit(source), tuple(warnings))
+    own, positions = position_limit(source), extended_limit(source, config.model.max_positions)
+    if positions != own:
+        warnings.append(
+            f"model.max_positions: up to {positions:,} positions are used, model {source} states {own:,}; beyond those "
+            "its rotary positions extrapolate"
+        )
+    return InitialModel(source, tokenizer, facts, chain, positions, tuple(warnings))
 
 
 def _place_of_initial(config: RunConfig, folder: RunFolder | None) -> str | Path | None:
@@ -223,7 +229,8 @@ def check_positions(tasks: Iterable[PreparedTask], limit: int | None, model: str
             raise ConfigError(
                 f"task {task.name}: its longest prompt ({task.longest_prompt:,} tokens) and max_response_tokens "
                 f"({budget:,}) need {task.longest_prompt + budget:,} positions, model {model} has {limit:,}; "
-                f"{shorter}lower its max_prompt_tokens"
+                f"{shorter}lower its max_prompt_tokens, or set model.max_positions, if the model's rotary positions "
+                "are to extrapolate"
             )
 
 
