@@ -59,6 +59,8 @@ def rollout_only(config: RunConfig, profile: str, reporter: Reporter | None = No
             "--rollout-only starts no learner, so it cannot run the warm start: give a finished model with "
             "model.path=... model.new=null warm_start=null, or leave the warm start out with warm_start=null"
         )
+    if config.stop_on is not None:
+        raise ConfigError("stop_on has no effect with --rollout-only, which takes all its steps; remove it")
     reporter = reporter or Reporter()
     prepared = prepare(config, reporter)
     folder = create_run(config, f"rollout-{Path(profile).stem}")

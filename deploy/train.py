@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from rich.markup import escape
@@ -23,6 +23,7 @@ from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate
 from latent_grpo.deploy.run.folder import RunFolder, create_run, reopen_run
 from latent_grpo.deploy.run.manifest import record_model
+from latent_grpo.deploy.run.milestones import Milestones
 from latent_grpo.deploy.run.observer import StepObserver
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.progress import Reporter, StepShare, first_step_line
@@ -109,28 +110,32 @@ def _train(run: Run, learner: LearnerGroup) -> None:
         position = {key: checkpoint.state[key] for key in position}
         run.reporter.say(f"resuming from {checkpoint.path.name}, lineage {run.lineage}")
     controller = Controller(config, run.pool, learner, run.problems.request, **position)
-    if controller.step < config.steps:
-        run.record(after=None)  # of the model that goes on
+    milestones = Milestones(run.folder, config, controller.step, run.reporter)
+    if controller.step < config.steps and milestones.stopped is None:
+        run.record(after=None, stopped=None)  # of the model that goes on
     controller.begin()
     self_test(run, learner)
     if config.evaluation.at_start and "before" not in run.summary:
         evaluate(run, controller.gather, controller.step, "before")
     with StepObserver(run.folder, config, run.lineage, run.metrics, run.reporter) as observer:
-        _steps(run, controller, learner, observer)
+        _steps(run, controller, learner, observer, milestones)
+    run.record(stopped=milestones.stopped)
     if config.evaluation.at_end:
-        evaluate(run, controller.gather, controller.step, "after")
+        milestones.evaluated_at_end(controller.step, evaluate(run, controller.gather, controller.step, "after"))
     run.export(run.folder.model, learner.export)
     record_model(run.folder, "trained", run.folder.model)
 
 
-def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver) -> None:
+def _steps(
+    run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver, milestones: Milestones
+) -> None:
     config = run.config
 
     def record(done: int, values: dict[str, float]) -> None:
         run.metrics.write(done, values, kind="checkpoint", lineage=run.lineage)
 
     def write(done: int) -> None:
-        save(run, controller, learner, observer)
+        save(run, controller, learner, observer, milestones.protected)
 
     keeper = StateKeeper("training", controller.step, write, record, config.deadlines, run.reporter)
 
@@ -152,21 +157,25 @@ def _steps(run: Run, controller: Controller, learner: LearnerGroup, observer: St
             done, note = share.at(part, of_part)
             advance(before + len(rewards) + done, f"{curve}{note}")
 
-        while controller.step < config.steps:
+        while controller.step < config.steps and milestones.stopped is None:
             result = controller.run_step(waiting)
             observer.observe(result, learner.last_report if result.batch is not None else None)
             rewards.append(result.metrics["rollout/reward"])
             keeper.took(result.metrics["time/learner_s"])
+            milestones.took(result.step, result.metrics)
             parts = {name: result.metrics[f"time/{key}_s"] for name, key in STEP_PARTS.items()}
             share.learn(**parts)
             if len(rewards) == 1:
                 left = config.steps - result.step
                 run.reporter.say(first_step_line("training", result.metrics["time/step_s"], left, parts))
-            if _due(config.checkpoint.every, result.step) or result.step == config.steps:
+            if _due(config.checkpoint.every, result.step) or result.step == config.steps or milestones.stopped:
                 keeper.keep(result.step)
             keeper.keep_ahead(result.step)
-            if _due(config.evaluation.every, result.step) and result.step < config.steps:
-                evaluate(run, controller.gather, controller.step, f"step-{result.step}")
+            if _due(config.evaluation.every, result.step) and result.step < config.steps and not milestones.stopped:
+                found = evaluate(run, controller.gather, controller.step, f"step-{result.step}")
+                milestones.evaluated(result.step, found, keeper.keep)
+                if milestones.stopped:
+                    keeper.keep(result.step)
             curve = f"reward {rewards[-1]:.3f} {sparkline(rewards)} "
             advance(result.step, curve)
 
@@ -175,8 +184,13 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def save(run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver) -> None:
-    """Writes a checkpoint between two steps, once the dumps of its steps are on the disk."""
+def save(
+    run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver, protected: Collection[str] = ()
+) -> None:
+    """Writes a checkpoint between two steps, once the dumps of its steps are on the disk.
+
+    Those whose names are `protected` stay, however old they are.
+    """
     observer.flush()
     state = {"step": controller.step, "next_ordinal": controller.next_ordinal, "lineage": run.lineage}
     write_checkpoint(
@@ -185,6 +199,7 @@ def save(run: Run, controller: Controller, learner: LearnerGroup, observer: Step
         lambda folder: learner.save(folder / "learner"),
         state,
         run.config.checkpoint.keep,
+        protected,
     )
 
 

@@ -18,7 +18,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,14 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    root: str | Path, step: int, fill: Callable[[Path], None], state: dict[str, Any], keep: int
+    root: str | Path,
+    step: int,
+    fill: Callable[[Path], None],
+    state: dict[str, Any],
+    keep: int,
+    protected: Collection[str] = (),
 ) -> Checkpoint:
-    """Writes one checkpoint and removes all but the newest `keep`.
+    """Writes one checkpoint and removes all but the newest `keep` and those whose names are `protected`.
 
     `fill` is called with an empty folder and writes the tensors (all learner ranks may write there); `state` must be
     JSON. If `fill` or the disk fails, the exception propagates and the earlier checkpoints are untouched.
@@ -86,7 +91,8 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for _, _, old in _folders(root)[:-keep]:
-        _discard(old)
+        if old.name not in protected:
+            _discard(old)
     return Checkpoint(path=root / name, step=step, state=state)
 
 

@@ -59,6 +59,7 @@ from latent_grpo.common.config.services import (
     VerifierConfig,
     VLLMConfig,
 )
+from latent_grpo.common.config.stopping import StopConfig
 from latent_grpo.common.config.yaml_files import parse_override, read_mapping, with_value
 from latent_grpo.common.errors import ConfigError
 from latent_grpo.common.types import NoiseMode
@@ -98,6 +99,7 @@ __all__ = [
     "SFTOptimizerConfig",
     "Section",
     "Share",
+    "StopConfig",
     "TaskConfig",
     "VLLMConfig",
     "VerifierConfig",

@@ -83,8 +83,9 @@ def _nearest(loc: tuple[int | str, ...]) -> str:
         if below is None:
             return ""
         _, model = below
-    close = difflib.get_close_matches(str(loc[-1]), list(model.model_fields), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(model.model_fields)}"
+    keys = [info.alias or name for name, info in model.model_fields.items()]
+    close = difflib.get_close_matches(str(loc[-1]), keys, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(keys)}"
 
 
 def config_as_json(config: RunConfig) -> str:

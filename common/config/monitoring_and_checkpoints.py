@@ -56,6 +56,10 @@ class CheckpointConfig(Section):
     """Checkpoint interval, in steps; 0: only at the end and at an interrupt."""
     keep: PositiveInt = 2
     """Number of checkpoints to keep, the newest ones."""
+    keep_best: str | None = "evaluation/pass_at_1"
+    """Metric of evaluations by whose highest value a checkpoint is kept besides those, and written if none is due:
+    `evaluation/pass_at_1` (the mean over the evaluation tasks), `evaluation/TASK/pass_at_1`, or `mean_reward` in that
+    place. Of equal values the earlier one stays. null: none is kept."""
 
 
 class DumpConfig(Section):

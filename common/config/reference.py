@@ -82,7 +82,7 @@ def _sections(
     own: list[KeyFacts] = []
     inside: list[Iterator[SectionFacts]] = []
     for field, info in model.model_fields.items():
-        key = f"{name}.{field}" if name else field
+        key = f"{name}.{info.alias or field}" if name else field
         default = getattr(defaults, field) if defaults is not None else info.get_default(call_default_factory=True)
         marks = rules.union(mark for mark in info.metadata if isinstance(mark, Rule))
         below = section_in(info.annotation)

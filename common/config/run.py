@@ -26,6 +26,14 @@ from latent_grpo.common.config.problems_and_model import ModelConfig, TaskConfig
 from latent_grpo.common.config.rules import Rule, keys_with
 from latent_grpo.common.config.section import Section
 from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RayConfig, RolloutConfig
+from latent_grpo.common.config.stopping import (
+    EVALUATION,
+    RISING,
+    STEP_METRICS,
+    StopConfig,
+    evaluation_metrics,
+    metric_problem,
+)
 from latent_grpo.common.errors import ConfigError
 from latent_grpo.common.types import LatentExit
 
@@ -129,6 +137,8 @@ class RunConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     evaluation: Annotated[EvaluationConfig, Rule.MAY_CHANGE] = EvaluationConfig()
     checkpoint: Annotated[CheckpointConfig, Rule.MAY_CHANGE] = CheckpointConfig()
+    stop_on: Annotated[StopConfig | None, Rule.MAY_CHANGE] = None
+    """Whether the run may end before its last step, on a metric; null: it takes all its `steps`."""
     dump: Annotated[DumpConfig, Rule.MAY_CHANGE] = DumpConfig()
     metrics: Annotated[MetricsConfig, Rule.MAY_CHANGE] = MetricsConfig()
     health: Annotated[HealthConfig, Rule.MAY_CHANGE] = HealthConfig()
@@ -302,6 +312,7 @@ def conflicts(config: RunConfig) -> list[str]:
     problems += _engine_problems(config)
     problems += _objective_problems(config)
     problems += _without_effect(config)
+    problems += _metric_problems(config)
     longest = max((t.max_prompt_tokens + t.max_response_tokens for t in config.tasks), default=0)
     if config.model.new is not None and longest > config.model.new.max_positions:
         problems.append(
@@ -360,6 +371,29 @@ def _objective_problems(config: RunConfig) -> list[str]:
     if new is not None and new.hidden_size % new.num_heads:
         problems.append(f"model.new.hidden_size ({new.hidden_size}) is not divisible by num_heads ({new.num_heads})")
     return problems
+
+
+def _metric_problems(config: RunConfig) -> list[str]:
+    """Returns what is wrong with the metrics that choose the best checkpoint and end the run."""
+    best, stop = config.checkpoint.keep_best, config.stop_on
+    tasks = [task.name for task in config.evaluation.tasks]
+    problems: list[str | None] = []
+    if best is not None and changed(config.checkpoint, "keep_best"):
+        problems.append(metric_problem("checkpoint.keep_best", best, evaluation_metrics(tasks, RISING)))
+        if not tasks or not (config.evaluation.every or config.evaluation.at_end):
+            problems.append(
+                "checkpoint.keep_best needs evaluation.tasks, and evaluation.every for more than one value; set them, "
+                "or checkpoint.keep_best to null"
+            )
+    if stop is not None:
+        latent = [name for name in STEP_METRICS if config.latent or "latent" not in name]
+        problems.append(metric_problem("stop_on.metric", stop.metric, [*evaluation_metrics(tasks), *latent]))
+        if stop.metric.startswith(EVALUATION) and not (tasks and config.evaluation.every):
+            problems.append(
+                f"stop_on.metric {stop.metric} is measured by evaluations, and there are none while the run goes on: "
+                "set evaluation.every and evaluation.tasks"
+            )
+    return [problem for problem in problems if problem is not None]
 
 
 def _without_effect(config: RunConfig) -> list[str]:

@@ -8,9 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A section of the settings. Unknown keys are refused; the docstring below a key is its description."""
+    """A section of the settings. Unknown keys are refused; the docstring below a key is its description. A
+    key that is no name in Python (`for`) is the alias of its field."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, serialize_by_alias=True
+    )
 
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -214,7 +214,9 @@ def evaluation_config(
         raise ConfigError(f"{name} has no evaluation.tasks; give --tasks, or add one with `name` and `path`")
     if limit is not None:
         evaluation["tasks"] = [{**task, "limit": limit} for task in evaluation["tasks"]]
-    settings |= {"evaluation": evaluation, "tasks": evaluation["tasks"]}
+    # what a run keeps and where it ends may name tasks that are not evaluated here
+    checkpoint = {**(settings.get("checkpoint") or {}), "keep_best": None}
+    settings |= {"evaluation": evaluation, "tasks": evaluation["tasks"], "checkpoint": checkpoint, "stop_on": None}
     config = load_config(settings, [*overrides, *of_model(model)])
     if any(parse_override(override)[0] in (["noise"], ["noise", "scale"]) for override in overrides):
         noise = "the command"

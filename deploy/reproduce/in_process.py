@@ -25,7 +25,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from latent_grpo.common.config import OptimizerConfig, RunConfig
+from latent_grpo.common.config import ConfigError, OptimizerConfig, RunConfig
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.models import load_model
 from latent_grpo.common.schema import encode
@@ -242,6 +242,8 @@ def one_rank_group() -> Iterator[None]:
 
 def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
     """Trains in this process; `folder` gets metrics, summary and model as from `latent-grpo train`."""
+    if config.stop_on is not None:
+        raise ConfigError("stop_on has no effect with runner in_process, whose arms take all their steps; remove it")
     began = time.monotonic()
     with in_process_session(folder, config, reporter) as run:
         base = run.initial if config.warm_start is None else warm_start(run, InProcessSFT)

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from training import COMMON, WHOLE, tiny
 
+from latent_grpo.common.config.stopping import STEP_METRICS
 from latent_grpo.common.learner_record import decode_records, join
 from latent_grpo.common.metrics import read_metrics
 from latent_grpo.common.models import load_model, load_tokenizer
@@ -32,6 +33,7 @@ from latent_grpo.deploy.run.folder import ResumeError, create_run
 from latent_grpo.deploy.run.manifest import read_manifest
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.train import resume, train
+from latent_grpo.learner.best_checkpoint import best_checkpoint
 from latent_grpo.learner.checkpoint import latest_checkpoint
 
 pytestmark = pytest.mark.integration
@@ -157,6 +159,12 @@ def test_what_a_run_leaves(whole):
     assert all(t.run_id == folder.name and t.reward in (0.0, 1.0) and t.gold_answer for t in trained)
     evaluated = decode(TrajectoryStore(folder.trajectories).read(4, "evaluation"))
     assert {t.sampling.noise_mode for t in evaluated} == {"off"}
+
+    assert set(STEP_METRICS) <= set(steps[0]), "a run may be told to end on these"
+    best, _, score = best_checkpoint(folder.checkpoints)
+    assert best.step in (4, 6)
+    assert score == max(row["metrics"]["held-out/pass_at_1"] for row in read_metrics(folder.path, kind="evaluation")
+                        if row["step"])  # fmt: skip
 
     # the model is an ordinary Hugging Face one, the last checkpoint's, and what the last evaluation judged
     assert latest_checkpoint(folder.checkpoints).step == 6

@@ -54,6 +54,16 @@ def test_a_verifier_of_the_training_tasks_alone_is_left_out_of_an_evaluation(tmp
     assert list(config.verifiers) == ["shaped"]
 
 
+def test_what_ends_a_run_and_chooses_its_best_checkpoint_is_no_matter_of_an_evaluation(tmp_path):
+    """They may name the run's tasks, and others are evaluated."""
+    metric = "evaluation/chain-arithmetic-held-out/pass_at_1"
+    keys = ("evaluation.every=5", f"checkpoint.keep_best={metric}", f"stop_on.metric={metric}", "stop_on.above=0.9")
+    model = model_of_a_run(tmp_path, *keys)
+    (tmp_path / BENCHMARKS["svamp"].files[0]).touch()
+    config, _, _ = evaluation_config(str(model), [], tasks=["svamp"], data=str(tmp_path))
+    assert (config.stop_on, config.checkpoint.keep_best) == (None, None)
+
+
 def test_a_limit_takes_the_first_problems_of_every_task(tmp_path):
     for benchmark in BENCHMARKS.values():
         (tmp_path / benchmark.files[0]).touch()

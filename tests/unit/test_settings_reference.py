@@ -69,6 +69,7 @@ def test_the_reference_has_every_key_of_a_resolved_configuration_and_no_other():
                 "evaluation": {"tasks": [task]},
                 "warm_start": {},
                 "verifiers": {"mine": {"kind": "format"}},
+                "stop_on": {"metric": "rollout/reward", "above": 0.9},
             },
             ["tasks.0.max_prompt_tokens=100", "tasks.0.max_response_tokens=100"],
         ).model_dump(mode="json")
@@ -101,6 +102,7 @@ def test_a_key_without_a_default_is_required():
         "tasks.N.name",
         "evaluation.tasks.N.name",
         "verifiers.NAME.kind",
+        "stop_on.metric",
     }
 
 
@@ -127,7 +129,7 @@ def test_a_key_has_the_rules_of_its_sections_in_words():
         ("tasks.0.weight", ["tasks.N.weight"]),
         ("tasks.N.columns", ["tasks.N.columns.problem", "tasks.N.columns.answer", "tasks.N.columns.cot"]),
         ("verifiers.shaped", ["verifiers.NAME.kind", "verifiers.NAME.options"]),
-        ("checkpoint", ["checkpoint.every", "checkpoint.keep"]),
+        ("checkpoint", ["checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"]),
         ("clip.", None),
         ("tasks.first.weight", None),
         ("rollout.work", None),

@@ -15,9 +15,16 @@ def test_the_modes_exclude_each_other():
     assert "exclude each other" in str(result.exception)
 
 
-def test_rollouts_alone_cannot_make_a_warm_start(tmp_path):
-    config = fake_config(warm_start={"compression": 2}, runs_folder=str(tmp_path))
-    with pytest.raises(ConfigError, match="warm_start=null"):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"warm_start": {"compression": 2}}, "warm_start=null"),
+        ({"stop_on": {"metric": "rollout/reward", "above": 0.9}}, "stop_on has no effect with --rollout-only"),
+    ],
+)
+def test_rollouts_alone_make_no_warm_start_and_take_all_their_steps(tmp_path, changes, said):
+    config = fake_config(**changes, runs_folder=str(tmp_path))
+    with pytest.raises(ConfigError, match=said):
         rollout_only(config, "x")
     assert list(tmp_path.iterdir()) == []
 
