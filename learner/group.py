@@ -1,13 +1,14 @@
 """The driver's side of a learner's ranks, which are Ray actors: one call for all of them, a deadline on every wait.
 
-A rank that dies breaks the process group of all ranks, so nothing is retried. The error names the rank and ends the
-run, which `train --resume` continues from the last checkpoint.
+A rank that dies breaks the process group of all ranks, so no call is retried: the error names the rank, and the run
+starts all ranks again from its last checkpoint (`deploy.train`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from latent_grpo.common.config import RunConfig, config_as_json
 from latent_grpo.common.errors import RunError
+from latent_grpo.common.ray_calls import put_within
+from latent_grpo.common.ray_errors import in_short
+from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
 from latent_grpo.common.weights import Publication
 from latent_grpo.learner.base_rank import RankActor
 
 log = logging.getLogger(__name__)
 SHOWN = 4  # ranks whose stacks are shown; in a collective all late ranks look alike
+LOOKED_AT_EVERY_S = 1.0  # how often a wait looks, so that time in which the driver is stopped does not count
 PEER_DEATH_S = 15.0  # a survivor's broken collective is often reported before the death that caused it
 
 
@@ -29,25 +34,36 @@ class LearnerError(RunError):
     """The learner cannot continue because a rank died, raised or missed its deadline."""
 
 
-class RankGroup:
-    """All ranks of a learner, each a Ray actor of `rank_class`. Steps run in the background, one at a time."""
+class RankDied(LearnerError):
+    """A rank's process or node is gone. Ranks that are started again may do the same work with success."""
 
-    def __init__(self, rank_class: type[RankActor], config: RunConfig, model_folder: str | Path):
+
+class RankGroup:
+    """All ranks of a learner, each a Ray actor of `rank_class`. Steps run in the background, one at a time.
+
+    `places` are Ray scheduling strategies, one a rank; without them Ray takes any node.
+    """
+
+    def __init__(
+        self, rank_class: type[RankActor], config: RunConfig, model_folder: str | Path, places: Sequence[Any] = ()
+    ):
         self.config = config
-        self._step: tuple[list[ray.ObjectRef[Any]], float] | None = None
+        self._step: tuple[list[ray.ObjectRef[Any]], SeenTime] | None = None
         self._published: Publication | None = None  # of the weights that the ranks hold
         learner, resources = config.learner, config.learner.resources
         device = {"OMP_NUM_THREADS": str(resources.threads)}
         if learner.device == "cpu" or not resources.num_gpus:
             device["DS_ACCELERATOR"] = "cpu"
-        actor: Any = ray.remote(rank_class).options(  # Ray's own types know no class that comes as a value
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-            resources=resources.custom or None,
-            runtime_env={"env_vars": device},
-            max_restarts=0,
-        )
-        self._ranks: list[Any] = [actor.remote() for _ in range(learner.ranks)]  # actor handles
+        actor: Any = ray.remote(rank_class)  # Ray's own types know no class that comes as a value
+        options = {
+            "num_cpus": resources.num_cpus,
+            "num_gpus": resources.num_gpus,
+            "resources": resources.custom or None,
+            "runtime_env": {"env_vars": device},
+            "max_restarts": 0,
+        }
+        strategies = places or ["DEFAULT"] * learner.ranks
+        self._ranks: list[Any] = [actor.options(**options, scheduling_strategy=s).remote() for s in strategies]
         self._processes: list[ProcessAddress] = []
         try:
             asked = [rank.whereabouts.remote() for rank in self._ranks]
@@ -77,23 +93,28 @@ class RankGroup:
             raise LearnerError(f"{method} started before the last step was finished; call finish_step first")
         self._published = None
         refs = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
-        self._step = refs, time.monotonic() + self.config.deadlines.learner_s
+        self._step = refs, SeenTime()
+
+    def _put(self, value: object) -> ray.ObjectRef[Any]:
+        """Puts inputs of a call into the object store."""
+        return put_within(value, self.config.deadlines.learner_s, "deadlines.learner_s")
 
     def finished(self) -> bool:
         """Whether the step is done or has failed; never waits. A missed deadline counts as failed."""
-        refs, deadline = self._running()
+        refs, clock = self._running()
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        return len(ready) == len(refs) or time.monotonic() > deadline or any(map(_failed, ready))
+        late = clock.look(LOOKED_AT_EVERY_S) > self.config.deadlines.learner_s
+        return len(ready) == len(refs) or late or any(map(_failed, ready))
 
     def _finish(self) -> list[Any]:
         """Waits for the step and returns every rank's report."""
-        refs, deadline = self._running()
+        refs, clock = self._running()
         try:
-            return self._wait(refs, max(deadline - time.monotonic(), 0.0), "train", "deadlines.learner_s")
+            return self._wait(refs, self.config.deadlines.learner_s, "train", "deadlines.learner_s", clock)
         finally:
             self._step = None
 
-    def _running(self) -> tuple[list[ray.ObjectRef[Any]], float]:
+    def _running(self) -> tuple[list[ray.ObjectRef[Any]], SeenTime]:
         if self._step is None:
             raise LearnerError("no step was started; call start_step first")
         return self._step
@@ -134,11 +155,19 @@ class RankGroup:
         refs = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
         return self._wait(refs, self.config.deadlines.learner_s, method, "deadlines.learner_s")
 
-    def _wait(self, refs: list[ray.ObjectRef[Any]], seconds: float, doing: str, key: str) -> list[Any]:
-        """Returns the results of all ranks. The first failure ends the wait, since others may hang in a collective."""
-        deadline, pending = time.monotonic() + seconds, list(refs)
+    def _wait(
+        self, refs: list[ray.ObjectRef[Any]], seconds: float, doing: str, key: str, clock: SeenTime | None = None
+    ) -> list[Any]:
+        """Returns the results of all ranks. The first failure ends the wait, since others may hang in a collective.
+
+        `clock` has measured what of the `seconds` is over.
+        """
+        clock, pending = clock or SeenTime(), list(refs)
         while pending:
-            ready, pending = ray.wait(pending, timeout=max(deadline - time.monotonic(), 0.0))
+            left = max(seconds - clock.seconds, 0.0)
+            ready, pending = ray.wait(pending, timeout=min(left, LOOKED_AT_EVERY_S))
+            if not ready and clock.look(LOOKED_AT_EVERY_S) <= seconds and left:
+                continue
             if not ready:
                 late = [index for index, ref in enumerate(refs) if ref in pending]
                 shown = late[:SHOWN] if self._processes else []
@@ -146,8 +175,9 @@ class RankGroup:
                     log.error("learner rank %d, which had to %s: %s", index, doing, stacks)
                 needs = self.config.learner.resources
                 raise LearnerError(
-                    f"learner rank(s) {late} did not {doing} within {seconds:g} s ({key}); each needs "
-                    f"{needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU, free in the cluster: {_free()}"
+                    f"learner rank(s) {late} did not {doing} within {seconds:g} s ({key})"
+                    + ("" if self._processes else f"; each needs {needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU, ")
+                    + ("" if self._processes else f"free in the cluster: {_free()}")
                 )
             if error := _failed(ready[0]):
                 raise self._explained(refs, doing, refs.index(ready[0]), error) from error
@@ -163,13 +193,8 @@ class RankGroup:
             if isinstance(other := _failed(ready[0]), RayActorError):
                 rank, error = refs.index(ready[0]), other
         if isinstance(error, RayActorError):
-            return LearnerError(
-                f"learner rank {rank} died while it had to {doing} ({error}); its node may have run out of memory. "
-                "The other ranks cannot continue without it: `latent-grpo train --resume RUN` continues from the last "
-                "checkpoint"
-            )
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        return LearnerError(f"learner rank {rank} failed to {doing}: {type(cause).__name__}: {cause}")
+            return RankDied(f"learner rank {rank} died while it had to {doing}: {in_short(error)}")
+        return LearnerError(f"learner rank {rank} failed to {doing}: {in_short(error)}")
 
 
 def _failed(ref: ray.ObjectRef[Any]) -> Exception | None:

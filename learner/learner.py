@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from latent_grpo.common.agreement import Gap
 from latent_grpo.common.config import RunConfig
@@ -36,10 +36,10 @@ class LearnerReport:
 class LearnerGroup(RankGroup):
     """The run's ranks, one step at a time: :meth:`start_step`, :meth:`finished`, :meth:`finish_step`."""
 
-    def __init__(self, config: RunConfig, model_folder: str | Path):
+    def __init__(self, config: RunConfig, model_folder: str | Path, places: Sequence[Any] = ()):
         self.last_report: LearnerReport | None = None
         self._training: pa.RecordBatch | None = None
-        super().__init__(LearnerRank, config, model_folder)
+        super().__init__(LearnerRank, config, model_folder, places)
 
     def start_step(self, batch: pa.RecordBatch, step: int) -> None:
         """Starts a step of the run on `batch` (rows in prompt order, then sample index) and returns at once.
@@ -47,7 +47,7 @@ class LearnerGroup(RankGroup):
         `step` is the number of steps done before. Learner records are made if the dump of the step is due.
         """
         self._training = batch
-        self._begin("train_step", ray.put(batch), step, self.config.dump_due(step + 1))
+        self._begin("train_step", self._put(batch), step, self.config.dump_due(step + 1))
 
     def finish_step(self) -> dict[str, float]:
         """Waits for the step and returns its metrics; the whole report is in `last_report`."""
@@ -69,7 +69,7 @@ class LearnerGroup(RankGroup):
 
     def replay(self, batch: pa.RecordBatch) -> ReplayReport:
         """Compares the component log-probs of recorded trajectories with the learner's own; updates nothing."""
-        return summarize_gaps(self._all("replay", ray.put(batch)))
+        return summarize_gaps(self._all("replay", self._put(batch)))
 
 
 # --- metrics -----------------------------------------------------------------------------------------------------

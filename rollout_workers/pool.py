@@ -1,104 +1,65 @@
 """The rollout pool, the driver's side of the workers: dispatch, weights, health, replacement and scaling.
 
-`poll` is the only place that waits. It returns complete groups and handles everything that can happen to a worker: a
-finished weight update, a death, a missed heartbeat. Groups that a lost worker had not delivered are dispatched again to
-the others, so losing a worker costs only throughput; the buffer recognises a group that arrives twice.
+    wanted ──► starting (no place yet) ──► starting (makes its engine) ──► serves ──► leaves
+                     ▲                              │ fails                  │ is lost
+                     └──────── started again ◄──────┴────────────────────────┘
 
-A replacement (or a joiner) gets the current publication before its first group, so it never samples on old weights.
-Every wait has a deadline; a worker that misses one is killed and replaced, and `max_restarts` bounds how often.
+`poll` is the only place that waits, and it waits for all workers together: groups, weight updates, heartbeats and
+starts. So a start or a loss never holds up the workers that are well. Groups that a lost worker had not delivered are
+dispatched again, so losing a worker costs only throughput; the buffer recognises a group that arrives twice.
+
+A group waits in the pool until a worker has room for it, so that a worker that joins finds work at once. A worker
+that joins gets the current publication before its first group, so it never samples on old weights.
+
+Every wait has a deadline, measured by a clock that runs only while the driver looks (`common.seen_time`). A worker that
+misses one is killed and replaced; `rollout.max_restarts` bounds how often within an hour.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayActorError, RayError
 
 from latent_grpo.common.config import ConfigError, DeadlineConfig, RolloutConfig
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import check_interrupt
-from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks, serve_stacks
-from latent_grpo.common.types import GroupRequest, PolicyVersion
-from latent_grpo.common.weights import Publication, WeightManifest
+from latent_grpo.common.ray_errors import in_short
+from latent_grpo.common.seen_time import SeenTime
+from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
+from latent_grpo.common.types import GroupRequest
+from latent_grpo.common.weights import Publication
 from latent_grpo.rollout_workers.engine import RequestRefused
-from latent_grpo.rollout_workers.worker import RolloutWorker, WorkerStatus
+from latent_grpo.rollout_workers.member import Member, Starting, WorkerActor
+from latent_grpo.rollout_workers.worker import RolloutWorker
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 4  # workers whose stacks are shown at once
 INTERRUPT_POLL_S = 0.5  # seconds between checks for an interrupt
-STREAM_BACKPRESSURE = 16  # groups a worker may be ahead of the driver: bounds what waits in the object store
+AHEAD = 1.25  # samples given to a worker, in multiples of those that it decodes side by side
+RESTARTS_WITHIN_S = 3600.0
+LONGEST_PAUSE_S = 30.0  # before another attempt to start a worker
+ANSWER_S = 60.0  # for Ray to hand over what has arrived
 
 
 class RolloutPoolError(RunError):
     """The pool cannot continue; the message names the stage, the worker and its last event."""
 
 
-class WorkerActor:
-    """A thin Ray actor around :class:`RolloutWorker`; `results` occupies one thread, other methods use another."""
-
-    def __init__(self, factory: Callable[[str], RolloutWorker], name: str):
-        self._factory, self._name = factory, name
-
-    def whereabouts(self) -> ProcessAddress:
-        """Returns this process's address and makes it answer with its stacks on request."""
-        return serve_stacks()
-
-    def start(self) -> None:
-        """Makes the worker."""
-        self._worker = self._factory(self._name)
-
-    def submit(self, ticket: int, requests: list[GroupRequest]) -> None:
-        self._worker.submit(ticket, requests)
-
-    def update_weights(
-        self, ticket: int, manifest: WeightManifest, timeout_s: float, *buckets: np.ndarray
-    ) -> PolicyVersion:
-        return self._worker.update_weights(ticket, manifest, list(buckets), timeout_s)
-
-    def status(self) -> WorkerStatus:
-        return self._worker.status()
-
-    def results(self) -> Iterator[pa.RecordBatch]:
-        yield from self._worker.results()
-
-    def stop(self) -> None:
-        self._worker.stop()
-
-
-@dataclass(slots=True)
-class _Member:
-    name: str
-    actor: ActorHandle[Any]
-    stream: ray.ObjectRefGenerator
-    process: ProcessAddress
-    tickets: itertools.count[int] = field(default_factory=itertools.count)  # order of the calls to it
-    groups: dict[str, GroupRequest] = field(default_factory=dict)  # dispatched, not delivered
-    updates: list[ray.ObjectRef[Any]] = field(default_factory=list)
-    heartbeat: ray.ObjectRef[Any] | None = None
-    heartbeat_sent_at: float = 0.0  # when the pending heartbeat was sent
-    progress: int = -1
-    progressed_at: float = field(default_factory=time.monotonic)
-    last_event: str = "started"
-    leaving: bool = False
-
-    @property
-    def load(self) -> int:
-        return sum(len(r.sample_indices) for r in self.groups.values())
-
-
 class RolloutPool:
-    """A pool of workers made by `factory(name)`, which runs inside the actor. Use it as a context manager."""
+    """A pool of workers made by `factory(name)`, which runs inside the actor. Use it as a context manager.
+
+    `places` are Ray scheduling strategies of reserved places, which workers take first. The pool begins once
+    `rollout.min_workers` serve; the others join later.
+    """
 
     def __init__(
         self,
@@ -106,25 +67,38 @@ class RolloutPool:
         config: RolloutConfig,
         deadlines: DeadlineConfig,
         *,
+        places: Sequence[Any] = (),
         env_vars: dict[str, str] | None = None,
         heartbeat_s: float = 2.0,
+        clock: SeenTime | None = None,
     ):
         resources = config.resources
-        self._actor_class: Any = ray.remote(WorkerActor).options(  # Ray's own types lose it here
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-            resources=resources.custom or None,
-            max_concurrency=4,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads), **(env_vars or {})}},
-        )
+        self._actor_class: Any = ray.remote(WorkerActor)  # Ray's own types lose it here
+        self._actor_options = {
+            "num_cpus": resources.num_cpus,
+            "num_gpus": resources.num_gpus,
+            "resources": resources.custom or None,
+            "max_concurrency": 4,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(resources.threads), **(env_vars or {})}},
+        }
         self._factory, self._config, self._deadlines = factory, config, deadlines
-        self._heartbeat_s = heartbeat_s
+        self._places, self._heartbeat_s, self._clock = places, heartbeat_s, clock or SeenTime()
         self._names = (f"worker-{i}" for i in itertools.count())
-        self._members: dict[str, _Member] = {}
+        self._starting: dict[str, Starting] = {}
+        self._members: dict[str, Member] = {}
         self._publication: Publication | None = None
-        self._waiting: list[GroupRequest] = []  # groups of lost workers, until another worker can take them
+        self._waiting: deque[GroupRequest] = deque()  # until a worker has room for them
+        self._lost_at: deque[float] = deque()  # within the last hour, by the machine's clock
+        self._failed_starts = 0  # since a worker was last started with success
+        self._start_again_at = 0.0  # by the pool's clock
+        self._enough_at = 0.0  # when the pool last had `min_workers`, by its clock
+        self._wanted = config.workers
         self.restarts = 0
-        self._join(config.workers)
+        try:
+            self.wait_for(min(config.min_workers, config.workers))
+        except BaseException:  # also for an interrupt: no half-started worker may remain
+            self.close()
+            raise
 
     def __enter__(self) -> RolloutPool:
         return self
@@ -134,7 +108,13 @@ class RolloutPool:
 
     @property
     def size(self) -> int:
-        return sum(1 for m in self._members.values() if not m.leaving)
+        """The number of workers that serve."""
+        return sum(1 for member in self._members.values() if not member.leaving)
+
+    @property
+    def wanted(self) -> int:
+        """The number of workers that are to serve; the pool starts what is missing."""
+        return self._wanted
 
     def process_ids(self) -> dict[str, int]:
         """The process id of each worker on its node, by the worker's name, for monitoring."""
@@ -142,219 +122,259 @@ class RolloutPool:
 
     @property
     def outstanding(self) -> int:
-        """The number of groups dispatched and not delivered."""
-        return len(self._waiting) + sum(len(m.groups) for m in self._members.values())
+        """The number of groups submitted and not delivered."""
+        return len(self._waiting) + sum(len(member.groups) for member in self._members.values())
 
     # --- what the controller calls -------------------------------------------------------------------------------
 
     def publish(self, publication: Publication) -> None:
-        """Sends weights to every worker, behind the groups that it already has; returns at once.
+        """Sends weights to every worker; returns at once, and `poll` handles the outcome.
 
-        `poll` handles the outcome.
+        Groups that were submitted before keep the old weights: those that wait in the pool are handed out first.
         """
+        self._dispatch(everything=True)
         self._publication = publication
+        now = self._clock.look()
         for member in self._members.values():
-            self._send_weights(member)
+            member.send(publication, now)
 
     def submit(self, requests: list[GroupRequest]) -> None:
         """Spreads groups over the workers, each to the one with the fewest samples left."""
-        shares: dict[str, list[GroupRequest]] = {}
-        active = [m for m in self._members.values() if not m.leaving]
-        if not active:
-            self._waiting.extend(requests)
-            return
-        for request in requests:
-            member = min(active, key=lambda m: m.load)
-            if not member.groups:
-                member.progressed_at = time.monotonic()  # its time to show progress begins now
-            member.groups[request.group_uid] = request
-            shares.setdefault(member.name, []).append(request)
-        for name, share in shares.items():
-            member = self._members[name]
-            member.actor.submit.remote(next(member.tickets), share)
+        self._waiting.extend(requests)
+        self._dispatch()
 
-    def resize(self, workers: int) -> None:
-        """Scales to `workers`. New workers start with the current weights; leaving workers finish their groups."""
+    def discard(self) -> None:
+        """Forgets every group that was submitted; none of them is delivered any more."""
+        self._waiting.clear()
+        now = self._clock.look()
+        for member in self._members.values():
+            member.discard(now)
+
+    def resize(self, workers: int, *, at_once: bool = False) -> None:
+        """Scales to `workers` and returns at once. New workers start with the current weights.
+
+        Leaving workers finish their groups; with `at_once` they end, and their groups go to others.
+        """
         if workers < 1:
             raise RolloutPoolError(f"the pool needs at least one worker, got {workers}")
-        active = [m for m in self._members.values() if not m.leaving]
-        for member in sorted(active, key=lambda m: m.load)[: max(0, len(active) - workers)]:
+        self._wanted = workers
+        spare = self.size + len(self._starting) - workers
+        for starting in list(self._starting.values())[: max(spare, 0)]:
+            del self._starting[starting.name]
+            ray.kill(starting.actor)
+            spare -= 1
+        for member in sorted(self._serving(), key=lambda m: m.load)[: max(spare, 0)]:
             member.leaving = True
+            if at_once:
+                self._waiting.extendleft(reversed(member.groups.values()))
+                member.groups.clear()
         self._release_leavers()
-        self._join(workers - len(active))
+        self._start_missing()
+
+    def wait_for(self, workers: int) -> None:
+        """Waits until so many workers serve. Raises what `poll` raises, and RolloutPoolError after its deadlines."""
+        while self.size < workers:
+            self._start_missing()
+            if arrived := self._poll(INTERRUPT_POLL_S):
+                raise RolloutPoolError(f"{len(arrived)} group(s) arrived while nothing was to be generated")
+            check_interrupt()
 
     def poll(self, timeout_s: float) -> list[pa.RecordBatch]:
         """Returns complete groups that have arrived; waits at most `timeout_s` for the first.
 
-        Raises :class:`RolloutPoolError` when more workers were lost than `rollout.max_restarts` allows, or when new
-        weights are refused.
+        Raises :class:`RolloutPoolError` when more workers were lost than `rollout.max_restarts` allows, when fewer than
+        `rollout.min_workers` are left and there is no room for others within `deadlines.place_s`, or when new weights
+        are refused; ConfigError when a worker finds a setting wrong.
         """
-        by_ref: dict[Any, _Member] = {}  # of references and streams
-        for member in self._members.values():
-            by_ref[member.stream] = member
-            by_ref.update((r, member) for r in (*member.updates, member.heartbeat) if r is not None)
-        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s, fetch_local=False)
-        if ready:  # also take whatever else has arrived by now
-            ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0, fetch_local=False)
-        arrived: list[pa.RecordBatch] = []
-        for ref in ready:
-            member = by_ref[ref]
-            if member.name not in self._members:
-                continue  # lost while handling an earlier reference
-            try:
-                self._receive(member, ref, arrived)
-            except RayError as error:
-                if isinstance(cause := getattr(error, "cause", None), RequestRefused):
-                    raise RolloutPoolError(f"rollout {member.name} refused its work: {cause}") from error
-                with self._deadlines_paused():
-                    self._lose(member, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
-            except StopIteration:
-                with self._deadlines_paused():
-                    self._lose(member, "its stream of results ended")
-        self._watch()
-        self._release_leavers()
-        if self._waiting:
-            lost, self._waiting = self._waiting, []
-            self.submit(lost)
+        arrived = self._poll(timeout_s)
+        self._dispatch()
         return arrived
 
     def close(self) -> None:
         """Stops every worker and frees its resources. Idempotent."""
         for member in self._members.values():
             member.actor.stop.remote()
-        for member in self._members.values():
-            ray.kill(member.actor)
+        for actor in [w.actor for w in (*self._members.values(), *self._starting.values())]:
+            ray.kill(actor)
         self._members.clear()
+        self._starting.clear()
 
-    # --- what happens to workers ---------------------------------------------------------------------------------
+    # --- one look at all workers ---------------------------------------------------------------------------------
 
-    def _receive(self, member: _Member, ref: Any, arrived: list[pa.RecordBatch]) -> None:
-        timeout = self._deadlines.weights_s
-        if ref is member.stream:
-            batch = ray.get(next(member.stream), timeout=timeout)
-            member.groups.pop(batch.column("group_uid")[0].as_py(), None)
-            arrived.append(batch)
-        elif ref in member.updates:
-            member.updates.remove(ref)
-            ray.get(ref, timeout=timeout)
-        elif member.heartbeat is not None and ref is member.heartbeat:
-            status: WorkerStatus = ray.get(ref, timeout=timeout)
-            member.heartbeat, member.last_event = None, status.last_event
-            idle = not member.groups and not member.updates
-            if status.progress != member.progress or idle:
-                member.progress, member.progressed_at = status.progress, time.monotonic()
+    def _poll(self, timeout_s: float) -> list[pa.RecordBatch]:
+        by_ref: dict[Any, Member | Starting] = {}  # of references and streams
+        for member in self._members.values():
+            by_ref[member.stream] = member
+            by_ref.update((ref, member) for ref in (member.heartbeat, *(ref for ref, _ in member.fetching)) if ref)
+        by_ref.update((starting.answer, starting) for starting in self._starting.values())
+        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s, fetch_local=False)
+        if ready:  # also take whatever else has arrived by now
+            ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0, fetch_local=False)
+        now = self._clock.look(timeout_s)
+        arrived: list[pa.RecordBatch] = []
+        for ref in ready:
+            worker = by_ref[ref]
+            if isinstance(worker, Starting):
+                self._advance(worker, now)
+            elif worker.name in self._members:  # else it was lost while an earlier reference was handled
+                self._receive(worker, ref, arrived, now)
+        self._watch(now)
+        self._release_leavers()
+        self._start_missing()
+        return arrived
 
-    def _watch(self) -> None:
+    def _receive(self, member: Member, ref: Any, arrived: list[pa.RecordBatch], now: float) -> None:
+        try:
+            if ref is member.stream:
+                batch = ray.get(next(member.stream), timeout=ANSWER_S)
+                if batch.num_rows == 0:  # the answer to `discard`
+                    member.discards -= 1
+                elif not member.discards:
+                    member.groups.pop(batch.column("group_uid")[0].as_py(), None)
+                    arrived.append(batch)
+            elif ref is member.heartbeat:
+                member.heard(ray.get(ref, timeout=ANSWER_S), now)
+            else:
+                member.fetching = [(fetch, at) for fetch, at in member.fetching if fetch is not ref]
+                ray.get(ref, timeout=ANSWER_S)
+        except RayError as error:
+            if isinstance(cause := getattr(error, "cause", None), RequestRefused):
+                raise RolloutPoolError(f"rollout {member.name} refused its work: {cause}") from error
+            self._lose(member, in_short(error))
+        except StopIteration:
+            self._lose(member, "its stream of results ended")
+
+    def _watch(self, now: float) -> None:
         """Sends heartbeats, and gives up workers that do not answer, or that have work and make no progress."""
-        now, limit = time.monotonic(), self._deadlines.rollout_s
-        frozen: dict[str, float] = {}
+        overdue: dict[str, str] = {}
         for member in self._members.values():
             if member.heartbeat is None and now - member.heartbeat_sent_at >= self._heartbeat_s:
                 member.heartbeat, member.heartbeat_sent_at = member.actor.status.remote(), now
-            silent = now - member.heartbeat_sent_at if member.heartbeat is not None else 0.0
-            stuck = now - member.progressed_at if member.groups or member.updates else 0.0
-            if max(silent, stuck) > limit:
-                frozen[member.name] = max(silent, stuck)
-        if frozen:
-            with self._deadlines_paused():
-                self._show_stacks({name: self._members[name].process for name in frozen})
-                for name, seconds in frozen.items():
-                    why = f"no progress for {seconds:.0f} s (deadlines.rollout_s = {limit:g})"
-                    self._lose(self._members[name], why)
-
-    @contextlib.contextmanager
-    def _deadlines_paused(self) -> Iterator[None]:
-        """Excludes from the deadlines the time while a replacement starts, when no other worker is polled."""
-        began, others = time.monotonic(), list(self._members.values())
-        yield
-        paused = time.monotonic() - began
-        for member in others:
-            member.heartbeat_sent_at += paused
-            member.progressed_at += paused
+            if why := member.overdue(now, self._deadlines.rollout_s, self._deadlines.weights_s):
+                overdue[member.name] = why
+        self._show_stacks({name: self._members[name].process for name in overdue})
+        for name, why in overdue.items():
+            self._lose(self._members[name], why)
+        limit = self._deadlines.start_s
+        for starting in list(self._starting.values()):
+            if starting.process is not None and now - starting.placed_at > limit:
+                self._show_stacks({starting.name: starting.process})
+                why = f"it did not start within {limit:g} s (deadlines.start_s)"
+                self._fail(starting, why, final=not self._members)
+        placed = self.size + sum(1 for s in self._starting.values() if s.process)
+        if placed >= min(self._config.min_workers, self._wanted):
+            self._enough_at = now
+        elif now - self._enough_at > self._deadlines.place_s:
+            raise RolloutPoolError(
+                f"{placed} rollout worker(s) have a place in the cluster for {now - self._enough_at:.0f} s "
+                f"(deadlines.place_s = {self._deadlines.place_s:g}), and rollout.min_workers is "
+                f"{self._config.min_workers}; {self._needs()}"
+            )
 
     def _show_stacks(self, processes: dict[str, ProcessAddress]) -> None:
         shown = list(processes)[:SHOWN]
-        for name, stacks in zip(shown, ask_for_stacks([processes[name] for name in shown]), strict=True):
-            logger.warning("rollout %s makes no progress: %s", name, stacks)
+        if shown:
+            for name, stacks in zip(shown, ask_for_stacks([processes[name] for name in shown]), strict=True):
+                logger.warning("rollout %s makes no progress: %s", name, stacks)
 
-    def _lose(self, member: _Member, why: str) -> None:
-        """Gives up a worker, keeps its groups for the others and starts a replacement."""
-        logger.warning(
-            "rollout %s lost (%s); last event: %s; %d group(s) go to other workers",
-            member.name, why, member.last_event, len(member.groups),
-        )  # fmt: skip
-        del self._members[member.name]
-        self._waiting.extend(member.groups.values())
-        ray.kill(member.actor)
-        self.restarts += 1
-        if self.restarts > self._config.max_restarts:
-            raise RolloutPoolError(
-                f"rollout {member.name} was lost ({why}; last event: {member.last_event}). The run has lost "
-                f"{self.restarts} worker(s), and rollout.max_restarts allows {self._config.max_restarts}; read the "
-                "worker's log"
-            )
-        if not member.leaving:
-            self._join(1)
+    def _needs(self) -> str:
+        resources, free = self._config.resources, ray.available_resources()
+        needs = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}
+        kinds = [f"{amount:g} {kind} ({free.get(kind, 0):g} free)" for kind, amount in needs.items() if amount]
+        return f"each needs {' and '.join(kinds) or 'nothing'}"
 
-    def _join(self, count: int) -> None:
-        """Starts workers, waits until they answer, and gives them the current weights."""
-        starting = {}
-        for _ in range(count):
-            name = next(self._names)
-            starting[name] = self._actor_class.remote(self._factory, name)
-        end, processes = time.monotonic() + self._deadlines.start_s, {}
+    # --- groups --------------------------------------------------------------------------------------------------
+
+    def _serving(self) -> list[Member]:
+        return [member for member in self._members.values() if not member.leaving]
+
+    def _dispatch(self, *, everything: bool = False) -> None:
+        """Hands out waiting groups, to each worker no more than it is about to decode, or with `everything` all."""
+        shares: dict[str, list[GroupRequest]] = {}
+        serving, now = self._serving(), self._clock.look()
+        loads = {member.name: member.load for member in serving}
+        most = self._config.max_rows * AHEAD
+        while self._waiting and loads:
+            name = min(loads, key=lambda n: loads[n])
+            samples = len(self._waiting[0].sample_indices)
+            if loads[name] and loads[name] + samples > most and not everything:
+                break
+            shares.setdefault(name, []).append(self._waiting.popleft())
+            loads[name] += samples
+        for name, share in shares.items():
+            self._members[name].submit(share, now)
+
+    # --- workers that come and go --------------------------------------------------------------------------------
+
+    def _start_missing(self) -> None:
+        """Starts the workers that are missing, all at once and beside the others."""
+        missing = self._wanted - self.size - len(self._starting)
+        if missing <= 0 or self._clock.seconds < self._start_again_at:
+            return
+        taken = {worker.place for worker in (*self._members.values(), *self._starting.values())}
+        free = [place for place in range(len(self._places)) if place not in taken]
+        for _ in range(missing):
+            name, place = next(self._names), free.pop(0) if free else None
+            strategy = "DEFAULT" if place is None else self._places[place]
+            options = self._actor_options | {"scheduling_strategy": strategy}
+            actor = self._actor_class.options(**options).remote(self._factory, name)
+            self._starting[name] = Starting(name, actor, place)
+
+    def _advance(self, starting: Starting, now: float) -> None:
+        """Takes the answer of a starting worker: it has a place, or its engine is made and it serves."""
         try:
-            asked = [actor.whereabouts.remote() for actor in starting.values()]
-            processes = dict(zip(starting, _answers(asked, end), strict=True))
-            started = [actor.start.remote() for actor in starting.values()]
-            _answers(started, end)
+            answer = ray.get(starting.answer, timeout=ANSWER_S)
         except RayError as error:
-            if processes and isinstance(error, GetTimeoutError):
-                done, _ = ray.wait(started, num_returns=len(started), timeout=0)
-                pairs = zip(processes, started, strict=True)
-                self._show_stacks({name: processes[name] for name, ref in pairs if ref not in done})
-            for actor in starting.values():
-                ray.kill(actor)
             if isinstance(cause := getattr(error, "cause", None), ConfigError):  # for example an unusable model
                 raise ConfigError(f"rollout worker: {cause}") from error
-            resources = self._config.resources
-            raise RolloutPoolError(
-                f"rollout worker(s) {', '.join(starting)} did not start within {self._deadlines.start_s:g} s "
-                f"(deadlines.start_s); each needs {resources.num_cpus:g} CPU and {resources.num_gpus:g} GPU, free in "
-                f"the cluster: {_free()}. {type(error).__name__}: {error}"
-            ) from error
-        for name, actor in starting.items():
-            stream = actor.results.options(
-                num_returns="streaming", _generator_backpressure_num_objects=STREAM_BACKPRESSURE
-            ).remote()
-            member = self._members[name] = _Member(name, actor, stream, processes[name])
-            self._send_weights(member)
-
-    def _send_weights(self, member: _Member) -> None:
+            self._fail(starting, in_short(error), final=not self._members and not isinstance(error, RayActorError))
+            return
+        if starting.process is None:
+            starting.process, starting.placed_at, starting.answer = answer, now, starting.actor.start.remote()
+            return
+        del self._starting[starting.name]
+        self._failed_starts, self._start_again_at = 0, 0.0
+        member = Member(starting.name, starting.actor, starting.process, starting.place, now)
+        self._members[member.name] = member
         if self._publication is not None:
-            manifest, buckets = self._publication.manifest, self._publication.buckets
-            member.updates.append(
-                member.actor.update_weights.remote(next(member.tickets), manifest, self._deadlines.weights_s, *buckets)
+            member.send(self._publication, now)
+
+    def _fail(self, starting: Starting, why: str, *, final: bool) -> None:
+        """Gives up a worker that could not start. Another one is started after a pause, unless this is `final`."""
+        del self._starting[starting.name]
+        ray.kill(starting.actor)
+        if final:  # no other worker shows that one can start: the next attempt would end in the same way
+            raise RolloutPoolError(f"rollout {starting.name} failed to start: {why}; {self._needs()}")
+        self._failed_starts += 1
+        pause = min(2.0 ** (self._failed_starts - 1), LONGEST_PAUSE_S)
+        self._start_again_at = self._clock.seconds + pause
+        logger.warning("rollout %s failed to start: %s; another one is started in %g s", starting.name, why, pause)
+        self._count_restart(f"rollout {starting.name} failed to start: {why}")
+
+    def _lose(self, member: Member, why: str) -> None:
+        """Gives up a worker; its groups go to the others, and another worker is started."""
+        logger.warning(
+            "rollout %s lost (process %d: %s); last event: %s; %d group(s) go to other workers",
+            member.name, member.process.pid, why, member.last_event, len(member.groups),
+        )  # fmt: skip
+        del self._members[member.name]
+        self._waiting.extendleft(reversed(member.groups.values()))
+        ray.kill(member.actor)
+        self._count_restart(f"rollout {member.name} was lost ({why}; last event: {member.last_event})")
+
+    def _count_restart(self, what: str) -> None:
+        now = time.monotonic()
+        self.restarts += 1
+        self._lost_at.append(now)
+        while now - self._lost_at[0] > RESTARTS_WITHIN_S:
+            self._lost_at.popleft()
+        if len(self._lost_at) > self._config.max_restarts:
+            raise RolloutPoolError(
+                f"{what}. Within an hour {len(self._lost_at)} worker(s) were lost or failed to start, and "
+                f"rollout.max_restarts allows {self._config.max_restarts}; read the worker's log"
             )
 
     def _release_leavers(self) -> None:
         for member in [m for m in self._members.values() if m.leaving and not m.groups]:
             del self._members[member.name]
             ray.kill(member.actor)
-
-
-def _answers(refs: list[ray.ObjectRef[Any]], end: float) -> list[Any]:
-    """`ray.get` until `end`, or until an interrupt: a start may take minutes."""
-    while True:
-        left = max(end - time.monotonic(), 0.0)
-        try:
-            return ray.get(refs, timeout=min(left, INTERRUPT_POLL_S))
-        except GetTimeoutError:
-            if left <= INTERRUPT_POLL_S:
-                raise
-            check_interrupt()
-
-
-def _free() -> str:
-    free = ray.available_resources()
-    return f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"

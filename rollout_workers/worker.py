@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -38,21 +38,32 @@ IDLE_WAIT_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """A worker's heartbeat. `progress` rises with every decode step, grade and update; a watchdog compares it."""
+    """A worker's heartbeat. `progress` rises with every decode step, grade and update; a watchdog compares it.
+
+    `loading` says that it is verifying and loading weights now, `busy_s` how many seconds it has worked so far.
+    """
 
     name: str
     version: PolicyVersion | None
     progress: int
     pending_samples: int
     queued: int
+    loading: bool
+    busy_s: float
     last_event: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _WeightUpdate:
     manifest: WeightManifest
     buckets: list[np.ndarray]
-    applied: Future[PolicyVersion] = field(default_factory=Future)
+
+
+class _Discard:
+    """In the queue: what was submitted before is not wanted any more."""
+
+
+Item = GroupRequest | _WeightUpdate | _Discard
 
 
 class RolloutWorker:
@@ -71,15 +82,15 @@ class RolloutWorker:
     ):
         self.name, self.k, self.run_id, self._in_flight = name, k, run_id, in_flight
         self._engine, self._verifiers, self._decode = engine, verifiers, decode
-        self._queue: deque[GroupRequest | _WeightUpdate] = deque()
+        self._queue: deque[Item] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._early: dict[
-            int, Sequence[GroupRequest | _WeightUpdate]
-        ] = {}  # calls that came before an earlier one, by ticket
+        self._early: dict[int, Sequence[Item]] = {}  # calls that came before an earlier one, by ticket
         self._next_ticket = 0
         self._verifier_of: dict[str, str] = {}  # by group uid, while a group is being made
         self._progress, self._last_event = 0, "started"
+        self._loading, self._busy_s = False, 0.0
+        self._discards = 0  # in the queue: while there is one, results are not wanted
 
     # --- called by the controller, from other threads ------------------------------------------------------------
 
@@ -87,24 +98,31 @@ class RolloutWorker:
         """Queues groups. They are generated with the weights that are current at their place in the queue."""
         self._enqueue(ticket, requests)
 
-    def update_weights(
-        self, ticket: int, manifest: WeightManifest, buckets: list[np.ndarray], timeout_s: float
-    ) -> PolicyVersion:
-        """Verifies and applies published weights when the groups before them are done; returns the version now held.
+    def update_weights(self, ticket: int, manifest: WeightManifest, buckets: list[np.ndarray]) -> None:
+        """Queues published weights behind the groups that were submitted before; returns at once.
 
-        `buckets` are uint8 arrays. Raises :class:`common.weights.WeightsCorrupt` before anything is applied,
-        EngineError if the engine's own checksum differs (either also ends `results`, since a worker without verified
-        weights must not continue), and TimeoutError after `timeout_s`.
+        `buckets` are uint8 arrays. Weights that cannot be verified end `results`, since a worker without verified
+        weights must not continue: with :class:`common.weights.WeightsCorrupt` before anything is applied, or with
+        EngineError if the engine's own checksum differs.
         """
-        update = _WeightUpdate(manifest, buckets)
-        self._enqueue(ticket, [update])
-        return update.applied.result(timeout=timeout_s)
+        self._enqueue(ticket, [_WeightUpdate(manifest, buckets)])
 
-    def _enqueue(self, ticket: int, items: Sequence[GroupRequest | _WeightUpdate]) -> None:
+    def discard(self, ticket: int) -> None:
+        """Forgets every group that was submitted before; returns at once.
+
+        `results` yields nothing of them any more, and a batch without rows once it is done with the running ones.
+        """
+        self._enqueue(ticket, [_Discard()])
+
+    def _enqueue(self, ticket: int, items: Sequence[Item]) -> None:
         with self._changed:
             self._early[ticket] = items
             while self._next_ticket in self._early:
-                self._queue.extend(self._early.pop(self._next_ticket))
+                later = self._early.pop(self._next_ticket)
+                if any(isinstance(item, _Discard) for item in later):
+                    self._queue = deque(item for item in self._queue if not isinstance(item, GroupRequest))
+                    self._discards += 1
+                self._queue.extend(later)
                 self._next_ticket += 1
             self._changed.notify_all()
 
@@ -115,6 +133,8 @@ class RolloutWorker:
             progress=self._progress,
             pending_samples=self._engine.pending,
             queued=len(self._queue),
+            loading=self._loading,
+            busy_s=self._busy_s,
             last_event=self._last_event,
         )
 
@@ -134,42 +154,63 @@ class RolloutWorker:
                 while not self._closing:
                     self._admit()
                     if self._engine.pending:
+                        began = time.perf_counter()
                         graded.extend(grader.submit(self._finish, group) for group in self._engine.step())
+                        self._busy_s += time.perf_counter() - began
                         self._event("decoded a step")
                     elif graded:
                         graded[0].exception(timeout=None)  # nothing to decode: wait for the oldest grade
+                    elif self._discarded():
+                        yield encode([], self.k)
                     else:
                         self._wait_for_work()
                     while graded and graded[0].done():
-                        yield graded.popleft().result()
-                        self._event("delivered a group")
+                        batch = graded.popleft().result()
+                        if not self._discards:
+                            yield batch
+                            self._event("delivered a group")
             finally:
                 self._engine.close()
                 self._verifiers.close()
 
     def _admit(self) -> None:
         """Gives queued groups to the engine up to the next weight update, which it applies once the engine is empty."""
-        while self._queue:
-            item = self._queue[0]
-            if isinstance(item, _WeightUpdate) and self._engine.pending and not self._in_flight:
-                return
-            self._queue.popleft()
+        while item := self._next():
             if isinstance(item, _WeightUpdate):
                 self._apply(item)
             else:
                 self._verifier_of[item.group_uid] = item.verifier
                 self._engine.add(item)
 
+    def _next(self) -> GroupRequest | _WeightUpdate | None:
+        """Takes what can begin now from the queue."""
+        with self._changed:
+            item = self._queue[0] if self._queue else None
+            if item is None or isinstance(item, _Discard):
+                return None
+            if isinstance(item, _WeightUpdate) and self._engine.pending and not self._in_flight:
+                return None
+            self._queue.popleft()
+            return item
+
+    def _discarded(self) -> bool:
+        """Whether the queue is at a discard, which is done now: engine and grader have nothing left from before."""
+        with self._changed:
+            if not self._queue or not isinstance(self._queue[0], _Discard):
+                return False
+            self._queue.popleft()
+            self._discards -= 1
+        self._event("forgot its groups")
+        return True
+
     def _apply(self, update: _WeightUpdate) -> None:
+        version = update.manifest.version
+        self._loading = True
+        self._event(f"loads weights of version {version.version}")
         pairs = zip(update.manifest.buckets, update.buckets, strict=True)
-        try:
-            tensors = [tensor for bucket, data in pairs for tensor in unpack(bucket, data)]
-            self._engine.load_weights(update.manifest.version, tensors)
-        except Exception as error:  # also for the caller of update_weights, which waits in another thread
-            update.applied.set_exception(error)
-            raise
-        self._event(f"loaded weights of version {update.manifest.version.version}")
-        update.applied.set_result(update.manifest.version)
+        self._engine.load_weights(version, [tensor for bucket, data in pairs for tensor in unpack(bucket, data)])
+        self._loading = False
+        self._event(f"loaded weights of version {version.version}")
 
     def _wait_for_work(self) -> None:
         with self._changed:

@@ -68,7 +68,10 @@ class RolloutConfig(Section):
     once its latent steps were proven there (docs/gpu.md), else transformers; the run says what it took and why."""
     vllm: VLLMConfig = VLLMConfig()
     workers: Annotated[PositiveInt, Rule.MAY_CHANGE] = 1
-    """Number of rollout workers."""
+    """Number of rollout workers. `latent-grpo scale` changes it while a run goes on."""
+    min_workers: Annotated[PositiveInt, Rule.MAY_CHANGE] = 1
+    """Number of rollout workers without which a run does not begin or go on: room for them is reserved together with
+    the learner's. The others join as the cluster has room for them."""
     resources: Annotated[ActorResources, Rule.MAY_CHANGE] = ActorResources()
     """Each rollout worker is one actor."""
     device: Annotated[str, Rule.MAY_CHANGE] = "auto"
@@ -76,7 +79,7 @@ class RolloutConfig(Section):
     max_rows: Annotated[PositiveInt, Rule.MAY_CHANGE] = 256
     """Maximum number of samples that a worker decodes side by side; a group must fit."""
     max_restarts: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 10
-    """Maximum number of workers that may be lost and replaced over the whole run; one more stops it."""
+    """Maximum number of workers that may be lost and replaced within an hour; one more stops the run."""
     verifier: VerifierConfig = VerifierConfig()
 
 
@@ -115,14 +118,19 @@ class DeadlineConfig(Section):
     """Deadlines of all waits, in seconds. A component that misses its deadline is restarted, or the run stops with an
     error that names it."""
 
+    place_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Time to wait for room in the cluster, in seconds: at the start for all ranks and `rollout.min_workers`, and later
+    whenever fewer workers than that are left."""
     start_s: Annotated[float, Field(gt=0)] = 300.0
-    """Time for an actor to be scheduled, load its model and answer, in seconds."""
+    """Time for an actor that has a place in the cluster to load its model and answer, in seconds."""
     rollout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Time that a worker with work may go without any progress, in seconds."""
+    """Time that a worker with work may go without any progress, in seconds. Time in which the driver itself is stopped
+    or busy does not count."""
     learner_s: Annotated[float, Field(gt=0)] = 1800.0
     """Time for one step of the learner, in seconds."""
     weights_s: Annotated[float, Field(gt=0)] = 300.0
-    """Time for the learner to publish weights, and for a worker to fetch and verify them, in seconds."""
+    """Time for the learner to publish weights, for a worker to fetch them, and for it to verify and load them, in
+    seconds. The groups that a worker has before new weights do not count."""
     dump_s: Annotated[float, Field(gt=0)] = 600.0
     """Time for the disk to write the dumps that wait for it, in seconds."""
     settle_s: Annotated[float, Field(gt=0)] | None = None

@@ -6,10 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
 import torch
 from torch import nn
 
@@ -185,18 +184,18 @@ RANKS: dict[Phase, type[InductionRank]] = {"encoder": EncoderRank, "decoder": De
 class InductionLearner(RankGroup):
     """The ranks of one phase of stage 1. `model_folder` is the initial model, or the last phase's decoder."""
 
-    def __init__(self, config: RunConfig, model_folder: str | Path, phase: Phase):
-        super().__init__(RANKS[phase], config, model_folder)
+    def __init__(self, config: RunConfig, model_folder: str | Path, phase: Phase, places: Sequence[Any] = ()):
+        super().__init__(RANKS[phase], config, model_folder, places)
 
     def start_step(self, rows: list[SFTRow], step: int, total_steps: int) -> None:
-        self._begin("train_step", ray.put(rows), step, total_steps)
+        self._begin("train_step", self._put(rows), step, total_steps)
 
     def finish_step(self) -> dict[str, float]:
         """Waits for the step and returns its metrics."""
         return _summed(self._finish())
 
     def judge(self, rows: list[SFTRow], shuffled: bool = False) -> dict[str, float]:
-        return _summed(self._all("judge", ray.put(rows), shuffled))
+        return _summed(self._all("judge", self._put(rows), shuffled))
 
 
 def _summed(reports: list[InductionReport]) -> dict[str, float]:

@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
 from torch import nn
 
 from latent_grpo.common.config import LatentSFTConfig, OptimizerConfig, RunConfig
@@ -169,11 +168,11 @@ class SFTRank(RankActor):
 class SFTLearner(RankGroup):
     """The ranks of a Latent-SFT; one step at a time."""
 
-    def __init__(self, config: RunConfig, model_folder: str | Path):
-        super().__init__(SFTRank, config, model_folder)
+    def __init__(self, config: RunConfig, model_folder: str | Path, places: Sequence[Any] = ()):
+        super().__init__(SFTRank, config, model_folder, places)
 
     def start_step(self, rows: list[SFTRow], step: int) -> None:
-        self._begin("sft_step", ray.put(rows), step)
+        self._begin("sft_step", self._put(rows), step)
 
     def finish_step(self) -> dict[str, float]:
         """Waits for the step and returns its metrics."""

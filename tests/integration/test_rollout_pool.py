@@ -11,9 +11,9 @@ import pytest
 import ray
 import torch
 
-import latent_grpo.rollout_workers.pool
 from latent_grpo.common.config import ActorResources, ConfigError, DeadlineConfig, RolloutConfig
 from latent_grpo.common.schema import decode
+from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings
 from latent_grpo.common.weights import Publication, WeightManifest, checksum, pack
 from latent_grpo.rollout_workers.pool import RolloutPool, RolloutPoolError
@@ -94,6 +94,7 @@ def pool(ray_session):
 def mortal(ray_session):
     """A pool that soon notices a worker that stands still; yet a busy machine must not be taken for one."""
     with two_workers(DEADLINES.model_copy(update={"rollout_s": 10.0})) as made:
+        made.wait_for(2)
         made.publish(publication(1))
         yield made
 
@@ -115,7 +116,8 @@ def test_groups_of_a_killed_and_of_a_frozen_worker_all_arrive_once_and_on_curren
     second = collect(pool, 80)
     assert sorted(g[0].group_uid for g in second) == sorted(f"g{i}" for i in range(10, 90))
     assert {t.policy_version_max for g in second for t in g} == {2}  # the replacement too
-    assert (pool.restarts, pool.size) == (1, 2)
+    assert pool.restarts == 1
+    pool.wait_for(2)
 
     os.kill(a_process_of(pool), signal.SIGSTOP)
     pool.submit(requests(90, 20))
@@ -132,11 +134,15 @@ def test_groups_of_a_killed_and_of_a_frozen_worker_all_arrive_once_and_on_curren
 
 def test_scaling_in_mid_run_loses_nothing_and_joiners_start_on_current_weights(pool):
     pool.resize(2)
+    pool.wait_for(2)
     pool.publish(publication(3))
     pool.submit(requests(0, 12))
     pool.resize(3)
+    groups = []
+    while pool.size < 3:
+        groups += [decode(b) for b in pool.poll(0.5)]
     pool.submit(requests(12, 12))
-    groups = collect(pool, 24)
+    groups += collect(pool, 24 - len(groups))
     pool.resize(1)
     pool.submit(requests(24, 6))
     groups += collect(pool, 6)
@@ -151,6 +157,7 @@ def test_trajectories_do_not_depend_on_the_number_of_workers(pool):
     pool.publish(publication(4))
     for workers in (1, 3):
         pool.resize(workers)
+        pool.wait_for(workers)
         pool.submit(requests(0, 12))
         results.append({(t.group_uid, t.sample_index): t for g in collect(pool, 12) for t in g})
     one, three = results
@@ -167,21 +174,12 @@ def make_nothing(reached, name):
     time.sleep(1200)
 
 
-class ClockThatLeaps:
-    """The pool's clock: past every deadline as soon as the worker hangs, however long its process took to start."""
-
-    def __init__(self, reached):
-        self._reached = reached
-
-    def monotonic(self):
-        return time.monotonic() + (DEADLINES.start_s if self._reached.exists() else 0.0)
-
-
-def test_a_worker_that_does_not_start_shows_its_stacks(ray_session, caplog, monkeypatch, tmp_path):
+def test_a_worker_that_does_not_start_shows_its_stacks(ray_session, caplog, tmp_path):
     config, reached = RolloutConfig(workers=1, resources=ActorResources(num_cpus=0.1)), tmp_path / "reached"
-    monkeypatch.setattr(latent_grpo.rollout_workers.pool, "time", ClockThatLeaps(reached))
-    with pytest.raises(RolloutPoolError, match="worker-0 did not start within 300 s"):
-        RolloutPool(functools.partial(make_nothing, reached), config, DEADLINES, env_vars=HERE)
+    leaping = SeenTime(lambda: time.monotonic() * (1000 if reached.exists() else 1))  # once the worker hangs
+    limits = DEADLINES.model_copy(update={"start_s": 0.9})
+    with pytest.raises(RolloutPoolError, match=r"worker-0 failed to start: it did not start within 0\.9 s"):
+        RolloutPool(functools.partial(make_nothing, reached), config, limits, env_vars=HERE, clock=leaping)
     assert "worker-0 makes no progress" in caplog.text
     assert "in make_nothing" in caplog.text
 

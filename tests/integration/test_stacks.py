@@ -80,9 +80,9 @@ class StuckRank(RankActor):
 class HastyGroup(RankGroup):
     """Waits a 150th of its deadline for the model, once the process is there: that may take long on a busy machine."""
 
-    def _wait(self, refs, seconds, doing, key):
+    def _wait(self, refs, seconds, doing, key, clock=None):
         seconds = seconds / 150 if doing == "load the model" else seconds
-        return super()._wait(refs, seconds, doing, key)  # no setting is of this wait alone
+        return super()._wait(refs, seconds, doing, key, clock)  # no setting is of this wait alone
 
 
 def test_a_learner_that_misses_its_deadline_shows_its_stacks(ray_session, caplog):

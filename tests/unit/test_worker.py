@@ -1,7 +1,6 @@
 """The worker's invariants, with a scripted engine in place of a model: no Ray, no torch model, no waiting."""
 
 import dataclasses
-import threading
 
 import numpy as np
 import pytest
@@ -125,52 +124,33 @@ def test_an_aborted_sample_is_never_graded_and_the_others_keep_their_grades():
     assert (aborted.reward, aborted.grade_reason) == (None, "ungraded")
 
 
-def update_beside(worker, ticket, manifest, buckets):
-    outcome = {}
-
-    def call():
-        try:
-            outcome["version"] = worker.update_weights(ticket, manifest, buckets, 10.0)
-        except Exception as error:  # handed to the test
-            outcome["error"] = error
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    return thread, outcome
-
-
 def test_a_weight_update_takes_its_turn_in_the_queue(worker):
     worker.submit(2, [request("c"), request("d")])  # calls to an actor may overtake each other
-    thread, outcome = update_beside(worker, 1, *publication(7))
+    worker.update_weights(1, *publication(7))
     worker.submit(0, [request("a"), request("b")])
     groups = take(worker, 4)
-    thread.join()
-    assert outcome["version"].version == 7
+    assert worker.status().version.version == 7
     assert {t.group_uid: t.policy_version_min for g in groups for t in g} == {"a": 0, "b": 0, "c": 7, "d": 7}
 
 
-def test_a_worker_that_cannot_verify_its_weights_tells_the_caller_and_stops(worker):
+def test_a_worker_that_cannot_verify_its_weights_stops(worker):
     manifest, (data,) = publication(1)
     damaged = data.copy()
     damaged[0] ^= 1
-    thread, outcome = update_beside(worker, 0, manifest, [damaged])
+    worker.update_weights(0, manifest, [damaged])
     worker.submit(1, [request("a")])
     with pytest.raises(WeightsCorrupt, match="expected checksum"):
         list(worker.results())
-    thread.join()
-    assert isinstance(outcome["error"], WeightsCorrupt)
     assert worker.status().version.version == 0
 
 
 def test_an_engine_that_disagrees_about_the_checksum_never_samples(worker):
     manifest, buckets = publication(1)
     other = WeightManifest(version=PolicyVersion(version=1, checksum="wrong"), buckets=manifest.buckets)
-    thread, outcome = update_beside(worker, 0, other, buckets)
+    worker.update_weights(0, other, buckets)
     worker.submit(1, [request("a")])
     with pytest.raises(EngineError, match="checksum"):
         list(worker.results())
-    thread.join()
-    assert isinstance(outcome["error"], EngineError)
 
 
 def test_status_shows_progress_and_work_left(worker):
@@ -181,6 +161,32 @@ def test_status_shows_progress_and_work_left(worker):
     after = worker.status()
     assert after.queued == after.pending_samples == 0
     assert after.progress > before.progress
+
+
+def test_discarded_groups_are_not_delivered_and_the_same_group_may_come_again(worker):
+    worker.submit(0, [request("a"), request("b")])
+    results = worker.results()
+    assert decode(next(results))[0].group_uid == "a"
+    worker.submit(1, [request("c")])
+    worker.discard(2)
+    worker.update_weights(3, *publication(7))
+    worker.submit(4, [request("b")])
+    assert next(results).num_rows == 0  # what was there before is forgotten now
+    again = decode(next(results))
+    assert [(t.group_uid, t.policy_version_min) for t in again] == [("b", 7), ("b", 7)]
+    assert worker.status().queued == worker.status().pending_samples == 0
+
+
+def test_status_says_that_weights_are_loading_and_how_long_the_worker_has_worked(worker, engine):
+    seen = []
+    load = engine.load_weights
+    engine.load_weights = lambda *of: (seen.append(worker.status()), load(*of))
+    worker.update_weights(0, *publication(7))
+    worker.submit(1, [request("a")])
+    take(worker, 1)
+    assert [(s.loading, s.last_event) for s in seen] == [(True, "loads weights of version 7")]
+    assert not worker.status().loading
+    assert worker.status().busy_s > 0
 
 
 def test_stop_ends_the_stream_and_closes_engine_and_graders(worker, engine):

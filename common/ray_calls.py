@@ -1,0 +1,35 @@
+"""Calls of Ray that have no deadline of their own."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import ray
+
+from latent_grpo.common.errors import RunError
+
+
+def put_within(value: object, seconds: float, key: str) -> ray.ObjectRef[Any]:
+    """`ray.put` with a deadline: on a node whose raylet is stopped it would wait forever.
+
+    Raises RunError, which names `key` as the setting of the deadline.
+    """
+    outcome: list[ray.ObjectRef[Any] | BaseException] = []
+
+    def put() -> None:
+        try:
+            outcome.append(ray.put(value))
+        except BaseException as error:  # raised again below, in the thread that asked
+            outcome.append(error)
+
+    thread = threading.Thread(target=put, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise RunError(
+            f"Ray on this node did not take an object within {seconds:g} s ({key}): its raylet is stopped or stuck"
+        )
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]

@@ -1,0 +1,48 @@
+"""What Ray's errors say, in a sentence. Ray's own texts run to a thousand characters, most of them about Ray."""
+
+from __future__ import annotations
+
+from ray.exceptions import (
+    ActorUnschedulableError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+
+SHOWN = 300  # characters of a text that is not known
+
+
+def in_short(error: BaseException) -> str:
+    """Returns what happened, in one line without a full stop."""
+    if isinstance(error, RayTaskError):
+        return in_short(error.cause) if error.cause is not None else _first_line(str(error))
+    text = str(error)
+    if isinstance(error, NodeDiedError) or "node has died" in text:
+        return "its node is gone"
+    if isinstance(error, OutOfMemoryError) or "memory on the node" in text:
+        return "Ray ended its process because the node's memory was full"
+    if isinstance(error, ActorUnschedulableError):
+        return "the cluster has no room for it any more"
+    if isinstance(error, RayActorError):
+        if "ray.kill" in text:
+            return "it was ended by this program"
+        if "process has died" in text or "died unexpectedly" in text:
+            return "its process ended: killed from outside (SIGKILL, out of memory) or crashed"
+        return _first_line(text)
+    if isinstance(error, ObjectLostError):
+        return "an object that it needs is gone with the process or node that held it"
+    if isinstance(error, GetTimeoutError):
+        return "an answer of Ray did not come in time"
+    if isinstance(error, RayError):
+        return _first_line(text)
+    return f"{type(error).__name__}: {_first_line(text)}" if text else type(error).__name__
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = lines[0] if lines else "no further details"
+    return (line if len(line) <= SHOWN else line[:SHOWN] + "…").rstrip(".")
