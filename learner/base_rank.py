@@ -95,10 +95,17 @@ class RankActor:
         module, optimizer = self.build(load_policy_model(model_folder))
         self.engine = ZeroEngine(module, optimizer, learner, self.config.model.dtype, self.device)
 
+    def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the policy's weights, by their names in its model folder; every rank must iterate, rank 0 gets them.
+
+        A subclass that trains something else makes them of it.
+        """
+        return self.engine.full_parameters(self.config.learner.weight_bucket_bytes)
+
     def publish(self, version: int) -> Publication | None:
         """Publishes the weights as buckets in the object store, on rank 0; the other ranks only help to gather."""
         size = self.config.learner.weight_bucket_bytes
-        parameters = self.engine.full_parameters(size)
+        parameters = self.policy_parameters()
         if self.rank == 0:
             return publish(parameters, version, size)
         for _ in parameters:
@@ -113,7 +120,7 @@ class RankActor:
 
     def export(self, folder: str) -> None:
         """Writes the model in Hugging Face format, with the tokenizer and the licence that it came with."""
-        parameters = dict(self.engine.full_parameters(self.config.learner.weight_bucket_bytes))
+        parameters = dict(self.policy_parameters())
         if self.rank == 0:
             self.write_model(parameters, self.model_folder, Path(folder))
 

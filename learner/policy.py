@@ -115,9 +115,13 @@ def freeze_lower_layers(model: PreTrainedModel, trained: int | None) -> None:
     for part in model.base_model.children():
         if isinstance(part, nn.Embedding):
             part.requires_grad_(False)
-        elif isinstance(part, nn.ModuleList):
-            for layer in part[: count - trained]:
-                layer.requires_grad_(False)
+    for layer in transformer_layers(model)[: count - trained]:
+        layer.requires_grad_(False)
+
+
+def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the model's transformer layers, from the lowest to the uppermost."""
+    return [layer for part in model.base_model.children() if isinstance(part, nn.ModuleList) for layer in part]
 
 
 def load_policy_model(folder: str) -> PreTrainedModel:

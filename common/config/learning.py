@@ -62,7 +62,7 @@ class SFTOptimizerConfig(OptimizerConfig):
 
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Learning rate after warm-up. The default is for models of a million parameters, which `model.new` makes; with
-    `model.path` it is 2e-5."""
+    `model.path` it is 2e-5, and 1e-4 with `lora`."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay rates of AdamW's running means of the gradient and of its square, each in [0, 1)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
@@ -99,6 +99,18 @@ class InductionConfig(Section):
     optimizer: InductionOptimizerConfig = InductionOptimizerConfig()
 
 
+class LoRAConfig(Section):
+    """LoRA in Latent-SFT: low-rank additions to the linear layers of the transformer are trained, and nothing else.
+    They are added to the weights of the model that Latent-SFT leaves, so engines and RL see a plain model."""
+
+    rank: PositiveInt = 64
+    """Rank of the additions. The reference trains with 64 (METHOD §7)."""
+    alpha: Annotated[float, Field(gt=0)] = 128.0
+    """Factor of the additions, which are scaled by alpha / rank."""
+    targets: list[str] | None = None
+    """Names of the linear layers that get additions, such as `q_proj`; null: all of them, but for the output layer."""
+
+
 class LatentSFTConfig(Section):
     """Latent-SFT, the supervised initialisation that latent RL needs (METHOD §7)."""
 
@@ -114,7 +126,12 @@ class LatentSFTConfig(Section):
     max_steps: PositiveInt = 400
     """Maximum number of steps; `stop_at` may end the training earlier."""
     batch_size: PositiveInt = 192
-    """Number of rows per step, over all ranks. The default is 64 with `model.path`."""
+    """Number of rows per step, over all ranks. The default is 64 with `model.path`. The ranks take them in
+    micro-batches of at most `learner.tokens_per_microbatch` tokens, which change memory and not the loss (METHOD
+    §7)."""
+    lora: LoRAConfig | None = None
+    """Train low-rank additions to the weights instead of the weights; null: the weights. With `model.train_layers` only
+    the uppermost layers get them."""
     optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
     perturb_share: Share = 0.5
     """Share of rows whose input mixtures are perturbed with Gumbel noise (METHOD §7c)."""
@@ -139,7 +156,8 @@ class LatentSFTConfig(Section):
         pretrained one.
         """
         filled = {}
-        for key, value in GIVEN_MODEL_DEFAULTS.items():
+        defaults = GIVEN_MODEL_DEFAULTS | ({} if self.lora is None else LORA_DEFAULTS)
+        for key, value in defaults.items():
             *sections, leaf = key.split(".")
             if sections[:1] == ["induction"] and self.source != "induced":
                 continue
@@ -159,3 +177,5 @@ GIVEN_MODEL_DEFAULTS: dict[str, float] = {
     "induction.batch_size": 64,
 }
 """Keys of `warm_start` whose defaults are others for a model that is given (`model.path`) than for a new one."""
+LORA_DEFAULTS = {"optimizer.lr": 1e-4}
+"""Those that are others again with `warm_start.lora`: factors that begin at 0 need larger steps than weights do."""

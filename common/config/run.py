@@ -308,6 +308,11 @@ def conflicts(config: RunConfig) -> list[str]:
             f"model.train_layers ({config.model.train_layers}) has no effect on stage 1 of warm_start.source induced, "
             "which trains whole models; leave it out, or take uniform labels"
         )
+    if config.warm_start is not None and config.warm_start.lora is not None and config.warm_start.source == "induced":
+        problems.append(
+            "warm_start.lora has no effect on stage 1 of warm_start.source induced, which trains whole models; leave "
+            "it out, or take uniform labels"
+        )
     problems += _vllm_problems(config)
     problems += _engine_problems(config)
     problems += _objective_problems(config)

@@ -170,7 +170,7 @@ class _OneRank:
         self._only = rank
 
     def publish(self, version: int) -> Weights:
-        return versioned(version, self._only.engine.full_parameters(bucket_bytes=0))
+        return versioned(version, self._only.policy_parameters())
 
     def finished(self) -> bool:
         return True

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,12 +18,14 @@ from latent_grpo.learner.base_rank import RankActor
 from latent_grpo.learner.group import RankGroup
 from latent_grpo.learner.policy import freeze_lower_layers, load_policy_model
 from latent_grpo.learner.sft.induction import InducedChains, encoder_beside
+from latent_grpo.learner.sft.lora import Addition, add_lora, plain_parameters
 from latent_grpo.learner.sft.module import Calls, LatentSFTModule, collate, means, row_key
 from latent_grpo.learner.sft.rows import SFTRow
 from latent_grpo.learner.sft.soft_labels import ChainSource
 from latent_grpo.learner.zero_engine import learning_rate
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -88,6 +91,8 @@ def least_calls(
 
 
 class SFTRank(RankActor):
+    lora: Mapping[str, Addition] = MappingProxyType({})  # by the layer's name; empty: the weights are trained
+
     def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
         from latent_grpo.common.prompts import read_tokens
 
@@ -95,7 +100,10 @@ class SFTRank(RankActor):
         _, facts = read_tokens(config, self.model_folder)
         self.pad_id = facts.pad_id
         self.labels = self._chain_source(facts)
-        freeze_lower_layers(model, config.model.train_layers)
+        if settings.lora is None:
+            freeze_lower_layers(model, config.model.train_layers)
+        else:
+            self.lora = add_lora(model, settings.lora, seed=config.seed, trained_layers=config.model.train_layers)
         module = LatentSFTModule(
             model,
             k=config.k,
@@ -106,6 +114,10 @@ class SFTRank(RankActor):
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         return module, settings.optimizer
+
+    def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the weights of a plain model, whatever is trained."""
+        return plain_parameters(super().policy_parameters(), self.lora)
 
     def _chain_source(self, facts: TokenFacts) -> ChainSource | None:
         """The source of labels, or None for a row's own labels, which are the uniform ones."""

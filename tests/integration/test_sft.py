@@ -121,6 +121,46 @@ def sft_in_process(config, name):
     return folder
 
 
+LORA = (*SFT, "warm_start.lora={rank: 4, alpha: 8.0}", "warm_start.optimizer.lr=0.01")
+
+
+def test_lora_leaves_a_plain_model_whose_embeddings_are_the_initial_ones(tmp_path):
+    folder = sft_in_process(tiny(f"runs_folder={tmp_path}", *LORA), "lora")
+    initial = dict(load_model(folder.path / "initial").named_parameters())
+    found = weights(folder)
+    assert found.keys() == initial.keys()
+    moved = {name for name in found if not torch.equal(found[name], initial[name])}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in moved} == {
+        f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+    assert losses(folder)[-1] < losses(folder)[0]
+    assert not list(folder.base_model.glob("adapter*"))
+
+
+@pytest.mark.slow
+def test_lora_is_the_same_at_every_zero_stage_and_after_a_stop(ray_session, tmp_path):
+    common = (f"runs_folder={tmp_path}", *LORA)
+    single = sft(tiny(*common, "learner.zero_stage=1"), "single")
+    sharded = ("learner.zero_stage=3", "learner.ranks=2", "learner.tokens_per_microbatch=96")
+    with pytest.raises(KeyboardInterrupt):
+        sft(tiny(*common, *sharded), "sharded", InterruptedAt(3))
+    (half,) = tmp_path.glob("sharded-*")
+    resumed = resume_sft(half, [])
+    np.testing.assert_allclose(losses(resumed), losses(single), rtol=1e-4)
+    expected, found = weights(single), weights(resumed)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_settings_of_a_large_start_work_together(ray_session, tmp_path):
+    """bfloat16, ZeRO, recomputed activations, small micro-batches and LoRA; the published weights are the model's."""
+    large = ("model.dtype=bfloat16", "learner.gradient_checkpointing=true", "learner.tokens_per_microbatch=64")
+    folder = sft(tiny(f"runs_folder={tmp_path}", *LORA, *large, "learner.zero_stage=3"), "large")
+    assert json.loads((folder.base_model / "config.json").read_text())["dtype"] == "bfloat16"
+    assert losses(folder)[-1] < losses(folder)[0]
+
+
 # on ranks only in the slow case: in the test before the first, ranks stop and go on with latent chains
 @pytest.mark.parametrize("run_sft", [sft_in_process, pytest.param(sft, marks=pytest.mark.slow)])
 def test_explicit_sft_is_the_start_of_explicit_grpo_and_of_nothing_else(ray_session, tmp_path, run_sft):
