@@ -1,6 +1,7 @@
-"""An estimate of a learner rank's memory: what it holds of the model, and what a micro-batch adds.
+"""An estimate of memory: what a learner rank holds of the model and what a micro-batch adds, and a rollout worker.
 
-    weights, gradients, optimizer states   by ZeRO stage and ranks
+    weights, gradients, optimizer states   by ZeRO stage and ranks; with LoRA those of the factors alone
+  + the initial model                      with a KL term
   + activations of one micro-batch         saved for the backward pass
   + float32 logits of one chunk
 
@@ -10,20 +11,52 @@ It needs the model's shape alone and is right to about a fifth, which tells a ru
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.config import ConfigError, LoRAConfig, RunConfig
 from latent_grpo.common.models import make_model
+from latent_grpo.learner.policy import transformer_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2}
 SAVED_WIDTHS = {"float32": 10, "bfloat16": 13}  # values of width D that a layer saves for a token; norms are float32
 SAVED_MLP_WIDTHS = 4  # of the MLP's width: gate, its activation, up, their product
 LOGIT_COPIES = 3  # a chunk's logits, their softmax, and the gradient of both
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2.5-Math-7B": (
+        "qwen2",
+        {
+            "vocab_size": 152_064,
+            "hidden_size": 3584,
+            "intermediate_size": 18_944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "Llama3.2-1B": (
+        "llama",
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+"""The paper's models: architecture and sizes as their `config.json` has them, for a checkpoint that is not here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +70,8 @@ class ModelShape:
     width: int
     mlp_width: int
     rows: int  # of the vocabulary
+    linear: Mapping[str, int]  # inputs and outputs of the layers' linear layers, by name, over all layers together
+    kept: int  # values of keys and values that an engine keeps of one token
 
     @classmethod
     def of(cls, config: RunConfig, source: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> ModelShape:
@@ -54,7 +89,33 @@ class ModelShape:
                 model = make_model(config.model.new, tokenizer, seed=0)
             else:
                 raise ConfigError("model: one of `path` and `new` must be given")
+        return cls._of_model(model)
+
+    @classmethod
+    def published(cls, path: str) -> tuple[str, ModelShape] | None:
+        """The name and the shape of the paper's model whose checkpoint `path` (a hub id) names; None: it names none."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        plain = _plain(Path(path).name)
+        name = next((name for name in PUBLISHED if plain.startswith(_plain(name))), None)
+        if name is None:
+            return None
+        architecture, sizes = PUBLISHED[name]
+        with torch.device("meta"):
+            return name, cls._of_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes)))
+
+    @classmethod
+    def _of_model(cls, model: Any) -> ModelShape:
         embedding, settings = model.get_input_embeddings().weight, model.config.get_text_config()
+        linear: dict[str, int] = defaultdict(int)
+        for layer in transformer_layers(model):
+            for name, parameter in layer.named_parameters():
+                if parameter.dim() == 2:
+                    linear[name.split(".")[-2]] += sum(parameter.shape)
+        heads = settings.num_attention_heads
+        head_width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+        key_heads = getattr(settings, "num_key_value_heads", None) or heads
         return cls(
             parameters=model.num_parameters(),
             embeddings=embedding.numel(),
@@ -63,6 +124,8 @@ class ModelShape:
             width=settings.hidden_size,
             mlp_width=getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size,
             rows=embedding.shape[0],
+            linear=dict(linear),
+            kept=2 * settings.num_hidden_layers * key_heads * head_width,
         )
 
     def trained(self, layers: int | None, *, frozen_embeddings: bool) -> int:
@@ -72,6 +135,11 @@ class ModelShape:
             return self.parameters - (self.embeddings if frozen_embeddings else 0)
         of_layers = self.parameters - self.embeddings - head
         return of_layers * min(layers, self.layers) // self.layers + head
+
+    def factors(self, lora: LoRAConfig, layers: int | None) -> int:
+        """Parameters of LoRA's factors, which are all that is then trained; with `layers`, of so many layers."""
+        widths = sum(size for name, size in self.linear.items() if lora.targets is None or name in lora.targets)
+        return lora.rank * widths * min(layers or self.layers, self.layers) // self.layers
 
     def saved_bytes(self, dtype: str, *, checkpointing: bool, layers: int | None = None) -> int:
         """Bytes that one token's forward pass saves for the backward pass, in all trained layers together."""
@@ -87,40 +155,94 @@ class RankMemory:
     states: int
     activations: int
     logits: int
+    reference: int = 0  # the initial model, for the KL term
 
     @property
     def total(self) -> int:
-        return self.states + self.activations + self.logits
+        return self.states + self.activations + self.logits + self.reference
 
     def __str__(self) -> str:
         parts = (
             f"{self.states / GIB:.1f} weights, gradients and optimizer",
             f"{self.activations / GIB:.1f} activations",
         )
+        if self.reference:
+            parts += (f"{self.reference / GIB:.1f} initial model (kl_coefficient)",)
         return f"about {self.total / GIB:.1f} GiB: {', '.join(parts)}, {self.logits / GIB:.1f} logits"
 
 
-def rank_memory(config: RunConfig, shape: ModelShape, tokens: int, *, frozen_embeddings: bool) -> RankMemory:
+def rank_memory(
+    config: RunConfig,
+    shape: ModelShape,
+    tokens: int,
+    *,
+    frozen_embeddings: bool,
+    longest: int = 0,
+    lora: LoRAConfig | None = None,
+    reference: bool = False,
+) -> RankMemory:
     """Estimates the memory of each learner rank.
 
-    `tokens` is the size of a step on one rank; `frozen_embeddings` says whether the input embeddings are trained.
+    `tokens` is the size of a step on one rank, `longest` that of its longest row, which is never split;
+    `frozen_embeddings` says whether the input embeddings are left as they are. With `lora` only its factors are
+    trained. `reference`: the rank holds the initial model besides, whole.
     """
     learner, dtype = config.learner, config.model.dtype
     layers = config.model.train_layers
-    trained = shape.trained(layers, frozen_embeddings=frozen_embeddings)
-    own = 4 if dtype == "float32" else 2
-    parts = {"parameters": own * shape.parameters, "gradients": 4 * trained, "optimizer": 12 * trained}
+    own = BYTES[dtype]
+    if lora is None:
+        trained, held = shape.trained(layers, frozen_embeddings=frozen_embeddings), shape.parameters
+    else:
+        trained = shape.factors(lora, layers)
+        held = shape.parameters + trained
+    parts = {"parameters": own * held, "gradients": 4 * trained, "optimizer": 12 * trained}
     if learner.zero_stage == 0:
         parts["optimizer"] = 8 * trained  # the weights themselves are the master weights
     for name, stage in (("optimizer", 1), ("gradients", 2), ("parameters", 3)):
         if learner.zero_stage >= stage:
             parts[name] //= learner.ranks
-    at_once = min(learner.tokens_per_microbatch, tokens)
+    at_once = min(max(learner.tokens_per_microbatch, longest), tokens)
     return RankMemory(
         states=sum(parts.values()),
         activations=at_once * shape.saved_bytes(dtype, checkpointing=learner.gradient_checkpointing, layers=layers),
         logits=LOGIT_COPIES * 4 * shape.rows * min(learner.logprob_chunk_tokens, at_once),
+        reference=own * shape.parameters if reference else 0,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMemory:
+    """Bytes of a rollout worker, estimated."""
+
+    weights: int
+    kept: int  # keys and values of `samples` at their longest
+    samples: int
+    longest: int  # tokens of a sample
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kept
+
+    def __str__(self) -> str:
+        return (
+            f"about {self.total / GIB:.1f} GiB: {self.weights / GIB:.1f} weights, {self.kept / GIB:.1f} keys and "
+            f"values of {self.samples:,} samples of {self.longest:,} tokens"
+        )
+
+
+def worker_memory(config: RunConfig, shape: ModelShape) -> WorkerMemory:
+    """Estimates the memory of a rollout worker that decodes `rollout.max_rows` samples, all at their longest.
+
+    vLLM takes its share of a GPU whatever it needs, and lets samples wait where their keys and values do not fit.
+    """
+    size = BYTES[config.model.dtype]
+    longest = max(t.max_prompt_tokens + t.max_response_tokens for t in (*config.tasks, *config.evaluation.tasks))
+    kept = config.rollout.max_rows * longest * shape.kept * size
+    return WorkerMemory(size * shape.parameters, kept, config.rollout.max_rows, longest)
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c not in "-_ ")
 
 
 def machine_bytes() -> int:

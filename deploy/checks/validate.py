@@ -14,7 +14,8 @@ from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.types import Problem
 from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sentence
-from latent_grpo.deploy.checks.memory import GIB, ModelShape, machine_bytes, rank_memory
+from latent_grpo.deploy.checks.memory import GIB, ModelShape, machine_bytes, rank_memory, worker_memory
+from latent_grpo.deploy.checks.rates import time_rows
 from latent_grpo.deploy.run.preparation import Checked, InitialModel, check, file_faults
 from latent_grpo.deploy.run.problems import describe, renderer_of
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
@@ -28,17 +29,24 @@ Row = tuple[str, str]
 
 
 def validate(
-    config: RunConfig, *, files: bool = False, cpus: float | None = None, gpus: float | None = None
+    config: RunConfig,
+    *,
+    files: bool = False,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    measured: str | None = None,
 ) -> list[Row]:
     """Checks a run before it starts, here or on a cluster with `cpus` and `gpus`, and returns a row per finding.
 
-    With `files` every problem file must exist and is read as the run will read it. Raises ConfigError for anything
+    With `files` every problem file must exist and is read as the run will read it. `measured` is the folder of a run
+    whose rates the time is estimated from (:func:`deploy.checks.rates.time_rows`). Raises ConfigError for anything
     for which the run itself would be refused.
     """
     resources = resource_rows(config, cpus, gpus)
     found = check(config, elsewhere=True, stored=files)
     return [
         *arithmetic(config),
+        *time_rows(config, measured),
         *resources,
         *([] if cpus is not None or gpus is not None else dtype_rows(config)),
         *([] if files else [("warning", line) for line in file_faults(config)]),
@@ -46,7 +54,7 @@ def validate(
         *((f"verifier {kind}", f"can be built; grades {', '.join(names)}") for kind, names in found.verifiers.items()),
         *_problem_rows(found),
         *sft_rows(config, found.sft),
-        *([] if found.model is None else memory_rows(config, found.model)),
+        *memory_rows(config, found.model),
         *_token_rows(config, found.model),
         *([] if found.model is None else prompt_rows(config, found, found.model)),
     ]
@@ -111,20 +119,54 @@ def _sft_tokens(config: RunConfig) -> int:
     return longest * config.latent_sft.batch_size
 
 
-def memory_rows(config: RunConfig, model: InitialModel) -> list[Row]:
-    """Rows about the memory of a learner rank, with a warning if it cannot be had on this machine's CPU."""
-    shape, learner = ModelShape.of(config, model.source, model.tokenizer), config.learner
+def memory_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
+    """Rows about the memory of a learner rank and of a rollout worker, with a warning if this machine's CPU lacks it.
+
+    Without a `model` on this machine the sizes are those of the paper's model that its path names, if it names one.
+    """
+    rows: list[Row] = []
+    learner = config.learner
+    if model is not None:
+        shape = ModelShape.of(config, model.source, model.tokenizer)
+    elif (known := ModelShape.published(str(config.model.source))) is not None:
+        name, shape = known
+        rows.append(("memory", f"by the published sizes of {name}, since {config.model.source} is not on this machine"))
+    else:
+        return [("memory", f"not estimated: {config.model.source} is not a folder on this machine")]
     frozen_too = ", and the output layer, which is tied to them" if shape.tied else ""
     frozen_rows = [("frozen in RL", f"the input embeddings{frozen_too} (freeze_embeddings)")]
     longest = max(t.max_prompt_tokens + t.max_response_tokens for t in config.tasks)
-    stages = {"RL": (longest * config.minibatch_prompts * config.group_size, config.freeze_embeddings)}
-    if config.warm_start is not None:
-        stages = {"Latent-SFT": (_sft_tokens(config), False), **stages}
-    rows, largest = frozen_rows if config.freeze_embeddings else [], 0
-    for name, (tokens, frozen) in stages.items():
-        memory = rank_memory(config, shape, -(-tokens // learner.ranks), frozen_embeddings=frozen)
-        rows.append((f"memory of a learner rank, {name}", str(memory)))
-        largest = max(largest, memory.total)
+    rows += frozen_rows if config.freeze_embeddings else []
+    of_rl = rank_memory(
+        config,
+        shape,
+        -(-longest * config.minibatch_prompts * config.group_size // learner.ranks),
+        frozen_embeddings=config.freeze_embeddings,
+        longest=longest,
+        reference=config.kl_coefficient > 0,
+    )
+    stages = {"RL": of_rl}
+    if (sft := config.warm_start) is not None:
+        tokens = -(-_sft_tokens(config) // learner.ranks)
+        of_sft = rank_memory(config, shape, tokens, frozen_embeddings=False, longest=longest, lora=sft.lora)
+        stages = {"Latent-SFT": of_sft, **stages}
+        if sft.lora is not None:
+            trained = shape.factors(sft.lora, config.model.train_layers)
+            rows.append(("trained in Latent-SFT", f"{trained:,} parameters of LoRA, of rank {sft.lora.rank}"))
+    rows += [(f"memory of a learner rank, {name}", str(memory)) for name, memory in stages.items()]
+    largest = max(memory.total for memory in stages.values())
+    worker, rollout = worker_memory(config, shape), config.rollout
+    rows.append(("memory of a rollout worker", str(worker)))
+    if learner.resources.num_gpus and rollout.resources.num_gpus:
+        parts = {
+            "learner": (largest, learner.resources.num_gpus),
+            "rollouts": (worker.total // rollout.vllm.tensor_parallel, rollout.resources.num_gpus),
+        }
+        texts = [
+            f"{name} {max(int(1 / gpus), 1) * size / GIB:.1f} GiB ({max(int(1 / gpus), 1)} actor(s) a GPU)"
+            for name, (size, gpus) in parts.items()
+        ]
+        rows.append(("memory per GPU", "; ".join(texts)))
     have = machine_bytes()
     if not learner.resources.num_gpus and largest * learner.ranks > have:
         sentence = (
@@ -191,7 +233,11 @@ def arithmetic(config: RunConfig) -> list[tuple[str, str]]:
         ("updates per step", f"{at_most}{updates}, {config.minibatch_prompts} prompts each"),
         ("longest sequence", f"{prompt + longest:,} tokens; a micro-batch holds {learner.tokens_per_microbatch:,}"),
         ("groups in flight", f"at most {slots} ({config.max_staleness} step(s) of staleness)"),
-        ("whole run", f"{config.steps:,} steps, {at_most}{config.steps * samples:,} samples trained on"),
+        (
+            "whole run",
+            f"{config.steps:,} steps, {at_most}{config.steps * samples:,} samples trained on, at most "
+            f"{config.steps * samples * (longest + prompt):,} tokens",
+        ),
         ("actors", f"{rollout.workers} rollout worker(s), {learner.ranks} learner rank(s): {cpus:g} CPU, {gpus:g} GPU"),
     ]
 

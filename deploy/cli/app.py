@@ -55,12 +55,15 @@ def validate(
     files: Annotated[bool, typer.Option(help="Also read every problem file, as the run will.")] = False,
     cpus: Annotated[float | None, typer.Option(help="CPUs of the cluster that the run will use.")] = None,
     gpus: Annotated[float | None, typer.Option(help="GPUs of the cluster that the run will use.")] = None,
+    measured: Annotated[
+        str | None, typer.Option(help="A run whose measured steps say how long this one will take.")
+    ] = None,
 ) -> None:
     """Checks a profile and prints its resolved settings and the size of a step. Needs no GPU and no weights."""
     from latent_grpo.deploy.checks.validate import validate as rows_of
 
     config = settings(profile, context)
-    rows = rows_of(config, files=files, cpus=cpus, gpus=gpus)
+    rows = rows_of(config, files=files, cpus=cpus, gpus=gpus, measured=measured)
     console.print_json(config_as_json(config))
     table = Table(title=f"{profile}: {config.algorithm}", show_header=False)
     table.add_column()

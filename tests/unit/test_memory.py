@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latent_grpo.common.config import load_config
+from latent_grpo.common.config import LoRAConfig, load_config
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
-from latent_grpo.deploy.checks.memory import ModelShape, machine_bytes, rank_memory
+from latent_grpo.deploy.checks.memory import ModelShape, machine_bytes, rank_memory, worker_memory
+from latent_grpo.learner.sft.lora import add_lora
 
 TOKENIZER = make_arithmetic_tokenizer()
 NEW = ["model.new.hidden_size=256", "model.new.intermediate_size=640", "model.new.num_layers=3"]
@@ -100,3 +101,52 @@ def test_a_pretrained_model_of_135m_needs_what_was_measured():
     config = load_config("quickstart", [f"model.new.{key}={value}" for key, value in sizes.items()])
     shape = ModelShape.of(config, None, TOKENIZER)
     assert shape.saved_bytes("float32", checkpointing=False) / 2**20 == pytest.approx(1.28, rel=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("layers", [None, 1])
+def test_lora_has_gradients_and_states_for_its_factors_alone(architecture, layers):
+    config = load_config("quickstart", [*NEW, f"model.new.architecture={architecture}", "learner.zero_stage=1"])
+    shape = ModelShape.of(config, None, TOKENIZER)
+    settings = LoRAConfig(rank=4)
+    model = make_model(config.model.new, TOKENIZER, 0)
+    add_lora(model, settings, seed=0, trained_layers=layers)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shape.factors(settings, layers) == trained
+    found = rank_memory(config, shape, 1000, frozen_embeddings=False, lora=settings)
+    if layers is None:
+        assert found.states == 4 * (shape.parameters + trained) + 16 * trained
+    assert shape.factors(LoRAConfig(rank=4, targets=["none"]), layers) == 0
+
+
+def test_the_initial_model_is_counted_with_a_kl_term_and_a_long_row_is_never_split():
+    config = load_config("quickstart", [*NEW, "learner.tokens_per_microbatch=100", "learner.zero_stage=3"])
+    shape = ModelShape.of(config, None, TOKENIZER)
+    with_kl = rank_memory(config, shape, 4000, frozen_embeddings=True, reference=True)
+    without = rank_memory(config, shape, 4000, frozen_embeddings=True)
+    assert with_kl.total - without.total == 4 * shape.parameters
+    long = rank_memory(config, shape, 4000, frozen_embeddings=True, longest=300)
+    assert long.activations == 3 * without.activations
+
+
+def test_a_worker_holds_weights_and_the_keys_and_values_of_its_samples():
+    config = load_config("quickstart", [*NEW, "rollout.max_rows=8"])
+    shape = ModelShape.of(config, None, TOKENIZER)
+    longest = max(t.max_prompt_tokens + t.max_response_tokens for t in (*config.tasks, *config.evaluation.tasks))
+    memory = worker_memory(config, shape)
+    assert memory.weights == 4 * shape.parameters
+    assert memory.kept == 8 * longest * 2 * 3 * 256 * 4, "keys and values of three layers of width 256, in float32"
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("DJCheng/Qwen2.5-Math-7B-Latent-SFT-4k-Top10", 7_615_616_512),
+        ("DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10", 1_235_814_400),
+        ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400),
+        ("Qwen/Qwen2.5-Math-72B", None),
+    ],
+)
+def test_the_papers_models_are_known_by_name(path, parameters):
+    found = ModelShape.published(path)
+    assert (None if found is None else found[1].parameters) == parameters

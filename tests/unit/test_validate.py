@@ -64,6 +64,22 @@ def test_memory_frozen_weights_and_the_end_of_thinking_are_said(given):
     assert not [value for name, value in rows if name == "warning" and "do not fit" in value]
 
 
+def test_the_memory_of_the_papers_model_is_said_where_it_is_not_here(given):
+    """A start of seven billion parameters on one GPU of 80 GiB: by its settings, and as `validate` states it."""
+    large = ["model.path=Qwen/Qwen2.5-Math-7B", "model.dtype=bfloat16", "learner.gradient_checkpointing=true"]
+    large += ["learner.resources.num_gpus=1", "rollout.resources.num_gpus=1", "learner.tokens_per_microbatch=8192"]
+    whole = dict(memory_rows(config_of(given, *large), None))
+    lora = dict(memory_rows(config_of(given, *large, "warm_start.lora.rank=64"), None))
+    assert "published sizes of Qwen2.5-Math-7B, since Qwen/Qwen2.5-Math-7B is not on this machine" in whole["memory"]
+    name = "memory of a learner rank, Latent-SFT"
+    assert [float(rows[name].split()[1]) for rows in (whole, lora)] == pytest.approx([130.9, 20.1], rel=0.02)
+    assert lora["trained in Latent-SFT"] == "161,480,704 parameters of LoRA, of rank 64"
+    assert lora["memory per GPU"].startswith("learner ")
+    assert memory_rows(config_of(given, "model.path=some/model"), None) == [
+        ("memory", "not estimated: some/model is not a folder on this machine")
+    ]
+
+
 def test_a_rank_that_does_not_fit_this_machine_is_a_warning(given):
     config = config_of(given, "learner.ranks=1000000")
     (warning,) = [value for name, value in memory_rows(config, check(config).model) if name == "warning"]
