@@ -13,14 +13,30 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import PositiveInt, ValidationError, model_validator
 
-from latent_grpo.common.config import ConfigError, RunConfig, Section
+from latent_grpo.common.config import ConfigError, PromptConfig, RunConfig, Section
 from latent_grpo.common.hub import check_folder, hub_errors
+from latent_grpo.common.tasks.benchmarks import prompt_of
 from latent_grpo.common.types import LatentExit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHAIN_FILE = "latent_chain.json"
+
+
+class GenerationDefaults(Section):
+    """How the model is sampled where a user says nothing else: as its training did, and its first task's prompt."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: PositiveInt
+    """The token budget: the largest of its training tasks."""
+    prompt: PromptConfig
+    """The prompt of the first training task, its benchmark's texts included."""
+    date_string: str
+    max_positions: PositiveInt | None = None
+    """`model.max_positions` of its training."""
 
 
 class ChainSettings(Section):
@@ -46,6 +62,8 @@ class ChainSettings(Section):
     file."""
     prompt: dict[str, str | None] | None = None
     """The keys of `model.prompt` that its training set; None where an earlier version wrote the file."""
+    generation: GenerationDefaults | None = None
+    """None where an earlier version wrote the file."""
 
     @model_validator(mode="after")
     def _latent_has_a_width(self) -> Self:
@@ -69,9 +87,11 @@ def exported_chain(
     """Returns the chain of a run's trained model: its Latent-SFT decides c if it has one, else `before` does."""
     think_end = config.model.prompt.think_end
     ids = _ids(tokenizer, think_end)
-    prompt = config.model.prompt.given
+    prompt, generation = config.model.prompt.given, _generation(config)
     if not config.latent:
-        return ChainSettings(chain="explicit", think_end=think_end, think_end_ids=ids, prompt=prompt)
+        return ChainSettings(
+            chain="explicit", think_end=think_end, think_end_ids=ids, prompt=prompt, generation=generation
+        )
     sft = config.warm_start
     return ChainSettings(
         chain="latent",
@@ -83,6 +103,19 @@ def exported_chain(
         think_end_ids=ids,
         latent_exit=config.latent_exit,
         prompt=prompt,
+        generation=generation,
+    )
+
+
+def _generation(config: RunConfig) -> GenerationDefaults:
+    return GenerationDefaults(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_tokens=max(task.max_response_tokens for task in config.tasks),
+        prompt=prompt_of(config.tasks[0], config.model.prompt),
+        date_string=config.model.date_string,
+        max_positions=config.model.max_positions,
     )
 
 
@@ -132,13 +165,7 @@ def check_chain(
             f"model {model} ends its thinking with {settings.think_end!r} ({CHAIN_FILE}), but model.prompt.think_end "
             f"is {think_end!r}; set model.prompt.think_end to the model's"
         )
-    ids = _ids(tokenizer, think_end)
-    if ids != settings.think_end_ids:
-        raise ConfigError(
-            f"the tokenizer of {model} splits {think_end!r} into {ids}, but the model was trained with "
-            f"{settings.think_end_ids} ({CHAIN_FILE}): the end of its thinking would not be recognised. Use the "
-            "tokenizer that was saved with the model"
-        )
+    check_end(settings, model, tokenizer)
     if config.warm_start is not None:
         return []
     warnings = _other_prompt(settings, config)
@@ -171,6 +198,17 @@ def check_chain(
         for key, wanted, had in (("k", config.k, settings.k), ("tau", config.tau, settings.tau))
         if wanted != had
     ]
+
+
+def check_end(settings: ChainSettings, model: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError for a tokenizer under which the end of thinking is not that of the model's training."""
+    ids = _ids(tokenizer, settings.think_end)
+    if ids != settings.think_end_ids:
+        raise ConfigError(
+            f"the tokenizer of {model} splits {settings.think_end!r} into {ids}, but the model was trained with "
+            f"{settings.think_end_ids} ({CHAIN_FILE}): the end of its thinking would not be recognised. Use the "
+            "tokenizer that was saved with the model"
+        )
 
 
 def _other_prompt(settings: ChainSettings, config: RunConfig) -> list[str]:

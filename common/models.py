@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -196,6 +196,14 @@ def position_limit(path: str | Path) -> int | None:
 def extended_limit(path: str | Path, wanted: int | None) -> int | None:
     """Returns the number of positions of a run on the model (:func:`extend_positions`); reads no weights."""
     return extend_positions(_settings_of(path), wanted)
+
+
+def stored_dtype(path: str | Path) -> Literal["float32", "bfloat16"]:
+    """Returns the data type that a model is loaded in where nothing else is asked for; reads no weights.
+
+    It is bfloat16 for weights that are stored so, and float32 for all others, which hold them exactly.
+    """
+    return "bfloat16" if _settings_of(path).dtype in (torch.bfloat16, "bfloat16") else "float32"
 
 
 def _settings_of(path: str | Path) -> PretrainedConfig:

@@ -8,12 +8,15 @@ not change any of them (METHOD §2.5).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.types import GroupRequest, PolicyVersion, Trajectory
+
+if TYPE_CHECKING:
+    from latent_grpo.rollout_workers.requests import SampleRecord
 
 
 class EngineError(RunError):
@@ -45,6 +48,9 @@ class LatentEngine(Protocol):
 
         Trajectories hold everything but text and grade, in the order of `request.sample_indices`.
         """
+
+    def partial(self, group_uid: str, position: int) -> SampleRecord | None:
+        """Returns the record so far of a running sample, by its place in its request; None for any other."""
 
     def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replaces all parameters in place, then verifies the checksum of what it now holds.

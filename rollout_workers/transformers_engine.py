@@ -154,6 +154,15 @@ class TransformersEngine:
         """Drops all pending samples."""
         self._reset()
 
+    def partial(self, group_uid: str, position: int) -> SampleRecord | None:
+        """Returns a running sample's record so far; see :meth:`LatentEngine.partial`."""
+        rows = self._rows[: self._running]
+        for slot, (group, place) in self._owner.items():
+            if (group.request.group_uid, place) == (group_uid, position):
+                (row,) = rows[rows["slot"] == slot]
+                return self._records.take(slot, int(row["step"]), int(row["k"]))
+        return None
+
     def close(self) -> None:
         """Frees the cache and the records; the engine then holds no version."""
         self._reset()

@@ -25,7 +25,7 @@ from latent_grpo.common.models import DTYPES, extend_positions
 from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import checksum
 from latent_grpo.rollout_workers.engine import EngineError
-from latent_grpo.rollout_workers.requests import RunningGroup, admit
+from latent_grpo.rollout_workers.requests import RunningGroup, SampleRecord, admit
 from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
 from latent_grpo.rollout_workers.vllm_plugin.support import (
@@ -54,6 +54,7 @@ class VLLMEngine:
     model's). `max_tokens` (default: `max_length`) and `k` describe the largest expected request. Memory for the records
     of `max_rows` such samples is reserved from the start, as part of what vLLM may use; larger requests are served, and
     take more.
+    With `streaming`, `partial` shows running samples; vLLM then reports every step.
     With `options.in_flight_updates`, `load_weights` does not wait for pending samples; their keys and values are
     recomputed under the new weights, and their trajectories name the first and the last version that sampled them.
     """
@@ -73,9 +74,10 @@ class VLLMEngine:
         options: VLLMConfig | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         max_positions: int | None = None,
+        streaming: bool = False,
     ) -> None:
         self._facts, self._max_rows, self._options = facts, max_rows, options or VLLMConfig()
-        self._bucket_bytes = bucket_bytes
+        self._bucket_bytes, self._streaming = bucket_bytes, streaming
         config = AutoConfig.from_pretrained(model)
         self._expected = _published_parameters(config, dtype)
         self._version: PolicyVersion | None = None
@@ -90,6 +92,7 @@ class VLLMEngine:
         """Whether draws may wait for the device, as they do on the CPU, where there is nothing to wait for."""
         self._uids = itertools.count()
         self._owner: dict[int, tuple[RunningGroup, int]] = {}  # uid -> group and position in it
+        self._steps: dict[int, int] = {}  # uid -> response steps so far, with `streaming`
 
     @property
     def version(self) -> PolicyVersion | None:
@@ -121,7 +124,7 @@ class VLLMEngine:
             temperature=0.0,  # vLLM's own sampler is not used
             detokenize=False,
             skip_clone=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.CUMULATIVE if self._streaming else RequestOutputKind.FINAL_ONLY,
             extra_args=extra_args(uid, group.settings[position], careful),
         )
         self._llm.add_request(str(uid), tokens_input(np.asarray(group.request.prompt_ids).tolist()), params)
@@ -132,7 +135,10 @@ class VLLMEngine:
             return []
         if self._version is None:
             raise EngineError("the engine holds no verified weights; abort the pending samples and load_weights again")
-        outputs = [output for output in self._llm.step() if output.finished]
+        outputs = self._llm.step()
+        if self._streaming:
+            self._steps = {int(o.request_id): len(o.outputs[0].token_ids) for o in outputs if not o.finished}
+        outputs = [output for output in outputs if output.finished]
         if not outputs:
             return []
         uids = [int(output.request_id) for output in outputs]
@@ -152,6 +158,14 @@ class VLLMEngine:
             if done is not None:
                 completed.append(done)
         return completed
+
+    def partial(self, group_uid: str, position: int) -> SampleRecord | None:
+        """Returns a running sample's record so far, of an engine made for `streaming`; None of another one."""
+        for uid, (group, place) in self._owner.items():
+            if (group.request.group_uid, place) == (group_uid, position) and uid in self._steps:
+                record: SampleRecord = self._call_workers("look_at_record", uid, self._steps[uid])[0]
+                return record
+        return None
 
     def abort(self) -> None:
         """Drops all pending samples."""

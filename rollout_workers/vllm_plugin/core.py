@@ -113,6 +113,12 @@ class LatentCore:
 
     def take(self, uids: Sequence[int], steps: Sequence[int]) -> list[Record]:
         """Returns the records of finished samples with their numbers of response steps, and frees their slots."""
+        records = self.look(uids, steps)
+        self.forget(uids)
+        return records
+
+    def look(self, uids: Sequence[int], steps: Sequence[int]) -> list[Record]:
+        """Returns the records of so many response steps of samples, which may go on."""
         slots, total = [self.slots[uid] for uid in uids], sum(steps)
         index = upload(np.array(slots), self.device)
         tables = [table.view(torch.int32) for table in (self._ids, self._scores, self._log_probs)]
@@ -138,7 +144,6 @@ class LatentCore:
                 )
             )
             start = end
-        self.forget(uids)
         return records
 
     def _grow(self, slots: int, steps: int, width: int) -> None:

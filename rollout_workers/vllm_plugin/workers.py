@@ -54,6 +54,10 @@ class LatentWorker(WorkerBase):
         self.latent_core.forget(uids)
         return None
 
+    def look_at_record(self, uid: int, steps: int) -> Record | None:
+        """Returns the first response steps of a running sample. The first rank answers."""
+        return self.latent_core.look([uid], [steps])[0] if self.rank == 0 else None
+
     def forget(self, uids: Sequence[int]) -> int:
         """Frees the state of aborted samples; returns the number of samples left."""
         self.latent_core.forget(uids)

@@ -414,6 +414,38 @@ def test_new_weights_change_the_samples_and_never_mid_sample(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_running_sample_shows_the_beginning_of_its_record(kind: str) -> None:
+    engine = make_engine(kind=kind, **({"streaming": True} if kind == "vllm" else {}))
+    requests = [make_request(6, 4, max_tokens=30, k=3), make_request(3, 9, mode="visible", temperature=3.0)]
+    longest = {
+        uid: max(group, key=lambda t: t.num_steps).sample_index for uid, group in collect(engine, requests).items()
+    }
+    for request in requests:
+        engine.add(request)
+    seen: dict[str, list] = {uid: [] for uid in longest}
+    found = {}
+    while engine.pending:
+        found |= {group[0].group_uid: group for group in engine.step()}
+        for uid, records in seen.items():
+            record = engine.partial(uid, longest[uid])
+            assert (record is None) or uid not in found
+            records += [] if record is None else [record]
+    for uid, records in seen.items():
+        whole = found[uid][longest[uid]]
+        assert records, "it was never seen running"
+        lengths = [len(r.latent_ids) + len(r.hard_ids) for r in records]
+        assert lengths == sorted(lengths)
+        assert 1 <= lengths[0] <= lengths[-1] < whole.num_steps
+        for record in records:
+            for name in ("latent_ids", "latent_scores", "hard_ids", "hard_log_probs"):
+                part = getattr(record, name)
+                assert np.array_equal(part, getattr(whole, name)[: len(part)])
+    assert len(seen["g6"]) > 2
+    assert engine.partial("g6", longest["g6"]) is None
+    assert engine.partial("unknown", 0) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_abort_forgets_and_close_is_idempotent(kind: str) -> None:
     engine = make_engine(kind=kind, max_rows=6)
     expected = collect(engine, [make_request(0, 6)])["g0"]

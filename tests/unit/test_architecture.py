@@ -41,6 +41,7 @@ ROOMS = {
 LONGEST = 500  # lines of a product file
 HEAVY = ("torch", "transformers", "ray", "deepspeed", "vllm", "datasets")
 LIGHT_MODULES = (
+    "latent_grpo",
     "latent_grpo.common.config",
     "latent_grpo.common.config.reference_formats",
     "latent_grpo.common.schema",

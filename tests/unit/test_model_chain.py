@@ -46,7 +46,8 @@ def explicit():
 
 def test_latent_sft_leaves_its_chain_and_rl_keeps_its_compression(tmp_path):
     settings = exported_chain(quickstart(), TOKENIZER)
-    assert settings == latent(latent_exit="argmax_or_first", prompt={})
+    assert settings == latent(latent_exit="argmax_or_first", prompt={}, generation=settings.generation)
+    assert (settings.generation.temperature, settings.generation.max_tokens) == (0.6, 18)
     write_chain(tmp_path, settings)
     assert read_chain(tmp_path) == settings
     after = exported_chain(on_a_model("k=4"), TOKENIZER, before=settings)
@@ -56,7 +57,8 @@ def test_latent_sft_leaves_its_chain_and_rl_keeps_its_compression(tmp_path):
 
 def test_an_explicit_start_leaves_an_explicit_chain():
     settings = exported_chain(quickstart("algorithm=grpo", "tasks.0.max_response_tokens=44"), TOKENIZER)
-    assert settings == explicit().model_copy(update={"prompt": {}})
+    assert settings == explicit().model_copy(update={"prompt": {}, "generation": settings.generation})
+    assert settings.generation.max_tokens == 44
 
 
 def test_another_prompt_or_exit_than_the_models_is_a_warning():
