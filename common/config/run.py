@@ -319,6 +319,11 @@ def conflicts(config: RunConfig) -> list[str]:
     problems += _without_effect(config)
     problems += _metric_problems(config)
     longest = max((t.max_prompt_tokens + t.max_response_tokens for t in config.tasks), default=0)
+    if config.model.new is not None and config.model.max_positions is not None:
+        problems.append(
+            f"model.max_positions ({config.model.max_positions}) is for a model that is given; set "
+            "model.new.max_positions"
+        )
     if config.model.new is not None and longest > config.model.new.max_positions:
         problems.append(
             f"model.new.max_positions ({config.model.new.max_positions}) is smaller than the longest prompt plus "
@@ -330,11 +335,6 @@ def conflicts(config: RunConfig) -> list[str]:
 def changed(section: BaseModel, key: str) -> bool:
     """Whether a key differs from its default."""
     return getattr(section, key) != type(section).model_fields[key].default
-    if config.model.new is not None and config.model.max_positions is not None:
-        problems.append(
-            f"model.max_positions ({config.model.max_positions}) is for a model that is given; set "
-            "model.new.max_positions"
-        )
 
 
 def _engine_problems(config: RunConfig) -> list[str]:
