@@ -72,6 +72,9 @@ class Pool(Protocol):
 
     def publish(self, publication: Any) -> None: ...
 
+    def discard(self) -> None:
+        """Forgets every group that was submitted."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:

@@ -28,6 +28,7 @@ from latent_grpo.deploy.run.observer import StepObserver
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.progress import Reporter, StepShare, first_step_line
 from latent_grpo.deploy.run.self_test import self_test
+from latent_grpo.deploy.run.recovery import recovered, recovering
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.stepping import StateKeeper, interruptible
 from latent_grpo.deploy.sft.loop import warm_start
@@ -54,15 +55,11 @@ def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = N
 
 def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, prepared: Prepared) -> RunFolder:
     with run_session(folder, config, lineage, reporter, prepared) as run, timed(run):
-        base = run.initial if config.warm_start is None else warm_start(run)
+        base = run.initial
         if config.warm_start is not None:
             record_model(folder, "base", base)
-        reporter.say(f"starting {config.learner.ranks} learner rank(s)")
-        learner = LearnerGroup(config, base)
-        try:
-            _train(run, learner)
-        finally:
-            learner.close()
+            base = recovering(run, lambda: warm_start(run), kind="sft")
+        recovering(run, lambda: _reinforce(run, base))
         run.record(dropped=run.problems.dropped)
     if {"before", "after"} & run.summary.keys():
         reporter.console.print(final_table(run))
@@ -101,6 +98,16 @@ def timed(run: Run) -> Iterator[None]:
 
 
 def _train(run: Run, learner: LearnerGroup) -> None:
+def _reinforce(run: Run, base: str | Path) -> None:
+    """RL with ranks of its own, from the last checkpoint or from `base`."""
+    run.reporter.say(f"starting {run.config.learner.ranks} learner rank(s)")
+    learner = LearnerGroup(run.config, base, run.reservation.ranks)
+    try:
+        _train(run, learner)
+    finally:
+        learner.close()
+
+
     config, checkpoint = run.config, latest_checkpoint(run.folder.checkpoints)
     position = {"step": 0, "next_ordinal": 0}
     if checkpoint is not None:
@@ -116,6 +123,7 @@ def _train(run: Run, learner: LearnerGroup) -> None:
     controller.begin()
     self_test(run, learner)
     if config.evaluation.at_start and "before" not in run.summary:
+    recovered(run, controller.step)
         evaluate(run, controller.gather, controller.step, "before")
     with StepObserver(run.folder, config, run.lineage, run.metrics, run.reporter) as observer:
         _steps(run, controller, learner, observer, milestones)

@@ -34,8 +34,12 @@ class LearnerError(RunError):
     """The learner cannot continue because a rank died, raised or missed its deadline."""
 
 
-class RankDied(LearnerError):
-    """A rank's process or node is gone. Ranks that are started again may do the same work with success."""
+class RankLost(LearnerError):
+    """A rank died or does not answer. Ranks that are started again may do the same work with success."""
+
+
+class RankLate(RankLost):
+    """A rank did not answer within its deadline."""
 
 
 class RankGroup:
@@ -77,8 +81,10 @@ class RankGroup:
                 for index, rank in enumerate(self._ranks)
             ]
             self._wait(setups, config.deadlines.start_s, "load the model", "deadlines.start_s")
-        except BaseException:  # also for an interrupt: no half-started group may remain
+        except BaseException as error:  # also for an interrupt: no half-started group may remain
             self.close()
+            if isinstance(error, RankLate):  # another start would be as late
+                raise LearnerError(str(error)) from error
             raise
 
     def process_ids(self) -> list[int]:
@@ -174,7 +180,7 @@ class RankGroup:
                 for index, stacks in zip(shown, ask_for_stacks([self._processes[i] for i in shown]), strict=True):
                     log.error("learner rank %d, which had to %s: %s", index, doing, stacks)
                 needs = self.config.learner.resources
-                raise LearnerError(
+                raise RankLate(
                     f"learner rank(s) {late} did not {doing} within {seconds:g} s ({key})"
                     + ("" if self._processes else f"; each needs {needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU, ")
                     + ("" if self._processes else f"free in the cluster: {_free()}")
@@ -193,7 +199,7 @@ class RankGroup:
             if isinstance(other := _failed(ready[0]), RayActorError):
                 rank, error = refs.index(ready[0]), other
         if isinstance(error, RayActorError):
-            return RankDied(f"learner rank {rank} died while it had to {doing}: {in_short(error)}")
+            return RankLost(f"learner rank {rank} died while it had to {doing}: {in_short(error)}")
         return LearnerError(f"learner rank {rank} failed to {doing}: {in_short(error)}")
 
 

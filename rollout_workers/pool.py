@@ -194,8 +194,9 @@ class RolloutPool:
         """Stops every worker and frees its resources. Idempotent."""
         for member in self._members.values():
             member.actor.stop.remote()
-        for actor in [w.actor for w in (*self._members.values(), *self._starting.values())]:
-            ray.kill(actor)
+        present: list[Member | Starting] = [*self._members.values(), *self._starting.values()]
+        for worker in present:
+            ray.kill(worker.actor)
         self._members.clear()
         self._starting.clear()
 
@@ -232,7 +233,7 @@ class RolloutPool:
                 elif not member.discards:
                     member.groups.pop(batch.column("group_uid")[0].as_py(), None)
                     arrived.append(batch)
-            elif ref is member.heartbeat:
+            elif member.heartbeat is not None and ref is member.heartbeat:
                 member.heard(ray.get(ref, timeout=ANSWER_S), now)
             else:
                 member.fetching = [(fetch, at) for fetch, at in member.fetching if fetch is not ref]
@@ -311,7 +312,8 @@ class RolloutPool:
         missing = self._wanted - self.size - len(self._starting)
         if missing <= 0 or self._clock.seconds < self._start_again_at:
             return
-        taken = {worker.place for worker in (*self._members.values(), *self._starting.values())}
+        present: list[Member | Starting] = [*self._members.values(), *self._starting.values()]
+        taken = {worker.place for worker in present}
         free = [place for place in range(len(self._places)) if place not in taken]
         for _ in range(missing):
             name, place = next(self._names), free.pop(0) if free else None

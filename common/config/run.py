@@ -143,6 +143,9 @@ class RunConfig(Section):
     metrics: Annotated[MetricsConfig, Rule.MAY_CHANGE] = MetricsConfig()
     health: Annotated[HealthConfig, Rule.MAY_CHANGE] = HealthConfig()
     deadlines: Annotated[DeadlineConfig, Rule.MAY_CHANGE] = DeadlineConfig()
+    max_recoveries: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 3
+    """Maximum number of times within an hour that a run goes on by itself from its last checkpoint, after it lost a
+    learner rank or its controller; one more ends it. Lost rollout workers are replaced (`rollout.max_restarts`)."""
     ray: Annotated[RayConfig, Rule.MAY_CHANGE] = RayConfig()
     runs_folder: Annotated[str, Rule.MAY_CHANGE] = "runs"
     """Folder in which run folders are made; on a cluster it must be on shared storage."""
@@ -262,6 +265,11 @@ def conflicts(config: RunConfig) -> list[str]:
         )
     if not config.tasks:
         problems.append("tasks: at least one task is needed; add one with `name` and `path`")
+    if config.rollout.workers < config.rollout.min_workers:
+        problems.append(
+            f"rollout.workers ({config.rollout.workers}) is below rollout.min_workers ({config.rollout.min_workers}); "
+            "raise the former or lower the latter"
+        )
     names = [t.name for t in config.tasks]
     if len(set(names)) != len(names):
         problems.append(f"tasks: names must be distinct, got {names}; a problem's identity is task name + row")

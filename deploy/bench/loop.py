@@ -75,7 +75,7 @@ def compare(config: RunConfig, steps: int, reporter: Reporter | None = None) -> 
             alone = timed_steps(run, _controller(run, InProcessLearner(config, run.initial)), steps)
         folder = create_run(config, "pipeline", root / "pipeline")
         with run_session(folder, config, 0, reporter, prepare(config, reporter, folder)) as run:
-            learner = LearnerGroup(config, run.initial)
+            learner = LearnerGroup(config, run.initial, run.reservation.ranks)
             try:
                 pipeline = timed_steps(run, _controller(run, learner), steps)
             finally:

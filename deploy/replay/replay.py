@@ -155,8 +155,8 @@ def replay(path: str | Path, step: int, overrides: list[str], reporter: Reporter
 def recorded_learner(config: RunConfig, base: str | Path, start: Start, reporter: Reporter) -> Iterator[LearnerGroup]:
     """Starts a learner alone, in a Ray of its own, in the state of `start`; it makes records of every step."""
     every = config.dump.model_copy(update={"every": 1})
-    with ray_session(config, reporter, "learner"):
-        learner = LearnerGroup(config.model_copy(update={"dump": every}), base)
+    with ray_session(config, reporter, "learner") as reservation:
+        learner = LearnerGroup(config.model_copy(update={"dump": every}), base, reservation.ranks)
         try:
             if start.checkpoint is not None:
                 learner.load(start.checkpoint / "learner")

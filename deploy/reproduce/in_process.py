@@ -79,6 +79,9 @@ class InProcessPool:
     def submit(self, requests: list[GroupRequest]) -> None:
         self._waiting += requests
 
+    def discard(self) -> None:
+        self._waiting.clear()
+
     def publish(self, publication: Weights) -> None:
         self._engine.load_weights(*publication)
 

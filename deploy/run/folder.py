@@ -14,6 +14,7 @@ runs/NAME/
     checkpoints/       complete states (learner.checkpoint)
     model/             the trained policy, Hugging Face format
     summary.json       the final table
+    recoveries.jsonl   what a run has recovered from by itself (deploy.run.recovery)
     evaluation.json    the results of an evaluation run
     .lock              locked by the process that writes here (run_lock)
 """
@@ -109,7 +110,7 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kin
     """
     if path is not None:
         path.mkdir(parents=True, exist_ok=True)
-        _write_identity(RunFolder(path), config, 0, kind)
+        write_identity(RunFolder(path), config, 0, kind)
         return RunFolder(path)
     root = Path(config.runs_folder)
     stem = re.sub(r"[^\w.-]+", "-", Path(profile).stem) or "run"
@@ -123,7 +124,7 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kin
         except OSError as error:
             raise ConfigError(f"runs_folder {root}: {error.strerror}; choose a folder that is writable") from error
         folder = RunFolder(path)
-        _write_identity(folder, config, 0, kind)
+        write_identity(folder, config, 0, kind)
         return folder
     raise ConfigError(f"runs_folder {root}: all names from {stem} to {stem}-999 are taken; choose another folder")
 
@@ -137,7 +138,7 @@ def reopen_run(path: str | Path, overrides: list[str], kind: RunKind) -> tuple[R
     folder, config = open_run(path, overrides, "--resume")
     with run_lock(folder.path):
         lineage = int(folder.read_json("run.json")["lineage"]) + 1
-        _write_identity(folder, config, lineage, kind)
+        write_identity(folder, config, lineage, kind)
     return folder, config, lineage
 
 
@@ -184,7 +185,8 @@ def _without_default_prompts(node: Any) -> Any:
     return found
 
 
-def _write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: RunKind) -> None:
+def write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: RunKind) -> None:
+    """Writes what the run does from now on: its kind, lineage, settings and the program's versions."""
     identity = {"kind": kind, "lineage": lineage, "started": time.strftime("%FT%T%z"), "versions": versions()}
     folder.write_json("run.json", identity)
     write_atomically(folder.path / "config.json", config_as_json(config))

@@ -8,13 +8,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Literal
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.deploy.run.object_store import ON_A_CLUSTER, Store, local_store, running_store, spill_watch
 from latent_grpo.deploy.run.progress import Reporter
-
-Services = Literal["both", "rollout", "learner"]
+from latent_grpo.deploy.run.reservation import Reservation, Services, amounts, reserved
 
 
 def needed_resources(config: RunConfig, services: Services = "both") -> dict[str, float]:
@@ -24,7 +22,7 @@ def needed_resources(config: RunConfig, services: Services = "both") -> dict[str
         (config.rollout.workers if services != "learner" else 0, config.rollout.resources),
         (config.learner.ranks if services != "rollout" else 0, config.learner.resources),
     ):
-        for name, amount in {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}.items():
+        for name, amount in amounts(resources).items():
             total[name] = total.get(name, 0.0) + count * amount
     return {name: amount for name, amount in total.items() if amount > 0}
 
@@ -48,20 +46,20 @@ def check_resources(config: RunConfig, available: dict[str, float], where: str, 
 @contextlib.contextmanager
 def ray_session(
     config: RunConfig, reporter: Reporter, services: Services = "both", published_bytes: int = 0
-) -> Iterator[None]:
-    """Connects to Ray, checks that the cluster can hold the run, and disconnects at the end without leaving anything.
+) -> Iterator[Reservation]:
+    """Connects to Ray, reserves room for the run, and disconnects at the end without leaving anything.
 
     RAY_ADDRESS (set inside a job) names the cluster; without it a local Ray is started with this machine's cores, and
-    an object store for publications of `published_bytes`. Says what it has started, and if Ray spills objects.
-    Raises ConfigError.
+    an object store for publications of `published_bytes`. Says what it has started, and if Ray spills objects. A
+    cluster may grow, so a run waits there for room (`deploy.run.reservation`); this machine does not, so what it can
+    never hold is refused at once. Raises ConfigError.
     """
     import ray
 
     if ray.is_initialized():  # by a notebook, a test or an embedding program: its Ray is used and stays connected
-        check_resources(config, ray.cluster_resources(), "this Ray", services)
         _report(_running(config, published_bytes), reporter)
-        with spill_watch(reporter.say, ON_A_CLUSTER):
-            yield
+        with spill_watch(reporter.say, ON_A_CLUSTER), reserved(config, services, reporter.say) as places:
+            yield places
         return
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -73,9 +71,11 @@ def ray_session(
         temporary = tempfile.mkdtemp(prefix="lg-")  # short: Unix socket paths end at 107 bytes
         _start_local(local_store(config, published_bytes), temporary, reporter)
     try:
-        check_resources(config, ray.cluster_resources(), address or "this machine", services)
-        with spill_watch(reporter.say, ON_A_CLUSTER if address else "raise ray.object_store_bytes"):
-            yield
+        if not address:
+            check_resources(config, ray.cluster_resources(), "this machine", services)
+        remedy = ON_A_CLUSTER if address else "raise ray.object_store_bytes"
+        with spill_watch(reporter.say, remedy), reserved(config, services, reporter.say) as places:
+            yield places
     finally:
         ray.shutdown()
         if temporary:

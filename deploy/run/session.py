@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latent_grpo.common.config import RunConfig, config_as_json
 from latent_grpo.common.files import save_whole
@@ -15,17 +15,21 @@ from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.model_chain import exported_chain, write_chain
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.controller import Pool
-from latent_grpo.deploy.run.folder import RunFolder, run_lock
+from latent_grpo.deploy.run.folder import RunFolder, run_lock, write_identity
 from latent_grpo.deploy.run.manifest import data_facts, write_manifest
 from latent_grpo.deploy.run.preparation import Prepared
 from latent_grpo.deploy.run.problems import Problems
 from latent_grpo.deploy.run.progress import Reporter
-from latent_grpo.deploy.run.ray_session import Services, ray_session
+from latent_grpo.deploy.run.ray_session import ray_session
+from latent_grpo.deploy.run.reservation import Reservation, Services
 from latent_grpo.deploy.run.versions import differences
 from latent_grpo.learner.publication import published_bytes
 from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.factory import WorkerFactory
 from latent_grpo.rollout_workers.pool import RolloutPool
+
+if TYPE_CHECKING:
+    from latent_grpo.deploy.run.recovery import Recovery
 
 
 @dataclass(slots=True)
@@ -39,7 +43,9 @@ class Run:
     metrics: MetricsWriter
     prepared: Prepared
     pool: Pool
+    reservation: Reservation = field(default_factory=Reservation)
     summary: dict[str, Any] = field(default_factory=dict)
+    recovery: Recovery | None = None  # that is not over
 
     @property
     def initial(self) -> str | Path:
@@ -62,6 +68,12 @@ class Run:
             write_chain(folder, exported_chain(self.config, self.prepared.model.tokenizer, self.prepared.model.chain))
 
         save_whole(target, all_of_it)
+
+    def next_lineage(self) -> None:
+        """Ends the run's lineage, as a resume does: what follows goes on from an earlier state."""
+        self.lineage += 1
+        write_identity(self.folder, self.config, self.lineage, self.folder.read_json("run.json")["kind"])
+        write_manifest(self.folder, self.config, self.lineage, self.initial, data_facts(self.problems))
 
     def record(self, **entries: Any) -> None:
         """Adds entries to `summary.json`; one of None is taken out."""
@@ -91,13 +103,13 @@ def run_session(
         prepared = prepared.placed(folder, config, reporter)
         metrics = stack.enter_context(MetricsWriter(folder.path, config.metrics.sinks))
         published = published_bytes(prepared.initial, config.model.dtype)
-        stack.enter_context(ray_session(config, reporter, services, published))
+        reservation = stack.enter_context(ray_session(config, reporter, services, published))
         stack.enter_context(sigterm_as_interrupt())
         write_manifest(folder, config, lineage, prepared.initial, data_facts(prepared.problems))
         reporter.say(f"starting {config.rollout.workers} rollout worker(s), engine {choose_engine(config).sentence}")
         factory = WorkerFactory(config_as_json(config), str(prepared.initial), folder.name)
-        pool = stack.enter_context(RolloutPool(factory, config.rollout, config.deadlines))
-        run = Run(folder, config, lineage, reporter, metrics, prepared, pool)
+        pool = stack.enter_context(RolloutPool(factory, config.rollout, config.deadlines, places=reservation.workers))
+        run = Run(folder, config, lineage, reporter, metrics, prepared, pool, reservation)
         if lineage and (folder.path / "summary.json").is_file():
             run.summary = folder.read_json("summary.json")
         yield run

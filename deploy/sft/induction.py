@@ -32,7 +32,7 @@ def induce(run: Run, data: SFTData) -> Path:
     for number, phase in enumerate(PHASES, start=1):
         folder = run.folder.induction / f"{number}-{phase}"
         if not (folder / DECODER / "config.json").is_file():
-            learner = InductionLearner(run.config, model, phase)
+            learner = InductionLearner(run.config, model, phase, run.reservation.ranks)
             try:
                 _learn(run, data, learner, phase, number)
                 with deferred_interrupts():  # the trained model is saved before an interrupt ends the run

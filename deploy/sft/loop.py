@@ -29,6 +29,7 @@ from latent_grpo.deploy.run.folder import FAILED, SFT_PURPOSE, RunFolder, create
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.problems import group_request
 from latent_grpo.deploy.run.progress import Advance, Reporter, first_step_line
+from latent_grpo.deploy.run.recovery import recovered, recovering
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.sft_data import SFTData
 from latent_grpo.deploy.run.stepping import LearnerSteps, StateKeeper, StepLearner
@@ -214,17 +215,18 @@ def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None
 
 def _alone(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, prepared: Prepared) -> RunFolder:
     with run_session(folder, config, lineage, reporter, prepared) as run:
-        model = warm_start(run)
+        model = recovering(run, lambda: warm_start(run), kind="sft")
     reporter.say(f"model {model}; to train it, give model.path={model} model.new=null warm_start=null")
     return folder
 
 
-def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRanks] = SFTLearner) -> Path:
+def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRanks] | None = None) -> Path:
     """Runs Latent-SFT on the initial model and returns its folder, `base/` (METHOD §7).
 
     A resumed run continues its Latent-SFT, or finds it finished. `make_learner(config, model)` makes a learner with the
-    interface of :class:`SFTLearner`.
+    interface of :class:`SFTLearner`, in whose place it is used.
     """
+    make_learner = make_learner or partial(SFTLearner, places=run.reservation.ranks)
     config, base, data = run.config, run.folder.base_model, run.prepared.sft
     if (base / "config.json").is_file():
         return base
@@ -274,13 +276,15 @@ def _dump(run: Run, step: int, samples: pa.RecordBatch) -> None:
 
 def _restored(run: Run, learner: SFTRanks) -> Progress:
     checkpoint = latest_checkpoint(run.folder.sft)
-    if checkpoint is None:
-        return Progress()
-    for skipped in checkpoint.skipped:
-        run.reporter.say(f"[yellow]state {skipped.path.name} of Latent-SFT skipped: {skipped.reason}[/]")
-    learner.load(checkpoint.path / "learner")
-    run.reporter.say(f"resuming Latent-SFT from {checkpoint.path.name}, lineage {run.lineage}")
-    return Progress(**checkpoint.state)
+    progress = Progress()
+    if checkpoint is not None:
+        for skipped in checkpoint.skipped:
+            run.reporter.say(f"[yellow]state {skipped.path.name} of Latent-SFT skipped: {skipped.reason}[/]")
+        learner.load(checkpoint.path / "learner")
+        run.reporter.say(f"resuming Latent-SFT from {checkpoint.path.name}, lineage {run.lineage}")
+        progress = Progress(**checkpoint.state)
+    recovered(run, progress.steps)
+    return progress
 
 
 def _keep(run: Run, learner: SFTRanks, progress: Progress) -> None:

@@ -9,6 +9,7 @@ from latent_grpo.deploy.reproduce.inputs import DECIDE_TOKENS
 
 MAY_CHANGE = {
     "rollout.workers",
+    "rollout.min_workers",
     "rollout.resources",
     "rollout.max_rows",
     "rollout.max_restarts",
@@ -31,6 +32,7 @@ MAY_CHANGE = {
     "runs_folder",
     "self_test_groups",
     "max_dispatch_factor",
+    "max_recoveries",
 }
 LAST_BIT = {
     "rollout.resources.threads",

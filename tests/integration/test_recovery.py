@@ -1,0 +1,86 @@
+"""A run that loses a learner rank goes on by itself and ends as the undisturbed one does, bit for bit."""
+
+import contextlib
+import io
+import json
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from test_train import rows_of, weights_of
+from training import COMMON, tiny
+
+from latent_grpo.common.errors import RunError
+from latent_grpo.common.metrics import read_metrics
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.ray_session import ray_session as session
+from latent_grpo.deploy.train import train
+
+pytestmark = pytest.mark.integration
+QUIET = ("evaluation.at_start=false", "evaluation.at_end=false", "checkpoint.every=2", "steps=6")
+
+
+class Killing(Reporter):
+    """Sends a signal to the learner's rank once `after` steps are done; with `again` in every later lineage too."""
+
+    def __init__(self, after, number, again=False):
+        super().__init__(Console(file=io.StringIO(), width=300, record=True))
+        self.after, self.number, self.again, self.done = after, number, again, False
+
+    @contextlib.contextmanager
+    def phase(self, name, total, unit="steps"):
+        armed = not self.done or self.again
+
+        def advance(completed, note=""):
+            nonlocal armed
+            if name == "latent_grpo" and completed >= self.after and armed:
+                armed, self.done = False, True
+                every = psutil.Process().children(recursive=True)
+                (rank,) = [p for p in every if "LearnerRank" in " ".join(p.cmdline())]
+                rank.send_signal(self.number)
+
+        yield advance
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_lost_rank_is_recovered_from_and_the_end_is_that_of_the_undisturbed_run(whole, tmp_path, number):
+    reporter = Killing(3, number)
+    limit = "deadlines.learner_s=20" if number == signal.SIGSTOP else "deadlines.learner_s=300"
+    run = train(tiny(*COMMON, *QUIET, limit, f"runs_folder={tmp_path}"), "killed", reporter)
+    said = reporter.console.export_text()
+    assert "recovered within" in said
+    assert "the run goes on after step 2; 1 step(s) are done again" in said
+    lines = [(row["step"], row["lineage"]) for row in read_metrics(run.path)]
+    assert lines == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)]
+    assert rows_of(run, range(1, 7)) == rows_of(whole, range(1, 7))
+    expected, found = weights_of(whole), weights_of(run)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    (recovery,) = [json.loads(line) for line in (run.path / "recoveries.jsonl").read_text().splitlines()]
+    assert (recovery["lineage"], recovery["reached"]) == (1, 3)
+    assert recovery["cause"].startswith("learner rank")
+
+
+@pytest.mark.slow  # tests/unit/test_recovery_limit.py counts recoveries without Ray
+def test_beyond_the_limit_the_run_ends_and_says_how_it_goes_on(ray_session, tmp_path):
+    reporter = Killing(3, signal.SIGKILL, again=True)
+    with pytest.raises(RunError, match=r"max_recoveries allows 1; `latent-grpo train --resume \S+` continues"):
+        train(tiny(*COMMON, *QUIET, "max_recoveries=1", f"runs_folder={tmp_path}"), "killed", reporter)
+
+
+def test_two_runs_never_hold_halves_of_what_each_needs(ray_session):
+    """Each needs three of the four CPUs: the second waits for all of them, says so, and begins when they are free."""
+    console = Console(file=io.StringIO(), width=300, record=True)
+    config = tiny("learner.ranks=2", "learner.resources.num_cpus=1", "rollout.resources.num_cpus=1")
+    first = contextlib.ExitStack()
+    first.enter_context(session(config, Reporter(console)))
+    threading.Timer(5.0, first.close).start()
+    began = time.monotonic()
+    with session(config, Reporter(console)) as places:
+        assert time.monotonic() - began > 4.0
+        assert (len(places.ranks), len(places.workers)) == (2, 1)
+    said = console.export_text()
+    assert "waiting for room in the cluster: 2 learner rank(s) and 1 rollout worker(s) need 3 CPU (1 free of 4)" in said
