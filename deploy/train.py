@@ -57,9 +57,9 @@ def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter,
     with run_session(folder, config, lineage, reporter, prepared) as run, timed(run):
         base = run.initial
         if config.warm_start is not None:
-            record_model(folder, "base", base)
             base = recovering(run, lambda: warm_start(run), kind="sft")
         recovering(run, lambda: _reinforce(run, base))
+            record_model(folder, "base", base)
         run.record(dropped=run.problems.dropped)
     if {"before", "after"} & run.summary.keys():
         reporter.console.print(final_table(run))
