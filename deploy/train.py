@@ -27,8 +27,8 @@ from latent_grpo.deploy.run.milestones import Milestones
 from latent_grpo.deploy.run.observer import StepObserver
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.progress import Reporter, StepShare, first_step_line
-from latent_grpo.deploy.run.self_test import self_test
 from latent_grpo.deploy.run.recovery import recovered, recovering
+from latent_grpo.deploy.run.self_test import self_test
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.stepping import StateKeeper, interruptible
 from latent_grpo.deploy.sft.loop import warm_start
@@ -58,8 +58,8 @@ def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter,
         base = run.initial
         if config.warm_start is not None:
             base = recovering(run, lambda: warm_start(run), kind="sft")
-        recovering(run, lambda: _reinforce(run, base))
             record_model(folder, "base", base)
+        recovering(run, lambda: _reinforce(run, base))
         run.record(dropped=run.problems.dropped)
     if {"before", "after"} & run.summary.keys():
         reporter.console.print(final_table(run))
@@ -97,7 +97,6 @@ def timed(run: Run) -> Iterator[None]:
 # --- the loop ------------------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, learner: LearnerGroup) -> None:
 def _reinforce(run: Run, base: str | Path) -> None:
     """RL with ranks of its own, from the last checkpoint or from `base`."""
     run.reporter.say(f"starting {run.config.learner.ranks} learner rank(s)")
@@ -108,6 +107,7 @@ def _reinforce(run: Run, base: str | Path) -> None:
         learner.close()
 
 
+def _train(run: Run, learner: LearnerGroup) -> None:
     config, checkpoint = run.config, latest_checkpoint(run.folder.checkpoints)
     position = {"step": 0, "next_ordinal": 0}
     if checkpoint is not None:
@@ -122,8 +122,8 @@ def _reinforce(run: Run, base: str | Path) -> None:
         run.record(after=None, stopped=None)  # of the model that goes on
     controller.begin()
     self_test(run, learner)
-    if config.evaluation.at_start and "before" not in run.summary:
     recovered(run, controller.step)
+    if config.evaluation.at_start and "before" not in run.summary:
         evaluate(run, controller.gather, controller.step, "before")
     with StepObserver(run.folder, config, run.lineage, run.metrics, run.reporter) as observer:
         _steps(run, controller, learner, observer, milestones)
