@@ -25,6 +25,12 @@ class EvaluationConfig(Section):
     samples: Annotated[int, Field(ge=0)] = 0
     """Number of samples per problem from which pass@k is estimated, with the run's noise; 0: no pass@k. A training run
     measures pass@k before and after training only."""
+    interim_problems: PositiveInt | None = None
+    """Number of problems per task on which the evaluations of `every` measure, the first ones; null: all. Before and
+    after training all problems are measured; the curve of a run, its best checkpoint and `stop_on` are of the first
+    ones throughout."""
+    interim_runs: PositiveInt | None = None
+    """Number of repetitions of those evaluations; null: `runs`."""
     pass_at_k: list[PositiveInt] | None = None
     """Values of k for which pass@k is given; null: those of 1, 4, 8, 16, 32 and 64 that `samples` allows."""
     sampled_problems: PositiveInt | None = None
@@ -42,6 +48,11 @@ class EvaluationConfig(Section):
                 f"evaluation.samples is {self.samples}; raise it or leave that k out of evaluation.pass_at_k"
             )
         return self
+
+    @property
+    def interim(self) -> bool:
+        """Whether evaluations between the start and the end measure less than these two do."""
+        return self.interim_problems is not None or self.interim_runs is not None
 
     @property
     def ks(self) -> list[int]:

@@ -421,6 +421,10 @@ def _without_effect(config: RunConfig) -> list[str]:
             config.latent and changed(config.noise, "scale") and config.noise.mode == "off",
             "noise.mode off",
         ),
+        "evaluation.interim_problems and interim_runs": (
+            config.evaluation.interim and not config.evaluation.every,
+            "evaluation.every 0",
+        ),
         "evaluation.sampled_problems": (
             changed(config.evaluation, "sampled_problems") and not config.evaluation.samples,
             "evaluation.samples 0",

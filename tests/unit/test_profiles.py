@@ -16,6 +16,8 @@ from latent_grpo.common.tasks.benchmarks import prompt_of
 from latent_grpo.common.tasks.sources import BENCHMARKS, load_task
 from latent_grpo.deploy.checks.validate import resource_rows, validate
 from latent_grpo.deploy.cli.app import app
+from latent_grpo.deploy.data.sets import SETS
+from latent_grpo.deploy.reproduce.suite import load_suite
 from latent_grpo.deploy.run.preparation import check_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +119,27 @@ def test_paper_settings(name, prompts, mini, kl, masking, budgets):
     assert (config.optimizer.lr, config.k, config.noise.scale, config.noise.mode) == (1e-6, 10, 1.0, "one_sided")
     for task in (*config.tasks, *config.evaluation.tasks):
         assert (task.max_prompt_tokens, task.max_response_tokens) == budgets
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "data", "exits", "positions"),
+    [
+        ("paper-low", 10_000, "gsm8k-aug-oss-dup-all", "argmax_or_first", None),
+        ("paper-high", 500, "dapo-math-17k-en", "first", 12_000),
+    ],
+)
+def test_paper_runs(name, steps, data, exits, positions):
+    """Length, data and intervals as the authors state them (METHOD §5), and files as `data fetch` leaves them."""
+    config = load_config(name)
+    assert (config.steps, config.evaluation.every, config.checkpoint.every) == (steps, 10, 40)
+    assert (config.latent_exit, config.model.max_positions) == (exits, positions)
+    assert [(task.name, task.path) for task in config.tasks] == [(data, f"data/{SETS[data].file}")]
+    assert {task.path for task in config.evaluation.tasks} == {
+        f"data/{SETS[task.name].file}" for task in config.evaluation.tasks
+    }
+    assert config.evaluation.interim
+    assert config.evaluation.at_end
+    assert load_suite(name).starts["latent"].path == config.model.path
 
 
 def test_quickstart_fits_its_budget_and_holds_out_its_evaluation():
