@@ -280,24 +280,45 @@ def _visible(
     gumbel: Noise,
     top_p: Setting,
     top_k: Count,
+    mass: Setting,
 ) -> Drawn:
-    """Draws ids [N] and log-probs [N] from logits divided by the temperature (METHOD §2.4)."""
+    """Draws ids [N] and log-probs [N] from logits divided by the temperature (METHOD §2.4).
+
+    `mass` [N] is the logsumexp of all allowed logits, which the nucleus is a part of where `top_k` is 0.
+    """
     width = table.ids.shape[-1]
     position = torch.arange(width, device=table.ids.device)
+    free: Switch
     if isinstance(top_k, torch.Tensor):
         top_k = broadcast(top_k, torch.int64)
-        within = ((position < top_k) | (top_k == 0)).expand(table.ids.shape)
+        free = top_k == 0
+        within = ((position < top_k) | free).expand(table.ids.shape)
     else:
+        free = top_k == 0
         within = (position < (top_k or width)).expand(table.ids.shape)
     p = (table.logits - table.logits[:, :1]).double().exp() * within
-    keep = within & nucleus(p, top_p, p.sum(-1, keepdim=True))
+    total = p.sum(-1, keepdim=True)
+    if free is not False:
+        whole = (broadcast(mass, torch.float32) - table.logits[:, :1]).double().exp()
+        total = whole if free is True else torch.where(free, whole, total)
+    keep = within & nucleus(p, top_p, total)
     keep[:, 0] = True
     log_p = table.logits - normaliser
     scores = (log_p + gumbel(table.ids)).masked_fill(~keep, float("-inf"))
     best = order_key(scores, table.ids).argmax(-1, keepdim=True)
     log_probs = log_p.gather(-1, best).squeeze(-1)
     drawn = (table.ids.gather(-1, best).squeeze(-1), log_probs)
-    return drawn, log_probs.isfinite(), last_kept(table, within)
+    reach = last_kept(table, keep if free is True else within)
+    if isinstance(free, torch.Tensor):  # with no top_k only the nucleus bounds what can be drawn
+        reach = torch.where(free.squeeze(-1), last_kept(table, keep), reach)
+    return drawn, log_probs.isfinite(), reach
+
+
+def _mass(scaled: torch.Tensor, allowed: torch.Tensor | None, top_k: Count) -> Setting:
+    """Returns the logsumexp of the allowed logits [N], which rows without top_k need; 0 where all have one."""
+    if not isinstance(top_k, torch.Tensor) and top_k:
+        return 0.0
+    return (scaled if allowed is None else scaled.masked_fill(~allowed, float("-inf"))).logsumexp(-1)
 
 
 def sample_visible(
@@ -316,7 +337,7 @@ def sample_visible(
     """
     check_draw(1, logits.shape[-1], temperature=temperature)
     scaled = logits.float() / broadcast(temperature, torch.float32)
-    ids, log_probs = draw_plain(_visible, scaled, gumbel, allowed, (top_p, top_k))
+    ids, log_probs = draw_plain(_visible, scaled, gumbel, allowed, (top_p, top_k, _mass(scaled, allowed, top_k)))
     return ids, log_probs
 
 
@@ -342,17 +363,21 @@ def visible_step(
 ) -> VisibleStep:
     """Takes the step of :func:`sample_visible` with :func:`gumbel_noise`: `keys` and `steps` [N] int64.
 
-    It considers little more than the `top_k` likeliest ids, and with `top_k` 0 all of them. `largest_top_k` is that of
-    the rows, where `top_k` is [N] and the caller knows it without asking the device; without it all ids are considered.
-    `widen` has the meaning of :func:`latent_step`.
+    It considers little more than the `top_k` likeliest ids, and with `top_k` 0 little more than the nucleus.
+    `largest_top_k` is that of the rows, where `top_k` is [N] and the caller knows it without asking the device; without
+    it all ids are considered. `widen` has the meaning of :func:`latent_step`.
     """
     vocabulary = logits.shape[-1]
     check_draw(1, vocabulary, temperature=temperature)
     scaled = logits.float() / broadcast(temperature, torch.float32)
-    reach = (largest_top_k if isinstance(top_k, torch.Tensor) else top_k) or vocabulary
+    if isinstance(top_k, torch.Tensor):
+        reach = max(largest_top_k or vocabulary, TOP_M)  # the nucleus of a row without top_k is seldom wider
+    else:
+        reach = top_k or TOP_M
     # one more than top_k, to see a tie at its edge; far more where it may not be drawn again
     top_m = reach + 1 if widen else max(TOP_M, WIDEN * reach)
     normaliser = scaled.logsumexp(-1, keepdim=True)
-    drawn, exact = draw_keyed(_visible, scaled, normaliser, keys, steps, allowed, top_m, (top_p, top_k), widen)
+    settings = (top_p, top_k, _mass(scaled, allowed, top_k))
+    drawn, exact = draw_keyed(_visible, scaled, normaliser, keys, steps, allowed, top_m, settings, widen)
     ids, log_probs = drawn
     return VisibleStep(ids, log_probs, exact)

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from latent_grpo.common.config import RunConfig
+from latent_grpo.common.figure_names import by_label, protocol_of, task_of
 from latent_grpo.common.interrupts import Interrupted
 from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate
@@ -236,8 +237,8 @@ def final_table(run: Run) -> Table:
     """Returns a table of the figures before and after training, per task."""
     before, after = run.summary.get("before", {}), run.summary.get("after", {})
     table = Table(title=f"{run.folder.name}: {run.config.algorithm}, {run.summary['minutes']:g} minutes")
-    for column in ("task", "", "before", "after"):
-        table.add_column(column, justify="left" if column in ("task", "") else "right")
+    for column in ("task", "protocol", "", "before", "after"):
+        table.add_column(column, justify="right" if column in ("before", "after") else "left")
     rows = [
         ("pass_at_1", "pass@1", "{:.3f}"),
         ("chain_length", "chain length", "{:.1f}"),
@@ -245,9 +246,10 @@ def final_table(run: Run) -> Table:
         ("invalid_rate", "invalid rate", "{:.1%}"),
     ]
     rows += [(f"sampled_pass_at_{k}", f"pass@{k}, noise on", "{:.3f}") for k in run.config.evaluation.ks]
-    for task in run.config.evaluation.tasks:
+    for of in dict.fromkeys([*by_label(before), *by_label(after)]):
         for name, title, form in rows:
-            key = f"{task.name}/{name}"
+            key = f"{of}/{name}"
             shown = [form.format(values[key]) if key in values else "-" for values in (before, after)]
-            table.add_row(task.name if name == "pass_at_1" else "", title, *shown)
+            first = (task_of(of), protocol_of(of)) if name == "pass_at_1" else ("", "")
+            table.add_row(*first, title, *shown)
     return table

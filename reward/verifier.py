@@ -84,6 +84,9 @@ _REGISTERED: dict[str, str] = {
     "length_penalty": "latent_grpo.reward.composition:LengthPenalty",
     "math": "latent_grpo.reward.answers:MathVerifier",
     "number": "latent_grpo.reward.answers:NumberVerifier",
+    "reference_choice": "latent_grpo.reward.reference:ReferenceChoice",
+    "reference_math": "latent_grpo.reward.reference:ReferenceMath",
+    "reference_number": "latent_grpo.reward.reference:ReferenceNumber",
     "weighted_sum": "latent_grpo.reward.composition:WeightedSum",
 }
 _MAX_NESTING = 20

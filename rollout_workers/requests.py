@@ -157,9 +157,9 @@ def _refusal(
             f"a prompt of {prompt.size} tokens and max_tokens={settings.max_tokens} do not fit into the engine's "
             f"{max_length} positions (at most the model's max_position_embeddings); shorten the prompt or max_tokens"
         )
-    if settings.temperature <= 0 or settings.tau <= 0 or settings.top_k < 1:
+    if settings.temperature <= 0 or settings.tau <= 0 or settings.top_k < 0:
         return (
-            f"expected temperature > 0, tau > 0 and top_k >= 1, got {settings.temperature}, {settings.tau} and "
+            f"expected temperature > 0, tau > 0 and top_k >= 0, got {settings.temperature}, {settings.tau} and "
             f"{settings.top_k}; for greedy visible steps use top_k=1"
         )
     if settings.mode == "latent":

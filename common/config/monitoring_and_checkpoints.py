@@ -11,6 +11,8 @@ from latent_grpo.common.config.rules import Rule
 from latent_grpo.common.config.section import Section
 
 PASS_AT_K = (1, 4, 8, 16, 32, 64)
+EvaluationProtocol = Literal["ours", "reference"]
+"""By what rules a figure was computed: this project's, or those of the paper's authors (METHOD §8)."""
 
 
 class EvaluationConfig(Section):
@@ -20,8 +22,13 @@ class EvaluationConfig(Section):
     """Tasks that the model is evaluated on; without any there is no evaluation."""
     every: Annotated[int, Field(ge=0)] = 0
     """Evaluation interval, in steps; 0: only before and after training."""
+    protocol: EvaluationProtocol | Literal["both"] = "ours"
+    """Rules by which figures are computed: this project's (`ours`), or those of the paper's authors (`reference`),
+    which fix prompts, sampling, repetitions, grading and lengths of the eight benchmarks (METHOD §8, docs/evaluate.md).
+    `both`: by either, from the same samples where both sample alike. Published numbers are comparable with `reference`
+    alone."""
     runs: PositiveInt = 5
-    """Number of repetitions over which pass@1 is averaged."""
+    """Number of repetitions over which pass@1 is averaged. The protocol `reference` has its own."""
     samples: Annotated[int, Field(ge=0)] = 0
     """Number of samples per problem from which pass@k is estimated, with the run's noise; 0: no pass@k. A training run
     measures pass@k before and after training only."""
@@ -48,6 +55,11 @@ class EvaluationConfig(Section):
                 f"evaluation.samples is {self.samples}; raise it or leave that k out of evaluation.pass_at_k"
             )
         return self
+
+    @property
+    def protocols(self) -> tuple[EvaluationProtocol, ...]:
+        """The protocols that figures are computed by."""
+        return ("ours", "reference") if self.protocol == "both" else (self.protocol,)
 
     @property
     def interim(self) -> bool:

@@ -77,8 +77,8 @@ class RunConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Cumulative probability of the nucleus of most likely tokens, in latent and in hard steps (METHOD §2.1.2,
     §2.4)."""
-    top_k: PositiveInt = 30
-    """Number of most likely tokens from which a hard step is drawn (METHOD §2.4)."""
+    top_k: Annotated[int, Field(ge=0)] = 30
+    """Number of most likely tokens from which a hard step is drawn; 0: no bound (METHOD §2.4)."""
 
     # density and advantages (METHOD §3, §4)
     component_weighting: Annotated[Literal["mixture", "uniform"] | None, Rule.OBJECTIVE, Rule.LATENT_ONLY] = None
@@ -420,6 +420,10 @@ def _without_effect(config: RunConfig) -> list[str]:
         "noise.scale": (
             config.latent and changed(config.noise, "scale") and config.noise.mode == "off",
             "noise.mode off",
+        ),
+        "evaluation.runs": (
+            changed(config.evaluation, "runs") and config.evaluation.protocol == "reference",
+            "evaluation.protocol reference, which has its own number of repetitions for each benchmark",
         ),
         "evaluation.interim_problems and interim_runs": (
             config.evaluation.interim and not config.evaluation.every,

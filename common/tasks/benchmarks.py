@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from latent_grpo.common.config import ConfigError, PromptConfig, TaskConfig
+from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 LOW_PROMPT = PromptConfig(user=INSTRUCTION + "\n{problem}")
@@ -16,6 +17,11 @@ CHOICE_PROMPT = PromptConfig(
     system=INSTRUCTION,
     user="{problem}\nPlease give the letter of the correct option (A, B, C, or D) as the final answer.",
 )
+REFERENCE_CHOICE_PROMPT = PromptConfig(
+    system=INSTRUCTION,
+    user="{problem}\nPlease provide the option letter (A, B, C, or D) as your final answer.",
+)
+REFERENCE_TEMPERATURE, REFERENCE_TOP_P, REFERENCE_TOP_K = 0.6, 0.95, 0  # sampling of the protocol `reference`: no top_k
 GSM8K_AUG = "https://github.com/da03/Internalize_CoT_Step_by_Step"
 GET_GPQA = (
     "GPQA does not come with this program: its authors ask that it not be published in plain text. Accept their terms "
@@ -23,6 +29,17 @@ GET_GPQA = (
     "https://github.com/idavidrein/gpqa); put it into the data folder as it is. Or let it be read from the hub: "
     "path hf:Idavidrein/gpqa with options.config gpqa_diamond, after `hf auth login`"
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceRules:
+    """How the authors' own evaluation measures a benchmark (METHOD §8)."""
+
+    runs: int
+    verifier: str  # of `latent_grpo.reward.reference`, on the whole decoded text with the proxy tokens in it
+    uncut_lengths: bool  # whether lengths are those of the samples that the budget did not cut
+    noise_too: bool  # whether it is also measured with the noise on
+    prompt: PromptConfig | None = None  # where it is another than this project's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +55,7 @@ class Benchmark:
     own_files: tuple[str, ...]  # the product's names
     authors_stem: str  # of the file in the authors' repository: STEM.jsonl or STEM.parquet (METHOD §8)
     how_to_get: str
+    reference: ReferenceRules
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -55,6 +73,7 @@ def _low(file: str, authors: str, problems: int, source: str) -> Benchmark:
     return Benchmark(
         level="low", verifier="number", prompt=LOW_PROMPT, max_prompt_tokens=192, max_response_tokens=128,
         problems=problems, own_files=(file,), authors_stem=authors, how_to_get=_source(source),
+        reference=ReferenceRules(runs=5, verifier="reference_number", uncut_lengths=True, noise_too=False),
     )  # fmt: skip
 
 
@@ -63,12 +82,18 @@ def _high(
     authors: str,
     problems: int,
     how_to_get: str,
+    reference_runs: int,
     verifier: str = "math",
     prompt: PromptConfig = HIGH_PROMPT,
+    reference_prompt: PromptConfig | None = None,
 ) -> Benchmark:
+    reference = ReferenceRules(
+        runs=reference_runs, verifier=f"reference_{verifier}", uncut_lengths=False, noise_too=True,
+        prompt=reference_prompt,
+    )  # fmt: skip
     return Benchmark(
         level="high", verifier=verifier, prompt=prompt, max_prompt_tokens=1024, max_response_tokens=4096,
-        problems=problems, own_files=files, authors_stem=authors, how_to_get=how_to_get,
+        problems=problems, own_files=files, authors_stem=authors, how_to_get=how_to_get, reference=reference,
     )  # fmt: skip
 
 
@@ -81,21 +106,26 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gsm-hard": _low("gsm_hard.parquet", "GSM8k-Hard-test", 1319, "https://github.com/reasoning-machines/pal"),
     "svamp": _low("svamp.parquet", "Svamp-test", 1000, "https://github.com/arkilpatel/SVAMP"),
     "multiarith": _low("multiarith.parquet", "Multiarith-test", 600, "https://github.com/reasoning-machines/pal"),
-    "math500": _high(("math500.parquet",), "Math-500-test", 500, _source("https://github.com/openai/prm800k")),
-    "aime2024": _high(("aime2024.parquet",), "AIME-2024-test", 30, _source("https://github.com/QwenLM/Qwen2.5-Math")),
+    "math500": _high(("math500.parquet",), "Math-500-test", 500, _source("https://github.com/openai/prm800k"), 4),
+    "aime2024": _high(
+        ("aime2024.parquet",), "AIME-2024-test", 30, _source("https://github.com/QwenLM/Qwen2.5-Math"), 64
+    ),
     "aime2025": _high(
         ("aime2025.parquet",),
         "AIME-2025-test",
         30,
         _source("https://artofproblemsolving.com/wiki/index.php/2025_AIME_I"),
+        64,
     ),
     "gpqa": _high(
         ("gpqa_diamond.csv", "gpqa_diamond.parquet", "gpqa_diamond.jsonl"),
         "GPQA-test",
         198,
         GET_GPQA,
+        8,
         "choice",
         CHOICE_PROMPT,
+        REFERENCE_CHOICE_PROMPT,
     ),
 }
 MADE_FROM_TEXT = f"docs/latent_sft.md says how to make it from the text that is published at {GSM8K_AUG}"
@@ -119,12 +149,20 @@ def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:
     return config.model_copy(update={k: v for k, v in benchmark.defaults().items() if k not in config.model_fields_set})
 
 
-def prompt_of(task: TaskConfig, model: PromptConfig) -> PromptConfig:
+def reference_rules(name: str) -> ReferenceRules | None:
+    """Returns how the protocol `reference` measures a task; None for a task that it does not know."""
+    return BENCHMARKS[name].reference if name in BENCHMARKS else None
+
+
+def prompt_of(task: TaskConfig, model: PromptConfig, protocol: EvaluationProtocol = "ours") -> PromptConfig:
     """The prompt of a task's plain problems: each key from the task, else from `model.prompt`, else from the benchmark.
 
-    The instruction never appears twice: a benchmark's user text loses it where the system message holds it.
+    The instruction never appears twice: a benchmark's user text loses it where the system message holds it. The
+    benchmark's is that of the `protocol`.
     """
-    benchmark = BENCHMARKS[task.name].prompt.given if task.name in BENCHMARKS else {}
+    rules = reference_rules(task.name)
+    own = BENCHMARKS[task.name].prompt if task.name in BENCHMARKS else PromptConfig()
+    benchmark = (rules.prompt if protocol == "reference" and rules and rules.prompt else own).given
     chosen = model.given | (task.prompt.given if task.prompt else {})
     if "user" in benchmark and INSTRUCTION in (chosen.get("system") or ""):
         lines = benchmark["user"].split("\n")

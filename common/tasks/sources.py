@@ -11,12 +11,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from latent_grpo.common.config import ConfigError, TaskConfig
+from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, how_to_get, with_benchmark_defaults
 from latent_grpo.common.tasks.cells import cell_text
@@ -121,13 +123,14 @@ def load_task(
     seed: int,
     gradable: Callable[[str], bool] | None = None,
     boxed: Callable[[str], str | None] = lambda text: None,
+    protocol: EvaluationProtocol = "ours",
 ) -> TaskSource:
     """Loads the task's problems. `seed` is the run's; an option `seed` of a generated task takes precedence.
 
     `gradable` says whether the task's verifier can read a gold answer; other rows are dropped and counted, since a
     sample of such a row could never be right. `boxed` returns the last boxed answer of a text, which is the gold answer
-    of a row that has a solution and no answer. The source's `config` has the benchmark's defaults filled in. Raises
-    TaskError.
+    of a row that has a solution and no answer. `protocol` decides the order and the text of raw GPQA's options. The
+    source's `config` has the benchmark's defaults filled in. Raises TaskError.
     """
     config = with_benchmark_defaults(config)
     if config.path is None:
@@ -140,7 +143,7 @@ def load_task(
         return _built_in(config, config.path.removeprefix("builtin:"), seed)
     if config.path.startswith(PREFIX):
         return _users_own(config, seed, gradable)
-    return _stored(config, config.path, gradable, boxed)
+    return _stored(config, config.path, gradable, boxed, protocol)
 
 
 # --- generated problems ------------------------------------------------------------------------------------------
@@ -189,12 +192,16 @@ def _users_own(config: TaskConfig, seed: int, gradable: Callable[[str], bool] | 
 
 
 def _stored(
-    config: TaskConfig, path: str, gradable: Callable[[str], bool] | None, boxed: Callable[[str], str | None]
+    config: TaskConfig,
+    path: str,
+    gradable: Callable[[str], bool] | None,
+    boxed: Callable[[str], str | None],
+    protocol: EvaluationProtocol,
 ) -> StoredTask:
     rows = _read(config, path)
     if not rows:
         raise TaskError(f"task {config.name}: {path} has no rows")
-    read, whole = _reader(config, set().union(*(row.keys() for row in rows[:100])))
+    read, whole = _reader(config, set().union(*(row.keys() for row in rows[:100])), protocol)
     problems: list[Problem] = []
     dropped: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -325,14 +332,16 @@ def _with_gold(found: Reading, boxed: Callable[[str], str | None]) -> Reading:
     return found
 
 
-def _reader(config: TaskConfig, present: set[str]) -> tuple[Callable[[int, Row], Reading], bool]:
+def _reader(
+    config: TaskConfig, present: set[str], protocol: EvaluationProtocol
+) -> tuple[Callable[[int, Row], Reading], bool]:
     """Returns a function that reads a row, and whether its messages are a whole prompt."""
     columns = config.columns
     if columns.problem not in present and {"prompt", "reward_model"} <= present:
         solution = _solution_column(config, present)
         return (lambda number, row: _read_verl(config, solution, number, row)), True
     if columns.problem not in present and present >= GPQA_COLUMNS:
-        return _read_gpqa, False
+        return partial(_read_gpqa, protocol), False
     solution = _solution_column(config, present)
     boxed = solution is not None and columns.answer not in present and "answer" not in columns.model_fields_set
     for key, column in (("problem", columns.problem), ("answer", columns.answer)):
@@ -388,8 +397,8 @@ def _read_verl(config: TaskConfig, solution: str | None, number: int, row: Row) 
     return Reading(messages, answer, cot, _cell(row, solution))
 
 
-def _read_gpqa(number: int, row: Row) -> Reading:
-    question, letter = with_letters(number, row)
+def _read_gpqa(protocol: EvaluationProtocol, number: int, row: Row) -> Reading:
+    question, letter = with_letters(number, row, protocol)
     return Reading((("user", question),), letter)
 
 

@@ -2,15 +2,15 @@
 
 problems ─► groups of `runs` samples, noise off ─────► pass@1, lengths, invalid rate ─┐
         └─► groups of `samples`, the run's noise ────► pass@k ────────────────────────┴─► macro average
+
+So it is by this project's protocol; `rows` says what that of the paper's authors asks for instead.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain as chained
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +29,14 @@ from latent_grpo.common.config.yaml_files import parse_override
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, read_chain
 from latent_grpo.common.schema import concat
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks
-from latent_grpo.common.types import GroupRequest, NoiseMode
+from latent_grpo.common.types import GroupRequest
 from latent_grpo.deploy.controller import gather
-from latent_grpo.deploy.evaluation.report import report, show, table
-from latent_grpo.deploy.evaluation.scores import TaskResult, pass_at_k_results, results
+from latent_grpo.deploy.evaluation.report import protocol_line, report, show, table
+from latent_grpo.deploy.evaluation.rows import SampleSet, planned, rows_of
+from latent_grpo.deploy.evaluation.scores import TaskResult
 from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, create_run
 from latent_grpo.deploy.run.preparation import prepare
-from latent_grpo.deploy.run.problems import PreparedTask, evaluation_requests
+from latent_grpo.deploy.run.problems import PreparedTask
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.learner.publication import publish_model
@@ -51,9 +52,17 @@ Keep = Callable[[list[pa.RecordBatch]], None]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The results of an evaluation, task by task."""
+    """The results of an evaluation: one for each task, protocol and, by the authors' protocol, noise off and on."""
 
     tasks: tuple[TaskResult, ...]
+
+    @property
+    def by_task(self) -> list[TaskResult]:
+        """One result for each task: by this project's protocol where that was used, with the noise off."""
+        found: dict[str, TaskResult] = {}
+        for result in self.tasks:
+            found.setdefault(result.task, result)
+        return list(found.values())
 
     def metrics(self) -> dict[str, float]:
         return {name: value for result in self.tasks for name, value in result.metrics().items()}
@@ -73,63 +82,70 @@ def measure(
     """Evaluates the weights that the pool behind `gather` holds.
 
     `settings` (the run's own by default) ask for `runs` samples per problem with noise off, for pass@1, and for
-    `samples` more with the run's noise, for pass@k, where that is above 0. `tag` is part of the groups' identity and
-    must be new for each evaluation of a run, while the draws depend on problem and sample index only (METHOD §2.5). At
-    most `at_once` samples are requested together.
+    `samples` more with the run's noise, for pass@k, where that is above 0; by the authors' protocol for what
+    :func:`rows_of` says. `tag` is part of the groups' identity and must be new for each evaluation of a run, while the
+    draws depend on problem and sample index only (METHOD §2.5). At most `at_once` samples are requested together.
     """
     settings, reporter = settings or config.evaluation, reporter or Reporter()
     if not tasks:
         return Evaluation(())
-    quiet = _requests(config, tasks, tag, settings.runs)
-    found = results(_generated(gather, quiet, f"evaluate {tag}", reporter, keep, at_once))
-    if settings.samples:
-        noisy = _requests(
-            config,
-            tasks,
-            f"{tag}-sampled",
-            settings.samples,
-            noise=config.objective.noise_mode,
-            limit=settings.sampled_problems,
-        )
-        groups = _generated(gather, noisy, f"pass@k {tag}", reporter, keep, at_once)
-        at_k = pass_at_k_results(groups, settings.ks)
-        found = [dataclasses.replace(result, pass_at_k=at_k[result.task]) for result in found]
-    return Evaluation(tuple(found))
+    measured, sets = planned([row for task in tasks for row in rows_of(config, task, settings)])
+    stages: dict[str, list[SampleSet]] = {}
+    for found in sets:
+        stages.setdefault(found.stage, []).append(found)
+    for stage, of_stage in stages.items():
+        _generate(config, gather, of_stage, stage.format(tag), tag, reporter, keep, at_once)
+    return Evaluation(tuple(found.result() for found in measured))
 
 
-def _requests(
+def _generate(
     config: RunConfig,
-    tasks: Iterable[PreparedTask],
+    gather: Gather,
+    sets: Sequence[SampleSet],
+    name: str,
     tag: str,
-    samples: int,
-    noise: NoiseMode = "off",
-    limit: int | None = None,
-) -> list[GroupRequest]:
-    found = (evaluation_requests(config, task, samples, tag, noise=noise, limit=limit) for task in tasks)
-    return list(chained.from_iterable(found))
+    reporter: Reporter,
+    keep: Keep | None,
+    at_once: int,
+) -> None:
+    """Generates the samples of some sets, a part at a time, and counts them."""
+    wanted = [(found, i, request) for found in sets for i, request in enumerate(found.requests(config, tag))]
+    with reporter.phase(name, len(wanted), "problems") as advance:
+        done = 0
+        for part in _parts(wanted, at_once):
 
+            def arrived(count: int, before: int = done) -> None:
+                advance(before + count)
 
-def _generated(
-    gather: Gather, requests: list[GroupRequest], name: str, reporter: Reporter, keep: Keep | None, at_once: int
-) -> Iterator[pa.RecordBatch]:
-    """Yields the groups in the order of `requests`, generated a part at a time."""
-    size = max(at_once // len(requests[0].sample_indices), 1)
-    with reporter.phase(name, len(requests), "problems") as advance:
-        for start in range(0, len(requests), size):
-
-            def arrived(done: int, before: int = start) -> None:
-                advance(before + done)
-
-            groups = gather(requests[start : start + size], arrived)
+            groups = gather([request for _, _, request in part], arrived)
+            kept = [found.take(i, group) for (found, i, _), group in zip(part, groups, strict=True)]
             if keep is not None:
-                keep(groups)
-            yield from groups
+                keep(kept)
+            done += len(part)
+
+
+Wanted = tuple[SampleSet, int, GroupRequest]
+
+
+def _parts(wanted: Sequence[Wanted], at_once: int) -> Iterator[list[Wanted]]:
+    """Yields parts of at most `at_once` samples, or of one group that has more."""
+    part: list[Wanted] = []
+    samples = 0
+    for one in wanted:
+        size = len(one[2].sample_indices)
+        if part and samples + size > at_once:
+            yield part
+            part, samples = [], 0
+        part.append(one)
+        samples += size
+    if part:
+        yield part
 
 
 def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
     """Evaluates the workers' weights on every evaluation task and records the results in metrics and summary.
 
-    pass@k is measured only before and after training.
+    pass@k is measured only before and after training. Returns one result for each task (:attr:`Evaluation.by_task`).
     """
     ends = tag in ("before", "after")
     settings = run.config.evaluation
@@ -152,16 +168,16 @@ def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
         return []
     run.metrics.write(step, found.metrics(), kind="evaluation", lineage=run.lineage)
     if ends:
-        run.record(**{tag: found.metrics()})
+        run.record(**{tag: found.metrics(), "evaluation_protocol": settings.protocol})
     for result in found.tasks:
         low, high = result.interval
         run.reporter.say(
-            f"{result.task}: pass@1 {result.pass_at_1:.3f} (95 % {low:.3f} to {high:.3f}), chain length "
+            f"{result.title}: pass@1 {result.pass_at_1:.3f} (95 % {low:.3f} to {high:.3f}), chain length "
             f"{result.chain_length:.1f} ({result.latent_length:.1f} latent), invalid {result.invalid_rate:.1%}"
             + (f", mean reward {result.mean_reward:.3f}" if result.other_rewards else "")
             + "".join(f", pass@{at.k} {at.value:.3f}" for at in result.pass_at_k)
         )
-    return list(found.tasks)
+    return found.by_task
 
 
 # --- as a command --------------------------------------------------------------------------------------------------
@@ -264,7 +280,7 @@ def evaluate_model(
         raise ConfigError(f"{name} has no evaluation.tasks; add one with `name` and `path`")
     reporter = reporter or Reporter()
     prepared = prepare(config, reporter)
-    if (line := noise_line(config, noise)) is not None:
+    for line in filter(None, (protocol_line(config), noise_line(config, noise))):
         reporter.say(line)
     folder = create_run(config, f"evaluate-{name}", kind="evaluate")
     with run_session(folder, config, 0, reporter, prepared) as run:

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.config import RunConfig
+from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
 from latent_grpo.common.files import file_hash
 from latent_grpo.common.model_chain import ChainSettings
-from latent_grpo.common.tasks.benchmarks import BENCHMARKS
-from latent_grpo.deploy.evaluation.scores import MACRO, TaskResult, macro_average
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS, REFERENCE_TEMPERATURE, REFERENCE_TOP_P, reference_rules
+from latent_grpo.deploy.evaluation.rows import Row, rows_of
+from latent_grpo.deploy.evaluation.scores import TaskResult, macro_average
 from latent_grpo.deploy.run.problems import PreparedTask
 from latent_grpo.rollout_workers.engine_choice import choose_engine
 
@@ -39,8 +41,12 @@ def report(
 
     `checksum` is that of the published weights, `versions` are those of program and packages.
     """
-    numbers = published(results)
-    evaluation = config.evaluation
+    numbers, evaluation = published(results), config.evaluation
+    rows = [row for task in tasks for row in rows_of(config, task, evaluation)]
+    averages = [
+        {**dataclasses.asdict(average), "published": _published(numbers.get(average.label, ()))}
+        for average in map(macro_average, alike(results))
+    ]
     return {
         "model": model,
         "weights_checksum": checksum,
@@ -58,6 +64,7 @@ def report(
             "temperature": config.temperature,
             "top_p": config.top_p,
             "top_k": config.top_k,
+            "protocol": evaluation.protocol,
             "runs": evaluation.runs,
             "samples": evaluation.samples,
             "sampled_problems": evaluation.sampled_problems,
@@ -65,29 +72,31 @@ def report(
             "answer_fallback": config.rollout.verifier.fallback,
         },
         "tasks": [
-            {**dataclasses.asdict(result), **_origin(task), "published": _published(numbers.get(result.task, ()))}
-            for result, task in zip(results, tasks, strict=True)
+            {**dataclasses.asdict(result), **_origin(row), "published": _published(numbers.get(result.label, ()))}
+            for result, row in zip(results, rows, strict=True)
         ],
-        "macro_average": {
-            **dataclasses.asdict(macro_average(results)),
-            "published": _published(numbers.get(MACRO, ())),
-        },
+        "macro_average": averages[0],
+        "macro_averages": averages,
     }
 
 
-def _origin(task: PreparedTask) -> dict[str, Any]:
-    """Describes the source of a task's problems, their prompt and their verifier."""
-    config, renderer = task.source.config, task.renderer.config
+def _origin(row: Row) -> dict[str, Any]:
+    """Describes the source of a row's problems, their prompt, their sampling and their verifier."""
+    config, renderer = row.task.source.config, row.task.renderer.config
+    asked = row.pass_at_1
     file = Path(config.path or "")
     return {
         "path": config.path,
         "options": config.options,
         "sha256": file_hash(file, hashlib.sha256) if file.is_file() else None,
-        "verifier": config.verifier,
+        "verifier": row.grading or config.verifier,
+        "graded_text": "whole, with proxy tokens" if row.grading else "visible",
+        "lengths": "samples that the budget did not cut" if row.uncut_lengths else "all samples",
+        "sampling": {"runs": asked.samples, **dataclasses.asdict(asked.sampling)},
         "prompt": {name: getattr(renderer, name) for name in type(renderer).model_fields},  # also what nobody set
         "max_prompt_tokens": config.max_prompt_tokens,
         "max_response_tokens": config.max_response_tokens,
-        "dropped": {reason: len(rows) for reason, rows in task.source.dropped.items()},
+        "dropped": {reason: len(rows) for reason, rows in row.task.source.dropped.items()},
     }
 
 
@@ -96,28 +105,31 @@ def _published(numbers: Iterable[Published]) -> list[dict[str, Any]]:
 
 
 def table(results: Sequence[TaskResult], title: str) -> Table:
-    """Returns a table with one row per task, and the macro average below two or more."""
+    """Returns a table with one row per task and protocol, and the macro average below two or more that are alike."""
     numbers = published(results)
     ks = list(dict.fromkeys(at.k for result in results for at in result.pass_at_k))
     shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     others = any(result.other_rewards for result in results)
     rewards = ("reward",) if others else ()
     sampled = [f"pass@{k} ~" for k in ks]
-    for name in ("task", "problems", "pass@1", "95 %", *rewards, *sampled, "steps", "latent", "invalid"):
+    for name in ("task", "protocol", "problems", "pass@1", "95 %", *rewards, *sampled, "steps", "latent", "invalid"):
         if name == "task":
             shown.add_column(name, min_width=len("gsm8k-aug"), overflow="fold")
+        elif name == "protocol":
+            shown.add_column(name, no_wrap=True)
         else:
             shown.add_column(name, justify="right", no_wrap=True)
     if numbers:
         shown.add_column("published, percent")
-    rows = [*results, macro_average(results)] if len(results) > 1 else list(results)
-    for result in rows:
-        if result.task == MACRO:
+    averages = [macro_average(group) for group in alike(results) if len(group) > 1]
+    for place, result in enumerate([*results, *averages]):
+        if place == len(results):
             shown.add_section()
         low, high = result.interval
         at_k = {at.k: at for at in result.pass_at_k}
         cells = [
             result.task + (f" ({result.ungraded} samples ungraded)" if result.ungraded else ""),
+            result.rules,
             f"{result.problems:,}",
             f"{result.pass_at_1:.3f}",
             f"{low:.3f}-{high:.3f}",
@@ -128,12 +140,39 @@ def table(results: Sequence[TaskResult], title: str) -> Table:
             f"{result.invalid_rate:.1%}",
         ]
         if numbers:
-            of_task = numbers.get(result.task, ())
+            of_task = numbers.get(result.label, ())
             cells.append("\n".join(p.describe() for p in of_task) + (f" ({of_task[0].model})" if of_task else ""))
         shown.add_row(*cells)
-    if ks:
-        shown.caption = "pass@1: noise off; ~: sampled with noise"
+    captions = [PROTOCOLS[name] for name in PROTOCOLS if any(result.protocol == name for result in results)]
+    shown.caption = "; ".join([*captions, *(["~: sampled with noise"] if ks else [])])
     return shown
+
+
+PROTOCOLS: dict[EvaluationProtocol, str] = {
+    "ours": "protocol ours: pass@1 with the noise off, graded on the visible text",
+    "reference": "protocol reference: the authors' sampling, repetitions and grading (docs/evaluate.md)",
+}
+
+
+def protocol_line(config: RunConfig) -> str | None:
+    """A line about what the authors' protocol does with the tasks of an evaluation; None where it is not used."""
+    if "reference" not in config.evaluation.protocols:
+        return None
+    rules = {task.name: found for task in config.evaluation.tasks if (found := reference_rules(task.name))}
+    runs = ", ".join(f"{name} {found.runs}" for name, found in rules.items())
+    others = [task.name for task in config.evaluation.tasks if task.name not in rules]
+    return (
+        f"protocol reference: temperature {REFERENCE_TEMPERATURE}, top_p {REFERENCE_TOP_P}, no top_k; repetitions: "
+        f"{runs or 'none'}" + (f"; {', '.join(others)}: by protocol ours alone" if others else "")
+    )
+
+
+def alike(results: Sequence[TaskResult]) -> list[list[TaskResult]]:
+    """Groups the results that may be averaged: those of one protocol, with the noise alike."""
+    found: dict[tuple[str, bool], list[TaskResult]] = {}
+    for result in results:
+        found.setdefault((result.protocol, result.noise == "off"), []).append(result)
+    return list(found.values())
 
 
 def show(console: Console, shown: Table) -> None:
@@ -195,13 +234,25 @@ TASKS = {
 
 
 def published(results: Sequence[TaskResult]) -> dict[str, tuple[Published, ...]]:
-    """Returns task name (or the macro average's) -> published results.
+    """Returns the label of a result (or of a macro average) -> published results.
 
-    A benchmark of another size counts as another one, and an average is compared only with that of the same four.
+    They stand beside figures of the authors' protocol alone, since they were made by it. A benchmark of another size or
+    budget counts as another one, and an average is compared only with that of the same four.
     """
-    whole = {r.task for r in results if r.task in BENCHMARKS and r.problems == BENCHMARKS[r.task].problems}
-    found: dict[str, tuple[Published, ...]] = {name: numbers for name, numbers in TASKS.items() if name in whole}
-    for level, numbers in AVERAGES.items():
-        if {r.task for r in results} == whole == {n for n, b in BENCHMARKS.items() if b.level == level}:
-            found[MACRO] = numbers
+    found: dict[str, tuple[Published, ...]] = {}
+    for group in alike(results):
+        whole = [result for result in group if _as_published(result)]
+        found |= {result.label: TASKS[result.task] for result in whole if result.task in TASKS}
+        for level, numbers in AVERAGES.items():
+            if len(whole) == len(group) and {r.task for r in group} == {
+                name for name, benchmark in BENCHMARKS.items() if benchmark.level == level
+            }:
+                found[macro_average(group).label] = numbers
     return found
+
+
+def _as_published(result: TaskResult) -> bool:
+    benchmark = BENCHMARKS.get(result.task)
+    if result.protocol != "reference" or benchmark is None or result.problems != benchmark.problems:
+        return False
+    return result.budget in (None, benchmark.max_response_tokens)

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
+from latent_grpo.common.figure_names import label, protocol_of, titled
 from latent_grpo.common.schema import CORRECT, TrajectoryBatch
+from latent_grpo.common.types import NoiseMode
 
 Z = 1.959964  # normal quantile of a two-sided 95 % interval
 MACRO = "macro average"
@@ -32,7 +35,10 @@ class PassAtK:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """One task's figures. Lengths are in response steps, invalid samples included."""
+    """One task's figures by one protocol. Lengths are in response steps.
+
+    They include invalid samples, unless the protocol is the authors' and the task a low one (METHOD §8).
+    """
 
     task: str
     problems: int
@@ -46,7 +52,25 @@ class TaskResult:
     latent_length: float
     invalid_rate: float
     ungraded: int  # samples left out of pass@1: their grading failed
-    pass_at_k: tuple[PassAtK, ...] = field(default=())  # from separate samples, with the run's noise
+    pass_at_k: tuple[PassAtK, ...] = field(default=())  # from samples with the run's noise
+    protocol: EvaluationProtocol = "ours"
+    noise: NoiseMode = "off"  # of the samples of pass@1
+    budget: int | None = None  # response steps that a sample may have; None: several or unknown
+
+    @property
+    def label(self) -> str:
+        """The name of the figures in metrics (`common.figure_names`)."""
+        return label(self.task, self.protocol, self.noise)
+
+    @property
+    def rules(self) -> str:
+        """The protocol for people, with the noise of pass@1 where that is not always off."""
+        return protocol_of(self.label)
+
+    @property
+    def title(self) -> str:
+        """The task with its protocol, for people."""
+        return titled(self.label)
 
     def figures(self) -> dict[str, float]:
         """The stored figures: name -> value."""
@@ -64,7 +88,7 @@ class TaskResult:
         return abs(self.mean_reward - self.pass_at_1) > 1e-6
 
     def metrics(self) -> dict[str, float]:
-        return {f"{self.task}/{name}": value for name, value in self.figures().items()}
+        return {f"{self.label}/{name}": value for name, value in self.figures().items()}
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -96,12 +120,14 @@ def interval(value: float, standard_error: float, observations: int) -> tuple[fl
 
 
 @dataclass(slots=True)
-class _Collected:
+class Tally:
     """A few numbers per sample of a task's groups, so that trajectories need not stay in memory."""
 
+    uncut_lengths: bool = False  # whether lengths are those of the samples that the budget did not cut
     rewards: list[np.ndarray] = field(default_factory=list)  # per group [samples] float32; NaN: ungraded
     correct: list[np.ndarray] = field(default_factory=list)  # the same of 1 (correct) and 0
     indices: list[np.ndarray] = field(default_factory=list)  # sample index: the repetition
+    measured: int = 0  # samples whose lengths count
     steps: int = 0
     latent_steps: int = 0
     valid: int = 0
@@ -112,15 +138,45 @@ class _Collected:
         correct = np.array([reason == CORRECT for reason in view.strings("grade_reason")], dtype=np.float32)
         self.correct.append(np.where(np.isnan(view.rewards), np.float32(np.nan), correct))
         self.indices.append(view.numbers("sample_index").copy())
-        self.steps += int(view.num_steps.sum())
-        self.latent_steps += int(view.num_latent_steps.sum())
+        counts = np.ones(len(view), dtype=bool)
+        if self.uncut_lengths:
+            counts = np.array([reason != "length" for reason in view.strings("finish_reason")], dtype=bool)
+        self.measured += int(counts.sum())
+        self.steps += int(view.num_steps[counts].sum())
+        self.latent_steps += int(view.num_latent_steps[counts].sum())
         self.valid += int(view.valid.sum())
 
+    def pass_at_k(self, ks: Iterable[int]) -> tuple[PassAtK, ...]:
+        """Returns pass@k for each k. Ungraded samples are left out."""
+        return tuple(_pass_at_k(self.correct, k) for k in ks)
 
-def _collect(groups: Iterable[pa.RecordBatch], together: str | None) -> dict[str, _Collected]:
-    by_task: dict[str, _Collected] = {}
+    def result(self, task: str) -> TaskResult:
+        """Returns the task's figures, without pass@k."""
+        correct, indices = np.concatenate(self.correct), np.concatenate(self.indices)
+        graded = ~np.isnan(correct)
+        means = _means(self.correct)
+        value, error = _mean_and_error(means)
+        each = (correct[graded & (indices == run)] for run in np.unique(indices))
+        return TaskResult(
+            task=task,
+            problems=len(self.rewards),
+            samples=len(correct),
+            pass_at_1=value,
+            standard_error=error,
+            interval=interval(value, error, len(means)),
+            runs=tuple(float(of_run.mean()) for of_run in each if len(of_run)),
+            mean_reward=_mean_and_error(_means(self.rewards))[0],
+            chain_length=self.steps / max(self.measured, 1),
+            latent_length=self.latent_steps / max(self.measured, 1),
+            invalid_rate=1.0 - self.valid / len(correct),
+            ungraded=int((~graded).sum()),
+        )
+
+
+def _collect(groups: Iterable[pa.RecordBatch], together: str | None) -> dict[str, Tally]:
+    by_task: dict[str, Tally] = {}
     for group in groups:
-        by_task.setdefault(together or group.column("task")[0].as_py(), _Collected()).add(group)
+        by_task.setdefault(together or group.column("task")[0].as_py(), Tally()).add(group)
     return by_task
 
 
@@ -129,29 +185,7 @@ def results(groups: Iterable[pa.RecordBatch], together: str | None = None) -> li
 
     `together` names one result over all tasks instead. `groups` is read once; a generator's groups are not kept.
     """
-    return [_result(task, found) for task, found in _collect(groups, together).items()]
-
-
-def _result(task: str, found: _Collected) -> TaskResult:
-    correct, indices = np.concatenate(found.correct), np.concatenate(found.indices)
-    graded = ~np.isnan(correct)
-    means = _means(found.correct)
-    value, error = _mean_and_error(means)
-    each = (correct[graded & (indices == run)] for run in np.unique(indices))
-    return TaskResult(
-        task=task,
-        problems=len(found.rewards),
-        samples=len(correct),
-        pass_at_1=value,
-        standard_error=error,
-        interval=interval(value, error, len(means)),
-        runs=tuple(float(of_run.mean()) for of_run in each if len(of_run)),
-        mean_reward=_mean_and_error(_means(found.rewards))[0],
-        chain_length=found.steps / len(correct),
-        latent_length=found.latent_steps / len(correct),
-        invalid_rate=1.0 - found.valid / len(correct),
-        ungraded=int((~graded).sum()),
-    )
+    return [found.result(task) for task, found in _collect(groups, together).items()]
 
 
 def _means(groups: Sequence[np.ndarray]) -> np.ndarray:
@@ -164,13 +198,6 @@ def failure_shares(groups: Iterable[pa.RecordBatch]) -> dict[str, float]:
     reasons = Counter(reason for group in groups for reason in group.column("grade_reason").to_pylist())
     total = reasons.total()
     return {reason: count / total for reason, count in reasons.most_common() if reason != CORRECT}
-
-
-def pass_at_k_results(groups: Iterable[pa.RecordBatch], ks: Sequence[int]) -> dict[str, tuple[PassAtK, ...]]:
-    """Returns task -> pass@k for each k. Ungraded samples are left out."""
-    return {
-        task: tuple(_pass_at_k(found.correct, k) for k in ks) for task, found in _collect(groups, together=None).items()
-    }
 
 
 def _pass_at_k(correct: list[np.ndarray], k: int) -> PassAtK:
@@ -207,7 +234,7 @@ def average(tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def macro_average(found: Sequence[TaskResult]) -> TaskResult:
-    """Returns one result for all tasks, by :func:`average`."""
+    """Returns one result for all tasks, by :func:`average`. They are of one protocol, with the noise alike."""
     if not found:
         raise ValueError("macro average of no task")
     values = average([result.figures() for result in found])
@@ -225,6 +252,8 @@ def macro_average(found: Sequence[TaskResult]) -> TaskResult:
         latent_length=values["latent_length"],
         invalid_rate=values["invalid_rate"],
         ungraded=int(values["ungraded"]),
+        protocol=found[0].protocol,
+        noise=found[0].noise,
         pass_at_k=tuple(
             PassAtK(
                 k=at.k,

@@ -83,6 +83,7 @@ class SuiteReport:
     complete: bool
     units: UnitCount
     arms: list[ArmRow]
+    protocol: str  # of evaluation, by which all averages and claims are
     claims: list[JudgedClaim]
     curves: dict[str, list[CurvePoint]]  # by arm
     masses: dict[str, list[MassPoint]]  # by arm
@@ -106,6 +107,7 @@ def figures(suite: Suite, results: Results, manifest: SuiteManifest) -> SuiteRep
         complete=len(results) == total,
         units=UnitCount(len(results), total),
         arms=rows,
+        protocol=", ".join(dict.fromkeys(result.protocol for result in results.values())) or "ours",
         claims=judge_all(suite, results),
         curves=_curves(suite, results),
         masses=_masses(suite, results),
@@ -267,7 +269,7 @@ def seed_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
 
 def claim_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
     rows = [[c.text, c.source, c.verdict, c.numbers] for c in report.claims]
-    return ["claim", "source", "verdict", "numbers"], rows
+    return ["claim", "source", "verdict", f"numbers (protocol {report.protocol})"], rows
 
 
 def mass_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
@@ -279,6 +281,11 @@ def mass_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
     return ["arm", "step", "answer", "other numbers", "fillers"], rows
 
 
+def rules(report: SuiteReport) -> str:
+    """Returns by what rules the figures and verdicts are."""
+    return f"All figures are by the protocol {report.protocol} of evaluation. {RULES}"
+
+
 def facts(report: SuiteReport) -> list[tuple[str, str]]:
     """Returns what the numbers were made with, in words; where sessions differ, all of their values."""
     manifest = report.manifest
@@ -286,6 +293,7 @@ def facts(report: SuiteReport) -> list[tuple[str, str]]:
     names = list(dict.fromkeys(name for session in sessions for name in session.data))
     return [
         ("profile", f"{report.profile}, runner {report.runner}"),
+        ("protocol of evaluation", report.protocol),
         ("units", f"{report.units.finished} of {report.units.all} finished, {report.minutes} minutes in all"),
         ("seeds", ", ".join(map(str, manifest.seeds))),
         ("commit", _counted((s.commit for s in sessions), "session")),

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any
 
 from latent_grpo.deploy.reproduce.figures import (
-    RULES,
     CurvePoint,
     MassPoint,
     SuiteReport,
@@ -18,6 +17,7 @@ from latent_grpo.deploy.reproduce.figures import (
     claim_table,
     facts,
     mass_table,
+    rules,
     seed_table,
     task_tables,
 )
@@ -51,7 +51,7 @@ def page(report: SuiteReport) -> str:
     body = [f"<h1>{html.escape(report.title)}</h1>"]
     if not report.complete:
         body.append(f"<p><b>Incomplete</b>: {report.units.finished} of {report.units.all} units.</p>")
-    body += [f"<p>{html.escape(RULES)}</p>", "<h2>Arms</h2>", _html_table(*arm_table(report))]
+    body += [f"<p>{html.escape(rules(report))}</p>", "<h2>Arms</h2>", _html_table(*arm_table(report))]
     body += ["<h2>Each seed</h2>", _html_table(*seed_table(report))]
     if tables := task_tables(report):
         body.append("<h2>Each task</h2>")

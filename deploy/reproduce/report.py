@@ -13,13 +13,13 @@ from pathlib import Path
 
 from latent_grpo.common.files import write_atomically
 from latent_grpo.deploy.reproduce.figures import (
-    RULES,
     SuiteReport,
     arm_table,
     claim_table,
     facts,
     figures,
     mass_table,
+    rules,
     seed_table,
     task_tables,
 )
@@ -50,7 +50,7 @@ def markdown(report: SuiteReport) -> str:
     parts = [f"# {report.title}", ""]
     if not report.complete:
         parts += [f"**Incomplete**: {report.units.finished} of {report.units.all} units have finished.", ""]
-    parts += [RULES, "", "## Arms", "", *_md_table(*arm_table(report)), "", "pass@1 of each seed:", ""]
+    parts += [rules(report), "", "## Arms", "", *_md_table(*arm_table(report)), "", "pass@1 of each seed:", ""]
     parts += [*_md_table(*seed_table(report)), ""]
     for title, header, rows in task_tables(report):
         parts += [f"Tasks of {title}:", "", *_md_table(header, rows), ""]

@@ -1,18 +1,19 @@
 """The result of a finished unit of a suite: `result.json`, computed once from its run folder.
 
-Figures are macro averages over the unit's evaluation tasks (METHOD §8); each task's own are kept beside them.
+Figures are macro averages over the unit's evaluation tasks (METHOD §8); each task's own are kept beside them. Where an
+evaluation was by both protocols, averages are those of this project's, and where noise was off and on, with it off.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from latent_grpo.common.config import RunConfig
+from latent_grpo.common.figure_names import by_label, of_first_protocol
 from latent_grpo.common.files import write_atomically
 from latent_grpo.common.metrics import read_metrics
 from latent_grpo.deploy.evaluation.scores import average
@@ -34,7 +35,8 @@ class UnitResult:
     seed: int
     is_start: bool
     metrics: dict[str, float]
-    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # by label (`common.figure_names`)
+    protocol: str = "ours"  # of `metrics` and `evaluations`
     evaluations: list[dict[str, float]] = field(default_factory=list)  # step and the same figures, by step
     training: list[dict[str, float]] = field(default_factory=list)  # step and a step's own figures, thinned
     probe: list[dict[str, float]] = field(default_factory=list)  # step, answer, other_numbers, fillers
@@ -66,7 +68,8 @@ def write_result(
         seed=unit.seed,
         is_start=unit.is_start,
         metrics=_macro(summary["after"]),
-        tasks=by_task(summary["after"]),
+        tasks=by_label(summary["after"]),
+        protocol=of_first_protocol(by_label(summary["after"]))[0],
         evaluations=evaluations,
         training=thinned(training),
         probe=_probe(folder, config) if probe and config.latent else [],
@@ -78,19 +81,10 @@ def write_result(
     return result
 
 
-def by_task(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Turns `task/name` -> value into task -> name -> value."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
-    for key, value in metrics.items():
-        task, _, name = key.rpartition("/")
-        found[task][name] = value
-    return dict(found)
-
-
 def _macro(metrics: dict[str, float]) -> dict[str, float]:
-    tasks = by_task(metrics).values()
+    _, tasks = of_first_protocol(by_label(metrics))
     return average(
-        [{**figures, "latent_share": figures["latent_length"] / figures["chain_length"]} for figures in tasks]
+        [{**figures, "latent_share": figures["latent_length"] / figures["chain_length"]} for figures in tasks.values()]
     )
 
 

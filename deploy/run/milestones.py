@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from latent_grpo.common.config import RunConfig, StopConfig
 from latent_grpo.common.config.stopping import EVALUATION, FIGURES
+from latent_grpo.common.figure_names import by_label, of_first_protocol
 from latent_grpo.common.metrics import FILE, read_metrics
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.progress import Reporter
@@ -137,10 +138,6 @@ def _measured(run: Path, rule: StopConfig, step: int) -> dict[int, float]:
 
 
 def _by_task(metrics: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
-    """Sorts `TASK/FIGURE` by task; a value that is not finite is left out."""
-    found: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items():
-        task, _, figure = name.rpartition("/")
-        if value is not None:
-            found.setdefault(task, {})[figure] = value
-    return found
+    """Sorts the figures of the first protocol by task; a value that is not finite is left out."""
+    finite = {name: value for name, value in metrics.items() if value is not None}
+    return of_first_protocol(by_label(finite))[1]

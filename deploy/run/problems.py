@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
+from latent_grpo.common.config import RunConfig, TaskConfig
+from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
 from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.prompts import EncodedPrompts, PromptRenderer, repeated_sentences
-from latent_grpo.common.tasks.benchmarks import CHOICE_PROMPT, prompt_of, prompt_of_messages, with_benchmark_defaults
+from latent_grpo.common.tasks.benchmarks import (
+    BENCHMARKS,
+    CHOICE_PROMPT,
+    prompt_of,
+    prompt_of_messages,
+    reference_rules,
+    with_benchmark_defaults,
+)
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.tasks.sources import (
     EMPTY_ANSWER,
@@ -31,6 +39,7 @@ from latent_grpo.rollout_workers.verifiers import build_verifier
 if TYPE_CHECKING:
     import numpy as np
 
+Protocols = tuple[EvaluationProtocol, ...]
 LAST_TOKENS = 4  # of a prompt, which are shown one by one
 TOO_LONG = "prompt over max_prompt_tokens"
 
@@ -43,6 +52,7 @@ class PreparedTask:
     renderer: PromptRenderer
     longest_prompt: int = 0  # tokens; for a generated task, max_prompt_tokens
     prompts: EncodedPrompts | None = None  # of a stored task's problems
+    protocols: Protocols = ("ours",)  # by which an evaluation measures it
 
     @property
     def name(self) -> str:
@@ -62,7 +72,8 @@ class PreparedTask:
             for sentence in repeated_sentences(text)
         ]
         config = self.source.config
-        asked = [line for line in CHOICE_PROMPT.user.split("\n") if line != "{problem}"]
+        rules = reference_rules(self.name) if self.protocols == ("reference",) else None
+        asked = [line for line in ((rules and rules.prompt) or CHOICE_PROMPT).user.split("\n") if line != "{problem}"]
         if config.verifier == "choice" and not problem.whole and not any(line in text for line in asked):
             warnings.append(
                 f"task {self.name}: verifier choice grades a letter, and its prompt does not ask for one as the "
@@ -82,30 +93,53 @@ class PreparedTask:
         return ids
 
 
-def renderer_of(task: TaskConfig, config: RunConfig, encoder: TextEncoder) -> PromptRenderer:
+def renderer_of(
+    task: TaskConfig, config: RunConfig, encoder: TextEncoder, protocol: EvaluationProtocol = "ours"
+) -> PromptRenderer:
     """Returns the renderer of a task's prompts."""
     prompt, date = config.model.prompt, config.model.date_string
-    plain, whole = prompt_of(task, prompt), prompt_of_messages(task, prompt)
+    plain, whole = prompt_of(task, prompt, protocol), prompt_of_messages(task, prompt)
     return PromptRenderer(encoder.tokenizer, plain, whole, rows=encoder.rows, date=date)
 
 
-def prepare_task(source: TaskSource, config: RunConfig, encoder: TextEncoder) -> PreparedTask:
+def prepare_task(
+    source: TaskSource, config: RunConfig, encoder: TextEncoder, protocols: Protocols = ("ours",)
+) -> PreparedTask:
     """Encodes a task's prompts; prompts of a stored task that are too long are dropped and counted.
 
     Raises TaskError when nothing is left.
     """
-    renderer = renderer_of(source.config, config, encoder)
+    renderer = renderer_of(source.config, config, encoder, protocols[0])
     limit = source.config.max_prompt_tokens
     if not isinstance(source, StoredTask):
-        return PreparedTask(source, renderer, limit)
+        return PreparedTask(source, renderer, limit, protocols=protocols)
     name = f"the prompts of {source.config.name}"
     prompts = renderer.encode_all([source.problem(i) for i in range(source.size)], encoder, name)
     fitting = source.filtered(lambda problem: len(prompts[problem.uid]) <= limit, TOO_LONG)
     longest = int(prompts.lengths[prompts.lengths <= limit].max())
-    return PreparedTask(fitting, renderer, longest, prompts)
+    return PreparedTask(fitting, renderer, longest, prompts, protocols)
 
 
-def read_task(task: TaskConfig, config: RunConfig, *, whole: bool = False) -> TaskSource:
+def protocols_of(task: TaskConfig, config: RunConfig) -> list[Protocols]:
+    """Returns the protocols by which an evaluation measures a task, those together that ask it the same prompts.
+
+    Raises TaskError for the protocol `reference` alone and a task that it does not know; with both such a task is
+    measured by this project's.
+    """
+    wanted, rules = config.evaluation.protocols, reference_rules(task.name)
+    if rules is None:
+        if "ours" not in wanted:
+            raise TaskError(
+                f"evaluation task {task.name}: evaluation.protocol reference measures {', '.join(BENCHMARKS)} alone; "
+                "leave the task out, or set evaluation.protocol to ours or both"
+            )
+        return [("ours",)]
+    return [wanted] if rules.prompt is None else [(protocol,) for protocol in wanted]
+
+
+def read_task(
+    task: TaskConfig, config: RunConfig, *, whole: bool = False, protocol: EvaluationProtocol = "ours"
+) -> TaskSource:
     """Loads a task and drops, with a count, the rows that are empty or that its verifier cannot grade.
 
     A `whole` task is an evaluation's and must not lack a row. Raises TaskError when nothing is left, and for a `whole`
@@ -113,7 +147,7 @@ def read_task(task: TaskConfig, config: RunConfig, *, whole: bool = False) -> Ta
     """
     verifier = build_verifier(config, with_benchmark_defaults(task).verifier)
     source = load_task(
-        task, config.seed, lambda gold: gold_is_parsable(verifier, gold), lambda text: extract(text).content
+        task, config.seed, lambda gold: gold_is_parsable(verifier, gold), lambda text: extract(text).content, protocol
     )
     if whole:
         _check_whole(source)
@@ -144,19 +178,23 @@ class Sources:
 
     training: list[TaskSource]
     evaluation: list[TaskSource]  # the same list as `training` for an evaluation alone, whose files are read once
+    protocols: list[Protocols]  # of each of `evaluation`
 
     @classmethod
     def read(cls, config: RunConfig, *, stored: bool = True) -> Sources:
         """Reads every task once; without `stored` only the generated ones. Raises TaskError."""
         wanted = [task for task in config.evaluation.tasks if stored or is_generated(task)]
-        evaluation = [read_task(task, config, whole=True) for task in wanted]
+        asked = [(task, protocols) for task in wanted for protocols in protocols_of(task, config)]
+        evaluation = [read_task(task, config, whole=True, protocol=protocols[0]) for task, protocols in asked]
+        by = [protocols for _, protocols in asked]
         if config.tasks == config.evaluation.tasks:
-            return cls(evaluation, evaluation)
-        return cls([read_task(task, config) for task in config.tasks if stored or is_generated(task)], evaluation)
+            return cls(evaluation, evaluation, by)
+        return cls([read_task(task, config) for task in config.tasks if stored or is_generated(task)], evaluation, by)
 
     def prepared(self, config: RunConfig, encoder: TextEncoder) -> Tasks:
         """Encodes the tasks' prompts. Raises TaskError."""
-        evaluation = [prepare_task(source, config, encoder) for source in self.evaluation]
+        asked = zip(self.evaluation, self.protocols, strict=True)
+        evaluation = [prepare_task(source, config, encoder, protocols) for source, protocols in asked]
         if self.training is self.evaluation:
             return Tasks(evaluation, evaluation)
         return Tasks([prepare_task(source, config, encoder) for source in self.training], evaluation)
@@ -225,33 +263,6 @@ class Problems:
         )
 
 
-def evaluation_requests(
-    config: RunConfig,
-    task: PreparedTask,
-    samples: int,
-    tag: str,
-    *,
-    noise: NoiseMode = "off",
-    limit: int | None = None,
-) -> Iterator[GroupRequest]:
-    """Yields a group of `samples` for each problem, with noise off unless given (pass@k, METHOD §8)."""
-    size = task.source.size
-    if size is None and limit is None:
-        raise ConfigError(f"task {task.name} is endless; set its options.size, or its limit, to evaluate on it")
-    count = min(n for n in (size, limit) if n is not None)
-    for index in range(count):
-        problem = task.source.problem(index)
-        yield group_request(
-            config,
-            task,
-            problem,
-            samples=samples,
-            purpose="evaluation",
-            uid=f"evaluation/{tag}/{problem.uid}",
-            noise=noise,
-        )
-
-
 def group_request(
     config: RunConfig,
     task: PreparedTask,
@@ -262,19 +273,24 @@ def group_request(
     uid: str,
     epoch: int = 0,
     noise: NoiseMode | None = None,
+    sampling: SamplingSettings | None = None,
+    verifier: str | None = None,
 ) -> GroupRequest:
-    """Returns the request for a group of `samples` of one problem; without `noise` the run's own mode is used."""
+    """Returns the request for a group of `samples` of one problem.
+
+    Without `sampling` it is the run's, with `noise` instead of its own mode if given; without `verifier` the task's.
+    """
     return GroupRequest(
         group_uid=uid,
         problem_uid=problem.uid,
         task=task.name,
         prompt_ids=task.prompt_ids(problem),
         sample_indices=tuple(range(samples)),
-        sampling=sampling_settings(config, task.source.config.max_response_tokens, noise),
+        sampling=sampling or sampling_settings(config, task.source.config.max_response_tokens, noise),
         purpose=purpose,
         epoch=epoch,
         run_seed=config.seed,
-        verifier=task.source.config.verifier,
+        verifier=verifier or task.source.config.verifier,
         gold_answer=problem.answer,
     )
 

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from latent_grpo.common.figure_names import label, protocol_of
 from latent_grpo.deploy.run.folder import FAILED, SFT_PURPOSE
 from latent_grpo.deploy.view.run_view import RunView
 from latent_grpo.deploy.view.trajectory import format_value
@@ -55,14 +56,19 @@ def sft_table(run: RunView) -> RenderableType:
     return Group(table, Text(note, style="dim"))
 
 
+def label_of(task: dict[str, Any]) -> str:
+    """Returns the label of a task of `evaluation.json`; files of before the protocols are of this project's."""
+    return label(task["task"], task.get("protocol", "ours"), task.get("noise", "off"))
+
+
 def evaluation_table(run: RunView) -> RenderableType:
     """Returns a table of an evaluation's tasks."""
     results = run.evaluation.get("tasks", [])
     if not results:
         return Text("the evaluation has no results yet", style="yellow")
     rows = [{"task": r["task"], **r} for r in results]
-    more = [[f"{r['problems']:,}", f"{r['samples']:,}"] for r in results]
-    table = _table("task", EVALUATION_COLUMNS, rows, ["problems", "samples"], more)
+    more = [[f"{r['problems']:,}", f"{r['samples']:,}", protocol_of(label_of(r))] for r in results]
+    table = _table("task", EVALUATION_COLUMNS, rows, ["problems", "samples", "protocol"], more)
     return Group(table, Text("trajectories: --task NAME, --failed, --correct", style="dim"))
 
 

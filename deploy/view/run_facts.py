@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from latent_grpo.common.figure_names import by_label, titled
 from latent_grpo.deploy.run.manifest_schema import DataFacts, FileFacts, HardwareFacts
+from latent_grpo.deploy.view.other_kinds import label_of
 from latent_grpo.deploy.view.run_view import RunView
 
 
@@ -15,16 +17,13 @@ def facts(run: RunView) -> list[tuple[str, str]]:
     minutes = f", {run.summary['minutes']:g} minutes" if "minutes" in run.summary else ""
     found = [("state", run.state + minutes)]
     for tag in ("before", "after"):
-        scores = {
-            name.removesuffix("/pass_at_1"): value
-            for name, value in run.summary.get(tag, {}).items()
-            if name.endswith("/pass_at_1")
-        }
+        labels = by_label(run.summary.get(tag) or {})
+        scores = [titled(of, f"{values['pass_at_1']:.3f}") for of, values in labels.items() if "pass_at_1" in values]
         if scores:
-            found.append((f"pass@1 {tag}", ", ".join(f"{task} {value:.3f}" for task, value in scores.items())))
+            found.append((f"pass@1 {tag}", ", ".join(scores)))
     tasks = run.evaluation.get("tasks", [])
     if tasks:
-        found.append(("pass@1", ", ".join(f"{task['task']} {task['pass_at_1']:.3f}" for task in tasks)))
+        found.append(("pass@1", ", ".join(titled(label_of(task), f"{task['pass_at_1']:.3f}") for task in tasks)))
     held_out = run.metric_rows("sft_evaluation")
     if run.kind == "sft" and held_out:
         found.append(("held-out pass@1", f"{held_out[-1]['metrics']['pass_at_1']:.3f} at step {held_out[-1]['step']}"))

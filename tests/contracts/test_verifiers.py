@@ -36,6 +36,9 @@ EXAMPLES = {
     "math": ([(r"\boxed{\frac12}", "0.5"), (r"\boxed{(x+1)^2}", "x^2+2x+1")], [(r"\boxed{2}", "0.5"), ("none", "0.5")]),
     "number": ([(r"\boxed{\$1,234}", "1234")], [(r"\boxed{1235}", "1234"), ("1234", "1234")]),
     "choice": ([(r"\boxed{(B)}", "B")], [(r"\boxed{C}", "B"), (r"\boxed{}", "B")]),
+    "reference_number": ([("3 and #### 1,234", "1234"), ("then 5", "5")], [(r"\boxed{6} 5", "5"), ("none", "5")]),
+    "reference_math": ([(r"\boxed{\dfrac12}", "1/2"), (r"\boxed{007}", "7")], [(r"\boxed{1+x}", "x+1"), ("7", "7")]),
+    "reference_choice": ([(r"\boxed{(b).}", "B"), ("so B", "B")], [(r"\boxed{C}", "B"), ("none", "B")]),
 }
 
 

@@ -213,25 +213,39 @@ def test_an_evaluation_alone_is_no_training(tmp_path):
 # --- what is left
 
 
-def figures(task, problems=4, pass_at_1=0.5):
+def figures(task, problems=4, pass_at_1=0.5, protocol="reference", **more):
     return TaskResult(
         task=task, problems=problems, samples=problems, pass_at_1=pass_at_1, standard_error=0.1, interval=(0.3, 0.7),
         runs=(pass_at_1,), mean_reward=pass_at_1, chain_length=20.0, latent_length=12.0, invalid_rate=0.25, ungraded=0,
+        protocol=protocol, **more,
     )  # fmt: skip
 
 
-def whole(*names):
-    return [figures(name, BENCHMARKS[name].problems) for name in names]
+def whole(*names, **more):
+    return [figures(name, BENCHMARKS[name].problems, **more) for name in names]
+
+
+LOW, HIGH = ([n for n, b in BENCHMARKS.items() if b.level == level] for level in ("low", "high"))
+OF_REFERENCE = f"{MACRO}/reference"
 
 
 def test_published_numbers_stand_only_beside_the_same_benchmark():
-    low, high = ([n for n, b in BENCHMARKS.items() if b.level == level] for level in ("low", "high"))
-    assert set(published(whole("math500"))) == {"math500"}
+    assert set(published(whole("math500"))) == {"math500/reference"}
     assert not published([figures("math500", problems=499)])  # a part of it is another benchmark
-    assert [p.pass_at_1 for p in published(whole(*low))[MACRO]] == [50.46, 50.73, 57.98, 58.32]
-    assert MACRO not in published(whole(*low[:3]))
-    assert MACRO not in published(whole(*low, high[0]))
-    assert published(whole(*high))[MACRO][-1].pass_at_1 == 41.72
+    assert not published(whole("math500", budget=512)), "and so is one whose samples are cut earlier"
+    assert [p.pass_at_1 for p in published(whole(*LOW))[OF_REFERENCE]] == [50.46, 50.73, 57.98, 58.32]
+    assert OF_REFERENCE not in published(whole(*LOW[:3]))
+    assert OF_REFERENCE not in published(whole(*LOW, HIGH[0]))
+    assert published(whole(*HIGH, budget=4096))[OF_REFERENCE][-1].pass_at_1 == 41.72
+
+
+def test_published_numbers_stand_only_beside_figures_of_the_authors_protocol():
+    assert published(whole(*HIGH, protocol="ours")) == {}
+    noisy = whole(*HIGH, noise="one_sided")
+    found = published([*whole(*HIGH, protocol="ours"), *whole(*HIGH), *noisy])
+    assert {OF_REFERENCE, f"{OF_REFERENCE}-noise", "aime2024/reference", "aime2024/reference-noise"} < set(found)
+    assert MACRO not in found
+    assert "math500" not in found
 
 
 def as_lists(node):
@@ -268,6 +282,7 @@ def test_table_shows_each_task_and_the_average():
         "0.804",
         "0.300-0.700",
         MACRO,
+        "reference, noise off",
         "25.0%",
         "Latent-GRPO 80.40, pass@64 87.8",
     ):

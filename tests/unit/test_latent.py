@@ -84,8 +84,10 @@ def test_the_engines_fast_path_equals_the_full_one_exactly(vocabulary, top_m):
         assert torch.equal(a, b)
     assert (full[0] < vocabulary - 4).all()
     settings = {"temperature": 0.6, "top_p": 0.95, "top_k": 30, "allowed": allowed}
-    for a, b in zip(sample_visible(logits, noise, **settings), visible_step(logits, keys, steps, **settings)):
-        assert torch.equal(a, b)
+    for top_k in (30, 0):  # 0: no bound but the nucleus
+        settings["top_k"] = top_k
+        for a, b in zip(sample_visible(logits, noise, **settings), visible_step(logits, keys, steps, **settings)):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("one_sided", [True, False])
@@ -132,6 +134,31 @@ def test_a_top_k_beyond_the_first_look_is_exact_without_waiting(most):
     assert torch.equal(unknown.ids, ids)
     one = visible_step(logits, keys, steps, **(settings | {"top_k": most}), widen=False)
     assert torch.equal(one.ids[one.exact], sample_visible(logits, noise, **(settings | {"top_k": most}))[0][one.exact])
+
+
+def test_rows_with_and_without_top_k_are_exact_side_by_side():
+    """Evaluations by both protocols decode together: a row without top_k has the nucleus of all ids."""
+    vocabulary, rows = 900, 64
+    logits, _ = draws(rows, vocabulary, seed=5)
+    logits *= torch.linspace(0.0, 2.0, rows)[:, None]
+    keys, steps = torch.arange(rows) * 31 + 2**50, torch.arange(rows)
+    allowed = torch.arange(vocabulary) % 3 != 0  # a third of the mass can never be drawn
+    top_k = torch.where(torch.arange(rows) % 2 == 0, 0, 30)
+    noise = gumbel_noise(keys, steps, torch.arange(vocabulary).expand(rows, -1))
+    settings = {"temperature": 0.6, "top_p": 0.95, "allowed": allowed}
+    ids, log_probs = sample_visible(logits, noise, top_k=top_k, **settings)
+    for widen in (True, False):
+        step = visible_step(logits, keys, steps, top_k=top_k, largest_top_k=30, widen=widen, **settings)
+        assert torch.equal(step.ids[step.exact], ids[step.exact])
+        assert torch.equal(step.log_probs[step.exact], log_probs[step.exact])
+        assert step.exact.all() if widen else step.exact.sum() > rows // 2
+    alone = sample_visible(logits, noise, top_k=0, **settings)[0]
+    assert torch.equal(alone[::2], ids[::2])
+    p = torch.softmax((logits / 0.6).masked_fill(~allowed, float("-inf")).double(), -1).sort(-1, descending=True).values
+    before = p.cumsum(-1) - p
+    rank = (logits.masked_fill(~allowed, float("-inf")) > logits.gather(-1, alone[:, None])).sum(-1)
+    assert (before.gather(-1, rank[:, None]) < 0.95 + 1e-6).all(), "every draw is inside the nucleus of all allowed ids"
+    assert (rank > 30).any(), "the test needs draws that top_k would not allow"
 
 
 def test_unusable_logits_are_marked_where_nothing_may_wait():

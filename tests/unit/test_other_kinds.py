@@ -108,8 +108,8 @@ def test_an_evaluation_is_shown_as_one(tmp_path, stated):
         folder.write_json("run.json", {"lineage": 0})
     assert (open_run(path).state, open_run(path).finished) == ("finished evaluation", True)
     text = " ".join(shown(folder).split())
-    assert "gsm8k 0.500 9.0 5.0 0.0% 1,319 6,595" in text
-    assert "pass@1 gsm8k 0.500" in text
+    assert "gsm8k 0.500 9.0 5.0 0.0% 1,319 6,595 ours" in text
+    assert "pass@1 gsm8k 0.500 (protocol ours)" in text
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import statistics
 import numpy as np
 import pytest
 
+from latent_grpo.common.figure_names import by_label
 from latent_grpo.common.schema import encode
 from latent_grpo.common.types import SamplingSettings, Trajectory
-from latent_grpo.deploy.evaluation.scores import average, interval, macro_average, pass_at_k, pass_at_k_results, results
-from latent_grpo.deploy.reproduce.results import by_task
+from latent_grpo.deploy.evaluation.scores import Tally, average, interval, macro_average, pass_at_k, results
 
 K = 2
 
@@ -52,6 +52,14 @@ def groups_of(table: dict[str, list[list[float | None]]], latent: int = 3, hard:
             yield encode([trajectory(task, number, i, r, latent, hard, valid=True) for i, r in enumerate(rewards)], k=K)
 
 
+def sampled(groups, ks):
+    """Task -> pass@k of its groups, for each k."""
+    tallies = {}
+    for group in groups:
+        tallies.setdefault(group.column("task")[0].as_py(), Tally()).add(group)
+    return {task: tally.pass_at_k(ks) for task, tally in tallies.items()}
+
+
 # --- pass@k
 
 
@@ -83,7 +91,7 @@ def test_pass_at_k_refuses_what_has_no_meaning(samples, correct, k):
 
 def test_pass_at_k_of_a_task_is_the_mean_over_problems_and_leaves_ungraded_samples_out():
     table = {"a": [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, None]]}
-    (one, two, four) = pass_at_k_results(groups_of(table), [1, 2, 4])["a"]
+    (one, two, four) = sampled(groups_of(table), [1, 2, 4])["a"]
     assert (one.k, one.value) == (1, pytest.approx((0.25 + 0 + 1) / 3))
     assert two.value == pytest.approx((0.5 + 0 + 1) / 3)
     assert (four.value, four.problems) == (pytest.approx((1 + 0) / 2), 2)  # three graded samples give no pass@4
@@ -117,7 +125,7 @@ def test_correct_is_the_verifiers_word_and_the_reward_only_a_reward():
     assert result.runs == (0.0, 1.0, 1.0, 0.0)
     assert result.other_rewards
     assert result.metrics()["a/mean_reward"] == result.mean_reward
-    (one, two) = pass_at_k_results([group], [1, 2])["a"]
+    (one, two) = sampled([group], [1, 2])["a"]
     assert (one.value, two.value) == (0.5, pytest.approx(1 - 1 / 6))
     (usual,) = results(groups_of({"a": [[1, 0], [None, 1]]}))
     assert not usual.other_rewards
@@ -167,11 +175,11 @@ def test_every_task_weighs_the_same_in_the_macro_average():
 
 def test_stored_figures_have_the_same_macro_average():
     table = {"a": [[1], [1], [1], [0]], "b": [[0], [1], [None]]}
-    sampled = pass_at_k_results(groups_of({"a": [[1, 0, 0, 1], [0, 0, 0, 1]], "b": [[1, 1, 0, 0]]}), [1, 2])
-    found = [dataclasses.replace(r, pass_at_k=sampled[r.task]) for r in results(groups_of(table))]
+    at_k = sampled(groups_of({"a": [[1, 0, 0, 1], [0, 0, 0, 1]], "b": [[1, 1, 0, 0]]}), [1, 2])
+    found = [dataclasses.replace(r, pass_at_k=at_k[r.task]) for r in results(groups_of(table))]
     found[1] = dataclasses.replace(found[1], pass_at_k=found[1].pass_at_k[:1])  # pass@2 of one task only
     stored = {name: value for result in found for name, value in result.metrics().items()}
-    averaged = average([*by_task(stored).values()])
+    averaged = average([*by_label(stored).values()])
     assert averaged == macro_average(found).figures()
     assert "sampled_pass_at_1" in averaged
     assert "sampled_pass_at_2" not in averaged

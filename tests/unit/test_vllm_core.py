@@ -320,7 +320,7 @@ def test_block_names_are_shared_in_the_prompt_and_the_requests_own_behind_it():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"max_tokens": 0}, "do not fit"), ({"k": 0}, "allowed ids"), ({"top_k": 0}, "top_k >= 1")],
+    [({"max_tokens": 0}, "do not fit"), ({"k": 0}, "allowed ids"), ({"top_k": -1}, "top_k >= 0")],
 )
 def test_refusals_name_what_was_received(change, message):
     facts = TokenFacts(

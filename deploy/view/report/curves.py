@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from latent_grpo.common.figure_names import protocol_of, titled
 from latent_grpo.deploy.run.folder import FAILED
 from latent_grpo.deploy.view.run_view import RunView
 
@@ -166,16 +167,18 @@ def _pass_at_1(run: RunView) -> dict[str, Any] | None:
     """Returns the chart of evaluations (noise off, held-out problems): a line per task, with its standard error."""
     rows = run.metric_rows("evaluation")
     tasks = list(dict.fromkeys(key for row in rows for key in row["metrics"] if key.endswith("/pass_at_1")))
+    protocols = list(dict.fromkeys(protocol_of(key.removesuffix("/pass_at_1")) for key in tasks))
     series = []
     for key in tasks:
         task = key.removesuffix("/pass_at_1")
         has = [row for row in rows if row["metrics"].get(key) is not None]
         errors = [row["metrics"].get(f"{task}/standard_error") or 0.0 for row in has]
-        series.append(_series(task, [r["step"] for r in has], [r["metrics"][key] for r in has], error=_rounded(errors)))
+        name = task if len(protocols) < 2 else titled(task)
+        series.append(_series(name, [r["step"] for r in has], [r["metrics"][key] for r in has], error=_rounded(errors)))
     return _json(
         "pass@1",
-        "Accuracy on problems that are not trained on, with the noise off: the result of the run. Bars are standard "
-        "errors.",
+        "Accuracy on problems that are not trained on: the result of the run, by the protocol "
+        f"{' and '.join(protocols)} of evaluation (that of ours has the noise off). Bars are standard errors.",
         "percent",
         series,
     )

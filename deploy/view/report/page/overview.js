@@ -22,10 +22,17 @@ function scores(tag) {
   return new Map(found.map(([key, value]) => [key.slice(0, -"/pass_at_1".length), value]));
 }
 
+// A label of `common/figure_names.py` with the protocol that it stands for.
+function titled(label) {
+  const at = label.lastIndexOf("/reference");
+  if (at < 0) return `${label} (protocol ours)`;
+  return `${label.slice(0, at)} (protocol reference, noise ${label.endsWith("-noise") ? "on" : "off"})`;
+}
+
 function verdict() {
   const before = scores("before"), after = scores("after");
   const parts = [...after].filter(([task]) => before.has(task)).map(([task, value]) =>
-    `pass@1 on ${task} went from ${percent(before.get(task), 1)} to ${percent(value, 1)}`);
+    `pass@1 on ${titled(task)} went from ${percent(before.get(task), 1)} to ${percent(value, 1)}`);
   return (parts.length ? parts.join("; ") + ". " : "") + index.state[0].toUpperCase() + index.state.slice(1) + ".";
 }
 
