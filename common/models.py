@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -254,5 +255,15 @@ def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrained
     """Writes a folder that :func:`load_model`, :func:`load_tokenizer` and any Hugging Face tool can read."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    # where `accelerate` is installed, save_pretrained imports DeepSpeed, which says which accelerator it found
+    deepspeed_log = logging.getLogger("DeepSpeed")
+    deepspeed_log.addFilter(_says_more_than_the_accelerator)
+    try:
+        model.save_pretrained(folder)
+    finally:
+        deepspeed_log.removeFilter(_says_more_than_the_accelerator)
     tokenizer.save_pretrained(folder)
+
+
+def _says_more_than_the_accelerator(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to" not in record.getMessage()

@@ -70,6 +70,11 @@ class RankActor:
         """Returns the module around `model` that a step calls, and its optimizer's settings."""
         raise NotImplementedError
 
+    @property
+    def loaded_dtype(self) -> str:
+        """The data type in which the model is loaded; float32 for weights that are trained, as master weights."""
+        return "float32"
+
     def whereabouts(self) -> ProcessAddress:
         """Returns this process's address and makes it answer with its stacks on request."""
         return serve_stacks()
@@ -92,7 +97,7 @@ class RankActor:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(learner.resources.threads)
         init_distributed(rank=rank, world=world, address=address, port=port, device=self.device)
-        module, optimizer = self.build(load_policy_model(model_folder))
+        module, optimizer = self.build(load_policy_model(model_folder, self.loaded_dtype))
         self.engine = ZeroEngine(module, optimizer, learner, self.config.model.dtype, self.device)
 
     def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -126,8 +131,7 @@ class RankActor:
 
     def write_model(self, parameters: dict[str, torch.Tensor], source: str, folder: Path) -> None:
         """Writes a model folder like `source` (a folder or hub id) with these parameters and its other files."""
-        model = load_policy_model(source)
-        model.to(getattr(torch, self.config.model.dtype))
+        model = load_policy_model(source, self.config.model.dtype)
         names = dict(model.named_parameters())
         with torch.no_grad():
             for name, tensor in parameters.items():

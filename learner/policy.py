@@ -124,8 +124,8 @@ def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [layer for part in model.base_model.children() if isinstance(part, nn.ModuleList) for layer in part]
 
 
-def load_policy_model(folder: str) -> PreTrainedModel:
-    """Loads the model in float32; DeepSpeed keeps float32 master weights and casts by itself."""
+def load_policy_model(folder: str, dtype: str = "float32") -> PreTrainedModel:
+    """Loads the model, in float32 where it is trained: DeepSpeed keeps float32 master weights and casts by itself."""
     from latent_grpo.common.models import load_model
 
-    return load_model(folder, "float32")
+    return load_model(folder, dtype)

@@ -20,6 +20,7 @@ from latent_grpo.deploy.run.preparation import Checked, InitialModel, check, fil
 from latent_grpo.deploy.run.problems import describe, renderer_of
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
 from latent_grpo.deploy.run.sft_data import SFTData
+from latent_grpo.learner.sft.lora import missing_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,6 +152,7 @@ def memory_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
         of_sft = rank_memory(config, shape, tokens, frozen_embeddings=False, longest=longest, lora=sft.lora)
         stages = {"Latent-SFT": of_sft, **stages}
         if sft.lora is not None:
+            rows += [("warning", sentence)] if (sentence := missing_package()) is not None else []
             trained = shape.factors(sft.lora, config.model.train_layers)
             rows.append(("trained in Latent-SFT", f"{trained:,} parameters of LoRA, of rank {sft.lora.rank}"))
     rows += [(f"memory of a learner rank, {name}", str(memory)) for name, memory in stages.items()]

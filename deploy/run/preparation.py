@@ -28,6 +28,7 @@ from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.sft_data import SFTData, has_chain, prepare_sft
+from latent_grpo.learner.sft.lora import missing_package
 from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.verifiers import check_verifiers
 from latent_grpo.rollout_workers.vllm_plugin import support
@@ -126,6 +127,9 @@ def check(
     if stored:
         check_files(config)
     check_model_path(config)
+    due = config.warm_start is not None and not _has_start(folder)
+    if not elsewhere and due and config.latent_sft.lora is not None:
+        check_lora()
     engine = check_engine(config, elsewhere=elsewhere)
     verifiers = check_verifiers(config, spare=folder is not None)  # 0.1.0 started runs with spare ones
     for line in large_files(config) if stored else []:
@@ -143,7 +147,7 @@ def check(
     tasks = sources.prepared(config, encoder)
     check_positions((*tasks.training, *tasks.evaluation), model.positions, model.source or "model.new")
     sft = None
-    if config.warm_start is not None and not _has_start(folder):
+    if due:
         complete = len(tasks.training) == len(config.tasks)
         if complete or any(has_chain(task.source) for task in tasks.training):
             sft = prepare_sft(config, tasks.training, encoder, model.facts)
@@ -249,6 +253,12 @@ def large_files(config: RunConfig) -> list[str]:
     files = [Path(path) for path in paths if Path(path).is_file()]
     sizes = [(file, file.stat().st_size / 2**20) for file in files]
     return [f"reading {file} ({size:,.0f} MiB)" for file, size in sizes if size >= LARGE_MIB]
+
+
+def check_lora(problem: Callable[[], str | None] = missing_package) -> None:
+    """Raises ConfigError where LoRA's package is not installed."""
+    if (sentence := problem()) is not None:
+        raise ConfigError(sentence)
 
 
 def check_model_path(config: RunConfig) -> None:

@@ -115,6 +115,11 @@ class SFTRank(RankActor):
         )
         return module, settings.optimizer
 
+    @property
+    def loaded_dtype(self) -> str:
+        """Frozen weights need no master weights, and a large model in float32 would fill the node's memory."""
+        return super().loaded_dtype if self.config.latent_sft.lora is None else self.config.model.dtype
+
     def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the weights of a plain model, whatever is trained."""
         return plain_parameters(super().policy_parameters(), self.lora)

@@ -8,7 +8,8 @@ that measure pass@1, the model that Latent-SFT leaves, and the RL that starts fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,6 +31,13 @@ class Addition(NamedTuple):
 
     scale: float  # alpha / rank
     transposed: bool  # the weights are [in, out], as GPT-2's are
+
+
+def missing_package(find: Callable[[str], object | None] = find_spec) -> str | None:
+    """Returns a sentence that says what to install for LoRA, or None where it is there. `find` looks for a package."""
+    if find("peft") is not None:
+        return None
+    return "warm_start.lora needs the package peft, which is not installed: pip install 'latent-grpo[lora]'"
 
 
 def add_lora(

@@ -8,7 +8,8 @@ import torch
 from latent_grpo.common.config import ConfigError, LoRAConfig, NewModelConfig, load_config
 from latent_grpo.common.models import make_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
-from latent_grpo.learner.sft.lora import add_lora, plain_parameters
+from latent_grpo.deploy.run.preparation import check_lora
+from latent_grpo.learner.sft.lora import add_lora, missing_package, plain_parameters
 
 IDS = torch.tensor([[2, 3, 4, 5]])
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt2"]
@@ -87,3 +88,9 @@ def test_what_lora_does_not_go_with_is_refused_and_a_given_model_has_its_own_rat
     given = ["model.path=some/model", "model.new=null"]
     settings = [load_config("quickstart", [*given, *more]) for more in ([], ["warm_start.lora={}"])]
     assert [config.warm_start.optimizer.lr for config in settings] == [2e-5, 1e-4]
+
+
+def test_a_missing_package_is_said_with_what_to_install():
+    check_lora()
+    with pytest.raises(ConfigError, match=r"needs the package peft, .*: pip install 'latent-grpo\[lora\]'"):
+        check_lora(lambda: missing_package(lambda name: None))
