@@ -24,3 +24,7 @@ class RunError(LatentGRPOError, RuntimeError):
 
 class MetricsError(RunError):
     """A metric sink that cannot work, or a record that cannot be written."""
+
+
+class RayLost(RunError):
+    """The Ray that a run works with is gone or stuck. Another process may go on from the run's last checkpoint."""

@@ -39,6 +39,8 @@ class _Deferral:
     taken = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
+        if self.noted and time.monotonic() - self.noted.at < _same_signal_s:
+            return
         if self.noted:
             raise KeyboardInterrupt
         self.noted = Interrupted(number, time.monotonic())
@@ -52,6 +54,13 @@ class _Deferral:
 
 
 _innermost: _Deferral | None = None
+_same_signal_s = 0.0
+
+
+def ignore_repeats(seconds: float) -> None:
+    """Takes signals within `seconds` of a first one for the same: a process may get one by more than one way."""
+    global _same_signal_s
+    _same_signal_s = seconds
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ from typing import Any
 
 import ray
 
-from latent_grpo.common.errors import RunError
+from latent_grpo.common.errors import RayLost
 
 
 def put_within(value: object, seconds: float, key: str) -> ray.ObjectRef[Any]:
     """`ray.put` with a deadline: on a node whose raylet is stopped it would wait forever.
 
-    Raises RunError, which names `key` as the setting of the deadline.
+    Raises RayLost, which names `key` as the setting of the deadline.
     """
     outcome: list[ray.ObjectRef[Any] | BaseException] = []
 
@@ -27,7 +27,7 @@ def put_within(value: object, seconds: float, key: str) -> ray.ObjectRef[Any]:
     thread.start()
     thread.join(seconds)
     if not outcome:
-        raise RunError(
+        raise RayLost(
             f"Ray on this node did not take an object within {seconds:g} s ({key}): its raylet is stopped or stuck"
         )
     if isinstance(outcome[0], BaseException):

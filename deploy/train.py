@@ -22,6 +22,7 @@ from latent_grpo.common.figure_names import by_label, protocol_of, task_of
 from latent_grpo.common.interrupts import Interrupted
 from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate
+from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.folder import RunFolder, create_run, reopen_run
 from latent_grpo.deploy.run.manifest import record_model
 from latent_grpo.deploy.run.milestones import Milestones
@@ -55,10 +56,11 @@ def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = N
 
 
 def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, prepared: Prepared) -> RunFolder:
+    link.tell(run=str(folder.path.resolve()), driver_s=config.deadlines.driver_s)
     with run_session(folder, config, lineage, reporter, prepared) as run, timed(run):
-        base = run.initial
+        base, run.recovery = run.initial, link.recovery_here(folder.path)
         if config.warm_start is not None:
-            base = recovering(run, lambda: warm_start(run), kind="sft")
+            base = recovering(run, lambda: warm_start(run))
             record_model(folder, "base", base)
         recovering(run, lambda: _reinforce(run, base))
         run.record(dropped=run.problems.dropped)

@@ -121,6 +121,8 @@ class DeadlineConfig(Section):
     place_s: Annotated[float, Field(gt=0)] = 1800.0
     """Time to wait for room in the cluster, in seconds: at the start for all ranks and `rollout.min_workers`, and later
     whenever fewer workers than that are left."""
+    driver_s: Annotated[float, Field(gt=0)] = 120.0
+    """Time without a sign of life of the run's controller until its supervisor starts it again, in seconds."""
     start_s: Annotated[float, Field(gt=0)] = 300.0
     """Time for an actor that has a place in the cluster to load its model and answer, in seconds."""
     rollout_s: Annotated[float, Field(gt=0)] = 600.0

@@ -19,11 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from latent_grpo.common.config import ConfigError, config_as_json
-from latent_grpo.common.errors import LatentGRPOError
+from latent_grpo.common.errors import LatentGRPOError, RayLost
 from latent_grpo.deploy.cli.arguments import listed, overrides, settings, whole_numbers
 from latent_grpo.deploy.cli.bench import bench
 from latent_grpo.deploy.cli.data import data
 from latent_grpo.deploy.cli.reading import reading
+from latent_grpo.deploy.run import link
 
 HELP = """Trains and evaluates models that reason in latent steps.
 
@@ -86,11 +87,17 @@ def train(
     ] = None,
 ) -> None:
     """Trains a new run from a profile, or continues a stopped one (`--resume RUN`) from its last checkpoint."""
+    if sum(map(bool, (resume, rollout_only, train_only))) > 1:
+        raise ConfigError("--resume, --rollout-only and --train-only exclude each other; give one of them")
+    if not (rollout_only or train_only or link.supervised()):
+        from latent_grpo.deploy.supervisor import supervise
+
+        given = ["--resume", resume] if resume else ["--profile", profile]
+        raise typer.Exit(supervise([*given, *context.args], say))
+
     from latent_grpo.deploy import single_service
     from latent_grpo.deploy import train as training
 
-    if sum(map(bool, (resume, rollout_only, train_only))) > 1:
-        raise ConfigError("--resume, --rollout-only and --train-only exclude each other; give one of them")
     with interruptible():
         if rollout_only:
             single_service.rollout_only(settings(profile, context), profile)
@@ -304,12 +311,32 @@ def command_of_job(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def say(message: str, heading: str = "[yellow]supervisor[/]") -> None:
+    """Prints one line to standard error."""
+    Console(stderr=True).print(f"{heading} {escape(message)}", soft_wrap=True, highlight=False)
+
+
 def main() -> None:
     """Runs the command line. An expected error ends it with one line and the error's own exit code."""
     if (here := os.getcwd()) not in sys.path and "" not in sys.path:
         sys.path.append(here)  # a user's verifiers, tasks and sinks are there; `python -m` has it already
+    if link.supervised():
+        link.connect()
     try:
         app()
     except LatentGRPOError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        say(str(error), "[bold red]error[/]")
+        link.tell(**({"crashed": f"has lost its Ray: {error}"} if isinstance(error, RayLost) else {"ended": True}))
         sys.exit(error.exit_code)
+    except BaseException as error:  # SystemExit too, by which every command ends
+        if isinstance(error, ray_is_gone()):
+            link.tell(crashed=f"has lost its Ray: {str(error).strip().splitlines()[0]}")
+        link.tell(ended=True)
+        raise
+
+
+def ray_is_gone() -> tuple[type[BaseException], ...]:
+    """The errors by which Ray says that its head or raylet is gone; none where Ray is not loaded."""
+    exceptions = sys.modules.get("ray.exceptions")
+    names = ("RaySystemError", "LocalRayletDiedError", "RpcError")
+    return tuple(getattr(exceptions, name) for name in names if hasattr(exceptions, name))

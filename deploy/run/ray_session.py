@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 
 from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.object_store import ON_A_CLUSTER, Store, local_store, running_store, spill_watch
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.reservation import Reservation, Services, amounts, reserved
@@ -69,6 +70,7 @@ def ray_session(
         _report(_running(config, published_bytes), reporter)
     else:
         temporary = tempfile.mkdtemp(prefix="lg-")  # short: Unix socket paths end at 107 bytes
+        link.tell(ray=temporary)
         _start_local(local_store(config, published_bytes), temporary, reporter)
     try:
         if not address:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latent_grpo.common.config import RunConfig, config_as_json
 from latent_grpo.common.files import save_whole
@@ -21,15 +21,13 @@ from latent_grpo.deploy.run.preparation import Prepared
 from latent_grpo.deploy.run.problems import Problems
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.ray_session import ray_session
+from latent_grpo.deploy.run.recoveries import Recovery
 from latent_grpo.deploy.run.reservation import Reservation, Services
 from latent_grpo.deploy.run.versions import differences
 from latent_grpo.learner.publication import published_bytes
 from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.factory import WorkerFactory
 from latent_grpo.rollout_workers.pool import RolloutPool
-
-if TYPE_CHECKING:
-    from latent_grpo.deploy.run.recovery import Recovery
 
 
 @dataclass(slots=True)

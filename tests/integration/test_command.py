@@ -1,11 +1,9 @@
 """The command as a user runs it: killed, interrupted, resumed. Each run is a process of its own with its own Ray."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -22,14 +20,6 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPT_S = 30  # what the product promises of a machine that has time for it
 BUSY_S = 60  # what a test grants on top, so that a busy machine is no failure
-
-
-@pytest.fixture
-def environment():
-    """A private home (Ray's token lies there) and no Ray of anybody else."""
-    with tempfile.TemporaryDirectory(prefix="lgt-") as home:
-        changed = {"HOME": home, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-        yield {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | changed
 
 
 def start(environment, log, *arguments):
@@ -80,7 +70,7 @@ def test_a_killed_learner_is_named_and_an_interrupt_keeps_its_checkpoint(environ
     profile, runs, log = tmp_path / "tiny.yaml", tmp_path / "runs", tmp_path / "log"
     profile.write_text(yaml.safe_dump({**PROFILE, "steps": 100_000, "runs_folder": str(runs), "evaluation": {}}))
 
-    process = start(environment, log, "--profile", str(profile))
+    process = start(environment, log, "--profile", str(profile), "max_recoveries=0")
     wait_for(lambda: list(runs.glob("tiny-*")), "run folder", process, log)
     (folder,) = runs.iterdir()
     wait_for(lambda: steps_done(folder) >= 3, "three steps", process, log)
@@ -89,6 +79,7 @@ def test_a_killed_learner_is_named_and_an_interrupt_keeps_its_checkpoint(environ
     learner.send_signal(signal.SIGKILL)
     assert process.wait(300) == 1, log.read_text()
     assert "learner rank 0 died" in log.read_text()
+    assert f"`latent-grpo train --resume {folder}` continues from the last checkpoint" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert not left_of(processes, INTERRUPT_S + BUSY_S)
     kept = latest_checkpoint(folder / "checkpoints")

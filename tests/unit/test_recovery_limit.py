@@ -6,7 +6,7 @@ import pytest
 
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.metrics import MetricsWriter
-from latent_grpo.deploy.run import recovery
+from latent_grpo.deploy.run import recoveries as recovery
 
 
 def test_recoveries_of_the_last_hour_count_and_older_ones_do_not(tmp_path):

@@ -1,0 +1,73 @@
+"""The link between a supervised run and its supervisor (`deploy.supervisor`): two pipes, named in the environment.
+
+The run tells where its folder is, that it lives, and that it ended by itself. When the supervisor is gone, the run
+ends as after SIGTERM: it saves its state, and nothing goes on unseen. Without a supervisor every function does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from latent_grpo.common import interrupts
+from latent_grpo.deploy.run.recoveries import Recovery
+
+PIPES = "LATENT_GRPO_SUPERVISOR"  # "READ,WRITE": file descriptors of the run
+RECOVERY = "LATENT_GRPO_RECOVERY"  # the recovery that starts the run again, as JSON
+BEAT_S = 2.0
+SAME_SIGNAL_S = 1.0  # one signal to a whole process group reaches the run twice: itself, and from its supervisor
+
+_write: int | None = None
+
+
+def supervised() -> bool:
+    """Whether this process has a supervisor."""
+    return PIPES in os.environ
+
+
+def connect() -> None:
+    """Begins to tell the supervisor that this process lives, and to watch whether the supervisor does."""
+    global _write
+    read, _write = map(int, os.environ[PIPES].split(","))
+    interrupts.ignore_repeats(SAME_SIGNAL_S)
+    for number in (read, _write):
+        os.set_inheritable(number, False)  # no process that this one starts may hold the pipes open
+    threading.Thread(target=_beat, daemon=True).start()
+    threading.Thread(target=_watch, args=(read,), daemon=True).start()
+
+
+def tell(**facts: Any) -> None:
+    """Tells the supervisor facts, such as `run`, the run's folder."""
+    if _write is not None:
+        with contextlib.suppress(OSError):  # it is gone: `_watch` ends the run
+            os.write(_write, (json.dumps(facts) + "\n").encode())
+
+
+def recovery_here(folder: Path) -> Recovery | None:
+    """Returns the recovery that has started this run again, or None."""
+    given = json.loads(os.environ.get(RECOVERY, "null"))
+    return Recovery(**given["recovery"]) if given and Path(given["run"]) == folder.resolve() else None
+
+
+def environment(read: int, write: int, recovery: Recovery | None, run: str | None) -> dict[str, str]:
+    """Returns the environment of a supervised run."""
+    named = {PIPES: f"{read},{write}"}
+    return named if recovery is None else named | {RECOVERY: json.dumps({"run": run, "recovery": asdict(recovery)})}
+
+
+def _beat() -> None:
+    while True:
+        tell(lives=True)
+        threading.Event().wait(BEAT_S)
+
+
+def _watch(read: int) -> None:
+    while os.read(read, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

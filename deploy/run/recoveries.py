@@ -1,0 +1,55 @@
+"""The record of a run's recoveries, one line each in `recoveries.jsonl`, and the limit on them.
+
+A run that loses a learner rank (`deploy.run.recovery`) or its controller (`deploy.supervisor`) goes on from its last
+checkpoint by itself, at most `max_recoveries` times within an hour, whichever process saw the loss. Needs neither torch
+nor Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from latent_grpo.common.errors import RunError
+from latent_grpo.common.metrics import read_metrics
+
+FILE = "recoveries.jsonl"
+WITHIN_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """A recovery that has begun. `began` is in seconds since 1970."""
+
+    began: float
+    cause: str
+    lineage: int  # that it makes
+    reached: int  # the last step of the lineage that ended
+
+    def over(self, step: int) -> str:
+        """Says what it has cost, now that the run goes on after step `step`."""
+        lost, seconds = max(self.reached - step, 0), time.time() - self.began
+        again = f"{lost} step(s) are done again" if lost else "no finished step is lost"
+        return f"recovered within {seconds:.0f} s: the run goes on after step {step}; {again}"
+
+
+def begin(folder: Path, cause: str, *, lineage: int, limit: int) -> Recovery:
+    """Records a recovery that makes `lineage`.
+
+    Raises RunError where `limit` (`max_recoveries`) recoveries have begun within the last hour.
+    """
+    now, file = time.time(), folder / FILE
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    recent = sum(1 for row in rows if row["began"] > now - WITHIN_S)  # times ahead of a clock that was put back, too
+    if recent >= limit:
+        raise RunError(
+            f"{cause}. The run has recovered {recent} time(s) within an hour, and max_recoveries allows {limit}; "
+            f"`latent-grpo train --resume {folder}` continues from the last checkpoint"
+        )
+    steps = {kind: [row["step"] for row in read_metrics(folder, kind=kind)] for kind in ("train", "sft")}
+    recovery = Recovery(now, cause, lineage, max(steps["train"] or steps["sft"] or [0]))
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(asdict(recovery)) + "\n")
+    return recovery
