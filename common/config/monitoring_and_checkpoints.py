@@ -35,9 +35,9 @@ class EvaluationConfig(Section):
     interim_problems: PositiveInt | None = None
     """Number of problems per task on which the evaluations of `every` measure, the first ones; null: all. Before and
     after training all problems are measured; the curve of a run, its best checkpoint and `stop_on` are of the first
-    ones throughout."""
+    ones throughout, by the first protocol where there are two."""
     interim_runs: PositiveInt | None = None
-    """Number of repetitions of those evaluations; null: `runs`."""
+    """Largest number of repetitions of those evaluations; null: that of the protocol, `runs` for this project's."""
     pass_at_k: list[PositiveInt] | None = None
     """Values of k for which pass@k is given; null: those of 1, 4, 8, 16, 32 and 64 that `samples` allows."""
     sampled_problems: PositiveInt | None = None

@@ -102,13 +102,6 @@ class StoredTask:
         return StoredTask(self.config, kept, dropped)
 
 
-def first_problems(source: TaskSource, count: int) -> TaskSource:
-    """Returns the task with its first `count` problems alone, or with all where it has fewer."""
-    if isinstance(source, StoredTask):
-        return StoredTask(source.config, [source.problem(i) for i in range(min(count, source.size))], source.dropped)
-    return GeneratedTask(source.config, source.problem, count if source.size is None else min(count, source.size))
-
-
 def describe_dropped(dropped: dict[str, list[int]]) -> str:
     """Describes dropped rows as `dropped 3 empty problem (rows 4, 9, 17)`; empty if there are none."""
     parts = []
@@ -234,6 +227,11 @@ def _stored(
 
 
 Row = dict[str, Any]  # of a file: the cell of each column
+
+
+def read_rows(config: TaskConfig) -> list[Row]:
+    """Reads the rows of a task's file or hub dataset, as they are. Raises TaskError."""
+    return _read(config, str(config.path))
 
 
 def _read(config: TaskConfig, path: str) -> list[Row]:

@@ -32,7 +32,7 @@ from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks
 from latent_grpo.common.types import GroupRequest
 from latent_grpo.deploy.controller import gather
 from latent_grpo.deploy.evaluation.report import protocol_line, report, show, table
-from latent_grpo.deploy.evaluation.rows import SampleSet, planned, rows_of
+from latent_grpo.deploy.evaluation.rows import Row, SampleSet, interim_rows, planned, rows_of
 from latent_grpo.deploy.evaluation.scores import TaskResult
 from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, create_run
 from latent_grpo.deploy.run.preparation import prepare
@@ -86,16 +86,28 @@ def measure(
     :func:`rows_of` says. `tag` is part of the groups' identity and must be new for each evaluation of a run, while the
     draws depend on problem and sample index only (METHOD §2.5). At most `at_once` samples are requested together.
     """
-    settings, reporter = settings or config.evaluation, reporter or Reporter()
-    if not tasks:
-        return Evaluation(())
-    measured, sets = planned([row for task in tasks for row in rows_of(config, task, settings)])
+    rows = [row for task in tasks for row in rows_of(config, task, settings or config.evaluation)]
+    return Evaluation(tuple(measure_rows(config, gather, rows, tag, reporter, keep, at_once)))
+
+
+def measure_rows(
+    config: RunConfig,
+    gather: Gather,
+    rows: Sequence[Row],
+    tag: str,
+    reporter: Reporter | None = None,
+    keep: Keep | None = None,
+    at_once: int = SAMPLES_AT_ONCE,
+) -> list[TaskResult]:
+    """Measures rows as :func:`measure` does; those that sample a problem alike share its samples."""
+    reporter = reporter or Reporter()
+    measured, sets = planned(rows)
     stages: dict[str, list[SampleSet]] = {}
     for found in sets:
         stages.setdefault(found.stage, []).append(found)
     for stage, of_stage in stages.items():
         _generate(config, gather, of_stage, stage.format(tag), tag, reporter, keep, at_once)
-    return Evaluation(tuple(found.result() for found in measured))
+    return [found.result() for found in measured]
 
 
 def _generate(
@@ -145,39 +157,38 @@ def _parts(wanted: Sequence[Wanted], at_once: int) -> Iterator[list[Wanted]]:
 def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
     """Evaluates the workers' weights on every evaluation task and records the results in metrics and summary.
 
-    pass@k is measured only before and after training. Returns one result for each task (:attr:`Evaluation.by_task`).
+    Before and after training (`tag`) the summary gets figures of all problems, with pass@k. The run's curve (metrics of
+    the kind `evaluation`) and the result are of :func:`interim_rows` throughout, where the settings have them, so that
+    its points compare with each other. Returns one result for each task (:attr:`Evaluation.by_task`).
     """
-    ends = tag in ("before", "after")
-    settings = run.config.evaluation
-    if not ends:
-        settings = settings.model_copy(update={"samples": 0})
+    ends, settings = tag in ("before", "after"), run.config.evaluation
+    asked = settings if ends else settings.model_copy(update={"samples": 0})
+    whole = [row for task in run.problems.evaluation for row in rows_of(run.config, task, asked)]
+    if not whole:
+        return []
+    fewer = interim_rows(whole, settings) if settings.interim else []
+    rows = [*whole, *fewer] if ends or not fewer else fewer
 
     def keep(groups: list[pa.RecordBatch]) -> None:
         run.store.write(step, concat(groups), "evaluation", run.lineage)
 
-    found = measure(
-        run.config,
-        gather,
-        run.problems.evaluation,
-        tag,
-        settings=settings,
-        reporter=run.reporter,
-        keep=keep if run.config.dump.evaluation else None,
-    )
-    if not found.tasks:
-        return []
-    run.metrics.write(step, found.metrics(), kind="evaluation", lineage=run.lineage)
+    kept = keep if run.config.dump.evaluation else None
+    results = tuple(measure_rows(run.config, gather, rows, tag, run.reporter, kept))
+    curve = Evaluation(results[len(rows) - len(fewer) :] if fewer else results)
+    run.metrics.write(step, curve.metrics(), kind="evaluation", lineage=run.lineage)
+    shown = Evaluation(results[: len(whole)]) if ends else curve
     if ends:
-        run.record(**{tag: found.metrics(), "evaluation_protocol": settings.protocol})
-    for result in found.tasks:
+        run.record(**{tag: shown.metrics(), "evaluation_protocol": settings.protocol})
+    for result in shown.tasks:
         low, high = result.interval
+        first = f" (first {result.problems:,} problems)" if fewer and not ends else ""
         run.reporter.say(
-            f"{result.title}: pass@1 {result.pass_at_1:.3f} (95 % {low:.3f} to {high:.3f}), chain length "
+            f"{result.title}{first}: pass@1 {result.pass_at_1:.3f} (95 % {low:.3f} to {high:.3f}), chain length "
             f"{result.chain_length:.1f} ({result.latent_length:.1f} latent), invalid {result.invalid_rate:.1%}"
             + (f", mean reward {result.mean_reward:.3f}" if result.other_rewards else "")
             + "".join(f", pass@{at.k} {at.value:.3f}" for at in result.pass_at_k)
         )
-    return found.by_task
+    return curve.by_task
 
 
 # --- as a command --------------------------------------------------------------------------------------------------

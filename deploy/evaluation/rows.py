@@ -68,6 +68,29 @@ def rows_of(config: RunConfig, task: PreparedTask, settings: EvaluationConfig) -
     return found
 
 
+def interim_rows(rows: Sequence[Row], settings: EvaluationConfig) -> list[Row]:
+    """Returns what evaluations between a run's start and end measure of `rows` (`evaluation.interim_*`).
+
+    That is the first problems of each task, by its first protocol and with the noise off, without pass@k.
+    """
+    chosen: dict[str, Row] = {}
+    for row in rows:
+        chosen.setdefault(row.task.name, row)
+    return [
+        dataclasses.replace(
+            row,
+            pass_at_1=dataclasses.replace(
+                row.pass_at_1,
+                problems=min(row.pass_at_1.problems, settings.interim_problems or row.pass_at_1.problems),
+                samples=min(row.pass_at_1.samples, settings.interim_runs or row.pass_at_1.samples),
+            ),
+            pass_at_k=None,
+            ks=(),
+        )
+        for row in chosen.values()
+    ]
+
+
 def _own(config: RunConfig, task: PreparedTask, settings: EvaluationConfig) -> Row:
     size, budget = _size(task), task.source.config.max_response_tokens
     noisy = Asked(
