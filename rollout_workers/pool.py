@@ -58,7 +58,7 @@ class RolloutPool:
     """A pool of workers made by `factory(name)`, which runs inside the actor. Use it as a context manager.
 
     `places` are Ray scheduling strategies of reserved places, which workers take first. The pool begins once
-    `rollout.min_workers` serve; the others join later.
+    `rollout.min_workers` serve; the others join later. `on_poll` is called with every poll and may resize the pool.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class RolloutPool:
         env_vars: dict[str, str] | None = None,
         heartbeat_s: float = 2.0,
         clock: SeenTime | None = None,
+        on_poll: Callable[[RolloutPool], None] = lambda pool: None,
     ):
         resources = config.resources
         self._actor_class: Any = ray.remote(WorkerActor)  # Ray's own types lose it here
@@ -91,6 +92,7 @@ class RolloutPool:
         self._lost_at: deque[float] = deque()  # within the last hour, by the machine's clock
         self._failed_starts = 0  # since a worker was last started with success
         self._start_again_at = 0.0  # by the pool's clock
+        self._on_poll = on_poll
         self._enough_at = 0.0  # when the pool last had `min_workers`, by its clock
         self._wanted = config.workers
         self.restarts = 0
@@ -187,6 +189,7 @@ class RolloutPool:
         are refused; ConfigError when a worker finds a setting wrong.
         """
         arrived = self._poll(timeout_s)
+        self._on_poll(self)
         self._dispatch()
         return arrived
 

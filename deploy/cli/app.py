@@ -109,6 +109,21 @@ def train(
             training.train(settings(profile, context), profile)
 
 
+@app.command()
+def scale(
+    run: Annotated[str, typer.Argument(help="The folder of a run that goes on.")],
+    workers: Annotated[int, typer.Option(min=1, help="Number of rollout workers from now on.")],
+    now: Annotated[bool, typer.Option("--now", help="Workers that leave do not finish their groups.")] = False,
+) -> None:
+    """Changes the number of a run's rollout workers while it goes on. Exit code 1: the run has refused."""
+    from latent_grpo.deploy.run.control import request_scale
+
+    reply = request_scale(run, workers, now)
+    console.print(f"{'accepted' if reply.accepted else 'refused'}: {reply.sentence}", highlight=False, soft_wrap=True)
+    if not reply.accepted:
+        raise typer.Exit(1)
+
+
 @app.command(context_settings=SETTINGS)
 def replay(
     context: typer.Context,

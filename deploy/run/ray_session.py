@@ -44,6 +44,22 @@ def check_resources(config: RunConfig, available: dict[str, float], where: str, 
         )
 
 
+def room_for_workers(config: RunConfig, services: Services = "both") -> int:
+    """Returns how many rollout workers the nodes that are there now can hold beside the run's ranks."""
+    import ray
+
+    ranks = config.learner.ranks if services != "rollout" else 0
+    taken, each = amounts(config.learner.resources), amounts(config.rollout.resources)
+    there = ray.cluster_resources()
+    left = [(there.get(name, 0.0) - ranks * taken.get(name, 0.0)) / amount for name, amount in each.items()]
+    return max(int(min(left, default=float(config.rollout.workers)) + 1e-6), 0)
+
+
+def grows() -> bool:
+    """Whether the Ray that the run works with may get more nodes: a cluster's, and not one of this machine alone."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextlib.contextmanager
 def ray_session(
     config: RunConfig, reporter: Reporter, services: Services = "both", published_bytes: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.model_chain import exported_chain, write_chain
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.controller import Pool
+from latent_grpo.deploy.run.control import Control
 from latent_grpo.deploy.run.folder import RunFolder, run_lock, write_identity
 from latent_grpo.deploy.run.manifest import data_facts, write_manifest
 from latent_grpo.deploy.run.preparation import Prepared
 from latent_grpo.deploy.run.problems import Problems
 from latent_grpo.deploy.run.progress import Reporter
-from latent_grpo.deploy.run.ray_session import ray_session
+from latent_grpo.deploy.run.ray_session import grows, ray_session, room_for_workers
 from latent_grpo.deploy.run.recoveries import Recovery
 from latent_grpo.deploy.run.reservation import Reservation, Services
 from latent_grpo.deploy.run.versions import differences
@@ -70,7 +72,8 @@ class Run:
     def next_lineage(self) -> None:
         """Ends the run's lineage, as a resume does: what follows goes on from an earlier state."""
         self.lineage += 1
-        write_identity(self.folder, self.config, self.lineage, self.folder.read_json("run.json")["kind"])
+        stored = self.folder.config()  # its number of workers may have changed since (deploy.run.control)
+        write_identity(self.folder, stored, self.lineage, self.folder.read_json("run.json")["kind"])
         write_manifest(self.folder, self.config, self.lineage, self.initial, data_facts(self.problems))
 
     def record(self, **entries: Any) -> None:
@@ -106,7 +109,10 @@ def run_session(
         write_manifest(folder, config, lineage, prepared.initial, data_facts(prepared.problems))
         reporter.say(f"starting {config.rollout.workers} rollout worker(s), engine {choose_engine(config).sentence}")
         factory = WorkerFactory(config_as_json(config), str(prepared.initial), folder.name)
-        pool = stack.enter_context(RolloutPool(factory, config.rollout, config.deadlines, places=reservation.workers))
+        control = Control(folder, config, reporter.say, room=partial(room_for_workers, config, services), grows=grows())
+        pool = stack.enter_context(
+            RolloutPool(factory, config.rollout, config.deadlines, places=reservation.workers, on_poll=control.serve)
+        )
         run = Run(folder, config, lineage, reporter, metrics, prepared, pool, reservation)
         if lineage and (folder.path / "summary.json").is_file():
             run.summary = folder.read_json("summary.json")

@@ -31,6 +31,7 @@ ROOMS = {
     "sft": {"controller", "run", "evaluation"},
     "grading": {"run", "view"},
     "single_service": {"controller", "run", "replay"},
+    "supervisor": {"run"},
     "train": {"controller", "run", "evaluation", "sft", "view"},
     "reproduce": {"controller", "run", "evaluation", "sft", "train"},
     "bench": {"controller", "run", "sft", "reproduce", "view"},
@@ -48,6 +49,7 @@ LIGHT_MODULES = (
     "latent_grpo.common.types",
     "latent_grpo.common.store",
     "latent_grpo.common.metrics",
+    "latent_grpo.deploy.supervisor",
 )
 
 

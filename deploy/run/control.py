@@ -1,0 +1,161 @@
+"""Requests to a run that goes on, from any terminal that sees its folder: today, to change its number of workers.
+
+    latent-grpo scale RUN --workers N ──► RUN/control/ID.request.json ──► the run, at its next look at its workers
+                                      ◄── RUN/control/ID.reply.json   ◄──
+
+Files need no port and no token: who may write into the run's folder may ask. On a cluster the folder is on shared
+storage (docs/cluster.md), so every node reaches the run, a job too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from latent_grpo.common.config import ConfigError, RunConfig, config_as_json
+from latent_grpo.common.files import write_atomically
+from latent_grpo.deploy.run.folder import RunFolder, in_use
+
+FOLDER = "control"
+REQUEST, TAKEN, REPLY = ".request.json", ".taken.json", ".reply.json"
+LOOK_EVERY_S = 0.5
+ANSWER_S = 60.0  # a run that saves a checkpoint answers afterwards
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleRequest:
+    """A number of rollout workers that somebody wants. `at_once`: leaving workers do not finish their groups."""
+
+    workers: int
+    at_once: bool
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The run's answer, in one sentence."""
+
+    accepted: bool
+    sentence: str
+
+
+class Scalable(Protocol):
+    """What the run scales (`rollout_workers.pool.RolloutPool`)."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def wanted(self) -> int: ...
+
+    def resize(self, workers: int, *, at_once: bool = False) -> None: ...
+
+
+def request_scale(run: str | Path, workers: int, at_once: bool = False, answer_s: float = ANSWER_S) -> Reply:
+    """Asks a run for a number of workers and waits for its answer.
+
+    Raises ConfigError where no run goes on in the folder, or where it does not answer: then nothing was changed.
+    """
+    path = Path(run)
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{run}: it has no config.json; give the folder of a run, such as runs/quickstart-...")
+    if in_use(path) is None:
+        if (path / "model" / "config.json").is_file():
+            raise ConfigError(f"{run}: the run has ended; there is nothing to scale")
+        resume = f"latent-grpo train --resume {run} rollout.workers={workers}"
+        raise ConfigError(f"{run}: the run has stopped; `{resume}` goes on with that number")
+    stem = path / FOLDER / f"{time.time_ns()}-{secrets.token_hex(4)}"
+    stem.parent.mkdir(exist_ok=True)
+    request, reply = Path(f"{stem}{REQUEST}"), Path(f"{stem}{REPLY}")
+    by = f"{getpass.getuser()} on {socket.gethostname()}"
+    write_atomically(request, json.dumps(asdict(ScaleRequest(workers, at_once, by))))
+    end = time.monotonic() + answer_s
+    while time.monotonic() < end or not request.exists():  # once it is taken, the answer is certain to come
+        if reply.exists():
+            answer = Reply(**json.loads(reply.read_text(encoding="utf-8")))
+            reply.unlink()
+            return answer
+        if in_use(path) is None:
+            break
+        time.sleep(0.2)
+    with contextlib.suppress(FileNotFoundError):
+        request.unlink()
+    raise ConfigError(
+        f"{run}: the run did not answer within {answer_s:g} s, and nothing was changed: it is starting, saving or "
+        "ending. Ask again"
+    )
+
+
+class Control:
+    """The run's side. `room` returns how many workers the cluster has room for now, beside the run's ranks.
+
+    A cluster may grow, so `grows` decides whether a number beyond the room is accepted.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        say: Callable[[str], None],
+        *,
+        room: Callable[[], int],
+        grows: bool,
+    ):
+        self._folder, self._config, self._say, self._room, self._grows = folder, config, say, room, grows
+        self._requests = folder.path / FOLDER
+        self._looked_at = 0.0
+        for left in self._requests.glob("*.json"):  # of a session that has ended
+            left.unlink(missing_ok=True)
+
+    def serve(self, pool: Scalable) -> None:
+        """Answers the requests that have come. Cheap; called again and again."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_EVERY_S or not self._requests.is_dir():
+            return
+        self._looked_at = now
+        for path in sorted(self._requests.glob(f"*{REQUEST}")):
+            stem = str(path).removesuffix(REQUEST)
+            try:
+                os.replace(path, f"{stem}{TAKEN}")  # from here on the asker waits for the answer
+                request = ScaleRequest(**json.loads(Path(f"{stem}{TAKEN}").read_text(encoding="utf-8")))
+                reply = self._scale(pool, request)
+            except FileNotFoundError:  # it was taken back
+                continue
+            except (ValueError, TypeError) as error:
+                reply = Reply(False, f"the request cannot be read: {error}")
+            write_atomically(Path(f"{stem}{REPLY}"), json.dumps(asdict(reply)))
+            Path(f"{stem}{TAKEN}").unlink(missing_ok=True)
+
+    def _scale(self, pool: Scalable, request: ScaleRequest) -> Reply:
+        wanted, least, room = request.workers, self._config.rollout.min_workers, self._room()
+        if wanted < least:
+            return Reply(False, f"{wanted} is below rollout.min_workers ({least})")
+        if wanted > room and not self._grows:
+            return Reply(False, f"this machine has room for {room} worker(s) beside the learner, got {wanted}")
+        before = pool.wanted
+        if wanted == before:
+            return Reply(True, f"the run has {before} worker(s) already")
+        pool.resize(wanted, at_once=request.at_once)
+        keep_workers(self._folder, self._config, wanted)
+        self._say(f"workers: {before} -> {wanted} (asked for by {request.by})")
+        if wanted > before:
+            late = max(wanted - max(room, before), 0)
+            how = f"; {late} of them start when the cluster has room" if late else ""
+            return Reply(True, f"{before} -> {wanted} workers; the new ones load the current weights first{how}")
+        leave = "their groups go to others" if request.at_once else "those that leave finish their groups"
+        return Reply(True, f"{before} -> {wanted} workers; {leave}")
+
+
+def keep_workers(folder: RunFolder, config: RunConfig, workers: int) -> None:
+    """Writes the number of workers into the run's settings, so that a resumed run has it too."""
+    rollout = config.rollout.model_copy(update={"workers": workers})
+    write_atomically(folder.path / "config.json", config_as_json(config.model_copy(update={"rollout": rollout})))

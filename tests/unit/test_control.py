@@ -1,0 +1,113 @@
+"""`latent-grpo scale`: the run answers each request once, with a reason, or nothing is changed."""
+
+import threading
+import time
+
+import pytest
+
+from latent_grpo.common.config import ConfigError, load_config
+from latent_grpo.deploy.run.control import FOLDER, Control, request_scale
+from latent_grpo.deploy.run.folder import create_run, run_lock
+
+ROOM = 3
+
+
+class FakePool:
+    def __init__(self):
+        self.wanted = self.size = 2
+        self.resized = []
+
+    def resize(self, workers, *, at_once=False):
+        self.wanted = workers
+        self.resized.append((workers, at_once))
+
+
+class Live:
+    """A run that goes on: its folder is locked, and it looks at requests until the block ends."""
+
+    def __init__(self, path, *, grows=False):
+        config = load_config("quickstart", ["rollout.workers=2", "rollout.min_workers=2"])
+        self.folder = create_run(config, "run", path)
+        self.pool, self.said, self._over = FakePool(), [], threading.Event()
+        self._control = Control(self.folder, config, self.said.append, room=lambda: ROOM, grows=grows)
+        self._thread = threading.Thread(target=self._serve)
+
+    def _serve(self):
+        while not self._over.wait(0.05):
+            self._control.serve(self.pool)
+
+    def __enter__(self):
+        self._lock = run_lock(self.folder.path)
+        self._lock.__enter__()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._over.set()
+        self._thread.join()
+        self._lock.__exit__(None, None, None)
+
+
+def test_a_number_that_fits_is_accepted_kept_and_said(tmp_path):
+    with Live(tmp_path) as run:
+        reply = request_scale(tmp_path, 3)
+        assert reply.accepted
+        assert reply.sentence == "2 -> 3 workers; the new ones load the current weights first"
+        assert request_scale(tmp_path, 2, at_once=True).sentence == "3 -> 2 workers; their groups go to others"
+        assert request_scale(tmp_path, 2).sentence == "the run has 2 worker(s) already"
+    assert run.pool.resized == [(3, False), (2, True)]
+    assert [line.partition(" (")[0] for line in run.said] == ["workers: 2 -> 3", "workers: 3 -> 2"]
+    assert run.folder.config().rollout.workers == 2
+    assert not list((tmp_path / FOLDER).iterdir())  # every request and reply is gone
+
+
+@pytest.mark.parametrize(
+    ("workers", "why"),
+    [(1, "1 is below rollout.min_workers (2)"), (9, "this machine has room for 3 worker(s) beside the learner, got 9")],
+)
+def test_a_number_that_cannot_be_is_refused_with_the_reason(tmp_path, workers, why):
+    with Live(tmp_path) as run:
+        reply = request_scale(tmp_path, workers)
+    assert (reply.accepted, reply.sentence) == (False, why)
+    assert run.pool.resized == []
+
+
+def test_a_cluster_may_grow(tmp_path):
+    with Live(tmp_path, grows=True):
+        reply = request_scale(tmp_path, 9)
+    assert reply.accepted
+    assert reply.sentence.endswith("; 6 of them start when the cluster has room")
+
+
+def test_a_run_that_does_not_answer_changes_nothing_later(tmp_path):
+    run = Live(tmp_path)
+    with run_lock(tmp_path), pytest.raises(ConfigError, match=r"did not answer within 0\.3 s, and nothing was changed"):
+        request_scale(tmp_path, 3, answer_s=0.3)
+    with run:
+        time.sleep(1.0)
+    assert run.pool.resized == []
+
+
+def test_a_run_that_has_stopped_or_ended_and_a_folder_without_one_are_refused(tmp_path):
+    folder = Live(tmp_path / "run").folder
+    with pytest.raises(ConfigError, match=r"the run has stopped; `latent-grpo train --resume \S+ rollout.workers=3`"):
+        request_scale(folder.path, 3)
+    folder.model.mkdir()
+    (folder.model / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="the run has ended; there is nothing to scale"):
+        request_scale(folder.path, 3)
+    with pytest.raises(ConfigError, match=r"it has no config\.json; give the folder of a run"):
+        request_scale(tmp_path, 3)
+
+
+def test_what_is_no_request_is_answered_too(tmp_path):
+    with Live(tmp_path) as run:
+        requests = tmp_path / FOLDER
+        requests.mkdir()
+        (requests / "1-x.request.json").write_text('{"workers": 3, "format": "disk"}')
+        end = time.monotonic() + 20
+        while not (reply := requests / "1-x.reply.json").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert '"accepted": false' in reply.read_text()
+    assert run.pool.resized == []
