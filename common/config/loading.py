@@ -13,19 +13,28 @@ from pydantic_core import ErrorDetails
 from latent_grpo.common.config.rules import section_in
 from latent_grpo.common.config.run import LATENT_ONLY_KEYS, OBJECTIVE_KEYS, RunConfig
 from latent_grpo.common.config.section import Section
-from latent_grpo.common.config.yaml_files import parse_override, read_mapping, with_value, without
+from latent_grpo.common.config.yaml_files import merged, parse_override, read_mapping, with_value, without
 from latent_grpo.common.errors import ConfigError
 
+SIZES = "sizes"
+"""Key of a profile that is no setting: what changes with the number of GPUs, by that number."""
 
-def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+
+def load_config(
+    source: str | Path | dict[str, Any], overrides: Sequence[str] = (), gpus: float | None = None
+) -> RunConfig:
     """Reads a profile (name, path or mapping), applies dotted overrides and validates.
 
     `overrides` are `key.sub=value`, with the value in YAML and list items by index (`tasks.0.path=x`). When an override
     changes `algorithm`, the file's keys of the objective give way to the new algorithm's defaults (METHOD §9), so that
     `algorithm=soft_grpo` is Soft-GRPO on every profile; for `grpo` all latent-only keys of the file are left out. Keys
-    given as overrides stay. Raises :class:`ConfigError` with one line per fault.
+    given as overrides stay. With `gpus` the profile's keys for that number of GPUs (`sizes`) are applied before them.
+    Raises :class:`ConfigError` with one line per fault.
     """
     data = dict(source) if isinstance(source, dict) else read_profile(source)
+    sizes = data.pop(SIZES, None)
+    if gpus is not None and sizes is not None:
+        data = merged(data, _size(sizes, gpus))
     changed = [parse_override(o) for o in overrides]
     algorithm = next((value for path, value in reversed(changed) if path == ["algorithm"]), None)
     if algorithm not in (None, data.get("algorithm", RunConfig.model_fields["algorithm"].default)):
@@ -36,6 +45,18 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     for path, value in changed:
         data = with_value(data, path, value, ".".join(path))
     return parse_config(data)
+
+
+def _size(sizes: Any, gpus: float) -> dict[str, Any]:
+    if not isinstance(sizes, dict) or not all(isinstance(n, int) and isinstance(of, dict) for n, of in sizes.items()):
+        raise ConfigError(f"{SIZES}: expected a mapping of numbers of GPUs to settings, got {sizes!r}")
+    if gpus not in sizes:
+        listed = ", ".join(map(str, sorted(sizes)))
+        raise ConfigError(
+            f"--gpus {gpus:g}: the profile has settings for {listed} GPUs; take a smaller number and add workers, "
+            "for example with rollout.workers=12"
+        )
+    return dict(sizes[int(gpus)])
 
 
 def of_model(path: str) -> list[str]:

@@ -46,7 +46,7 @@ def read_mapping(source: str | Path, folder: Path, what: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(data).__name__}")
     base = data.pop("extends", None)
-    return _merge(read_mapping(base, folder, what), data) if base else data
+    return merged(read_mapping(base, folder, what), data) if base else data
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -87,9 +87,10 @@ def without(node: Any, path: list[str]) -> Any:
     return {key: value for key, value in node.items() if key != head}
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Returns `base` with the keys of `over`, section by section."""
+    result = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result

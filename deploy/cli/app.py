@@ -63,7 +63,7 @@ def validate(
     """Checks a profile and prints its resolved settings and the size of a step. Needs no GPU and no weights."""
     from latent_grpo.deploy.checks.validate import validate as rows_of
 
-    config = settings(profile, context)
+    config = settings(profile, context, gpus)
     rows = rows_of(config, files=files, cpus=cpus, gpus=gpus, measured=measured)
     console.print_json(config_as_json(config))
     table = Table(title=f"{profile}: {config.algorithm}", show_header=False)
@@ -79,6 +79,7 @@ def train(
     context: typer.Context,
     profile: Profile = "quickstart",
     resume: Annotated[str | None, typer.Option(help="Continue the stopped run in this folder.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Take the profile's settings for this number of GPUs.")] = None,
     rollout_only: Annotated[
         bool, typer.Option("--rollout-only", help="Start no learner; generate rollouts with the initial weights.")
     ] = False,
@@ -89,10 +90,14 @@ def train(
     """Trains a new run from a profile, or continues a stopped one (`--resume RUN`) from its last checkpoint."""
     if sum(map(bool, (resume, rollout_only, train_only))) > 1:
         raise ConfigError("--resume, --rollout-only and --train-only exclude each other; give one of them")
+    if gpus is not None and (resume or train_only):
+        raise ConfigError("--gpus chooses settings of a profile, and this run has its settings; change keys instead")
     if not (rollout_only or train_only or link.supervised()):
         from latent_grpo.deploy.supervisor import supervise
 
         given = ["--resume", resume] if resume else ["--profile", profile]
+        if gpus is not None and not resume:
+            given += ["--gpus", str(gpus)]
         raise typer.Exit(supervise([*given, *context.args], say))
 
     from latent_grpo.deploy import single_service
@@ -100,13 +105,13 @@ def train(
 
     with interruptible():
         if rollout_only:
-            single_service.rollout_only(settings(profile, context), profile)
+            single_service.rollout_only(settings(profile, context, gpus), profile)
         elif train_only:
             single_service.train_only(train_only, overrides(context.args))
         elif resume:
             training.resume(resume, overrides(context.args))
         else:
-            training.train(settings(profile, context), profile)
+            training.train(settings(profile, context, gpus), profile)
 
 
 @app.command()

@@ -38,5 +38,15 @@ def whole_numbers(option: str, text: str) -> list[int]:
         raise ConfigError(f"{option} {text!r}: expected whole numbers separated by commas, e.g. 0,1,2") from None
 
 
-def settings(profile: str, context: typer.Context) -> RunConfig:
-    return load_config(profile, overrides(context.args))
+def settings(profile: str, context: typer.Context, gpus: float | None = None) -> RunConfig:
+    """Returns the settings of a profile with a command's overrides; `gpus` chooses its keys for that many GPUs."""
+    return load_config(profile, overrides(context.args), gpus)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ends a command that Ctrl-C interrupted with exit code 130, the shell's code for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None

@@ -19,6 +19,7 @@ from latent_grpo.deploy.cli.app import app
 from latent_grpo.deploy.data.sets import SETS
 from latent_grpo.deploy.reproduce.suite import load_suite
 from latent_grpo.deploy.run.preparation import check_engine
+from latent_grpo.deploy.run.ray_session import needed_resources
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = sorted(path.stem for path in profiles_folder().glob("*.yaml"))
@@ -29,6 +30,28 @@ def test_validate_accepts_the_profile_on_a_machine_without_what_it_needs(name):
     result = CliRunner().invoke(app, ["validate", "--profile", name])
     assert result.exit_code == 0, result.output
     assert "prompts per step" in result.output
+
+
+BENCHMARK_PROFILES = ["gsm8k-aug", "gsm-hard", "svamp", "multiarith", "math500", "aime2024", "aime2025", "gpqa"]
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 32, 64])
+@pytest.mark.parametrize("name", [*BENCHMARK_PROFILES, "paper-low", "paper-high"])
+def test_a_benchmark_has_counts_that_use_each_number_of_gpus_up(name, gpus):
+    config = load_config(name, gpus=gpus)
+    assert needed_resources(config)["GPU"] == gpus
+    assert config.rollout.workers <= config.prompts_per_step
+    assert config.samples_per_step >= config.learner.ranks
+    resource_rows(config, cpus=16 * gpus, gpus=gpus)
+
+
+def test_a_number_of_gpus_that_a_profile_does_not_know_is_refused_and_its_keys_give_way_to_overrides():
+    with pytest.raises(ConfigError, match="--gpus 6: the profile has settings for 1, 8, 32, 64 GPUs"):
+        load_config("svamp", gpus=6)
+    assert load_config("svamp", ["rollout.workers=5"], gpus=8).rollout.workers == 5
+    assert load_config("quickstart", gpus=6) == load_config("quickstart")  # it has no counts of its own
+    with pytest.raises(ConfigError, match="sizes: expected a mapping of numbers of GPUs to settings"):
+        load_config({"sizes": {"one": {}}}, gpus=1)
 
 
 @pytest.mark.parametrize("chain", ["latent", "explicit"])
