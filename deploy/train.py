@@ -23,6 +23,7 @@ from latent_grpo.common.interrupts import Interrupted
 from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate
 from latent_grpo.deploy.run import link
+from latent_grpo.deploy.run.control import Scaling
 from latent_grpo.deploy.run.folder import RunFolder, create_run, reopen_run
 from latent_grpo.deploy.run.manifest import record_model
 from latent_grpo.deploy.run.milestones import Milestones
@@ -159,6 +160,7 @@ def _steps(
             keeper.keep(controller.step)
         return keeper.report(controller.step)
 
+    scaling = None if run.workers is None else Scaling(config, run.workers, run.reporter.say)
     with interruptible(settle, run.reporter), run.reporter.phase(config.algorithm, config.steps) as advance:
         advance(controller.step)
         rewards: list[float] = []
@@ -170,6 +172,10 @@ def _steps(
 
         while controller.step < config.steps and milestones.stopped is None:
             result = controller.run_step(waiting)
+            if scaling is not None:
+                result.metrics.update(
+                    scaling.after(result.metrics["time/step_s"], result.metrics["time/rollout_wait_s"])
+                )
             observer.observe(result, learner.last_report if result.batch is not None else None)
             rewards.append(result.metrics["rollout/reward"])
             keeper.took(result.metrics["time/learner_s"])

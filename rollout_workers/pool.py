@@ -93,6 +93,7 @@ class RolloutPool:
         self._failed_starts = 0  # since a worker was last started with success
         self._start_again_at = 0.0  # by the pool's clock
         self._on_poll = on_poll
+        self._busy_before = 0.0  # seconds that workers have worked that are gone
         self._enough_at = 0.0  # when the pool last had `min_workers`, by its clock
         self._wanted = config.workers
         self.restarts = 0
@@ -117,6 +118,11 @@ class RolloutPool:
     def wanted(self) -> int:
         """The number of workers that are to serve; the pool starts what is missing."""
         return self._wanted
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that all workers of this pool have worked so far, together, as their last heartbeats say."""
+        return self._busy_before + sum(m.status.busy_s for m in self._members.values() if m.status is not None)
 
     def process_ids(self) -> dict[str, int]:
         """The process id of each worker on its node, by the worker's name, for monitoring."""
@@ -362,7 +368,7 @@ class RolloutPool:
             "rollout %s lost (process %d: %s); last event: %s; %d group(s) go to other workers",
             member.name, member.process.pid, why, member.last_event, len(member.groups),
         )  # fmt: skip
-        del self._members[member.name]
+        self._remove(member)
         self._waiting.extendleft(reversed(member.groups.values()))
         ray.kill(member.actor)
         self._count_restart(f"rollout {member.name} was lost ({why}; last event: {member.last_event})")
@@ -381,5 +387,9 @@ class RolloutPool:
 
     def _release_leavers(self) -> None:
         for member in [m for m in self._members.values() if m.leaving and not m.groups]:
-            del self._members[member.name]
+            self._remove(member)
             ray.kill(member.actor)
+
+    def _remove(self, member: Member) -> None:
+        del self._members[member.name]
+        self._busy_before += member.status.busy_s if member.status is not None else 0.0

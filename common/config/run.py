@@ -270,6 +270,12 @@ def conflicts(config: RunConfig) -> list[str]:
             f"rollout.workers ({config.rollout.workers}) is below rollout.min_workers ({config.rollout.min_workers}); "
             "raise the former or lower the latter"
         )
+    most = config.rollout.max_workers
+    if most is not None and config.rollout.workers > most:
+        problems.append(
+            f"rollout.workers ({config.rollout.workers}) is above rollout.max_workers ({most}); lower the former or "
+            "raise the latter"
+        )
     names = [t.name for t in config.tasks]
     if len(set(names)) != len(names):
         problems.append(f"tasks: names must be distinct, got {names}; a problem's identity is task name + row")

@@ -72,6 +72,9 @@ class RolloutConfig(Section):
     min_workers: Annotated[PositiveInt, Rule.MAY_CHANGE] = 1
     """Number of rollout workers without which a run does not begin or go on: room for them is reserved together with
     the learner's. The others join as the cluster has room for them."""
+    max_workers: Annotated[PositiveInt | None, Rule.MAY_CHANGE] = None
+    """Number of rollout workers up to which the run adds workers by itself, and down to `min_workers` takes them away,
+    by the learner's wait and the workers' idle time; null: the number stays that of `workers`."""
     resources: Annotated[ActorResources, Rule.MAY_CHANGE] = ActorResources()
     """Each rollout worker is one actor."""
     device: Annotated[str, Rule.MAY_CHANGE] = "auto"

@@ -1,4 +1,5 @@
-"""Requests to a run that goes on, from any terminal that sees its folder: today, to change its number of workers.
+"""The number of a run's workers while it goes on: as somebody asks, from any terminal that sees the run's folder, or
+as the run itself finds (`deploy.run.autoscale`).
 
     latent-grpo scale RUN --workers N ──► RUN/control/ID.request.json ──► the run, at its next look at its workers
                                       ◄── RUN/control/ID.reply.json   ◄──
@@ -23,6 +24,7 @@ from typing import Protocol
 
 from latent_grpo.common.config import ConfigError, RunConfig, config_as_json
 from latent_grpo.common.files import write_atomically
+from latent_grpo.deploy.run.autoscale import Autoscaler
 from latent_grpo.deploy.run.folder import RunFolder, in_use
 
 FOLDER = "control"
@@ -56,6 +58,9 @@ class Scalable(Protocol):
 
     @property
     def wanted(self) -> int: ...
+
+    @property
+    def busy_s(self) -> float: ...
 
     def resize(self, workers: int, *, at_once: bool = False) -> None: ...
 
@@ -159,3 +164,27 @@ def keep_workers(folder: RunFolder, config: RunConfig, workers: int) -> None:
     """Writes the number of workers into the run's settings, so that a resumed run has it too."""
     rollout = config.rollout.model_copy(update={"workers": workers})
     write_atomically(folder.path / "config.json", config_as_json(config.model_copy(update={"rollout": rollout})))
+
+
+class Scaling:
+    """What each step says of its workers, and the run's own changes of their number (`rollout.max_workers`)."""
+
+    def __init__(self, config: RunConfig, pool: Scalable, say: Callable[[str], None]):
+        least, most = config.rollout.min_workers, config.rollout.max_workers
+        overlaps = config.max_staleness > 0
+        self._scaler = None if most is None else Autoscaler(least, most, overlaps=overlaps)
+        self._pool, self._say, self._busy_s = pool, say, pool.busy_s
+
+    def after(self, step_s: float, waited_s: float) -> dict[str, float]:
+        """Returns the step's metrics; both times are in seconds, the latter the learner's wait for rollouts."""
+        pool, busy_s = self._pool, self._pool.busy_s - self._busy_s
+        self._busy_s += busy_s
+        serving, wanted = pool.size, pool.wanted
+        if self._scaler is not None:
+            workers = self._scaler.after(step_s, waited_s, busy_s, serving=serving, wanted=wanted)
+            if workers != wanted:
+                share = waited_s / step_s if step_s else 0.0
+                self._say(f"workers: {wanted} -> {workers} (the learner waits {share:.0%} of a step for rollouts)")
+                pool.resize(workers)
+        share = busy_s / (serving * step_s) if serving and step_s else 0.0
+        return {"rollout/workers": float(serving), "rollout/busy_share": min(share, 1.0)}

@@ -16,7 +16,7 @@ from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.model_chain import exported_chain, write_chain
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.controller import Pool
-from latent_grpo.deploy.run.control import Control
+from latent_grpo.deploy.run.control import Control, Scalable
 from latent_grpo.deploy.run.folder import RunFolder, run_lock, write_identity
 from latent_grpo.deploy.run.manifest import data_facts, write_manifest
 from latent_grpo.deploy.run.preparation import Prepared
@@ -46,6 +46,7 @@ class Run:
     reservation: Reservation = field(default_factory=Reservation)
     summary: dict[str, Any] = field(default_factory=dict)
     recovery: Recovery | None = None  # that is not over
+    workers: Scalable | None = None  # of the pool, where it has any
 
     @property
     def initial(self) -> str | Path:
@@ -113,7 +114,7 @@ def run_session(
         pool = stack.enter_context(
             RolloutPool(factory, config.rollout, config.deadlines, places=reservation.workers, on_poll=control.serve)
         )
-        run = Run(folder, config, lineage, reporter, metrics, prepared, pool, reservation)
+        run = Run(folder, config, lineage, reporter, metrics, prepared, pool, reservation, workers=pool)
         if lineage and (folder.path / "summary.json").is_file():
             run.summary = folder.read_json("summary.json")
         yield run

@@ -10,6 +10,7 @@ from latent_grpo.deploy.reproduce.inputs import DECIDE_TOKENS
 MAY_CHANGE = {
     "rollout.workers",
     "rollout.min_workers",
+    "rollout.max_workers",
     "rollout.resources",
     "rollout.max_rows",
     "rollout.max_restarts",
@@ -33,6 +34,7 @@ MAY_CHANGE = {
     "self_test_groups",
     "max_dispatch_factor",
     "max_recoveries",
+    "stop_on",
 }
 LAST_BIT = {
     "rollout.resources.threads",

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from latent_grpo.common.config import ConfigError, load_config
-from latent_grpo.deploy.run.control import FOLDER, Control, request_scale
+from latent_grpo.deploy.run.control import FOLDER, Control, Scaling, request_scale
 from latent_grpo.deploy.run.folder import create_run, run_lock
 
 ROOM = 3
@@ -15,10 +15,10 @@ ROOM = 3
 class FakePool:
     def __init__(self):
         self.wanted = self.size = 2
-        self.resized = []
+        self.resized, self.busy_s = [], 0.0
 
     def resize(self, workers, *, at_once=False):
-        self.wanted = workers
+        self.wanted = self.size = workers
         self.resized.append((workers, at_once))
 
 
@@ -111,3 +111,25 @@ def test_what_is_no_request_is_answered_too(tmp_path):
             time.sleep(0.05)
         assert '"accepted": false' in reply.read_text()
     assert run.pool.resized == []
+
+
+def test_a_run_scales_itself_between_its_bounds_and_says_so():
+    given = ["rollout.workers=2", "rollout.min_workers=2", "rollout.max_workers=4", "max_staleness=1"]
+    pool, said = FakePool(), []
+    scaling = Scaling(load_config("quickstart", given), pool, said.append)
+    for _ in range(12):
+        pool.busy_s += 10.0 * pool.wanted  # all of them work all the time, and the learner waits
+        metrics = scaling.after(10.0, 8.0)
+    assert metrics == {"rollout/workers": 4.0, "rollout/busy_share": 1.0}
+    assert said[0] == "workers: 2 -> 3 (the learner waits 80% of a step for rollouts)"
+    assert pool.resized == [(3, False), (4, False)]
+
+
+def test_without_an_upper_bound_the_number_stays():
+    pool, said = FakePool(), []
+    scaling = Scaling(load_config("quickstart", ["rollout.workers=2"]), pool, said.append)
+    for _ in range(12):
+        pool.busy_s += 10.0
+        assert scaling.after(10.0, 8.0) == {"rollout/workers": 2.0, "rollout/busy_share": 0.5}
+    assert not said
+    assert not pool.resized
