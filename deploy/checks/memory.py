@@ -162,12 +162,12 @@ class RankMemory:
         return self.states + self.activations + self.logits + self.reference
 
     def __str__(self) -> str:
-        parts = (
+        parts = [
             f"{self.states / GIB:.1f} weights, gradients and optimizer",
             f"{self.activations / GIB:.1f} activations",
-        )
+        ]
         if self.reference:
-            parts += (f"{self.reference / GIB:.1f} initial model (kl_coefficient)",)
+            parts.append(f"{self.reference / GIB:.1f} initial model (kl_coefficient)")
         return f"about {self.total / GIB:.1f} GiB: {', '.join(parts)}, {self.logits / GIB:.1f} logits"
 
 

@@ -89,7 +89,7 @@ def _sentence(steps: int, scale: float, rate: Rate, folder: Path) -> str:
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _given(path: Path) -> tuple[RunFolder, RunConfig]:

@@ -47,6 +47,7 @@ def validate(
     found = check(config, elsewhere=True, stored=files)
     return [
         *arithmetic(config),
+        *evaluation_rows(config),
         *time_rows(config, measured),
         *resources,
         *([] if cpus is not None or gpus is not None else dtype_rows(config)),
@@ -242,6 +243,23 @@ def arithmetic(config: RunConfig) -> list[tuple[str, str]]:
         ),
         ("actors", f"{rollout.workers} rollout worker(s), {learner.ranks} learner rank(s): {cpus:g} CPU, {gpus:g} GPU"),
     ]
+
+
+def evaluation_rows(config: RunConfig) -> list[Row]:
+    """A row on when a run is evaluated, and on how much."""
+    settings = config.evaluation
+    if not settings.tasks:
+        return []
+    runs = "" if settings.protocol == "reference" else f", {settings.runs} repetition(s)"
+    ends = [name for name, at in (("before", settings.at_start), ("after", settings.at_end)) if at]
+    parts = [f"{' and '.join(ends)} training on all problems{runs}"] if ends else []
+    if settings.every:
+        first = settings.interim_problems
+        problems = "all problems" if first is None else f"the first {first:,} problems of each task"
+        fewer = runs if settings.interim_runs is None else f", at most {settings.interim_runs} repetition(s)"
+        parts.append(f"every {settings.every} steps on {problems}{fewer}")
+    tasks = ", ".join(task.name for task in settings.tasks)
+    return [("evaluation", f"{tasks}: {'; '.join(parts)}")] if parts else []
 
 
 def resource_rows(config: RunConfig, cpus: float | None, gpus: float | None) -> list[tuple[str, str]]:

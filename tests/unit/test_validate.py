@@ -9,7 +9,7 @@ import pytest
 from latent_grpo.common.config import ConfigError, load_config
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
-from latent_grpo.deploy.checks.validate import memory_rows, sft_rows, validate
+from latent_grpo.deploy.checks.validate import evaluation_rows, memory_rows, sft_rows, validate
 from latent_grpo.deploy.run.preparation import check
 
 
@@ -100,3 +100,16 @@ def test_a_missing_file_and_a_model_that_is_a_file_are_said(given, tmp_path):
     (tmp_path / "m.gguf").touch()
     with pytest.raises(ConfigError, match=r"m\.gguf' is a file; give the .*folder.*convert\.py"):
         validate(config_of(given, f"model.path={tmp_path}/m.gguf"))
+
+
+def test_what_is_evaluated_and_when_is_said():
+    assert evaluation_rows(load_config("paper-high")) == [
+        (
+            "evaluation",
+            "math500, aime2024, aime2025: before and after training on all problems, 5 repetition(s); every 10 steps "
+            "on the first 64 problems of each task, at most 1 repetition(s)",
+        )
+    ]
+    quiet = ["evaluation.at_start=false", "evaluation.at_end=false", "evaluation.every=0"]
+    assert evaluation_rows(load_config("quickstart", quiet)) == []
+    assert evaluation_rows(load_config("quickstart", ["evaluation.tasks=[]"])) == []
