@@ -14,8 +14,8 @@ checkpoint passes the same steps again, and the checkpoint that was written last
 
 from __future__ import annotations
 
+import errno
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable, Collection
@@ -31,10 +31,10 @@ from latent_grpo.common.files import file_hash, fsync
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+FULL_BYTES = 2**20  # less room than that means that a disk is full: the last write may have failed on a whole buffer
 _NAME = re.compile(r"(\d{5,})-step-(\d+)")
 _UNFINISHED, _DISCARDED = ".unfinished-", ".discarded-"
 
-log = logging.getLogger(__name__)
 
 
 class CheckpointError(RunError):
@@ -70,7 +70,8 @@ def write_checkpoint(
     """Writes one checkpoint and removes all but the newest `keep` and those whose names are `protected`.
 
     `fill` is called with an empty folder and writes the tensors (all learner ranks may write there); `state` must be
-    JSON. If `fill` or the disk fails, the exception propagates and the earlier checkpoints are untouched.
+    JSON. If `fill` fails, its exception propagates; raises :class:`CheckpointError` where the disk is the cause. The
+    earlier checkpoints are untouched.
     """
     if keep < 1:
         raise ValueError(f"keep must be >= 1, got {keep}")
@@ -87,9 +88,14 @@ def write_checkpoint(
         _seal(temporary, step)
         temporary.rename(root / name)
         fsync(root)
-    except BaseException:  # also for an interrupt: the unfinished folder has no use
+    except BaseException as error:  # also for an interrupt: the unfinished folder has no use
+        why = _fault_of_the_disk(root, error)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if why is None:
+            raise
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written: {why}; the earlier ones are untouched"
+        ) from error
     for _, _, old in _folders(root)[:-keep]:
         if old.name not in protected:
             _discard(old)
@@ -117,8 +123,6 @@ def latest_checkpoint(root: str | Path) -> Checkpoint | None:
         except CheckpointError as error:
             damaged.append(Skipped(path=path, reason=str(error)))
             continue
-        for skip in (*skipped, *damaged):
-            log.warning("checkpoint %s skipped: %s", skip.path.name, skip.reason)
         return Checkpoint(path=path, step=step, state=state, skipped=(*skipped, *damaged))
     if damaged:
         reasons = "; ".join(f"{s.path.name}: {s.reason}" for s in damaged)
@@ -126,8 +130,6 @@ def latest_checkpoint(root: str | Path) -> Checkpoint | None:
             f"{root}: all {len(damaged)} checkpoints are damaged ({reasons}). Restore one from a backup, or move the "
             "folder away to start the run from the beginning"
         )
-    for skip in skipped:
-        log.warning("checkpoint %s skipped: %s", skip.path.name, skip.reason)
     return None
 
 
@@ -152,6 +154,22 @@ def verify_checkpoint(path: str | Path) -> dict[str, Any]:
     if STATE not in files:
         raise CheckpointError(f"{STATE} is not in the manifest; this folder was not written by this program")
     return json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def _fault_of_the_disk(root: Path, error: BaseException) -> str | None:
+    """Says what is wrong with the disk, or returns None where something else is the cause.
+
+    Libraries report a full disk in words of their own, so the room that is left decides. It is asked for while the
+    unfinished checkpoint still takes its own.
+    """
+    usage = shutil.disk_usage(root)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (isinstance(error, Exception) and usage.free < FULL_BYTES):
+        return (
+            f"the disk of {root} is full ({usage.free / 2**20:.1f} MiB of {usage.total / 2**20:.0f} MiB free); make "
+            "room or lower checkpoint.keep"
+        )
+    return f"{root}: {error.strerror or error}" if isinstance(error, OSError) else None
 
 
 # --- the manifest --------------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ import json
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -81,6 +83,8 @@ def init_distributed(*, rank: int, world: int, address: str, port: int, device: 
     settings = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "MASTER_ADDR": address, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in settings.items()})  # without one DeepSpeed looks for MPI
     os.environ["DS_ACCELERATOR"] = device
+    if device == "cpu" and (interface := interface_towards(address, port)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger as deepspeed_log
@@ -90,6 +94,21 @@ def init_distributed(*, rank: int, world: int, address: str, port: int, device: 
     if device == "cpu":
         __compatible_ops__["deepspeed_shm_comm"] = False  # else compiled at start, a minute
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+
+
+def interface_towards(address: str, port: int) -> str | None:
+    """Returns the name of the network interface by which this host reaches another, or None for a host unknown.
+
+    Gloo would take the one of the host's own name, which Debian's /etc/hosts makes 127.0.1.1: others cannot reach it.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, port))  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    of = [name for name, given in psutil.net_if_addrs().items() if any(a.address == own for a in given)]
+    return of[0] if of else None
 
 
 class ZeroEngine:

@@ -248,6 +248,7 @@ class Judge:
         self._rules = [r for r in RULES if r.name in self._limits]
         self._seen: dict[str, deque[float]] = {r.name: deque(maxlen=config.health.window) for r in self._rules}
         self._raised_at: dict[str, int] = {}
+        self._good: dict[str, int] = {}  # steps in a row within the limit, of active alarms
         self._rewards: deque[float] = deque(maxlen=config.health.window)
         self._best = 0.0
         self._first_shares: list[float] = []  # of latent steps, in the run's first steps
@@ -281,8 +282,12 @@ class Judge:
         if not (mean < limit if rule.low else mean > limit):
             if raised_at is None:
                 return None
+            self._good[rule.name] = good = self._good.get(rule.name, 0) + 1
+            if good < self._config.health.window:  # around a limit an alarm would come and go with every step
+                return None
             del self._raised_at[rule.name]
             return self._alarm(rule, step, "over", mean)
+        self._good[rule.name] = 0
         if raised_at is None:
             self._raised_at[rule.name] = step
             return self._alarm(rule, step, "raised", mean)

@@ -1,5 +1,6 @@
 """Checkpoints on disk: a kill at any byte costs at most the checkpoint that was being written."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -102,6 +103,18 @@ def test_a_fill_that_fails_leaves_the_earlier_checkpoint(tmp_path):
     with pytest.raises(RuntimeError, match="a rank died"):
         write_checkpoint(tmp_path, 40, broken, {}, keep=1)
     assert latest_checkpoint(tmp_path).step == 30
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_said_as_such_and_leaves_the_earlier_checkpoint(tmp_path):
+    write_checkpoint(tmp_path, 1, lambda folder: None, {"step": 1}, keep=2)
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"of step 2 could not be written: the disk of \S+ is full .* make room"):
+        write_checkpoint(tmp_path, 2, full, {"step": 2}, keep=2)
+    assert latest_checkpoint(tmp_path).step == 1
     assert len(list(tmp_path.iterdir())) == 1
 
 

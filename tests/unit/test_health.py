@@ -291,3 +291,16 @@ def test_settings_that_a_remedy_names_exist():
             for part in key.split("."):
                 assert part in node, f"{rule.name} names {key}, which is no setting"
                 node = node[part] if isinstance(node[part], dict) else {}
+
+
+def test_an_alarm_around_its_limit_is_raised_once_and_is_over_after_a_whole_window(tmp_path):
+    watched = HealthMonitor(tmp_path, load_config("quickstart", ["health.window=4"]), 0)
+    name, (cause, _) = "max_truncated_share", PROVOKED["max_truncated_share"]
+    states = []
+    for step in range(1, 61):
+        now = HEALTHY | cause if step <= 30 and step % 3 else HEALTHY  # the mean of four is now above, now below
+        states += [(step, alarm.state) for alarm in watched.judge(step, now) if alarm.name == name]
+    raised = [step for step, state in states if state == "raised"]
+    over = [step for step, state in states if state == "over"]
+    assert len(raised) == len(over) == 1
+    assert over[0] > 30
