@@ -20,6 +20,7 @@ import xxhash
 
 from latent_grpo.common.config import ConfigError
 from latent_grpo.common.files import file_hash, write_atomically
+from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
 from latent_grpo.deploy.data.layouts import COLUMNS, IncompleteRow, UnknownLayout, product_row
 from latent_grpo.deploy.data.sets import DataSet
 from latent_grpo.deploy.run.progress import Reporter
@@ -69,7 +70,9 @@ def fetch(
     A file that is there and unchanged is left alone. `hub(set)` opens a set of the hub (:func:`open_hub`). Raises
     :class:`FetchError`; files that were complete before stay.
     """
-    known = read_manifest(folder)
+    sets, known = list(sets), read_manifest(folder)
+    if local is not None:
+        _check_complete(sets, local)
     for data in sets:
         target = folder / data.file
         entry = known.get(data.name)
@@ -89,7 +92,7 @@ def fetch(
         source, total, rows = open_local(data, local) if local is not None else (hub or open_hub)(data)
         made = _written(data, target, source, total, rows, reporter, entry)
         known[data.name] = asdict(made)
-        write_atomically(folder / MANIFEST, json.dumps(known, indent=2, sort_keys=True) + "\n")
+        _write(folder / MANIFEST, data, json.dumps(known, indent=2, sort_keys=True) + "\n")
         reporter.say(f"{data.name}: {made.rows:,} rows in {target}, from {source.repository}")
 
 
@@ -158,13 +161,7 @@ def _written(
     kept = {name: texts for name, texts in columns.items() if name in COLUMNS[:2] or any(texts)}
     file = pa.BufferOutputStream()
     pq.write_table(pa.table(kept), file, compression="zstd")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, memoryview(file.getvalue()))
-    except OSError as error:
-        raise FetchError(
-            f"{data.name}: {target} cannot be written ({error.strerror}); make room, or give another folder with --to"
-        ) from error
+    _write(target, data, memoryview(file.getvalue()))
     at = time.strftime("%FT%T%z")
     return Fetched(
         file=data.file,
@@ -178,20 +175,46 @@ def _written(
     )
 
 
+def _write(target: Path, data: DataSet, content: str | bytes | memoryview) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, content)
+    except OSError as error:
+        raise FetchError(
+            f"{data.name}: {target} cannot be written ({error.strerror}); make room, or give another folder with --to"
+        ) from error
+
+
 # --- where rows come from ------------------------------------------------------------------------------------------
+
+
+def _check_complete(sets: Iterable[DataSet], folder: Path) -> None:
+    """Raises :class:`FetchError` for a folder that lacks a set's file, before anything is written."""
+    if not folder.is_dir():
+        found = "it is a file; give its folder" if folder.is_file() else "there is no such folder"
+        raise FetchError(f"--from {folder}: {found} (looked in {Path.cwd()})")
+    lacking = [data for data in sets if _local_file(data, folder) is None]
+    for data in lacking:
+        if not data.authors_files:
+            raise FetchError(f"{data.name} is none of the authors' sets; fetch it without --from ({data.repository})")
+    if lacking:
+        wanted = ", ".join(f"{data.name} needs {' or '.join(data.authors_files)}" for data in lacking)
+        have = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+        more = "".join(f". {data.refused}" for data in lacking if data.refused)
+        raise FetchError(
+            f"--from {folder}: {wanted}; the folder has {have}. Complete it, or leave these names out{more}"
+        )
+
+
+def _local_file(data: DataSet, folder: Path) -> Path | None:
+    return next((path for name in data.authors_files if (path := folder / name).is_file()), None)
 
 
 def open_local(data: DataSet, folder: Path) -> tuple[Source, int | None, Rows]:
     """Opens the authors' own file of a set in `folder`. Raises :class:`FetchError`."""
-    if not folder.is_dir():
-        raise FetchError(f"--from {folder}: there is no such folder (looked in {Path.cwd()})")
-    file = next((path for name in data.authors_files if (path := folder / name).is_file()), None)
+    file = _local_file(data, folder)
     if file is None:
-        if not data.authors_files:
-            raise FetchError(f"{data.name} is none of the authors' sets; fetch it without --from ({data.repository})")
-        wanted = " or ".join(data.authors_files)
-        have = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
-        raise FetchError(f"--from {folder}: {data.name} needs {wanted}; the folder has {have}")
+        raise FetchError(f"--from {folder}: {data.name} needs {' or '.join(data.authors_files)}")
     return Source(str(folder.resolve()), None, (file.name,), file_hash(file)), None, _rows_of(data, file)
 
 
@@ -202,9 +225,15 @@ def _rows_of(data: DataSet, file: Path) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
             return
         with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                if line.strip():
-                    yield json.loads(line)
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise FetchError(
+                        f"{data.name}: {file}, line {number}: expected an object, got {line.strip()[:40]!r}"
+                    )
+                yield row
     except (pa.ArrowException, OSError, ValueError) as error:
         raise FetchError(f"{data.name}: {file} cannot be read: {error}") from error
 
@@ -227,6 +256,7 @@ def open_hub(data: DataSet) -> tuple[Source, int | None, Rows]:
         raise FetchError(
             f"{data.name}: {data.repository} cannot be read from the hub ({type(error).__name__}: {error!s:.300}). "
             "Without a network, download the authors' files elsewhere, copy their folder here, and give it with --from"
+            "; without room for it, let HF_HOME name a folder on a larger disk"
         ) from error
     rows = (row for part in parts for row in part)
     names = files or tuple(part for part in data.parts if part)
@@ -252,13 +282,21 @@ def _hub_files(data: DataSet, present: Iterable[str]) -> tuple[str, ...]:
 
 
 def _take_as_it_lies(data: DataSet, folder: Path, local: Path | None, reporter: Reporter) -> None:
-    """Copies the authors' file of a set that is not published in plain text. Raises :class:`FetchError` without one."""
-    file = next((p for name in data.authors_files if local is not None and (p := local / name).is_file()), None)
+    """Copies the authors' file of a set that is not published in plain text.
+
+    Raises :class:`FetchError` without such a file, and for one of other columns.
+    """
+    file = None if local is None else _local_file(data, local)
     if file is None:
         raise FetchError(f"{data.name}: {data.refused}")
+    first = next(iter(_rows_of(data, file)), {})
+    if not first.keys() >= GPQA_COLUMNS:
+        raise FetchError(
+            f"{data.name}: {file} has the columns {', '.join(sorted(first)) or '(none)'}; expected the raw ones, "
+            f"{', '.join(sorted(GPQA_COLUMNS))}. {data.refused}"
+        )
     target = folder / file.name
     if target.is_file() and file_hash(target) != file_hash(file):
         raise FetchError(f"{data.name}: {target} is another file; move it away, or give another folder with --to")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, file.read_bytes())
+    _write(target, data, file.read_bytes())
     reporter.say(f"{data.name}: {folder / file.name}, copied as it is (its options get their letters when it is read)")

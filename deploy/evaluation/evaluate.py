@@ -28,7 +28,7 @@ from latent_grpo.common.config import (
 from latent_grpo.common.config.yaml_files import parse_override
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, read_chain
 from latent_grpo.common.schema import concat
-from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks, reference_rules
 from latent_grpo.common.types import GroupRequest
 from latent_grpo.deploy.controller import gather
 from latent_grpo.deploy.evaluation.report import protocol_line, report, show, table
@@ -268,9 +268,12 @@ def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:
 
 def noise_line(config: RunConfig, noise: str | None) -> str | None:
     """A line about the noise of pass@k and its origin (:class:`EvaluationPlan`); None where no noise is used."""
-    if not config.evaluation.samples or config.noise.mode == "off":
+    rules = [reference_rules(task.name) for task in config.evaluation.tasks]
+    too = "reference" in config.evaluation.protocols and any(found is not None and found.noise_too for found in rules)
+    if not (config.evaluation.samples or too) or config.noise.mode == "off":
         return None
-    used = f"pass@k is sampled with noise.scale {config.noise.scale:g} ({config.noise.mode})"
+    what = "what has the noise on" if too else "pass@k"
+    used = f"{what} is sampled with noise.scale {config.noise.scale:g} ({config.noise.mode})"
     if noise is not None:
         return f"{used}, from {escape(noise)}"
     return (

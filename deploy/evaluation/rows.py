@@ -138,14 +138,14 @@ def _reference(config: RunConfig, task: PreparedTask, settings: EvaluationConfig
             ks=tuple(ks),
         )
 
-    with_noise = rules.noise_too and noisy != quiet
-    if not with_noise:
-        return [row(quiet, sampled if settings.samples else None, settings.ks)]
-    runs = Asked(sampling=noisy, samples=rules.runs, problems=size)
-    at_k, ks = (
-        (sampled, settings.ks) if settings.samples > rules.runs else (runs, [k for k in PASS_AT_K if k <= rules.runs])
-    )
-    return [row(quiet, None, ()), row(noisy, at_k, ks)]
+    with_noise = sampled if settings.samples else None
+    found = [row(quiet, with_noise, settings.ks)]
+    if rules.noise_too and noisy != quiet:
+        runs = Asked(sampling=noisy, samples=rules.runs, problems=size)
+        more = settings.samples > rules.runs
+        ks = settings.ks if more else [k for k in PASS_AT_K if k <= rules.runs]
+        found.append(row(noisy, sampled if more else runs, ks))
+    return found
 
 
 def _size(task: PreparedTask) -> int:

@@ -123,8 +123,8 @@ def prepare_task(
 def protocols_of(task: TaskConfig, config: RunConfig) -> list[Protocols]:
     """Returns the protocols by which an evaluation measures a task, those together that ask it the same prompts.
 
-    Raises TaskError for the protocol `reference` alone and a task that it does not know; with both such a task is
-    measured by this project's.
+    Raises TaskError for the protocol `reference` alone and a task that it does not know, and where a worker cannot hold
+    its repetitions; with both protocols a task that it does not know is measured by this project's.
     """
     wanted, rules = config.evaluation.protocols, reference_rules(task.name)
     if rules is None:
@@ -134,6 +134,11 @@ def protocols_of(task: TaskConfig, config: RunConfig) -> list[Protocols]:
                 "leave the task out, or set evaluation.protocol to ours or both"
             )
         return [("ours",)]
+    if "reference" in wanted and rules.runs > config.rollout.max_rows:
+        raise TaskError(
+            f"evaluation task {task.name}: rollout.max_rows ({config.rollout.max_rows}) is smaller than the "
+            f"{rules.runs} repetitions of evaluation.protocol reference, and a group is decoded as a whole; raise it"
+        )
     return [wanted] if rules.prompt is None else [(protocol,) for protocol in wanted]
 
 

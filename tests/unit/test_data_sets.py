@@ -25,6 +25,7 @@ from latent_grpo.deploy.data.sets import SETS, chosen
 from latent_grpo.deploy.run.preparation import file_faults
 from latent_grpo.deploy.run.progress import Reporter
 
+GPQA_ROW = {"Question": "Q", "Correct Answer": "c", **{f"Incorrect Answer {i}": str(i) for i in (1, 2, 3)}}
 SOLUTION = "Add them. The answer is \\boxed{5}."
 
 
@@ -148,6 +149,8 @@ def test_a_file_of_the_users_own_is_never_replaced(authors, tmp_path):
     [
         (["svamp"], "nowhere", "there is no such folder"),
         (["multiarith"], "authors", "needs Multiarith-test.parquet or Multiarith-test.jsonl; the folder has DAPO"),
+        (["svamp", "multiarith", "gsm-hard"], "authors", r"gsm-hard needs .*; the folder has .*leave these names out"),
+        (["svamp"], "authors/Svamp-test.jsonl", "it is a file; give its folder"),
         (["math-train"], "authors", "math-train is none of the authors' sets"),
         (["gpqa"], "authors", "GPQA does not come with this program"),
     ],
@@ -155,7 +158,7 @@ def test_a_file_of_the_users_own_is_never_replaced(authors, tmp_path):
 def test_a_folder_without_the_set_says_what_it_has(authors, tmp_path, names, folder, said):
     with pytest.raises(FetchError, match=said):
         fetched(names, tmp_path / "data", local=tmp_path / folder)
-    assert not (tmp_path / "data" / MANIFEST).exists()
+    assert not (tmp_path / "data").exists(), "nothing is written of the names that are there either"
 
 
 def test_a_damaged_file_says_which(authors, tmp_path):
@@ -168,9 +171,31 @@ def test_a_damaged_file_says_which(authors, tmp_path):
     assert list((tmp_path / "data").glob("*")) == [] if (tmp_path / "data").exists() else True
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("Svamp-test.jsonl", '["p", "1"]', r"svamp: .*Svamp-test\.jsonl, line 1: expected an object, got '\[\"p\","),
+        ("Svamp-test.jsonl", '{"text": "p"}', r"the columns text are none of the known layouts \(problem, answer; "),
+        ("GPQA-test.jsonl", '{"problem": "p", "answer": "A"}', "the columns answer, problem; expected the raw ones"),
+        ("GPQA-test.jsonl", "", r"gpqa: .* has the columns \(none\); expected the raw"),
+    ],
+)  # fmt: skip
+def test_another_layout_is_named_with_what_is_allowed(authors, tmp_path, name, text, said):
+    (authors / name).write_text(text)
+    with pytest.raises(FetchError, match=said):
+        fetched(["svamp" if "Svamp" in name else "gpqa"], tmp_path / "data", local=authors)
+
+
+@pytest.mark.parametrize("name", ["svamp", "gpqa"])
+def test_a_folder_that_cannot_be_written_says_what_to_do(authors, tmp_path, name):
+    (authors / "GPQA-test.jsonl").write_text(json.dumps(GPQA_ROW))
+    (tmp_path / "full").write_text("a file, where the folder should be made")
+    with pytest.raises(FetchError, match=rf"{name}: .* cannot be written \(.*\); make room, or give another folder"):
+        fetched([name], tmp_path / "full" / "data", local=authors)
+
+
 def test_gpqa_is_copied_as_it_lies(authors, tmp_path):
-    row = {"Question": "Q", "Correct Answer": "c", **{f"Incorrect Answer {i}": str(i) for i in (1, 2, 3)}}
-    (authors / "GPQA-test.jsonl").write_text(json.dumps(row))
+    (authors / "GPQA-test.jsonl").write_text(json.dumps(GPQA_ROW))
     fetched(["gpqa"], tmp_path / "data", local=authors)
     (task,) = benchmark_tasks(["gpqa"], tmp_path / "data")
     assert load_task(task, 0).problem(0).answer in "ABCD"

@@ -105,6 +105,7 @@ def test_named_benchmarks_bring_prompt_grader_and_budget_and_the_chain_its_width
         (False, None, ["noise.scale=0.5"], r"^.*noise\.scale 0\.5 \(one_sided\), from the command$"),
         (False, None, ["noise.mode=off"], None),
         (True, None, ["evaluation.samples=0"], None),
+        (False, None, ["noise.scale=0.5", "evaluation.samples=0", "evaluation.protocol=both"], None),
     ],
 )
 def test_whose_noise_pass_at_k_has_is_one_line(tmp_path, in_its_run, profile, overrides, line):

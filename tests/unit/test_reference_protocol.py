@@ -309,6 +309,15 @@ def test_the_reference_s_protocol_is_refused_for_tasks_that_it_does_not_know(tmp
         prepare(config, QUIET)
 
 
+def test_repetitions_that_no_worker_can_hold_are_refused(authors):
+    config, _, _ = evaluation_config(
+        str(authors / "qwen"), ["evaluation.protocol=reference", "rollout.max_rows=32"], tasks=["aime2024"],
+        data=str(authors / "data"),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"rollout\.max_rows \(32\) is smaller than the 64 repetitions"):
+        prepare(config, QUIET)
+
+
 def test_repetitions_that_the_protocol_would_ignore_are_refused(authors):
     with pytest.raises(ConfigError, match=r"evaluation\.runs has no effect with evaluation\.protocol reference, which"):
         load_config(
