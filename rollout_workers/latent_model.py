@@ -13,7 +13,7 @@ prompt, the seed, its sample index and the settings, never of what is generated 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -21,26 +21,18 @@ from typing import Literal, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
-import xxhash
 
-from latent_grpo.common.config import DEFAULT_DATE, ConfigError, PromptConfig, VLLMConfig
-from latent_grpo.common.hub import check_folder
+from latent_grpo.common.config import ConfigError, VLLMConfig
 from latent_grpo.common.latent import mixture_weights
-from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, GenerationDefaults, check_end, read_chain
-from latent_grpo.common.models import DTYPES, extended_limit, load_model, load_tokenizer, output_facts, stored_dtype
-from latent_grpo.common.prompts import PromptRenderer, resolve_tokens
-from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, Problem, SamplingSettings, Trajectory
+from latent_grpo.common.models import DTYPES, load_model, stored_dtype
+from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, SamplingSettings, Trajectory
 from latent_grpo.common.weights import checksum
 from latent_grpo.rollout_workers.engine import LatentEngine
 from latent_grpo.rollout_workers.factory import ResponseText
 from latent_grpo.rollout_workers.requests import SampleRecord
+from latent_grpo.rollout_workers.trained_model import Chat, as_problem, prompt_uid, read_trained_model
 
-Chat = Sequence[Mapping[str, str]]
-"""The messages of a chat: `[{"role": "user", "content": "..."}]`."""
 Engine = Literal["transformers", "vllm"]
-ASSUMED = ChainSettings(chain="latent", k=10, tau=1.0, think_end="</think>", think_end_ids=[0])
-"""What is taken of a model without `latent_chain.json`: the method's defaults (METHOD symbols, §2)."""
-MAX_TOKENS = 1024  # the budget where the model does not state one
 MAX_ROWS = 64
 log = logging.getLogger(__name__)
 
@@ -109,31 +101,10 @@ class LatentModel:
         vllm: VLLMConfig | None = None,
         say: Callable[[str], None] = log.warning,
     ) -> None:
-        check_folder(path)
-        chain = read_chain(path)
-        tokenizer = load_tokenizer(path)
-        if chain is None:
-            say(
-                f"model {path} has no {CHAIN_FILE}: a latent chain with k {ASSUMED.k}, tau {ASSUMED.tau:g} and "
-                f"{ASSUMED.think_end!r} is assumed, and the tokenizer's chat template without an instruction"
-            )
-        else:
-            check_end(chain, path, tokenizer)
-        self.path, self.chain, self._max_rows = path, chain or ASSUMED, max_rows
-        self._defaults = _defaults(self.chain)
-        vocab_size, eos_ids = output_facts(path)
-        self._facts = resolve_tokens(tokenizer, vocab_size, self._latent, self.chain.think_end, eos_ids)
-        self._tokenizer, self._decode = tokenizer, ResponseText(tokenizer, self._facts.eos_ids)
-        prompt = self._defaults.prompt
-        chat = PromptConfig(format=prompt.format, think_start=prompt.think_start, think_end=prompt.think_end)
-        self._renderer = PromptRenderer(tokenizer, prompt, chat, rows=vocab_size, date=self._defaults.date_string)
-        self._positions = extended_limit(path, self._defaults.max_positions)
+        self.model = read_trained_model(path, say)
+        self._max_rows, self._requests = max_rows, 0
+        self._decode = ResponseText(self.model.tokenizer, self.model.facts.eos_ids)
         self._engine = self._start(engine, dtype or stored_dtype(path), device, vllm)
-        self._requests = 0
-
-    @property
-    def _latent(self) -> bool:
-        return self.chain.chain == "latent"
 
     # --- generating ----------------------------------------------------------------------------------------------
 
@@ -228,24 +199,26 @@ class LatentModel:
         k: int | None = None,
         tau: float | None = None,
     ) -> SamplingSettings:
-        defaults, chain = self._defaults, self.chain
+        defaults, chain = self.model.defaults, self.model.chain
         bounds: dict[str, tuple[float | None, bool, str]] = {
             "noise": (noise, noise >= 0, "0 (off) or more"),
             "temperature": (temperature, temperature is None or temperature > 0, "above 0; for greedy text top_k=1"),
             "top_p": (top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
             "top_k": (top_k, top_k is None or top_k >= 0, "0 (no bound) or more"),
             "max_tokens": (max_tokens, max_tokens is None or max_tokens >= 1, "1 or more"),
-            "k": (k, k is None or 1 <= k <= int(self._facts.allowed.sum()), "from 1 to the number of tokens"),
+            "k": (k, k is None or 1 <= k <= int(self.model.facts.allowed.sum()), "from 1 to the number of tokens"),
             "tau": (tau, tau is None or tau > 0, "above 0"),
         }
         for name, (value, good, allowed) in bounds.items():
             if not good:
                 raise ConfigError(f"{name} must be {allowed}, got {value:g}")
-        if not self._latent and (noise or k is not None or tau is not None):
-            raise ConfigError(f"model {self.path} has an explicit chain, without latent steps: leave out noise, k, tau")
+        if not self.model.latent and (noise or k is not None or tau is not None):
+            raise ConfigError(
+                f"model {self.model.path} has an explicit chain, without latent steps: leave out noise, k, tau"
+            )
 
         return SamplingSettings(
-            mode="latent" if self._latent else "visible",
+            mode="latent" if self.model.latent else "visible",
             max_tokens=defaults.max_tokens if max_tokens is None else max_tokens,
             temperature=defaults.temperature if temperature is None else temperature,
             top_p=defaults.top_p if top_p is None else top_p,
@@ -262,13 +235,13 @@ class LatentModel:
     ) -> GroupRequest:
         if not 1 <= samples <= self._max_rows:
             raise ConfigError(f"samples must be from 1 to max_rows ({self._max_rows}) of this model, got {samples}")
-        ids = self._renderer.encode(as_problem(problem, place))
-        room = None if self._positions is None else self._positions - len(ids)
+        ids = self.model.renderer.encode(as_problem(problem, place))
+        room = None if self.model.positions is None else self.model.positions - len(ids)
         if room is not None and (room < 1 or (exact and settings.max_tokens > room)):
             wanted = f" and max_tokens {settings.max_tokens:,}" if exact else ""
             raise ConfigError(
-                f"problem {place}: its prompt of {len(ids):,} tokens{wanted} do not fit into the {self._positions:,} "
-                "positions of the model; shorten the problem" + (" or lower max_tokens" if exact else "")
+                f"problem {place}: its prompt of {len(ids):,} tokens{wanted} do not fit into the model's "
+                f"{self.model.positions:,} positions; shorten the problem" + (" or lower max_tokens" if exact else "")
             )
         budget = settings.max_tokens if room is None else min(settings.max_tokens, room)
         self._requests += 1
@@ -305,7 +278,7 @@ class LatentModel:
 
     def _response(self, place: int, trajectory: Trajectory) -> Response:
         text = self._decode(trajectory.hard_ids, trajectory.finish_reason)
-        _, end, answer = text.partition(self.chain.think_end)
+        _, end, answer = text.partition(self.model.chain.think_end)
         return Response(
             problem=place,
             sample=trajectory.sample_index,
@@ -323,7 +296,7 @@ class LatentModel:
         for ids, mixed, log_probs in zip(
             record.latent_ids[first:], weights, record.latent_log_probs[first:], strict=True
         ):
-            texts = tuple(str(self._tokenizer.decode([i])) for i in ids.tolist())
+            texts = tuple(str(self.model.tokenizer.decode([i])) for i in ids.tolist())
             yield LatentStep(texts=texts, ids=ids, weights=mixed, log_probs=log_probs)
 
     # --- the engine ----------------------------------------------------------------------------------------------
@@ -337,63 +310,26 @@ class LatentModel:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_model(self.path, dtype, self._defaults.max_positions)
+        model = load_model(self.model.path, dtype, self.model.defaults.max_positions)
         made: LatentEngine
         if engine == "vllm":
             from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
 
             made = VLLMEngine(
-                self.path,
-                self._facts,
+                self.model.path,
+                self.model.facts,
                 dtype=dtype,
                 max_rows=self._max_rows,
-                max_tokens=self._defaults.max_tokens,
-                k=self.chain.k or 1,
+                max_tokens=self.model.defaults.max_tokens,
+                k=self.model.chain.k or 1,
                 options=vllm,
-                max_positions=self._defaults.max_positions,
+                max_positions=self.model.defaults.max_positions,
                 streaming=True,
             )
         else:
             from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
-            made = TransformersEngine(model, self._facts, max_rows=self._max_rows, device=device)
+            made = TransformersEngine(model, self.model.facts, max_rows=self._max_rows, device=device)
         weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
         made.load_weights(PolicyVersion(version=0, checksum=checksum(weights)), weights)
         return made
-
-
-def as_problem(problem: str | Chat, place: int) -> Problem:
-    """Returns the problem of a text, or of a whole chat. Raises ConfigError, which names its `place` in the list."""
-    if isinstance(problem, str):
-        if not problem.strip():
-            raise ConfigError(f"problem {place} is empty; give a text, or a chat with a user message")
-        return Problem(uid=f"problem {place}", task="generate", messages=(("user", problem),), answer="")
-    wrong = not isinstance(problem, Sequence) or any(
-        not isinstance(m, Mapping) or not {"role", "content"} <= m.keys() for m in problem
-    )
-    if wrong or not problem:
-        raise ConfigError(
-            f"problem {place}: expected a text, or a chat such as [{{'role': 'user', 'content': '...'}}], got "
-            f"{str(problem)[:60]!r}"
-        )
-    messages = tuple((str(m["role"]), str(m["content"])) for m in problem)
-    return Problem(uid=f"problem {place}", task="generate", messages=messages, answer="", whole=True)
-
-
-def prompt_uid(ids: np.ndarray) -> str:
-    """Returns the uid of a prompt, [P] int32: a function of its content, so that a seed gives the same response."""
-    return f"prompt/{xxhash.xxh3_128_hexdigest(np.ascontiguousarray(ids, dtype=np.int32).tobytes())}"
-
-
-def _defaults(chain: ChainSettings) -> GenerationDefaults:
-    """Returns the model's own defaults, and METHOD §2.4's where an earlier version wrote its file."""
-    if chain.generation is not None:
-        return chain.generation
-    return GenerationDefaults(
-        temperature=0.6,
-        top_p=0.95,
-        top_k=30,
-        max_tokens=MAX_TOKENS,
-        prompt=PromptConfig.model_validate({**(chain.prompt or {}), "think_end": chain.think_end}),
-        date_string=DEFAULT_DATE,
-    )

@@ -107,3 +107,18 @@ def _set_environment(values: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory) -> Path:
+    """The folder of a model as a run leaves it, with its chain file; its weights are random."""
+    from latent_grpo.common.config import load_config
+    from latent_grpo.common.model_chain import exported_chain, write_chain
+    from latent_grpo.common.models import make_model, make_tokenizer, save_model
+
+    config = load_config("quickstart", ["model.new.hidden_size=64", "model.new.num_heads=2"])
+    tokenizer = make_tokenizer(config.model.new)
+    path = tmp_path_factory.mktemp("trained") / "m"
+    save_model(path, make_model(config.model.new, tokenizer, 0), tokenizer)
+    write_chain(path, exported_chain(config, tokenizer))
+    return path

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +18,10 @@ from rich.table import Table
 
 from latent_grpo.common.config import ConfigError, config_as_json
 from latent_grpo.common.errors import LatentGRPOError, RayLost
-from latent_grpo.deploy.cli.arguments import listed, overrides, settings, whole_numbers
+from latent_grpo.deploy.cli.arguments import interruptible, listed, overrides, settings, whole_numbers
 from latent_grpo.deploy.cli.bench import bench
 from latent_grpo.deploy.cli.data import data
+from latent_grpo.deploy.cli.models import models
 from latent_grpo.deploy.cli.reading import reading
 from latent_grpo.deploy.run import link
 
@@ -34,19 +33,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 app.add_typer(reading)
+app.add_typer(models)
 console = Console()
 STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Ends a command that Ctrl-C interrupted with exit code 130, the shell's code for it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 @app.command(context_settings=SETTINGS)

@@ -1,6 +1,9 @@
-"""Parsing of a command's arguments: settings given after its options, and comma-separated lists."""
+"""Parsing of a command's arguments: settings given after its options, and comma-separated lists; and Ctrl-C."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 

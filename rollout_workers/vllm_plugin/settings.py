@@ -1,4 +1,7 @@
-"""The transport of settings to vLLM's workers: `additional_config` holds the core's, `extra_args` a sample's."""
+"""The transport of settings to vLLM's workers: `additional_config` holds the core's, `extra_args` a sample's.
+
+Behind vLLM's server `additional_config` names the model, and `serving.py` makes both of it and of the requests.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,33 @@ from typing import Any
 import numpy as np
 import torch
 
+from latent_grpo.common.errors import ConfigError
 from latent_grpo.rollout_workers.requests import SETTINGS
+from latent_grpo.rollout_workers.trained_model import read_trained_model
 from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
+from latent_grpo.rollout_workers.vllm_plugin.serving import SERVING, Served, core_settings
 
 KEY = "latent_rollout"
 
 
-def new_core(vllm_config: Any, device: torch.device) -> LatentCore:
-    """Makes the core that the engine described in `additional_config`."""
+def served(vllm_config: Any) -> Served | None:
+    """Returns the state of a server's worker; None for an engine of rollouts. Raises ConfigError."""
+    model = vllm_config.additional_config[KEY].get(SERVING)
+    if model is None:
+        return None
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ConfigError(
+            "latent steps behind vLLM's server need --no-enable-prefix-caching, since histories of latent steps look "
+            "alike; `latent-grpo serve` gives it"
+        )
+    return Served(read_trained_model(model))
+
+
+def new_core(vllm_config: Any, device: torch.device, served: Served | None = None) -> LatentCore:
+    """Makes the core that the engine described in `additional_config`, or that of a server."""
     described = vllm_config.additional_config[KEY]
+    if served is not None:
+        described = core_settings(served.model, vllm_config.model_config.max_model_len)
     allowed = described["forbidden_ids"]
     flags = None
     if allowed:
@@ -41,13 +62,16 @@ def extra_args(uid: int, row: np.void, careful: bool) -> dict[str, Any]:
     return {KEY: {"uid": uid, "careful": int(careful), **settings}}
 
 
-def request_settings(params: Any) -> tuple[int, dict[str, Any]]:
-    """Returns (uid, settings) of a request. Raises ValueError for one that the engine did not send."""
+def request_settings(request: Any, served: Served | None) -> tuple[int, dict[str, Any]]:
+    """Returns (uid, settings) of a new request. Raises ValueError for one that the engine did not send."""
+    if served is not None:
+        return served.settings_of(request)
+    params = request.sampling_params
     found = (params.extra_args or {}).get(KEY) if params is not None else None
     if found is None:
         raise ValueError(
             "this vLLM samples only latent rollouts, and got a request without a rollout's settings; send rollouts "
-            "through VLLMEngine, and start another vLLM for ordinary requests"
+            "through VLLMEngine, and start vLLM's server with `latent-grpo serve`"
         )
     settings = dict(found)
     return settings.pop("uid"), settings

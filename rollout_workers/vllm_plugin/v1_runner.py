@@ -14,6 +14,7 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 
 from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
+from latent_grpo.rollout_workers.vllm_plugin.serving import Served
 from latent_grpo.rollout_workers.vllm_plugin.settings import request_settings
 
 if TYPE_CHECKING:
@@ -24,17 +25,19 @@ else:
 
 
 class LatentRunner(GPUModelRunner):
-    """A mixin for the runner's own class; the worker that mixes it in sets `latent` and `slot_of`."""
+    """A mixin for the runner's own class; the worker that mixes it in sets its attributes."""
 
     latent: LatentCore
+    served: Served | None  # behind vLLM's server
     slot_of: dict[str, int]  # by vLLM's request id, until the request is finished; preempted ones stay
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for request_id in scheduler_output.finished_req_ids:
             self.slot_of.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
-            uid, settings = request_settings(new.sampling_params)
-            self.slot_of[new.req_id] = self.latent.add(uid, len(new.prompt_token_ids), settings)
+            uid, settings = request_settings(new, self.served)
+            prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
+            self.slot_of[new.req_id] = self.latent.add(uid, len(prompt), settings)
         return super()._update_states(scheduler_output)
 
     def _slots(self) -> np.ndarray:

@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from latent_grpo.rollout_workers.vllm_plugin.core import SCRATCH
-from latent_grpo.rollout_workers.vllm_plugin.settings import new_core, request_settings
+from latent_grpo.rollout_workers.vllm_plugin.settings import new_core, request_settings, served
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,7 +39,8 @@ class LatentModelState(DefaultModelState):
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.core = new_core(vllm_config, device)
+        self.served = served(vllm_config)
+        self.core = new_core(vllm_config, device, self.served)
         self.slot_of = np.zeros(self.max_num_reqs, dtype=np.int64)  # by the runner's index of a request
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -48,7 +49,7 @@ class LatentModelState(DefaultModelState):
         if self.core.warming:  # vLLM warms its kernels up with requests of its own
             self.slot_of[req_index] = SCRATCH
             return
-        uid, settings = request_settings(new_req_data.sampling_params)
+        uid, settings = request_settings(new_req_data, self.served)
         self.slot_of[req_index] = self.core.add(uid, new_req_data.prompt_len, settings)
 
     def prepare_inputs_embeds(self, scheduled_encoder_inputs: Any, input_batch: Any, req_states: Any) -> torch.Tensor:

@@ -14,7 +14,8 @@ from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from latent_grpo.rollout_workers.vllm_plugin import weights
 from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore, Record
-from latent_grpo.rollout_workers.vllm_plugin.settings import new_core
+from latent_grpo.rollout_workers.vllm_plugin.serving import Served
+from latent_grpo.rollout_workers.vllm_plugin.settings import new_core, served
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
@@ -27,6 +28,8 @@ class LatentWorker(WorkerBase):
 
     All ranks draw the same ids, since all have the same logits.
     """
+
+    served: Served | None  # behind vLLM's server
 
     def begin_weights(self) -> None:
         """Opens the model for new weights; see `weights.py` for this and the next three."""
@@ -63,6 +66,12 @@ class LatentWorker(WorkerBase):
         self.latent_core.forget(uids)
         return len(self.latent_core.slots)
 
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs a step. Nobody fetches the records of a server's requests, so they are dropped at their end."""
+        if self.served is not None:
+            self.latent_core.forget(self.served.finished(scheduler_output.finished_req_ids))
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
     @property
     def latent_core(self) -> LatentCore:
         core: LatentCore = self.model_runner.latent
@@ -75,7 +84,9 @@ class LatentWorker(WorkerBase):
 
             runner = self.model_runner
             runner.__class__ = type("LatentModelRunner", (LatentRunner, type(runner)), {})
-            runner.latent, runner.slot_of = new_core(self.vllm_config, self.device), {}
+            self.served = served(self.vllm_config)
+            runner.latent, runner.slot_of = new_core(self.vllm_config, self.device, self.served), {}
+            runner.served = self.served
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         if self.use_v2_model_runner:
@@ -84,7 +95,8 @@ class LatentWorker(WorkerBase):
             install(self.model_config)
         super().load_model(*args, **kwargs)
         if self.use_v2_model_runner:
-            self.model_runner.latent = self.model_runner.model_state.core
+            state = self.model_runner.model_state
+            self.model_runner.latent, self.served = state.core, state.served
 
     def compile_or_warm_up_model(self) -> Any:
         """Warms the model up; on CUDA vLLM does so with requests of its own, which are not rollouts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -273,8 +274,8 @@ def test_a_request_that_is_no_rollout_is_refused():
 
     from latent_grpo.rollout_workers.vllm_plugin.settings import request_settings
 
-    with pytest.raises(ValueError, match="another vLLM for ordinary requests"):
-        request_settings(SamplingParams(max_tokens=3))
+    with pytest.raises(ValueError, match="start vLLM's server with `latent-grpo serve`"):
+        request_settings(SimpleNamespace(sampling_params=SamplingParams(max_tokens=3)), None)
 
 
 def test_vllms_own_warm_up_requests_are_no_rollouts_and_leave_nothing(monkeypatch):

@@ -30,6 +30,7 @@ ROOMS = {
     "replay": {"run"},
     "sft": {"controller", "run", "evaluation"},
     "grading": {"run", "view"},
+    "serving": {"view"},
     "single_service": {"controller", "run", "replay"},
     "supervisor": {"run"},
     "train": {"controller", "run", "evaluation", "sft", "view"},

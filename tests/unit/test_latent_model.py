@@ -9,22 +9,16 @@ import pytest
 
 from latent_grpo import LatentModel, LatentStep, Response
 from latent_grpo.common.config import ConfigError, load_config
-from latent_grpo.common.model_chain import CHAIN_FILE, exported_chain, read_chain, write_chain
-from latent_grpo.common.models import make_model, make_tokenizer, save_model
+from latent_grpo.common.model_chain import CHAIN_FILE, exported_chain, read_chain
+from latent_grpo.common.models import make_tokenizer
 
 QUESTIONS = ["1+2*3?", "9-4+0?", "5*5?"]
 BENCHMARK = {"name": "svamp", "path": "svamp.parquet"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An untrained model of the quickstart, with its chain file."""
-    config = load_config("quickstart", ["model.new.hidden_size=64", "model.new.num_heads=2"])
-    tokenizer = make_tokenizer(config.model.new)
-    path = tmp_path_factory.mktemp("model") / "m"
-    save_model(path, make_model(config.model.new, tokenizer, 0), tokenizer)
-    write_chain(path, exported_chain(config, tokenizer))
-    return path
+def folder(trained_folder):
+    return trained_folder
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +145,7 @@ def test_nothing_is_asked_and_nothing_comes(model):
         ([[{"role": "user"}]], {}, "problem 0: expected a text, or a chat"),
         ([{"role": "user", "content": "1+1?"}], {}, "problem 0: expected a text, or a chat"),
         (["hello"], {}, "cannot be encoded for this model"),
-        (["1+" * 400 + "1?"], {}, r"its prompt of 8\d\d tokens do not fit into the 128 positions"),
+        (["1+" * 400 + "1?"], {}, r"its prompt of 8\d\d tokens do not fit into the model's 128 positions"),
         (["1+1?"], {"max_tokens": 128}, "and max_tokens 128 do not fit .* or lower max_tokens"),
         (["1+1?"], {"samples": 65}, r"samples must be from 1 to max_rows \(64\)"),
         (["1+1?"], {"noise": -1.0}, r"noise must be 0 \(off\) or more, got -1"),
