@@ -14,7 +14,6 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from latent_grpo.common.config import RunConfig
@@ -68,11 +67,11 @@ def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter,
     if {"before", "after"} & run.summary.keys():
         reporter.console.print(final_table(run))
     else:
-        reporter.say(escape(unmeasured(run)))
+        reporter.say(unmeasured(run))
     for line in run.problems.dropped:
-        reporter.say(f"[yellow]{escape(line)}[/]")
+        reporter.say(f"[yellow]{line}[/]")
     reporter.say(f"model {run.folder.model} · dumps, metrics and checkpoints in {run.folder.path}")
-    reporter.say(escape(report_note(run.folder)))
+    reporter.say(report_note(run.folder))
     return run.folder
 
 

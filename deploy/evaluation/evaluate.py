@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from rich.markup import escape
 
 from latent_grpo.common.config import (
     ConfigError,
@@ -275,7 +274,7 @@ def noise_line(config: RunConfig, noise: str | None) -> str | None:
     what = "what has the noise on" if too else "pass@k"
     used = f"{what} is sampled with noise.scale {config.noise.scale:g} ({config.noise.mode})"
     if noise is not None:
-        return f"{used}, from {escape(noise)}"
+        return f"{used}, from {noise}"
     return (
         f"[yellow]{used}, the default: the settings have no noise scale, and {CHAIN_FILE} does not store the one that "
         "the model was trained with; give it as noise.scale=...[/]"

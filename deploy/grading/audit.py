@@ -2,7 +2,7 @@
 
 It prints a table of reasons with examples, and with `--compare` the rows on which plain math-verify disagrees.
 Responses are hostile text: they are graded in a pool with its limits, and shown through
-:func:`deploy.view.terminal_text.visible`.
+:func:`common.terminal_text.visible`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from latent_grpo.common.config import load_config
+from latent_grpo.common.terminal_text import visible
 from latent_grpo.deploy.grading import gold_check
 from latent_grpo.deploy.grading.answer_file import AuditError, Row, read_rows
 from latent_grpo.deploy.run.progress import Reporter
-from latent_grpo.deploy.view.terminal_text import visible
 from latent_grpo.reward.pool import VerifierPool
 from latent_grpo.reward.verifier import REASONS, Grade
 from latent_grpo.rollout_workers.verifiers import reward_errors, verifier_pool

@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
+from latent_grpo.common.terminal_text import visible
 from latent_grpo.deploy.grading.answer_file import Row
-from latent_grpo.deploy.view.terminal_text import visible
 from latent_grpo.reward.numbers import read_number
 from latent_grpo.reward.pool import VerifierPool
 

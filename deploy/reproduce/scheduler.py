@@ -28,8 +28,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from latent_grpo.common.config import RunConfig, parse_config
 from latent_grpo.common.errors import ConfigError, RunError
 from latent_grpo.common.files import write_atomically
@@ -92,7 +90,7 @@ def reproduce(
     wanted = list(units_of(suite, arms))
     todo = [unit for unit in wanted if read_result(unit_folder(request.folder, unit)) is None]
     for note in check_inputs(suite, todo, request.folder):
-        reporter.say(f"[yellow]{escape(note)}[/]")
+        reporter.say(f"[yellow]{note}[/]")
     open_folder(request, suite)
     if parallel is None:
         parallel = max_parallel_units([unit_config(suite, unit, request.folder) for unit in todo], suite.runner)

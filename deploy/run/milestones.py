@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from rich.markup import escape
-
 from latent_grpo.common.config import RunConfig, StopConfig
 from latent_grpo.common.config.stopping import EVALUATION, FIGURES
 from latent_grpo.common.figure_names import by_label, of_first_protocol
@@ -47,7 +45,7 @@ class Milestones:
             self._judge()
             if self.stopped is not None:
                 reporter.say(
-                    f"[yellow]{escape(self.stopped)}: the run has ended there and takes no further step; to go on, "
+                    f"[yellow]{self.stopped}: the run has ended there and takes no further step; to go on, "
                     "resume it with stop_on=null, or with another rule[/]"
                 )
         self._scores = None if config.checkpoint.keep_best is None else Scores(self._root, config.checkpoint.keep_best)
@@ -58,7 +56,7 @@ class Milestones:
                     f"{self._scores.metric} decides (checkpoint.keep_best)"
                 )
             for skipped in self._scores.drop_damaged():
-                reporter.say(f"[yellow]best checkpoint {skipped.path.name} skipped: {escape(skipped.reason)}[/]")
+                reporter.say(f"[yellow]best checkpoint {skipped.path.name} skipped: {skipped.reason}[/]")
 
     @property
     def protected(self) -> tuple[str, ...]:
@@ -101,7 +99,7 @@ class Milestones:
         if self.stopped is None:
             self._judge()
             if self.stopped is not None:
-                self._reporter.say(f"[yellow]{escape(self.stopped)}[/]")
+                self._reporter.say(f"[yellow]{self.stopped}[/]")
 
     def _judge(self) -> None:
         rule = self._rule

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.markup import escape
-
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.store import LearnerStore, TrajectoryStore
@@ -53,7 +51,7 @@ class StepObserver:
             self._dump_bad(result, report)
         for alarm in self._monitor.judge(result.step, metrics):
             colour = COLOURS[alarm.state]
-            self._reporter.say(f"[{colour}]alarm, step {alarm.step}: {escape(alarm.sentence)}[/]")
+            self._reporter.say(f"[{colour}]alarm, step {alarm.step}: {alarm.sentence}[/]")
         metrics["health/alarms"] = len(self._monitor.active)
         self._metrics.write(result.step, metrics, lineage=self._lineage)
         in_a_row, limit = metrics.get("learner/bad_updates_in_a_row", 0), self._config.optimizer.max_bad_updates
@@ -72,7 +70,7 @@ class StepObserver:
         )
         self._reporter.say(
             f"[red]step {result.step}: non-finite update not applied; samples: "
-            f"{escape(self._named(result, report))}; batch: {escape(str(self._bad_folder(result)))}[/]"
+            f"{self._named(result, report)}; batch: {self._bad_folder(result)!s}[/]"
         )
 
     @staticmethod

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.files import save_whole
@@ -100,13 +98,13 @@ def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = No
     if found.model is None or found.problems is None:
         raise ConfigError("the run has no model or no training problems")  # check() refuses both on this machine
     for warning in found.model.warnings:
-        reporter.say(f"[yellow]{escape(warning)}[/]")
+        reporter.say(f"[yellow]{warning}[/]")
     for line in found.problems.summaries:
         reporter.say(line)
     for names, text, warnings in found.problems.first_prompts():
-        reporter.say(escape(f"first prompt of {names}, {text}"))
+        reporter.say(f"first prompt of {names}, {text}")
         for warning in warnings:
-            reporter.say(f"[yellow]{escape(warning)}[/]")
+            reporter.say(f"[yellow]{warning}[/]")
     return Prepared(found.model, found.problems, found.sft)
 
 

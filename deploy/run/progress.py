@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from latent_grpo.common.terminal_text import visible
+
+WHOLE_LINE = re.compile(r"\[(yellow|red|green)\](.*)\[/\]", re.DOTALL)
 LOG_EVERY_S = 15.0
 RECENT_S = 120.0  # the pace is that of the last two minutes, or of the last RECENT advances if they took longer
 RECENT = 8
@@ -151,7 +155,13 @@ class Reporter:
         self._now = now
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        """Prints lines as plain text; `[yellow]...[/]` around the whole, or red or green, is their colour.
+
+        Whatever data they quote is text: neither markup nor a control sequence for the terminal.
+        """
+        whole = WHOLE_LINE.fullmatch(text)
+        style, shown = (whole[1], whole[2]) if whole else ("", text)
+        self.console.print(Text("\n".join(map(visible, shown.split("\n"))), style))
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int, unit: str = "steps") -> Iterator[Advance]:
@@ -163,12 +173,12 @@ class Reporter:
     @contextlib.contextmanager
     def _bar(self, name: str, pace: Pace) -> Iterator[Advance]:
         columns = (
-            TextColumn("{task.description:<14}"),
+            TextColumn("{task.description:<14}", markup=False),
             BarColumn(bar_width=24),
             _PaceColumn(pace),
             TimeElapsedColumn(),
             _LeftColumn(pace),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(name, total=pace.total, note="")

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from rich.markup import escape
-
 from latent_grpo.common.errors import RayLost
 from latent_grpo.deploy.run import link, recoveries
 from latent_grpo.deploy.run.session import Run
@@ -29,7 +27,7 @@ def recovering(run: Run, work: Callable[[], Result]) -> Result:
         except RankLost as error:
             limit, lineage = run.config.max_recoveries, run.lineage + 1
             run.recovery = recoveries.begin(run.folder.path, str(error), lineage=lineage, limit=limit)
-            run.reporter.say(f"[yellow]{escape(str(error))}; all ranks start again from the last state[/]")
+            run.reporter.say(f"[yellow]{error!s}; all ranks start again from the last state[/]")
             run.pool.discard()
             run.next_lineage()
             run.reservation.await_room()
@@ -41,5 +39,5 @@ def recovering(run: Run, work: Callable[[], Result]) -> Result:
 def recovered(run: Run, step: int) -> None:
     """Says what a recovery has cost, if one ends here. `step` is the last of the state that the run goes on from."""
     if run.recovery is not None:
-        run.reporter.say(f"[green]{escape(run.recovery.over(step))}[/]")
+        run.reporter.say(f"[green]{run.recovery.over(step)}[/]")
         run.recovery = None

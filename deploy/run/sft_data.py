@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-from rich.markup import escape
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.encoding import TextEncoder, UnencodableText
@@ -140,7 +139,7 @@ class SFTData:
         dropped = self.dropped
         lines = {task.name: f"Latent-SFT on {task.summary}" for task in self.tasks}
         lines |= {task.name: f"Latent-SFT leaves out {task.name}: {NO_CHAIN}" for task in self.without_chain}
-        return [f"[yellow]{escape(line)}[/]" if name in dropped else escape(line) for name, line in lines.items()]
+        return [f"[yellow]{line}[/]" if name in dropped else line for name, line in lines.items()]
 
     def row(self, task: PreparedTask, problem: Problem) -> SFTRow:
         return self.chains.row(task, problem)

@@ -3,7 +3,7 @@
 Without a filter it shows the run and its steps, with filters the trajectories that match. One match, or `--show N`, is
 shown in full, thought by thought, with its group beside it; `--diff A B` compares one problem at two policy versions.
 
-Model text is hostile: it is shown through `visible` (`deploy.view.terminal_text`) and as rich `Text`, never as markup.
+Model text is hostile: it is shown through `visible` (`common.terminal_text`) and as rich `Text`, never as markup.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from latent_grpo.common.terminal_text import visible
 from latent_grpo.deploy.run.health import FILE, last_active, log_prob_gap
 from latent_grpo.deploy.view.other_kinds import evaluation_table, sft_steps, sft_table
 from latent_grpo.deploy.view.run_facts import facts
 from latent_grpo.deploy.view.run_view import RunView
 from latent_grpo.deploy.view.selection import Filters, InspectionError, Row
-from latent_grpo.deploy.view.terminal_text import visible
 from latent_grpo.deploy.view.thoughts import (
     as_json,
     load,

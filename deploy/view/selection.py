@@ -12,7 +12,7 @@ from typing import Any
 from latent_grpo.common.config import ConfigError
 from latent_grpo.common.schema import CORRECT
 from latent_grpo.common.store import DumpFile
-from latent_grpo.deploy.view.terminal_text import visible
+from latent_grpo.common.terminal_text import visible
 
 SORTS = ("step", "length", "latent", "latent_share", "exit", "reward", "seconds", "advantage")
 

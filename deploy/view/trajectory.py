@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from latent_grpo.common.learner_record import REASONS
+from latent_grpo.common.terminal_text import visible, visible_token
 from latent_grpo.deploy.view.run_view import RunView
 from latent_grpo.deploy.view.selection import Filters, InspectionError, Row
-from latent_grpo.deploy.view.terminal_text import visible, visible_token
 from latent_grpo.deploy.view.thoughts import (
     Thoughts,
     TokenTexts,

@@ -20,12 +20,12 @@ from latent_grpo.common.learner_record import record_schema
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import decode, encode
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
+from latent_grpo.common.terminal_text import visible, visible_token
 from latent_grpo.deploy.cli.reading import reading
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.view.inspect import inspect
 from latent_grpo.deploy.view.run_view import open_run
 from latent_grpo.deploy.view.selection import Filters, InspectionError, parse_steps
-from latent_grpo.deploy.view.terminal_text import visible, visible_token
 from latent_grpo.deploy.view.thoughts import TokenTexts, drawn_noise, load
 from latent_grpo.deploy.view.trajectory import diff
 
@@ -526,7 +526,7 @@ def test_alarms_that_last_are_shown_with_what_to_do_and_those_that_are_over_are_
     folder = make_fake_run(tmp_path / "run")
     monitor = HealthMonitor(folder.path, folder.config(), 0)
     monitor.judge(1, {"rollout/truncated_share": 0.9, "rollout/ungraded_share": 0.5})
-    for _ in range(folder.config().health.window):  # until the mean is below the limit again
+    for _ in range(2 * folder.config().health.window):  # until the mean has been below the limit for a whole window
         monitor.judge(2, {"rollout/truncated_share": 0.9, "rollout/ungraded_share": 0.0})
     monitor.close()
     text = " ".join(shown(folder.path, width=400).split())

@@ -142,3 +142,16 @@ def test_the_first_step_says_what_a_step_costs_and_when_the_run_ends():
         "71 min, until 13:11"
     )
     assert first_step_line("Latent-SFT", 4.0, 0, {}) == "Latent-SFT: the step took 4.0 s"
+
+
+def test_what_data_say_is_text_whatever_it_looks_like():
+    console = Console(file=io.StringIO(), width=200, record=True, force_terminal=True)
+    reporter = Reporter(console)
+    reporter.say("an answer [/b] and [a,b]")  # markup that would end in an error, or vanish
+    reporter.say("[yellow]task \x1b]8;;evil\x07 [red]x[/]")
+    reporter.say("two\nlines")
+    shown = console.file.getvalue()
+    assert "an answer [/b] and [a,b]" in shown
+    assert "task ␛]8;;evil␇ [red]x" in shown
+    assert "\x1b]8" not in shown
+    assert "two\nlines" in shown

@@ -17,6 +17,7 @@ from latent_grpo.common.tasks.arithmetic import ChainArithmetic, make_arithmetic
 from latent_grpo.common.tasks.sources import StoredTask, TaskError
 from latent_grpo.common.types import Problem
 from latent_grpo.deploy.run.problems import prepare_task, read_task
+from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.sft_data import NO_BOX, NO_CHAIN, TOO_LONG, TOO_SHORT, prepare_sft
 from latent_grpo.learner.sft.learner import least_calls, plan_rows, self_feeding_share
 from latent_grpo.learner.sft.rows import encode_chain
@@ -109,7 +110,7 @@ def test_dropped_chains_are_a_warning_and_their_counts_are_kept(tmp_path):
     assert data.dropped == {"rows": {NO_CHAIN: 2, TOO_SHORT: 1}, "[plain]": {NO_CHAIN: 1}}
     console = Console(width=300, record=True, file=io.StringIO(), force_terminal=True, highlight=False)
     for line in data.summaries:
-        console.print(line)
+        Reporter(console).say(line)
     text = console.export_text(styles=True)
     assert text.count("\x1b[33m") == 2, "both lines are yellow"
     assert "2 no chain of thought (rows 0, 1); 1 chain of thought under warm_start.compression (row 2)" in text
