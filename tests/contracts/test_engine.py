@@ -17,6 +17,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from latent_grpo.common.latent import sample_mixture, sample_visible
+from latent_grpo.common.models import extend_positions
 from latent_grpo.common.noise import gumbel_noise, noise_version, trajectory_key
 from latent_grpo.common.types import GroupRequest, SamplingSettings, TokenFacts, Trajectory
 from latent_grpo.rollout_workers.engine import EngineError, LatentEngine
@@ -59,7 +60,9 @@ def make_model(architecture: str, seed: int = 0, attention: str = "sdpa", positi
 def bare_engine(kind: str, architecture: str = "llama", facts: TokenFacts = FACTS, **options: object) -> LatentEngine:
     """An engine without a version."""
     if kind == "transformers":
-        return TransformersEngine(make_model(architecture), facts, **options)
+        model = make_model(architecture)
+        extend_positions(model.config, options.pop("max_positions", None))
+        return TransformersEngine(model, facts, **options)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from latent_grpo.common.config import VLLMConfig
     from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
@@ -115,6 +118,7 @@ def mixed_requests() -> list[GroupRequest]:
         make_request(9, 8, samples=4, max_tokens=40, k=3, latent_exit="first"),
         make_request(7, 11, samples=4, max_tokens=40, temperature=1.5, top_p=1.0, top_k=48),
         make_request(8, 6, samples=2, mode="visible", max_tokens=1),
+        make_request(10, 7, samples=2, mode="visible", temperature=0.6, top_k=0),
     ]
 
 
@@ -347,6 +351,19 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn(kind: str) -> None:
             assert ALLOWED[sample.latent_ids].all()
             assert ALLOWED[sample.hard_ids].all()
             assert np.isfinite(sample.latent_scores).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_beyond_the_checkpoints_are_served_where_the_run_says_so(kind: str) -> None:
+    """`model.max_positions`: rotary positions extrapolate, and every step is what the model itself computes there."""
+    engine, model, request = make_engine(kind=kind, max_positions=96), make_model("llama"), make_request(0, 58)
+    request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, max_tokens=30))
+    (group,) = collect(engine, [request]).values()
+    assert max(sample.num_steps for sample in group) > 64 - 58, "no sample passes the checkpoint's 64 positions"
+    for sample in group:
+        assert_redrawn(model, request, sample)
+    with pytest.raises(EngineError, match="max_position_embeddings"):
+        engine.add(make_request(1, 90, max_tokens=7))
 
 
 # --- refusals and weights ----------------------------------------------------------------------------------------
