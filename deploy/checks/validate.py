@@ -234,7 +234,11 @@ def arithmetic(config: RunConfig) -> list[tuple[str, str]]:
         ("response steps per step", f"at most {samples * longest:,} ({longest:,} per sample)"),
         ("tokens per step, prompts included", f"at most {samples * (longest + prompt):,}"),
         ("updates per step", f"{at_most}{updates}, {config.minibatch_prompts} prompts each"),
-        ("longest sequence", f"{prompt + longest:,} tokens; a micro-batch holds {learner.tokens_per_microbatch:,}"),
+        (
+            "longest sequence",
+            f"{prompt + longest:,} tokens; a micro-batch holds {learner.tokens_per_microbatch:,}"
+            + (", and a longer row is one by itself" if prompt + longest > learner.tokens_per_microbatch else ""),
+        ),
         ("groups in flight", f"at most {slots} ({config.max_staleness} step(s) of staleness)"),
         (
             "whole run",
