@@ -23,7 +23,7 @@ from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate
 from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.control import Scaling
-from latent_grpo.deploy.run.folder import RunFolder, create_run, reopen_run
+from latent_grpo.deploy.run.folder import RunFolder, create_run, named_run, reopen_run
 from latent_grpo.deploy.run.manifest import record_model
 from latent_grpo.deploy.run.milestones import Milestones
 from latent_grpo.deploy.run.observer import StepObserver
@@ -42,8 +42,17 @@ STEP_PARTS = {"rollout": "rollout_wait", "learner": "learner", "publish": "publi
 
 
 def train(config: RunConfig, profile: str, reporter: Reporter | None = None, path: Path | None = None) -> RunFolder:
-    """Trains a new run (in the folder `path` if given) and returns its folder. Raises the error that stopped it."""
+    """Trains a new run (in the folder `path` if given) and returns its folder. Raises the error that stopped it.
+
+    A run of the name `run_name` that has begun goes on, and one that has ended is left as it is.
+    """
     reporter = reporter or Reporter()
+    if path is None and (named := named_run(config)) is not None:
+        if RunFolder(named).model.is_dir():
+            reporter.say(f"run {config.run_name} has ended: model {RunFolder(named).model}")
+            return RunFolder(named)
+        folder, config, lineage = reopen_run(named, [], "train", config)
+        return _run(folder, config, lineage, reporter, prepare(config, reporter, folder))
     prepared = prepare(config, reporter)
     return _run(create_run(config, profile, path), config, 0, reporter, prepared)
 

@@ -147,6 +147,9 @@ class RunConfig(Section):
     """Maximum number of times within an hour that a run goes on by itself from its last checkpoint, after it lost a
     learner rank or its controller; one more ends it. Lost rollout workers are replaced (`rollout.max_restarts`)."""
     ray: Annotated[RayConfig, Rule.MAY_CHANGE] = RayConfig()
+    run_name: Annotated[str | None, Field(pattern=r"^\w[\w.-]*$"), Rule.MAY_CHANGE] = None
+    """Name of the run's folder below `runs_folder`; null: it is made of the profile's name and the time. `train` goes
+    on with a named run that has begun, so that a job that a cluster starts again does."""
     runs_folder: Annotated[str, Rule.MAY_CHANGE] = "runs"
     """Folder in which run folders are made; on a cluster it must be on shared storage."""
     self_test_groups: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 2

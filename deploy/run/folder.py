@@ -16,7 +16,7 @@ runs/NAME/
     summary.json       the final table
     recoveries.jsonl   what a run has recovered from by itself (deploy.run.recovery)
     evaluation.json    the results of an evaluation run
-    .lock              locked by the process that writes here (run_lock)
+    .lock, .lease      held by the process that writes here (run_lock)
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import json
 import os
 import re
 import socket
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,6 +115,8 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kin
         write_identity(RunFolder(path), config, 0, kind)
         return RunFolder(path)
     root = Path(config.runs_folder)
+    if config.run_name is not None:
+        return create_run(config, profile, root / config.run_name, kind=kind)
     stem = re.sub(r"[^\w.-]+", "-", Path(profile).stem) or "run"
     stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1000):
@@ -129,13 +133,28 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kin
     raise ConfigError(f"runs_folder {root}: all names from {stem} to {stem}-999 are taken; choose another folder")
 
 
-def reopen_run(path: str | Path, overrides: list[str], kind: RunKind) -> tuple[RunFolder, RunConfig, int]:
+def named_run(config: RunConfig) -> Path | None:
+    """Returns the folder of `run_name` where that run has begun already, or None."""
+    if config.run_name is None:
+        return None
+    path = Path(config.runs_folder, config.run_name)
+    return path if (path / "config.json").is_file() else None
+
+
+def reopen_run(
+    path: str | Path, overrides: list[str], kind: RunKind, settings: RunConfig | None = None
+) -> tuple[RunFolder, RunConfig, int]:
     """Opens a stopped run to resume it: its folder, its settings with allowed changes, and its new lineage.
 
-    `kind` says what it does from now on: `train` may go on with the run of an `sft`, and 0.2.0 stored no kind.
-    Raises :class:`ResumeError`, and :class:`FolderInUse` where the run has not stopped.
+    `kind` says what it does from now on: `train` may go on with the run of an `sft`, and 0.2.0 stored no kind. With
+    `settings` the run goes on with these in place of its own with `overrides`. Raises :class:`ResumeError`, and
+    :class:`FolderInUse` where the run has not stopped.
     """
-    folder, config = open_run(path, overrides, "--resume")
+    if settings is None:
+        folder, config = open_run(path, overrides, "--resume")
+    else:
+        folder, config = RunFolder(Path(path)), settings
+        _check_changes(folder, folder.config(), config)
     with run_lock(folder.path):
         lineage = int(folder.read_json("run.json")["lineage"]) + 1
         write_identity(folder, config, lineage, kind)
@@ -149,13 +168,17 @@ def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFo
         raise ResumeError(f"{option} {path}: it has no config.json; give a run folder such as runs/quickstart-...")
     stored = folder.config()
     config = load_config(stored.model_dump(mode="json"), overrides)
+    _check_changes(folder, stored, config)
+    return folder, config
+
+
+def _check_changes(folder: RunFolder, stored: RunConfig, config: RunConfig) -> None:
     refused = refused_changes(stored, config)
     if refused:
         raise ResumeError(
             f"{folder.path} cannot be resumed with other settings: {'; '.join(refused)}. They decide what is computed; "
             "leave them out, or start a new run with them"
         )
-    return folder, config
 
 
 def _of_today(stored: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +216,9 @@ def write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: Run
 
 
 LOCK_FILE = ".lock"
+LEASE_FILE = ".lease"
+LEASE_S = 60.0  # an older lease is that of a process that is gone
+RENEW_S = 10.0
 
 
 class FolderInUse(ConfigError):
@@ -201,35 +227,88 @@ class FolderInUse(ConfigError):
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Locks a folder while the block runs. The lock ends with the process; the file that remains locks nothing.
+    """Locks a folder while the block runs, on this machine and on others that see it.
 
-    This needs a file system with flock. On one without, `filelock` takes the file's existence as the lock, and after a
-    `kill -9` the file has to be deleted. Raises :class:`FolderInUse` at once where another process, or this one, holds
-    the lock.
+    On this machine flock decides, which ends with the process. Other machines may share the folder through a file
+    system on which flock means nothing to them: for these a lease, a file that is renewed every `RENEW_S`, says that
+    it is in use. The lease of a machine that is gone runs out within `LEASE_S`, and that is waited for. Without flock
+    at all, `filelock` takes the file's existence as the lock, and after a `kill -9` the file has to be deleted. Raises
+    :class:`FolderInUse` where another process, or this one, holds the folder.
     """
-    path = folder / LOCK_FILE
+    path, lease = folder / LOCK_FILE, folder / LEASE_FILE
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = path.read_text(encoding="utf-8").strip() or "another process"
-        raise FolderInUse(
-            f"{folder} is locked by {holder}: two processes would overwrite each other's files. Wait for it to end, or "
-            "stop it (it saves a checkpoint) and run this command again"
-        ) from None
+        raise _in_use(folder, path.read_text(encoding="utf-8").strip() or "another process") from None
     try:
+        _await_lease(folder, lease)
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        yield
+        _write_lease(lease)
+        over = threading.Event()
+        renewing = threading.Thread(target=_renew, args=(lease, over), daemon=True)
+        renewing.start()
+        try:
+            yield
+        finally:
+            over.set()
+            renewing.join()
+            lease.unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+def _in_use(folder: Path, holder: str) -> FolderInUse:
+    return FolderInUse(
+        f"{folder} is locked by {holder}: two processes would overwrite each other's files. Wait for it to end, or "
+        "stop it (it saves a checkpoint) and run this command again"
+    )
+
+
+def _await_lease(folder: Path, lease: Path) -> None:
+    """Waits until another machine's lease has run out. Raises :class:`FolderInUse` where it is renewed."""
+    first = _other_machine(lease)
+    while (found := _other_machine(lease)) is not None:
+        if first is not None and found[1] != first[1]:
+            raise _in_use(folder, f"{found[0]}, which renews its lease")
+        time.sleep(1.0)
+
+
+def _other_machine(lease: Path) -> tuple[str, float] | None:
+    """Returns who holds a lease of another machine and when it was renewed, or None where it has run out.
+
+    Times are those of the file system's clock, which both machines see.
+    """
+    try:
+        holder, renewed = json.loads(lease.read_text(encoding="utf-8")), lease.stat().st_mtime
+    except (FileNotFoundError, ValueError):
+        return None
+    if holder["host"] == socket.gethostname():
+        return None  # flock has decided
+    with tempfile.NamedTemporaryFile(dir=lease.parent, prefix=".now-") as now:
+        age = os.fstat(now.fileno()).st_mtime - renewed
+    return (f"process {holder['pid']} on {holder['host']}", renewed) if age < LEASE_S else None
+
+
+def _write_lease(lease: Path) -> None:
+    with contextlib.suppress(OSError):  # a full disk is said where something of worth is written
+        write_atomically(lease, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+
+
+def _renew(lease: Path, over: threading.Event) -> None:
+    while not over.wait(RENEW_S):
+        _write_lease(lease)
 
 
 def in_use(folder: Path) -> str | None:
     """Returns a sentence about the process that has locked the folder, or None. Makes no file."""
     if not (folder / LOCK_FILE).is_file():
         return None
+    if (holder := _other_machine(folder / LEASE_FILE)) is not None:
+        return str(_in_use(folder, holder[0]))
+    lock = FileLock(folder / LOCK_FILE)
     try:
-        with run_lock(folder):
+        with lock.acquire(timeout=0):
             return None
-    except FolderInUse as error:
-        return str(error)
+    except Timeout:
+        return str(_in_use(folder, (folder / LOCK_FILE).read_text(encoding="utf-8").strip() or "another process"))

@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "self_test_groups",
     "max_dispatch_factor",
     "max_recoveries",
+    "run_name",
     "stop_on",
 }
 LAST_BIT = {

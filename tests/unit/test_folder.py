@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
-from latent_grpo.common.config import load_config
-from latent_grpo.deploy.run.folder import FolderInUse, create_run, reopen_run, run_lock
+from latent_grpo.common.config import ConfigError, load_config
+from latent_grpo.deploy.run.folder import (
+    LEASE_S,
+    FolderInUse,
+    ResumeError,
+    create_run,
+    in_use,
+    named_run,
+    reopen_run,
+    run_lock,
+)
 
 BASE = {"model": {"path": "x"}, "tasks": [{"name": "t", "path": "t.jsonl"}]}
 HOLD = """
@@ -60,3 +72,48 @@ def test_it_is_free_again_after_an_error(tmp_path):
         raise ValueError("the cause")
     with run_lock(tmp_path):
         pass
+
+
+OTHER = '{"host": "another-machine", "pid": 7}'
+
+
+def test_the_lease_of_a_machine_that_is_gone_runs_out_and_one_that_is_renewed_is_respected(tmp_path):
+    lease = tmp_path / ".lease"
+    lease.write_text(OTHER)
+    os.utime(lease, (time.time() - LEASE_S + 2,) * 2)
+    began = time.monotonic()
+    with run_lock(tmp_path):  # two seconds later
+        assert json.loads(lease.read_text())["pid"] == os.getpid()
+    assert time.monotonic() - began > 1
+    assert not lease.exists()
+
+    lease.write_text(OTHER)
+    assert "locked by process 7 on another-machine" in in_use_of_another(tmp_path)
+    renewing = threading.Timer(1.5, lease.write_text, (OTHER,))
+    renewing.start()
+    with (
+        pytest.raises(FolderInUse, match="locked by process 7 on another-machine, which renews its lease"),
+        run_lock(tmp_path),
+    ):
+        pass
+    renewing.join()
+
+
+def in_use_of_another(folder):
+    (folder / ".lock").touch()
+    return in_use(folder)
+
+
+def test_a_named_run_that_has_begun_goes_on_and_one_that_has_not_is_made(tmp_path):
+    config = load_config("quickstart", [f"runs_folder={tmp_path}", "run_name=job-7"])
+    assert named_run(config) is None
+    folder = create_run(config, "quickstart")
+    assert folder.path == named_run(config) == tmp_path / "job-7"
+    more = load_config("quickstart", [f"runs_folder={tmp_path}", "run_name=job-7", "rollout.workers=2"])
+    again, taken, lineage = reopen_run(folder.path, [], "train", more)
+    assert (again, taken.rollout.workers, lineage) == (folder, 2, 1)
+    other = load_config("quickstart", [f"runs_folder={tmp_path}", "run_name=job-7", "group_size=4"])
+    with pytest.raises(ResumeError, match=r"cannot be resumed with other settings: group_size"):
+        reopen_run(folder.path, [], "train", other)
+    with pytest.raises(ConfigError, match="run_name"):
+        load_config("quickstart", ["run_name=../elsewhere"])
