@@ -67,7 +67,7 @@ def test_the_reference_has_every_key_of_a_resolved_configuration_and_no_other():
                 "model": model,
                 "tasks": [task],
                 "evaluation": {"tasks": [task]},
-                "warm_start": {},
+                "warm_start": {"lora": {}},
                 "verifiers": {"mine": {"kind": "format"}},
                 "stop_on": {"metric": "rollout/reward", "above": 0.9},
             },
@@ -127,7 +127,7 @@ def test_a_key_has_the_rules_of_its_sections_in_words():
     [
         ("optimizer.lr", ["optimizer.lr"]),
         ("tasks.0.weight", ["tasks.N.weight"]),
-        ("tasks.N.columns", ["tasks.N.columns.problem", "tasks.N.columns.answer", "tasks.N.columns.cot"]),
+        ("tasks.N.columns", [f"tasks.N.columns.{name}" for name in ("problem", "answer", "cot", "solution")]),
         ("verifiers.shaped", ["verifiers.NAME.kind", "verifiers.NAME.options"]),
         ("checkpoint", ["checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"]),
         ("clip.", None),
