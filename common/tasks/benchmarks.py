@@ -137,8 +137,20 @@ PROFILE_FILES = {
     "gsm8k-test": f"a .parquet file with the columns problem and answer is expected; {MADE_FROM_TEXT}",
 }
 """Tasks of shipped profiles that are no benchmarks -> how to get their files."""
-TRAINING_SETS = ("gsm8k-aug-oss-dup-all", "dapo-math-17k-en", "gsm8k-aug-train", "math-train")
+TRAINING_STEMS = {"gsm8k-aug-oss-dup-all": "GSM8k-Aug-oss-dup-all", "dapo-math-17k-en": "DAPO-Math-17k-en-train"}
+"""Training sets of the authors' repository -> the stems of their files (METHOD §8)."""
+TRAINING_SETS = (*TRAINING_STEMS, "gsm8k-aug-train", "math-train")
 """Training sets that `latent-grpo data fetch` knows besides the benchmarks (`deploy.data.sets`)."""
+
+
+def known_files(name: str) -> tuple[str, ...]:
+    """Returns the names of a set's file in a data folder, the product's first; empty for an unknown set."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name].files
+    own = f"{name.replace('-', '_')}.parquet"
+    if name in TRAINING_STEMS:
+        return (own, f"{TRAINING_STEMS[name]}.parquet", f"{TRAINING_STEMS[name]}.jsonl")
+    return (own,) if name in TRAINING_SETS else ()
 
 
 def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:

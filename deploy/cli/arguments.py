@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import typer
 
 from latent_grpo.common.config import ConfigError, RunConfig, load_config
+from latent_grpo.common.tasks.present import with_present_files
 
 
 def overrides(arguments: list[str]) -> list[str]:
@@ -43,7 +44,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 def settings(profile: str, context: typer.Context, gpus: float | None = None) -> RunConfig:
     """Returns the settings of a profile with a command's overrides; `gpus` chooses its keys for that many GPUs."""
-    return load_config(profile, overrides(context.args), gpus)
+    return with_present_files(load_config(profile, overrides(context.args), gpus))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latent_grpo.common.config import ConfigError
-from latent_grpo.common.tasks.benchmarks import BENCHMARKS, GET_GPQA
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS, GET_GPQA, TRAINING_STEMS
 
 AUTHORS = "DJCheng/Latent-GRPO-Data"
 MATH_PARTS = (
@@ -63,11 +63,12 @@ SETS: dict[str, DataSet] = {
         _benchmark("gpqa", "CC-BY-4.0, behind an agreement not to publish it in plain text", GET_GPQA),
         DataSet(
             name="gsm8k-aug-oss-dup-all", use="training", file="gsm8k_aug_oss_dup_all.parquet", rows=None,
-            licence="see its repository", repository=AUTHORS, stem="GSM8k-Aug-oss-dup-all",
+            licence="see its repository", repository=AUTHORS, stem=TRAINING_STEMS["gsm8k-aug-oss-dup-all"],
         ),
         DataSet(
             name="dapo-math-17k-en", use="training", file="dapo_math_17k_en.parquet", rows=None,
-            licence="see its repository (DAPO-Math-17k: Apache-2.0)", repository=AUTHORS, stem="DAPO-Math-17k-en-train",
+            licence="see its repository (DAPO-Math-17k: Apache-2.0)", repository=AUTHORS,
+            stem=TRAINING_STEMS["dapo-math-17k-en"],
         ),
         DataSet(
             name="gsm8k-aug-train", use="training", file="gsm8k_aug_train.parquet", rows=385_620, licence=MIT,

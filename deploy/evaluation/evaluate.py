@@ -28,6 +28,7 @@ from latent_grpo.common.config.yaml_files import parse_override
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, read_chain
 from latent_grpo.common.schema import concat
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks, reference_rules
+from latent_grpo.common.tasks.present import with_present_files
 from latent_grpo.common.types import GroupRequest
 from latent_grpo.deploy.controller import gather
 from latent_grpo.deploy.evaluation.report import protocol_line, report, show, table
@@ -243,7 +244,7 @@ def evaluation_config(
     # what a run keeps and where it ends may name tasks that are not evaluated here
     checkpoint = {**(settings.get("checkpoint") or {}), "keep_best": None}
     settings |= {"evaluation": evaluation, "tasks": evaluation["tasks"], "checkpoint": checkpoint, "stop_on": None}
-    config = load_config(settings, [*overrides, *of_model(model)])
+    config = with_present_files(load_config(settings, [*overrides, *of_model(model)]))
     if any(parse_override(override)[0] in (["noise"], ["noise", "scale"]) for override in overrides):
         noise = "the command"
     if "scale" not in config.noise.model_fields_set:

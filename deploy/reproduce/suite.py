@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from latent_grpo.common.config import ConfigError, RunConfig, Section, load_config
 from latent_grpo.common.config.yaml_files import read_mapping
+from latent_grpo.common.tasks.present import with_present_files
 
 Metric = str
 """`pass_at_1`, `chain_length`, `latent_length`, `latent_share`, `invalid_rate` or `sampled_pass_at_K`."""
@@ -289,7 +290,7 @@ def unit_config(suite: Suite, unit: Unit, folder: Path) -> RunConfig:
     if suite.probe_every is not None:
         chosen += ["dump.evaluation=true", f"evaluation.every={suite.probe_every}"]
     try:
-        return load_config(suite.profile, chosen)
+        return with_present_files(load_config(suite.profile, chosen))
     except ConfigError as error:
         raise SuiteError(f"{unit.key}: {error}") from error
 
