@@ -37,7 +37,7 @@ def missing_package(find: Callable[[str], object | None] = find_spec) -> str | N
     """Returns a sentence that says what to install for LoRA, or None where it is there. `find` looks for a package."""
     if find("peft") is not None:
         return None
-    return "warm_start.lora needs the package peft, which is not installed: pip install 'latent-grpo[lora]'"
+    return "warm_start.lora needs the package peft, which is not installed: pip install 'peft>=0.21,<0.22'"
 
 
 def add_lora(

@@ -84,6 +84,18 @@ def test_row_is_prompt_chain_end_of_thinking_answer_eos():
     assert TOKENIZER.decode(explicit.hard_ids) == f"{problem.cot}</think>\\boxed{{{problem.answer}}}<eos>"
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_solution_stands_whole_behind_the_end_of_thinking(explicit):
+    """Behind a latent chain and behind an explicit one, with EOS at its end."""
+    solution = "1+1=2;\\boxed{2}"
+    chain = encode_chain(
+        TOKENIZER, "1+1=2;", "2", c=C, latent_end_id=FACTS.latent_end_id, explicit=explicit, solution=solution
+    )
+    text = TOKENIZER.decode(chain.hard_ids, skip_special_tokens=False)
+    assert text.replace(" ", "").endswith(f"</think>{solution}{TOKENIZER.eos_token}")
+    assert text.replace(" ", "").startswith("1+1=2;" if explicit else "</think>")
+
+
 def test_row_without_chain_of_thought_is_refused():
     with pytest.raises(ValueError, match="empty one"):
         encode_chain(TOKENIZER, " ", "1", c=C, latent_end_id=FACTS.latent_end_id)

@@ -92,5 +92,5 @@ def test_what_lora_does_not_go_with_is_refused_and_a_given_model_has_its_own_rat
 
 def test_a_missing_package_is_said_with_what_to_install():
     check_lora()
-    with pytest.raises(ConfigError, match=r"needs the package peft, .*: pip install 'latent-grpo\[lora\]'"):
+    with pytest.raises(ConfigError, match=r"needs the package peft, .*: pip install 'peft>=0\.21,<0\.22'"):
         check_lora(lambda: missing_package(lambda name: None))
