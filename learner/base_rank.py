@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from latent_grpo.common.config import OptimizerConfig, RunConfig
+from latent_grpo.common.config import ModelConfig, OptimizerConfig, RunConfig
 from latent_grpo.common.models import extend_positions
 from latent_grpo.common.stacks import ProcessAddress, serve_stacks
 from latent_grpo.common.weights import Publication
@@ -131,19 +131,24 @@ class RankActor:
 
     def write_model(self, parameters: dict[str, torch.Tensor], source: str, folder: Path) -> None:
         """Writes a model folder like `source` (a folder or hub id) with these parameters and its other files."""
-        model = load_policy_model(source, self.config.model.dtype)
-        names = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in parameters.items():
-                names[name].copy_(tensor)
-        extend_positions(model.config, self.config.model.max_positions)
-        model.save_pretrained(folder)
-        if Path(source).is_dir():
-            copy_side_files(Path(source), folder)
-        else:
-            from latent_grpo.common.models import load_tokenizer
+        write_model_folder(parameters, source, folder, self.config.model)
 
-            load_tokenizer(source).save_pretrained(folder)
+
+def write_model_folder(parameters: dict[str, torch.Tensor], source: str, folder: Path, config: ModelConfig) -> None:
+    """Writes a model folder like `source` (a folder or hub id) with these parameters, in the run's dtype."""
+    model = load_policy_model(source, config.dtype)
+    names = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            names[name].copy_(tensor)
+    extend_positions(model.config, config.max_positions)
+    model.save_pretrained(folder)
+    if Path(source).is_dir():
+        copy_side_files(Path(source), folder)
+    else:
+        from latent_grpo.common.models import load_tokenizer
+
+        load_tokenizer(source).save_pretrained(folder)
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands that use a trained model: `generate` and `serve`."""
+"""The commands that use a trained model, and that make one of a run: `generate`, `serve` and `export`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Model = Annotated[str, typer.Option(help="Folder or hub id of a trained model.")
 
 def _say(sentence: str) -> None:
     """Prints a remark beside the responses, which have standard output for themselves."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]{escape(sentence)}[/]")
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"[yellow]{escape(sentence)}[/]")
 
 
 @models.command()
@@ -91,3 +91,19 @@ def serve(
 
     command = start(model, context.args, say=_say, only_print=only_print)
     typer.echo(shlex.join(command))
+
+
+@models.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")],
+    to: Annotated[str, typer.Option(help="The folder to write, or hf:OWNER/NAME for a repository of the hub.")],
+    step: Annotated[int | None, typer.Option(help="Export the checkpoint of this step.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Export the best checkpoint (checkpoint.keep_best).")] = False,
+    public: Annotated[bool, typer.Option("--public", help="A repository that is new is public, not private.")] = False,
+) -> None:
+    """Exports a run's trained model, or one of its checkpoints, as a Hugging Face folder with a model card."""
+    from latent_grpo.deploy.export.export import export as write
+
+    with interruptible():
+        where = write(run, to, step=step, best=best, public=public, say=_say)
+    typer.echo(where)

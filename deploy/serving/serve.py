@@ -106,7 +106,7 @@ def chat_template(model: TrainedModel) -> str:
         chosen = tokenizer.chat_template
         own = chosen if isinstance(chosen, str) else chosen["default"]
         chat = [{"role": "user", "content": "a"}]
-        dates = {"date_string": model.defaults.date_string}
+        dates: dict[str, Any] = {"date_string": model.defaults.date_string}
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **dates)
         ends = str(rendered).rstrip().endswith(prompt.think_start)
     return own if ends else f"{own}{{% if add_generation_prompt %}}{_literal(prompt.think_start)}{{% endif %}}"
