@@ -297,7 +297,7 @@ def evaluate_model(
     for line in filter(None, (protocol_line(config), noise_line(config, noise))):
         reporter.say(line)
     folder = create_run(config, f"evaluate-{name}", kind="evaluate")
-    with run_session(folder, config, 0, reporter, prepared) as run:
+    with run_session(folder, config, 0, reporter, prepared, "rollout") as run:
         publication = publish_model(run.initial, 0, config)
         run.pool.publish(publication)
 

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from latent_grpo.common.config import load_config
 from latent_grpo.common.schema import decode
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.cli.app import app
+from latent_grpo.deploy.train import train
 
 pytestmark = pytest.mark.integration
 SMALL = ("rollout.workers=1", "rollout.resources.num_gpus=0", "rollout.resources.num_cpus=0.25")
@@ -151,20 +153,23 @@ def test_what_cannot_work_is_one_line_that_says_what_to_do(place, command):
 @pytest.mark.slow  # test_sft, test_train and the tests above cover its parts
 def test_latent_sft_training_and_report(ray_session, place, command, data):
     """Two steps of each, from the authors' training rows to a report."""
-    common = ("--profile", "paper-low", "evaluation.every=0", "evaluation.interim_problems=null", "model.dtype=float32",
-              "evaluation.interim_runs=null", "rollout.engine=transformers", *SMALL, *LEARNER)  # fmt: skip
-    command("sft", *common, f"model.path={place / 'llama'}", "warm_start.max_steps=2", "warm_start.batch_size=4",
-            "warm_start.evaluate_every=2", "warm_start.evaluation_problems=1", "warm_start.compression=1")  # fmt: skip
+    common = ("evaluation.every=0", "evaluation.interim_problems=null", "evaluation.interim_runs=null",
+              "model.dtype=float32", "rollout.engine=transformers", *SMALL, *LEARNER)  # fmt: skip
+    command("sft", "--profile", "paper-low", *common, f"model.path={place / 'llama'}", "warm_start.max_steps=2",
+            "warm_start.batch_size=4", "warm_start.evaluate_every=2", "warm_start.evaluation_problems=1",
+            "warm_start.compression=1")  # fmt: skip
     (sft,) = (place / "runs").glob("paper-low-*")
-    command("train", *common, f"model.path={sft / 'base'}", "steps=2", "prompts_per_step=2", "minibatch_prompts=2",
-            "group_size=4", "evaluation.protocol=reference", "self_test_groups=1")  # fmt: skip
-    (run,) = set((place / "runs").glob("paper-low-*")) - {sft}
-    summary = json.loads((run / "summary.json").read_text())
+    steps = ("steps=2", "prompts_per_step=2", "minibatch_prompts=2", "group_size=4", "self_test_groups=1")
+    protocol = "evaluation.protocol=reference"
+    with contextlib.chdir(place):  # the command would start it in a process of its own, with another Ray
+        run = train(load_config("paper-low", [*common, f"model.path={sft / 'base'}", *steps, protocol]), "rl").path
+    summary = json.loads((place / run / "summary.json").read_text())
     assert summary["evaluation_protocol"] == "reference"
     assert {name.split("/", 1)[1] for name in summary["after"] if name.endswith("pass_at_1")} == {"reference/pass_at_1"}
     command("report", str(run))
+    assert "(protocol reference, noise off)" in command("inspect", str(run))
     before = set((place / "runs").glob("evaluate-*"))
-    command("evaluate", "--model", str(run / "model"), "--profile", "paper-low", "evaluation.protocol=reference",
+    command("evaluate", "--model", str(place / run / "model"), "--profile", "paper-low", protocol,
             "model.dtype=float32", "rollout.engine=transformers", *SMALL)  # fmt: skip
     content, _ = evaluated(place, before)
     after = {task["task"]: task["pass_at_1"] for task in content["tasks"]}

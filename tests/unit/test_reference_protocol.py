@@ -229,6 +229,16 @@ def test_figures_of_high_tasks_are_those_of_a_plain_computation(high, task, leve
         assert found.pass_at_k[-1].value >= found.pass_at_1
 
 
+def test_more_samples_with_noise_are_shared_by_both_rows(authors):
+    found = Evaluated(authors, "qwen", ["math500"], "evaluation.protocol=reference", "evaluation.samples=8",
+                      "evaluation.tasks.0.max_response_tokens=40")  # fmt: skip
+    assert {r.sampling.noise_mode: len(r.sample_indices) for r in found.requests} == {"off": 4, "one_sided": 8}
+    quiet, noisy = found.results
+    assert [at.k for at in quiet.pass_at_k] == [1, 4, 8]
+    assert quiet.pass_at_k == noisy.pass_at_k
+    assert (noisy.samples, len(noisy.runs)) == (12, 4), "pass@1 is that of the protocol's repetitions"
+
+
 def test_gpqa_asks_what_the_reference_asks(high):
     (task,) = [task for task in high.problems.evaluation if task.name == "gpqa"]
     prompt = task.renderer.render(task.source.problem(0))
