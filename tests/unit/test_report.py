@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import json
 import math
@@ -171,6 +172,10 @@ def test_evaluations_have_their_errors_and_lost_values_leave_gaps(tmp_path):
         metrics.write(4, {"rollout/reward": math.nan})
     found = {chart["title"]: chart for chart in charts(open_run(folder.path))}
     assert found["pass@1"]["series"] == [{"name": "sums", "x": [0, 3], "y": [0.5, 0.75], "error": [0.02, 0.01]}]
+    assert "first" not in found["pass@1"]["explain"]
+    run = open_run(folder.path)
+    run = dataclasses.replace(run, settings=run.settings | {"evaluation": {"interim_problems": 64}})
+    assert "the first 64 problems of each task" in next(c for c in charts(run) if c["title"] == "pass@1")["explain"]
     assert found["Reward"]["series"][0]["x"] == [1, 2, 3]
 
 

@@ -175,10 +175,12 @@ def _pass_at_1(run: RunView) -> dict[str, Any] | None:
         errors = [row["metrics"].get(f"{task}/standard_error") or 0.0 for row in has]
         name = task if len(protocols) < 2 else titled(task)
         series.append(_series(name, [r["step"] for r in has], [r["metrics"][key] for r in has], error=_rounded(errors)))
+    first = (run.settings.get("evaluation") or {}).get("interim_problems")
+    part = "" if first is None else f" These are the first {first:,} problems of each task; the table has all."
     return _json(
         "pass@1",
         "Accuracy on problems that are not trained on: the result of the run, by the protocol "
-        f"{' and '.join(protocols)} of evaluation (that of ours has the noise off). Bars are standard errors.",
+        f"{' and '.join(protocols)} of evaluation (that of ours has the noise off). Bars are standard errors.{part}",
         "percent",
         series,
     )
