@@ -77,7 +77,8 @@ def fetch(
         target = folder / data.file
         entry = known.get(data.name)
         if data.refused:
-            _take_as_it_lies(data, folder, local, reporter)
+            made = _taken_as_it_lies(data, folder, local, reporter, entry)
+            _record(folder, known, data, made)
             continue
         if entry is not None and target.is_file():
             _check_unchanged(data, target, entry)
@@ -91,9 +92,13 @@ def fetch(
             )
         source, total, rows = open_local(data, local) if local is not None else (hub or open_hub)(data)
         made = _written(data, target, source, total, rows, reporter, entry)
-        known[data.name] = asdict(made)
-        _write(folder / MANIFEST, data, json.dumps(known, indent=2, sort_keys=True) + "\n")
+        _record(folder, known, data, made)
         reporter.say(f"{data.name}: {made.rows:,} rows in {target}, from {source.repository}")
+
+
+def _record(folder: Path, known: dict[str, Any], data: DataSet, made: Fetched) -> None:
+    known[data.name] = asdict(made)
+    _write(folder / MANIFEST, data, json.dumps(known, indent=2, sort_keys=True) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -152,12 +157,7 @@ def _written(
         reporter.say(f"[yellow]{data.name}: {dropped:,} rows without a problem or an answer are left out[/]")
     if data.rows is not None and count + dropped != data.rows:
         reporter.say(f"[yellow]{data.name}: {count + dropped:,} rows, where {data.rows:,} were published[/]")
-    if entry is not None and content.hexdigest() != entry["content"]:
-        raise FetchError(
-            f"{data.name}: its rows are not those of the first fetch ({entry['at']}, revision "
-            f"{entry['source'].get('revision')}; now {source.revision}), so its publisher has changed it. Delete its "
-            f"entry in {target.parent / MANIFEST} to take the new one"
-        )
+    _check_content(data, target, source, content.hexdigest(), entry)
     kept = {name: texts for name, texts in columns.items() if name in COLUMNS[:2] or any(texts)}
     file = pa.BufferOutputStream()
     pq.write_table(pa.table(kept), file, compression="zstd")
@@ -173,6 +173,15 @@ def _written(
         source=asdict(source),
         at=at,
     )
+
+
+def _check_content(data: DataSet, target: Path, source: Source, content: str, entry: dict[str, Any] | None) -> None:
+    if entry is not None and content != entry["content"]:
+        raise FetchError(
+            f"{data.name}: its rows are not those of the first fetch ({entry['at']}, revision "
+            f"{entry['source'].get('revision')}; now {source.revision}), so its publisher has changed it. Delete its "
+            f"entry in {target.parent / MANIFEST} to take the new one"
+        )
 
 
 def _write(target: Path, data: DataSet, content: str | bytes | memoryview) -> None:
@@ -281,15 +290,18 @@ def _hub_files(data: DataSet, present: Iterable[str]) -> tuple[str, ...]:
     return (found[0],)
 
 
-def _take_as_it_lies(data: DataSet, folder: Path, local: Path | None, reporter: Reporter) -> None:
+def _taken_as_it_lies(
+    data: DataSet, folder: Path, local: Path | None, reporter: Reporter, entry: dict[str, Any] | None
+) -> Fetched:
     """Copies the authors' file of a set that is not published in plain text.
 
-    Raises :class:`FetchError` without such a file, and for one of other columns.
+    Raises :class:`FetchError` without such a file, for one of other columns, and for another than `entry` says.
     """
     file = None if local is None else _local_file(data, local)
     if file is None:
         raise FetchError(f"{data.name}: {data.refused}")
-    first = next(iter(_rows_of(data, file)), {})
+    rows = list(_rows_of(data, file))
+    first = rows[0] if rows else {}
     if not first.keys() >= GPQA_COLUMNS:
         raise FetchError(
             f"{data.name}: {file} has the columns {', '.join(sorted(first)) or '(none)'}; expected the raw ones, "
@@ -298,5 +310,20 @@ def _take_as_it_lies(data: DataSet, folder: Path, local: Path | None, reporter: 
     target = folder / file.name
     if target.is_file() and file_hash(target) != file_hash(file):
         raise FetchError(f"{data.name}: {target} is another file; move it away, or give another folder with --to")
+    source = Source(str(file.parent.resolve()), None, (file.name,), file_hash(file))
+    content = xxhash.xxh3_128_hexdigest(json.dumps(rows, sort_keys=True, default=str).encode())
+    _check_content(data, target, source, content, entry)
+    if len(rows) != data.rows:
+        reporter.say(f"[yellow]{data.name}: {len(rows):,} rows, where {data.rows:,} were published[/]")
     _write(target, data, file.read_bytes())
-    reporter.say(f"{data.name}: {folder / file.name}, copied as it is (its options get their letters when it is read)")
+    reporter.say(f"{data.name}: {target}, copied as it is (its options get their letters when it is read)")
+    return Fetched(
+        file=target.name,
+        rows=len(rows),
+        xxh3_128=file_hash(target),
+        content=content,
+        dropped=0,
+        licence=data.licence,
+        source=asdict(source),
+        at=time.strftime("%FT%T%z"),
+    )

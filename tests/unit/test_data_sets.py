@@ -199,6 +199,12 @@ def test_gpqa_is_copied_as_it_lies(authors, tmp_path):
     fetched(["gpqa"], tmp_path / "data", local=authors)
     (task,) = benchmark_tasks(["gpqa"], tmp_path / "data")
     assert load_task(task, 0).problem(0).answer in "ABCD"
+    entry = json.loads((tmp_path / "data" / MANIFEST).read_text())["gpqa"]
+    assert (entry["file"], entry["rows"]) == ("GPQA-test.jsonl", 1)
+    (tmp_path / "data" / "GPQA-test.jsonl").unlink()
+    (authors / "GPQA-test.jsonl").write_text(json.dumps({**GPQA_ROW, "Correct Answer": "another"}))
+    with pytest.raises(FetchError, match="gpqa: its rows are not those of the first fetch"):
+        fetched(["gpqa"], tmp_path / "data", local=authors)
 
 
 # --- the hub
