@@ -118,3 +118,23 @@ def bench_gpu(
     from latent_grpo.deploy.bench.gpu import measure
 
     measure(minutes, json_folder, device)
+
+
+@bench.command("soak")
+def bench_soak(
+    kills: Annotated[int, typer.Option(min=0, help="How many processes are killed.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of what is killed, and when.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=10, help="Steps of the run; default: ten a kill.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Keep both runs and their logs here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Kills processes of a tiny run at random and compares its end with that of an undisturbed one."""
+    from latent_grpo.common.errors import RunError
+    from latent_grpo.deploy.bench.soak import measure, show, write_json
+
+    found = measure(kills, seed, steps, folder)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)
+    if found.lost or found.duplicated or found.different or not found.same_weights:
+        raise RunError("the disturbed run did not end as the undisturbed one")

@@ -83,7 +83,8 @@ def test_a_stopped_controller_and_a_lost_ray_are_recovered_from(whole, environme
 
 @pytest.mark.slow
 def test_a_run_whose_supervisor_is_killed_saves_its_state_and_ends(environment, tmp_path):
-    process, folder, log = begun(environment, tmp_path, "steps=100000", "checkpoint.every=0")
+    endless = ("steps=100000", "checkpoint.every=0", "dynamic_sampling=drop")
+    process, folder, log = begun(environment, tmp_path, *endless)
     processes = family(process)
     process.kill()
     process.wait()
