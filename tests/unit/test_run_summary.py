@@ -17,7 +17,7 @@ from latent_grpo.deploy.train import final_table, timed, unmeasured
 
 def a_run(path, **summary):
     folder = create_run(fake_config(), "x", path)
-    return Run(folder, folder.config(), 1, Reporter(), None, None, None, dict(summary))
+    return Run(folder, folder.config(), 1, Reporter(), None, None, None, summary=dict(summary))
 
 
 def session(run, error=None):
