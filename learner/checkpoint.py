@@ -36,7 +36,6 @@ _NAME = re.compile(r"(\d{5,})-step-(\d+)")
 _UNFINISHED, _DISCARDED = ".unfinished-", ".discarded-"
 
 
-
 class CheckpointError(RunError):
     """A checkpoint that is damaged or could not be written. The message says which and why."""
 

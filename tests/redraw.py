@@ -164,7 +164,7 @@ def visible_redraw(logits, keys, steps, sample, facts, allowed, tolerance) -> Re
     tolerance /= s.temperature
     log_p = (logits / s.temperature).log_softmax(-1).masked_fill(~allowed, -torch.inf)
     score = log_p + gumbel_noise(keys, steps, every)
-    possible, certain = nucleus(log_p, s.top_p, tolerance, at_least=1, at_most=s.top_k)
+    possible, certain = nucleus(log_p, s.top_p, tolerance, at_least=1, at_most=s.top_k or None)
     ids = torch.from_numpy(sample.hard_ids.astype(np.int64)).to(logits.device)[steps - len(sample.latent_ids)][:, None]
     best = score.masked_fill(~certain, -torch.inf).max(-1).values
     fine = possible.gather(-1, ids)[:, 0] & (score.gather(-1, ids)[:, 0] >= best - tolerance)

@@ -13,6 +13,7 @@ from plain_learner import GROUPS, SAMPLES, K, load, make_batch, moved, plain_ste
 from latent_grpo.common.learner_record import decode_records
 from latent_grpo.common.schema import decode, encode
 from latent_grpo.common.weights import checksum
+from latent_grpo.learner.export import model_parameters
 from latent_grpo.learner.learner import LearnerError, LearnerGroup
 
 pytestmark = pytest.mark.integration
@@ -176,6 +177,8 @@ def check_state(group, batch, tmp_path):
     group.export(tmp_path / "model")
     exported = load(tmp_path / "model")
     assert all(torch.equal(p.detach(), two[n].float()) for n, p in exported.named_parameters())
+    saved = model_parameters(tmp_path / "state")  # without the ranks, in this process
+    assert all(torch.equal(saved[name].to(tensor.dtype), tensor) for name, tensor in one.items())
 
     poisoned = poison(batch)
     report = group.train(poisoned, 2)
