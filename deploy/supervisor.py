@@ -139,7 +139,13 @@ def _started(arguments: list[str], recovery: Recovery | None, run: str | None) -
         if process.poll() is None:
             process.send_signal(number)
 
+    def pause(number: int, frame: FrameType | None) -> None:  # Ctrl-Z: the controller stops with this process
+        process.send_signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        process.send_signal(signal.SIGCONT)  # after `fg` or `bg`
+
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, pause)
     try:
         yield child, signalled
     finally:
