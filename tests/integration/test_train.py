@@ -132,6 +132,24 @@ def test_an_interrupt_in_a_long_step_loses_nothing_whole(whole, tmp_path, number
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow  # tests/unit/test_milestones.py holds when a run ends and what is kept, without Ray
+def test_a_run_that_ends_on_a_metric_says_so_and_goes_on_when_told(ray_session, tmp_path):
+    rule = "stop_on={metric: rollout/reward, above: -1, for: 2}"
+    quiet = ("evaluation.at_start=false", "evaluation.at_end=false", "checkpoint.every=0")
+    folder = train(tiny(*COMMON, *quiet, f"runs_folder={tmp_path}", "steps=4", rule), "ends")
+    assert folder.read_json("summary.json")["stopped"].startswith("stopped at step 2: rollout/reward above -1 for 2")
+    assert latest_checkpoint(folder.checkpoints).step == 2
+    assert (folder.model / "config.json").is_file()
+
+    reporter = Reporter(Console(file=io.StringIO(), width=300, record=True))
+    resume(folder.path, [], reporter)
+    assert "takes no further step; to go on, resume it with stop_on=null" in reporter.console.export_text()
+    assert latest_checkpoint(folder.checkpoints).step == 2
+    resume(folder.path, ["stop_on=null"])
+    assert latest_checkpoint(folder.checkpoints).step == 4
+    assert "stopped" not in folder.read_json("summary.json")
+
+
 def test_what_a_run_leaves(whole):
     folder = whole
     assert folder.config() == tiny(*WHOLE, f"runs_folder={folder.path.parent}")
