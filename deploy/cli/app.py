@@ -324,7 +324,7 @@ def command_of_job(arguments: list[str]) -> list[str]:
 
 def say(message: str, heading: str = "[yellow]supervisor[/]") -> None:
     """Prints one line to standard error."""
-    Console(stderr=True).print(f"{heading} {escape(message)}", soft_wrap=True, highlight=False)
+    Console(stderr=True, emoji=False).print(f"{heading} {escape(message)}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:

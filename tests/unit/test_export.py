@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,6 +205,14 @@ def test_what_cannot_be_exported_is_one_line(run, tmp_path, change, to, options,
         export(run.path, to if to.startswith("hf:") else str(tmp_path / to), **options)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_is_printed_as_it_is(run):
+    """Rich would turn `:x:` into a symbol."""
+    command = [sys.executable, "-m", "latent_grpo.deploy", "export", str(run.path), "--to", "hf:x"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2
+    assert "--to hf:x: expected hf:OWNER/NAME" in found.stderr
 
 
 # --- the hub
