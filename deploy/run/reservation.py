@@ -8,6 +8,7 @@ neither holds a half that the other needs. An autoscaling cluster sees what is m
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -73,8 +74,12 @@ def reserved(config: RunConfig, services: Services, say: Callable[[str], None]) 
 
 
 def _await(group: Any, needs: list[dict[str, float]], who: str, limit_s: float, say: Callable[[str], None]) -> None:
+    from ray.util.placement_group import placement_group_table
+
     clock, said_at = SeenTime(), SAY_AFTER_S - SAY_EVERY_S
-    while not group.wait(timeout_seconds=POLL_S):
+    # its state, and not `group.wait`: for a group that fits nowhere that returns at once, and each call stays in the GCS
+    while placement_group_table(group)["state"] != "CREATED":
+        time.sleep(POLL_S)
         waited = clock.look(POLL_S)
         if waited > limit_s:
             raise ConfigError(
