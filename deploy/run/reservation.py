@@ -77,7 +77,7 @@ def _await(group: Any, needs: list[dict[str, float]], who: str, limit_s: float, 
     from ray.util.placement_group import placement_group_table
 
     clock, said_at = SeenTime(), SAY_AFTER_S - SAY_EVERY_S
-    # its state, and not `group.wait`: for a group that fits nowhere that returns at once, and each call stays in the GCS
+    # its state, and not `group.wait`: for a group that fits nowhere that returns at once, and each call stays in GCS
     while placement_group_table(group)["state"] != "CREATED":
         time.sleep(POLL_S)
         waited = clock.look(POLL_S)
