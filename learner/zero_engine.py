@@ -7,7 +7,6 @@ all ranks, whatever the number of ranks, the stage and the packing.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -23,20 +22,24 @@ import torch
 from torch import nn
 
 from latent_grpo.common.config import LearnerConfig, OptimizerConfig
-from latent_grpo.common.errors import ConfigError, RunError
+from latent_grpo.common.errors import RunError
+from latent_grpo.learner.state import (
+    OLD_TAG,
+    LearnerStateMismatch,
+    OldFacts,
+    in_buckets,
+    load_state,
+    read_facts,
+    weights_only,
+    write_state,
+)
 
-TAG = "zero"
-FACTS = "learner.json"
 COMMUNICATION_BUCKET = 5_000_000  # elements
 log = logging.getLogger(__name__)
 
 
 class LearnerDiverged(RunError):
     """Too many non-finite updates in a row."""
-
-
-class LearnerStateMismatch(ConfigError):
-    """A saved state that was written with other ranks, another ZeRO stage or another dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +210,9 @@ class ZeroEngine:
             return
         import deepspeed
 
-        for bucket in _by_size(named, bucket_bytes):
+        # ds_numel: ZeRO-3's size of the whole, not of this part
+        sized = ((item, getattr(item[1], "ds_numel") * item[1].element_size()) for item in named)  # noqa: B009
+        for bucket in in_buckets(sized, bucket_bytes):
             with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
                 copies = [(name, p.detach().to("cpu", copy=True)) for name, p in bucket] if self.rank == 0 else []
             yield from copies
@@ -215,48 +220,50 @@ class ZeroEngine:
     # -- state
 
     def save(self, folder: str | Path) -> None:
-        """Saves parameters, float32 masters and moments; every rank writes its part below `folder`."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={"bad_in_a_row": self._bad_in_a_row})
-        if self.rank == 0:
-            Path(folder, FACTS).write_text(json.dumps(self._facts()), encoding="utf-8")
+        """Saves the trained parameters' float32 masters and moments (`learner.state`); each rank writes a share."""
+        write_state(
+            Path(folder),
+            self._trained(),
+            self._optimizer,
+            zero_stage=self.stage,
+            dtype=self.dtype,
+            bad_in_a_row=self._bad_in_a_row,
+        )
         torch.distributed.barrier()
 
     def load(self, folder: str | Path) -> None:
-        """Loads, bit-equal, what :meth:`save` wrote with the same ranks, stage and dtype.
+        """Loads what :meth:`save` wrote, with any ranks, stage and dtype; bit-equal with the same ones.
 
-        Raises :class:`LearnerStateMismatch`.
+        Raises :class:`LearnerStateMismatch` for a state of other parameters, or one of DeepSpeed's own (which were
+        written before version 0.3) of other ranks, another stage or another dtype.
         """
-        facts = Path(folder, FACTS)
-        if not facts.is_file():
-            raise LearnerStateMismatch(f"{folder}: it has no {FACTS}; give a folder that the learner has written")
-        saved = json.loads(facts.read_text(encoding="utf-8"))
-        if saved != self._facts():
+        folder = Path(folder)
+        facts = read_facts(folder)
+        if isinstance(facts, OldFacts):
+            self._bad_in_a_row = self._load_old(folder, facts)
+            return
+        if self.stage == 3:
+            self._engine.optimizer.checkpoint_event_prologue()  # frees gathered copies, which would stay as they were
+        load_state(folder, facts, self._trained(), self._optimizer)
+        if self.stage in (1, 2):
+            self._engine.optimizer.update_lp_params()
+        self._bad_in_a_row = facts.bad_in_a_row
+
+    def _load_old(self, folder: Path, facts: OldFacts) -> int:
+        own = OldFacts(ranks=self.world, zero_stage=self.stage, dtype=self.dtype)
+        if facts != own:
             raise LearnerStateMismatch(
-                f"{folder} was written with {saved}, this learner has {self._facts()}; resume with the same "
+                f"{folder} was written before version 0.3 with {facts}, this learner has {own}; resume with the same "
                 "learner.ranks, learner.zero_stage and model.dtype"
             )
-        path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
+        with weights_only(folder):
+            path, state = self._engine.load_checkpoint(str(folder), tag=OLD_TAG)
         if path is None:
-            raise LearnerStateMismatch(f"{folder}: DeepSpeed found no state {TAG!r} in it")
-        self._bad_in_a_row = int(state["bad_in_a_row"])
+            raise LearnerStateMismatch(f"{folder}: DeepSpeed found no state {OLD_TAG!r} in it")
+        return int(state["bad_in_a_row"])
 
-    def _facts(self) -> dict[str, int | str]:
-        return {"ranks": self.world, "zero_stage": self.stage, "dtype": self.dtype}
-
-
-def _by_size(named: list[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    bucket: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in named:
-        elements: int = getattr(parameter, "ds_numel")  # noqa: B009  # ZeRO-3's size of the whole, not of this part
-        need = elements * parameter.element_size()
-        if bucket and size + need > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, parameter))
-        size += need
-    if bucket:
-        yield bucket
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
 
 def _deepspeed_config(stage: int, dtype: str, grad_clip: float) -> dict[str, Any]:

@@ -89,9 +89,9 @@ class RolloutConfig(Section):
 class LearnerConfig(Section):
     """The learner, which trains the policy on one or more ranks with DeepSpeed ZeRO."""
 
-    ranks: PositiveInt = 1
+    ranks: Annotated[PositiveInt, Rule.MAY_CHANGE, Rule.LAST_BIT] = 1
     """Number of learner ranks: actors that share each batch."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Annotated[Literal[0, 1, 2, 3], Rule.MAY_CHANGE, Rule.LAST_BIT] = 2
     """DeepSpeed ZeRO stage: partitions nothing (0), optimizer states (1), gradients too (2), or parameters too (3).
     bfloat16 needs at least 1."""
     resources: Annotated[ActorResources, Rule.MAY_CHANGE] = ActorResources()

@@ -3,18 +3,23 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from foreign_state import foreign_state
 from plain_learner import GROUPS, SAMPLES, K, load, make_batch, moved, plain_step, published, save_small_model, settings
+from remade_learner import RemadeGroup
 
 from latent_grpo.common.learner_record import decode_records
 from latent_grpo.common.schema import decode, encode
 from latent_grpo.common.weights import checksum
 from latent_grpo.learner.export import model_parameters
 from latent_grpo.learner.learner import LearnerError, LearnerGroup
+from latent_grpo.learner.state import FACTS, read_facts, read_tensors
 
 pytestmark = pytest.mark.integration
 
@@ -31,10 +36,14 @@ def batch(folder):
 
 QUICK = [(1, 0, 24, 5), (2, 2, 40, 4)]  # ranks, stage, tokens, chunk; stage 3: the centered step below
 MORE = [(2, 3, 24, 3), (1, 2, 10_000, 2048), (1, 3, 40, 7), (2, 0, 40, 7), (2, 1, 24, 3)]
-SHAPES = QUICK + [pytest.param(*shape, marks=pytest.mark.slow) for shape in MORE]
 
 
-@pytest.mark.parametrize(("ranks", "stage", "tokens", "chunk"), SHAPES)
+def in_short(quick, more):
+    """Cases of a test of which `make test` takes the quick ones only."""
+    return quick + [pytest.param(*case, marks=pytest.mark.slow) for case in more]
+
+
+@pytest.mark.parametrize(("ranks", "stage", "tokens", "chunk"), in_short(QUICK, MORE))
 def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
     ray_session, folder, batch, ranks, stage, tokens, chunk
 ):
@@ -137,7 +146,7 @@ def learner(folder, ranks, stage, dtype):
         model={"path": "unused", "dtype": dtype},
         optimizer={"max_bad_updates": 2},
     )
-    group = LearnerGroup(config, folder)
+    group = RemadeGroup(config, folder)
     try:
         yield group
     finally:
@@ -146,18 +155,30 @@ def learner(folder, ranks, stage, dtype):
 
 @pytest.fixture(scope="module")
 def pair(ray_session, folder):
-    """Two ranks that two tests share; the second one ends them."""
+    """Two ranks that several tests share; the last one ends them."""
     with learner(folder, 2, 3, "float32") as group:
         yield group
 
 
+@pytest.fixture(scope="module")
+def single(ray_session, folder):
+    with learner(folder, 1, 2, "bfloat16") as group:
+        yield group
+
+
 def test_state_survives_saving_and_non_finite_updates(pair, batch, tmp_path):
+    pair.remake(3)
     check_state(pair, batch, tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_state_in_bfloat16_survives_saving_and_non_finite_updates(ray_session, folder, batch, tmp_path, ranks):
-    with learner(folder, ranks, 2, "bfloat16") as group:
+def test_state_in_bfloat16_survives_saving_and_non_finite_updates(single, batch, tmp_path):
+    single.remake(2, "bfloat16")
+    check_state(single, batch, tmp_path)
+
+
+@pytest.mark.slow
+def test_state_in_bfloat16_survives_on_two_ranks(ray_session, folder, batch, tmp_path):
+    with learner(folder, 2, 2, "bfloat16") as group:
         check_state(group, batch, tmp_path)
 
 
@@ -178,7 +199,8 @@ def check_state(group, batch, tmp_path):
     exported = load(tmp_path / "model")
     assert all(torch.equal(p.detach(), two[n].float()) for n, p in exported.named_parameters())
     saved = model_parameters(tmp_path / "state")  # without the ranks, in this process
-    assert all(torch.equal(saved[name].to(tensor.dtype), tensor) for name, tensor in one.items())
+    assert one.keys() - saved.keys() == {"model.embed_tokens.weight"}, "it is frozen"
+    assert all(torch.equal(tensor.to(one[name].dtype), one[name]) for name, tensor in saved.items())
 
     poisoned = poison(batch)
     report = group.train(poisoned, 2)
@@ -192,6 +214,133 @@ def check_state(group, batch, tmp_path):
     report = group.train(poisoned, 3)  # the caller keeps the batch and then stops: nothing is raised before
     assert report.metrics["learner/bad_updates_in_a_row"] == group.config.optimizer.max_bad_updates
     assert report.bad_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A state after step 0 that two ranks wrote at stage 3, and the weights before and after step 1 without a stop."""
+
+    state: Path
+    before: dict
+    after: dict
+
+
+@pytest.fixture(scope="module")
+def written(pair, batch, tmp_path_factory):
+    path = tmp_path_factory.mktemp("written") / "state"
+    pair.remake(3)
+    pair.train(batch, 0)
+    pair.save(path)
+    before = published(pair)
+    pair.train(batch, 1)
+    return Written(path, before, published(pair))
+
+
+def apart(weights, written):
+    """The relative difference of a step's update from that of the learner that went on."""
+    steps = [[after[n].double() - before for n, before in written.before.items()] for after in (weights, written.after)]
+    got, want = (torch.cat([tensor.reshape(-1) for tensor in step]) for step in steps)
+    return float((want - got).norm() / want.norm())
+
+
+def tensors_of(state):
+    return {f"{kind}/{n}": t for n, kinds in read_tensors(state, read_facts(state)) for kind, t in kinds.items()}
+
+
+def test_a_state_is_whole_float32_tensors_of_what_is_trained(written, folder):
+    facts, found = read_facts(written.state), tensors_of(written.state)
+    names = [f"model.{n}" for n, _ in load(folder).named_parameters() if n != "model.embed_tokens.weight"]
+    assert list(facts.parameters) == names, "the embeddings are frozen"
+    assert (facts.ranks, facts.zero_stage, facts.dtype, facts.steps) == (2, 3, "float32", 2)
+    assert len({saved.file for saved in facts.parameters.values()}) > 1, "each rank writes a share"
+    assert {path.suffix for path in written.state.iterdir()} == {".json", ".safetensors"}
+    for name in names:
+        assert torch.equal(found[f"weight/{name}"], written.before[name.removeprefix("model.")])
+        assert found[f"exp_avg_sq/{name}"].any()
+
+
+@pytest.mark.parametrize(
+    ("which", "stage"),
+    in_short(
+        [("single", 3), ("single", 0), ("pair", 1)],
+        [("single", 1), ("single", 2), ("pair", 0), ("pair", 2), ("pair", 3)],
+    ),
+)
+def test_a_state_goes_on_with_other_ranks_and_stages(request, written, folder, batch, tmp_path, which, stage):
+    group = request.getfixturevalue(which)
+    group.remake(stage)
+    group.train(batch, 0)  # nothing of it may stay
+    group.load(written.state)
+    assert checksum(published(group).items()) == checksum(written.before.items())
+    group.save(tmp_path / "again")
+    found, want = tensors_of(tmp_path / "again"), tensors_of(written.state)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+    group.train(batch, 1)
+    assert apart(published(group), written) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("which", "stage"), in_short([("single", 1), ("pair", 3)], [("single", 3), ("pair", 1), ("pair", 2)])
+)
+def test_masters_pass_through_bfloat16_bit_for_bit(request, written, batch, tmp_path, which, stage):
+    group = request.getfixturevalue(which)
+    group.remake(stage, "bfloat16")
+    group.load(written.state)
+    got = published(group)
+    assert all(torch.equal(got[name], tensor.bfloat16()) for name, tensor in written.before.items())
+    group.train(batch, 1)
+    group.save(tmp_path / "bfloat16")
+    group.remake(stage)
+    group.load(tmp_path / "bfloat16")
+    masters, got = model_parameters(tmp_path / "bfloat16"), published(group)
+    assert all(torch.equal(got[name], tensor) for name, tensor in masters.items())
+    assert apart(got, written) < 0.2, "a step in another precision is still that step"
+
+
+def test_a_state_of_other_parameters_is_refused(single, written, tmp_path):
+    single.remake(2)
+    shutil.copytree(written.state, tmp_path / "other")
+    text = (written.state / FACTS).read_text()
+    (tmp_path / "other" / FACTS).write_text(text.replace("model.lm_head", "model.another"))
+    with pytest.raises(LearnerError, match=r"parameter.* first model.lm_head.weight .saved None, now"):
+        single.load(tmp_path / "other")
+    (tmp_path / "other" / FACTS).write_text(text)
+    for shard in (tmp_path / "other").glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(LearnerError, match=r"is damaged .*resume from an earlier checkpoint"):
+        single.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("which", "stage", "dtype"), in_short([("single", 1, "bfloat16")], [("pair", 2, "float32"), ("pair", 3, "float32")])
+)
+def test_a_state_from_before_is_read_where_it_fits(request, batch, tmp_path, which, stage, dtype):
+    group = request.getfixturevalue(which)
+    group.remake(stage, dtype)
+    group.train(batch, 0)
+    (tmp_path / "old").mkdir()
+    group.save_as_before(tmp_path / "old")
+    one = published(group)
+    group.train(batch, 1)
+    two = published(group)
+    group.load(tmp_path / "old")
+    assert checksum(published(group).items()) == checksum(one.items())
+    group.train(batch, 1)
+    assert checksum(published(group).items()) == checksum(two.items())
+    saved = model_parameters(tmp_path / "old")
+    assert all(torch.equal(saved[name].to(tensor.dtype), tensor) for name, tensor in one.items())
+    group.remake(0)
+    with pytest.raises(LearnerError, match=r"before version 0\.3 .* resume with the same learner.ranks"):
+        group.load(tmp_path / "old")
+
+
+def test_a_foreign_pickle_does_not_run(single, tmp_path):
+    single.remake(2)
+    state = foreign_state(tmp_path, stage=2)
+    with pytest.raises(LearnerError, match="could run code; it was refused"):
+        single.load(state)
+    assert not (tmp_path / "touched").exists()
 
 
 def poison(batch):

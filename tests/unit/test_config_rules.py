@@ -17,6 +17,8 @@ MAY_CHANGE = {
     "rollout.device",
     "rollout.verifier.processes",
     "rollout.verifier.max_ungraded_share",
+    "learner.ranks",
+    "learner.zero_stage",
     "learner.resources",
     "learner.device",
     "learner.tokens_per_microbatch",
@@ -40,6 +42,8 @@ MAY_CHANGE = {
 LAST_BIT = {
     "rollout.resources.threads",
     "learner.resources.threads",
+    "learner.ranks",
+    "learner.zero_stage",
     "learner.tokens_per_microbatch",
     "learner.logprob_chunk_tokens",
     "learner.gradient_checkpointing",
@@ -99,7 +103,9 @@ def _changed(*overrides, **given):
     return load_config(source), load_config(source, list(overrides))
 
 
-@pytest.mark.parametrize("key", ["learner.tokens_per_microbatch", "rollout.resources.threads"])
+@pytest.mark.parametrize(
+    "key", ["learner.tokens_per_microbatch", "learner.ranks", "learner.zero_stage", "rollout.resources.threads"]
+)
 def test_a_deterministic_run_keeps_what_decides_the_last_bit(key):
     assert refused_changes(*_changed(f"{key}=3")) == []
     (refused,) = refused_changes(*_changed(f"{key}=3", deterministic=True))
@@ -112,6 +118,7 @@ def test_a_deterministic_run_keeps_what_decides_the_last_bit(key):
         ("temperature=0.7", "temperature: 0.6 -> 0.7"),
         ("tasks.0.path=b.jsonl", "tasks.0.path: 'a.jsonl' -> 'b.jsonl'"),
         ("rollout.verifier.time_limit_s=7", "rollout.verifier.time_limit_s: 5.0 -> 7.0"),
+        ("model.dtype=bfloat16", "model.dtype: 'float32' -> 'bfloat16'"),
         ("steps=7", None),
         ("evaluation.tasks=[{name: b, path: b.jsonl}]", None),
         ("rollout.resources.custom={tpu: 1}", None),

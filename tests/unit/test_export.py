@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_run import fake_config
+from foreign_state import foreign_state
+from safetensors.torch import save_file
 
 from latent_grpo import LatentModel
 from latent_grpo.common.config import ConfigError, config_as_json, load_config
@@ -24,22 +26,36 @@ from latent_grpo.deploy.export.upload import UploadError
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.learner.best_checkpoint import Scores
 from latent_grpo.learner.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
-from latent_grpo.learner.export import export_checkpoint
+from latent_grpo.learner.export import export_checkpoint, model_parameters
+from latent_grpo.learner.policy import freeze_lower_layers
 from latent_grpo.learner.sft.lora import add_lora
+from latent_grpo.learner.state import FACTS, OLD_TAG, OldFacts, SavedParameter, StateFacts
 
+SHARD = "00000.safetensors"
 CARD = "---\nlicense: apache-2.0\n---\n# The start\n"
 
 
 def state(model, prefix="model."):
-    """`fill` of a checkpoint as a learner of ZeRO stage 0 leaves it."""
+    """`fill` of a checkpoint as a learner leaves it: what is trained, in float32."""
 
     def fill(folder):
-        (folder / "learner" / "zero").mkdir(parents=True)
-        weights = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
-        torch.save({"module": weights}, folder / "learner" / "zero" / "mp_rank_00_model_states.pt")
-        (folder / "learner" / "learner.json").write_text(json.dumps({"ranks": 1, "zero_stage": 0, "dtype": "float32"}))
+        (folder / "learner").mkdir(parents=True)
+        trained = {f"{prefix}{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        save_file({f"weight/{name}": tensor for name, tensor in trained.items()}, folder / "learner" / SHARD)
+        saved = {name: SavedParameter(shape=tuple(tensor.shape), file=SHARD) for name, tensor in trained.items()}
+        facts = StateFacts(ranks=1, zero_stage=0, dtype="float32", steps=1, bad_in_a_row=0, parameters=saved)
+        (folder / "learner" / FACTS).write_text(facts.model_dump_json())
 
     return fill
+
+
+def old_state(model, folder):
+    """A state of ZeRO stage 0 as versions before 0.3 wrote it: all parameters, tied ones twice."""
+    (folder / OLD_TAG).mkdir(parents=True)
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"module": weights}, folder / OLD_TAG / "mp_rank_00_model_states.pt")
+    (folder / FACTS).write_text(OldFacts(ranks=1, zero_stage=0, dtype="float32").model_dump_json())
+    return folder
 
 
 def shifted(folder, by):
@@ -172,11 +188,60 @@ def test_lora_is_merged(trained_folder, tmp_path):
         assert not torch.allclose(merged, before, atol=1e-3)
 
 
-def test_a_state_of_another_model_is_refused(run, trained_folder, tmp_path):
+def test_frozen_parameters_are_those_of_the_start(run, trained_folder, tmp_path):
+    model = shifted(trained_folder, 0.05)
+    freeze_lower_layers(model, 1)
     (tmp_path / "state").mkdir()
-    state(load_model(trained_folder), prefix="other.")(tmp_path / "state")
-    with pytest.raises(CheckpointError, match=r"has not all parameters of .* was the model changed"):
+    state(model)(tmp_path / "state")
+    export_checkpoint(tmp_path / "state" / "learner", trained_folder, tmp_path / "out", run.config())
+    got, start = (dict(load_model(folder).named_parameters()) for folder in (tmp_path / "out", trained_folder))
+    changed = {name for name in start if not torch.equal(got[name], start[name])}
+    assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert 0 < len(changed) < len(start)
+
+
+@pytest.mark.parametrize("other", ["name", "shape"])
+def test_a_state_of_another_model_is_refused(run, trained_folder, tmp_path, other):
+    model = load_model(trained_folder)
+    if other == "shape":
+        model.get_input_embeddings().weight = torch.nn.Parameter(torch.zeros(3, 3))
+    (tmp_path / "state").mkdir()
+    state(model, prefix="model." if other == "shape" else "model.other.")(tmp_path / "state")
+    with pytest.raises(CheckpointError, match=r"has no parameter like its .*; was the model changed"):
         export_checkpoint(tmp_path / "state" / "learner", trained_folder, tmp_path / "out", run.config())
+
+
+def test_a_state_from_before_is_exported(run, trained_folder, tmp_path):
+    old = old_state(shifted(trained_folder, 0.02), tmp_path / "old")
+    export_checkpoint(old, trained_folder, tmp_path / "out", run.config())
+    assert shift(tmp_path / "out", trained_folder) == 0.02
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_foreign_pickle_does_not_run(run, trained_folder, tmp_path, stage):
+    with pytest.raises(CheckpointError, match="could run code; it was refused"):
+        export_checkpoint(foreign_state(tmp_path, stage), trained_folder, tmp_path / "out", run.config())
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ("", "learner.json: the file: "),
+        ('{"ranks": 1}', "learner.json: zero_stage: Field required"),
+        ('{"ranks": 1, "zero_stage": 0, "dtype": "float32", "format": 3}', "learner.json: format: Input should be 2"),
+        (
+            '{"ranks": 1, "zero_stage": 0, "dtype": "float32", "format": 2, "steps": 1, "bad_in_a_row": 0, '
+            '"parameters": {"a": {"shape": [1], "file": "../00000.safetensors"}}}',
+            "learner.json: parameters.a.file: String should match",
+        ),
+    ],
+)
+def test_facts_that_no_learner_wrote_are_one_line(tmp_path, facts, said):
+    (tmp_path / FACTS).write_text(facts)
+    with pytest.raises(CheckpointError, match=said) as error:
+        model_parameters(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
