@@ -54,6 +54,7 @@ class _Deferral:
 
 
 _innermost: _Deferral | None = None
+_left: Interrupted | None = None  # noted in a block that an error has ended
 _same_signal_s = 0.0
 
 
@@ -68,9 +69,9 @@ def deferred_interrupts() -> Iterator[None]:
     """Defers a first SIGINT or SIGTERM to :func:`check_interrupt`, at the latest to the end of the block.
 
     Use it in the main thread. An ignored signal stays ignored. An error inside the block takes precedence over a
-    signal that no check has raised.
+    signal that no check has raised; :func:`interrupt_left` returns that.
     """
-    global _innermost
+    global _innermost, _left
     outer, deferral = _innermost, _Deferral()
     before = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
@@ -79,11 +80,21 @@ def deferred_interrupts() -> Iterator[None]:
         for number in before:
             signal.signal(number, deferral.note)
         yield
+    except Exception:
+        _left = deferral.noted
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         _innermost = outer
     deferral.take()
+
+
+def interrupt_left() -> Interrupted | None:
+    """Returns, once, a signal that came before an error ended its block: whoever mends the error must not go on."""
+    global _left
+    found, _left = _left, None
+    return found
 
 
 def check_interrupt() -> None:

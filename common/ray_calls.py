@@ -8,6 +8,9 @@ from typing import Any
 import ray
 
 from latent_grpo.common.errors import RayLost
+from latent_grpo.common.seen_time import SeenTime
+
+LOOKED_AT_EVERY_S = 0.5  # so that time in which this process is stopped does not count
 
 
 def put_within(value: object, seconds: float, key: str) -> ray.ObjectRef[Any]:
@@ -25,7 +28,10 @@ def put_within(value: object, seconds: float, key: str) -> ray.ObjectRef[Any]:
 
     thread = threading.Thread(target=put, daemon=True)
     thread.start()
-    thread.join(seconds)
+    clock = SeenTime()
+    while thread.is_alive() and clock.seconds < seconds:
+        thread.join(min(LOOKED_AT_EVERY_S, seconds))
+        clock.look(LOOKED_AT_EVERY_S)
     if not outcome:
         raise RayLost(
             f"Ray on this node did not take an object within {seconds:g} s ({key}): its raylet is stopped or stuck"

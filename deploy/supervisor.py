@@ -71,44 +71,89 @@ class _Child:
         return self.clock.seconds - self.heard_at
 
 
+class _Signals:
+    """Signals to this command: each goes to the controller that runs, once; after one nothing is started again."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.process: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number, handler in ((signal.SIGINT, self._forward), (signal.SIGTERM, self._forward)):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as of a command in the background of a script
+                self._before[number] = signal.signal(number, handler)
+        self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._pause)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _send(self, number: int) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        self._send(number)
+
+    def _pause(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z: the controller stops with this process, and goes on with it after `fg` or `bg`."""
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._send(signal.SIGCONT)
+
+
 def supervise(arguments: list[str], say: Callable[[str], None]) -> int:
     """Runs `latent-grpo train ARGUMENTS` until it ends by itself, and returns its exit code.
 
     Raises RunError where it may not recover again.
     """
     recovery, run = None, None
-    while True:
-        with _started(["train", *arguments], recovery, run) as (child, signalled):
-            cause = _watched(child)
-        if cause is None:
-            return _exit_code(child.process.returncode)
-        run = child.facts.get("run", run)
-        _clear(child.facts.get("ray"))
-        if signalled or run is None:
-            say(f"the run's controller {cause}" + ("" if run else " before the run had a folder"))
-            return _exit_code(child.process.returncode) or 1
-        folder = Path(run)
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lineage = int(json.loads((folder / "run.json").read_text(encoding="utf-8"))["lineage"]) + 1
-        cause = f"the run's controller {cause}"
-        recovery = recoveries.begin(folder, cause, lineage=lineage, limit=stored.get("max_recoveries", 3))
-        say(f"{cause}; it starts again from the last checkpoint of {folder}")
-        arguments = ["--resume", run]
+    with _Signals() as signals:
+        while True:
+            with _started(["train", *arguments], recovery, run) as child:
+                signals.process = child.process
+                cause = _watched(child)
+                signals.process = None
+            _clear(child.facts.get("ray"))
+            if cause is None:
+                return int(child.facts["ended"])
+            run = child.facts.get("run", run)
+            if signals.received or run is None:
+                say(f"the run's controller {cause}" + ("" if run else " before the run had a folder"))
+                return 128 + signals.received[0] if signals.received else _exit_code(child.process.returncode) or 1
+            recovery = _recovery(Path(run), f"the run's controller {cause}")
+            say(f"{recovery.cause}; it starts again from the last checkpoint of {run}")
+            if signals.received:
+                return 128 + signals.received[0]
+            arguments = ["--resume", run]
+
+
+def _recovery(folder: Path, cause: str) -> Recovery:
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    lineage = int(json.loads((folder / "run.json").read_text(encoding="utf-8"))["lineage"]) + 1
+    warm = stored.get("warm_start") is not None and not (folder / "base" / "config.json").is_file()
+    limit, kind = stored.get("max_recoveries", 3), "sft" if warm else "train"
+    return recoveries.begin(folder, cause, lineage=lineage, limit=limit, kind=kind)
 
 
 def _watched(child: _Child) -> str | None:
     """Waits for the end of a controller; returns None if it ended by itself, else what happened."""
-    crashed_at: float | None = None
+    told_at: float | None = None  # that it leaves
     while child.listen():
         limit = float(child.facts.get("driver_s", DRIVER_S))
-        if "crashed" in child.facts and crashed_at is None:
-            crashed_at = child.clock.seconds
-        silent = child.silent_s > limit
-        if silent or (crashed_at is not None and child.clock.seconds - crashed_at > LEAVE_S):
+        told = child.facts.keys() & {"ended", "crashed"}
+        if told and told_at is None:
+            told_at = child.clock.seconds
+        late = told_at is not None and child.clock.seconds - told_at > LEAVE_S
+        silent = told_at is None and child.silent_s > limit
+        if silent or late:  # Python and Ray may need for ever to leave
             child.process.kill()
             child.process.wait()
-            stood_still = f"gave no sign of life for {child.silent_s:.0f} s (deadlines.driver_s = {limit:g})"
-            return stood_still if silent else str(child.facts["crashed"])
+        if silent:
+            return f"gave no sign of life for {child.silent_s:.0f} s (deadlines.driver_s = {limit:g})"
     code = child.process.wait()
     if "crashed" in child.facts:
         return str(child.facts["crashed"])
@@ -120,38 +165,23 @@ def _watched(child: _Child) -> str | None:
 
 
 @contextlib.contextmanager
-def _started(arguments: list[str], recovery: Recovery | None, run: str | None) -> Iterator[tuple[_Child, list[int]]]:
-    """Starts a controller; signals go to it once, and are listed. Whatever ends the block ends the process."""
+def _started(arguments: list[str], recovery: Recovery | None, run: str | None) -> Iterator[_Child]:
+    """Starts a controller. It is told when the block ends, and then saves its state and ends, if it still runs."""
     its_read, alive = os.pipe()
     pipe, its_write = os.pipe()
     process = subprocess.Popen(
         [*_command(), *arguments],
         env=os.environ | environment(its_read, its_write, recovery, run),
+        stdin=subprocess.DEVNULL,  # in a process group of its own it could not read from the terminal
         pass_fds=(its_read, its_write),
         process_group=0,  # Ctrl-C reaches it through this process alone
     )
     os.close(its_read)
     os.close(its_write)
-    child, signalled = _Child(process, pipe, alive), []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        signalled.append(number)
-        if process.poll() is None:
-            process.send_signal(number)
-
-    def pause(number: int, frame: FrameType | None) -> None:  # Ctrl-Z: the controller stops with this process
-        process.send_signal(signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        process.send_signal(signal.SIGCONT)  # after `fg` or `bg`
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, pause)
     try:
-        yield child, signalled
+        yield _Child(process, pipe, alive)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(alive)  # a controller that still runs saves its state and ends
+        os.close(alive)
         os.close(pipe)
 
 

@@ -23,7 +23,7 @@ from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate
 from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.control import Scaling
-from latent_grpo.deploy.run.folder import RunFolder, create_run, named_run, reopen_run
+from latent_grpo.deploy.run.folder import RunFolder, create_run, has_begun, named_run, reopen_run
 from latent_grpo.deploy.run.manifest import record_model
 from latent_grpo.deploy.run.milestones import Milestones
 from latent_grpo.deploy.run.observer import StepObserver
@@ -47,14 +47,15 @@ def train(config: RunConfig, profile: str, reporter: Reporter | None = None, pat
     A run of the name `run_name` that has begun goes on, and one that has ended is left as it is.
     """
     reporter = reporter or Reporter()
-    if path is None and (named := named_run(config)) is not None:
+    named = named_run(config) if path is None else None
+    if named is not None and has_begun(named):
         if RunFolder(named).model.is_dir():
             reporter.say(f"run {config.run_name} has ended: model {RunFolder(named).model}")
             return RunFolder(named)
         folder, config, lineage = reopen_run(named, [], "train", config)
         return _run(folder, config, lineage, reporter, prepare(config, reporter, folder))
     prepared = prepare(config, reporter)
-    return _run(create_run(config, profile, path), config, 0, reporter, prepared)
+    return _run(create_run(config, profile, path or named), config, 0, reporter, prepared)
 
 
 def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
@@ -69,7 +70,7 @@ def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter,
     with run_session(folder, config, lineage, reporter, prepared) as run, timed(run):
         base, run.recovery = run.initial, link.recovery_here(folder.path)
         if config.warm_start is not None:
-            base = recovering(run, lambda: warm_start(run))
+            base = recovering(run, lambda: warm_start(run), kind="sft")
             record_model(folder, "base", base)
         recovering(run, lambda: _reinforce(run, base))
         run.record(dropped=run.problems.dropped)
@@ -179,6 +180,8 @@ def _steps(
             advance(before + len(rewards) + done, f"{curve}{note}")
 
         while controller.step < config.steps and milestones.stopped is None:
+            if scaling is not None:
+                scaling.begins()
             result = controller.run_step(waiting)
             if scaling is not None:
                 result.metrics.update(

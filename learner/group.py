@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from latent_grpo.common.config import RunConfig, config_as_json
 from latent_grpo.common.errors import RunError
@@ -71,7 +71,7 @@ class RankGroup:
         self._processes: list[ProcessAddress] = []
         try:
             asked = [rank.whereabouts.remote() for rank in self._ranks]
-            self._processes = self._wait(asked, config.deadlines.start_s, "start", "deadlines.start_s")
+            self._processes = self._wait(asked, config.deadlines.place_s, "start", "deadlines.place_s")
             (address, port), *_ = self._wait(
                 [r.address.remote() for r in self._ranks], config.deadlines.start_s, "start", "deadlines.start_s"
             )
@@ -192,13 +192,14 @@ class RankGroup:
     def _explained(self, refs: list[ray.ObjectRef[Any]], doing: str, rank: int, error: Exception) -> LearnerError:
         """Names the dead rank behind a survivor's error, if it is reported before all calls end or `PEER_DEATH_S`."""
         end, pending = time.monotonic() + PEER_DEATH_S, list(refs)
-        while pending and not isinstance(error, RayActorError):
+        while pending and isinstance(error, RayTaskError):
             ready, pending = ray.wait(pending, timeout=max(end - time.monotonic(), 0.0))
             if not ready:
                 break
-            if isinstance(other := _failed(ready[0]), RayActorError):
+            other = _failed(ready[0])
+            if other is not None and not isinstance(other, RayTaskError):
                 rank, error = refs.index(ready[0]), other
-        if isinstance(error, RayActorError):
+        if not isinstance(error, RayTaskError):  # its process, its node or what it has returned is gone
             return RankLost(f"learner rank {rank} died while it had to {doing}: {in_short(error)}")
         return LearnerError(f"learner rank {rank} failed to {doing}: {in_short(error)}")
 
@@ -207,7 +208,7 @@ def _failed(ref: ray.ObjectRef[Any]) -> Exception | None:
     """Returns the error of a finished call, or None."""
     try:
         ray.get(ref, timeout=60)
-    except (RayActorError, RayTaskError) as error:
+    except RayError as error:
         return error
     return None
 

@@ -71,6 +71,15 @@ class Starting:
         self.answer = self.actor.whereabouts.remote()
 
 
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """A call that gives a worker new weights: it is over once they have reached it."""
+
+    ref: ray.ObjectRef[Any]
+    ticket: int
+    sent_at: float  # by the pool's clock
+
+
 @dataclass(slots=True)
 class Member:
     """A worker that serves. Times are those of the pool's clock."""
@@ -82,7 +91,7 @@ class Member:
     progressed_at: float
     stream: ray.ObjectRefGenerator = field(init=False)
     groups: dict[str, GroupRequest] = field(default_factory=dict)  # dispatched, not delivered
-    fetching: list[tuple[ray.ObjectRef[Any], float]] = field(default_factory=list)  # weights on their way, sent when
+    fetching: list[Fetch] = field(default_factory=list)  # weights on their way
     discards: int = 0  # answers to `discard` that have not come: what comes before them is not wanted
     heartbeat: ray.ObjectRef[Any] | None = None
     heartbeat_sent_at: float = 0.0
@@ -122,9 +131,13 @@ class Member:
         """Sends weights, behind the groups that it already has."""
         if not self.busy:
             self.progressed_at = now
-        manifest, buckets = publication.manifest, publication.buckets
-        self.fetching.append((self.actor.update_weights.remote(next(self._tickets), manifest, *buckets), now))
+        manifest, buckets, ticket = publication.manifest, publication.buckets, next(self._tickets)
+        self.fetching.append(Fetch(self.actor.update_weights.remote(ticket, manifest, *buckets), ticket, now))
         self.version = manifest.version.version
+
+    def skip(self, ticket: int) -> None:
+        """Takes the place of a call that never reached it, so that later ones do not wait for that."""
+        self.actor.submit.remote(ticket, [])
 
     def discard(self, now: float) -> None:
         """Makes it forget its groups."""
@@ -145,7 +158,7 @@ class Member:
         """Returns why it is to be given up, or None."""
         if self.heartbeat is not None and (silent := now - self.heartbeat_sent_at) > rollout_s:
             return f"no answer for {silent:.0f} s (deadlines.rollout_s = {rollout_s:g})"
-        if self.fetching and (late := now - self.fetching[0][1]) > weights_s:
+        if self.fetching and (late := now - self.fetching[0].sent_at) > weights_s:
             return f"new weights did not reach it within {late:.0f} s (deadlines.weights_s = {weights_s:g})"
         loading = self.status is not None and self.status.loading
         limit, key = (weights_s, "weights_s") if loading else (rollout_s, "rollout_s")

@@ -26,7 +26,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayError
 
 from latent_grpo.common.config import ConfigError, DeadlineConfig, RolloutConfig
 from latent_grpo.common.errors import RunError
@@ -46,6 +46,7 @@ SHOWN = 4  # workers whose stacks are shown at once
 INTERRUPT_POLL_S = 0.5  # seconds between checks for an interrupt
 AHEAD = 1.25  # samples given to a worker, in multiples of those that it decodes side by side
 RESTARTS_WITHIN_S = 3600.0
+NODE_S = 60.0  # within which the workers of a node that is gone are noticed
 LONGEST_PAUSE_S = 30.0  # before another attempt to start a worker
 ANSWER_S = 60.0  # for Ray to hand over what has arrived
 
@@ -96,6 +97,8 @@ class RolloutPool:
         self._busy_before = 0.0  # seconds that workers have worked that are gone
         self._enough_at = 0.0  # when the pool last had `min_workers`, by its clock
         self._wanted = config.workers
+        self._served = False  # a worker has served: others can
+        self._nodes_lost: dict[str, float] = {}  # by node, when the loss of its first worker was counted
         self.restarts = 0
         try:
             self.wait_for(min(config.min_workers, config.workers))
@@ -166,16 +169,19 @@ class RolloutPool:
         if workers < 1:
             raise RolloutPoolError(f"the pool needs at least one worker, got {workers}")
         self._wanted = workers
+        for member in self._members.values():  # one that was about to leave need not be started again
+            member.leaving = member.leaving and self.size + len(self._starting) >= workers
         spare = self.size + len(self._starting) - workers
         for starting in list(self._starting.values())[: max(spare, 0)]:
             del self._starting[starting.name]
             ray.kill(starting.actor)
             spare -= 1
-        for member in sorted(self._serving(), key=lambda m: m.load)[: max(spare, 0)]:
+        # those without a reserved place first: nobody else can use that
+        for member in sorted(self._serving(), key=lambda m: (m.place is not None, m.load))[: max(spare, 0)]:
             member.leaving = True
-            if at_once:
-                self._waiting.extendleft(reversed(member.groups.values()))
-                member.groups.clear()
+        for member in [m for m in self._members.values() if m.leaving and at_once]:
+            self._waiting.extendleft(reversed(member.groups.values()))
+            member.groups.clear()
         self._release_leavers()
         self._start_missing()
 
@@ -215,9 +221,11 @@ class RolloutPool:
         by_ref: dict[Any, Member | Starting] = {}  # of references and streams
         for member in self._members.values():
             by_ref[member.stream] = member
-            by_ref.update((ref, member) for ref in (member.heartbeat, *(ref for ref, _ in member.fetching)) if ref)
+            by_ref.update((ref, member) for ref in (member.heartbeat, *(f.ref for f in member.fetching)) if ref)
         by_ref.update((starting.answer, starting) for starting in self._starting.values())
-        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s, fetch_local=False)
+        if not by_ref:  # the pause before another attempt to start the only worker
+            time.sleep(min(timeout_s, INTERRUPT_POLL_S))
+        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s, fetch_local=False) if by_ref else ([], [])
         if ready:  # also take whatever else has arrived by now
             ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0, fetch_local=False)
         now = self._clock.look(timeout_s)
@@ -234,6 +242,7 @@ class RolloutPool:
         return arrived
 
     def _receive(self, member: Member, ref: Any, arrived: list[pa.RecordBatch], now: float) -> None:
+        ticket = next((fetch.ticket for fetch in member.fetching if fetch.ref is ref), -1)
         try:
             if ref is member.stream:
                 batch = ray.get(next(member.stream), timeout=ANSWER_S)
@@ -245,12 +254,16 @@ class RolloutPool:
             elif member.heartbeat is not None and ref is member.heartbeat:
                 member.heard(ray.get(ref, timeout=ANSWER_S), now)
             else:
-                member.fetching = [(fetch, at) for fetch, at in member.fetching if fetch is not ref]
+                member.fetching = [fetch for fetch in member.fetching if fetch.ref is not ref]
                 ray.get(ref, timeout=ANSWER_S)
         except RayError as error:
-            if isinstance(cause := getattr(error, "cause", None), RequestRefused):
+            cause = getattr(error, "cause", None) or error
+            if isinstance(cause, RequestRefused):
                 raise RolloutPoolError(f"rollout {member.name} refused its work: {cause}") from error
-            self._lose(member, in_short(error))
+            if isinstance(cause, (ObjectLostError, OwnerDiedError)) and ref is not member.stream:
+                member.skip(ticket)  # the learner that held the weights is gone; the worker is well
+            else:
+                self._lose(member, in_short(error))
         except StopIteration:
             self._lose(member, "its stream of results ended")
 
@@ -270,7 +283,7 @@ class RolloutPool:
             if starting.process is not None and now - starting.placed_at > limit:
                 self._show_stacks({starting.name: starting.process})
                 why = f"it did not start within {limit:g} s (deadlines.start_s)"
-                self._fail(starting, why, final=not self._members)
+                self._fail(starting, why, final=not self._served)
         placed = self.size + sum(1 for s in self._starting.values() if s.process)
         if placed >= min(self._config.min_workers, self._wanted):
             self._enough_at = now
@@ -338,7 +351,7 @@ class RolloutPool:
         except RayError as error:
             if isinstance(cause := getattr(error, "cause", None), ConfigError):  # for example an unusable model
                 raise ConfigError(f"rollout worker: {cause}") from error
-            self._fail(starting, in_short(error), final=not self._members and not isinstance(error, RayActorError))
+            self._fail(starting, in_short(error), final=not self._served and not isinstance(error, RayActorError))
             return
         if starting.process is None:
             starting.process, starting.placed_at, starting.answer = answer, now, starting.actor.start.remote()
@@ -347,6 +360,7 @@ class RolloutPool:
         self._failed_starts, self._start_again_at = 0, 0.0
         member = Member(starting.name, starting.actor, starting.process, starting.place, now)
         self._members[member.name] = member
+        self._served = True
         if self._publication is not None:
             member.send(self._publication, now)
 
@@ -371,11 +385,21 @@ class RolloutPool:
         self._remove(member)
         self._waiting.extendleft(reversed(member.groups.values()))
         ray.kill(member.actor)
-        self._count_restart(f"rollout {member.name} was lost ({why}; last event: {member.last_event})")
+        node, now = member.process.node_id, time.monotonic()
+        first = now - self._nodes_lost.get(node, -NODE_S) >= NODE_S
+        if "node is gone" in why:
+            self._nodes_lost[node] = self._nodes_lost[node] if not first else now
+        else:
+            first = True
+        what = f"rollout {member.name} was lost ({why}; last event: {member.last_event})"
+        self._count_restart(what, counts=first)
 
-    def _count_restart(self, what: str) -> None:
+    def _count_restart(self, what: str, *, counts: bool = True) -> None:
+        """Counts a loss; of the workers that a node takes with it, the first alone `counts` towards the limit."""
         now = time.monotonic()
         self.restarts += 1
+        if not counts:
+            return
         self._lost_at.append(now)
         while now - self._lost_at[0] > RESTARTS_WITHIN_S:
             self._lost_at.popleft()

@@ -96,13 +96,13 @@ def train(
 
     with interruptible():
         if rollout_only:
-            single_service.rollout_only(settings(profile, context, gpus), profile)
+            single_service.rollout_only(settings(profile, context, gpus, sized=True), profile)
         elif train_only:
             single_service.train_only(train_only, overrides(context.args))
         elif resume:
             training.resume(resume, overrides(context.args))
         else:
-            training.train(settings(profile, context, gpus), profile)
+            training.train(settings(profile, context, gpus, sized=True), profile)
 
 
 @app.command()
@@ -337,13 +337,21 @@ def main() -> None:
         app()
     except LatentGRPOError as error:
         say(str(error), "[bold red]error[/]")
-        link.tell(**({"crashed": f"has lost its Ray: {error}"} if isinstance(error, RayLost) else {"ended": True}))
+        lost = isinstance(error, RayLost)
+        link.tell(**({"crashed": f"has lost its Ray: {error}"} if lost else {"ended": error.exit_code}))
         sys.exit(error.exit_code)
-    except BaseException as error:  # SystemExit too, by which every command ends
-        if isinstance(error, ray_is_gone()):
-            link.tell(crashed=f"has lost its Ray: {str(error).strip().splitlines()[0]}")
-        link.tell(ended=True)
+    except SystemExit as error:  # by which every command ends
+        link.tell(ended=error.code if isinstance(error.code, int) else int(error.code is not None))
         raise
+    except BaseException as error:
+        gone = isinstance(error, ray_is_gone())
+        link.tell(**({"crashed": f"has lost its Ray: {in_one_line(error)}"} if gone else {"ended": 1}))
+        raise
+
+
+def in_one_line(error: BaseException) -> str:
+    """Returns the first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def ray_is_gone() -> tuple[type[BaseException], ...]:

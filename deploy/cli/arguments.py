@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import typer
 
-from latent_grpo.common.config import ConfigError, RunConfig, load_config
+from latent_grpo.common.config import ConfigError, RunConfig, load_config, read_profile
+from latent_grpo.common.config.loading import SIZES
 from latent_grpo.common.tasks.present import with_present_files
 
 
@@ -42,8 +43,13 @@ def whole_numbers(option: str, text: str) -> list[int]:
         raise ConfigError(f"{option} {text!r}: expected whole numbers separated by commas, e.g. 0,1,2") from None
 
 
-def settings(profile: str, context: typer.Context, gpus: float | None = None) -> RunConfig:
-    """Returns the settings of a profile with a command's overrides; `gpus` chooses its keys for that many GPUs."""
+def settings(profile: str, context: typer.Context, gpus: float | None = None, *, sized: bool = False) -> RunConfig:
+    """Returns the settings of a profile with a command's overrides; `gpus` chooses its keys for that many GPUs.
+
+    Raises ConfigError where that has no effect and `sized` says that it must have one.
+    """
+    if sized and gpus is not None and SIZES not in read_profile(profile):
+        raise ConfigError(f"--gpus {gpus:g} has no effect: profile {profile} has no section {SIZES}; set its counts")
     return with_present_files(load_config(profile, overrides(context.args), gpus))
 
 

@@ -22,7 +22,7 @@ from latent_grpo.deploy.reproduce.suite import (
     unit_folder,
     units,
 )
-from latent_grpo.deploy.run.folder import LOCK_FILE, RunFolder, create_run, reopen_run, run_lock
+from latent_grpo.deploy.run.folder import LEASE_FILE, LOCK_FILE, RunFolder, create_run, reopen_run, run_lock
 from latent_grpo.deploy.run.progress import Reporter
 
 SESSIONS = "sessions.json"
@@ -80,7 +80,7 @@ def _in_process(unit: Unit, config: RunConfig, path: Path, reporter: Reporter) -
     from latent_grpo.deploy.reproduce.in_process import start_in_process, train_in_process
 
     with run_lock(path):
-        kept = {"log.txt", LOCK_FILE}
+        kept = {"log.txt", LOCK_FILE, LEASE_FILE}
         for left in (p for p in path.iterdir() if p.name not in kept):  # it has no checkpoints: it begins anew
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         folder = create_run(config, unit.name, path, kind="sft" if unit.is_start else "train")

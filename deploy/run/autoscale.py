@@ -28,10 +28,10 @@ class Load:
     def with_workers(self, now: int, then: int, *, overlaps: bool) -> float:
         """Returns how many seconds the steps would have taken with `then` workers in place of `now`."""
         longer = self.busy_s / then - self.busy_s / now
-        if not overlaps:
-            return self.step_s + longer
         if longer < 0:
             return self.step_s - min(-longer, self.waited_s)
+        if not overlaps:
+            return self.step_s + longer
         idle = max(self.step_s - self.busy_s / now, 0.0)
         return self.step_s + max(longer - idle, 0.0)
 

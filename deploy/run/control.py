@@ -10,9 +10,9 @@ storage (docs/cluster.md), so every node reaches the run, a job too.
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import json
+import logging
 import os
 import secrets
 import socket
@@ -22,14 +22,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from latent_grpo.common.config import ConfigError, RunConfig, config_as_json
+from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.files import write_atomically
 from latent_grpo.deploy.run.autoscale import Autoscaler
-from latent_grpo.deploy.run.folder import RunFolder, in_use
+from latent_grpo.deploy.run.folder import RunFolder, in_use, keep_workers
 
 FOLDER = "control"
 REQUEST, TAKEN, REPLY = ".request.json", ".taken.json", ".reply.json"
 LOOK_EVERY_S = 0.5
+MOST = 4096  # workers that a request may ask for
+log = logging.getLogger(__name__)
 ANSWER_S = 60.0  # a run that saves a checkpoint answers afterwards
 
 
@@ -83,8 +85,9 @@ def request_scale(run: str | Path, workers: int, at_once: bool = False, answer_s
     request, reply = Path(f"{stem}{REQUEST}"), Path(f"{stem}{REPLY}")
     by = f"{getpass.getuser()} on {socket.gethostname()}"
     write_atomically(request, json.dumps(asdict(ScaleRequest(workers, at_once, by))))
-    end = time.monotonic() + answer_s
-    while time.monotonic() < end or not request.exists():  # once it is taken, the answer is certain to come
+    end, taken = time.monotonic() + answer_s, False
+    while time.monotonic() < end + (answer_s if taken else 0.0):
+        taken = not request.exists()
         if reply.exists():
             answer = Reply(**json.loads(reply.read_text(encoding="utf-8")))
             reply.unlink()
@@ -92,8 +95,12 @@ def request_scale(run: str | Path, workers: int, at_once: bool = False, answer_s
         if in_use(path) is None:
             break
         time.sleep(0.2)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         request.unlink()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{run}: the run has taken the request and did not answer; its log says how many workers it has"
+        ) from None
     raise ConfigError(
         f"{run}: the run did not answer within {answer_s:g} s, and nothing was changed: it is starting, saving or "
         "ending. Ask again"
@@ -118,7 +125,8 @@ class Control:
         self._folder, self._config, self._say, self._room, self._grows = folder, config, say, room, grows
         self._requests = folder.path / FOLDER
         self._looked_at = 0.0
-        for left in self._requests.glob("*.json"):  # of a session that has ended
+        self._requests.mkdir(exist_ok=True)
+        for left in (*self._requests.glob(f"*{TAKEN}"), *self._requests.glob(f"*{REPLY}")):  # of a session that ended
             left.unlink(missing_ok=True)
 
     def serve(self, pool: Scalable) -> None:
@@ -135,19 +143,27 @@ class Control:
                 reply = self._scale(pool, request)
             except FileNotFoundError:  # it was taken back
                 continue
-            except (ValueError, TypeError) as error:
-                reply = Reply(False, f"the request cannot be read: {error}")
-            write_atomically(Path(f"{stem}{REPLY}"), json.dumps(asdict(reply)))
-            Path(f"{stem}{TAKEN}").unlink(missing_ok=True)
+            except (ValueError, TypeError, OSError) as error:
+                reply = Reply(False, f"the request cannot be read or kept: {error}")
+            try:
+                write_atomically(Path(f"{stem}{REPLY}"), json.dumps(asdict(reply)))
+                Path(f"{stem}{TAKEN}").unlink(missing_ok=True)
+            except OSError as error:  # a run does not end because nobody can be answered
+                log.warning("a request in %s could not be answered: %s", self._requests, error)
 
     def _scale(self, pool: Scalable, request: ScaleRequest) -> Reply:
-        wanted, least, room = request.workers, self._config.rollout.min_workers, self._room()
+        wanted, least, most = request.workers, self._config.rollout.min_workers, self._config.rollout.max_workers
+        if type(wanted) is not int or not 1 <= wanted <= MOST:
+            return Reply(False, f"expected a whole number of workers from 1 to {MOST}, got {wanted!r}")
+        room = self._room()
+        if most is not None and wanted > most:
+            return Reply(False, f"{wanted} is above rollout.max_workers ({most}), up to which the run scales itself")
         if wanted < least:
             return Reply(False, f"{wanted} is below rollout.min_workers ({least})")
         if wanted > room and not self._grows:
             return Reply(False, f"this machine has room for {room} worker(s) beside the learner, got {wanted}")
         before = pool.wanted
-        if wanted == before:
+        if wanted == before and not request.at_once:
             return Reply(True, f"the run has {before} worker(s) already")
         pool.resize(wanted, at_once=request.at_once)
         keep_workers(self._folder, self._config, wanted)
@@ -160,12 +176,6 @@ class Control:
         return Reply(True, f"{before} -> {wanted} workers; {leave}")
 
 
-def keep_workers(folder: RunFolder, config: RunConfig, workers: int) -> None:
-    """Writes the number of workers into the run's settings, so that a resumed run has it too."""
-    rollout = config.rollout.model_copy(update={"workers": workers})
-    write_atomically(folder.path / "config.json", config_as_json(config.model_copy(update={"rollout": rollout})))
-
-
 class Scaling:
     """What each step says of its workers, and the run's own changes of their number (`rollout.max_workers`)."""
 
@@ -174,6 +184,10 @@ class Scaling:
         overlaps = config.max_staleness > 0
         self._scaler = None if most is None else Autoscaler(least, most, overlaps=overlaps)
         self._pool, self._say, self._busy_s = pool, say, pool.busy_s
+
+    def begins(self) -> None:
+        """A step begins; what workers did since the last one ended, such as an evaluation, is not its work."""
+        self._busy_s = self._pool.busy_s
 
     def after(self, step_s: float, waited_s: float) -> dict[str, float]:
         """Returns the step's metrics; both times are in seconds, the latter the learner's wait for rollouts."""

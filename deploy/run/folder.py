@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import socket
@@ -47,6 +48,9 @@ FAILED = "failed_"  # begins the metric of a failure's share of them; the verifi
 GAP_OF_OLD_RUNS = 0.05  # the default of health.max_log_prob_gap up to version 0.2.0
 RunKind = Literal["train", "sft", "evaluate"]
 """What a run does: RL, with a Latent-SFT before it where one is due; Latent-SFT alone; an evaluation."""
+
+
+log = logging.getLogger(__name__)
 
 
 class ResumeError(ConfigError):
@@ -108,15 +112,18 @@ class RunFolder:
 def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kind: RunKind = "train") -> RunFolder:
     """Makes a new folder `PROFILE-DATE-TIME` below `runs_folder`; a number is added where that name is taken.
 
-    With `path` that folder is used instead; it may exist but must hold no run. `kind` says what the run does.
+    With `path` that folder is used instead; it may exist but must hold no run. `kind` says what the run does. Raises
+    ConfigError where it cannot be made.
     """
     if path is not None:
         path.mkdir(parents=True, exist_ok=True)
+        try:
+            (path / "config.json").touch(exist_ok=False)  # of two that begin at once, one does
+        except FileExistsError:
+            raise ConfigError(f"{path} holds a run already; give another folder or name") from None
         write_identity(RunFolder(path), config, 0, kind)
         return RunFolder(path)
     root = Path(config.runs_folder)
-    if config.run_name is not None:
-        return create_run(config, profile, root / config.run_name, kind=kind)
     stem = re.sub(r"[^\w.-]+", "-", Path(profile).stem) or "run"
     stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1000):
@@ -134,11 +141,13 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kin
 
 
 def named_run(config: RunConfig) -> Path | None:
-    """Returns the folder of `run_name` where that run has begun already, or None."""
-    if config.run_name is None:
-        return None
-    path = Path(config.runs_folder, config.run_name)
-    return path if (path / "config.json").is_file() else None
+    """Returns the folder of `run_name`, whether or not that run has begun; None: the run gets a name of its own."""
+    return None if config.run_name is None else Path(config.runs_folder, config.run_name)
+
+
+def has_begun(path: Path) -> bool:
+    """Whether there is a run in the folder."""
+    return (path / "run.json").is_file()
 
 
 def reopen_run(
@@ -155,6 +164,7 @@ def reopen_run(
     else:
         folder, config = RunFolder(Path(path)), settings
         _check_changes(folder, folder.config(), config)
+        config = with_scaled_workers(folder, config)
     with run_lock(folder.path):
         lineage = int(folder.read_json("run.json")["lineage"]) + 1
         write_identity(folder, config, lineage, kind)
@@ -253,7 +263,9 @@ def run_lock(folder: Path) -> Iterator[None]:
         finally:
             over.set()
             renewing.join()
-            lease.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if lease.read_text(encoding="utf-8") == _lease_of_this_process():
+                    lease.unlink()
     finally:
         lock.release()
 
@@ -267,9 +279,10 @@ def _in_use(folder: Path, holder: str) -> FolderInUse:
 
 def _await_lease(folder: Path, lease: Path) -> None:
     """Waits until another machine's lease has run out. Raises :class:`FolderInUse` where it is renewed."""
-    first = _other_machine(lease)
+    first: tuple[str, float] | None = None
     while (found := _other_machine(lease)) is not None:
-        if first is not None and found[1] != first[1]:
+        first = first or found
+        if found != first:
             raise _in_use(folder, f"{found[0]}, which renews its lease")
         time.sleep(1.0)
 
@@ -283,21 +296,68 @@ def _other_machine(lease: Path) -> tuple[str, float] | None:
         holder, renewed = json.loads(lease.read_text(encoding="utf-8")), lease.stat().st_mtime
     except (FileNotFoundError, ValueError):
         return None
-    if holder["host"] == socket.gethostname():
+    if holder.get("machine") == _machine():
         return None  # flock has decided
-    with tempfile.NamedTemporaryFile(dir=lease.parent, prefix=".now-") as now:
-        age = os.fstat(now.fileno()).st_mtime - renewed
+    try:
+        with tempfile.NamedTemporaryFile(dir=lease.parent, prefix=".now-") as now:
+            age = os.fstat(now.fileno()).st_mtime - renewed
+    except OSError:  # a reader may not write here, or the disk is full
+        age = time.time() - renewed
     return (f"process {holder['pid']} on {holder['host']}", renewed) if age < LEASE_S else None
+
+
+def _machine() -> str:
+    """Tells this machine, since it was started, from others that may have the same name."""
+    found = [socket.gethostname()]
+    for path in ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"):
+        with contextlib.suppress(OSError):
+            found.append(Path(path).read_text(encoding="utf-8").strip())
+    return " ".join(found)
+
+
+def _lease_of_this_process() -> str:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()})
 
 
 def _write_lease(lease: Path) -> None:
     with contextlib.suppress(OSError):  # a full disk is said where something of worth is written
-        write_atomically(lease, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        write_atomically(lease, _lease_of_this_process())
 
 
 def _renew(lease: Path, over: threading.Event) -> None:
+    own = _lease_of_this_process()
     while not over.wait(RENEW_S):
+        with contextlib.suppress(OSError):
+            if lease.read_text(encoding="utf-8") != own:
+                # this process stood still for so long that another one has taken the folder: it may write nothing more
+                log.error("%s belongs to another process now; this one ends at once", lease.parent)
+                os._exit(1)
         _write_lease(lease)
+
+
+SCALED_FILE = "scaled.json"
+
+
+def keep_workers(folder: RunFolder, config: RunConfig, workers: int) -> None:
+    """Writes a number of workers that a run has been scaled to into its settings, so that a resumed run has it too."""
+    stored = folder.config()
+    rollout = stored.rollout.model_copy(update={"workers": workers})
+    write_atomically(folder.path / "config.json", config_as_json(stored.model_copy(update={"rollout": rollout})))
+    folder.write_json(SCALED_FILE, {"from": config.rollout.workers, "to": workers})
+
+
+def with_scaled_workers(folder: RunFolder, config: RunConfig) -> RunConfig:
+    """Returns settings of a job that starts again, with the number of workers that the run was scaled to.
+
+    Another number than the one from which it was scaled has been set on purpose, and stays.
+    """
+    if not (folder.path / SCALED_FILE).is_file():
+        return config
+    scaled = folder.read_json(SCALED_FILE)
+    if config.rollout.workers != scaled["from"]:
+        return config
+    rollout = config.rollout.model_copy(update={"workers": int(scaled["to"])})
+    return config.model_copy(update={"rollout": rollout})
 
 
 def in_use(folder: Path) -> str | None:

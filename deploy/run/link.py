@@ -24,17 +24,22 @@ BEAT_S = 2.0
 SAME_SIGNAL_S = 1.0  # one signal to a whole process group reaches the run twice: itself, and from its supervisor
 
 _write: int | None = None
+_recovery: dict[str, Any] | None = None
 
 
 def supervised() -> bool:
     """Whether this process has a supervisor."""
-    return PIPES in os.environ
+    return _write is not None or PIPES in os.environ
 
 
 def connect() -> None:
-    """Begins to tell the supervisor that this process lives, and to watch whether the supervisor does."""
-    global _write
-    read, _write = map(int, os.environ[PIPES].split(","))
+    """Begins to tell the supervisor that this process lives, and to watch whether the supervisor does.
+
+    Both variables leave the environment, since they mean nothing to the processes that this one starts.
+    """
+    global _write, _recovery
+    read, _write = map(int, os.environ.pop(PIPES).split(","))
+    _recovery = json.loads(os.environ.pop(RECOVERY, "null"))
     interrupts.ignore_repeats(SAME_SIGNAL_S)
     for number in (read, _write):
         os.set_inheritable(number, False)  # no process that this one starts may hold the pipes open
@@ -51,7 +56,7 @@ def tell(**facts: Any) -> None:
 
 def recovery_here(folder: Path) -> Recovery | None:
     """Returns the recovery that has started this run again, or None."""
-    given = json.loads(os.environ.get(RECOVERY, "null"))
+    given = _recovery
     return Recovery(**given["recovery"]) if given and Path(given["run"]) == folder.resolve() else None
 
 

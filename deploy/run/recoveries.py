@@ -7,12 +7,14 @@ nor Ray.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from latent_grpo.common.errors import RunError
+from latent_grpo.common.errors import MetricsError, RunError
 from latent_grpo.common.metrics import read_metrics
 
 FILE = "recoveries.jsonl"
@@ -35,21 +37,32 @@ class Recovery:
         return f"recovered within {seconds:.0f} s: the run goes on after step {step}; {again}"
 
 
-def begin(folder: Path, cause: str, *, lineage: int, limit: int) -> Recovery:
-    """Records a recovery that makes `lineage`.
+def begin(folder: Path, cause: str, *, lineage: int, limit: int, kind: str = "train") -> Recovery:
+    """Records a recovery that makes `lineage`; `kind` is that of the metrics whose last step counts as reached.
 
     Raises RunError where `limit` (`max_recoveries`) recoveries have begun within the last hour.
     """
     now, file = time.time(), folder / FILE
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    recent = sum(1 for row in rows if row["began"] > now - WITHIN_S)  # times ahead of a clock that was put back, too
+    recent = sum(1 for began in _begun(file) if began > now - WITHIN_S)  # also ahead of a clock that was put back
     if recent >= limit:
         raise RunError(
             f"{cause}. The run has recovered {recent} time(s) within an hour, and max_recoveries allows {limit}; "
             f"`latent-grpo train --resume {folder}` continues from the last checkpoint"
         )
-    steps = {kind: [row["step"] for row in read_metrics(folder, kind=kind)] for kind in ("train", "sft")}
-    recovery = Recovery(now, cause, lineage, max(steps["train"] or steps["sft"] or [0]))
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(recovery)) + "\n")
+    reached = 0
+    with contextlib.suppress(MetricsError):  # it has no metrics yet
+        reached = max((int(row["step"]) for row in read_metrics(folder, kind=kind)), default=0)
+    recovery = Recovery(now, cause, lineage, reached)
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(recovery)) + "\n")
+    except OSError as error:
+        raise RunError(f"{cause}, and {file} cannot be written ({error.strerror}): the run does not recover") from error
     return recovery
+
+
+def _begun(file: Path) -> Iterator[float]:
+    """Yields when the recorded recoveries began; a torn line (the disk was full) is left out."""
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            yield float(json.loads(line)["began"])

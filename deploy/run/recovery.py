@@ -6,9 +6,11 @@ Rollout workers keep their engines; what they were generating belongs to a linea
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
-from latent_grpo.common.errors import RayLost
+from latent_grpo.common.errors import ConfigError, RayLost, RunError
+from latent_grpo.common.interrupts import interrupt_left
 from latent_grpo.deploy.run import link, recoveries
 from latent_grpo.deploy.run.session import Run
 from latent_grpo.learner.group import RankLost
@@ -16,21 +18,29 @@ from latent_grpo.learner.group import RankLost
 Result = TypeVar("Result")
 
 
-def recovering(run: Run, work: Callable[[], Result]) -> Result:
+def recovering(run: Run, work: Callable[[], Result], *, kind: str = "train") -> Result:
     """Returns what `work` returns, and does it again from its last state when it loses a rank.
 
-    `work` makes its own learner and closes it. Raises RunError beyond `max_recoveries`.
+    `work` makes its own learner and closes it; `kind` is that of the metrics of its steps. Raises RunError beyond
+    `max_recoveries`, and the interrupt that came before the loss: a run that is to end does not recover.
     """
     while True:
         try:
             return work()
         except RankLost as error:
-            limit, lineage = run.config.max_recoveries, run.lineage + 1
-            run.recovery = recoveries.begin(run.folder.path, str(error), lineage=lineage, limit=limit)
+            if (interrupt := interrupt_left()) is not None:
+                run.reporter.say(f"[red]{error}[/]")
+                raise interrupt from error
+            limit, lineage, before = run.config.max_recoveries, run.lineage + 1, run.recovery
+            now = recoveries.begin(run.folder.path, str(error), lineage=lineage, limit=limit, kind=kind)
+            run.recovery = now if before is None else replace(before, lineage=lineage)  # one that is not over goes on
             run.reporter.say(f"[yellow]{error!s}; all ranks start again from the last state[/]")
             run.pool.discard()
             run.next_lineage()
-            run.reservation.await_room()
+            try:
+                run.reservation.await_room()
+            except ConfigError as lacking:
+                raise RunError(str(lacking)) from error
         except RayLost as error:
             link.tell(crashed=f"has lost its Ray: {error}")  # now: to leave a Ray that is stuck may take for ever
             raise

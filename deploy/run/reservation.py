@@ -59,15 +59,20 @@ def reserved(config: RunConfig, services: Services, say: Callable[[str], None]) 
 
     ranks, workers = counts(config, services)
     needs = [amounts(config.learner.resources)] * ranks + [amounts(config.rollout.resources)] * workers
-    if not all(needs):  # Ray knows no bundle of nothing: an actor that needs nothing always has a place
+    bundles = [need for need in needs if need]  # Ray knows none of nothing: who needs nothing always has a place
+    if not bundles:
         yield Reservation()
         return
-    group = placement_group(needs, strategy="PACK")
+    group = placement_group(bundles, strategy="PACK")
     who = f"{ranks} learner rank(s) and {workers} rollout worker(s)"
     await_room = partial(_await, group, needs, who, config.deadlines.place_s, say)
     try:
         await_room()
-        places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(len(needs))]
+        numbers = iter(range(len(bundles)))
+        places = [
+            PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=next(numbers)) if need else "DEFAULT"
+            for need in needs
+        ]
         yield Reservation(tuple(places[:ranks]), tuple(places[ranks:]), await_room)
     finally:
         remove_placement_group(group)

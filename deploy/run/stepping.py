@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from latent_grpo.common.config import DeadlineConfig
+from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import (
     Interrupted,
     Stepping,
@@ -40,7 +41,11 @@ def interruptible(finish: Callable[[Interrupted], str], reporter: Reporter) -> I
         with deferred_interrupts():
             yield
     except Interrupted as interrupt:
-        reporter.say(finish(interrupt))
+        try:
+            said = finish(interrupt)
+        except RunError as error:  # what ends a machine may end a rank too
+            said = f"[red]interrupted; the running step could not be finished: {error}[/]"
+        reporter.say(said)
         raise
 
 

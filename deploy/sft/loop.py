@@ -215,7 +215,7 @@ def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None
 
 def _alone(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, prepared: Prepared) -> RunFolder:
     with run_session(folder, config, lineage, reporter, prepared) as run:
-        model = recovering(run, lambda: warm_start(run))
+        model = recovering(run, lambda: warm_start(run), kind="sft")
     reporter.say(f"model {model}; to train it, give model.path={model} model.new=null warm_start=null")
     return folder
 

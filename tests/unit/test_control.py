@@ -7,7 +7,7 @@ import pytest
 
 from latent_grpo.common.config import ConfigError, load_config
 from latent_grpo.deploy.run.control import FOLDER, Control, Scaling, request_scale
-from latent_grpo.deploy.run.folder import create_run, run_lock
+from latent_grpo.deploy.run.folder import create_run, reopen_run, run_lock
 
 ROOM = 3
 
@@ -25,8 +25,8 @@ class FakePool:
 class Live:
     """A run that goes on: its folder is locked, and it looks at requests until the block ends."""
 
-    def __init__(self, path, *, grows=False):
-        config = load_config("quickstart", ["rollout.workers=2", "rollout.min_workers=2"])
+    def __init__(self, path, *overrides, grows=False):
+        config = load_config("quickstart", ["rollout.workers=2", "rollout.min_workers=2", *overrides])
         self.folder = create_run(config, "run", path)
         self.pool, self.said, self._over = FakePool(), [], threading.Event()
         self._control = Control(self.folder, config, self.said.append, room=lambda: ROOM, grows=grows)
@@ -72,6 +72,36 @@ def test_a_number_that_cannot_be_is_refused_with_the_reason(tmp_path, workers, w
     assert run.pool.resized == []
 
 
+def test_a_number_above_that_of_autoscaling_is_refused(tmp_path):
+    with Live(tmp_path, "rollout.max_workers=2") as run:
+        reply = request_scale(tmp_path, 3)
+    assert reply.sentence == "3 is above rollout.max_workers (2), up to which the run scales itself"
+    assert run.folder.config().rollout.workers == 2
+
+
+def test_a_request_that_a_session_took_and_never_answered_is_no_endless_wait(tmp_path):
+    folder = Live(tmp_path).folder
+
+    def take():
+        while not (found := list((tmp_path / FOLDER).glob("*.request.json"))):
+            time.sleep(0.05)
+        found[0].unlink()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    with run_lock(folder.path), pytest.raises(ConfigError, match="has taken the request and did not answer"):
+        request_scale(tmp_path, 3, answer_s=1.0)
+    thread.join()
+
+
+def test_a_scaled_number_survives_a_job_that_starts_again_unless_it_sets_another(tmp_path):
+    with Live(tmp_path) as run:
+        assert request_scale(tmp_path, 3).accepted
+    same, other = (load_config("quickstart", [f"rollout.workers={n}", "rollout.min_workers=2"]) for n in (2, 4))
+    assert reopen_run(run.folder.path, [], "train", same)[1].rollout.workers == 3
+    assert reopen_run(run.folder.path, [], "train", other)[1].rollout.workers == 4
+
+
 def test_a_cluster_may_grow(tmp_path):
     with Live(tmp_path, grows=True):
         reply = request_scale(tmp_path, 9)
@@ -103,8 +133,7 @@ def test_a_run_that_has_stopped_or_ended_and_a_folder_without_one_are_refused(tm
 def test_what_is_no_request_is_answered_too(tmp_path):
     with Live(tmp_path) as run:
         requests = tmp_path / FOLDER
-        requests.mkdir()
-        (requests / "1-x.request.json").write_text('{"workers": 3, "format": "disk"}')
+        (requests / "1-x.request.json").write_text('{"workers": 2.5, "at_once": false, "by": "x"}')
         end = time.monotonic() + 20
         while not (reply := requests / "1-x.reply.json").exists():
             assert time.monotonic() < end

@@ -18,6 +18,7 @@ from latent_grpo.deploy.run.folder import (
     FolderInUse,
     ResumeError,
     create_run,
+    has_begun,
     in_use,
     named_run,
     reopen_run,
@@ -74,7 +75,7 @@ def test_it_is_free_again_after_an_error(tmp_path):
         pass
 
 
-OTHER = '{"host": "another-machine", "pid": 7}'
+OTHER = '{"host": "another-machine", "pid": 7, "machine": "x"}'
 
 
 def test_the_lease_of_a_machine_that_is_gone_runs_out_and_one_that_is_renewed_is_respected(tmp_path):
@@ -106,9 +107,13 @@ def in_use_of_another(folder):
 
 def test_a_named_run_that_has_begun_goes_on_and_one_that_has_not_is_made(tmp_path):
     config = load_config("quickstart", [f"runs_folder={tmp_path}", "run_name=job-7"])
-    assert named_run(config) is None
-    folder = create_run(config, "quickstart")
-    assert folder.path == named_run(config) == tmp_path / "job-7"
+    assert not has_begun(named_run(config))
+    folder = create_run(config, "quickstart", named_run(config))
+    assert folder.path == tmp_path / "job-7"
+    assert has_begun(folder.path)
+    with pytest.raises(ConfigError, match="job-7 holds a run already"):
+        create_run(config, "quickstart", folder.path)
+    assert create_run(config, "evaluate-x", kind="evaluate").path != folder.path  # an evaluation of it has its own
     more = load_config("quickstart", [f"runs_folder={tmp_path}", "run_name=job-7", "rollout.workers=2"])
     again, taken, lineage = reopen_run(folder.path, [], "train", more)
     assert (again, taken.rollout.workers, lineage) == (folder, 2, 1)

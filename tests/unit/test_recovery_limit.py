@@ -26,6 +26,18 @@ def test_recoveries_of_the_last_hour_count_and_older_ones_do_not(tmp_path):
     assert len(file.read_text().splitlines()) == 3
 
 
+def test_a_run_without_metrics_and_a_torn_line_do_not_stop_a_recovery(tmp_path):
+    (tmp_path / recovery.FILE).write_text('{"began": 17')  # the disk was full
+    assert recovery.begin(tmp_path, "the controller was killed", lineage=1, limit=1).reached == 0
+
+
+def test_the_steps_of_latent_sft_are_not_those_of_rl(tmp_path):
+    with MetricsWriter(tmp_path, []) as metrics:
+        metrics.write(200, {"loss": 1.0}, kind="sft")
+    assert recovery.begin(tmp_path, "rank 0 died", lineage=1, limit=3).reached == 0
+    assert recovery.begin(tmp_path, "rank 0 died", lineage=2, limit=3, kind="sft").reached == 200
+
+
 def test_without_recoveries_allowed_the_first_loss_ends_the_run(tmp_path):
     with pytest.raises(RunError, match=r"max_recoveries allows 0; `latent-grpo train --resume"):
         recovery.begin(tmp_path, "rank 0 died", lineage=1, limit=0)

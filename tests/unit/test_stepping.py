@@ -182,7 +182,8 @@ def test_clusters_wait_as_long_as_a_run_may_take_after_sigterm():
     promised = DeadlineConfig().terminate_s + LEAVE_S
     assert promised == submit.stop_seconds(["train", "--profile", "quickstart"])
     slurm = (CLUSTER / "slurm.sbatch").read_text()
-    assert [float(s) for s in re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", slurm, re.MULTILINE)] == [promised]
+    (before,) = re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", slurm, re.MULTILINE)
+    assert float(before) >= promised + 30  # the job also has to requeue itself
     for name in ("rayjob.yaml", "raycluster.yaml"):
         spec = yaml.safe_load((CLUSTER / name).read_text())["spec"]
         cluster = spec.get("rayClusterSpec", spec)
