@@ -68,6 +68,8 @@ def _old_parameters(state: Path, facts: OldFacts) -> dict[str, Any]:
     with weights_only(state):
         if facts.zero_stage < 3:
             files = sorted((state / OLD_TAG).glob("*_model_states.pt"))
+            if not files:
+                raise LearnerStateMismatch(f"{state / OLD_TAG}: it has no *_model_states.pt; was the state removed?")
             return dict(torch.load(files[0], map_location="cpu", weights_only=True)["module"])
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -28,6 +28,7 @@ from latent_grpo.common.sinks import gauge_name
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
 from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
+from latent_grpo.deploy.replay.replay import replay
 from latent_grpo.deploy.reproduce.in_process import train_in_process
 from latent_grpo.deploy.run.folder import ResumeError, create_run
 from latent_grpo.deploy.run.manifest import read_manifest
@@ -73,6 +74,16 @@ def test_three_steps_and_three_more_are_six_bit_for_bit_at_any_number_of_workers
     assert set(view.numbers("policy_version_min")) == set(view.numbers("policy_version_max")) == {3}
     with pytest.raises(ResumeError, match=r"group_size: 4 -> 8"):
         resume(half.path, ["group_size=8"])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks_and_another_stage(ray_session, tmp_path):
+    quiet = ("evaluation.at_start=false", "evaluation.at_end=false")
+    folder = train(tiny(*quiet, f"runs_folder={tmp_path}", "steps=2", "learner.zero_stage=1"), "half").path
+    resumed = resume(folder, ["steps=3", "learner.ranks=2", "learner.zero_stage=3"])
+    assert [(row["step"], row["lineage"]) for row in read_metrics(resumed.path)] == [(1, 0), (2, 0), (3, 1)]
+    # the step of two ranks is also that of one, from the state that another stage left
+    assert replay(folder, 3, ["learner.ranks=1", "learner.zero_stage=0"]).reproduced
 
 
 class HeldIn(Reporter):

@@ -222,6 +222,10 @@ def test_a_foreign_pickle_does_not_run(run, trained_folder, tmp_path, stage):
     with pytest.raises(CheckpointError, match="could run code; it was refused"):
         export_checkpoint(foreign_state(tmp_path, stage), trained_folder, tmp_path / "out", run.config())
     assert not (tmp_path / "touched").exists()
+    if stage == 0:
+        shutil.rmtree(tmp_path / "foreign" / OLD_TAG)
+        with pytest.raises(CheckpointError, match="was the state removed"):
+            model_parameters(tmp_path / "foreign")
 
 
 @pytest.mark.parametrize(
