@@ -30,8 +30,9 @@ class PromptRenderer:
     """Renders problems for one tokenizer.
 
     A problem of one user message goes through the texts of `config`. A row that brings whole messages (verl's layout)
-    is taken as it is, apart from the texts of `whole`, which are the task's own. `rows` is the number of ids that the
-    model has. Templates that print a date, as Llama 3.2's does, print `date`, so that a prompt is the same every day.
+    is taken as it is, apart from the texts of `whole`, which are the task's own: its `system` takes the place of the
+    row's, its `user` goes round the last user message. `rows` is the number of ids that the model has. Templates that
+    print a date, as Llama 3.2's does, print `date`, so that a prompt is the same every day.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class PromptRenderer:
         """Returns the chat for the tokenizer's template."""
         config = self._config(problem)
         chat = [{"role": role, "content": content} for role, content in problem.messages]
-        if len(chat) == 1:
-            chat[0]["content"] = config.user.replace("{problem}", chat[0]["content"])
-        if config.system is not None and all(message["role"] != "system" for message in chat):
-            chat.insert(0, {"role": "system", "content": config.system})
+        asked = next((message for message in reversed(chat) if message["role"] == "user"), None)
+        if asked is not None:
+            asked["content"] = config.user.replace("{problem}", asked["content"])
+        if config.system is not None:
+            others = [message for message in chat if message["role"] != "system"]
+            chat = [{"role": "system", "content": config.system}, *others]
         return chat
 
     def render(self, problem: Problem) -> str:

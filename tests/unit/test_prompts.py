@@ -86,9 +86,19 @@ def test_system_and_user_texts_go_through_the_chat_template(bpe):
 def test_chat_of_several_messages_is_taken_as_it_is(bpe):
     chat = (("system", "Own."), ("user", "x?"))
     problem = Problem(uid="t/1", task="t", messages=chat, answer="1")
-    assert PromptRenderer(bpe, PromptConfig(system="Other", user="Say: {problem}")).render(problem) == (
-        "Own.\nx?\n<think>"
-    )
+    models = PromptConfig(system="Other", user="Say: {problem}")
+    assert PromptRenderer(bpe, models, PromptConfig()).render(problem) == "Own.\nx?\n<think>"
+
+
+def test_the_tasks_own_texts_replace_the_rows_system_message_and_go_round_its_question(bpe):
+    shots = (("system", "Own."), ("user", "1+1?"), ("assistant", "2"), ("user", "x?"))
+    problem = Problem(uid="v/1", task="v", messages=shots, answer="1", whole=True)
+
+    def rendered(**own):
+        return PromptRenderer(bpe, PromptConfig(), PromptConfig(**own)).render(problem)
+
+    assert rendered(system="Short.") == "Short.\n1+1?\n2\nx?\n<think>"
+    assert rendered(user="SOLVE {problem}") == "Own.\n1+1?\n2\nSOLVE x?\n<think>"
 
 
 def test_plain_format_replaces_the_template_and_think_start_is_appended_once(bpe):
