@@ -71,13 +71,13 @@ def _boxed(text: str) -> str:
 
 
 def _of_verl(row: Row) -> dict[str, Any]:
-    """The problem without the instruction: verl's `extra_info.question`, else the user message without its line."""
+    """The problem of verl's `extra_info.question`, else of the user message; either without the instruction's line."""
     truth, extra = row["reward_model"], row.get("extra_info") or {}
     if not isinstance(truth, Mapping) or "ground_truth" not in truth:
         raise UnknownLayout(f"reward_model has no ground_truth: {truth!r:.200}")
     texts = {"answer": truth["ground_truth"], "cot": row.get("cot"), "solution": row.get("cot_answer")}
     if question := cell_text(extra.get("question")):
-        return texts | {"problem": question}
+        return texts | {"problem": _without_instruction(question, "extra_info.question")}
     messages = row["prompt"]
     users = [m["content"] for m in messages if m.get("role") == "user"] if isinstance(messages, Sequence) else []
     instructed = INSTRUCTION in "\n".join(str(m.get("content")) for m in messages) if users else False
@@ -86,5 +86,15 @@ def _of_verl(row: Row) -> dict[str, Any]:
             f"the prompt is not one user message with the instruction {INSTRUCTION!r}, so the problem cannot be told "
             f"from it: {messages!r:.200}"
         )
-    lines = str(users[0]).split("\n")
-    return texts | {"problem": "\n".join(line for line in lines if line.strip() != INSTRUCTION)}
+    return texts | {"problem": _without_instruction(str(users[0]), "the user message")}
+
+
+def _without_instruction(text: str, where: str) -> str:
+    """The text without lines that are the instruction. Raises :class:`UnknownLayout` where it shares a line."""
+    kept = "\n".join(line for line in text.split("\n") if line.strip() != INSTRUCTION)
+    if INSTRUCTION in kept:
+        raise UnknownLayout(
+            f"{where} has the instruction {INSTRUCTION!r} on a line with other text, so the problem cannot be told "
+            f"from it: {text!r:.200}. Put the instruction on a line of its own, or write a column `problem` without it"
+        )
+    return kept

@@ -76,6 +76,8 @@ def fetched(names, folder, **options) -> str:
         (verl("two\nlines", "2"), ("two\nlines", "2", "", "")),
         (verl("p", "2", high=True), ("p", "2", "", "")),
         (verl("p", "2", question="the question itself"), ("the question itself", "2", "", "")),
+        (verl("p", "2", question=f"{INSTRUCTION}\nWhat is 2?"), ("What is 2?", "2", "", "")),
+        (verl(f"What is 2?\n{INSTRUCTION} ", "2", high=True), ("What is 2?", "2", "", "")),
         ({"question": "q", "steps": ["<<1+1=2>>", "<<2+1=3>>"], "answer": "3"}, ("q", "3", "<<1+1=2>> <<2+1=3>>", "")),
         ({"problem": "p", "solution": SOLUTION, "level": "1"}, ("p", "5", "", SOLUTION)),
     ],
@@ -92,6 +94,18 @@ def test_every_layout_becomes_the_products_columns(row, expected):
         ({"problem": "p", "cot": "c", "cot_answer": "no box"}, "answer cannot be found"),
         ({**verl("p", "2"), "prompt": [{"role": "user", "content": "p"}]}, "not one user message with the instruction"),
         ({**verl("p", "2"), "reward_model": {}}, "reward_model has no ground_truth"),
+        (verl(f"{INSTRUCTION} What is 2?", "2", high=True), "the user message has the instruction"),
+        (
+            {
+                **verl("p", "2"),
+                "prompt": [
+                    {"role": "system", "content": "You are helpful."},
+                    {"role": "user", "content": f"What is 2? {INSTRUCTION}"},
+                ],
+            },
+            "on a line with other text",
+        ),
+        (verl("p", "2", question=f"What is 2? {INSTRUCTION}"), "extra_info.question has the instruction"),
     ],
 )
 def test_a_row_that_cannot_be_read_for_sure_is_refused(row, said):
