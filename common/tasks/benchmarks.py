@@ -26,8 +26,9 @@ GSM8K_AUG = "https://github.com/da03/Internalize_CoT_Step_by_Step"
 GET_GPQA = (
     "GPQA does not come with this program: its authors ask that it not be published in plain text. Accept their terms "
     "at https://huggingface.co/datasets/Idavidrein/gpqa and download gpqa_diamond.csv (or unpack the archive of "
-    "https://github.com/idavidrein/gpqa); put it into the data folder as it is. Or let it be read from the hub: "
-    "path hf:Idavidrein/gpqa with options.config gpqa_diamond, after `hf auth login`"
+    "https://github.com/idavidrein/gpqa); put it into the data folder as it is. Or let `latent-grpo data fetch "
+    "gpqa --from FOLDER` copy it there: it takes gpqa_diamond.csv, and GPQA-test.jsonl of the paper's authors. Or let "
+    "it be read from the hub: path hf:Idavidrein/gpqa with options.config gpqa_diamond, after `hf auth login`"
 )
 
 

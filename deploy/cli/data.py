@@ -14,7 +14,7 @@ data = typer.Typer(no_args_is_help=True, help="Lists the benchmarks' and trainin
 
 @data.command("list")
 def list_sets() -> None:
-    """Lists the known data sets with their sizes, licences and origins."""
+    """Lists the known data sets with their sizes, files of the data folder, origins and licences."""
     from latent_grpo.deploy.data.sets import SETS
 
     table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
@@ -23,7 +23,7 @@ def list_sets() -> None:
     for found in SETS.values():
         rows = "?" if found.rows is None else f"{found.rows:,}"
         origin = "your own copy" if found.refused else f"hub: {found.repository}"
-        table.add_row(found.name, found.use, rows, found.file, origin, found.licence)
+        table.add_row(found.name, found.use, rows, found.written_as, origin, found.licence)
     Console().print(table)
 
 

@@ -7,6 +7,7 @@ set that its publisher has changed does not pass for the same.
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -178,10 +179,18 @@ def _written(
 def _check_content(data: DataSet, target: Path, source: Source, content: str, entry: dict[str, Any] | None) -> None:
     if entry is not None and content != entry["content"]:
         raise FetchError(
-            f"{data.name}: its rows are not those of the first fetch ({entry['at']}, revision "
-            f"{entry['source'].get('revision')}; now {source.revision}), so its publisher has changed it. Delete its "
-            f"entry in {target.parent / MANIFEST} to take the new one"
+            f"{data.name}: its rows are not those of the first fetch. Then ({entry['at']}): {_named(entry['source'])}; "
+            f"now: {_named(asdict(source))}. Delete its entry in {target.parent / MANIFEST}, and {target} if it is "
+            "there, to take the new rows"
         )
+
+
+def _named(source: dict[str, Any]) -> str:
+    """A source of the manifest in words: a local file with its hash, or a repository with its revision."""
+    files = ", ".join(source["files"])
+    if source["revision"] is None:
+        return f"{Path(source['repository'], files)} (xxh3_128 {source['xxh3_128']})"
+    return f"{source['repository']} at revision {source['revision']}" + (f" ({files})" if files else "")
 
 
 def _write(target: Path, data: DataSet, content: str | bytes | memoryview) -> None:
@@ -216,7 +225,12 @@ def _check_complete(sets: Iterable[DataSet], folder: Path) -> None:
 
 
 def _local_file(data: DataSet, folder: Path) -> Path | None:
-    return next((path for name in data.authors_files if (path := folder / name).is_file()), None)
+    """The set's file in a folder; of a set that is copied as it lies, the one with the raw columns if there is any."""
+    there = [path for name in data.authors_files if (path := folder / name).is_file()]
+    if data.refused and len(there) > 1:
+        raw = [path for path in there if next(_rows_of(data, path), {}).keys() >= GPQA_COLUMNS]
+        there = raw or there
+    return there[0] if there else None
 
 
 def open_local(data: DataSet, folder: Path) -> tuple[Source, int | None, Rows]:
@@ -233,18 +247,38 @@ def _rows_of(data: DataSet, file: Path) -> Iterator[dict[str, Any]]:
             for batch in pq.ParquetFile(file).iter_batches():
                 yield from batch.to_pylist()
             return
-        with file.open(encoding="utf-8") as lines:
+        if file.suffix == ".csv":
+            with file.open(encoding="utf-8-sig", newline="") as lines:
+                for place, row in enumerate(csv.DictReader(lines)):
+                    if None in row or None in row.values():
+                        raise FetchError(
+                            f"{data.name}: {file}, row {place} has more or fewer cells than the header; is the file "
+                            "complete?"
+                        )
+                    yield row
+            return
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise FetchError(
-                        f"{data.name}: {file}, line {number}: expected an object, got {line.strip()[:40]!r}"
-                    )
-                yield row
-    except (pa.ArrowException, OSError, ValueError) as error:
+                if line.strip():
+                    yield _row_of(data, f"{file}, line {number}", line)
+    except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError) as error:
         raise FetchError(f"{data.name}: {file} cannot be read: {error}") from error
+
+
+def _row_of(data: DataSet, where: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise FetchError(
+            f"{data.name}: {where} is not valid JSON ({error.msg} at character {error.pos + 1}); is the file complete?"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise FetchError(f"{data.name}: {where} is not UTF-8 ({error})") from error
+    if not isinstance(row, dict):
+        raise FetchError(
+            f"{data.name}: {where}: expected an object, got {line.strip()[:40].decode(errors='replace')!r}"
+        )
+    return row
 
 
 def open_hub(data: DataSet) -> tuple[Source, int | None, Rows]:

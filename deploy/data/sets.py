@@ -26,19 +26,25 @@ class DataSet:
 
     name: str
     use: Literal["benchmark", "training"]
-    file: str  # in the data folder: what profiles and `evaluate` look for
+    file: str  # in the data folder: what profiles and `evaluate` look for first
     rows: int | None
     licence: str
     repository: str  # of the hub
     stem: str | None = None  # of the authors' files: STEM.jsonl or STEM.parquet; None: it is not one of theirs
     parts: tuple[str | None, ...] = (None,)  # configurations of the hub's data set
     split: str = "train"
-    refused: str = ""  # why it cannot be fetched, and what to do instead
+    refused: str = ""  # why the hub's is not fetched, and what to do instead; a local file is copied as it lies
 
     @property
     def authors_files(self) -> tuple[str, ...]:
-        """The names of the authors' own files, in the order in which they are looked for."""
-        return () if self.stem is None else (f"{self.stem}.parquet", f"{self.stem}.jsonl")
+        """The names that are looked for with `--from`, in this order: the authors' own; GPQA's publishers' as well."""
+        own = BENCHMARKS[self.name].own_files if self.refused else ()
+        return () if self.stem is None else (f"{self.stem}.parquet", f"{self.stem}.jsonl", *own)
+
+    @property
+    def written_as(self) -> str:
+        """The file of the data folder; several names where a file is copied under the one that it has."""
+        return " or ".join(self.authors_files) if self.refused else self.file
 
 
 def _benchmark(name: str, licence: str, refused: str = "") -> DataSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from latent_grpo.common.config import ConfigError, TaskConfig, load_config
+from latent_grpo.common.files import file_hash
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, INSTRUCTION, TRAINING_SETS, benchmark_tasks
 from latent_grpo.common.tasks.sources import load_task
 from latent_grpo.deploy.cli.app import app
@@ -141,11 +143,13 @@ def test_a_fetched_set_is_left_alone_and_a_changed_one_is_refused(authors, tmp_p
     content = (folder / "svamp.parquet").read_bytes()
     file = authors / "Svamp-test.jsonl"
     file.write_text(file.read_text().replace('"4"', '"9"'))
-    with pytest.raises(FetchError, match="its rows are not those of the first fetch"):
+    first = json.loads((folder / MANIFEST).read_text())["svamp"]["source"]["xxh3_128"]
+    with pytest.raises(FetchError, match="its rows are not those of the first fetch") as refusal:
         fetched(["svamp"], folder, local=authors)
+    for known in (first, file_hash(file)):
+        assert f"{file} (xxh3_128 {known})" in str(refusal.value)
+    assert "revision" not in str(refusal.value), "local files have none"
     assert (folder / "svamp.parquet").read_bytes() == content
-    manifest = json.loads((folder / MANIFEST).read_text())
-    assert manifest["svamp"]["source"]["xxh3_128"]
     (folder / "svamp.parquet").write_bytes(b"mine")
     with pytest.raises(FetchError, match="is not the file that was fetched on"):
         fetched(["svamp"], folder, local=authors)
@@ -176,8 +180,8 @@ def test_a_folder_without_the_set_says_what_it_has(authors, tmp_path, names, fol
 
 
 def test_a_damaged_file_says_which(authors, tmp_path):
-    (authors / "Svamp-test.jsonl").write_text('{"problem": "p", "answer": "1"}\n{"problem"')
-    with pytest.raises(FetchError, match=r"svamp: .*Svamp-test\.jsonl cannot be read"):
+    (authors / "Svamp-test.jsonl").write_text('{"problem": "p", "answer": "1"}\n\n{"problem"')
+    with pytest.raises(FetchError, match=r"svamp: .*Svamp-test\.jsonl, line 3 is not valid JSON .* is the file compl"):
         fetched(["svamp"], tmp_path / "data", local=authors)
     (authors / "GSM8k-Aug-test.parquet").write_bytes(b"PAR1")
     with pytest.raises(FetchError, match=r"gsm8k-aug: .*GSM8k-Aug-test\.parquet cannot be read"):
@@ -189,13 +193,15 @@ def test_a_damaged_file_says_which(authors, tmp_path):
     ("name", "text", "said"),
     [
         ("Svamp-test.jsonl", '["p", "1"]', r"svamp: .*Svamp-test\.jsonl, line 1: expected an object, got '\[\"p\","),
+        ("Svamp-test.jsonl", b'{"problem": "\xff"}', r"Svamp-test\.jsonl, line 1 is not UTF-8"),
+        ("gpqa_diamond.csv", "Question,Correct Answer\nQ", r"gpqa_diamond\.csv, row 0 has more or fewer cells than"),
         ("Svamp-test.jsonl", '{"text": "p"}', r"the columns text are none of the known layouts \(problem, answer; "),
         ("GPQA-test.jsonl", '{"problem": "p", "answer": "A"}', "the columns answer, problem; expected the raw ones"),
         ("GPQA-test.jsonl", "", r"gpqa: .* has the columns \(none\); expected the raw"),
     ],
 )  # fmt: skip
 def test_another_layout_is_named_with_what_is_allowed(authors, tmp_path, name, text, said):
-    (authors / name).write_text(text)
+    (authors / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(FetchError, match=said):
         fetched(["svamp" if "Svamp" in name else "gpqa"], tmp_path / "data", local=authors)
 
@@ -221,6 +227,28 @@ def test_gpqa_is_copied_as_it_lies(authors, tmp_path):
         fetched(["gpqa"], tmp_path / "data", local=authors)
 
 
+def test_of_two_files_of_gpqa_the_one_with_the_raw_columns_is_taken(authors, tmp_path):
+    pq.write_table(pa.Table.from_pylist([verl("Q\n(A) c", "A", high=True)]), authors / "GPQA-test.parquet")
+    with pytest.raises(FetchError, match=r"GPQA-test\.parquet has the columns .*; expected the raw ones"):
+        fetched(["gpqa"], tmp_path / "data", local=authors)
+    (authors / "GPQA-test.jsonl").write_text(json.dumps(GPQA_ROW))
+    fetched(["gpqa"], tmp_path / "data", local=authors)
+    assert [path.name for path in (tmp_path / "data").glob("GPQA*")] == ["GPQA-test.jsonl"]
+
+
+def test_gpqa_as_its_publishers_have_it_is_copied_too(authors, tmp_path):
+    with pytest.raises(FetchError, match=r"fetch gpqa --from FOLDER.* takes gpqa_diamond\.csv, and GPQA-test\.jsonl"):
+        fetched(["gpqa"], tmp_path / "data")
+    with (authors / "gpqa_diamond.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, GPQA_ROW)
+        table.writeheader()
+        table.writerow({**GPQA_ROW, "Question": "Which, of\nthese?"})
+    fetched(["gpqa"], tmp_path / "data", local=authors)
+    (task,) = benchmark_tasks(["gpqa"], tmp_path / "data")
+    assert task.path == str(tmp_path / "data" / "gpqa_diamond.csv")
+    assert "Which, of\nthese?" in load_task(task, 0).problem(0).messages[0][1]
+
+
 # --- the hub
 
 
@@ -240,7 +268,7 @@ def test_a_set_of_the_hub_records_its_revision_and_says_when_it_changes(tmp_path
     fetched(["gsm8k-aug-train"], tmp_path, hub=hub)  # the same rows at another revision
     (tmp_path / "gsm8k_aug_train.parquet").unlink()
     rows[0] = {**rows[0], "answer": "3"}
-    with pytest.raises(FetchError, match="revision bbb; now ccc"):
+    with pytest.raises(FetchError, match=r"whynlp/gsm8k-aug at revision bbb; now: whynlp/gsm8k-aug at revision ccc\."):
         fetched(["gsm8k-aug-train"], tmp_path, hub=hub)
     assert not (tmp_path / "gsm8k_aug_train.parquet").exists()
 
@@ -331,6 +359,7 @@ def test_evaluate_takes_the_authors_names(tmp_path, name):
 def test_the_command(authors, tmp_path):
     listed = CliRunner().invoke(app, ["data", "list"], env={"COLUMNS": "200"})
     assert all(name in listed.output for name in SETS)
+    assert "GPQA-test.jsonl" in CliRunner().invoke(app, ["data", "list"], env={"COLUMNS": "400"}).output
     done = CliRunner().invoke(app, ["data", "fetch", "svamp", "--from", str(authors), "--to", str(tmp_path / "d")])
     assert done.exit_code == 0, done.output
     assert open_local(replace(SETS["svamp"]), authors)[0].files == ("Svamp-test.jsonl",)
