@@ -8,7 +8,9 @@ set that its publisher has changed does not pass for the same.
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -64,14 +66,17 @@ def fetch(
     reporter: Reporter,
     *,
     local: Path | None = None,
-    hub: Callable[[DataSet], tuple[Source, int | None, Rows]] | None = None,
+    hub: Callable[[DataSet, str | None], tuple[Source, int | None, Rows]] | None = None,
 ) -> None:
     """Fetches sets into `folder`; of `local`, a folder of the authors' files, where that is given, else from the hub.
 
-    A file that is there and unchanged is left alone. `hub(set)` opens a set of the hub (:func:`open_hub`). Raises
-    :class:`FetchError`; files that were complete before stay.
+    A file that is there and unchanged is left alone. `hub(set, revision)` opens a set of the hub (:func:`open_hub`) at
+    the revision that the manifest has, None where it has none. Raises :class:`FetchError`; files that were complete
+    before stay.
     """
-    sets, known = list(sets), read_manifest(folder)
+    sets = list(sets)
+    _check_target(folder)
+    known = read_manifest(folder)
     if local is not None:
         _check_complete(sets, local)
     for data in sets:
@@ -91,7 +96,10 @@ def fetch(
                 f"{data.name}: {target} is there, but not from this command (no entry in {folder / MANIFEST}); move it "
                 "away, or give another folder with --to"
             )
-        source, total, rows = open_local(data, local) if local is not None else (hub or open_hub)(data)
+        if local is not None:
+            source, total, rows = open_local(data, local)
+        else:
+            source, total, rows = (hub or open_hub)(data, entry["source"]["revision"] if entry else None)
         made = _written(data, target, source, total, rows, reporter, entry)
         _record(folder, known, data, made)
         reporter.say(f"{data.name}: {made.rows:,} rows in {target}, from {source.repository}")
@@ -198,9 +206,22 @@ def _write(target: Path, data: DataSet, content: str | bytes | memoryview) -> No
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, content)
     except OSError as error:
-        raise FetchError(
-            f"{data.name}: {target} cannot be written ({error.strerror}); make room, or give another folder with --to"
-        ) from error
+        raise FetchError(f"{data.name}: {target} cannot be written ({error.strerror}); {remedy(error)}") from error
+
+
+def remedy(error: OSError) -> str:
+    """Says what helps against an error of writing."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "make room, or give another folder with --to" if full else "give another folder with --to"
+
+
+def _check_target(folder: Path) -> None:
+    """Raises :class:`FetchError` for a data folder that cannot be one, before any row is read; makes nothing."""
+    present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not present.is_dir():
+        raise FetchError(f"--to {folder}: {present} is a file; give another folder with --to")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise FetchError(f"--to {folder}: this user may not write in {present}; give another folder with --to")
 
 
 # --- where rows come from ------------------------------------------------------------------------------------------
@@ -281,23 +302,24 @@ def _row_of(data: DataSet, where: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def open_hub(data: DataSet) -> tuple[Source, int | None, Rows]:
-    """Opens a set of the hub through `datasets`, at the newest revision, whose commit is recorded.
+def open_hub(data: DataSet, revision: str | None = None) -> tuple[Source, int | None, Rows]:
+    """Opens a set of the hub through `datasets` at a commit, else at the newest one, which the manifest records.
 
     A download that was stopped is continued by the hub's own cache. Raises :class:`FetchError`.
     """
     import datasets
     from huggingface_hub import HfApi
 
+    at = f" at revision {revision}, that of the first fetch," if revision else ""
     try:
-        revision = HfApi().dataset_info(data.repository).sha
+        revision = revision or HfApi().dataset_info(data.repository).sha
         files = _hub_files(data, HfApi().list_repo_files(data.repository, repo_type="dataset", revision=revision))
         parts = [
             datasets.load_dataset(data.repository, part, revision=revision, **_what(data, files)) for part in data.parts
         ]
     except Exception as error:  # the hub's client, requests, datasets: each has errors of its own
         raise FetchError(
-            f"{data.name}: {data.repository} cannot be read from the hub ({type(error).__name__}: {error!s:.300}). "
+            f"{data.name}: {data.repository}{at} cannot be read from the hub ({type(error).__name__}: {error!s:.300}). "
             "Without a network, download the authors' files elsewhere, copy their folder here, and give it with --from"
             "; without room for it, let HF_HOME name a folder on a larger disk"
         ) from error

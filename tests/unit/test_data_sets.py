@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import re
@@ -21,7 +22,7 @@ from latent_grpo.common.files import file_hash
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, INSTRUCTION, TRAINING_SETS, benchmark_tasks
 from latent_grpo.common.tasks.sources import load_task
 from latent_grpo.deploy.cli.app import app
-from latent_grpo.deploy.data.fetch import MANIFEST, FetchError, Source, fetch, open_local
+from latent_grpo.deploy.data.fetch import MANIFEST, FetchError, Source, fetch, open_hub, open_local, remedy
 from latent_grpo.deploy.data.layouts import UnknownLayout, product_row
 from latent_grpo.deploy.data.sets import SETS, chosen
 from latent_grpo.deploy.run.preparation import file_faults
@@ -206,12 +207,20 @@ def test_another_layout_is_named_with_what_is_allowed(authors, tmp_path, name, t
         fetched(["svamp" if "Svamp" in name else "gpqa"], tmp_path / "data", local=authors)
 
 
-@pytest.mark.parametrize("name", ["svamp", "gpqa"])
-def test_a_folder_that_cannot_be_written_says_what_to_do(authors, tmp_path, name):
-    (authors / "GPQA-test.jsonl").write_text(json.dumps(GPQA_ROW))
-    (tmp_path / "full").write_text("a file, where the folder should be made")
-    with pytest.raises(FetchError, match=rf"{name}: .* cannot be written \(.*\); make room, or give another folder"):
-        fetched([name], tmp_path / "full" / "data", local=authors)
+@pytest.mark.parametrize("under", ["", "data", "data/deeper"])
+def test_a_target_that_can_be_no_folder_is_refused_before_rows_are_read(tmp_path, under):
+    file = tmp_path / "taken"
+    file.write_text("a file, where the folder should be made")
+    with pytest.raises(FetchError, match=r"^--to .*: .*taken is a file; give another folder with --to$"):
+        fetched(["svamp"], file / under, hub=lambda data, revision: pytest.fail("rows were read"))
+
+
+def test_only_a_full_disk_asks_for_room(authors, tmp_path):
+    assert remedy(OSError(errno.ENOSPC, "")).startswith("make room, or give")
+    assert remedy(OSError(errno.EDQUOT, "")).startswith("make room, or give")
+    (tmp_path / "data" / MANIFEST).mkdir(parents=True)
+    with pytest.raises(FetchError, match=r"manifest\.json cannot be written \(.*\); give another folder with --to"):
+        fetched(["svamp"], tmp_path / "data", local=authors)
 
 
 def test_gpqa_is_copied_as_it_lies(authors, tmp_path):
@@ -252,25 +261,32 @@ def test_gpqa_as_its_publishers_have_it_is_copied_too(authors, tmp_path):
 # --- the hub
 
 
-def test_a_set_of_the_hub_records_its_revision_and_says_when_it_changes(tmp_path):
-    revisions = iter(["aaa", "bbb", "ccc"])
+def test_a_set_of_the_hub_is_fetched_again_at_its_recorded_revision(tmp_path):
     rows = [{"question": "q", "steps": ["<<1+1=2>>"], "answer": "2"}]
+    newest = "aaa"
 
-    def hub(data):
-        return Source(data.repository, next(revisions), (), None), len(rows), iter(rows)
+    def hub(data, revision):
+        return Source(data.repository, revision or newest, (), None), len(rows), iter(rows)
+
+    def entry():
+        return json.loads((tmp_path / MANIFEST).read_text())["gsm8k-aug-train"]
 
     said = fetched(["gsm8k-aug-train"], tmp_path, hub=hub)
     assert "gsm8k-aug-train: 1 rows in" in said
-    entry = json.loads((tmp_path / MANIFEST).read_text())["gsm8k-aug-train"]
-    assert entry["source"]["revision"] == "aaa"
+    assert entry()["source"]["revision"] == "aaa"
     assert "is there and unchanged (1 rows)" in fetched(["gsm8k-aug-train"], tmp_path, hub=hub)
     (tmp_path / "gsm8k_aug_train.parquet").unlink()
-    fetched(["gsm8k-aug-train"], tmp_path, hub=hub)  # the same rows at another revision
+    newest = "bbb"
+    fetched(["gsm8k-aug-train"], tmp_path, hub=hub)
+    assert entry()["source"]["revision"] == "aaa", "not the newest: it may have other rows"
     (tmp_path / "gsm8k_aug_train.parquet").unlink()
     rows[0] = {**rows[0], "answer": "3"}
-    with pytest.raises(FetchError, match=r"whynlp/gsm8k-aug at revision bbb; now: whynlp/gsm8k-aug at revision ccc\."):
+    with pytest.raises(FetchError, match=r"Then .*: whynlp/gsm8k-aug at revision aaa; now: "):
         fetched(["gsm8k-aug-train"], tmp_path, hub=hub)
     assert not (tmp_path / "gsm8k_aug_train.parquet").exists()
+    (tmp_path / MANIFEST).write_text("{}")
+    fetched(["gsm8k-aug-train"], tmp_path, hub=hub)
+    assert entry()["source"]["revision"] == "bbb", "without an entry the newest"
 
 
 class HubOfFiles:
@@ -307,6 +323,7 @@ def test_a_set_of_the_hub_is_the_rows_of_its_file_or_split(tmp_path, monkeypatch
     (row,) = pq.read_table(tmp_path / SETS[name].file).to_pylist()
     assert row["problem"] in ("p", "d", "q")
     assert json.loads((tmp_path / MANIFEST).read_text())[name]["source"]["revision"] == "abc"
+    assert open_hub(SETS[name], "def")[0].revision == "def"
 
 
 def test_an_incomplete_row_is_dropped_from_a_training_set_and_refused_in_a_benchmark(authors, tmp_path):
