@@ -93,7 +93,7 @@ def make_tokenizer(config: NewModelConfig, texts: Iterable[str] = ()) -> PreTrai
         try:
             return load_tokenizer(path)
         except ConfigError as error:
-            raise ConfigError(str(error).replace("model.path", "model.new.tokenizer", 1)) from error
+            raise ConfigError(str(error).replace("model", "model.new.tokenizer", 1)) from error
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -217,14 +217,19 @@ def _settings_of(path: str | Path) -> PretrainedConfig:
 def extend_positions(settings: PretrainedConfig, wanted: int | None) -> int | None:
     """Raises the number of positions in a model's `settings` to `wanted` (`model.max_positions`), and returns it.
 
-    A number that is not larger, or None, changes nothing. Rotary positions are a function of the position alone, so a
-    model reads positions beyond those of its training, at what quality it may. Raises ConfigError for a model with
-    learned positions, which has no others, and for rotary ones that are computed from their number, where the same
-    weights would be another model.
+    The model's own number, or None, changes nothing. Rotary positions are a function of the position alone, so a
+    model reads positions beyond those of its training, at what quality it may. Raises ConfigError for a smaller number,
+    which nothing would keep to, for a model with learned positions, which has no others, and for rotary ones that are
+    computed from their number, where the same weights would be another model.
     """
     own: int | None = getattr(settings, "max_position_embeddings", None)
-    if wanted is None or own is None or wanted <= own:
+    if wanted is None or own is None or wanted == own:
         return own
+    if wanted < own:
+        raise ConfigError(
+            f"model.max_positions ({wanted:,}) is below the {own:,} positions of this {settings.model_type} model, and "
+            "only a larger number has an effect; set it to null, and limit lengths by the tasks' max_response_tokens"
+        )
     rotary = getattr(settings, "rope_parameters", None)
     kind = rotary.get("rope_type") if rotary else None
     if kind not in EXTRAPOLATING:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from latent_grpo.common.config import RunConfig
 
 logger = logging.getLogger(__name__)
+QUOTED = 80  # characters of a problem in an error
 SENTENCE = 20  # characters from which on a repeated sentence is worth a warning
 
 
@@ -105,9 +106,12 @@ class PromptRenderer:
         try:
             ids = encoder.encode(name, texts, special_tokens=plain)
         except UnencodableText as error:
+            problem = problems[error.index]
+            asked = problem.messages[-1][1] if problem.messages else ""  # a template's own texts may be long
+            short = repr(asked) if len(asked) <= QUOTED else f"{asked[:QUOTED]!r}..."
             raise ConfigError(
-                f"problem {problems[error.index].uid}: its prompt {error.text[:80]!r}... cannot be encoded for this "
-                f"model: {error.reason}; use a model that knows these texts, or another prompt"
+                f"problem {problem.uid} ({short}): its prompt cannot be encoded for this model: {error.reason}; use a "
+                "model that knows these texts, or another prompt"
             ) from error
         # tokenizers that close every text would end the response before it starts
         closing = self.tokenizer.eos_token_id if plain else None
@@ -232,6 +236,19 @@ def ids_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[int,
     Llama 3.2's released latent checkpoints have one: `<|compress_token|>`, 128256, in a model of 128,256 rows.
     """
     return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]) if i >= vocab_size}
+
+
+def beyond_sentence(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str | None:
+    """Returns the line that says which ids of the tokenizer are left out (:func:`ids_beyond`); None: there are none."""
+    beyond = ids_beyond(tokenizer, vocab_size)
+    if not beyond:
+        return None
+    listed = ", ".join(f"{i} ({token!r})" for i, token in list(beyond.items())[:3])
+    more = ", ..." if len(beyond) > 3 else ""
+    return (
+        f"the tokenizer has {len(beyond):,} id(s) that the model, of {vocab_size:,} rows, has not: {listed}{more}; they "
+        "are never drawn, and a text that needs one is refused"
+    )
 
 
 def _latent_end(

@@ -17,8 +17,8 @@ import xxhash
 from latent_grpo.common.config import DEFAULT_DATE, ConfigError, PromptConfig
 from latent_grpo.common.hub import check_folder
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, GenerationDefaults, check_end, read_chain
-from latent_grpo.common.models import extended_limit, load_tokenizer, output_facts
-from latent_grpo.common.prompts import PromptRenderer, resolve_tokens
+from latent_grpo.common.models import extended_limit, load_tokenizer, output_facts, position_limit
+from latent_grpo.common.prompts import PromptRenderer, beyond_sentence, resolve_tokens
 from latent_grpo.common.types import Problem, TokenFacts
 
 if TYPE_CHECKING:
@@ -63,7 +63,13 @@ def read_trained_model(path: str | Path, say: Callable[[str], None] = log.warnin
         check_end(stored, path, tokenizer)
     chain = stored or ASSUMED
     defaults = chain.generation or _defaults_of_earlier_versions(chain)
+    own = position_limit(path)
+    if own is not None and defaults.max_positions is not None and defaults.max_positions < own:
+        # an earlier version trained with a smaller number, which had no effect
+        defaults = defaults.model_copy(update={"max_positions": None})
     rows, eos_ids = output_facts(path)
+    if (sentence := beyond_sentence(tokenizer, rows)) is not None:
+        say(sentence)
     prompt = defaults.prompt
     chat = PromptConfig(format=prompt.format, think_start=prompt.think_start, think_end=prompt.think_end)
     return TrainedModel(
@@ -82,7 +88,7 @@ def as_problem(problem: str | Chat, place: int) -> Problem:
     if isinstance(problem, str):
         if not problem.strip():
             raise ConfigError(f"problem {place} is empty; give a text, or a chat with a user message")
-        return Problem(uid=f"problem {place}", task="generate", messages=(("user", problem),), answer="")
+        return Problem(uid=str(place), task="generate", messages=(("user", problem),), answer="")
     wrong = not isinstance(problem, Sequence) or any(
         not isinstance(m, Mapping) or not {"role", "content"} <= m.keys() for m in problem
     )
@@ -92,7 +98,7 @@ def as_problem(problem: str | Chat, place: int) -> Problem:
             f"{str(problem)[:60]!r}"
         )
     messages = tuple((str(m["role"]), str(m["content"])) for m in problem)
-    return Problem(uid=f"problem {place}", task="generate", messages=messages, answer="", whole=True)
+    return Problem(uid=str(place), task="generate", messages=messages, answer="", whole=True)
 
 
 def prompt_uid(ids: np.ndarray) -> str:

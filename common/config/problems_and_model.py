@@ -150,7 +150,7 @@ class ModelConfig(Section):
     max_positions: PositiveInt | None = None
     """Number of positions, prompt and response together, where it is to exceed that of the checkpoint: rotary positions
     extrapolate (METHOD §5: 12,000 for Qwen2.5-Math-7B, which states 4,096). Engines serve so many, and the trained
-    model's `config.json` states it. null, or a smaller number: the checkpoint's own."""
+    model's `config.json` states it. null: the checkpoint's own; a smaller number is refused."""
     prompt: PromptConfig = PromptConfig()
     date_string: str = DEFAULT_DATE
     """Date that a chat template prints, if it prints one (Llama 3.2's does), as `26 Jul 2024`. It is fixed, so that

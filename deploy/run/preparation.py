@@ -18,7 +18,7 @@ from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.files import save_whole
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chain, read_chain
 from latent_grpo.common.models import extended_limit, make_model, make_tokenizer, position_limit, save_model
-from latent_grpo.common.prompts import check_think_start, check_width, ids_beyond, read_tokens, resolve_tokens
+from latent_grpo.common.prompts import beyond_sentence, check_think_start, check_width, read_tokens, resolve_tokens
 from latent_grpo.common.tasks.benchmarks import fetch_command, how_to_get
 from latent_grpo.common.tasks.sources import TaskSource, is_generated
 from latent_grpo.common.types import TokenFacts
@@ -170,13 +170,8 @@ def _read_model(config: RunConfig, folder: RunFolder | None, first: TaskSource |
     tokenizer, facts = read_tokens(config, source)
     chain = read_chain(source)
     warnings: list[str] = []
-    if beyond := ids_beyond(tokenizer, facts.vocab_size):
-        listed = ", ".join(f"{i} ({token!r})" for i, token in list(beyond.items())[:3])
-        more = ", ..." if len(beyond) > 3 else ""
-        warnings.append(
-            f"the tokenizer has {len(beyond):,} id(s) that the model, of {facts.vocab_size:,} rows, has not: {listed}"
-            f"{more}; they are never drawn, and a text that needs one is refused"
-        )
+    if (sentence := beyond_sentence(tokenizer, facts.vocab_size)) is not None:
+        warnings.append(sentence)
     if chain is not None:
         warnings += check_chain(chain, source, config, tokenizer)
     elif new is None and config.latent and config.warm_start is None:

@@ -115,7 +115,7 @@ def test_a_text_outside_the_vocabulary_is_named():
         TextEncoder(tokenizer).encode("texts", ["1+2", "3", "4", "1%2", "5"], special_tokens=False)
     assert found.value.index == 3
     problems = [Problem(uid=f"t/{i}", task="t", messages=(("user", t),), answer="1") for i, t in enumerate(["1", "%"])]
-    with pytest.raises(ConfigError, match=r"problem t/1: its prompt '%<think>'... cannot be encoded"):
+    with pytest.raises(ConfigError, match=r"problem t/1 \('%'\): its prompt cannot be encoded"):
         PromptRenderer(tokenizer, PromptConfig()).encode_all(problems, TextEncoder(tokenizer))
 
 

@@ -58,7 +58,9 @@ def test_the_longest_prompt_of_a_file_counts_and_not_the_limit_on_it(tmp_path):
 def test_rotary_positions_extrapolate_as_far_as_the_user_says(tmp_path, architecture):
     """The first positions are computed as before, those beyond the checkpoint's number are computed at all."""
     folder = small(tmp_path, architecture)
-    assert [extended_limit(folder, wanted) for wanted in (None, 40, 60, 90)] == [60, 60, 60, 90]
+    assert [extended_limit(folder, wanted) for wanted in (None, 60, 90)] == [60, 60, 90]
+    with pytest.raises(ConfigError, match=r"model\.max_positions \(40\) is below the 60 positions.*set it to null"):
+        extended_limit(folder, 40)
     plain, longer = load_model(folder), load_model(folder, max_positions=90)
     assert (plain.config.max_position_embeddings, longer.config.max_position_embeddings) == (60, 90)
     ids = torch.arange(90).remainder(20)[None]
