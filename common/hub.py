@@ -9,15 +9,23 @@ from pathlib import Path
 
 from latent_grpo.common.errors import ConfigError
 
+RUN_FILE = "run.json"  # what a run's folder has and a model's has not
 REASON = 200  # characters of the Hugging Face libraries' message
 
 
 def check_folder(model: str | Path) -> None:
-    """Raises ConfigError for a mistyped folder, which must not lead to a search for a hub repository of that name."""
+    """Raises ConfigError for a mistyped folder, which must not lead to a search for a hub repository of that name.
+
+    A run's folder, whose `config.json` is that of the run, is refused with the place of its trained model.
+    """
     folder = Path(model)
+    if (folder / RUN_FILE).is_file():
+        trained = folder / "model"
+        there = f"give its trained model, {trained}" if trained.is_dir() else "it has no trained model yet"
+        raise ConfigError(f"model {str(model)!r}: this is the folder of a run; {there}, or export a checkpoint of it")
     looks_local = folder.is_absolute() or str(model).startswith((".", "~")) or folder.is_dir()
     if looks_local and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path {str(model)!r}: it has no config.json; give a Hugging Face model folder")
+        raise ConfigError(f"model {str(model)!r}: it has no config.json; give a Hugging Face model folder")
 
 
 @contextlib.contextmanager
@@ -29,10 +37,10 @@ def hub_errors(model: str | Path) -> Iterator[None]:
         reason = textwrap.shorten(str(error), REASON, placeholder=" ...")
         if Path(model).is_dir():
             raise ConfigError(
-                f"model.path {str(model)!r} cannot be read ({reason}); give a complete Hugging Face model folder, "
+                f"model {str(model)!r} cannot be read ({reason}); give a complete Hugging Face model folder, "
                 "tokenizer included"
             ) from error
         raise ConfigError(
-            f"model.path {str(model)!r}: there is no such folder here, and it cannot be read as a hub id ({reason}). "
+            f"model {str(model)!r}: there is no such folder here, and it cannot be read as a hub id ({reason}). "
             "Give a model's folder, or a hub id (owner/name) that this machine can reach or has in its cache"
         ) from error

@@ -62,6 +62,10 @@ def export(
     folder = RunFolder(Path(run))
     if not (folder.path / "config.json").is_file() or not (folder.path / "run.json").is_file():
         raise ConfigError(f"export {run}: it has no config.json and run.json; give a run folder: runs/quickstart-...")
+    if folder.read_json("run.json").get("kind") == "evaluate":
+        raise ConfigError(
+            f"export {run}: this is an evaluation, which trains no model; give the folder of the run that trained it"
+        )
     if step is not None and best:
         raise ConfigError("--step and --best exclude each other; give one of them")
     repository = _repository(to)

@@ -258,6 +258,7 @@ def test_facts_that_no_learner_wrote_are_one_line(tmp_path, facts, said):
         (None, "out", {"public": True}, "--public has no effect on a folder"),
         (None, "hf:name", {}, "expected hf:OWNER/NAME"),
         ("config", "out", {}, "it has no config.json and run.json; give a run folder"),
+        ("kind", "out", {}, "this is an evaluation, which trains no model; give the folder of the run that trained it"),
         ("everything", "out", {}, "has neither a trained model nor a checkpoint"),
         ("everything", "out", {"step": 1}, "There is no checkpoint at all"),
         ("base", "out", {"step": 10}, "the model that the run started from is not there"),
@@ -268,6 +269,8 @@ def test_what_cannot_be_exported_is_one_line(run, tmp_path, change, to, options,
         "scores": [run.checkpoints / "scores.json"], "config": [run.path / "config.json"], "base": [run.base_model],
         "everything": [run.checkpoints, run.model, run.base_model],
     }  # fmt: skip
+    if change == "kind":
+        run.write_json("run.json", {"kind": "evaluate", "lineage": 0})
     for path in gone.get(change, []):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ConfigError, match=said) as error:

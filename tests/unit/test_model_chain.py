@@ -129,10 +129,10 @@ def test_a_model_without_the_file_says_nothing_and_a_damaged_one_is_named(tmp_pa
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("./typo", r"^model\.path '\./typo': it has no config\.json; give a Hugging Face model folder"),
+        ("./typo", r"^model '\./typo': it has no config\.json; give a Hugging Face model folder"),
         (
             "runs/gone/base",  # no hub id either, so the network is not asked
-            r"^model\.path 'runs/gone/base': there is no such folder here, and it cannot be read as a hub id .*"
+            r"^model 'runs/gone/base': there is no such folder here, and it cannot be read as a hub id .*"
             r"'runs/gone/base'.* Give",
         ),
     ],
