@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,7 +62,9 @@ class Benchmark:
     def files(self) -> tuple[str, ...]:
         """Names that are looked for in the data folder, in this order: the product's, then the authors' own."""
         others = (name.removesuffix(".parquet") + ".jsonl" for name in self.own_files if name.endswith(".parquet"))
-        authors = (f"{self.authors_stem}.parquet", f"{self.authors_stem}.jsonl")
+        authors = [f"{self.authors_stem}.parquet", f"{self.authors_stem}.jsonl"]
+        if self.reference.prompt is not None:
+            authors.reverse()  # verl's rows bring the prompt of one protocol; the .jsonl has raw columns, good for both
         return tuple(dict.fromkeys([*self.own_files, *others, *authors]))
 
     def defaults(self) -> dict[str, object]:
@@ -99,7 +101,7 @@ def _high(
 
 
 def _source(repository: str) -> str:
-    return f"or give a .parquet or .jsonl file with the columns problem and answer (published at {repository})"
+    return f"A .parquet or .jsonl file with the columns problem and answer is expected (published at {repository})"
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -132,10 +134,10 @@ BENCHMARKS: dict[str, Benchmark] = {
 MADE_FROM_TEXT = f"docs/latent_sft.md says how to make it from the text that is published at {GSM8K_AUG}"
 PROFILE_FILES = {
     "gsm8k-train": (
-        "a .parquet file with the columns problem, answer and cot (`<<48/2=24>> <<48+24=72>>`) is expected; "
+        "A .parquet file with the columns problem, answer and cot (`<<48/2=24>> <<48+24=72>>`) is expected; "
         + MADE_FROM_TEXT
     ),
-    "gsm8k-test": f"a .parquet file with the columns problem and answer is expected; {MADE_FROM_TEXT}",
+    "gsm8k-test": f"A .parquet file with the columns problem and answer is expected; {MADE_FROM_TEXT}",
 }
 """Tasks of shipped profiles that are no benchmarks -> how to get their files."""
 TRAINING_STEMS = {"gsm8k-aug-oss-dup-all": "GSM8k-Aug-oss-dup-all", "dapo-math-17k-en": "DAPO-Math-17k-en-train"}
@@ -194,15 +196,19 @@ def prompt_of_messages(task: TaskConfig, model: PromptConfig) -> PromptConfig:
     return PromptConfig(**(PromptConfig().__dict__ | thinking | (task.prompt.given if task.prompt else {})))
 
 
-def fetch_command(name: str, folder: str | Path) -> str | None:
-    """The command that brings a task's file into the folder; None for a task that it does not know."""
-    return f"latent-grpo data fetch {name} --to {folder}" if name in BENCHMARKS or name in TRAINING_SETS else None
+def fetch_commands(missing: Iterable[tuple[str, str | Path]]) -> list[str]:
+    """The commands that bring tasks' files, (name, folder) each, one for each folder; none for unknown tasks."""
+    names: dict[str, dict[str, None]] = {}
+    for name, folder in missing:
+        if name in BENCHMARKS or name in TRAINING_SETS:
+            names.setdefault(str(folder), {})[name] = None
+    return [f"latent-grpo data fetch {' '.join(found)} --to {folder}" for folder, found in names.items()]
 
 
 def how_to_get(name: str) -> str:
-    """Returns a sentence on how to get the file of a benchmark or a profile; empty for another task."""
+    """Returns ". " and a sentence on how to get the file of a benchmark or a profile; empty for another task."""
     known = BENCHMARKS[name].how_to_get if name in BENCHMARKS else PROFILE_FILES.get(name)
-    return f". {name}: {known}" if known else ""
+    return f". {known}" if known else ""
 
 
 def benchmark_tasks(names: Sequence[str], folder: str | Path) -> list[TaskConfig]:
@@ -222,5 +228,5 @@ def benchmark_tasks(names: Sequence[str], folder: str | Path) -> list[TaskConfig
     if missing:
         place = Path(folder).resolve()
         lines = [f"no {' or '.join(BENCHMARKS[name].files)} in {place}{how_to_get(name)}" for name in missing]
-        raise ConfigError("\n".join([f"latent-grpo data fetch {' '.join(missing)} --to {folder}", *lines]))
+        raise ConfigError("\n".join([*fetch_commands((name, folder) for name in missing), *lines]))
     return tasks

@@ -19,7 +19,7 @@ from latent_grpo.common.files import save_whole
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chain, read_chain
 from latent_grpo.common.models import extended_limit, make_model, make_tokenizer, position_limit, save_model
 from latent_grpo.common.prompts import beyond_sentence, check_think_start, check_width, read_tokens, resolve_tokens
-from latent_grpo.common.tasks.benchmarks import fetch_command, how_to_get
+from latent_grpo.common.tasks.benchmarks import fetch_commands, how_to_get, known_files
 from latent_grpo.common.tasks.sources import TaskSource, is_generated
 from latent_grpo.common.types import TokenFacts
 from latent_grpo.deploy.run.folder import RunFolder
@@ -268,20 +268,21 @@ def file_faults(config: RunConfig) -> list[str]:
     The hub is not queried.
     """
     faults: list[str] = []
-    commands: list[str] = []
+    missing: list[tuple[str, Path]] = []  # name and folder
     for task in [*config.tasks, *config.evaluation.tasks]:
         path = task.path
         if path is None:
             known = ".parquet, .jsonl, .csv, hf:..., builtin:... or python:..."
             faults.append(f"task {task.name}: set its `path` ({known})")
         elif not is_generated(task) and not path.startswith("hf:") and not Path(path).is_file():
-            if (command := fetch_command(task.name, Path(path).parent)) is not None:
-                commands.append(command)
+            file, names = Path(path), known_files(task.name)
+            missing.append((task.name, file.parent))
+            others = ", ".join(name for name in names if name != file.name) if file.name in names else ""
             faults.append(
-                f"task {task.name}: {path} does not exist; set its `path` to a .parquet, .jsonl or .csv file"
-                f"{how_to_get(task.name)}"
+                f"task {task.name}: {path} does not exist{f' (nor, beside it, {others})' if others else ''}; set its "
+                f"`path` to a .parquet, .jsonl or .csv file{how_to_get(task.name)}"
             )
-    return [*dict.fromkeys(commands), *faults]
+    return [*fetch_commands(missing), *faults]
 
 
 def check_engine(

@@ -79,6 +79,12 @@ class PreparedTask:
                 f"task {self.name}: verifier choice grades a letter, and its prompt does not ask for one as the "
                 f"benchmark's does ({asked[0]!r}); say it in tasks.N.prompt.user"
             )
+        known = reference_rules(self.name)
+        if problem.whole and "ours" in self.protocols and known is not None and known.prompt is not None:
+            warnings.append(
+                f"task {self.name}: the rows of {config.path} bring whole prompts, so figures by the protocol ours are "
+                "of the file's prompt, not of this project's; a file with the raw columns gives those"
+            )
         return f"{len(ids)} tokens, the last of them {last}:\n{text}", warnings
 
     def prompt_ids(self, problem: Problem) -> np.ndarray:
@@ -321,7 +327,8 @@ LISTED = 5
 
 def notes(training: Sequence[TaskSource], evaluation: Sequence[TaskSource]) -> list[str]:
     """Returns a line per finding about stored tasks. Nothing is dropped, since published figures include such rows."""
-    tasks = [task for task in dict.fromkeys([*training, *evaluation]) if isinstance(task, StoredTask)]
+    once = {(task.config.name, task.config.path): task for task in evaluation}  # a task may be read for two protocols
+    tasks = [task for task in dict.fromkeys([*training, *once.values()]) if isinstance(task, StoredTask)]
     return [line for task in tasks if (line := mislabelled(task))] + overlaps(tasks)
 
 

@@ -61,6 +61,29 @@ def test_a_missing_file_says_where_it_was_looked_for_and_gpqa_how_to_get_it(tmp_
         load_task(TaskConfig(name="gpqa", path=str(tmp_path / "mine.csv")), 0)
 
 
+def test_gpqas_raw_columns_are_preferred_to_whole_prompts(tmp_path):
+    for name in ("GPQA-test.parquet", "GPQA-test.jsonl", "Math-500-test.parquet", "Math-500-test.jsonl"):
+        (tmp_path / name).touch()
+    found = [Path(str(task.path)).name for task in benchmark_tasks(["gpqa", "math500"], tmp_path)]
+    assert found == ["GPQA-test.jsonl", "Math-500-test.parquet"]
+
+
+def test_a_profiles_missing_files_are_one_command_and_name_the_authors(tmp_path):
+    config = load_config("paper-low")
+    tasks = [task.model_copy(update={"path": f"nowhere/{Path(str(task.path)).name}"}) for task in config.tasks]
+    tests = [t.model_copy(update={"path": f"nowhere/{Path(str(t.path)).name}"}) for t in config.evaluation.tasks]
+    evaluation = config.evaluation.model_copy(update={"tasks": tests})
+    command, *faults = file_faults(config.model_copy(update={"tasks": tasks, "evaluation": evaluation}))
+    assert command == ("latent-grpo data fetch gsm8k-aug-oss-dup-all gsm8k-aug gsm-hard svamp multiarith --to nowhere")
+    assert len(faults) == len(tasks) + len(tests)
+    (svamp,) = [fault for fault in faults if fault.startswith("task svamp: ")]
+    assert svamp == (
+        "task svamp: nowhere/svamp.parquet does not exist (nor, beside it, svamp.jsonl, Svamp-test.parquet, "
+        "Svamp-test.jsonl); set its `path` to a .parquet, .jsonl or .csv file. A .parquet or .jsonl file with the "
+        "columns problem and answer is expected (published at https://github.com/arkilpatel/SVAMP)"
+    )
+
+
 def gsm8k_files(folder):
     """Overrides: the files of the profiles in this folder."""
     return [f"tasks.0.path={folder}/gsm8k_train.parquet", f"evaluation.tasks.0.path={folder}/gsm8k_test.parquet"]

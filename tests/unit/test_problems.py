@@ -11,7 +11,7 @@ from latent_grpo.common.tasks.benchmarks import INSTRUCTION
 from latent_grpo.common.tasks.known_faults import fingerprint
 from latent_grpo.common.tasks.sources import StoredTask
 from latent_grpo.common.types import Problem
-from latent_grpo.deploy.run.problems import Sources, mislabelled, notes, overlaps
+from latent_grpo.deploy.run.problems import Problems, Sources, mislabelled, notes, overlaps
 
 CARNIVAL = (  # a row of GSM8K's test split
     "The girls are trying to raise money for a carnival. Kim raises $320 more than Alexandra, who raises $430, and "
@@ -72,6 +72,22 @@ def test_a_choice_task_that_asks_for_no_letter_is_a_warning(tmp_path, tokenizer)
     assert warnings({"system": "Think."}) == []
     (line,) = warnings({"user": "Think.\n{problem}"})
     assert line.startswith("task gpqa: verifier choice grades a letter, and its prompt does not ask for one")
+
+
+def test_gpqa_as_whole_prompts_is_said_by_the_protocol_ours_and_compared_with_nothing(tmp_path, tokenizer):
+    chat = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": "Q?\n(A) c\nWhich option?"}]
+    file = tmp_path / "GPQA-test.jsonl"
+    file.write_text(json.dumps({"prompt": chat, "reward_model": {"ground_truth": "A"}}))
+    task = {"name": "gpqa", "path": str(file)}
+    config = load_config({
+        "model": {"path": "m"}, "tasks": [task], "evaluation": {"tasks": [task], "protocol": "both"},
+        "rollout": {"max_rows": 64},
+    })  # fmt: skip
+    problems = Problems(config, Sources.read(config).prepared(config, TextEncoder(tokenizer)))
+    ours, reference = (prepared.first_prompt()[1] for prepared in problems.evaluation)
+    assert f"the rows of {file} bring whole prompts, so figures by the protocol ours are of the file's" in str(ours)
+    assert reference == []
+    assert not [line for line in problems.summaries if "share" in line]
 
 
 # --- rows that bring whole messages
