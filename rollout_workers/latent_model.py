@@ -12,6 +12,7 @@ prompt, the seed, its sample index and the settings, never of what is generated 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from latent_grpo.rollout_workers.engine import LatentEngine
 from latent_grpo.rollout_workers.factory import ResponseText
 from latent_grpo.rollout_workers.requests import SampleRecord
 from latent_grpo.rollout_workers.trained_model import Chat, as_problem, prompt_uid, read_trained_model
+from latent_grpo.rollout_workers.vllm_plugin import support
 
 Engine = Literal["transformers", "vllm"]
 MAX_ROWS = 64
@@ -82,6 +84,19 @@ class Sampling(TypedDict, total=False):
     tau: float | None
 
 
+def vllm_refusal(model: str | Path, found: tuple[str, str] | None) -> str | None:
+    """Returns why the engine vllm cannot serve a model here, in the words of :class:`LatentModel`'s options, or None.
+
+    `found` is the installed vLLM (`vllm_plugin.support.installed`).
+    """
+    problem, settings = support.vllm_problem(found), Path(model, "config.json")
+    if problem is None and found is not None and settings.is_file():
+        problem = support.model_problem(json.loads(settings.read_text("utf-8")), found[0])
+    if problem is None:
+        return None
+    return problem.replace("rollout.engine vllm", "engine vllm").replace("set rollout.engine to", "use the engine")
+
+
 class LatentModel:
     """A model folder or hub id, ready to generate. Raises ConfigError for one that cannot be read or served.
 
@@ -126,9 +141,9 @@ class LatentModel:
 
         A problem is a text, which gets the prompt of the model's training, or a whole chat, which is used as it is.
         `noise` is the scale of the one-sided Gumbel noise in latent steps; 0 turns it off, as in evaluations of pass@1
-        (METHOD §2.1, §2.2). `temperature`, `top_p` and `top_k` are of visible steps, `max_tokens` limits latent and
-        visible steps together. None: the model's own. Raises ConfigError for settings that cannot work, and for a
-        prompt that leaves no room for `max_tokens`.
+        (METHOD §2.1, §2.2). It is one-sided whatever noise the model was trained with. `temperature`, `top_p` and
+        `top_k` are of visible steps, `max_tokens` limits latent and visible steps together. None: the model's own.
+        Raises ConfigError for settings that cannot work, and for a prompt that leaves no room for `max_tokens`.
         """
         settings = self._settings(
             noise=noise, temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, k=k, tau=tau
@@ -310,6 +325,8 @@ class LatentModel:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if engine == "vllm" and (problem := vllm_refusal(self.model.path, support.installed())) is not None:
+            raise ConfigError(problem)
         model = load_model(self.model.path, dtype, self.model.defaults.max_positions)
         made: LatentEngine
         if engine == "vllm":

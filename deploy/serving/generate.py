@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.text import Text
 
 from latent_grpo.common.config import ConfigError, TaskConfig
-from latent_grpo.common.tasks.sources import read_rows
+from latent_grpo.common.tasks.sources import TaskError, read_rows
 from latent_grpo.common.terminal_text import visible, visible_token
 from latent_grpo.rollout_workers.latent_model import LatentModel, LatentStep, Response, Sampling
 from latent_grpo.rollout_workers.trained_model import Chat
 
 COLUMNS = ("messages", "problem", "question", "prompt")  # where a row's problem may stand, the first that is there
+NAME = "generate"  # of the task that stands for a file
 LEAST_WEIGHT = 0.005  # of a component that is shown
 ROWS_AT_ONCE = 64  # of a file, so that its first responses are written while the others are generated
 
@@ -98,7 +99,12 @@ def as_row(response: Response, number: int, problem: str | Chat, *, thoughts: bo
 
 def problems_of(file: Path, column: str | None, limit: int | None) -> list[str | Chat]:
     """Reads the problems of a .jsonl, .parquet or .csv file. Raises ConfigError, which names file and column."""
-    rows = read_rows(TaskConfig(name="generate", path=str(file), limit=limit))
+    if not str(file).startswith("hf:") and not file.is_file():
+        raise ConfigError(f"--file {file}: there is no such file (looked in {Path.cwd()}); give a file of problems")
+    try:
+        rows = read_rows(TaskConfig(name=NAME, path=str(file), limit=limit))
+    except TaskError as error:
+        raise ConfigError(f"--file {str(error).removeprefix(f'task {NAME}: ')}") from error
     if not rows:
         raise ConfigError(f"{file} has no rows")
     present = sorted(set().union(*(row.keys() for row in rows[:100])))

@@ -95,7 +95,7 @@ def test_a_chat_in_a_row_is_used_as_it_is(tmp_path):
         (["--prompt", "1+1?", "--file", "x.jsonl"], "--prompt and --file exclude each other"),
         (["--prompt", "1+1?", "--output", "x.jsonl"], "--output has no effect without --file"),
         (["--prompt", "1+1?", "--limit", "2"], "--limit has no effect without --file"),
-        (["--file", "missing.jsonl"], "no file missing.jsonl"),
+        (["--file", "missing.jsonl"], "--file missing.jsonl: there is no such file"),
         (["--prompt", "1+1?", "--max-tokens", "500"], "do not fit into the model's 128 positions"),
         (["--prompt", "1+1?", "--temperature", "0"], "temperature must be above 0"),
     ],
@@ -111,6 +111,7 @@ def test_what_cannot_work_is_one_line(trained_folder, arguments, said):
     ("content", "column", "said"),
     [
         ("", None, "has no rows"),
+        ("{", None, r"^--file .*rows\.jsonl, line 1: not valid JSON"),
         ('{"text": "1+1?"}', None, "has no column messages or problem or question or prompt; its columns are text"),
         ('{"problem": "1+1?"}', "text", "has no column 'text'; its columns are problem"),
         ('{"problem": "1+1?"}\n{"problem": 7}', None, "row 1: column 'problem' must hold a text or a chat, got 7"),
@@ -126,6 +127,13 @@ def test_a_file_without_problems_says_what_it_has(tmp_path, content, column, sai
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     found = run("--model", tmp_path, "--prompt", "1+1?")
     assert "has no config.json; give a Hugging Face model folder" in str(found.exception)
+    for name in ("config.json", "run.json"):
+        (tmp_path / name).write_text("{}")
+    found = run("--model", tmp_path, "--prompt", "1+1?")
+    assert "this is the folder of a run; it has no trained model yet" in str(found.exception)
+    (tmp_path / "model").mkdir()
+    found = run("--model", tmp_path, "--prompt", "1+1?")
+    assert f"this is the folder of a run; give its trained model, {tmp_path}/model" in str(found.exception)
 
 
 # --- the command of vLLM's server

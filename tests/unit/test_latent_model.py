@@ -10,7 +10,9 @@ import pytest
 from latent_grpo import LatentModel, LatentStep, Response
 from latent_grpo.common.config import ConfigError, load_config
 from latent_grpo.common.model_chain import CHAIN_FILE, exported_chain, read_chain
-from latent_grpo.common.models import make_tokenizer
+from latent_grpo.common.models import load_tokenizer, make_tokenizer
+from latent_grpo.rollout_workers.latent_model import vllm_refusal
+from latent_grpo.rollout_workers.vllm_plugin.support import TESTED
 
 QUESTIONS = ["1+2*3?", "9-4+0?", "5*5?"]
 BENCHMARK = {"name": "svamp", "path": "svamp.parquet"}
@@ -180,6 +182,28 @@ def test_a_misspelt_setting_is_refused(model):
 def test_an_unknown_engine_or_dtype_is_refused(folder, options, said):
     with pytest.raises(ConfigError, match=said):
         LatentModel(folder, **options)
+
+
+def test_a_missing_vllm_is_named_by_the_option_and_not_by_a_runs_key(folder):
+    missing = vllm_refusal(folder, None)
+    assert missing.startswith("engine vllm: vLLM is not installed here")
+    assert missing.endswith("or use the engine transformers")
+    assert "no support for architecture" not in str(vllm_refusal(folder, ("cuda", "0.40.0")))
+    assert vllm_refusal(folder, ("cuda", TESTED["cuda"][0])) is None
+
+
+def test_ids_that_the_model_has_no_rows_for_are_said_and_a_text_with_one_is_quoted(folder, tmp_path):
+    path, said = with_chain(folder, tmp_path, lambda chain: None), []
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["<|compress_token|>"])
+    for file in path.iterdir():
+        if "token" in file.name:
+            file.unlink()
+    tokenizer.save_pretrained(path)
+    model = LatentModel(path, say=said.append)
+    assert "the tokenizer has 1 id(s) that the model" in said[0]
+    with pytest.raises(ConfigError, match=r"^problem 0 \('1\+<\|compress_token\|>'\): its prompt cannot be encoded"):
+        model.generate("1+<|compress_token|>")
 
 
 def test_what_is_no_model_is_refused(tmp_path):
