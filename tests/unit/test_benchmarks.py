@@ -84,6 +84,28 @@ def test_a_profiles_missing_files_are_one_command_and_name_the_authors(tmp_path)
     )
 
 
+def test_the_page_has_every_benchmark_with_both_names_of_its_file():
+    rows = re.findall(r"^\| `(\S+)` \| `(\S+)`.* \| `(\S+)` \| (\w+) \| ([\d,]+) / ([\d,]+) \| ([\d,]+) \|$",
+                      (ROOT / "docs" / "evaluate.md").read_text(), re.MULTILINE)  # fmt: skip
+    assert rows == [
+        (name, known.files[0], known.authors_stem, known.verifier, f"{known.max_prompt_tokens:,}",
+         f"{known.max_response_tokens:,}", f"{known.problems:,}") for name, known in BENCHMARKS.items()
+    ]  # fmt: skip
+
+
+def test_the_authors_page_evaluates_what_it_has_fetched():
+    """GPQA is none of the hub's: a command without a word about its file would be refused."""
+    page = (ROOT / "docs" / "authors.md").read_text()
+    fetched = {
+        name for line in re.findall(r"data fetch ([^#\n]*)", page) if "--from" not in line for name in line.split()
+    }
+    asked = [line for line in page.splitlines() if re.match(r" +--tasks ", line)]
+    assert len(asked) == 3
+    for line in asked:
+        names = set(line.split("--tasks ")[1].split()[0].split(","))
+        assert names - fetched == ({"gpqa"} if "leave gpqa out without its file" in line else set())
+
+
 def gsm8k_files(folder):
     """Overrides: the files of the profiles in this folder."""
     return [f"tasks.0.path={folder}/gsm8k_train.parquet", f"evaluation.tasks.0.path={folder}/gsm8k_test.parquet"]
