@@ -246,8 +246,8 @@ def beyond_sentence(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str 
     listed = ", ".join(f"{i} ({token!r})" for i, token in list(beyond.items())[:3])
     more = ", ..." if len(beyond) > 3 else ""
     return (
-        f"the tokenizer has {len(beyond):,} id(s) that the model, of {vocab_size:,} rows, has not: {listed}{more}; they "
-        "are never drawn, and a text that needs one is refused"
+        f"the tokenizer has {len(beyond):,} id(s) that the model, of {vocab_size:,} rows, has not: {listed}{more}; "
+        "they are never drawn, and a text that needs one is refused"
     )
 
 

@@ -430,10 +430,6 @@ def _without_effect(config: RunConfig) -> list[str]:
             config.latent and changed(config.noise, "scale") and config.noise.mode == "off",
             "noise.mode off",
         ),
-        "evaluation.runs": (
-            changed(config.evaluation, "runs") and config.evaluation.protocol == "reference",
-            "evaluation.protocol reference, which has its own number of repetitions for each benchmark",
-        ),
         "evaluation.interim_problems and interim_runs": (
             config.evaluation.interim and not config.evaluation.every,
             "evaluation.every 0",

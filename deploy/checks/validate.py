@@ -7,13 +7,15 @@ configuration only.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.encoding import TextEncoder
+from latent_grpo.common.tasks.sources import TaskSource
 from latent_grpo.common.types import Problem
 from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sentence
+from latent_grpo.deploy.checks.evaluation_size import size_rows
 from latent_grpo.deploy.checks.memory import GIB, ModelShape, machine_bytes, rank_memory, worker_memory
 from latent_grpo.deploy.checks.rates import time_rows
 from latent_grpo.deploy.run.preparation import Checked, InitialModel, check, file_faults
@@ -48,6 +50,8 @@ def validate(
     return [
         *arithmetic(config),
         *evaluation_rows(config),
+        *size_rows(config, found),
+        *training_rows(config, found.sources.training),
         *time_rows(config, measured),
         *resources,
         *([] if cpus is not None or gpus is not None else dtype_rows(config)),
@@ -254,7 +258,7 @@ def evaluation_rows(config: RunConfig) -> list[Row]:
     settings = config.evaluation
     if not settings.tasks:
         return []
-    runs = "" if settings.protocol == "reference" else f", {settings.runs} repetition(s)"
+    runs = ", the protocol's repetitions" if settings.protocol == "reference" else f", {settings.runs} repetition(s)"
     ends = [name for name, at in (("before", settings.at_start), ("after", settings.at_end)) if at]
     parts = [f"{' and '.join(ends)} training on all problems{runs}"] if ends else []
     if settings.every:
@@ -264,6 +268,19 @@ def evaluation_rows(config: RunConfig) -> list[Row]:
         parts.append(f"every {settings.every} steps on {problems}{fewer}")
     tasks = ", ".join(task.name for task in settings.tasks)
     return [("evaluation", f"{tasks}: {'; '.join(parts)}")] if parts else []
+
+
+def training_rows(config: RunConfig, sources: Sequence[TaskSource]) -> list[Row]:
+    """Rows on how often the steps go through the problems of each training task that was read."""
+    weights = sum(task.weight for task in config.tasks)
+    at_least = "at least " if config.dynamic_sampling == "refill" else ""
+    rows = []
+    for source in sources:
+        prompts = round(config.steps * config.prompts_per_step * source.config.weight / weights)
+        if source.size:
+            epochs = f"{prompts / source.size:,.2f} times its {source.size:,} problems"
+            rows.append((f"training on {source.config.name}", f"{at_least}{prompts:,} prompts, {epochs}"))
+    return rows
 
 
 def resource_rows(config: RunConfig, cpus: float | None, gpus: float | None) -> list[tuple[str, str]]:

@@ -168,15 +168,27 @@ class SampleSet:
     mark: str  # part of the groups' identity
     users: list[tuple[Asked, str | None, Tally]] = field(default_factory=list)
 
+    @property
+    def samples(self) -> int:
+        """The number of samples of all problems."""
+        return sum(self._samples(index) for index in range(self._problems))
+
+    @property
+    def _problems(self) -> int:
+        return max(asked.problems for asked, _, _ in self.users)
+
+    def _samples(self, index: int) -> int:
+        return max(asked.samples for asked, _, _ in self.users if index < asked.problems)
+
     def requests(self, config: RunConfig, tag: str) -> Iterator[GroupRequest]:
         """Yields the request of each problem's group, as large as the rows need it."""
-        for index in range(max(asked.problems for asked, _, _ in self.users)):
+        for index in range(self._problems):
             problem = self.task.source.problem(index)
             yield group_request(
                 config,
                 self.task,
                 problem,
-                samples=max(asked.samples for asked, _, _ in self.users if index < asked.problems),
+                samples=self._samples(index),
                 purpose="evaluation",
                 uid=f"evaluation/{tag}{self.mark}/{problem.uid}",
                 sampling=self.sampling,

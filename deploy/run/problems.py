@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from latent_grpo.common.config import RunConfig, TaskConfig
 from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
+from latent_grpo.common.config.run import changed
 from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.prompts import EncodedPrompts, PromptRenderer, repeated_sentences
 from latent_grpo.common.tasks.benchmarks import (
@@ -129,8 +130,9 @@ def prepare_task(
 def protocols_of(task: TaskConfig, config: RunConfig) -> list[Protocols]:
     """Returns the protocols by which an evaluation measures a task, those together that ask it the same prompts.
 
-    Raises TaskError for the protocol `reference` alone and a task that it does not know, and where a worker cannot hold
-    its repetitions; with both protocols a task that it does not know is measured by this project's.
+    Raises TaskError for the protocol `reference` alone and a task that it does not know, or other repetitions than its
+    own, and where a worker cannot hold those; with both protocols a task that it does not know is measured by this
+    project's.
     """
     wanted, rules = config.evaluation.protocols, reference_rules(task.name)
     if rules is None:
@@ -140,6 +142,12 @@ def protocols_of(task: TaskConfig, config: RunConfig) -> list[Protocols]:
                 "leave the task out, or set evaluation.protocol to ours or both"
             )
         return [("ours",)]
+    if wanted == ("reference",) and changed(config.evaluation, "runs"):
+        raise TaskError(
+            f"evaluation.runs ({config.evaluation.runs}) has no effect with evaluation.protocol reference, which has "
+            "its own number of repetitions for each benchmark; remove it, or, where a profile sets it, set it back to "
+            f"{type(config.evaluation).model_fields['runs'].default}"
+        )
     if "reference" in wanted and rules.runs > config.rollout.max_rows:
         raise TaskError(
             f"evaluation task {task.name}: rollout.max_rows ({config.rollout.max_rows}) is smaller than the "
@@ -194,8 +202,9 @@ class Sources:
     @classmethod
     def read(cls, config: RunConfig, *, stored: bool = True) -> Sources:
         """Reads every task once; without `stored` only the generated ones. Raises TaskError."""
-        wanted = [task for task in config.evaluation.tasks if stored or is_generated(task)]
-        asked = [(task, protocols) for task in wanted for protocols in protocols_of(task, config)]
+        by_task = [(task, protocols_of(task, config)) for task in config.evaluation.tasks]
+        wanted = [(task, by) for task, by in by_task if stored or is_generated(task)]
+        asked = [(task, protocols) for task, by in wanted for protocols in by]
         evaluation = [read_task(task, config, whole=True, protocol=protocols[0]) for task, protocols in asked]
         by = [protocols for _, protocols in asked]
         if config.tasks == config.evaluation.tasks:

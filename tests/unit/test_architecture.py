@@ -23,7 +23,7 @@ ROOMS = {
     "controller": {"buffer"},
     "run": {"controller"},
     "cluster": {"run"},
-    "checks": {"run"},
+    "checks": {"run", "evaluation"},
     "view": {"run"},
     "data": {"run"},
     "evaluation": {"controller", "run"},

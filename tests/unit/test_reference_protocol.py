@@ -18,6 +18,7 @@ from rich.console import Console
 from latent_grpo.common.config import ConfigError, load_config, of_model
 from latent_grpo.common.models import load_model, load_tokenizer
 from latent_grpo.common.schema import concat, decode
+from latent_grpo.deploy.checks.validate import validate
 from latent_grpo.deploy.controller import gather
 from latent_grpo.deploy.evaluation.evaluate import evaluation_config, measure
 from latent_grpo.deploy.evaluation.report import protocol_line, report, show, table
@@ -310,9 +311,7 @@ def test_what_the_protocol_does_is_said_at_the_start(low):
 
 
 def test_the_reference_s_protocol_is_refused_for_tasks_that_it_does_not_know(tmp_path):
-    config = load_config(
-        "quickstart", ["evaluation.protocol=reference", "evaluation.runs=5", f"runs_folder={tmp_path}"]
-    )
+    config = load_config("quickstart", ["evaluation.protocol=reference", f"runs_folder={tmp_path}"])
     with pytest.raises(
         ConfigError, match=r"chain-arithmetic-held-out: evaluation\.protocol reference measures gsm8k-aug,"
     ):
@@ -329,7 +328,6 @@ def test_repetitions_that_no_worker_can_hold_are_refused(authors):
 
 
 def test_repetitions_that_the_protocol_would_ignore_are_refused(authors):
-    with pytest.raises(ConfigError, match=r"evaluation\.runs has no effect with evaluation\.protocol reference, which"):
-        load_config(
-            "paper-low", [*of_model(str(authors / "llama")), "evaluation.protocol=reference", "evaluation.runs=2"]
-        )
+    given = [*of_model(str(authors / "llama")), "evaluation.protocol=reference", "evaluation.runs=2"]
+    with pytest.raises(ConfigError, match=r"evaluation\.runs \(2\) has no effect .* set it back to 5$"):
+        validate(load_config("paper-low", given))

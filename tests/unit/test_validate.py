@@ -9,7 +9,8 @@ import pytest
 from latent_grpo.common.config import ConfigError, load_config
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
-from latent_grpo.deploy.checks.validate import evaluation_rows, memory_rows, sft_rows, validate
+from latent_grpo.deploy.checks.evaluation_size import size_rows
+from latent_grpo.deploy.checks.validate import evaluation_rows, memory_rows, sft_rows, training_rows, validate
 from latent_grpo.deploy.run.preparation import check
 
 
@@ -110,6 +111,38 @@ def test_what_is_evaluated_and_when_is_said():
             "on the first 64 problems of each task, at most 1 repetition(s)",
         )
     ]
+    reference = load_config("paper-high", ["evaluation.protocol=reference"])
+    assert "on all problems, the protocol's repetitions; every 10" in evaluation_rows(reference)[0][1]
     quiet = ["evaluation.at_start=false", "evaluation.at_end=false", "evaluation.every=0"]
     assert evaluation_rows(load_config("quickstart", quiet)) == []
     assert evaluation_rows(load_config("quickstart", ["evaluation.tasks=[]"])) == []
+
+
+def test_the_samples_of_all_evaluations_are_counted_with_the_published_sizes():
+    """Two rows of a high task by the protocol `reference`; 49 evaluations in 500 steps, since the last is the end's."""
+    config = load_config("paper-high", ["evaluation.protocol=reference"])
+    found = dict(size_rows(config, check(config, elsewhere=True, stored=False)))
+    whole, interim = 2 * (4 * 500 + 64 * 60), 64 + 60
+    assert "math500 by reference, noise on: 500 problems, 4 repetition(s); aime2024 by" in found["evaluation rows"]
+    assert found["evaluation rows"].count("30 problems, 64 repetition(s)") == 4
+    assert f"every 10 steps, 49 time(s): {interim} samples each" in found["evaluation samples"]
+    samples = 2 * whole + 49 * interim
+    assert found["all evaluations"].startswith(f"{samples:,} samples, at most {samples * (1024 + 4096):,} tokens")
+
+
+def test_samples_that_both_protocols_use_count_once_and_an_unread_task_is_named(given):
+    task = {"max_prompt_tokens": 10, "max_response_tokens": 14}
+    tasks = [{"name": "svamp", "path": "svamp.parquet", "limit": 100} | task, {"name": "own", "path": "own.jsonl"}]
+    both = [f"evaluation.tasks={json.dumps(tasks)}", "evaluation.protocol=both", "top_k=0", "steps=3"]
+    config = config_of(given, *both, "evaluation.at_start=false", "model.path=some/model")
+    found = dict(size_rows(config, check(config, elsewhere=True, stored=False)))
+    assert found["all evaluations"] == (
+        "500 samples, at most 12,000 tokens, prompts included; not counted, since not read: own"
+    )
+
+
+def test_how_often_the_steps_go_through_the_problems_is_said(given):
+    config = config_of(given, "steps=10", "prompts_per_step=4", "minibatch_prompts=4")
+    assert training_rows(config, check(config).sources.training) == [
+        ("training on rows", "at least 40 prompts, 2.00 times its 20 problems")
+    ]
