@@ -75,10 +75,10 @@ def fetch(
     before stay.
     """
     sets = list(sets)
-    _check_target(folder)
-    known = read_manifest(folder)
     if local is not None:
         _check_complete(sets, local)
+    _make_target(folder)
+    known = read_manifest(folder)
     for data in sets:
         target = folder / data.file
         entry = known.get(data.name)
@@ -203,7 +203,6 @@ def _named(source: dict[str, Any]) -> str:
 
 def _write(target: Path, data: DataSet, content: str | bytes | memoryview) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, content)
     except OSError as error:
         raise FetchError(f"{data.name}: {target} cannot be written ({error.strerror}); {remedy(error)}") from error
@@ -215,13 +214,17 @@ def remedy(error: OSError) -> str:
     return "make room, or give another folder with --to" if full else "give another folder with --to"
 
 
-def _check_target(folder: Path) -> None:
-    """Raises :class:`FetchError` for a data folder that cannot be one, before any row is read; makes nothing."""
-    present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def _make_target(folder: Path) -> None:
+    """Makes the data folder. Raises :class:`FetchError` where it cannot be one, before any row is read."""
+    present = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not present.is_dir():
         raise FetchError(f"--to {folder}: {present} is a file; give another folder with --to")
     if not os.access(present, os.W_OK | os.X_OK):
         raise FetchError(f"--to {folder}: this user may not write in {present}; give another folder with --to")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FetchError(f"--to {folder} cannot be made ({error.strerror}); {remedy(error)}") from error
 
 
 # --- where rows come from ------------------------------------------------------------------------------------------
