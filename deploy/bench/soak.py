@@ -1,7 +1,7 @@
 """A soak: processes of a training run are killed at random, and its end is compared with an undisturbed run.
 
-The run is tiny, deterministic and started as the command that a user starts, with its own Ray. Every kind of process
-is killed in turns of a seeded order: rollout workers, their graders, the learner's rank, the controller, and the raylet
+The run is tiny, deterministic and started as the command that a user starts, with its own Ray. Its processes are killed
+in turns of a seeded order: rollout workers, their graders, the learner's rank, the controller, and the raylet
 and GCS of the run's Ray. Afterwards every group must have been trained on exactly once in the surviving lineage, and
 the weights must be those of the undisturbed run, bit for bit.
 """

@@ -136,5 +136,7 @@ def bench_soak(
     show(found)
     if json_file is not None:
         write_json(found, json_file)
+    if len(found.kills) < kills:
+        raise RunError(f"the run ended after {len(found.kills)} of {kills} kills; give it more --steps")
     if found.lost or found.duplicated or found.different or not found.same_weights:
         raise RunError("the disturbed run did not end as the undisturbed one")

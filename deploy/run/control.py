@@ -30,6 +30,7 @@ from latent_grpo.deploy.run.folder import RunFolder, in_use, keep_workers
 FOLDER = "control"
 REQUEST, TAKEN, REPLY = ".request.json", ".taken.json", ".reply.json"
 LOOK_EVERY_S = 0.5
+PATIENCE = 20  # steps after which autoscaling gives back workers that have found no place
 MOST = 4096  # workers that a request may ask for
 log = logging.getLogger(__name__)
 ANSWER_S = 60.0  # a run that saves a checkpoint answers afterwards
@@ -183,6 +184,7 @@ class Scaling:
         least, most = config.rollout.min_workers, config.rollout.max_workers
         overlaps = config.max_staleness > 0
         self._scaler = None if most is None else Autoscaler(least, most, overlaps=overlaps)
+        self._without_room = 0  # steps in a row in which fewer workers served than were wanted
         self._pool, self._say, self._busy_s = pool, say, pool.busy_s
 
     def begins(self) -> None:
@@ -194,7 +196,11 @@ class Scaling:
         pool, busy_s = self._pool, self._pool.busy_s - self._busy_s
         self._busy_s += busy_s
         serving, wanted = pool.size, pool.wanted
-        if self._scaler is not None:
+        self._without_room = self._without_room + 1 if serving < wanted else 0
+        if self._scaler is not None and serving and self._without_room >= PATIENCE:
+            self._say(f"workers: {wanted} -> {serving} (the others have found no place for {PATIENCE} steps)")
+            pool.resize(serving)
+        elif self._scaler is not None:
             workers = self._scaler.after(step_s, waited_s, busy_s, serving=serving, wanted=wanted)
             if workers != wanted:
                 share = waited_s / step_s if step_s else 0.0

@@ -154,6 +154,16 @@ def test_a_run_scales_itself_between_its_bounds_and_says_so():
     assert pool.resized == [(3, False), (4, False)]
 
 
+def test_a_run_that_scales_itself_gives_back_workers_that_find_no_place():
+    pool, said = FakePool(), []
+    scaling = Scaling(load_config("quickstart", ["rollout.workers=2", "rollout.max_workers=4"]), pool, said.append)
+    pool.wanted = 4  # two of them wait for room
+    for _ in range(20):
+        scaling.after(1.0, 0.5)
+    assert pool.resized == [(2, False)]
+    assert said == ["workers: 4 -> 2 (the others have found no place for 20 steps)"]
+
+
 def test_without_an_upper_bound_the_number_stays():
     pool, said = FakePool(), []
     scaling = Scaling(load_config("quickstart", ["rollout.workers=2"]), pool, said.append)
