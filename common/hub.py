@@ -13,16 +13,22 @@ RUN_FILE = "run.json"  # what a run's folder has and a model's has not
 REASON = 200  # characters of the Hugging Face libraries' message
 
 
-def check_folder(model: str | Path) -> None:
-    """Raises ConfigError for a mistyped folder, which must not lead to a search for a hub repository of that name.
-
-    A run's folder, whose `config.json` is that of the run, is refused with the place of its trained model.
-    """
+def check_is_no_run(model: str | Path) -> None:
+    """Raises ConfigError for a run's folder, whose `config.json` is that of the run, with its trained model's place."""
     folder = Path(model)
     if (folder / RUN_FILE).is_file():
         trained = folder / "model"
         there = f"give its trained model, {trained}" if trained.is_dir() else "it has no trained model yet"
         raise ConfigError(f"model {str(model)!r}: this is the folder of a run; {there}, or export a checkpoint of it")
+
+
+def check_folder(model: str | Path) -> None:
+    """Raises ConfigError for a mistyped folder, which must not lead to a search for a hub repository of that name.
+
+    A folder of a run is refused too (:func:`check_is_no_run`).
+    """
+    check_is_no_run(model)
+    folder = Path(model)
     looks_local = folder.is_absolute() or str(model).startswith((".", "~")) or folder.is_dir()
     if looks_local and not (folder / "config.json").is_file():
         raise ConfigError(f"model {str(model)!r}: it has no config.json; give a Hugging Face model folder")

@@ -25,6 +25,7 @@ from latent_grpo.common.config import (
     read_profile,
 )
 from latent_grpo.common.config.yaml_files import parse_override
+from latent_grpo.common.hub import check_is_no_run
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, read_chain
 from latent_grpo.common.schema import concat
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks, reference_rules
@@ -219,6 +220,7 @@ def evaluation_config(
     tasks by named benchmarks with the files of the folder `data`; `limit` takes the first problems of each. Training
     tasks are not loaded.
     """
+    check_is_no_run(model)
     run_config = Path(model).parent / "config.json"
     if profile is not None:
         settings, name = read_profile(profile), Path(profile).stem

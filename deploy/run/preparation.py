@@ -259,7 +259,7 @@ def check_model_path(config: RunConfig) -> None:
     path = config.model.path
     if path is not None and Path(path).is_file():
         how = "; examples/real_model/convert.py shows how a GGUF file becomes one" if path.endswith(".gguf") else ""
-        raise ConfigError(f"model.path {path!r} is a file; give the Hugging Face folder of the model{how}")
+        raise ConfigError(f"model {path!r} is a file; give the Hugging Face folder of the model{how}")
 
 
 def file_faults(config: RunConfig) -> list[str]:

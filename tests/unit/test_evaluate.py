@@ -125,11 +125,14 @@ def test_whose_noise_pass_at_k_has_is_one_line(tmp_path, in_its_run, profile, ov
 def test_nothing_to_evaluate_on_says_what_to_give(tmp_path):
     with pytest.raises(ConfigError, match=r"give --tasks \(of gsm8k-aug"):
         evaluation_config(str(tmp_path), [])
+    model = model_of_a_run(tmp_path)
+    with pytest.raises(ConfigError, match=r"this is the folder of a run; give its trained model, .*, or export"):
+        evaluation_config(str(model.parent), [])
 
 
 def test_a_mistyped_model_is_said_before_its_chain_is_looked_for(tmp_path):
     (tmp_path / "svamp.parquet").touch()
-    with pytest.raises(ConfigError, match=r"model\.path '\./typo': it has no config\.json"):
+    with pytest.raises(ConfigError, match=r"model '\./typo': it has no config\.json"):
         evaluation_config("./typo", [], tasks=["svamp"], data=str(tmp_path))
 
 
