@@ -38,7 +38,7 @@ from latent_grpo.deploy.run.recoveries import Recovery
 
 POLL_S = 1.0
 DRIVER_S = 120.0  # until the run's own deadlines.driver_s is known
-LEFTOVERS_S = 15.0  # for a dead run's local Ray to end by itself
+LEFTOVERS_S = 5.0  # for a dead run's local Ray to end by itself
 
 
 @dataclass(slots=True)

@@ -70,6 +70,7 @@ def test_a_worker_that_is_lost_does_not_hold_up_the_others_and_losses_are_replac
     assert pool.restarts == 2
 
 
+@pytest.mark.slow
 def test_a_replacement_that_fails_is_started_again_and_the_first_worker_that_fails_ends_the_run(pool_of, tmp_path):
     pool = pool_of(2)
     pool.wait_for(2)

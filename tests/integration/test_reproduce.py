@@ -45,6 +45,7 @@ def suite(tmp_path):
     return written
 
 
+@pytest.mark.slow  # `bench loop` and tests/unit/test_bench_loop.py compare the two as well
 def test_both_runners_compute_the_same(ray_session, suite, tmp_path):
     found = {}
     for runner in ("pipeline", "in_process"):

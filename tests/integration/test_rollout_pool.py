@@ -103,6 +103,7 @@ def a_process_of(pool):
     return next(iter(pool.process_ids().values()))
 
 
+@pytest.mark.slow  # test_pool_faults kills workers too, of an engine that starts faster
 def test_groups_of_a_killed_and_of_a_frozen_worker_all_arrive_once_and_on_current_weights(mortal, caplog):
     pool = mortal
     pool.submit(requests(0, 10))

@@ -28,6 +28,7 @@ class Hanging:
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_stacks_of_a_process_that_hangs_is_stopped_and_is_gone(ray_session):
     actor = ray.remote(Hanging).options(num_cpus=0, max_concurrency=2).remote()
     process = ray.get(actor.process.remote(), timeout=300)

@@ -55,6 +55,7 @@ def assert_ended_as(whole, process, folder, log, cause):
     assert cause in recovery["cause"]
 
 
+@pytest.mark.slow  # as are the others here: each starts the command twice; test_recovery recovers in one process
 def test_a_killed_controller_is_started_again_and_the_end_is_the_same(whole, environment, tmp_path):
     process, folder, log = begun(environment, tmp_path)
     processes = family(process)
