@@ -44,7 +44,7 @@ KINDS = {
 }
 """What is killed, and what its command line holds; the controller is the supervisor's child."""
 STEPS_A_KILL = 10
-PAUSE_S = (1.0, 5.0)  # from a step's end to the next kill
+PAUSE_S = 0.5  # at most, from a step's end to the next kill: it falls anywhere in a step
 STUCK_S = 600.0
 TASK = {
     "name": "chains", "path": "builtin:chain_arithmetic", "verifier": f"{__name__}:Coin", "max_prompt_tokens": 10,
@@ -171,8 +171,8 @@ class _Command:
         """Kills processes until there were so many kills, or the run has ended."""
         kinds: list[str] = []
         while len(soak.kills) < kills:
-            self._await_lines(self.lines() + 1)
-            time.sleep(order.uniform(*PAUSE_S))
+            self._await_lines(self.lines() + order.randint(1, STEPS_A_KILL // 2))
+            time.sleep(order.uniform(0.0, PAUSE_S))
             if not kinds:
                 kinds = order.sample(list(KINDS), len(KINDS))
             kind = kinds.pop()
