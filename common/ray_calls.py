@@ -13,6 +13,13 @@ from latent_grpo.common.seen_time import SeenTime
 LOOKED_AT_EVERY_S = 0.5  # so that time in which this process is stopped does not count
 
 
+def ensure_own_node() -> None:
+    """Raises RayLost where the node of Ray that this process belongs to is dead: then nothing can be started by it."""
+    own = ray.get_runtime_context().get_node_id()
+    if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == own):
+        raise RayLost("Ray's node of this process is dead: its raylet was killed or has crashed")
+
+
 def put_within(value: object, seconds: float, key: str) -> ray.ObjectRef[Any]:
     """`ray.put` with a deadline: on a node whose raylet is stopped it would wait forever.
 

@@ -41,9 +41,17 @@ def recovering(run: Run, work: Callable[[], Result], *, kind: str = "train") -> 
                 run.reservation.await_room()
             except ConfigError as lacking:
                 raise RunError(str(lacking)) from error
-        except RayLost as error:
-            link.tell(crashed=f"has lost its Ray: {error}")  # now: to leave a Ray that is stuck may take for ever
+            except RayLost as lost:
+                _tell(lost)
+                raise
+        except RayLost as lost:
+            _tell(lost)
             raise
+
+
+def _tell(lost: RayLost) -> None:
+    """Tells the supervisor now: to leave a Ray that is stuck may take for ever."""
+    link.tell(crashed=f"has lost its Ray: {lost}")
 
 
 def recovered(run: Run, step: int) -> None:

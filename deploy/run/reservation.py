@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from latent_grpo.common.config import ActorResources, ConfigError, RunConfig
 from latent_grpo.common.interrupts import check_interrupt
+from latent_grpo.common.ray_calls import ensure_own_node
 from latent_grpo.common.seen_time import SeenTime
 
 Services = Literal["both", "rollout", "learner"]
@@ -85,6 +86,7 @@ def _await(group: Any, needs: list[dict[str, float]], who: str, limit_s: float, 
     # its state, and not `group.wait`: for a group that fits nowhere that returns at once, and each call stays in GCS
     while placement_group_table(group)["state"] != "CREATED":
         time.sleep(POLL_S)
+        ensure_own_node()
         waited = clock.look(POLL_S)
         if waited > limit_s:
             raise ConfigError(
