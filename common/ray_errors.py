@@ -13,6 +13,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+NODE_GONE = "its node is gone"
 SHOWN = 300  # characters of a text that is not known
 
 
@@ -22,7 +23,7 @@ def in_short(error: BaseException) -> str:
         return in_short(error.cause) if error.cause is not None else _first_line(str(error))
     text = str(error)
     if isinstance(error, NodeDiedError) or "node has died" in text:
-        return "its node is gone"
+        return NODE_GONE
     if isinstance(error, OutOfMemoryError) or "memory on the node" in text:
         return "Ray ended its process because the node's memory was full"
     if isinstance(error, ActorUnschedulableError):

@@ -115,6 +115,8 @@ def supervise(arguments: list[str], say: Callable[[str], None]) -> int:
         while True:
             with _started(["train", *arguments], recovery, run) as child:
                 signals.process = child.process
+                if signals.received:  # while it was being started
+                    child.process.send_signal(signals.received[-1])
                 cause = _watched(child)
                 signals.process = None
             _clear(child.facts.get("ray"))

@@ -31,7 +31,7 @@ from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayEr
 from latent_grpo.common.config import ConfigError, DeadlineConfig, RolloutConfig
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import check_interrupt
-from latent_grpo.common.ray_errors import in_short
+from latent_grpo.common.ray_errors import NODE_GONE, in_short
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
 from latent_grpo.common.types import GroupRequest
@@ -46,7 +46,6 @@ SHOWN = 4  # workers whose stacks are shown at once
 INTERRUPT_POLL_S = 0.5  # seconds between checks for an interrupt
 AHEAD = 1.25  # samples given to a worker, in multiples of those that it decodes side by side
 RESTARTS_WITHIN_S = 3600.0
-NODE_S = 60.0  # within which the workers of a node that is gone are noticed
 LONGEST_PAUSE_S = 30.0  # before another attempt to start a worker
 ANSWER_S = 60.0  # for Ray to hand over what has arrived
 
@@ -98,7 +97,7 @@ class RolloutPool:
         self._enough_at = 0.0  # when the pool last had `min_workers`, by its clock
         self._wanted = config.workers
         self._served = False  # a worker has served: others can
-        self._nodes_lost: dict[str, float] = {}  # by node, when the loss of its first worker was counted
+        self._nodes_lost: set[str] = set()  # whose first worker's loss was counted
         self.restarts = 0
         try:
             self.wait_for(min(config.min_workers, config.workers))
@@ -385,14 +384,11 @@ class RolloutPool:
         self._remove(member)
         self._waiting.extendleft(reversed(member.groups.values()))
         ray.kill(member.actor)
-        node, now = member.process.node_id, time.monotonic()
-        first = now - self._nodes_lost.get(node, -NODE_S) >= NODE_S
-        if "node is gone" in why:
-            self._nodes_lost[node] = self._nodes_lost[node] if not first else now
-        else:
-            first = True
+        counted = why == NODE_GONE and member.process.node_id in self._nodes_lost
+        if why == NODE_GONE:
+            self._nodes_lost.add(member.process.node_id)  # it does not come back: a node that joins has another id
         what = f"rollout {member.name} was lost ({why}; last event: {member.last_event})"
-        self._count_restart(what, counts=first)
+        self._count_restart(what, counts=not counted)
 
     def _count_restart(self, what: str, *, counts: bool = True) -> None:
         """Counts a loss; of the workers that a node takes with it, the first alone `counts` towards the limit."""

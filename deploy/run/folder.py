@@ -14,6 +14,8 @@ runs/NAME/
     checkpoints/       complete states (learner.checkpoint)
     model/             the trained policy, Hugging Face format
     summary.json       the final table
+    control/           requests to the run and its replies (deploy.run.control)
+    scaled.json        the number of workers that it was scaled to
     recoveries.jsonl   what a run has recovered from by itself (deploy.run.recovery)
     evaluation.json    the results of an evaluation run
     .lock, .lease      held by the process that writes here (run_lock)
