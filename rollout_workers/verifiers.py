@@ -8,7 +8,6 @@ from typing import Any
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.errors import RunError
-from latent_grpo.common.tasks.benchmarks import with_benchmark_defaults
 from latent_grpo.reward.dispatcher import GraderStartError
 from latent_grpo.reward.pool import VerifierPool
 from latent_grpo.reward.verifier import Definitions, UnknownVerifierError, Verifier
@@ -81,7 +80,7 @@ def _users(config: RunConfig) -> dict[str, list[str]]:
     """Verifier -> names of the tasks that name it."""
     users: dict[str, list[str]] = {}
     for task in (*config.tasks, *config.evaluation.tasks):
-        users.setdefault(with_benchmark_defaults(task).verifier, []).append(task.name)
+        users.setdefault(task.verifier, []).append(task.name)
     return users
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from latent_grpo.common.config.section import Section
+from latent_grpo.common.config.section import AsGiven, Section
 
 Dtype = Literal["float32", "bfloat16"]
 DATE_FORMAT = "%d %b %Y"
@@ -15,9 +15,19 @@ DEFAULT_DATE = "26 Jul 2024"  # what the templates of Llama 3.1 and 3.2 print wh
 MADE_TOKENIZERS = ("arithmetic", "bpe")
 
 
-class Columns(Section):
-    """Column names of a problem file. verl's `prompt` and `reward_model.ground_truth`, and the raw columns of GPQA, are
-    found without settings."""
+LOW: dict[str, str | int] = {"verifier": "number", "max_prompt_tokens": 192, "max_response_tokens": 128}
+HIGH: dict[str, str | int] = {"verifier": "math", "max_prompt_tokens": 1024, "max_response_tokens": 4096}
+BENCHMARK_DEFAULTS: dict[str, dict[str, str | int]] = {
+    **dict.fromkeys(("gsm8k-aug", "gsm-hard", "svamp", "multiarith"), LOW),
+    **dict.fromkeys(("math500", "aime2024", "aime2025"), HIGH),
+    "gpqa": HIGH | {"verifier": "choice"},
+}
+"""Name of a benchmark -> the defaults of its task (METHOD §8). The rest of it is in `common/tasks/benchmarks.py`."""
+
+
+class Columns(AsGiven):
+    """Column names of a problem file; one that is named here must be there. verl's `prompt` and
+    `reward_model.ground_truth`, and the raw columns of GPQA, are found without settings."""
 
     problem: str = "problem"
     """Column with the text of the problem."""
@@ -31,7 +41,7 @@ class Columns(Section):
     answer column. null, or a file without such a column: the visible text is the boxed answer."""
 
 
-class PromptConfig(Section):
+class PromptConfig(AsGiven):
     """How a problem becomes a prompt (METHOD §8). The rendered prompt ends with the start-of-thinking text. Each key
     counts by itself: that of `tasks.N.prompt`, else of `model.prompt`, else of the benchmark. Rows in verl's layout
     bring whole messages, so only `tasks.N.prompt` changes them."""
@@ -48,17 +58,6 @@ class PromptConfig(Section):
     think_end: str = "</think>"
     """End-of-thinking text. Its first token id under the model's tokenizer is the latent-end token (METHOD §1), of
     which a run has one for all tasks."""
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The keys that somebody set."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-
-    @model_serializer(mode="wrap")
-    def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A key that nobody set stays so in a file: written out it would take precedence over a benchmark's."""
-        written: dict[str, Any] = handler(self)
-        return {name: value for name, value in written.items() if name in self.model_fields_set}
 
 
 class TaskConfig(Section):
@@ -87,6 +86,14 @@ class TaskConfig(Section):
     or an import path `package.module:Name`."""
     prompt: PromptConfig | None = None
     """Keys of the prompt for this task, before those of `model.prompt`."""
+
+    @model_validator(mode="after")
+    def _benchmark_defaults(self) -> Self:
+        """Fills in the benchmark's values where nobody gave any, so that a run's settings have those that apply."""
+        for key, value in BENCHMARK_DEFAULTS.get(self.name, {}).items():
+            if key not in self.model_fields_set:
+                object.__setattr__(self, key, value)
+        return self
 
 
 class VerifierDefinition(Section):

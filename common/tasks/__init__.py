@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latent_grpo.common.tasks.benchmarks import BENCHMARKS, Benchmark, benchmark_tasks, with_benchmark_defaults
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS, Benchmark, benchmark_tasks
 from latent_grpo.common.tasks.sources import (
     Draw,
     GeneratedTask,
@@ -26,5 +26,4 @@ __all__ = [
     "benchmark_tasks",
     "describe_dropped",
     "load_task",
-    "with_benchmark_defaults",
 ]

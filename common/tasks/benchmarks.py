@@ -45,13 +45,10 @@ class ReferenceRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """The defaults of a benchmark's task. Budgets are in tokens, the response's latent and hard steps together."""
+    """A benchmark, besides the defaults of its task's settings (`BENCHMARK_DEFAULTS`)."""
 
     level: Literal["low", "high"]
-    verifier: str
     prompt: PromptConfig
-    max_prompt_tokens: int
-    max_response_tokens: int
     problems: int  # of the whole benchmark, as published
     own_files: tuple[str, ...]  # the product's names
     authors_stem: str  # of the file in the authors' repository: STEM.jsonl or STEM.parquet (METHOD §8)
@@ -67,15 +64,11 @@ class Benchmark:
             authors.reverse()  # verl's rows bring the prompt of one protocol; the .jsonl has raw columns, good for both
         return tuple(dict.fromkeys([*self.own_files, *others, *authors]))
 
-    def defaults(self) -> dict[str, object]:
-        names = ("verifier", "max_prompt_tokens", "max_response_tokens")
-        return {name: getattr(self, name) for name in names}
-
 
 def _low(file: str, authors: str, problems: int, source: str) -> Benchmark:
     return Benchmark(
-        level="low", verifier="number", prompt=LOW_PROMPT, max_prompt_tokens=192, max_response_tokens=128,
-        problems=problems, own_files=(file,), authors_stem=authors, how_to_get=_source(source),
+        level="low", prompt=LOW_PROMPT, problems=problems, own_files=(file,), authors_stem=authors,
+        how_to_get=_source(source),
         reference=ReferenceRules(runs=5, verifier="reference_number", uncut_lengths=True, noise_too=False),
     )  # fmt: skip
 
@@ -95,8 +88,8 @@ def _high(
         prompt=reference_prompt,
     )  # fmt: skip
     return Benchmark(
-        level="high", verifier=verifier, prompt=prompt, max_prompt_tokens=1024, max_response_tokens=4096,
-        problems=problems, own_files=files, authors_stem=authors, how_to_get=how_to_get, reference=reference,
+        level="high", prompt=prompt, problems=problems, own_files=files, authors_stem=authors, how_to_get=how_to_get,
+        reference=reference,
     )  # fmt: skip
 
 
@@ -154,14 +147,6 @@ def known_files(name: str) -> tuple[str, ...]:
     if name in TRAINING_STEMS:
         return (own, f"{TRAINING_STEMS[name]}.parquet", f"{TRAINING_STEMS[name]}.jsonl")
     return (own,) if name in TRAINING_SETS else ()
-
-
-def with_benchmark_defaults(config: TaskConfig) -> TaskConfig:
-    """Fills in the benchmark's values where the user gave none; a config of any other name is returned unchanged."""
-    benchmark = BENCHMARKS.get(config.name)
-    if benchmark is None:
-        return config
-    return config.model_copy(update={k: v for k, v in benchmark.defaults().items() if k not in config.model_fields_set})
 
 
 def reference_rules(name: str) -> ReferenceRules | None:

@@ -20,7 +20,7 @@ import numpy as np
 from latent_grpo.common.config import ConfigError, TaskConfig
 from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic
-from latent_grpo.common.tasks.benchmarks import BENCHMARKS, how_to_get, with_benchmark_defaults
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS, how_to_get
 from latent_grpo.common.tasks.cells import cell_text
 from latent_grpo.common.tasks.generator import PREFIX, Generator, UsersGenerator
 from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
@@ -122,10 +122,9 @@ def load_task(
 
     `gradable` says whether the task's verifier can read a gold answer; other rows are dropped and counted, since a
     sample of such a row could never be right. `boxed` returns the last boxed answer of a text, which is the gold answer
-    of a row that has a solution and no answer. `protocol` decides the order and the text of raw GPQA's options. The
-    source's `config` has the benchmark's defaults filled in. Raises TaskError.
+    of a row that has a solution and no answer. `protocol` decides the order and the text of raw GPQA's options.
+    Raises TaskError.
     """
-    config = with_benchmark_defaults(config)
     if config.path is None:
         hint = " (a named benchmark gives prompt and verifier, not the problems)" if config.name in BENCHMARKS else ""
         raise TaskError(

@@ -11,7 +11,7 @@ from typing import cast
 
 from latent_grpo.common.config import RunConfig, TaskConfig
 from latent_grpo.common.prompts import PromptRenderer
-from latent_grpo.common.tasks.benchmarks import BENCHMARKS, with_benchmark_defaults
+from latent_grpo.common.tasks.benchmarks import BENCHMARKS
 from latent_grpo.common.tasks.sources import GeneratedTask
 from latent_grpo.common.types import Problem
 from latent_grpo.deploy.evaluation.rows import Row, interim_rows, planned, rows_of
@@ -92,4 +92,4 @@ def _published(task: TaskConfig) -> GeneratedTask:
         raise ValueError(f"problem {index} of {task.name} was not read")
 
     problems = BENCHMARKS[task.name].problems
-    return GeneratedTask(with_benchmark_defaults(task), missing, min(problems, task.limit or problems))
+    return GeneratedTask(task, missing, min(problems, task.limit or problems))

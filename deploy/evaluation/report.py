@@ -16,6 +16,7 @@ from rich.table import Table
 
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
+from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
 from latent_grpo.common.files import file_hash
 from latent_grpo.common.model_chain import ChainSettings
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, REFERENCE_TEMPERATURE, REFERENCE_TOP_P, reference_rules
@@ -255,4 +256,4 @@ def _as_published(result: TaskResult) -> bool:
     benchmark = BENCHMARKS.get(result.task)
     if result.protocol != "reference" or benchmark is None or result.problems != benchmark.problems:
         return False
-    return result.budget in (None, benchmark.max_response_tokens)
+    return result.budget in (None, BENCHMARK_DEFAULTS[result.task]["max_response_tokens"])

@@ -39,7 +39,17 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from latent_grpo.common.config import ConfigError, PromptConfig, RunConfig, config_as_json, load_config, parse_config
+from latent_grpo.common.config import (
+    Columns,
+    ConfigError,
+    PromptConfig,
+    RunConfig,
+    TaskConfig,
+    config_as_json,
+    load_config,
+    parse_config,
+)
+from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
 from latent_grpo.common.config.resume import refused_changes
 from latent_grpo.common.files import write_atomically
 from latent_grpo.deploy.run.versions import versions
@@ -194,17 +204,34 @@ def _check_changes(folder: RunFolder, stored: RunConfig, config: RunConfig) -> N
 
 
 def _of_today(stored: dict[str, Any]) -> dict[str, Any]:
-    """Returns stored settings with what versions up to 0.2.0 wrote, which had no section `ray`, as it is meant today.
+    """Returns stored settings as they are meant today.
 
-    They wrote defaults into every file that nobody chose: of `health.max_log_prob_gap`, a bound on whole steps, and of
-    the keys of prompts, which would now take precedence over a benchmark's.
+    Earlier versions wrote defaults into every file that nobody chose. Some of them would now be demands: for columns
+    that a file need not have, and for verifier and budgets of a task that is a benchmark. Those up to 0.2.0, which had
+    no section `ray`, wrote `health.max_log_prob_gap`, a bound on whole steps, and the keys of prompts besides.
     """
+    stored = _without_default_tasks(stored)
     if "ray" in stored:
         return stored
     health = stored.get("health", {})
     if health.get("max_log_prob_gap") == GAP_OF_OLD_RUNS:
         stored = {**stored, "health": {**health, "max_log_prob_gap": "auto"}}
     return _without_default_prompts(stored)
+
+
+def _without_default_tasks(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_default_tasks(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    found = {key: _without_default_tasks(value) for key, value in node.items()}
+    columns, fields = found.get("columns"), Columns.model_fields
+    if isinstance(columns, dict) and {"problem", "answer", "cot"} <= columns.keys():  # written by a version before
+        found["columns"] = {key: v for key, v in columns.items() if key not in fields or v != fields[key].default}
+        for key in BENCHMARK_DEFAULTS.get(str(found.get("name")), ()):
+            if found.get(key) == TaskConfig.model_fields[key].default:
+                del found[key]
+    return found
 
 
 def _without_default_prompts(node: Any) -> Any:

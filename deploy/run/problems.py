@@ -17,7 +17,6 @@ from latent_grpo.common.tasks.benchmarks import (
     prompt_of,
     prompt_of_messages,
     reference_rules,
-    with_benchmark_defaults,
 )
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.tasks.sources import (
@@ -164,7 +163,7 @@ def read_task(
     A `whole` task is an evaluation's and must not lack a row. Raises TaskError when nothing is left, and for a `whole`
     task that is endless or that has such rows.
     """
-    verifier = build_verifier(config, with_benchmark_defaults(task).verifier)
+    verifier = build_verifier(config, task.verifier)
     source = load_task(
         task, config.seed, lambda gold: gold_is_parsable(verifier, gold), lambda text: extract(text).content, protocol
     )

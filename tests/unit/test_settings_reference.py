@@ -58,9 +58,10 @@ def leaves(node, prefix=""):
 
 
 def test_the_reference_has_every_key_of_a_resolved_configuration_and_no_other():
-    # a prompt's keys are written only where they are set
+    # the keys of prompts and columns are written only where they are set
     prompt = {"system": "s", "user": "u {problem}", "format": "f {problem}", "think_start": "a", "think_end": "b"}
-    task = {"name": "a", "path": "a.jsonl", "prompt": prompt}
+    columns = {"problem": "p", "answer": "a", "cot": "c", "solution": None}
+    task = {"name": "a", "path": "a.jsonl", "prompt": prompt, "columns": columns}
     resolved = [
         load_config(
             {

@@ -11,6 +11,7 @@ import pytest
 from benchmark_files import DATA, MISSING
 
 from latent_grpo.common.config import Columns, PromptConfig, TaskConfig, load_config
+from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
 from latent_grpo.common.tasks.arithmetic import MODULUS, ChainArithmetic, split_of
 from latent_grpo.common.tasks.benchmarks import INSTRUCTION, prompt_of, prompt_of_messages
 from latent_grpo.common.tasks.sources import (
@@ -19,7 +20,6 @@ from latent_grpo.common.tasks.sources import (
     TaskError,
     describe_dropped,
     load_task,
-    with_benchmark_defaults,
 )
 
 
@@ -252,13 +252,12 @@ def test_the_models_prompt_never_touches_whole_messages():
 
 
 def test_benchmark_defaults_yield_to_what_the_user_gave():
-    config = with_benchmark_defaults(TaskConfig(name="svamp", path="x", max_response_tokens=64))
+    config = TaskConfig(name="svamp", path="x", max_response_tokens=64)
     assert (config.verifier, config.max_prompt_tokens, config.max_response_tokens) == ("number", 192, 64)
-    own = with_benchmark_defaults(TaskConfig(name="gpqa"))
+    own = TaskConfig(name="gpqa")
     assert (own.verifier, own.max_response_tokens) == ("choice", 4096)
-    plain = TaskConfig(name="mine")
-    assert with_benchmark_defaults(plain) is plain
-    assert set(BENCHMARKS) == {
+    assert TaskConfig(name="mine").verifier == "math"
+    assert set(BENCHMARKS) == set(BENCHMARK_DEFAULTS) == {
         "gsm8k-aug", "gsm-hard", "svamp", "multiarith", "math500", "aime2024", "aime2025", "gpqa",
     }  # fmt: skip
 
