@@ -114,6 +114,8 @@ class Controller:
             drop_reason=self._drop_reason,
             next_ordinal=next_ordinal,
         )
+        self.beside: Callable[[str, pa.RecordBatch], bool] | None = None
+        """Takes groups by their uid that are not for training but arrive beside it; False for any other."""
         self._learning: ReadyBatch | None = None  # at the learner now
 
     @property
@@ -168,6 +170,13 @@ class Controller:
         """
         return gather(self.pool, requests, on_arrival, self._take)
 
+    def attend(self, done: Callable[[], bool]) -> None:
+        """Takes what arrives until `done`, and dispatches nothing for training."""
+        while not done():
+            for group in self.pool.poll(POLL_S):
+                self._take(group)
+            check_interrupt()
+
     def settle(self, timeout_s: float) -> StepResult | None:
         """After an interrupt, finishes the step that the learner has begun and returns it.
 
@@ -215,6 +224,8 @@ class Controller:
 
     def _take(self, group: pa.RecordBatch) -> None:
         uid = _group_uid(group)
+        if self.beside is not None and self.beside(uid, group):
+            return
         try:
             self.buffer.arrived(uid, group)
         except SchemaError as error:  # from a worker with other code, for example; records are never repaired

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -21,6 +22,8 @@ from latent_grpo.common.figure_names import by_label, protocol_of, task_of
 from latent_grpo.common.interrupts import Interrupted
 from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate
+from latent_grpo.deploy.evaluation.interim import InterimEvaluations, make_up, owed
+from latent_grpo.deploy.evaluation.scores import TaskResult
 from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.control import Scaling
 from latent_grpo.deploy.run.folder import RunFolder, create_run, has_begun, named_run, reopen_run
@@ -122,7 +125,7 @@ def _reinforce(run: Run, base: str | Path) -> None:
 
 def _train(run: Run, learner: LearnerGroup) -> None:
     config, checkpoint = run.config, latest_checkpoint(run.folder.checkpoints)
-    position = {"step": 0, "next_ordinal": 0}
+    position, unfinished = {"step": 0, "next_ordinal": 0}, None
     if checkpoint is not None:
         for skipped in checkpoint.skipped:
             run.reporter.say(f"[yellow]checkpoint {skipped.path.name} skipped: {skipped.reason}[/]")
@@ -133,13 +136,17 @@ def _train(run: Run, learner: LearnerGroup) -> None:
     milestones = Milestones(run.folder, config, controller.step, run.reporter)
     if controller.step < config.steps and milestones.stopped is None:
         run.record(after=None, stopped=None)  # of the model that goes on
+    if checkpoint is not None:
+        unfinished = owed(run, checkpoint.state)
+        if unfinished not in (None, controller.step):
+            make_up(run, learner, unfinished, checkpoint, partial(milestones.evaluated, keep=lambda step: None))
     controller.begin()
     self_test(run, learner)
     recovered(run, controller.step)
     if config.evaluation.at_start and "before" not in run.summary:
         evaluate(run, controller.gather, controller.step, "before")
     with StepObserver(run.folder, config, run.lineage, run.metrics, run.reporter) as observer:
-        _steps(run, controller, learner, observer, milestones)
+        _steps(run, controller, learner, observer, milestones, unfinished == controller.step)
     run.record(stopped=milestones.stopped)
     if config.evaluation.at_end:
         milestones.evaluated_at_end(controller.step, evaluate(run, controller.gather, controller.step, "after"))
@@ -148,15 +155,21 @@ def _train(run: Run, learner: LearnerGroup) -> None:
 
 
 def _steps(
-    run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver, milestones: Milestones
+    run: Run,
+    controller: Controller,
+    learner: LearnerGroup,
+    observer: StepObserver,
+    milestones: Milestones,
+    evaluation_first: bool,
 ) -> None:
+    """Takes the steps that are left; `evaluation_first` says that the state's own evaluation was not finished."""
     config = run.config
 
     def record(done: int, values: dict[str, float]) -> None:
         run.metrics.write(done, values, kind="checkpoint", lineage=run.lineage)
 
     def write(done: int) -> None:
-        save(run, controller, learner, observer, milestones.protected)
+        save(run, controller, learner, observer, milestones, interim)
 
     keeper = StateKeeper("training", controller.step, write, record, config.deadlines, run.reporter)
 
@@ -165,10 +178,18 @@ def _steps(
             result = keeper.finish_step(interrupt, controller.settle)
             if result is not None:
                 observer.observe(result, learner.last_report if result.batch is not None else None)
+        interim.look()
         if not controller.learning:
             keeper.keep(controller.step)
         return keeper.report(controller.step)
 
+    def evaluated(step: int, found: list[TaskResult]) -> None:
+        # the checkpoint of an earlier step is there already, if there is one
+        milestones.evaluated(step, found, lambda of: keeper.keep(of) if of == controller.step else None)
+        if milestones.stopped:
+            keeper.keep(controller.step)
+
+    interim = InterimEvaluations(run, controller, evaluated, keeper.keep)
     scaling = None if run.workers is None else Scaling(config, run.workers, run.reporter.say)
     with interruptible(settle, run.reporter), run.reporter.phase(config.algorithm, config.steps) as advance:
         advance(controller.step)
@@ -179,6 +200,8 @@ def _steps(
             done, note = share.at(part, of_part)
             advance(before + len(rewards) + done, f"{curve}{note}")
 
+        if evaluation_first and milestones.stopped is None:
+            interim.begin(controller.step)
         while controller.step < config.steps and milestones.stopped is None:
             if scaling is not None:
                 scaling.begins()
@@ -199,13 +222,14 @@ def _steps(
             if _due(config.checkpoint.every, result.step) or result.step == config.steps or milestones.stopped:
                 keeper.keep(result.step)
             keeper.keep_ahead(result.step)
-            if _due(config.evaluation.every, result.step) and result.step < config.steps and not milestones.stopped:
-                found = evaluate(run, controller.gather, controller.step, f"step-{result.step}")
-                milestones.evaluated(result.step, found, keeper.keep)
-                if milestones.stopped:
-                    keeper.keep(result.step)
+            interim.look()
+            if _due(config.evaluation.every, result.step) and result.step < config.steps:
+                interim.finish()  # one at a time
+                if not milestones.stopped:
+                    interim.begin(result.step)
             curve = f"reward {rewards[-1]:.3f} {sparkline(rewards)} "
             advance(result.step, curve)
+        interim.finish()
 
 
 def _due(every: int, step: int) -> bool:
@@ -213,21 +237,26 @@ def _due(every: int, step: int) -> bool:
 
 
 def save(
-    run: Run, controller: Controller, learner: LearnerGroup, observer: StepObserver, protected: Collection[str] = ()
+    run: Run,
+    controller: Controller,
+    learner: LearnerGroup,
+    observer: StepObserver,
+    milestones: Milestones,
+    interim: InterimEvaluations,
 ) -> None:
     """Writes a checkpoint between two steps, once the dumps of its steps are on the disk.
 
-    Those whose names are `protected` stay, however old they are.
+    The best one stays, and that of an evaluation that goes on, however old they are.
     """
     observer.flush()
-    state = {"step": controller.step, "next_ordinal": controller.next_ordinal, "lineage": run.lineage}
+    state = {"step": controller.step, "next_ordinal": controller.next_ordinal, "lineage": run.lineage, **interim.state}
     write_checkpoint(
         run.folder.checkpoints,
         controller.step,
         lambda folder: learner.save(folder / "learner"),
         state,
         run.config.checkpoint.keep,
-        protected,
+        (*milestones.protected, *interim.protected),
     )
 
 

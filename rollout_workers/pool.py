@@ -37,6 +37,7 @@ from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
 from latent_grpo.common.types import GroupRequest
 from latent_grpo.common.weights import Publication
 from latent_grpo.rollout_workers.engine import RequestRefused
+from latent_grpo.rollout_workers.loan import Loan
 from latent_grpo.rollout_workers.member import Member, Starting, WorkerActor
 from latent_grpo.rollout_workers.worker import RolloutWorker
 
@@ -89,6 +90,7 @@ class RolloutPool:
         self._members: dict[str, Member] = {}
         self._publication: Publication | None = None
         self._waiting: deque[GroupRequest] = deque()  # until a worker has room for them
+        self._loan: Loan | None = None
         self._lost_at: deque[float] = deque()  # within the last hour, by the machine's clock
         self._failed_starts = 0  # since a worker was last started with success
         self._start_again_at = 0.0  # by the pool's clock
@@ -133,7 +135,8 @@ class RolloutPool:
     @property
     def outstanding(self) -> int:
         """The number of groups submitted and not delivered."""
-        return len(self._waiting) + sum(len(member.groups) for member in self._members.values())
+        lent = 0 if self._loan is None else len(self._loan.waiting)
+        return len(self._waiting) + lent + sum(len(member.groups) for member in self._members.values())
 
     # --- what the controller calls -------------------------------------------------------------------------------
 
@@ -146,16 +149,48 @@ class RolloutPool:
         self._publication = publication
         now = self._clock.look()
         for member in self._members.values():
-            member.send(publication, now)
+            if self._loan is None or not self._loan.keeps(member):
+                member.send(publication, now)
 
     def submit(self, requests: list[GroupRequest]) -> None:
         """Spreads groups over the workers, each to the one with the fewest samples left."""
         self._waiting.extend(requests)
         self._dispatch()
 
+    def lend(self) -> bool:
+        """Takes the last worker out of training: until `end_loan` it keeps the present weights, for `submit_lent`.
+
+        Groups that it has already are made first. Returns False, and does nothing, where fewer than two workers serve.
+        Raises :class:`RolloutPoolError` before the first `publish`, and while a worker is lent.
+        """
+        if self._publication is None or self._loan is not None:
+            raise RolloutPoolError("a worker is lent once the pool has weights, and one at a time")
+        serving = self._serving()
+        if len(serving) < 2:
+            return False
+        self._loan = Loan(self._publication, serving[-1].name)
+        return True
+
+    def submit_lent(self, requests: list[GroupRequest]) -> None:
+        """Gives groups to the worker that is lent; `poll` returns them among the others."""
+        if self._loan is None:
+            raise RolloutPoolError("no worker is lent; call lend first")
+        self._loan.submit(requests)
+        self._dispatch()
+
+    def end_loan(self) -> None:
+        """Takes the worker that was lent back into training, with the current weights."""
+        self._loan = None
+        now = self._clock.look()
+        for member in self._members.values():
+            if self._publication is not None and member.version != self._publication.manifest.version.version:
+                member.send(self._publication, now)
+        self._dispatch()
+
     def discard(self) -> None:
-        """Forgets every group that was submitted; none of them is delivered any more."""
+        """Forgets every group that was submitted; none of them is delivered any more, and no worker is lent."""
         self._waiting.clear()
+        self._loan = None
         now = self._clock.look()
         for member in self._members.values():
             member.discard(now)
@@ -179,8 +214,7 @@ class RolloutPool:
         for member in sorted(self._serving(), key=lambda m: (m.place is not None, m.load))[: max(spare, 0)]:
             member.leaving = True
         for member in [m for m in self._members.values() if m.leaving and at_once]:
-            self._waiting.extendleft(reversed(member.groups.values()))
-            member.groups.clear()
+            self._hand_on(member)
         self._release_leavers()
         self._start_missing()
 
@@ -314,6 +348,10 @@ class RolloutPool:
         """Hands out waiting groups, to each worker no more than it is about to decode, or with `everything` all."""
         shares: dict[str, list[GroupRequest]] = {}
         serving, now = self._serving(), self._clock.look()
+        if self._loan is not None:
+            self._loan.dispatch(self._members, now)
+            current = None if self._publication is None else self._publication.manifest.version.version
+            serving = [m for m in serving if not self._loan.keeps(m) and m.version == current]
         loads = {member.name: member.load for member in serving}
         most = self._config.max_rows * AHEAD
         while self._waiting and loads:
@@ -325,6 +363,13 @@ class RolloutPool:
             loads[name] += samples
         for name, share in shares.items():
             self._members[name].submit(share, now)
+
+    def _hand_on(self, member: Member) -> None:
+        """Takes a worker's groups from it, for others."""
+        for uid, request in reversed(member.groups.items()):
+            lent = self._loan is not None and uid in self._loan.uids
+            (self._loan.waiting if self._loan is not None and lent else self._waiting).appendleft(request)
+        member.groups.clear()
 
     # --- workers that come and go --------------------------------------------------------------------------------
 
@@ -382,7 +427,7 @@ class RolloutPool:
             member.name, member.process.pid, why, member.last_event, len(member.groups),
         )  # fmt: skip
         self._remove(member)
-        self._waiting.extendleft(reversed(member.groups.values()))
+        self._hand_on(member)
         ray.kill(member.actor)
         counted = why == NODE_GONE and member.process.node_id in self._nodes_lost
         if why == NODE_GONE:

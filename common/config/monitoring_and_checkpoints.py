@@ -22,6 +22,10 @@ class EvaluationConfig(Section):
     """Tasks that the model is evaluated on; without any there is no evaluation."""
     every: Annotated[int, Field(ge=0)] = 0
     """Evaluation interval, in steps; 0: only before and after training."""
+    blocking: Annotated[bool, Rule.MAY_CHANGE] = True
+    """Whether the learner waits for the evaluations of `every`. false: one rollout worker keeps the weights of the step
+    and evaluates them while the learner goes on with the others, where at least two serve; a checkpoint of the step is
+    written first, from which an evaluation that was broken off is made up."""
     protocol: EvaluationProtocol | Literal["both"] = "ours"
     """Rules by which figures are computed: this project's (`ours`), or those of the paper's authors (`reference`),
     which fix prompts, sampling, repetitions, grading and lengths of the eight benchmarks (METHOD §8, docs/evaluate.md).

@@ -434,6 +434,10 @@ def _without_effect(config: RunConfig) -> list[str]:
             config.evaluation.interim and not config.evaluation.every,
             "evaluation.every 0",
         ),
+        "evaluation.blocking": (
+            not config.evaluation.blocking and not config.evaluation.every,
+            "evaluation.every 0",
+        ),
         "evaluation.sampled_problems": (
             changed(config.evaluation, "sampled_problems") and not config.evaluation.samples,
             "evaluation.samples 0",

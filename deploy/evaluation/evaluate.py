@@ -8,11 +8,12 @@ So it is by this project's protocol; `rows` says what that of the paper's author
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -45,6 +46,11 @@ from latent_grpo.rollout_workers.verifiers import used_definitions
 
 SAMPLES_AT_ONCE = 8192  # samples requested together, which bounds the trajectories in memory
 
+Result = TypeVar("Result")
+Wish = tuple[list[GroupRequest], Callable[[int], None]]
+"""Groups that an evaluation asks for together, and what is called with the number of those that have arrived."""
+Asking = Generator[Wish, list[pa.RecordBatch], Result]
+"""An evaluation as a generator: it yields what it asks for, is sent those groups in order, and returns its result."""
 Gather = Callable[[list[GroupRequest], Callable[[int], None]], list[pa.RecordBatch]]
 """Generates groups with the pool's current weights and waits for all (`Controller.gather`, `controller.gather`)."""
 Keep = Callable[[list[pa.RecordBatch]], None]
@@ -101,27 +107,44 @@ def measure_rows(
     at_once: int = SAMPLES_AT_ONCE,
 ) -> list[TaskResult]:
     """Measures rows as :func:`measure` does; those that sample a problem alike share its samples."""
-    reporter = reporter or Reporter()
+    return answered(asking_for_rows(config, rows, tag, reporter or Reporter(), keep, at_once), gather)
+
+
+def answered(asking: Asking[Result], gather: Gather) -> Result:
+    """Returns the result of an evaluation that is given what it asks for at once."""
+    with contextlib.closing(asking):
+        try:
+            wish = next(asking)
+            while True:
+                wish = asking.send(gather(*wish))
+        except StopIteration as ended:
+            result: Result = ended.value
+            return result
+
+
+def asking_for_rows(
+    config: RunConfig, rows: Sequence[Row], tag: str, reporter: Reporter, keep: Keep | None, at_once: int
+) -> Asking[list[TaskResult]]:
+    """Measures rows with the groups that it is sent."""
     measured, sets = planned(rows)
     stages: dict[str, list[SampleSet]] = {}
     for found in sets:
         stages.setdefault(found.stage, []).append(found)
     for stage, of_stage in stages.items():
-        _generate(config, gather, of_stage, stage.format(tag), tag, reporter, keep, at_once)
+        yield from _generating(config, of_stage, stage.format(tag), tag, reporter, keep, at_once)
     return [found.result() for found in measured]
 
 
-def _generate(
+def _generating(
     config: RunConfig,
-    gather: Gather,
     sets: Sequence[SampleSet],
     name: str,
     tag: str,
     reporter: Reporter,
     keep: Keep | None,
     at_once: int,
-) -> None:
-    """Generates the samples of some sets, a part at a time, and counts them."""
+) -> Asking[None]:
+    """Asks for the samples of some sets, a part at a time, and counts them."""
     wanted = [(found, i, request) for found in sets for i, request in enumerate(found.requests(config, tag))]
     with reporter.phase(name, len(wanted), "problems") as advance:
         done = 0
@@ -130,7 +153,7 @@ def _generate(
             def arrived(count: int, before: int = done) -> None:
                 advance(before + count)
 
-            groups = gather([request for _, _, request in part], arrived)
+            groups = yield [request for _, _, request in part], arrived
             kept = [found.take(i, group) for (found, i, _), group in zip(part, groups, strict=True)]
             if keep is not None:
                 keep(kept)
@@ -156,7 +179,14 @@ def _parts(wanted: Sequence[Wanted], at_once: int) -> Iterator[list[Wanted]]:
 
 
 def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
-    """Evaluates the workers' weights on every evaluation task and records the results in metrics and summary.
+    """Evaluates the workers' weights as :func:`evaluating` does, and waits for the figures."""
+    return answered(evaluating(run, step, tag, run.reporter), gather)
+
+
+def evaluating(run: Run, step: int, tag: str, reporter: Reporter) -> Asking[list[TaskResult]]:
+    """Evaluates weights on every evaluation task and records the results, as those of `step`, in metrics and summary.
+
+    `reporter` shows the progress. The weights are those of the workers that generate what it asks for.
 
     Before and after training (`tag`) the summary gets figures of all problems, with pass@k. The run's curve (metrics of
     the kind `evaluation`) and the result are of :func:`interim_rows` throughout, where the settings have them, so that
@@ -174,7 +204,7 @@ def evaluate(run: Run, gather: Gather, step: int, tag: str) -> list[TaskResult]:
         run.store.write(step, concat(groups), "evaluation", run.lineage)
 
     kept = keep if run.config.dump.evaluation else None
-    results = tuple(measure_rows(run.config, gather, rows, tag, run.reporter, kept))
+    results = tuple((yield from asking_for_rows(run.config, rows, tag, reporter, kept, SAMPLES_AT_ONCE)))
     curve = Evaluation(results[len(rows) - len(fewer) :] if fewer else results)
     run.metrics.write(step, curve.metrics(), kind="evaluation", lineage=run.lineage)
     shown = Evaluation(results[: len(whole)]) if ends else curve

@@ -70,7 +70,10 @@ class Milestones:
             self._measure(step, metrics[self._rule.metric])
 
     def evaluated(self, step: int, tasks: Sequence[TaskFigures], keep: Callable[[int], None]) -> None:
-        """Takes the evaluation after `step`; `keep(step)` writes that step's checkpoint if it is not there yet."""
+        """Takes the evaluation of the weights after `step`, which may have come when later steps were done.
+
+        `keep(step)` writes that step's checkpoint if it is not there yet and still can be written.
+        """
         values = means_and_figures({task.task: task.figures() for task in tasks})
         if self._rule is not None and self._rule.metric in values:
             self._measure(step, values[self._rule.metric])
@@ -87,10 +90,10 @@ class Milestones:
         better = self._scores.improves(value)
         if better:
             keep(step)
-        present = list_checkpoints(self._root)
-        if not present or present[-1][0] != step:
+        present = [path.name for at, path in list_checkpoints(self._root) if at == step]
+        if not present:
             return
-        self._scores.record(present[-1][1].name, value)
+        self._scores.record(present[-1], value)
         if better:
             self._reporter.say(f"best checkpoint so far: step {step}, {self._scores.metric} {value:.3f}")
 

@@ -49,7 +49,8 @@ def needed_bytes(config: RunConfig, published_bytes: int) -> int:
 
 def held_versions(config: RunConfig) -> int:
     """Returns the number of published versions that may be in the store at once."""
-    return 2 + config.max_staleness
+    evaluated = config.evaluation.every > 0 and not config.evaluation.blocking  # kept while the steps go on
+    return 2 + config.max_staleness + evaluated
 
 
 def local_store(config: RunConfig, published_bytes: int, free_bytes: int | None = None) -> Store:

@@ -16,7 +16,7 @@ from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.model_chain import exported_chain, write_chain
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.controller import Pool
-from latent_grpo.deploy.run.control import Control, Scalable
+from latent_grpo.deploy.run.control import Control
 from latent_grpo.deploy.run.folder import RunFolder, run_lock, write_identity
 from latent_grpo.deploy.run.manifest import data_facts, write_manifest
 from latent_grpo.deploy.run.preparation import Prepared
@@ -46,7 +46,7 @@ class Run:
     reservation: Reservation = field(default_factory=Reservation)
     summary: dict[str, Any] = field(default_factory=dict)
     recovery: Recovery | None = None  # that is not over
-    workers: Scalable | None = None  # of the pool, where it has any
+    workers: RolloutPool | None = None  # the pool, where it has workers of its own
 
     @property
     def initial(self) -> str | Path:

@@ -170,6 +170,32 @@ def test_trajectories_do_not_depend_on_the_number_of_workers(pool):
         np.testing.assert_allclose(trajectory.latent_scores, three[key].latent_scores, atol=1e-4)
 
 
+def test_a_worker_that_is_lent_keeps_its_weights_while_the_others_go_on_with_new_ones(pool):
+    pool.resize(2)
+    pool.wait_for(2)
+    pool.publish(publication(5))
+    assert pool.lend()
+    pool.submit_lent(requests(0, 6))
+    pool.publish(publication(6))
+    pool.submit(requests(10, 6))
+    found = collect(pool, 12)
+    lent, others = (
+        [t for g in found for t in g if (int(g[0].group_uid[1:]) < 10) is of_loan] for of_loan in (True, False)
+    )
+    assert {(t.policy_version_min, t.policy_version_max) for t in lent} == {(5, 5)}
+    assert {(t.policy_version_min, t.policy_version_max) for t in others} == {(6, 6)}
+    assert [len({t.worker for t in of}) for of in (lent, others)] == [1, 1]
+
+    pool.submit_lent(requests(20, 6))  # the worker leaves, and the other one takes its place with the weights of then
+    pool.resize(1, at_once=True)
+    pool.submit(requests(30, 3))
+    left = collect(pool, 6)
+    assert {t.policy_version_max for g in left for t in g} == {5}
+    pool.end_loan()
+    assert {t.policy_version_min for g in collect(pool, 3) for t in g} == {6}
+    assert not pool.lend(), "one worker is not lent"
+
+
 def make_nothing(reached, name):
     reached.touch()
     time.sleep(1200)

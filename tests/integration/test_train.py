@@ -76,6 +76,21 @@ def test_three_steps_and_three_more_are_six_bit_for_bit_at_any_number_of_workers
         resume(half.path, ["group_size=8"])
 
 
+@pytest.mark.slow  # tests/unit/test_interim_beside.py covers it without Ray, test_rollout_pool.py a worker that is lent
+def test_an_evaluation_beside_the_steps_has_the_figures_of_one_that_waits_and_changes_no_step(whole, tmp_path):
+    keys = (f"runs_folder={tmp_path}", "rollout.workers=2", "rollout.min_workers=2", "evaluation.blocking=false")
+    beside = train(tiny(*WHOLE, *keys), "beside")
+    figures = [[(r["step"], r["metrics"]) for r in read_metrics(f.path, kind="evaluation")] for f in (whole, beside)]
+    assert figures[0] == figures[1]
+    assert [step for step, _ in figures[1]] == [0, 4, 6]
+    evaluated = [
+        TrajectoryStore(f.trajectories).read(4, "evaluation").select(SAME).to_pylist() for f in (whole, beside)
+    ]
+    assert evaluated[0] == evaluated[1]
+    expected, found = weights_of(whole), weights_of(beside)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_and_another_stage(ray_session, tmp_path):
     quiet = ("evaluation.at_start=false", "evaluation.at_end=false")
