@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.model_files import check_kind
 
 RUN_FILE = "run.json"  # what a run's folder has and a model's has not
 REASON = 200  # characters of the Hugging Face libraries' message
@@ -25,12 +26,16 @@ def check_is_no_run(model: str | Path) -> None:
 def check_folder(model: str | Path) -> None:
     """Raises ConfigError for a mistyped folder, which must not lead to a search for a hub repository of that name.
 
-    A folder of a run is refused too (:func:`check_is_no_run`).
+    A folder of a run is refused too (:func:`check_is_no_run`), and one that holds no whole model (`check_kind`).
     """
     check_is_no_run(model)
     folder = Path(model)
-    looks_local = folder.is_absolute() or str(model).startswith((".", "~")) or folder.is_dir()
-    if looks_local and not (folder / "config.json").is_file():
+    if folder.is_dir():
+        check_kind(folder)
+    elif folder.is_file():
+        how = "; examples/real_model/convert.py shows how a GGUF file becomes one" if folder.suffix == ".gguf" else ""
+        raise ConfigError(f"model {str(model)!r} is a file; give the Hugging Face folder of the model{how}")
+    elif folder.is_absolute() or str(model).startswith((".", "~")):
         raise ConfigError(f"model {str(model)!r}: it has no config.json; give a Hugging Face model folder")
 
 

@@ -14,6 +14,9 @@ from transformers.utils import logging as transformers_logging
 from latent_grpo.common.config import ConfigError, NewModelConfig
 from latent_grpo.common.head import float32_logits, install_float32_head
 from latent_grpo.common.hub import check_folder, hub_errors
+from latent_grpo.common.model_check import check_loading, check_model, check_tokenizer, quiet_loading, read_settings
+from latent_grpo.common.model_files import refused, words
+from latent_grpo.common.model_limits import ANOTHER, LOGIT_CAPS, LOGIT_SCALES
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 
 if TYPE_CHECKING:
@@ -23,9 +26,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 transformers_logging.disable_progress_bar()  # every actor would draw its own
 CHECKED_TOKENS = 4
 LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative to the largest; tested ones are bit-equal
-LOGIT_SETTINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere, Gemma 2
 EXTRAPOLATING = ("default", "linear", "llama3")  # rotary positions that do not depend on how many there are
-USABLE = "Use a model of the Llama, Qwen2, Qwen3 or GPT-2 kind, or another that neither scales nor caps its logits"
+USABLE = f"U{ANOTHER[1:]}, that neither scales nor caps its logits"
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 BPE_SPECIAL_TOKENS = ("<pad>", "<eos>", "<think>", "</think>")
 BPE_CHAT_TEMPLATE = (
@@ -77,7 +79,7 @@ def make_model(config: NewModelConfig, tokenizer: PreTrainedTokenizerBase, seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config.architecture, **shared, **sizes), dtype=torch.float32
+            AutoConfig.for_model(config.architecture, **shared, **sizes), dtype=torch.float32, trust_remote_code=False
         )
     return model.eval()
 
@@ -127,16 +129,26 @@ def load_model(path: str | Path, dtype: str = "float32", max_positions: int | No
     """Loads a causal LM from a folder or the hub, in `dtype` (`float32`, `bfloat16`), in evaluation mode (no dropout).
 
     Its logits are float32 in either (`common.head`). `max_positions` raises the number of positions
-    (:func:`extend_positions`). Raises ConfigError if the logits are not those that engine and learner compute
-    (:func:`check_logits`).
+    (:func:`extend_positions`). Raises ConfigError where the files are not those of a model that can be used
+    (`common.model_check`), and if the logits are not those that engine and learner compute (:func:`check_logits`).
     """
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    check_folder(path)
-    with hub_errors(path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
+    check_model(path, tokenizer=False)
+    with hub_errors(path), quiet_loading():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    model: PreTrainedModel = loaded[0]
+    check_loading(loaded[1], path)
+    model.eval()
     check_logits(model, str(path))
     extend_positions(model.config, max_positions)
     return model
@@ -166,7 +178,11 @@ def check_logits(model: PreTrainedModel, name: str) -> None:
     gap, largest = float((own - computed).abs().max()), float(computed.abs().max())
     allowed = LOGIT_TOLERANCE[model.dtype]
     if not gap <= allowed * largest:
-        found = [f"{key}={value}" for key in LOGIT_SETTINGS if (value := getattr(model.config, key, None)) is not None]
+        found = [
+            f"{key}={value}"
+            for key in (*LOGIT_SCALES, *LOGIT_CAPS)
+            if (value := getattr(model.config, key, None)) is not None
+        ]
         named = f" (its configuration: {', '.join(found)})" if found else ""
         raise ConfigError(
             f"model {name} ({architecture}) changes the logits of its output layer{named}, by up to {gap:.2g} where "
@@ -177,11 +193,9 @@ def check_logits(model: PreTrainedModel, name: str) -> None:
 
 def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:
     """Returns the rows of the model's output and the ids that end a text by its configuration; reads no weights."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    check_folder(path)
-    with hub_errors(path):
-        config = AutoConfig.from_pretrained(path)
+    config = read_settings(path)
     try:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # a model without generation_config.json
@@ -191,12 +205,12 @@ def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:
 
 def position_limit(path: str | Path) -> int | None:
     """Returns the model's own number of positions, or None if its configuration has none; reads no weights."""
-    return getattr(_settings_of(path), "max_position_embeddings", None)
+    return getattr(read_settings(path), "max_position_embeddings", None)
 
 
 def extended_limit(path: str | Path, wanted: int | None) -> int | None:
     """Returns the number of positions of a run on the model (:func:`extend_positions`); reads no weights."""
-    return extend_positions(_settings_of(path), wanted)
+    return extend_positions(read_settings(path), wanted)
 
 
 def stored_dtype(path: str | Path) -> Literal["float32", "bfloat16"]:
@@ -204,14 +218,7 @@ def stored_dtype(path: str | Path) -> Literal["float32", "bfloat16"]:
 
     It is bfloat16 for weights that are stored so, and float32 for all others, which hold them exactly.
     """
-    return "bfloat16" if _settings_of(path).dtype in (torch.bfloat16, "bfloat16") else "float32"
-
-
-def _settings_of(path: str | Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    check_folder(path)
-    return AutoConfig.from_pretrained(path)
+    return "bfloat16" if read_settings(path).dtype in (torch.bfloat16, "bfloat16") else "float32"
 
 
 def extend_positions(settings: PretrainedConfig, wanted: int | None) -> int | None:
@@ -247,13 +254,22 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     check_folder(path)
+    if Path(path).is_dir():
+        check_tokenizer(Path(path))
     # For some architectures (qwen2) AutoTokenizer puts the family's tokenizer on another one's vocabulary, and its
     # normaliser and decoder change the text; a folder that names the general class means its file as it is.
     settings = Path(path) / "tokenizer_config.json"
     named = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
     general = named in GENERAL_TOKENIZERS and (Path(path) / "tokenizer.json").is_file()
-    with hub_errors(path):
-        return (PreTrainedTokenizerFast if general else AutoTokenizer).from_pretrained(path)
+    try:
+        with hub_errors(path):
+            return (PreTrainedTokenizerFast if general else AutoTokenizer).from_pretrained(
+                path, trust_remote_code=False
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot read
+        raise refused(path, f"its tokenizer cannot be read ({words(error)}); copy its files again") from error
 
 
 def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,7 @@ import ray
 import torch
 
 from latent_grpo.common.config import RunConfig
-from latent_grpo.common.hub import hub_errors
+from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import DTYPES, load_model
 from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import Publication, WeightManifest, combine_checksums, pack, tensor_checksum
@@ -37,10 +37,7 @@ def publish(tensors: Iterable[tuple[str, torch.Tensor]], version: int, bucket_by
 
 def published_bytes(model: str | Path, dtype: str) -> int:
     """Returns the size of one publication of a model (a folder or hub id), in bytes; reads its configuration only."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with hub_errors(model), torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    shape = empty_model(read_settings(model), model)
     return sum(p.numel() for p in shape.parameters()) * DTYPES[dtype].itemsize
 
 

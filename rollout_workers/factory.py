@@ -47,7 +47,7 @@ class WorkerFactory:
             ResponseText(tokenizer, facts.eos_ids),
             k=config.schema_k,
             run_id=self.run_id,
-            in_flight=rollout.vllm.in_flight_updates,
+            in_flight=rollout.in_flight_updates,
         )
 
 
@@ -70,6 +70,7 @@ def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngin
             max_tokens=max(t.max_response_tokens for t in tasks),
             k=max(config.schema_k, 1),
             options=options,
+            in_flight_updates=rollout.in_flight_updates,
             max_positions=config.model.max_positions,
         )
     import torch
@@ -85,6 +86,7 @@ def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngin
         facts,
         max_rows=rollout.max_rows,
         deterministic=config.deterministic,
+        in_flight_updates=rollout.in_flight_updates,
         device=device,
     )
 

@@ -15,8 +15,9 @@ import numpy as np
 import xxhash
 
 from latent_grpo.common.config import DEFAULT_DATE, ConfigError, PromptConfig
-from latent_grpo.common.hub import check_folder
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, GenerationDefaults, check_end, read_chain
+from latent_grpo.common.model_check import check_model, read_settings
+from latent_grpo.common.model_limits import longest_exact
 from latent_grpo.common.models import extended_limit, load_tokenizer, output_facts, position_limit
 from latent_grpo.common.prompts import PromptRenderer, beyond_sentence, resolve_tokens
 from latent_grpo.common.types import Problem, TokenFacts
@@ -52,7 +53,8 @@ class TrainedModel:
 
 def read_trained_model(path: str | Path, say: Callable[[str], None] = log.warning) -> TrainedModel:
     """Reads a model. `say` is called with what had to be assumed. Raises ConfigError for one that cannot be read."""
-    check_folder(path)
+    for warning in check_model(path):
+        say(warning)
     stored, tokenizer = read_chain(path), load_tokenizer(path)
     if stored is None:
         say(
@@ -68,6 +70,7 @@ def read_trained_model(path: str | Path, say: Callable[[str], None] = log.warnin
         # an earlier version trained with a smaller number, which had no effect
         defaults = defaults.model_copy(update={"max_positions": None})
     rows, eos_ids = output_facts(path)
+    settings = read_settings(path)
     if (sentence := beyond_sentence(tokenizer, rows)) is not None:
         say(sentence)
     prompt = defaults.prompt
@@ -79,7 +82,7 @@ def read_trained_model(path: str | Path, say: Callable[[str], None] = log.warnin
         tokenizer=tokenizer,
         facts=resolve_tokens(tokenizer, rows, chain.chain == "latent", chain.think_end, eos_ids),
         renderer=PromptRenderer(tokenizer, prompt, chat, rows=rows, date=defaults.date_string),
-        positions=extended_limit(path, defaults.max_positions),
+        positions=longest_exact(settings, extended_limit(path, defaults.max_positions)),
     )
 
 

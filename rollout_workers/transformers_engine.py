@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from latent_grpo.common.density import hard_log_prob
 from latent_grpo.common.head import float32_logits, install_float32_head
-from latent_grpo.common.latent import latent_step, mix_embeddings, visible_step
+from latent_grpo.common.latent import latent_step, mix_embeddings, mixture_weights, visible_step
+from latent_grpo.common.model_limits import longest_exact, refusal
 from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import checksum
 from latent_grpo.rollout_workers.engine import EngineError
@@ -90,6 +91,8 @@ class TransformersEngine:
 
     At most `max_rows` samples are decoded side by side; more wait in a queue, by whole groups. A `deterministic` engine
     takes one group at a time, in memory of its own, so that its arithmetic depends on it alone and repeats bit for bit.
+    With `in_flight_updates`, `load_weights` does not wait for pending samples; their keys and values are recomputed
+    under the new weights, and their trajectories name the first and the last version that sampled them.
     """
 
     name = "transformers"
@@ -101,12 +104,14 @@ class TransformersEngine:
         *,
         max_rows: int = 256,
         deterministic: bool = False,
+        in_flight_updates: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         _check_model(model, facts, max_rows)
         self._device = torch.device(device)
         self._model = model.to(self._device).eval()  # type: ignore[arg-type]  # transformers' `to` loses its self
         self._facts, self._max_rows, self._deterministic = facts, max_rows, deterministic
+        self._in_flight_updates = in_flight_updates
         self._embed, self._head = model.get_input_embeddings(), install_float32_head(model)
         self._additive_mask = model.config._attn_implementation == "eager"
         allowed = torch.as_tensor(np.asarray(facts.allowed, dtype=bool))
@@ -145,8 +150,9 @@ class TransformersEngine:
 
     def add(self, request: GroupRequest) -> None:
         """Queues a group; see :meth:`LatentEngine.add`."""
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        group = admit(request, self._facts, self._version, max_rows=self._max_rows, max_length=limit)
+        group = admit(
+            request, self._facts, self._version, max_rows=self._max_rows, max_length=longest_exact(self._model.config)
+        )
         self._queue.append(group)
         self._queued += group.size
 
@@ -174,11 +180,15 @@ class TransformersEngine:
     # --- weights -------------------------------------------------------------------------------------------------
 
     def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces all parameters in place and verifies them; see :meth:`LatentEngine.load_weights`."""
-        if self.pending:
+        """Replaces all parameters in place and verifies them; see :meth:`LatentEngine.load_weights`.
+
+        With `in_flight_updates` pending samples continue under the new weights. After a failure they stop until a
+        publication is loaded whole, or they are aborted.
+        """
+        if self.pending and not self._in_flight_updates:
             raise EngineError(
                 f"cannot load version {version.version} while {self.pending} samples are pending: a sample never mixes "
-                "versions; finish or abort them first"
+                "versions; finish or abort them first, or set rollout.in_flight_updates"
             )
         self._version = None  # before the first byte changes: after any failure below the engine refuses to sample
         parameters = dict(self._model.named_parameters())  # aliases of tied parameters come once
@@ -189,13 +199,56 @@ class TransformersEngine:
         check_checksum(version, checksum(parameters.items()))
         with torch.inference_mode():
             self._cache.clear()
+            self._recompute()
         self._version = version
+
+    def _recompute(self) -> None:
+        """Fills the cleared cache of the running rows, and what they read next, with what the weights now make of them.
+
+        What was drawn stays: tokens and mixtures are embedded again, whatever weights drew them.
+        """
+        histories: list[torch.Tensor] = []  # [length + 1, D] each, of neighbouring rows
+        inputs = []
+        for row in range(self._running):
+            history = self._history(self._rows[row])
+            longest = max([len(history), *map(len, histories)])
+            if histories and (len(histories) + 1) * longest > PREFILL_TOKENS:
+                self._refill(histories, row - len(histories))
+                histories = []
+            histories.append(history)
+            inputs.append(history[-1])
+        if inputs:
+            self._refill(histories, self._running - len(histories))
+            self._inputs = torch.stack(inputs)
+
+    def _refill(self, histories: list[torch.Tensor], first: int) -> None:
+        """Runs one pass over the histories of rows `first`..., right-padded, all but the last input of each."""
+        padded = torch.nn.utils.rnn.pad_sequence([history[:-1] for history in histories], batch_first=True)
+        output = self._model.base_model(inputs_embeds=padded, use_cache=True)
+        self._cache.insert(output.past_key_values, torch.arange(len(histories), device=self._device), first)
+
+    def _history(self, row: np.void) -> torch.Tensor:
+        """Embeds a running sample's prompt, its mixtures and its hard tokens so far: [length + 1, D]."""
+        slot, steps, k = int(row["slot"]), int(row["step"]), int(row["k"])
+        latent = int(self._records.latent_until[slot])
+        prompt = torch.as_tensor(np.asarray(self._owner[slot][0].request.prompt_ids), dtype=torch.int64)
+        parts = [self._embed(prompt.to(self._device))]
+        if latent:
+            weights = mixture_weights(self._records.scores[slot, :latent, :k], float(row["tau"]))
+            parts.append(mix_embeddings(self._embed(self._records.latent_ids[slot, :latent, :k].long()), weights))
+        parts.append(self._embed(self._records.hard_ids[slot, latent:steps].long()))
+        return torch.cat(parts)
 
     # --- the decode loop -----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Trajectory, ...]]:
         """Advances all running samples by one response step; see :meth:`LatentEngine.step`."""
+        if self.pending and self._version is None:
+            raise EngineError(
+                f"the engine holds no verified weights and {self.pending} samples are pending; abort the pending "
+                "samples and load_weights again, or load weights that are whole"
+            )
         logits = [self._decode()] if self._running else []
         logits += self._admit()
         if not logits:
@@ -420,8 +473,7 @@ def _check_model(model: PreTrainedModel, facts: TokenFacts, max_rows: int) -> No
             f"expected attention 'sdpa' or 'eager' (rows of different length need a mask), got "
             f"{model.config._attn_implementation!r}; load the model with attn_implementation='sdpa'"
         )
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise EngineError(f"expected full attention in every layer, got {sorted(kinds)}; set use_sliding_window=false")
+    if (reason := refusal(model.config)) is not None:
+        raise EngineError(f"this {type(model).__name__} cannot be served: {reason}")
     if max_rows < 1:
         raise EngineError(f"max_rows must be >= 1, got {max_rows}")

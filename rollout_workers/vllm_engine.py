@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from latent_grpo.common.config import VLLMConfig
+from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import DTYPES, extend_positions
 from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import checksum
@@ -55,7 +56,7 @@ class VLLMEngine:
     of `max_rows` such samples is reserved from the start, as part of what vLLM may use; larger requests are served, and
     take more.
     With `streaming`, `partial` shows running samples; vLLM then reports every step.
-    With `options.in_flight_updates`, `load_weights` does not wait for pending samples; their keys and values are
+    With `in_flight_updates`, `load_weights` does not wait for pending samples; their keys and values are
     recomputed under the new weights, and their trajectories name the first and the last version that sampled them.
     """
 
@@ -72,14 +73,15 @@ class VLLMEngine:
         max_tokens: int | None = None,
         k: int = 10,
         options: VLLMConfig | None = None,
+        in_flight_updates: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
         max_positions: int | None = None,
         streaming: bool = False,
     ) -> None:
         self._facts, self._max_rows, self._options = facts, max_rows, options or VLLMConfig()
-        self._bucket_bytes, self._streaming = bucket_bytes, streaming
-        config = AutoConfig.from_pretrained(model)
-        self._expected = _published_parameters(config, dtype)
+        self._bucket_bytes, self._streaming, self._in_flight_updates = bucket_bytes, streaming, in_flight_updates
+        config = read_settings(model)
+        self._expected = _published_parameters(config, dtype, model)
         self._version: PolicyVersion | None = None
         own, positions = config.max_position_embeddings, extend_positions(config, max_positions)
         positions = own if positions is None else positions
@@ -197,10 +199,10 @@ class VLLMEngine:
         """
         if self._llm is None:
             raise EngineError("the engine is closed; start another")
-        if self.pending and not self._options.in_flight_updates:
+        if self.pending and not self._in_flight_updates:
             raise EngineError(
                 f"cannot load version {version.version} while {self.pending} samples are pending: a sample never mixes "
-                "versions; finish or abort them first, or set rollout.vllm.in_flight_updates"
+                "versions; finish or abort them first, or set rollout.in_flight_updates"
             )
         self._version = None  # after any failure below the engine refuses to sample
         tensors = list(checked_tensors(version, tensors, self._expected))
@@ -239,10 +241,9 @@ class VLLMEngine:
         raise EngineError(f"version {version.version}: vLLM could not drop the KV cache of the old weights")
 
 
-def _published_parameters(config: PreTrainedConfig, dtype: str) -> dict[str, TensorShape]:
+def _published_parameters(config: PreTrainedConfig, dtype: str, model: str | Path) -> dict[str, TensorShape]:
     """Returns the parameters of a publication: all of the Transformers model, tied ones once."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    skeleton = empty_model(config, model, DTYPES[dtype])
     return {name: TensorShape.of(parameter) for name, parameter in skeleton.named_parameters()}
 
 

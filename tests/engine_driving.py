@@ -67,7 +67,7 @@ def preempted_behind(engine: LatentEngine) -> dict[tuple[str, int], int]:
 
 # --- scenarios of a vLLM engine: small on CPU, with CUDA graphs on a GPU -----------------------------------------
 
-Start = Callable[..., LatentEngine]  # start(model, version=3, **options of VLLMConfig): an engine that holds the model
+Start = Callable[..., LatentEngine]  # start(model, version=3, **options): an engine that holds the model
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def weights_in_flight(
     """What was drawn before is kept, with its mixtures; what is drawn after follows the new weights from the start."""
     engine = start(old, in_flight_updates=True)
     groups = update_in_flight(engine, requests, steps, published(new, version=4))
-    assert not core_of(engine).slots, "state of finished samples is kept"
+    assert engine.name != "vllm" or not core_of(engine).slots, "state of finished samples is kept"
     engine.close()
     plain = start(old)
     undisturbed = collect(plain, requests)

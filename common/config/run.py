@@ -361,8 +361,12 @@ def _engine_problems(config: RunConfig) -> list[str]:
         "evaluation.runs": config.evaluation.runs if config.evaluation.tasks else 0,
         "evaluation.samples": config.evaluation.samples if config.evaluation.tasks else 0,
     }
-    rows = config.rollout.max_rows
-    return [
+    rows, in_flight = config.rollout.max_rows, config.rollout.in_flight_updates
+    needs = {
+        "max_staleness of 1 or more, got 0": config.max_staleness == 0,
+        "deterministic: false, since it is time that decides which weights draw a step": config.deterministic,
+    }
+    return [f"rollout.in_flight_updates needs {need}" for need, lacking in needs.items() if in_flight and lacking] + [
         f"rollout.max_rows ({rows}) is smaller than {key} ({samples}), and a group is decoded as a whole; raise it"
         for key, samples in largest.items()
         if samples > rows
@@ -470,8 +474,6 @@ def _vllm_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"rollout.device ({rollout.device}) has no effect with rollout.engine vllm, whose build decides; remove it"
         )
-    if vllm.in_flight_updates and config.max_staleness == 0:
-        problems.append("rollout.vllm.in_flight_updates needs max_staleness of 1 or more, got 0")
     gpus = rollout.resources.num_gpus
     if vllm.tensor_parallel > 1 and gpus != vllm.tensor_parallel:
         problems.append(

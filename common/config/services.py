@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from latent_grpo.common.config.rules import Rule
 from latent_grpo.common.config.section import Section, Share
+
+IN_FLIGHT = "in_flight_updates"
 
 
 class ActorResources(Section):
@@ -54,8 +56,6 @@ class VLLMConfig(Section):
     """Maximum number of tokens per forward pass; longer prompts are prefilled in chunks."""
     eager: bool | None = None
     """Whether to run without torch.compile and CUDA graphs; null: true on CPU, false on GPUs."""
-    in_flight_updates: bool = False
-    """Whether new weights are applied at once, in the middle of rollouts; needs `max_staleness` of 1 or more."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments, passed unchanged to vLLM's EngineArgs; docs/vllm.md lists the accepted ones."""
 
@@ -67,6 +67,10 @@ class RolloutConfig(Section):
     """Inference engine: a decoding loop of this program's own (`transformers`), or vLLM (`vllm`). `auto`: vllm on GPUs
     once its latent steps were proven there (docs/gpu.md), else transformers; the run says what it took and why."""
     vllm: VLLMConfig = VLLMConfig()
+    in_flight_updates: bool = False
+    """Whether new weights are applied at once, in the middle of rollouts: what a running sample has drawn stays, its
+    keys and values are computed again, and its trajectory names the first and the last version that drew it. Needs
+    `max_staleness` of 1 or more."""
     workers: Annotated[PositiveInt, Rule.MAY_CHANGE] = 1
     """Number of rollout workers. `latent-grpo scale` changes it while a run goes on."""
     min_workers: Annotated[PositiveInt, Rule.MAY_CHANGE] = 1
@@ -84,6 +88,16 @@ class RolloutConfig(Section):
     max_restarts: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 10
     """Maximum number of workers that may be lost and replaced within an hour; one more stops the run."""
     verifier: VerifierConfig = VerifierConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_place(cls, data: Any) -> Any:
+        """Reads `vllm.in_flight_updates`, where the key was while one engine had it, unless it is given here too."""
+        vllm = data.get("vllm") if isinstance(data, dict) else None
+        if not isinstance(vllm, dict) or IN_FLIGHT not in vllm:
+            return data
+        rest = {key: value for key, value in vllm.items() if key != IN_FLIGHT}
+        return {IN_FLIGHT: vllm[IN_FLIGHT], **data, "vllm": rest}
 
 
 class LearnerConfig(Section):

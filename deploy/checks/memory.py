@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_grpo.common.config import ConfigError, LoRAConfig, RunConfig
+from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import make_model
 from latent_grpo.learner.policy import transformer_layers
 
@@ -80,30 +81,25 @@ class ModelShape:
         `source`: the model's folder; None: a `model.new` that is still to be made.
         """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
 
+        if source is not None:
+            return cls._of_model(empty_model(read_settings(source), source))
+        if config.model.new is None:
+            raise ConfigError("model: one of `path` and `new` must be given")
         with torch.device("meta"):
-            if source is not None:
-                model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-            elif config.model.new is not None:
-                model = make_model(config.model.new, tokenizer, seed=0)
-            else:
-                raise ConfigError("model: one of `path` and `new` must be given")
-        return cls._of_model(model)
+            return cls._of_model(make_model(config.model.new, tokenizer, seed=0))
 
     @classmethod
     def published(cls, path: str) -> tuple[str, ModelShape] | None:
         """The name and the shape of the paper's model whose checkpoint `path` (a hub id) names; None: it names none."""
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         plain = _plain(Path(path).name)
         name = next((name for name in PUBLISHED if plain.startswith(_plain(name))), None)
         if name is None:
             return None
         architecture, sizes = PUBLISHED[name]
-        with torch.device("meta"):
-            return name, cls._of_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes)))
+        return name, cls._of_model(empty_model(AutoConfig.for_model(architecture, **sizes), name))
 
     @classmethod
     def _of_model(cls, model: Any) -> ModelShape:

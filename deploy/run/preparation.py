@@ -17,6 +17,8 @@ from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.files import save_whole
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chain, read_chain
+from latent_grpo.common.model_check import check_model, read_settings
+from latent_grpo.common.model_limits import Window, window_of
 from latent_grpo.common.models import extended_limit, make_model, make_tokenizer, position_limit, save_model
 from latent_grpo.common.prompts import beyond_sentence, check_think_start, check_width, read_tokens, resolve_tokens
 from latent_grpo.common.tasks.benchmarks import fetch_commands, how_to_get, known_files
@@ -49,6 +51,7 @@ class InitialModel:
     chain: ChainSettings | None  # from the model's latent_chain.json, if it has one
     positions: int | None  # of the longest sequence that the run may use; None: its configuration states none
     warnings: tuple[str, ...] = ()
+    window: Window | None = None  # of its attention; None: every layer attends to everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,8 @@ def check(
     reporter = reporter or Reporter()
     if stored:
         check_files(config)
-    check_model_path(config)
+    source = _place_of_initial(config, folder)
+    warnings = check_model(source) if source is not None and (not elsewhere or Path(source).exists()) else []
     due = config.warm_start is not None and not _has_start(folder)
     if not elsewhere and due and config.latent_sft.lora is not None:
         check_lora()
@@ -136,7 +140,7 @@ def check(
     if elsewhere and config.model.source is not None and not Path(config.model.source).is_dir():
         return Checked(engine, verifiers, sources, None, None, None)
     first = sources.training[0] if stored or is_generated(config.tasks[0]) else None
-    model = _read_model(config, folder, first)
+    model = _read_model(config, folder, first, warnings)
     if config.model.new is not None and config.model.new.tokenizer == "bpe" and first is None:
         return Checked(engine, verifiers, sources, model, None, None)  # its tokens come from a file that was not read
     check_width(config, model.facts)
@@ -144,6 +148,7 @@ def check(
     encoder = TextEncoder(model.tokenizer, reporter.phase, reporter.say, rows=model.facts.vocab_size)
     tasks = sources.prepared(config, encoder)
     check_positions((*tasks.training, *tasks.evaluation), model.positions, model.source or "model.new")
+    check_window(config, (*tasks.training, *tasks.evaluation), model)
     sft = None
     if due:
         complete = len(tasks.training) == len(config.tasks)
@@ -156,8 +161,13 @@ def check(
 # --- the model ---------------------------------------------------------------------------------------------------
 
 
-def _read_model(config: RunConfig, folder: RunFolder | None, first: TaskSource | None) -> InitialModel:
-    """`first`: the first training task, which a new tokenizer is trained on; None: it was not read."""
+def _read_model(
+    config: RunConfig, folder: RunFolder | None, first: TaskSource | None, warnings: Iterable[str] = ()
+) -> InitialModel:
+    """`first`: the first training task, which a new tokenizer is trained on; None: it was not read.
+
+    `warnings` are those of the model's files.
+    """
     new, source = config.model.new, _place_of_initial(config, folder)
     if source is None:
         if new is None:
@@ -169,7 +179,7 @@ def _read_model(config: RunConfig, folder: RunFolder | None, first: TaskSource |
         return InitialModel(None, tokenizer, facts, None, new.max_positions)
     tokenizer, facts = read_tokens(config, source)
     chain = read_chain(source)
-    warnings: list[str] = []
+    warnings = list(warnings)
     if (sentence := beyond_sentence(tokenizer, facts.vocab_size)) is not None:
         warnings.append(sentence)
     if chain is not None:
@@ -185,7 +195,8 @@ def _read_model(config: RunConfig, folder: RunFolder | None, first: TaskSource |
             f"model.max_positions: up to {positions:,} positions are used, model {source} states {own:,}; beyond those "
             "its rotary positions extrapolate"
         )
-    return InitialModel(source, tokenizer, facts, chain, positions, tuple(warnings))
+    window = window_of(read_settings(source))
+    return InitialModel(source, tokenizer, facts, chain, positions, tuple(warnings), window)
 
 
 def _place_of_initial(config: RunConfig, folder: RunFolder | None) -> str | Path | None:
@@ -231,6 +242,26 @@ def check_positions(tasks: Iterable[PreparedTask], limit: int | None, model: str
             )
 
 
+def check_window(config: RunConfig, read: Iterable[PreparedTask], model: InitialModel) -> None:
+    """Raises ConfigError where a task's longest prompt and response exceed the window of the model's attention.
+
+    Of a task that was not `read`, only its response counts, and the longest prompt that it allows is not known.
+    """
+    window = model.window
+    if window is None:
+        return
+    longest = {task.name: task.longest_prompt for task in read}
+    for task in (*config.tasks, *config.evaluation.tasks):
+        prompt = longest.get(task.name, 0)
+        if prompt + task.max_response_tokens > window.steps:
+            raise ConfigError(
+                f"task {task.name}: its longest prompt ({prompt:,} tokens) and max_response_tokens "
+                f"({task.max_response_tokens:,}) exceed the window of model {model.source}: {window.why}, and engine "
+                "and learner attend to everything before a token; lower the task's max_prompt_tokens and "
+                "max_response_tokens, or use a model without a window"
+            )
+
+
 # --- files and engine --------------------------------------------------------------------------------------------
 
 
@@ -252,14 +283,6 @@ def check_lora(problem: Callable[[], str | None] = missing_package) -> None:
     """Raises ConfigError where LoRA's package is not installed."""
     if (sentence := problem()) is not None:
         raise ConfigError(sentence)
-
-
-def check_model_path(config: RunConfig) -> None:
-    """Raises ConfigError for a model that is given as a file. A hub id, and a folder of another machine, pass."""
-    path = config.model.path
-    if path is not None and Path(path).is_file():
-        how = "; examples/real_model/convert.py shows how a GGUF file becomes one" if path.endswith(".gguf") else ""
-        raise ConfigError(f"model {path!r} is a file; give the Hugging Face folder of the model{how}")
 
 
 def file_faults(config: RunConfig) -> list[str]:

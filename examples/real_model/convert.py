@@ -67,7 +67,9 @@ def read(file: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         LlamaForCausalLM,
     )
 
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     # transformers calls a model from GGUF quantised and does not save it: its weights go into a plain one
     facts = read.config.to_dict()
     own = {key: value for key, value in facts.items() if key not in ("quantization_config", "_model_name_or_path")}
@@ -77,7 +79,7 @@ def read(file: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         sys.exit("the output layer is not tied to the input embeddings: this is not SmolLM2-135M")
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS)
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     split_digits(tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
     return model, tokenizer

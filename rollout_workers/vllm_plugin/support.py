@@ -76,6 +76,7 @@ RESERVED = {
     "max_logprobs": "records do not travel as log-probs, so k has no such limit; remove it",
     "logprobs_mode": "records do not travel as log-probs; remove it",
     "quantization": "published weights could not be verified in a packed form; remove it",
+    "trust_remote_code": "no code of a model's folder is ever run; remove it",
     "tokenizer": "the engine never sees text; remove it",
     "skip_tokenizer_init": "the engine never sees text; remove it",
     "enable_lora": "weights are published whole; remove it",

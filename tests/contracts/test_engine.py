@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -11,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from engine_driving import collect, published
+from engine_driving import Check, collect, collect_pending, published, weights_in_flight
 from redraw import Redraw, redraw
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -428,6 +429,55 @@ def test_new_weights_change_the_samples_and_never_mid_sample(kind: str) -> None:
     engine.load_weights(*other)
     after = collect(engine, [request])["g0"]
     assert [t.latent_scores.tolist() for t in after] != [t.latent_scores.tolist() for t in before]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_in_flight_recompute_what_running_samples_have(kind: str) -> None:
+    def start(model: torch.nn.Module, version: int = 3, **options: object) -> LatentEngine:
+        if kind == "transformers":
+            engine: LatentEngine = TransformersEngine(copy.deepcopy(model), FACTS, **options)
+        else:
+            engine = bare_engine(kind, positions=256, max_length=160, **options)
+        engine.load_weights(*published(model, version))
+        return engine
+
+    old, new = (make_model("llama", seed=seed, positions=256) for seed in (0, 1))
+    # hardly ever leaves latent mode in 80 steps: an end token is unlikely under little noise
+    requests = [make_request(0, 40, samples=3, max_tokens=80, k=3, noise_scale=0.5)]
+    assert weights_in_flight(start, old, new, requests, Check(FACTS, tolerance=NEAR, gap=NEAR)).steps > 20
+
+
+@pytest.mark.parametrize("steps", [1, 6, 12])
+@pytest.mark.parametrize("max_rows", [9, 64])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_same_weights_in_flight_change_no_sample(architecture: str, max_rows: int, steps: int) -> None:
+    """Whatever a row's mode, length and place are, and although others have ended: its past is computed as it was."""
+    engine, found = make_engine(architecture, max_rows=max_rows, in_flight_updates=True), {}
+    for request in mixed_requests():
+        engine.add(request)
+    for _ in range(steps):
+        found |= {group[0].group_uid: group for group in engine.step()}
+    engine.load_weights(*published(make_model(architecture)))
+    found |= collect_pending(engine)
+    for uid, group in collect(make_engine(architecture), mixed_requests()).items():
+        for a, b in zip(found[uid], group, strict=True):
+            assert_same(a, b)
+
+
+def test_weights_that_fail_in_flight_stop_the_samples_until_others_are_whole() -> None:
+    engine, request = make_engine(in_flight_updates=True), make_request(6, 4, max_tokens=40, k=3)
+    undisturbed = collect(engine, [request])["g6"]
+    engine.add(request)
+    for _ in range(3):
+        engine.step()
+    version, tensors = published(make_model("llama", seed=1), version=4)
+    with pytest.raises(EngineError, match="checksum"):
+        engine.load_weights(version, [(name, tensor + 1e-3) for name, tensor in tensors])
+    with pytest.raises(EngineError, match=r"4 samples are pending; abort the pending samples and load_weights again"):
+        engine.step()
+    engine.load_weights(*published(make_model("llama")))
+    for a, b in zip(collect_pending(engine)["g6"], undisturbed, strict=True):
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -67,7 +67,7 @@ def request(uid, samples=8, **sampling):
     )  # fmt: skip
 
 
-def start(model, version=3, dtype="float32", rows=64, max_length=256, **options):
+def start(model, version=3, dtype="float32", rows=64, max_length=256, in_flight_updates=False, **options):
     """A vLLM engine that holds the model."""
     from latent_grpo.common.config import VLLMConfig
     from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
@@ -76,8 +76,9 @@ def start(model, version=3, dtype="float32", rows=64, max_length=256, **options)
     model.save_pretrained(folder)
     options = VLLMConfig(**{"memory_share": 0.4, **options})
     engine = VLLMEngine(
-        folder, FACTS, dtype=dtype, max_rows=rows, max_length=max_length, max_tokens=max_length, k=K, options=options
-    )
+        folder, FACTS, dtype=dtype, max_rows=rows, max_length=max_length, max_tokens=max_length, k=K, options=options,
+        in_flight_updates=in_flight_updates,
+    )  # fmt: skip
     engine.load_weights(*published(model, version))
     return engine
 

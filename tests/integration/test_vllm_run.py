@@ -35,7 +35,7 @@ def test_a_run_samples_each_step_on_the_weights_of_the_last(ray_session, tmp_pat
 
 
 def test_weights_in_flight_keep_a_run_going_and_its_versions_close(ray_session, tmp_path):
-    options = ("rollout.vllm.in_flight_updates=true", "max_staleness=1", "steps=6", "rollout.workers=1")
+    options = ("rollout.in_flight_updates=true", "max_staleness=1", "steps=6", "rollout.workers=1")
     folder = train(tiny(f"runs_folder={tmp_path}", *VLLM, *options), "in-flight")
     pairs = [
         (low, high)

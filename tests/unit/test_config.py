@@ -203,3 +203,12 @@ def test_a_new_model_must_hold_the_tasks_budgets_and_its_heads():
 def test_centering_without_noise_is_refused(quiet):
     with pytest.raises(ConfigError, match=r"centering_draws \(8\) needs noise"):
         load_config("quickstart", ["centering_draws=8", *quiet])
+
+
+def test_in_flight_updates_are_read_from_where_the_key_was_and_the_new_key_goes_first():
+    old = {"vllm": {"in_flight_updates": True, "eager": True}, "engine": "vllm"}
+    read = load_config(settings(max_staleness=1, rollout=old))
+    assert (read.rollout.in_flight_updates, read.rollout.vllm.eager) == (True, True)
+    again = load_config(settings(max_staleness=1, rollout={**old, "in_flight_updates": False}))
+    assert not again.rollout.in_flight_updates
+    assert "in_flight_updates" not in read.rollout.vllm.model_dump()

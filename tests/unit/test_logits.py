@@ -1,4 +1,5 @@
-"""A model is refused where its own logits are not those that engine and learner compute from it."""
+"""A model is refused where its own logits are not those that engine and learner compute from it: from its
+configuration where that says so, and else from its numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from latent_grpo.common.config import ConfigError, NewModelConfig
-from latent_grpo.common.models import load_model, make_model, save_model
+from latent_grpo.common.models import DTYPES, check_logits, load_model, make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.learner.policy import load_policy_model
 
@@ -37,18 +38,23 @@ def saved(folder, architecture, **settings):
 )
 def test_a_model_that_changes_its_logits_is_refused_on_both_sides(tmp_path, dtype, architecture, settings, found):
     saved(tmp_path, architecture, **settings)
-    message = (
-        rf"(?i){architecture}ForCausalLM\) changes the logits of its output layer .*{found}.*by up to .*Llama, Qwen2"
-    )
+    key, _, value = found.partition("=")
+    message = rf"(?i){architecture}ForCausalLM\) its config\.json has {key} {float(value):g}, .*neither cap nor .*Qwen2"
     with pytest.raises(ConfigError, match=message):
         load_model(tmp_path, dtype)
     with pytest.raises(ConfigError, match=message):
         load_policy_model(str(tmp_path))
+    message = (
+        rf"(?i){architecture}ForCausalLM\) changes the logits of its output layer .*{found}.*by up to .*Llama, Qwen2"
+    )
+    with pytest.raises(ConfigError, match=message):  # whatever the configuration says
+        check_logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=DTYPES[dtype]), str(tmp_path))
 
 
 def test_a_small_change_of_small_logits_is_seen_in_float32(tmp_path):
+    saved(tmp_path, "gemma2", initializer_range=0.05)
     with pytest.raises(ConfigError, match=r"by up to 0\.000\d+ where they are up to 0\.\d\d \("):
-        load_model(saved(tmp_path, "gemma2", initializer_range=0.05))
+        check_logits(AutoModelForCausalLM.from_pretrained(tmp_path), str(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

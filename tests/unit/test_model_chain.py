@@ -153,5 +153,5 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 10}')
-    with pytest.raises(ConfigError, match=r"cannot be read \(.*\); give a complete Hugging Face model folder"):
+    with pytest.raises(ConfigError, match=r"it has no tokenizer \(.*\); copy the tokenizer's files"):
         load_tokenizer(tmp_path)

@@ -161,6 +161,9 @@ def test_settings_that_contradict_the_engine_are_refused():
     assert "no effect with rollout.engine transformers" in message("rollout.vllm.eager=true")
     assert "deterministic: true needs rollout.engine transformers" in message(vllm, "deterministic=true")
     assert "whose build decides" in message(vllm, "rollout.device=cpu")
-    assert "max_staleness of 1" in message(vllm, "rollout.vllm.in_flight_updates=true")
+    assert "in_flight_updates needs max_staleness of 1" in message(vllm, "rollout.in_flight_updates=true")
+    assert "in_flight_updates needs deterministic: false" in message(
+        "rollout.in_flight_updates=true", "max_staleness=1", "deterministic=true"
+    )
     assert "num_gpus to 2, got 1" in message(vllm, "rollout.vllm.tensor_parallel=2", "rollout.resources.num_gpus=1")
     assert "set rollout.vllm.kv_cache_bytes" in message(vllm, "rollout.vllm.memory_share=0.5")
