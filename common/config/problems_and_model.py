@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from latent_grpo.common.config.section import AsGiven, Section
+from latent_grpo.common.config.rules import Rule
+from latent_grpo.common.config.section import AsGiven, LocalPath, Section, Share
 
 Dtype = Literal["float32", "bfloat16"]
 DATE_FORMAT = "%d %b %Y"
@@ -66,9 +67,10 @@ class TaskConfig(Section):
 
     name: str
     """Name of the task. Together with a row's index it identifies a problem (METHOD §2.5)."""
-    path: str | None = None
-    """Source of the problems: a `.parquet`, `.jsonl` or `.csv` file, `hf:owner/dataset[:split]`, or a program that
-    makes them, `builtin:NAME` or your own `python:package.module:Name` (`examples/own_task`)."""
+    path: LocalPath | None = None
+    """Source of the problems: a `.parquet`, `.arrow`, `.jsonl`, `.json`, `.csv` or `.tsv` file (text also as `.gz`, `.bz2`
+    or `.zst`), a folder with the shards of one set, a glob, a folder of `save_to_disk`, `hf:owner/dataset[:split]`, or
+    a program that makes them, `builtin:NAME` or your own `python:package.module:Name` (`examples/own_task`)."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
     """Options of a generated task (`common/tasks/arithmetic.py`, `common/tasks/words.py`), among them `size`, its
     number of problems. For a dataset of the hub, `config` names the dataset's configuration."""
@@ -77,6 +79,10 @@ class TaskConfig(Section):
     """Share of the run's prompts, relative to the weights of the other tasks."""
     limit: PositiveInt | None = None
     """Maximum number of rows, of which the first ones are used; null: all rows."""
+    max_dropped_share: Annotated[Share, Rule.MAY_CHANGE] = 0.1
+    """Upper bound on the share of rows that are not used, because they have no problem or no answer, because the
+    verifier cannot read their gold answer, or because their prompt is longer than `max_prompt_tokens`. Above it the run
+    does not start. Latent-SFT has a bound of its own on rows whose chain does not fit."""
     max_prompt_tokens: PositiveInt = 1024
     """Maximum number of prompt tokens. Problems with longer prompts are dropped, counted and listed in the summary."""
     max_response_tokens: PositiveInt = 1024
@@ -111,7 +117,7 @@ class NewModelConfig(Section):
 
     architecture: Literal["llama", "qwen2", "qwen3", "gpt2"] = "llama"
     """Architecture of the causal language model."""
-    tokenizer: str = "arithmetic"
+    tokenizer: LocalPath = "arithmetic"
     """Tokenizer: the fixed vocabulary of the generated task (`arithmetic`), BPE trained on the first task's text
     (`bpe`), or that of a model, given by its folder or hub id, which has a `/` in it."""
     vocab_size: PositiveInt = 2048
@@ -149,7 +155,7 @@ class NewModelConfig(Section):
 class ModelConfig(Section):
     """The model of the policy, given by exactly one of `path` and `new`."""
 
-    path: str | None = None
+    path: LocalPath | None = None
     """Folder or hub id of a Hugging Face causal language model with its tokenizer."""
     new: NewModelConfig | None = None
     dtype: Dtype = "float32"

@@ -24,7 +24,7 @@ from latent_grpo.common.config.monitoring_and_checkpoints import (
 from latent_grpo.common.config.objective import Objective
 from latent_grpo.common.config.problems_and_model import ModelConfig, TaskConfig, VerifierDefinition
 from latent_grpo.common.config.rules import Rule, keys_with
-from latent_grpo.common.config.section import Section
+from latent_grpo.common.config.section import LocalPath, Section
 from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RayConfig, RolloutConfig
 from latent_grpo.common.config.stopping import (
     EVALUATION,
@@ -150,7 +150,7 @@ class RunConfig(Section):
     run_name: Annotated[str | None, Field(pattern=r"^\w[\w.-]*$"), Rule.MAY_CHANGE] = None
     """Name of the run's folder below `runs_folder`; null: it is made of the profile's name and the time. `train` goes
     on with a named run that has begun, so that a job that a cluster starts again does."""
-    runs_folder: Annotated[str, Rule.MAY_CHANGE] = "runs"
+    runs_folder: Annotated[LocalPath, Rule.MAY_CHANGE] = "runs"
     """Folder in which run folders are made; on a cluster it must be on shared storage."""
     self_test_groups: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 2
     """Number of groups that are replayed in the learner before training, whose log-probs must agree within the

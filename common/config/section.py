@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 
 class Section(BaseModel):
@@ -33,4 +34,21 @@ class AsGiven(Section):
         return {name: value for name, value in written.items() if name in self.model_fields_set}
 
 
+def with_home(path: str) -> str:
+    """Returns a path with `~` and `~user` at its beginning, or after `hf:`, written out.
+
+    A shell does that only at the beginning of a word, and nobody does it in a file. Raises ValueError for a user
+    without a home folder.
+    """
+    prefix, rest = ("hf:", path[3:]) if path.startswith("hf:~") else ("", path)
+    if not rest.startswith("~"):
+        return path
+    found = os.path.expanduser(rest)
+    if found.startswith("~"):
+        raise ValueError(f"there is no home folder {rest.partition('/')[0]!r}; write the path in full, got {path!r}")
+    return prefix + found
+
+
+LocalPath = Annotated[str, AfterValidator(with_home)]
+"""A path of this machine, or a name elsewhere, which never begins with `~`."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -1,17 +1,184 @@
-"""Cells of a table as text, where a missing cell is empty, whatever its source writes for it."""
+"""Cells of a table as what they hold: texts, numbers, chats, lists of steps; a missing cell is empty.
+
+A value of any other type is refused. It is never turned into text by way of its spelling in Python, which no model was
+trained on and no answer equals.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, TypeVar
 
 _MISSING = frozenset({"nan", "NaN", "NaT", "<NA>"})  # of float and NumPy, of Decimal, of pandas
+_TEXTS = (str, bytes, list, tuple, dict)
+_PYTHON = re.compile(r"""\s*[\[(]?\s*\{\s*'(role|content|type|text)'\s*:""")  # a chat that str() has spelled
+_JSON = re.compile(r"""\s*\[\s*\{\s*"(role|content|type|text)"\s*:""")
+_LISTED = re.compile(r"""\s*[\[(]\s*(['"])(?P<inside>[^'"]*)\1\s*,?\s*[\])]\s*""")  # one text in a list, as text
+SHOWN = 60  # characters of a cell in a message
+
+Messages = tuple[tuple[str, str], ...]
+"""A chat: (role, content) of each message."""
+T = TypeVar("T")
+
+
+class CellError(ValueError):
+    """A cell that cannot be read; the message says what it holds and what was expected."""
 
 
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: None, NaN, pandas' NA. A text is never missing, not even "nan"."""
-    return value is None or (not isinstance(value, str) and str(value) in _MISSING)
+    return value is None or (not isinstance(value, _TEXTS) and str(value) in _MISSING)
 
 
 def cell_text(value: Any) -> str:
-    """Returns a cell's text, which is empty for a missing value."""
-    return "" if is_missing(value) else str(value)
+    """Returns the text of a text or a number, which is empty for a missing value. Raises :class:`CellError`.
+
+    A whole number is written without a decimal point, whatever its column's type, and no number with an exponent.
+    """
+    if is_missing(value):
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise CellError(f"it holds {kind_of(value)}; expected a text or a number")
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        raise CellError(f"it holds {value}; expected a text or a finite number")
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    return format(Decimal(repr(value + 0.0)), "f").removesuffix(".0")
+
+
+def joined_text(value: Any) -> str:
+    """Returns the text of a text, a number, or a list of these (the steps of a chain), joined by spaces."""
+    if isinstance(value, list | tuple):
+        return " ".join(text for part in value if (text := cell_text(part)))
+    return cell_text(value)
+
+
+def gold_text(value: Any) -> str:
+    """Returns a gold answer: a text, a number, or a list of one. Raises :class:`CellError` for a list of several."""
+    if not isinstance(value, list | tuple):
+        return cell_text(value)
+    found = list(dict.fromkeys(text for part in value if (text := cell_text(part))))
+    if len(found) > 1:
+        raise CellError(
+            f"it lists {len(found)} gold answers ({kind_of(value)}), and a verifier compares with one; write the one "
+            "that counts as a text, or name another column"
+        )
+    return found[0] if found else ""
+
+
+def bare(gold: str) -> str:
+    """Returns the text inside a list of one text that was spelled as a text (`['7']`); any other text as it is."""
+    found = _LISTED.fullmatch(gold)
+    return gold if found is None else found["inside"]
+
+
+def chat(value: Any) -> tuple[Messages, bool]:
+    """Reads a problem: its messages, and whether the cell was a chat, which is a prompt as a whole.
+
+    A text or a number is one user message, and so is a list of parts of the type `text`. A chat is a list of `role` and
+    `content`, also one that is written as JSON in a text; the content is a text or again a list of parts. A missing
+    value has no messages. Raises :class:`CellError` for anything else, and for a chat that the assistant ends.
+    """
+    if isinstance(value, str) and _JSON.match(value):
+        with contextlib.suppress(ValueError):  # a text that only begins like a chat
+            value = json.loads(value)
+    if isinstance(value, str) and _PYTHON.match(value):
+        raise CellError(f"it holds a chat as Python spells it ({shown(value)}); write it as JSON, or as a list")
+    if not isinstance(value, list | tuple):
+        if isinstance(value, dict) or is_missing(value) or isinstance(value, bool):
+            return ((), False) if is_missing(value) else _refused(value)
+        return (("user", cell_text(value)),), False
+    if all(_is_part(part) for part in value):
+        return ((("user", _parts(value)),), False) if value else ((), False)
+    if not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value):
+        return _refused(value)
+    messages = tuple((_role(message["role"]), _content(message["content"])) for message in value)
+    if messages[-1][0] == "assistant":
+        raise CellError(
+            "it is a chat whose last message is the assistant's, which would be part of the prompt; name a column that "
+            "ends with the user's"
+        )
+    return messages, True
+
+
+def value_of(row: Mapping[str, Any], column: str) -> Any:
+    """Returns the cell of a column; a dot selects a part of a nested object (`reward_model.ground_truth`)."""
+    if column in row:
+        return row[column]
+    found: Any = row
+    for part in column.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def read_cell(row: Mapping[str, Any], column: str | None, read: Callable[[Any], T], where: str) -> T:
+    """Reads a cell; no column is a missing value. Raises :class:`CellError`, which says `where`, and the column."""
+    try:
+        return read(None if column is None else value_of(row, column))
+    except CellError as error:
+        raise CellError(f"{where}: column {column!r} cannot be read: {error}") from error
+
+
+def kind_of(value: Any) -> str:
+    """Describes a value that is no text: `a list (["a", "b"])`, `a boolean (true)`, `bytes`."""
+    for kinds, name in (
+        (bool, "a boolean"),
+        (Mapping, "an object"),
+        ((list, tuple), "a list"),
+        ((bytes, bytearray, memoryview), "bytes"),
+    ):
+        if isinstance(value, kinds):
+            return name if name == "bytes" else f"{name} ({shown(value)})"
+    return f"a value of the type {type(value).__name__} ({shown(value)})"
+
+
+def shown(value: Any) -> str:
+    """Returns the beginning of a value, as JSON writes it where it can; a text without quotes."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_name)
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _name(value: Any) -> str:
+    return f"<{type(value).__name__}>" if isinstance(value, bytes) else str(value)
+
+
+def _refused(value: Any) -> Any:
+    raise CellError(
+        f"it holds {kind_of(value)}; expected a text, a number, or a chat (a list of objects with role and content)"
+    )
+
+
+def _role(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise CellError(f"a message's role is {shown(value)}; expected a text such as user")
+    return value
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and "type" in value and "role" not in value
+
+
+def _content(value: Any) -> str:
+    """The text of a message: a text, a number, or a list of parts."""
+    if isinstance(value, list | tuple) and all(_is_part(part) for part in value):
+        return _parts(value)
+    return cell_text(value)
+
+
+def _parts(parts: Sequence[Mapping[str, Any]]) -> str:
+    for part in parts:
+        if part["type"] not in ("text", "input_text") or not isinstance(part.get("text"), str):
+            raise CellError(
+                f"it has a part of the type {part['type']!r} ({shown(part)}); a prompt is made of text alone"
+            )
+    return "".join(part["text"] for part in parts)

@@ -6,13 +6,8 @@ A problem's identity is task name and row number in its source, so dropping a fa
 from __future__ import annotations
 
 import array
-import csv
 import hashlib
-import itertools
-import json
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,15 +16,14 @@ from latent_grpo.common.config import ConfigError, TaskConfig
 from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, how_to_get
-from latent_grpo.common.tasks.cells import cell_text
+from latent_grpo.common.tasks.cells import CellError, shown
 from latent_grpo.common.tasks.generator import PREFIX, Generator, UsersGenerator
-from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
-from latent_grpo.common.tasks.gpqa import with_letters
+from latent_grpo.common.tasks.layouts import Reading, layout_of
+from latent_grpo.common.tasks.tables import KNOWN, Row, Table, TableError, exists, of_dataset, open_table
 from latent_grpo.common.tasks.words import WordProblems
 from latent_grpo.common.types import Problem
 
 EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER = "empty problem", "empty answer", "unreadable gold answer"
-AUTHORS_SOLUTION = "cot_answer"  # of the authors' files: the visible text, with the boxed answer at its end (METHOD §7)
 
 
 class TaskError(ConfigError):
@@ -73,9 +67,16 @@ class GeneratedTask:
 class StoredTask:
     """Problems read from a file or the hub."""
 
-    def __init__(self, config: TaskConfig, problems: Sequence[Problem], dropped: dict[str, list[int]]) -> None:
+    def __init__(
+        self,
+        config: TaskConfig,
+        problems: Sequence[Problem],
+        dropped: dict[str, list[int]],
+        examples: dict[str, str] | None = None,
+    ) -> None:
         self.config = config
         self.dropped = dropped
+        self.examples = examples or {}  # reason -> what is shown of the first dropped row
         self._problems = problems
 
     @property
@@ -88,27 +89,51 @@ class StoredTask:
     def problem(self, index: int) -> Problem:
         return self._problems[index]
 
-    def filtered(self, keep: Callable[[Problem], bool], reason: str) -> StoredTask:
-        """Returns the task without the problems that `keep` refuses, which are counted under `reason`."""
+    def check_dropped(self) -> None:
+        """Raises TaskError where more rows are dropped than `max_dropped_share` allows."""
+        lost, limit = sum(map(len, self.dropped.values())), self.config.max_dropped_share
+        count = lost + len(self._problems)
+        if lost > limit * count:
+            described = describe_dropped(self.dropped, self.examples)
+            raise TaskError(
+                f"task {self.config.name}: {lost:,} of {count:,} rows of {self.config.path} cannot be used "
+                f"({lost / count:.1%}; max_dropped_share is {limit:g}): {described}. "
+                "Correct the file or the task's columns, verifier or max_prompt_tokens, or raise max_dropped_share"
+            )
+
+    def filtered(self, keep: Callable[[Problem], bool], reason: str, *, faulty: bool = True) -> StoredTask:
+        """Returns the task without the problems that `keep` refuses, which are counted under `reason`.
+
+        The first of those that are `faulty` is shown with the count.
+        """
         kept, refused = [], []
         for problem in self._problems:
             if keep(problem):
                 kept.append(problem)
             else:
-                refused.append(int(problem.uid.rpartition("/")[2]))
-        dropped = {**self.dropped, reason: refused} if refused else self.dropped
+                refused.append(problem)
+        dropped, examples = self.dropped, self.examples
+        if refused:
+            dropped = {**dropped, reason: [int(problem.uid.rpartition("/")[2]) for problem in refused]}
+            examples = {**examples, reason: shown(refused[0].messages[-1][1])} if faulty else examples
         if not kept:
             raise TaskError(f"task {self.config.name}: no problem is left; {describe_dropped(dropped)}")
-        return StoredTask(self.config, kept, dropped)
+        return StoredTask(self.config, kept, dropped, examples)
 
 
-def describe_dropped(dropped: dict[str, list[int]]) -> str:
-    """Describes dropped rows as `dropped 3 empty problem (rows 4, 9, 17)`; empty if there are none."""
+def describe_dropped(dropped: Mapping[str, list[int]], examples: Mapping[str, str] | None = None) -> str:
+    """Describes dropped rows as `dropped 3 empty problem (rows 4, 9, 17)`; empty if there are none.
+
+    With `examples` the first row of each reason is shown after that: `, for example row 4: ...`.
+    """
     parts = []
     for reason, rows in dropped.items():
-        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-        parts.append(f"{len(rows)} {reason} (row{'s' if len(rows) > 1 else ''} {shown})")
-    return "dropped " + "; ".join(parts) if parts else ""
+        listed = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        parts.append(f"{len(rows)} {reason} (row{'s' if len(rows) > 1 else ''} {listed})")
+    first = [
+        f"row {rows[0]}: {examples[reason]}" for reason, rows in dropped.items() if examples and reason in examples
+    ]
+    return ("dropped " + "; ".join(parts) if parts else "") + (f", for example {'; '.join(first)}" if first else "")
 
 
 def load_task(
@@ -128,8 +153,8 @@ def load_task(
     if config.path is None:
         hint = " (a named benchmark gives prompt and verifier, not the problems)" if config.name in BENCHMARKS else ""
         raise TaskError(
-            f"task {config.name}: path is missing{hint}; set it to a .parquet, .jsonl or .csv file, hf:..., "
-            "builtin:... or python:package.module:Name"
+            f"task {config.name}: path is missing{hint}; set it to {KNOWN}; or hf:..., builtin:... or "
+            "python:package.module:Name"
         )
     if config.path.startswith("builtin:"):
         return _built_in(config, config.path.removeprefix("builtin:"), seed)
@@ -190,131 +215,73 @@ def _stored(
     boxed: Callable[[str], str | None],
     protocol: EvaluationProtocol,
 ) -> StoredTask:
-    rows = _read(config, path)
-    if not rows:
+    try:
+        table = open_rows(config)
+        if not table.columns:
+            raise TableError(f"{path} has no rows")
+        layout = layout_of(config, table.columns, protocol)
+        problems: list[Problem] = []
+        dropped: dict[str, list[int]] = {}
+        examples: dict[str, str] = {}
+        for number, row in enumerate(table.rows(layout.columns, config.limit)):
+            found = _with_gold(layout.read(number, row), boxed)
+            if (reason := _fault(found, gradable)) is None:
+                uid, read = f"{config.name}/{number}", found._asdict()
+                problems.append(Problem(uid=uid, task=config.name, **read))
+            else:
+                dropped.setdefault(reason, []).append(number)
+                examples.setdefault(reason, _example(reason, found, row))
+    except (TableError, CellError) as error:
+        raise TaskError(f"task {config.name}: {error}") from error
+    count = len(problems) + sum(map(len, dropped.values()))
+    if not count:
         raise TaskError(f"task {config.name}: {path} has no rows")
-    read, whole = _reader(config, set().union(*(row.keys() for row in rows[:100])), protocol)
-    problems: list[Problem] = []
-    dropped: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        messages, answer, cot, solution = _with_gold(read(number, row), boxed)
-        if not any(content.strip() for role, content in messages if role == "user"):
-            dropped.setdefault(EMPTY_PROBLEM, []).append(number)
-        elif not answer.strip():
-            dropped.setdefault(EMPTY_ANSWER, []).append(number)
-        elif gradable is not None and not gradable(answer):
-            dropped.setdefault(UNREADABLE_ANSWER, []).append(number)
-        else:
-            uid = f"{config.name}/{number}"
-            problems.append(
-                Problem(
-                    uid=uid,
-                    task=config.name,
-                    messages=messages,
-                    answer=answer,
-                    cot=cot,
-                    solution=solution,
-                    whole=whole,
-                )
-            )
     if not problems:
         raise TaskError(
-            f"task {config.name}: none of the {len(rows)} rows of {path} can be graded with verifier "
-            f"{config.verifier!r}: {describe_dropped(dropped)}"
+            f"task {config.name}: none of the {count} rows of {path} can be graded with verifier "
+            f"{config.verifier!r}: {describe_dropped(dropped, examples)}"
         )
-    return StoredTask(config, problems, dropped)
+    return StoredTask(config, problems, dropped, examples)
 
 
-Row = dict[str, Any]  # of a file: the cell of each column
+def _fault(found: Reading, gradable: Callable[[str], bool] | None) -> str | None:
+    """Why a row cannot be used; None: it can."""
+    if not any(content.strip() for role, content in found.messages if role == "user"):
+        return EMPTY_PROBLEM
+    if not found.answer.strip():
+        return EMPTY_ANSWER
+    return UNREADABLE_ANSWER if gradable is not None and not gradable(found.answer) else None
 
 
-def read_rows(config: TaskConfig) -> list[Row]:
-    """Reads the rows of a task's file or hub dataset, as they are. Raises TaskError."""
-    return _read(config, str(config.path))
+def _example(reason: str, found: Reading, row: Row) -> str:
+    """What is shown of a dropped row: its gold answer, or the row where it lacks one."""
+    return shown(found.answer) if reason == UNREADABLE_ANSWER else shown(row)
 
 
-def _read(config: TaskConfig, path: str) -> list[Row]:
+def open_rows(config: TaskConfig) -> Table:
+    """Opens the rows of a task's files or hub dataset. Raises TableError, which does not name the task."""
+    path = str(config.path)
     if path.startswith("hf:"):
-        return _read_hub(config, path.removeprefix("hf:"))
-    file = Path(path)
-    if not file.is_file():
-        raise TaskError(f"task {config.name}: no file {path} (looked in {Path.cwd()}){how_to_get(config.name)}")
-    if file.suffix == ".parquet":
-        import pyarrow.lib
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(file)
-        except (pyarrow.lib.ArrowException, OSError) as error:
-            raise TaskError(f"task {config.name}: {path} cannot be read as parquet: {error}") from error
-        return (table if config.limit is None else table.slice(0, config.limit)).to_pylist()
-    if file.suffix == ".jsonl":
-        return _read_jsonl(config, file)
-    if file.suffix == ".csv":
-        return _read_csv(config, file)
-    raise TaskError(
-        f"task {config.name}: {path}: expected a .parquet, .jsonl or .csv file, hf:..., builtin:... or python:..."
-    )
-
-
-def _read_jsonl(config: TaskConfig, file: Path) -> list[Row]:
-    rows: list[Row] = []
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise TaskError(f"task {config.name}: {file}, line {number}: not UTF-8: {error}") from error
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(f"task {config.name}: {file}, line {number}: not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise TaskError(f"task {config.name}: {file}, line {number}: expected an object, got {line[:40]!r}")
-            rows.append(row)
-            if len(rows) == config.limit:
-                break
-    return rows
-
-
-def _read_csv(config: TaskConfig, file: Path) -> list[Row]:
+        return _of_hub(config, path.removeprefix("hf:"))
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(itertools.islice(csv.DictReader(lines), config.limit))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise TaskError(f"task {config.name}: {file} cannot be read as CSV: {error}") from error
-    for number, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise TaskError(
-                f"task {config.name}: {file}: row {number} has more or fewer cells than the header; is it a CSV file "
-                "with a comma between cells and quotes around texts with commas?"
-            )
-    return rows
+        return open_table(path)
+    except TableError as error:
+        missing = not exists(path)
+        raise TableError(f"{error}{how_to_get(config.name) if missing else ''}") from error
 
 
-def _read_hub(config: TaskConfig, name: str) -> list[Row]:
-    """Reads `owner/dataset[:split]`; an option `config` names a dataset's configuration."""
+def _of_hub(config: TaskConfig, name: str) -> Table:
+    """Opens `owner/dataset[:split]`; an option `config` names a dataset's configuration."""
     import datasets
 
     repository, _, split = name.partition(":")
     try:
         data = datasets.load_dataset(repository, config.options.get("config"), split=split or "train")
     except (OSError, ValueError) as error:
-        raise TaskError(
-            f"task {config.name}: dataset {repository} (split {split or 'train'}): {error}{how_to_get(config.name)}"
+        raise TableError(
+            f"dataset {repository} (split {split or 'train'}): {error}{how_to_get(config.name)}"
         ) from error
-    return (data if config.limit is None else data.select(range(min(config.limit, len(data))))).to_list()
-
-
-class Reading(NamedTuple):
-    """A row's texts; one that it lacks is empty."""
-
-    messages: tuple[tuple[str, str], ...]  # (role, content)
-    answer: str
-    cot: str = ""
-    solution: str = ""
+    return of_dataset(f"hf:{name}", data)
 
 
 def _with_gold(found: Reading, boxed: Callable[[str], str | None]) -> Reading:
@@ -327,76 +294,6 @@ def _with_gold(found: Reading, boxed: Callable[[str], str | None]) -> Reading:
     if not found.answer.strip() and found.solution:
         return found._replace(answer=boxed(found.solution) or "")
     return found
-
-
-def _reader(
-    config: TaskConfig, present: set[str], protocol: EvaluationProtocol
-) -> tuple[Callable[[int, Row], Reading], bool]:
-    """Returns a function that reads a row, and whether its messages are a whole prompt."""
-    columns = config.columns
-    if columns.problem not in present and {"prompt", "reward_model"} <= present:
-        solution = _solution_column(config, present)
-        return (lambda number, row: _read_verl(config, solution, number, row)), True
-    if columns.problem not in present and present >= GPQA_COLUMNS:
-        return partial(_read_gpqa, protocol), False
-    solution = _solution_column(config, present)
-    boxed = solution is not None and columns.answer not in present and "answer" not in columns.model_fields_set
-    for key, column in (("problem", columns.problem), ("answer", columns.answer)):
-        if column not in present and not (key == "answer" and boxed):
-            raise TaskError(
-                f"task {config.name}: {config.path} has no column {column!r}; its columns are "
-                f"{', '.join(sorted(present))}. Set columns.{key}"
-            )
-    if "cot" in columns.model_fields_set and columns.cot not in present:
-        raise TaskError(
-            f"task {config.name}: {config.path} has no column {columns.cot!r}; its columns are "
-            f"{', '.join(sorted(present))}"
-        )
-
-    def read(number: int, row: Row) -> Reading:
-        answer = "" if columns.answer == solution else cell_text(row.get(columns.answer))
-        return Reading(
-            messages=(("user", cell_text(row.get(columns.problem))),),
-            answer=answer,
-            cot=cell_text(row.get(columns.cot)),
-            solution=_cell(row, solution),
-        )
-
-    return read, False
-
-
-def _solution_column(config: TaskConfig, present: set[str]) -> str | None:
-    """Returns the column of the visible text: the one that is set, else `solution`, else the authors'; None: none."""
-    columns = config.columns
-    if columns.solution is None or columns.solution in present:
-        return columns.solution
-    if "solution" in columns.model_fields_set:
-        raise TaskError(
-            f"task {config.name}: {config.path} has no column {columns.solution!r}; its columns are "
-            f"{', '.join(sorted(present))}. Set columns.solution, or null to train the boxed answer alone"
-        )
-    return AUTHORS_SOLUTION if AUTHORS_SOLUTION in present else None
-
-
-def _cell(row: Row, column: str | None) -> str:
-    return "" if column is None else cell_text(row.get(column))
-
-
-def _read_verl(config: TaskConfig, solution: str | None, number: int, row: Row) -> Reading:
-    """Reads verl's layout: `prompt` is a chat, `reward_model.ground_truth` the gold answer."""
-    chat, truth = row.get("prompt"), row.get("reward_model")
-    if not isinstance(chat, list) or any(not isinstance(m, dict) or {"role", "content"} - m.keys() for m in chat):
-        raise TaskError(f"task {config.name}: row {number}: `prompt` must be a list of role and content, got {chat!r}")
-    if not isinstance(truth, dict) or "ground_truth" not in truth:
-        raise TaskError(f"task {config.name}: row {number}: `reward_model` has no ground_truth, got {truth!r}")
-    messages = tuple((str(m["role"]), cell_text(m["content"])) for m in chat)
-    answer, cot = cell_text(truth["ground_truth"]), cell_text(row.get(config.columns.cot))
-    return Reading(messages, answer, cot, _cell(row, solution))
-
-
-def _read_gpqa(protocol: EvaluationProtocol, number: int, row: Row) -> Reading:
-    question, letter = with_letters(number, row, protocol)
-    return Reading((("user", question),), letter)
 
 
 # --- the order of training ---------------------------------------------------------------------------------------

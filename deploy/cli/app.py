@@ -18,7 +18,14 @@ from rich.table import Table
 
 from latent_grpo.common.config import ConfigError, config_as_json
 from latent_grpo.common.errors import LatentGRPOError, RayLost
-from latent_grpo.deploy.cli.arguments import interruptible, listed, overrides, settings, whole_numbers
+from latent_grpo.deploy.cli.arguments import (
+    argument_with_home,
+    interruptible,
+    listed,
+    overrides,
+    settings,
+    whole_numbers,
+)
 from latent_grpo.deploy.cli.bench import bench
 from latent_grpo.deploy.cli.data import data
 from latent_grpo.deploy.cli.models import models
@@ -334,7 +341,7 @@ def main() -> None:
     if link.supervised():
         link.connect()
     try:
-        app()
+        app(args=[argument_with_home(argument) for argument in sys.argv[1:]])
     except LatentGRPOError as error:
         say(str(error), "[bold red]error[/]")
         lost = isinstance(error, RayLost)

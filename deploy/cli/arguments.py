@@ -9,6 +9,7 @@ import typer
 
 from latent_grpo.common.config import ConfigError, RunConfig, load_config, read_profile
 from latent_grpo.common.config.loading import SIZES
+from latent_grpo.common.config.section import with_home
 from latent_grpo.common.tasks.present import with_present_files
 
 
@@ -28,6 +29,14 @@ def overrides(arguments: list[str]) -> list[str]:
     if pending is not None:
         raise ConfigError(f"--{pending} has no value; settings are given as --key.sub VALUE or key.sub=VALUE")
     return found
+
+
+def argument_with_home(argument: str) -> str:
+    """Writes out `~/` at the beginning of an argument, or of an option's value (`--resume=~/runs/a`)."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    if not value.startswith("~/"):
+        return argument
+    return f"{option}{equals}{with_home(value)}"
 
 
 def listed(text: str) -> list[str]:

@@ -7,7 +7,6 @@ set that its publisher has changed does not pass for the same.
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 import os
@@ -24,7 +23,8 @@ import xxhash
 from latent_grpo.common.config import ConfigError
 from latent_grpo.common.files import file_hash, write_atomically
 from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
-from latent_grpo.deploy.data.layouts import COLUMNS, IncompleteRow, UnknownLayout, product_row
+from latent_grpo.common.tasks.tables import TableError, open_table
+from latent_grpo.deploy.data.layouts import COLUMNS, READ, IncompleteRow, UnknownLayout, is_known, product_row
 from latent_grpo.deploy.data.sets import DataSet
 from latent_grpo.deploy.run.progress import Reporter
 
@@ -267,42 +267,11 @@ def open_local(data: DataSet, folder: Path) -> tuple[Source, int | None, Rows]:
 
 def _rows_of(data: DataSet, file: Path) -> Iterator[dict[str, Any]]:
     try:
-        if file.suffix == ".parquet":
-            for batch in pq.ParquetFile(file).iter_batches():
-                yield from batch.to_pylist()
-            return
-        if file.suffix == ".csv":
-            with file.open(encoding="utf-8-sig", newline="") as lines:
-                for place, row in enumerate(csv.DictReader(lines)):
-                    if None in row or None in row.values():
-                        raise FetchError(
-                            f"{data.name}: {file}, row {place} has more or fewer cells than the header; is the file "
-                            "complete?"
-                        )
-                    yield row
-            return
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _row_of(data, f"{file}, line {number}", line)
-    except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError) as error:
-        raise FetchError(f"{data.name}: {file} cannot be read: {error}") from error
-
-
-def _row_of(data: DataSet, where: str, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise FetchError(
-            f"{data.name}: {where} is not valid JSON ({error.msg} at character {error.pos + 1}); is the file complete?"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise FetchError(f"{data.name}: {where} is not UTF-8 ({error})") from error
-    if not isinstance(row, dict):
-        raise FetchError(
-            f"{data.name}: {where}: expected an object, got {line.strip()[:40].decode(errors='replace')!r}"
-        )
-    return row
+        table = open_table(str(file))
+        known = is_known(table.columns) and not data.refused  # one that is copied as it lies is compared as a whole
+        yield from table.rows(READ if known else table.columns)
+    except TableError as error:
+        raise FetchError(f"{data.name}: {error}") from error
 
 
 def open_hub(data: DataSet, revision: str | None = None) -> tuple[Source, int | None, Rows]:

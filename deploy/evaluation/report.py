@@ -85,7 +85,7 @@ def _origin(row: Row) -> dict[str, Any]:
     """Describes the source of a row's problems, their prompt, their sampling and their verifier."""
     config, renderer = row.task.source.config, row.task.renderer.config
     asked = row.pass_at_1
-    file = Path(config.path or "")
+    file = Path(config.path or "")  # of several files the run's manifest has a hash
     return {
         "path": config.path,
         "options": config.options,

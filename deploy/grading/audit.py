@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -18,13 +19,15 @@ from rich.table import Table
 from rich.text import Text
 
 from latent_grpo.common.config import load_config
+from latent_grpo.common.tasks.sources import describe_dropped
 from latent_grpo.common.terminal_text import visible
 from latent_grpo.deploy.grading import gold_check
-from latent_grpo.deploy.grading.answer_file import AuditError, Row, read_rows
+from latent_grpo.deploy.grading.answer_file import AuditError, Row, read_answers
 from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.reward.answers import gold_is_parsable
 from latent_grpo.reward.pool import VerifierPool
-from latent_grpo.reward.verifier import REASONS, Grade
-from latent_grpo.rollout_workers.verifiers import reward_errors, verifier_pool
+from latent_grpo.reward.verifier import REASONS, Definitions, Grade, Verifier
+from latent_grpo.rollout_workers.verifiers import build_verifier, reward_errors, verifier_pool
 
 PLAIN = "latent_grpo.reward.plain_math_verify:PlainMathVerify"
 SHOWN_END = 160  # characters of a response's end that an example shows
@@ -102,7 +105,11 @@ def run_audit(
     """Runs the command. `columns` are those of response and gold, None for the usual names. Raises AuditError."""
     if golds and (compare or output):
         raise AuditError("--golds grades no responses; leave out --compare and --output")
-    rows = read_rows(file, *columns, golds_only=golds)
+    found = read_answers(file, *columns, golds_only=golds)
+    rows = found.rows
+    if found.dropped:
+        sentence = f"{file}: {describe_dropped(found.dropped)}"
+        Console(stderr=True).print(Text(sentence, style="yellow"), soft_wrap=True)
     with reward_errors(), _pool(profile, limits) as pool:
         if golds:
             findings = gold_check.check_golds(rows, kind, pool)
@@ -113,7 +120,10 @@ def run_audit(
             return
         total = len(rows) * (2 if compare else 1)
         with Reporter(Console(stderr=True)).phase("grade", total, "rows") as advance:
-            report = audit(file, kind, pool, rows=rows, examples=examples, compare=compare, on_progress=advance)
+            report = audit(
+                file, kind, pool, rows=rows, readable=_readable(profile, limits, kind), examples=examples,
+                compare=compare, on_progress=advance,
+            )  # fmt: skip
     if output is not None:
         write_grades(report, rows, output)
     if machine:
@@ -125,11 +135,26 @@ def run_audit(
 def _pool(profile: str | None, limits: Limits) -> VerifierPool:
     if profile is not None:
         return verifier_pool(load_config(profile))
-    options = {kind: {"fallback": limits.fallback} for kind in ("math", "number")}
     try:
-        return VerifierPool(limits.processes, limits.time_limit_s, options=options)
+        return VerifierPool(limits.processes, limits.time_limit_s, options=_options(limits))
     except ValueError as error:
         raise AuditError(str(error)) from error
+
+
+def _options(limits: Limits) -> dict[str, dict[str, str]]:
+    return {kind: {"fallback": limits.fallback} for kind in ("math", "number")}
+
+
+def _readable(profile: str | None, limits: Limits, kind: str) -> Callable[[str], bool]:
+    """Returns whether the verifier can read a gold answer, which a run asks before it takes a row."""
+
+    @cache
+    def verifier() -> Verifier:  # built once it is needed: whether it can be built at all, the pool says
+        if profile is not None:
+            return build_verifier(load_config(profile), kind)
+        return Definitions({}, _options(limits)).build(kind)
+
+    return lambda gold: gold_is_parsable(verifier(), gold)
 
 
 def audit(
@@ -139,12 +164,22 @@ def audit(
     *,
     rows: list[Row],
     examples: int,
+    readable: Callable[[str], bool] = lambda gold: True,
     compare: bool = False,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Audit:
-    """Grades every row, with `compare` also by plain math-verify."""
+    """Grades every row, with `compare` also by plain math-verify.
+
+    A row whose gold answer is not `readable` is ungraded, as a run leaves it out: it says nothing about the response.
+    """
     started = time.perf_counter()
     grades = _graded(pool, kind, rows, on_progress)
+    doubted = {row.gold for row, grade in zip(rows, grades, strict=True) if grade.reason in ("no_answer", "wrong")}
+    unread = {gold for gold in doubted if not readable(gold)}
+    grades = [
+        Grade(None, "ungraded", grade.parsed) if row.gold in unread else grade
+        for row, grade in zip(rows, grades, strict=True)
+    ]
     seconds = time.perf_counter() - started
     rewards = [grade.reward for grade in grades if grade.reward is not None]
     return Audit(

@@ -14,6 +14,7 @@ from typing import Any
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
 from latent_grpo.common.config.rules import Rule, keys_with
 from latent_grpo.common.tasks.sources import is_generated
+from latent_grpo.common.tasks.tables import exists
 from latent_grpo.deploy.reproduce.suite import Suite, SuiteError, Unit, unit_config
 from latent_grpo.deploy.run.preparation import check, file_faults
 from latent_grpo.deploy.run.problems import read_task
@@ -103,7 +104,7 @@ def _of_task(task: TaskConfig, config: RunConfig) -> str:
 
 def _is_here(task: TaskConfig) -> bool:
     path = task.path or "hf:"
-    return is_generated(task) or (not path.startswith("hf:") and Path(path).is_file())
+    return is_generated(task) or (not path.startswith("hf:") and exists(path))
 
 
 def _shown(keys: list[str]) -> str:

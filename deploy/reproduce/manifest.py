@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from latent_grpo.common.config import RunConfig, TaskConfig
-from latent_grpo.common.files import file_hash, write_atomically
+from latent_grpo.common.files import write_atomically
 from latent_grpo.common.tasks.sources import is_generated, load_task
+from latent_grpo.common.tasks.tables import exists
 from latent_grpo.deploy.reproduce.suite import Suite, SuiteError
-from latent_grpo.deploy.run.manifest import grading_versions, problems_hash, program_commit
+from latent_grpo.deploy.run.manifest import grading_versions, problems_hash, program_commit, source_facts
 from latent_grpo.deploy.run.program import source_hash
 from latent_grpo.deploy.run.versions import versions
 
@@ -188,4 +189,4 @@ def _data_hash(task: TaskConfig) -> str:
         # the generator is what may change; seed 0 stands for the runs' own where the options name none
         source = load_task(task.model_copy(update={"options": _drawn_from(task), "limit": None}), seed=0)
         return problems_hash(source, min(source.size or HASHED_PROBLEMS, HASHED_PROBLEMS))
-    return file_hash(Path(task.path)) if Path(task.path).is_file() else "file is missing"
+    return source_facts(task.path).xxh3_128 if exists(task.path) else "file is missing"

@@ -32,6 +32,7 @@ from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
 from latent_grpo.common.files import file_hash
 from latent_grpo.common.tasks.generator import PREFIX
 from latent_grpo.common.tasks.sources import GeneratedTask
+from latent_grpo.common.tasks.tables import source_files
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.manifest_schema import (
     FORMAT,
@@ -226,6 +227,16 @@ def file_facts(path: Path) -> FileFacts:
     return FileFacts(bytes=path.stat().st_size, xxh3_128=file_hash(path))
 
 
+def source_facts(path: str) -> FileFacts:
+    """The size and the hash of a task's files: of one its own, of several that of their names and hashes."""
+    files = source_files(path)
+    if len(files) == 1:
+        return file_facts(files[0])
+    facts = [(file.name, file_facts(file)) for file in files]
+    digest = xxhash.xxh3_128(json.dumps([[name, of.xxh3_128] for name, of in facts]).encode())
+    return FileFacts(bytes=sum(of.bytes for _, of in facts), xxh3_128=digest.hexdigest())
+
+
 def problems_hash(source: TaskSource, count: int) -> str:
     """The hash of the source's first `count` problems."""
     digest = xxhash.xxh3_128()
@@ -272,4 +283,4 @@ def _content(task: PreparedTask, source: TaskConfig) -> dict[str, Any]:
         return facts  # its problems follow from the options, the seed and the program
     if source.path.startswith("hf:"):
         return {"problems_xxh3_128": problems_hash(task.source, task.source.size or 0)}
-    return file_facts(Path(source.path)).model_dump()
+    return source_facts(source.path).model_dump()

@@ -23,6 +23,7 @@ from latent_grpo.common.models import extended_limit, make_model, make_tokenizer
 from latent_grpo.common.prompts import beyond_sentence, check_think_start, check_width, read_tokens, resolve_tokens
 from latent_grpo.common.tasks.benchmarks import fetch_commands, how_to_get, known_files
 from latent_grpo.common.tasks.sources import TaskSource, is_generated
+from latent_grpo.common.tasks.tables import KNOWN, exists, source_files
 from latent_grpo.common.types import TokenFacts
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources
@@ -274,9 +275,9 @@ def check_files(config: RunConfig) -> None:
 def large_files(config: RunConfig) -> list[str]:
     """Returns a line for each problem file that takes long to read, about 10 s for 100,000 rows."""
     paths = dict.fromkeys(task.path for task in (*config.tasks, *config.evaluation.tasks) if task.path)
-    files = [Path(path) for path in paths if Path(path).is_file()]
-    sizes = [(file, file.stat().st_size / 2**20) for file in files]
-    return [f"reading {file} ({size:,.0f} MiB)" for file, size in sizes if size >= LARGE_MIB]
+    here = [path for path in paths if exists(path)]
+    sizes = [(path, sum(file.stat().st_size for file in source_files(path)) / 2**20) for path in here]
+    return [f"reading {path} ({size:,.0f} MiB)" for path, size in sizes if size >= LARGE_MIB]
 
 
 def check_lora(problem: Callable[[], str | None] = missing_package) -> None:
@@ -295,15 +296,14 @@ def file_faults(config: RunConfig) -> list[str]:
     for task in [*config.tasks, *config.evaluation.tasks]:
         path = task.path
         if path is None:
-            known = ".parquet, .jsonl, .csv, hf:..., builtin:... or python:..."
-            faults.append(f"task {task.name}: set its `path` ({known})")
-        elif not is_generated(task) and not path.startswith("hf:") and not Path(path).is_file():
+            faults.append(f"task {task.name}: set its `path` ({KNOWN}, hf:..., builtin:... or python:...)")
+        elif not is_generated(task) and not path.startswith("hf:") and not exists(path):
             file, names = Path(path), known_files(task.name)
             missing.append((task.name, file.parent))
             others = ", ".join(name for name in names if name != file.name) if file.name in names else ""
             faults.append(
                 f"task {task.name}: {path} does not exist{f' (nor, beside it, {others})' if others else ''}; set its "
-                f"`path` to a .parquet, .jsonl or .csv file{how_to_get(task.name)}"
+                f"`path` to {KNOWN}{how_to_get(task.name)}"
             )
     return [*fetch_commands(missing), *faults]
 

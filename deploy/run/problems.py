@@ -122,6 +122,7 @@ def prepare_task(
     name = f"the prompts of {source.config.name}"
     prompts = renderer.encode_all([source.problem(i) for i in range(source.size)], encoder, name)
     fitting = source.filtered(lambda problem: len(prompts[problem.uid]) <= limit, TOO_LONG)
+    fitting.check_dropped()
     longest = int(prompts.lengths[prompts.lengths <= limit].max())
     return PreparedTask(fitting, renderer, longest, prompts, protocols)
 
@@ -169,6 +170,8 @@ def read_task(
     )
     if whole:
         _check_whole(source)
+    if isinstance(source, StoredTask):
+        source.check_dropped()
     return source
 
 
@@ -182,11 +185,11 @@ def _check_whole(source: TaskSource) -> None:
     faults = (EMPTY_PROBLEM, EMPTY_ANSWER, UNREADABLE_ANSWER)
     faulty = {reason: source.dropped[reason] for reason in faults if reason in source.dropped}
     if faulty:
-        config = source.config
+        config, found = source.config, describe_dropped(faulty, examples_of(source)).removeprefix("dropped ")
         raise TaskError(
             f"evaluation task {config.name}: {config.path} has rows that cannot be graded with verifier "
-            f"{config.verifier!r} ({describe_dropped(faulty).removeprefix('dropped ')}), and figures for the other "
-            "rows would not be this benchmark's. Correct the file, set columns.answer, or give a file of good rows"
+            f"{config.verifier!r} ({found}), and figures for the other rows would not be this benchmark's. Correct the "
+            "file, set columns.answer, or give a file of good rows"
         )
 
 
@@ -223,8 +226,13 @@ def describe(source: TaskSource) -> str:
     """`gsm8k: 7,473 problems; dropped 1 empty answer (row 4)`."""
     plural = "" if source.size == 1 else "s"
     size = "generated without end" if source.size is None else f"{source.size:,} problem{plural}"
-    dropped = describe_dropped(source.dropped)
+    dropped = describe_dropped(source.dropped, examples_of(source))
     return f"{source.config.name}: {size}" + (f"; {dropped}" if dropped else "")
+
+
+def examples_of(source: TaskSource) -> dict[str, str]:
+    """What is shown of a task's dropped rows, by reason."""
+    return source.examples if isinstance(source, StoredTask) else {}
 
 
 class Tasks(NamedTuple):
@@ -256,7 +264,10 @@ class Problems:
     @property
     def dropped(self) -> list[str]:
         """One line for each task that had to drop problems, with counts and reasons."""
-        tasks = {task.name: describe_dropped(task.source.dropped) for task in (*self.training, *self.evaluation)}
+        tasks = {
+            task.name: describe_dropped(task.source.dropped, examples_of(task.source))
+            for task in (*self.training, *self.evaluation)
+        }
         return [f"{name}: {found}" for name, found in tasks.items() if found]
 
     def first_prompts(self) -> list[tuple[str, str, list[str]]]:

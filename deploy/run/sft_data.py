@@ -231,7 +231,7 @@ def _split(task: PreparedTask, count: int, config: RunConfig, chains: Chains) ->
         )
     held_out = [source.problem(i) for i in range(source.size - count, source.size)]
     names = {problem.uid for problem in held_out}
-    rest = source.filtered(partial(_is_not_of, names), HELD_OUT)
+    rest = source.filtered(partial(_is_not_of, names), HELD_OUT, faulty=False)
     return dataclasses.replace(task, source=rest), held_out
 
 

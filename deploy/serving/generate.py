@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
 from latent_grpo.common.config import ConfigError, TaskConfig
-from latent_grpo.common.tasks.sources import TaskError, read_rows
+from latent_grpo.common.tasks.cells import CellError, chat, read_cell
+from latent_grpo.common.tasks.sources import open_rows
+from latent_grpo.common.tasks.tables import TableError, exists
 from latent_grpo.common.terminal_text import visible, visible_token
 from latent_grpo.rollout_workers.latent_model import LatentModel, LatentStep, Response, Sampling
 from latent_grpo.rollout_workers.trained_model import Chat
@@ -98,27 +100,31 @@ def as_row(response: Response, number: int, problem: str | Chat, *, thoughts: bo
 
 
 def problems_of(file: Path, column: str | None, limit: int | None) -> list[str | Chat]:
-    """Reads the problems of a .jsonl, .parquet or .csv file. Raises ConfigError, which names file and column."""
-    if not str(file).startswith("hf:") and not file.is_file():
+    """Reads the problems of a file, a folder, a glob or a hub dataset. Raises ConfigError: file, row and column."""
+    if not str(file).startswith("hf:") and not exists(str(file)):
         raise ConfigError(f"--file {file}: there is no such file (looked in {Path.cwd()}); give a file of problems")
     try:
-        rows = read_rows(TaskConfig(name=NAME, path=str(file), limit=limit))
-    except TaskError as error:
-        raise ConfigError(f"--file {str(error).removeprefix(f'task {NAME}: ')}") from error
-    if not rows:
+        table = open_rows(TaskConfig(name=NAME, path=str(file)))
+        chosen = column or next((name for name in COLUMNS if name in table.columns), "")
+        if table.columns and chosen.partition(".")[0] not in table.columns and chosen not in table.columns:
+            wanted = f"column {column!r}" if column else f"column {' or '.join(COLUMNS)}"
+            columns = ", ".join(sorted(table.columns))
+            raise ConfigError(f"{file} has no {wanted}; its columns are {columns}. Give --column NAME")
+        found = [
+            _problem(row, chosen, f"{file}, row {number}") for number, row in enumerate(table.rows([chosen], limit))
+        ]
+    except (TableError, CellError) as error:
+        raise ConfigError(f"--file {error}") from error
+    if not found:
         raise ConfigError(f"{file} has no rows")
-    present = sorted(set().union(*(row.keys() for row in rows[:100])))
-    chosen = column or next((name for name in COLUMNS if name in present), None)
-    if chosen not in present:
-        wanted = f"column {column!r}" if column else f"column {' or '.join(COLUMNS)}"
-        raise ConfigError(f"{file} has no {wanted}; its columns are {', '.join(present)}. Give --column NAME")
-    found = [row.get(chosen) for row in rows]
-    wrong = [number for number, cell in enumerate(found) if not isinstance(cell, (str, list)) or not cell]
-    if wrong:
-        raise ConfigError(
-            f"{file}, row {wrong[0]}: column {chosen!r} must hold a text or a chat, got {found[wrong[0]]!r}"
-        )
-    return cast("list[str | Chat]", found)
+    return found
+
+
+def _problem(row: dict[str, Any], column: str, where: str) -> str | Chat:
+    messages, whole = read_cell(row, column, chat, where)
+    if not any(content.strip() for role, content in messages if role == "user"):
+        raise ConfigError(f"{where}: column {column!r} must hold a text or a chat, and it is empty")
+    return [{"role": role, "content": content} for role, content in messages] if whole else messages[0][1]
 
 
 def typed_problems(source: TextIO, console: Console) -> Iterator[str]:

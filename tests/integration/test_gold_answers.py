@@ -7,7 +7,7 @@ from benchmark_files import DATA, MISSING
 
 from latent_grpo.common.config import TaskConfig
 from latent_grpo.common.tasks.sources import StoredTask, load_task
-from latent_grpo.deploy.grading.answer_file import read_rows
+from latent_grpo.deploy.grading.answer_file import read_answers
 from latent_grpo.deploy.grading.gold_check import check_golds
 from latent_grpo.deploy.run.problems import notes
 from latent_grpo.reward.answers import grade
@@ -35,7 +35,7 @@ def rows_of(name: str):
     path = DATA / f"{name}.parquet"
     if not path.exists():
         pytest.skip(f"{path.name}: {MISSING}")
-    return read_rows(path, golds_only=True)
+    return read_answers(path, golds_only=True).rows
 
 
 def check(pool: VerifierPool, name: str, rows, repeated: int) -> None:

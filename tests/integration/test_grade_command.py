@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from latent_grpo.common.config import ConfigError
 from latent_grpo.deploy.cli.app import app
-from latent_grpo.deploy.grading.answer_file import AuditError, read_rows
+from latent_grpo.deploy.grading.answer_file import AuditError, read_answers
 
 pytestmark = pytest.mark.integration
 
@@ -105,30 +105,51 @@ def test_the_gold_check_lists_unreadable_mislabelled_and_contradictory_rows(fold
     [
         ("", "has no rows"),
         ("[1]", "expected an object"),
-        ('{"response": ', "line 1: not valid JSON"),
+        ('{"response": ', "line 1 is not valid JSON"),
         (
             '{"text": "x", "gold": "1"}',
             "none of the columns response, .*; its columns are text, gold. Choose one with --response",
         ),
-        ('{"response": "x", "gold": {"a": 1}}', "row 0: gold is {'a': 1}"),
-        ('{"response": "x", "gold": "1"}\n{"gold": "1"}', "row 1: response is None"),
-        ('{"response": "x", "gold": NaN}', "row 0: gold is nan"),
+        ('{"response": "x", "gold": {"a": 1}}', "row 0: column 'gold' cannot be read: it holds an object"),
+        ('{"response": true, "gold": "1"}', "row 0: column 'response' cannot be read: it holds a boolean"),
+        ('{"response": "x", "gold": NaN}', r"none of its 1 rows can be graded: dropped 1 without gold \(row 0\)"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error_that_says_where(tmp_path, text, message):
     file = tmp_path / "rows.jsonl"
     file.write_text(text)
     with pytest.raises(AuditError, match=message):
-        read_rows(file)
+        read_answers(file)
+
+
+def test_rows_without_a_part_are_left_out_and_counted(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"response": "x", "gold": "1"}, {"gold": "1"}, {"response": "x", "gold": None}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = read_answers(file)
+    assert [row.number for row in found.rows] == [0]
+    assert found.dropped == {"without response": [1], "without gold": [2]}
+
+
+@pytest.mark.parametrize("kind", ["math", "number"])
+def test_a_gold_that_the_verifier_cannot_read_leaves_its_row_ungraded(tmp_path, kind):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"response": r"\boxed{24}", "gold": gold} for gold in ("He has 24, of 30.\n#### 24", "24", "25")]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    report = json.loads(grade(file, "--kind", kind, "--json"))
+    assert {reason: found["count"] for reason, found in report["reasons"].items() if found["count"]} == {
+        "correct": 1, "wrong": 1, "ungraded": 1,
+    }  # fmt: skip
+    assert report["mean_reward"] == 0.5
 
 
 def test_nested_columns_and_wrong_arguments(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"text": "x", "reward_model": {"ground_truth": "1"}}))
-    (row,) = read_rows(file, "text")
+    (row,) = read_answers(file, "text").rows
     assert (row.response, row.gold) == ("x", "1")
-    with pytest.raises(AuditError, match="does not exist"):
-        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(AuditError, match=r"no file .*none"):
+        read_answers(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match="Unknown verifier 'maths'"):
         grade(file, "--kind", "maths", "--response-column", "text")
     with pytest.raises(AuditError, match="leave out --compare"):

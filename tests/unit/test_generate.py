@@ -111,10 +111,11 @@ def test_what_cannot_work_is_one_line(trained_folder, arguments, said):
     ("content", "column", "said"),
     [
         ("", None, "has no rows"),
-        ("{", None, r"^--file .*rows\.jsonl, line 1: not valid JSON"),
+        ("{", None, r"^--file .*rows\.jsonl, line 1 is not valid JSON"),
         ('{"text": "1+1?"}', None, "has no column messages or problem or question or prompt; its columns are text"),
         ('{"problem": "1+1?"}', "text", "has no column 'text'; its columns are problem"),
-        ('{"problem": "1+1?"}\n{"problem": 7}', None, "row 1: column 'problem' must hold a text or a chat, got 7"),
+        ('{"problem": "1+1?"}\n{"problem": true}', None, "row 1: column 'problem' .* a boolean .true.; expected a text"),
+        ('{"problem": "1+1?"}\n{"problem": null}', None, "row 1: column 'problem' must hold a text or a chat"),
     ],
 )
 def test_a_file_without_problems_says_what_it_has(tmp_path, content, column, said):

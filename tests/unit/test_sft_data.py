@@ -98,7 +98,7 @@ def test_a_solution_without_a_box_teaches_no_answer_and_is_dropped(tmp_path):
     config, tasks = with_rows(tmp_path, [bad] * 12)
     with pytest.raises(TaskError, match=r"task rows: 12 of 12 solutions have no \\boxed\{\} answer.*columns\.solution"):
         prepare_sft(config, tasks, TextEncoder(TOKENIZER), FACTS)
-    without = [{key: text for key, text in row.items() if key != "answer"} for row in (bad, good)]
+    without = [{key: text for key, text in row.items() if key != "answer"} for row in (bad, *[good] * 9)]
     _, tasks = with_rows(tmp_path, without)
     assert tasks[0].source.dropped == {"empty answer": [0]}, "without an answer column it cannot be graded either"
 

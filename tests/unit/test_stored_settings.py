@@ -125,7 +125,7 @@ def test_a_section_tells_a_key_that_is_set_from_its_default_only_if_it_is_writte
         "common/config/learning.py",  # defaults for a given model, which are filled in and written out
         "common/config/problems_and_model.py",  # a benchmark's, filled in as well
         "common/config/section.py",  # AsGiven itself
-        "common/tasks/sources.py",  # columns, which are AsGiven
+        "common/tasks/layouts.py",  # columns, which are AsGiven
         "deploy/evaluation/evaluate.py",  # of a run's settings the noise scale is always set
         "deploy/reproduce/suite.py",  # a suite's file is not written out
     ]

@@ -17,6 +17,7 @@ from latent_grpo.common.model_chain import ChainSettings, write_chain
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.common.tasks.sources import load_task
+from latent_grpo.common.tasks.tables import KNOWN
 from latent_grpo.deploy.reproduce.gpus import Devices
 from latent_grpo.deploy.reproduce.manifest import (
     HASHED_PROBLEMS,
@@ -323,8 +324,7 @@ def test_all_that_is_missing_is_named_at_once_before_anything_runs(write, tmp_pa
         assert title == "suite a suite cannot start here:"
         assert [fault.partition(";")[0] for fault in faults] == [
             "task held: nowhere/held.jsonl does not exist",
-            "task gsm8k: set its `path` (.parquet, .jsonl, .csv, hf:..., builtin:... or python:...) "
-            "(latent-seed3 and 9 more)",
+            f"task gsm8k: set its `path` ({KNOWN}, hf:..., builtin:... or python:...) (latent-seed3 and 9 more)",
             f"starts.latent.path: there is no folder {tmp_path / 'gone'}",
         ]
         assert faults[2].endswith("(latent-seed3 and 5 more)")

@@ -187,20 +187,20 @@ def test_faulty_sources_are_named(tmp_path):
     with pytest.raises(TaskError, match="path is missing"):
         load(None)
     (tmp_path / "t.txt").write_text("a,b")
-    with pytest.raises(TaskError, match=r"expected a \.parquet, \.jsonl or \.csv"):
+    with pytest.raises(TaskError, match=r"expected a \.parquet, \.arrow, \.jsonl, .* or \.tsv file"):
         load(str(tmp_path / "t.txt"))
     (tmp_path / "bad.parquet").write_text("not parquet")
     with pytest.raises(TaskError, match="cannot be read as parquet"):
         load(str(tmp_path / "bad.parquet"))
     (tmp_path / "bad.jsonl").write_text('{"problem": "a", "answer": "1"}\n{"problem": \n')
-    with pytest.raises(TaskError, match="line 2: not valid JSON"):
+    with pytest.raises(TaskError, match="line 2 is not valid JSON"):
         load(str(tmp_path / "bad.jsonl"))
     with pytest.raises(TaskError, match=r"none of the 2 rows.*2 unreadable gold answer"):
         load(write_jsonl(tmp_path / "u.jsonl", [{"problem": "a", "answer": "x"}] * 2))
     with pytest.raises(TaskError, match="has no rows"):
         load(write_jsonl(tmp_path / "empty.jsonl", []))
-    with pytest.raises(TaskError, match="ground_truth"):
-        load(write_jsonl(tmp_path / "v.jsonl", [{"prompt": [], "reward_model": {}}]))
+    with pytest.raises(TaskError, match="'reward_model' holds a list .*; expected an object with ground_truth"):
+        load(write_jsonl(tmp_path / "v.jsonl", [{"prompt": [], "reward_model": []}]))
 
 
 PROBLEM_FIRST = "Think.\n{problem}"
@@ -307,5 +307,5 @@ def test_stream_needs_a_weight_per_task(tmp_path):
 def test_a_jsonl_that_is_not_utf8_is_named_with_its_line(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_bytes(b'{"problem": "a", "answer": "1"}\n{"problem": "\xff", "answer": "1"}\n')
-    with pytest.raises(TaskError, match="line 2: not UTF-8"):
+    with pytest.raises(TaskError, match="line 2 is not UTF-8"):
         load_task(TaskConfig(name="t", path=str(path)), 0)
