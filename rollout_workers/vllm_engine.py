@@ -80,8 +80,8 @@ class VLLMEngine:
     ) -> None:
         self._facts, self._max_rows, self._options = facts, max_rows, options or VLLMConfig()
         self._bucket_bytes, self._streaming, self._in_flight_updates = bucket_bytes, streaming, in_flight_updates
-        config = AutoConfig.from_pretrained(model)
-        self._expected = _published_parameters(config, dtype)
+        config = read_settings(model)
+        self._expected = _published_parameters(config, dtype, model)
         self._version: PolicyVersion | None = None
         own, positions = config.max_position_embeddings, extend_positions(config, max_positions)
         positions = own if positions is None else positions
