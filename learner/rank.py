@@ -144,7 +144,8 @@ class LearnerRank(RankActor):
             ranking = np.where(np.isnan(mean_old), -np.inf, mean_old)
             keeps_first = first_token_mask(advantages, groups, view.valid & graded, ranking)
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
-        constants = tuple(torch.from_numpy(a).to(self.device) for a in (advantages, keeps_first, graded))
+        silent = np.where(self.config.learn_exit, -1, view.num_latent_steps)  # [B] the step that leaves, if it has none
+        constants = tuple(torch.from_numpy(a).to(self.device) for a in (advantages, keeps_first, graded, silent))
         updates = []
         for mini, parts in zip(minibatches, replayed, strict=True):
             rows = np.asarray(mini.rows)
@@ -175,12 +176,13 @@ class LearnerRank(RankActor):
         collector: StepCollector | None,
     ) -> UpdateReport:
         """Takes one optimizer step over this rank's micro-batches (METHOD §5)."""
-        config, (advantages, keeps_first, graded) = self.config, constants
+        config, (advantages, keeps_first, graded, silent) = self.config, constants
         clips = {"clip_low": config.clip.low, "clip_high": config.clip.high, "dual_clip": config.clip.dual}
         loss_sum, kl_sum, clipped, ratios, flips, bad = 0.0, 0.0, np.zeros(3, dtype=int), [], [], set()
         for part in parts:
             inputs, rows = part.inputs, part.inputs.batch_rows
-            step_advantages = torch.where((inputs.steps == 0) & ~keeps_first[rows], 0.0, advantages[rows])
+            masked = ((inputs.steps == 0) & ~keeps_first[rows]) | (inputs.steps == silent[rows])
+            step_advantages = torch.where(masked, 0.0, advantages[rows])
             counted = graded[rows]
             components = self.engine.forward(inputs, None, part.others)
             log_probs = self._steps(

@@ -185,6 +185,8 @@ def plain_step(folder, config, batch):
         for i in members:
             step_advantages = torch.full((rows[i].num_steps,), float(advantages[i]))
             step_advantages[0] *= float(keep[i])
+            if not config.learn_exit:
+                step_advantages[len(rows[i].latent_ids) : len(rows[i].latent_ids) + 1] = 0.0
             mask = torch.full((rows[i].num_steps,), bool(graded[i]))
             loss, _ = policy_loss(
                 log_pi(model, rows[i], step_advantages, config.flip, others=others[i]),

@@ -89,6 +89,10 @@ class RunConfig(Section):
     the advantage's sign (`sign`), or unchanged (`off`) (METHOD §3.2)."""
     first_token: Annotated[bool | None, Rule.OBJECTIVE] = None
     """Whether the first response step is learned from the most likely correct sample of a group alone (METHOD §4.2)."""
+    learn_exit: Annotated[bool, Rule.LATENT_ONLY] = True
+    """Whether the step that leaves latent mode has its sample's advantage, as in the paper; false: it has none, so
+    rewards do not teach where to leave. An addition of this project against reasoning that moves out of latent mode
+    (METHOD §5, docs/study.md)."""
     masking: Annotated[Literal["exclude", "include", "off"] | None, Rule.OBJECTIVE] = None
     """Treatment of invalid samples: advantage 0 and left out of the group's statistics (`exclude`), advantage 0 and
     counted in them (`include`), or their own advantage (`off`) (METHOD §4.1)."""

@@ -5,7 +5,8 @@ the last result. A problem is a function of (seed, split, index), so training ne
 
 Options make it harder in ways that a study needs: `shortest` gives chains of different length, `rechecks` chains whose
 length the problem does not tell, `modulus` other numbers, and `named` a name before the expression (`Rosuki: 3+4*2?`)
-that means nothing but fills a BPE vocabulary of thousands.
+that means nothing but fills a BPE vocabulary of thousands. With `visible` a share of the chains stops early and the
+visible text goes on with it (`2*5=10;\\boxed{10}`), so that a policy may choose where it leaves latent mode.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class ChainArithmetic:
     rechecks: float = 0.0  # probability that the last operation is written once more, and again, up to MOST_RECHECKS
     modulus: int = MODULUS  # 10: every number is one digit, one token of a BPE tokenizer
     named: bool = False
+    visible: float = 0.0  # probability that the chain stops early, after an operation drawn from 1 to the last but one
     seed: int = 0
     split: Split = "training"
 
@@ -86,6 +88,8 @@ class ChainArithmetic:
             )
         if not 0 <= self.rechecks <= 1:
             raise ValueError(f"task {self.name}: rechecks is a probability, between 0 and 1; got {self.rechecks}")
+        if not 0 <= self.visible <= 1:
+            raise ValueError(f"task {self.name}: visible is a probability, between 0 and 1; got {self.visible}")
         if not 2 <= self.modulus <= MODULUS:
             raise ValueError(f"task {self.name}: modulus must be between 2 and {MODULUS}, got {self.modulus}")
         if self.split not in ("training", "evaluation"):
@@ -106,6 +110,12 @@ class ChainArithmetic:
             if draw.random() >= self.rechecks:
                 break
             chain += last
+        solution = ""
+        if self.visible and count > 1 and draw.random() < self.visible:
+            steps = chain.split(";")[:-1]
+            kept = draw.randint(1, count - 1)
+            chain = "".join(f"{step};" for step in steps[:kept])
+            solution = "".join(f"{step};" for step in steps[kept:]) + f"\\boxed{{{answer}}}"
         name = "".join(draw.choice(SYLLABLES) for _ in range(3)).capitalize() + ": " if self.named else ""
         return Problem(
             uid=f"{self.name}/{index}",
@@ -113,6 +123,7 @@ class ChainArithmetic:
             messages=(("user", name + expression + "?"),),
             answer=str(answer),
             cot=chain,
+            solution=solution,
         )
 
     def _identity(self, index: int) -> str:
@@ -120,6 +131,7 @@ class ChainArithmetic:
         parts = ["chain_arithmetic", self.seed, self.split, self.operations, index]
         parts += [f"from {self.shortest}"] if self.shortest else []
         parts += [f"rechecks {self.rechecks}"] if self.rechecks else []
+        parts += [f"visible {self.visible}"] if self.visible else []
         parts += [f"modulo {self.modulus}"] if self.modulus != MODULUS else []
         return "/".join(map(str, parts))
 

@@ -98,9 +98,9 @@ RULES = (
         "min_latent_share_retained", "health/latent_share_retained", True,
         "the share of latent steps has fallen to {share} of what it was in the run's first steps",
         "reasoning moves out of latent mode into the visible part: chains leave it earlier, or write more after it",
-        "compare chains with `latent-grpo inspect RUN --sort exit` and the report's chart of the latent share; lower "
-        "optimizer.lr or noise.scale, lower tasks.*.max_response_tokens to what a short answer needs, or go on from "
-        "the last checkpoint before the fall",
+        "compare chains with `latent-grpo inspect RUN --sort exit` and the report's chart of the latent share; start "
+        "again with learn_exit=false, with which rewards do not teach where to leave (docs/study.md), or lower "
+        "optimizer.lr or noise.scale",
     ),
     Rule(
         "max_truncated_share", "rollout/truncated_share", False,

@@ -53,6 +53,7 @@ def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
             "gradient_checkpointing": ranks == 2, "weight_bucket_bytes": 8192,
         },
         freeze_embeddings=stage != 1,
+        learn_exit=stage != 2,
     )  # fmt: skip
     expected, mean_old = plain_step(folder, config, batch)
     group = LearnerGroup(config, folder)

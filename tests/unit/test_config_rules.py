@@ -49,7 +49,7 @@ LAST_BIT = {
     "learner.gradient_checkpointing",
 }
 OBJECTIVE = {"noise.mode", "component_weighting", "flip", "first_token", "masking", "centering_draws"}
-LATENT_ONLY = ("k", "tau", "noise", "latent_exit", "component_weighting", "flip", "centering_draws")
+LATENT_ONLY = ("k", "tau", "noise", "latent_exit", "component_weighting", "flip", "learn_exit", "centering_draws")
 TOKENS = {"algorithm", "k", "tau", "model", "warm_start", "tasks", "evaluation.tasks"}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +14,7 @@ from benchmark_files import DATA, MISSING
 
 from latent_grpo.common.config import Columns, PromptConfig, TaskConfig, load_config
 from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
-from latent_grpo.common.tasks.arithmetic import MODULUS, ChainArithmetic, split_of
+from latent_grpo.common.tasks.arithmetic import MODULUS, ChainArithmetic, solve, split_of
 from latent_grpo.common.tasks.benchmarks import INSTRUCTION, prompt_of, prompt_of_messages
 from latent_grpo.common.tasks.sources import (
     BENCHMARKS,
@@ -81,7 +83,7 @@ def test_chains_of_varied_length_other_numbers_and_names():
     names = {p.messages[0][1].partition(": ")[0] for p in problems}
     assert len(names) > 70
     assert all(name.isalpha() for name in names)
-    for option in ({"shortest": 7}, {"shortest": -1}, {"modulus": 12}, {"rechecks": 2.0}):
+    for option in ({"shortest": 7}, {"shortest": -1}, {"modulus": 12}, {"rechecks": 2.0}, {"visible": -0.5}):
         with pytest.raises(TaskError, match=next(iter(option))):
             load_task(TaskConfig(name="a", path="builtin:chain_arithmetic", options=option), seed=0)
 
@@ -97,6 +99,22 @@ def test_rechecks_repeat_the_last_operation_and_change_neither_problem_nor_answe
         assert problem.messages[0][1].startswith(first.partition("=")[0])
         counts.add(len(rest))
     assert counts == {1, 2, 3, 4, 5}
+
+
+def test_a_visible_end_goes_on_where_the_chain_stops():
+    whole = ChainArithmetic(name="a", operations=4)
+    source, kept = ChainArithmetic(name="a", operations=4, visible=0.75), Counter()
+    for index in range(200):
+        problem = source.problem(index)
+        numbers, operators = re.findall(r"\d+", problem.messages[0][1]), re.findall(r"[-+*]", problem.messages[0][1])
+        chain, answer = solve([int(n) for n in numbers], operators)
+        assert problem.answer == str(answer)
+        assert problem.cot + problem.solution.partition("\\boxed")[0] == chain
+        assert problem.solution.endswith(f"\\boxed{{{answer}}}") == (problem.cot != chain)
+        kept[problem.cot.count(";")] += 1
+    assert set(kept) == {1, 2, 3, 4}
+    assert 25 < kept[4] < 75
+    assert not whole.problem(0).solution
 
 
 def test_generated_task_is_endless_unless_sized():
