@@ -33,7 +33,7 @@ from latent_grpo.common.model_files import (
     stored_tensors,
     words,
 )
-from latent_grpo.common.model_limits import not_compared, refusal
+from latent_grpo.common.model_limits import ANOTHER, not_compared, refusal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -56,9 +56,9 @@ def check_model(model: str | Path, *, tokenizer: bool = True) -> list[str]:
         if tokenizer:
             check_tokenizer(folder, cached=not Path(model).is_dir())
     settings = read_settings(model)
-    shape = empty_model(settings, model)
     if (reason := refusal(settings)) is not None:
-        raise refused(model, f"({type(shape).__name__}) {reason}")
+        raise refused(model, reason)
+    shape = empty_model(settings, model)
     check_class(shape, settings, model)
     if folder is not None and (Path(model).is_dir() or has_weights(folder)):
         tensors = stored_tensors(folder, settings.to_dict())
@@ -124,11 +124,17 @@ def empty_model(settings: PretrainedConfig, model: str | Path, dtype: torch.dtyp
     try:
         with quiet_loading(), torch.device("meta"):
             made: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(settings), dtype=dtype, trust_remote_code=False
+                copy.deepcopy(settings), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
     except Exception as error:  # a configuration from elsewhere may break any constructor
         if "Unrecognized configuration class" in str(error):
             raise refused(model, f"{settings.model_type} is no causal language model; {GENERAL_CODE}") from error
+        if "scaled_dot_product_attention" in str(error):
+            raise refused(
+                model,
+                f"transformers cannot compute the attention of {settings.model_type} by PyTorch's own (sdpa), which "
+                f"rows of different length need; {ANOTHER}",
+            ) from error
         raise refused(
             model, f"its config.json makes no model ({words(error)}); copy it again from the original"
         ) from error
@@ -141,6 +147,8 @@ def check_class(shape: PreTrainedModel, settings: PretrainedConfig, model: str |
     Such a folder is a classifier, a reward model, an embedding model, or has code of its own.
     """
     wanted, made = settings.architectures or [], type(shape).__name__
+    if shape.base_model is shape:
+        raise refused(model, f"({made}) its class has no base model below its output layer; {ANOTHER}")
     if wanted and made.lower() not in [str(name).lower() for name in wanted]:
         own = getattr(settings, "auto_map", None)
         why = "which is code of its own folder and never run" if own else "which has no output layer for the next token"

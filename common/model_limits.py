@@ -34,6 +34,22 @@ COMPARED = {
     "glm4": "GLM-4",
     "starcoder2": "StarCoder2",
     "granite": "Granite whose `logits_scaling` is 1",
+    "granitemoe": "Granite MoE whose `logits_scaling` is 1",
+    "olmo": "OLMo 1",
+    "olmoe": "OLMoE",
+    "nemotron": "Nemotron-4, Minitron",
+    "seed_oss": "Seed-OSS",
+    "ernie4_5": "ERNIE 4.5, dense",
+    "hunyuan_v1_dense": "Hunyuan, dense",
+    "glm": "GLM-4-9B of 2024",
+    "glm4_moe": "GLM-4.5, GLM-4.6",
+    "phimoe": "Phi-3.5-MoE",
+    "helium": "Helium",
+    "arcee": "AFM",
+    "apertus": "Apertus",
+    "persimmon": "Persimmon",
+    "gpt_bigcode": "SantaCoder, StarCoder 1",
+    "exaone4": "EXAONE 4, within its window",
     "gemma3_text": "Gemma 3 of text alone, within its window",
     "olmo3": "OLMo 3, within its window",
 }
@@ -63,7 +79,7 @@ def refusal(settings: PretrainedConfig) -> str | None:
 
     A window is no refusal (:func:`window_of`).
     """
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS
 
     kind = settings.model_type
     if getattr(settings, "is_encoder_decoder", False):
@@ -74,25 +90,26 @@ def refusal(settings: PretrainedConfig) -> str | None:
         return f"it is a multimodal model ({kind}), of which only text models can be used; give its language model"
     if getattr(settings, "use_bidirectional_attention", None) or getattr(settings, "is_causal", True) is False:
         return f"its attention ({kind}) looks ahead, so it cannot continue a text; give a causal language model"
-    if getattr(settings, "is_decoder", True) is False and type(settings) in MODEL_FOR_MASKED_LM_MAPPING:
+    if kind == "xlnet" or (getattr(settings, "is_decoder", True) is False and type(settings) in ENCODERS):
         return f"it is an encoder ({kind}), which looks ahead and cannot continue a text; give a causal language model"
     if alibi := _alibi(settings):
         return f"its positions are alibi ({alibi}), which the engine's rows of different length do not have; {ANOTHER}"
     for key in LOGIT_CAPS:
         if getattr(settings, key, None):
             return (
-                f"its config.json has {key} {getattr(settings, key):g}, and engine and learner neither cap nor scale "
-                f"logits; {ANOTHER}"
+                f"its config.json ({kind}) has {key} {getattr(settings, key):g}, and engine and learner neither cap "
+                f"nor scale logits; {ANOTHER}"
             )
     for key in LOGIT_SCALES:
         if (scale := getattr(settings, key, None)) is not None and scale != 1:
             return (
-                f"its config.json has {key} {scale:g}, and engine and learner neither cap nor scale logits; {ANOTHER}"
+                f"its config.json ({kind}) has {key} {scale:g}, and engine and learner neither cap nor scale logits; "
+                f"{ANOTHER}"
             )
     if others := sorted(set(layer_kinds(settings)) - ATTENTION):
-        return f"some of its layers are no attention over all that came before ({', '.join(others)}); {ANOTHER}"
+        return f"some layers of this {kind} are no attention over all that came before ({', '.join(others)}); {ANOTHER}"
     if getattr(settings, "kv_lora_rank", None):
-        return f"its attention keeps compressed keys and values (kv_lora_rank), which the engine does not; {ANOTHER}"
+        return f"its attention ({kind}) keeps compressed keys and values (kv_lora_rank), not whole ones; {ANOTHER}"
     return None
 
 

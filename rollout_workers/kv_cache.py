@@ -11,8 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
+
+from latent_grpo.rollout_workers.engine import EngineError
 
 GROW_LENGTH = 64  # columns by which the cache grows, so that slightly longer requests do not reallocate
 
@@ -20,14 +22,34 @@ GROW_LENGTH = 64  # columns by which the cache grows, so that slightly longer re
 class SlotCache(Cache):
     """Keys and values [rows, heads, capacity, head_dim] of each layer in one tensor, which grows as requests need."""
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._kv = torch.zeros(config.num_hidden_layers, 2, 0, heads, 0, head_dim, dtype=dtype, device=device)
+        self._kv = torch.zeros(layers, 2, 0, heads, 0, head_dim, dtype=dtype, device=device)
         self._row_index = torch.empty(0, dtype=torch.int64, device=device)
         self._positions = self._row_index
         self._extent = 0
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> SlotCache:
+        """The empty cache of a model, in the shape that a pass over one step keeps: configurations spell it variously.
+
+        Raises EngineError for a model whose layers keep anything else than keys and values of one shape.
+        """
+        width = model.get_input_embeddings().get_parameter("weight")
+        step = torch.zeros(1, 1, width.shape[-1], dtype=width.dtype, device=width.device)
+        kept = model.base_model(inputs_embeds=step, use_cache=True).past_key_values
+        layers: list[Any] = getattr(kept, "layers", [])
+        shapes = {
+            tuple(part.shape) for layer in layers for part in (getattr(layer, n, None) for n in ("keys", "values"))
+            if part is not None
+        }  # fmt: skip
+        if len(shapes) != 1 or any(getattr(layer, "keys", None) is None for layer in layers):
+            raise EngineError(
+                f"this {type(model).__name__} keeps no keys and values of one shape in its layers (found "
+                f"{sorted(shapes) or 'none'}); the engine cannot decode it"
+            )
+        _, heads, _, head_dim = shapes.pop()
+        return cls(len(layers), heads, head_dim, model.dtype, width.device)
 
     @property
     def nbytes(self) -> int:

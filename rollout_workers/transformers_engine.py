@@ -119,7 +119,7 @@ class TransformersEngine:
         self._eos = np.asarray(facts.eos_ids, dtype=np.int64)
         self._version: PolicyVersion | None = None
         with torch.inference_mode():
-            self._cache = SlotCache(model.config, model.dtype, self._device)
+            self._cache = SlotCache.of(self._model)
             self._records = _Records(max_rows, self._device)
         self._reset()
 

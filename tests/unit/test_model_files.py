@@ -127,8 +127,8 @@ REFUSED = {
     "config of texts": (settings(hidden_size="wide"), r"its config\.json cannot be used \(.*hidden_size"),
     "unknown": (settings(model_type="newmodel"), r"this transformers has no architecture 'newmodel'"),
     "classifier": (settings(architectures=["LlamaForSequenceClassification"]), r"no output layer .*expected LlamaForC"),
-    "encoder-decoder": (settings(model_type="t5"), r"t5 is no causal language model"),
-    "vision": (settings(model_type="qwen2_vl"), r"qwen2_vl is no causal language model"),
+    "encoder-decoder": (settings(model_type="t5"), r"it is an encoder-decoder \(t5\)"),
+    "vision": (settings(model_type="qwen2_vl"), r"it is a multimodal model \(qwen2_vl\)"),
     # code of its own
     "own code": (
         settings(model_type="mine", auto_map={"AutoConfig": "configuration_mine.Mine"}),
@@ -253,7 +253,7 @@ def test_the_size_of_weights_does_not_matter(folders, tmp_path):
 
 
 RUN = [
-    "tasks.0={name: t, path: 'builtin:arithmetic', verifier: number, max_prompt_tokens: 96, max_response_tokens: 16}",
+    "tasks.0={name: t, path: 'builtin:chain_arithmetic', verifier: number, max_prompt_tokens: 96, max_response_tokens: 16}",
     "evaluation.tasks=[]",
 ]
 OPENED_BY = {
@@ -272,6 +272,21 @@ def test_whatever_opens_a_model_refuses_it_in_the_same_words(folders, tmp_path, 
     folder = broken(tmp_path / "m", whole(folders), REFUSED[case][0])
     (folder / "configuration_mine.py").write_text("raise SystemExit('foreign code ran')")
     assert re.search(REFUSED[case][1], refusal_of(OPENED_BY[opened_by], folder))
+
+
+WINDOWED = {"use_sliding_window": True, "sliding_window": 112, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize("opened_by", ["validate", "train"])
+def test_a_window_is_compared_with_the_longest_prompt_and_response(tmp_path, opened_by):
+    model("qwen2", **WINDOWED).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    OPENED_BY[opened_by](tmp_path)  # 96 tokens and 16 steps fit
+    settings(sliding_window=111)(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"task t: its longest prompt .* exceed the window .*sliding_window in its con"
+    ):
+        OPENED_BY[opened_by](tmp_path)
 
 
 def test_code_of_a_known_architecture_is_not_run_and_said(folders, tmp_path):
