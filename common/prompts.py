@@ -6,13 +6,13 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latent_grpo.common.config import DATE_FORMAT, DEFAULT_DATE, ConfigError, PromptConfig
+from latent_grpo.common.chat_templates import check_template, render_chat
+from latent_grpo.common.config import DEFAULT_DATE, ConfigError, PromptConfig
 from latent_grpo.common.encoding import TextEncoder, UnencodableText
 from latent_grpo.common.schema import Ragged
 from latent_grpo.common.types import Problem, TokenFacts
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 QUOTED = 80  # characters of a problem in an error
+FEWEST_TOKENS = 0.5  # share of a model's rows; paddings of vocabularies are a few per cent
 SENTENCE = 20  # characters from which on a repeated sentence is worth a warning
 
 
@@ -49,8 +50,7 @@ class PromptRenderer:
         self.config = config
         self._whole = whole or config
         self._rows = rows
-        day = datetime.strptime(date, DATE_FORMAT)
-        self._dates: dict[str, Any] = {"date_string": date, "strftime_now": day.strftime}
+        self._date = date
         for one in (self.config, self._whole):
             for key, template in (("user", one.user), ("format", one.format)):
                 if template is not None and "{problem}" not in template:
@@ -59,6 +59,8 @@ class PromptRenderer:
                 raise ConfigError(
                     "this tokenizer has no chat template: set prompt.format to a plain-text prompt with {problem}"
                 )
+        if config.format is None:
+            check_template(tokenizer, config.system, date)
 
     def _config(self, problem: Problem) -> PromptConfig:
         return self._whole if problem.whole or len(problem.messages) > 1 else self.config
@@ -76,17 +78,19 @@ class PromptRenderer:
         return chat
 
     def render(self, problem: Problem) -> str:
-        """Returns the prompt's text, which ends in reasoning mode (METHOD §1)."""
+        """Returns the prompt's text, which ends in reasoning mode (METHOD §1).
+
+        Raises ConfigError, which names the problem, where the chat template raises or drops a message.
+        """
         config = self._config(problem)
         if config.format is not None:
             question = "\n\n".join(content for _, content in problem.messages)
             text = config.format.replace("{problem}", question)
         else:
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    self.messages(problem), tokenize=False, add_generation_prompt=True, **self._dates
-                )
-            )
+            try:
+                text = render_chat(self.tokenizer, self.messages(problem), self._date)
+            except ConfigError as error:
+                raise ConfigError(f"problem {problem.uid}: {error}") from error
         # templates of reasoning models end with "<think>\n": it is already there, with or without white space
         return text if text.rstrip().endswith(config.think_start) else text + config.think_start
 
@@ -249,6 +253,22 @@ def beyond_sentence(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str 
         f"the tokenizer has {len(beyond):,} id(s) that the model, of {vocab_size:,} rows, has not: {listed}{more}; "
         "they are never drawn, and a text that needs one is refused"
     )
+
+
+def foreign_sentences(tokenizer: PreTrainedTokenizerBase, facts: TokenFacts) -> list[str]:
+    """Returns what speaks for a tokenizer that is another model's: a text would be other ids than in its training."""
+    found = []
+    tokens, own = int(facts.allowed.sum()), tokenizer.eos_token_id
+    if tokens < FEWEST_TOKENS * facts.vocab_size:
+        found.append(f"the tokenizer has tokens for {tokens:,} of the model's {facts.vocab_size:,} rows")
+    ends = [i for i in facts.eos_ids if i != own]
+    if ends and not any(i in tokenizer.added_tokens_decoder for i in ends):
+        texts = ", ".join(f"{i} ({tokenizer.decode([i])!r})" for i in ends[:3])
+        found.append(
+            f"the model's configuration ends a text with {texts}, which are no special tokens of the tokenizer; its "
+            f"own is {own} ({tokenizer.eos_token!r})"
+        )
+    return [f"{sentence}: is it the tokenizer of this model?" for sentence in found]
 
 
 def _latent_end(

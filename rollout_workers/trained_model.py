@@ -19,7 +19,7 @@ from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, Generation
 from latent_grpo.common.model_check import check_model, read_settings
 from latent_grpo.common.model_limits import longest_exact
 from latent_grpo.common.models import extended_limit, load_tokenizer, output_facts, position_limit
-from latent_grpo.common.prompts import PromptRenderer, beyond_sentence, resolve_tokens
+from latent_grpo.common.prompts import PromptRenderer, beyond_sentence, foreign_sentences, resolve_tokens
 from latent_grpo.common.types import Problem, TokenFacts
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ def read_trained_model(path: str | Path, say: Callable[[str], None] = log.warnin
     settings = read_settings(path)
     if (sentence := beyond_sentence(tokenizer, rows)) is not None:
         say(sentence)
+    facts = resolve_tokens(tokenizer, rows, chain.chain == "latent", chain.think_end, eos_ids)
+    for sentence in foreign_sentences(tokenizer, facts):
+        say(sentence)
     prompt = defaults.prompt
     chat = PromptConfig(format=prompt.format, think_start=prompt.think_start, think_end=prompt.think_end)
     return TrainedModel(
@@ -80,7 +83,7 @@ def read_trained_model(path: str | Path, say: Callable[[str], None] = log.warnin
         chain=chain,
         defaults=defaults,
         tokenizer=tokenizer,
-        facts=resolve_tokens(tokenizer, rows, chain.chain == "latent", chain.think_end, eos_ids),
+        facts=facts,
         renderer=PromptRenderer(tokenizer, prompt, chat, rows=rows, date=defaults.date_string),
         positions=longest_exact(settings, extended_limit(path, defaults.max_positions)),
     )

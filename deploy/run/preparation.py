@@ -20,7 +20,14 @@ from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chai
 from latent_grpo.common.model_check import check_model, read_settings
 from latent_grpo.common.model_limits import Window, window_of
 from latent_grpo.common.models import extended_limit, make_model, make_tokenizer, position_limit, save_model
-from latent_grpo.common.prompts import beyond_sentence, check_think_start, check_width, read_tokens, resolve_tokens
+from latent_grpo.common.prompts import (
+    beyond_sentence,
+    check_think_start,
+    check_width,
+    foreign_sentences,
+    read_tokens,
+    resolve_tokens,
+)
 from latent_grpo.common.tasks.benchmarks import fetch_commands, how_to_get, known_files
 from latent_grpo.common.tasks.sources import TaskSource, is_generated
 from latent_grpo.common.tasks.tables import KNOWN, exists, source_files
@@ -183,6 +190,7 @@ def _read_model(
     warnings = list(warnings)
     if (sentence := beyond_sentence(tokenizer, facts.vocab_size)) is not None:
         warnings.append(sentence)
+    warnings += foreign_sentences(tokenizer, facts)
     if chain is not None:
         warnings += check_chain(chain, source, config, tokenizer)
     elif new is None and config.latent and config.warm_start is None:

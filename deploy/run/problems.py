@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from latent_grpo.common.config import RunConfig, TaskConfig
+from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
 from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
 from latent_grpo.common.config.run import changed
 from latent_grpo.common.encoding import TextEncoder
@@ -105,7 +105,10 @@ def renderer_of(
     """Returns the renderer of a task's prompts."""
     prompt, date = config.model.prompt, config.model.date_string
     plain, whole = prompt_of(task, prompt, protocol), prompt_of_messages(task, prompt)
-    return PromptRenderer(encoder.tokenizer, plain, whole, rows=encoder.rows, date=date)
+    try:
+        return PromptRenderer(encoder.tokenizer, plain, whole, rows=encoder.rows, date=date)
+    except ConfigError as error:
+        raise ConfigError(f"task {task.name}: {error}") from error
 
 
 def prepare_task(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latent_grpo.common.chat_templates import pinned_template, render_chat, template_of
 from latent_grpo.common.errors import ConfigError
 from latent_grpo.common.models import position_limit, stored_dtype
 from latent_grpo.rollout_workers.trained_model import TrainedModel, read_trained_model
@@ -103,12 +104,9 @@ def chat_template(model: TrainedModel) -> str:
         own = f"{first}{_literal(before)}{joined}{{% endfor %}}{_literal(after)}"
         ends = prompt.format.rstrip().endswith(prompt.think_start)
     else:
-        chosen = tokenizer.chat_template
-        own = chosen if isinstance(chosen, str) else chosen["default"]
-        chat = [{"role": "user", "content": "a"}]
-        dates: dict[str, Any] = {"date_string": model.defaults.date_string}
-        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **dates)
-        ends = str(rendered).rstrip().endswith(prompt.think_start)
+        own = pinned_template(template_of(tokenizer), model.defaults.date_string)
+        rendered = render_chat(tokenizer, [{"role": "user", "content": "a"}], model.defaults.date_string)
+        ends = rendered.rstrip().endswith(prompt.think_start)
     return own if ends else f"{own}{{% if add_generation_prompt %}}{_literal(prompt.think_start)}{{% endif %}}"
 
 
