@@ -10,12 +10,17 @@ batch holds depends on the content of the groups alone::
 
     ordinal   0     1     2     3     4        batch of 2, refill:
     state     kept  drop  kept  ----  kept     {0, 2} now; {3, 4} once 3 has arrived
+
+With a `window` of W, at most `prompts_per_step`, a batch need not wait for long rollouts: of the first W +
+`prompts_per_step` groups it takes the first ones in prompt order that have arrived. At most W groups are passed over,
+and the next batch waits for them. So no group is trained more than W places before its own, nor more than a batch after
+it. The price is a bias to what is quick, and that a group passed over is a version older; both are measured.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -37,6 +42,8 @@ class ReadyBatch:
     generated: tuple[pa.RecordBatch, ...]
     reasons: tuple[str | None, ...]  # of `generated`: why it was filtered; None: it is one of `groups`
     next_ordinal: int  # the first prompt that no batch has consumed: the state a checkpoint keeps
+    ahead: tuple[int, ...]  # later prompts that batches have consumed, ascending: the rest of that state
+    passed: tuple[bool, ...]  # of `groups`: whether the batch before has passed over it
     dropped: Counter[str]  # reason -> groups, since the previous batch
 
 
@@ -57,7 +64,8 @@ class GroupBuffer:
 
     `drop_reason` returns why a complete group teaches nothing, or None to keep it, as
     :func:`learner.advantages.drop_reason` does. Without `refill` (`dynamic_sampling: drop`) a batch holds the groups
-    with signal among `prompts_per_step` prompts, and may be empty.
+    with signal among `prompts_per_step` prompts, and may be empty. `next_ordinal` and `ahead` are the state of a
+    :class:`ReadyBatch` that a run goes on from.
     """
 
     prompts_per_step: int
@@ -65,13 +73,20 @@ class GroupBuffer:
     refill: bool
     max_dispatch_factor: int
     drop_reason: Callable[[pa.RecordBatch], str | None]
+    window: int = 0
     next_ordinal: int = 0  # of the next prompt to dispatch
+    ahead: Collection[int] = ()
     _entries: dict[int, _Entry] = field(default_factory=dict)  # by ordinal, dispatched and not consumed
     _by_uid: dict[str, int] = field(default_factory=dict)
+    _taken: set[int] = field(default_factory=set)  # consumed, beyond the first that is not
     _training: int = 0  # slots held by the batch at the learner
     _settled_since_batch: int = 0
     _dropped: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
+
+    def __post_init__(self) -> None:
+        self._taken = set(self.ahead)
+        self._skip_taken()
 
     @property
     def slots(self) -> int:
@@ -105,7 +120,12 @@ class GroupBuffer:
         self._entries[ordinal] = _Entry(request)
         self._by_uid[request.group_uid] = ordinal
         self.next_ordinal += 1
+        self._skip_taken()
         return ordinal
+
+    def _skip_taken(self) -> None:
+        while self.next_ordinal in self._taken:
+            self.next_ordinal += 1
 
     def arrived(self, group_uid: str, group: pa.RecordBatch) -> str | None:
         """Takes a complete, graded group; returns why it was dropped, or None.
@@ -140,35 +160,47 @@ class GroupBuffer:
 
         Its slots stay held until `trained`.
         """
+        last = max(self._taken, default=-1)  # what is before it was passed over
+        places = self.prompts_per_step + self.window
         chosen: list[int] = []
-        consumed: list[int] = []
-        for ordinal in sorted(self._entries):
-            entry = self._entries[ordinal]
-            if not entry.settled:
-                break
-            consumed.append(ordinal)
-            if entry.dropped is None:
+        for ordinal in sorted(o for o, entry in self._entries.items() if self._counts(entry))[:places]:
+            if self._entries[ordinal].settled:
                 chosen.append(ordinal)
-            if self._complete(len(chosen), len(consumed)):
-                return self._take(chosen, consumed)
+            elif ordinal < last:
+                break
+            if len(chosen) == self.prompts_per_step:
+                return self._take(chosen)
         return None
 
-    def _complete(self, chosen: int, consumed: int) -> bool:
-        return (chosen if self.refill else consumed) == self.prompts_per_step
+    def _counts(self, entry: _Entry) -> bool:
+        """Whether an entry takes a place in a batch: a group that was dropped does not, where others replace it."""
+        return entry.dropped is None or not self.refill
 
-    def _take(self, chosen: list[int], consumed: list[int]) -> ReadyBatch:
+    def _take(self, counted: list[int]) -> ReadyBatch:
+        """Makes a batch of the prompts that take its places, and of what was dropped before them and all that wait."""
+        left = (o for o, e in self._entries.items() if self._counts(e) and o not in counted)
+        before = min(left, default=counted[-1])
+        dropped = {o for o in self._entries if o < min(before, counted[-1]) and not self._counts(self._entries[o])}
+        consumed = sorted(dropped.union(counted))
+        chosen = [o for o in counted if self._entries[o].dropped is None]
         generated = [entry for o in consumed if (entry := self._entries[o]).group is not None]
-        batch = ReadyBatch(
-            ordinals=tuple(chosen),
-            groups=tuple(self._entries[o].group for o in chosen),
-            generated=tuple(e.group for e in generated),
-            reasons=tuple(e.dropped for e in generated),
-            next_ordinal=consumed[-1] + 1,
-            dropped=self._dropped,
-        )
+        passed = [o < max(self._taken, default=-1) for o in chosen]
+        groups, reasons = [self._entries[o].group for o in chosen], [e.dropped for e in generated]
         for ordinal in consumed:
             del self._by_uid[self._entries.pop(ordinal).request.group_uid]
-        self._training += len(chosen) if self.refill else len(consumed)
+        first = min(self._entries, default=self.next_ordinal)
+        self._taken = {ordinal for ordinal in self._taken.union(consumed) if ordinal > first}
+        batch = ReadyBatch(
+            ordinals=tuple(chosen),
+            groups=tuple(groups),
+            generated=tuple(e.group for e in generated),
+            reasons=tuple(reasons),
+            next_ordinal=first,
+            ahead=tuple(sorted(self._taken)),
+            passed=tuple(passed),
+            dropped=self._dropped,
+        )
+        self._training += len(counted)
         self._settled_since_batch = sum(1 for e in self._entries.values() if e.settled)
         self._dropped = Counter()
         return batch

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,8 +90,9 @@ class StepResult:
 class Controller:
     """Runs the steps of a run, without depending on Ray or DeepSpeed.
 
-    `request_of(ordinal)` returns the prompt at a place in the run's prompt order. The state is `step` and
-    `next_ordinal`, the first prompt that no batch has consumed; they decide the rest of the run (METHOD §2.5).
+    `request_of(ordinal)` returns the prompt at a place in the run's prompt order. The state is `step`, `next_ordinal`,
+    the first prompt that no batch has consumed, and `ahead`, later ones that batches have consumed (`batch_window`);
+    they decide the rest of the run (METHOD §2.5).
     """
 
     def __init__(
@@ -103,16 +104,19 @@ class Controller:
         *,
         step: int = 0,
         next_ordinal: int = 0,
+        ahead: Collection[int] = (),
     ):
         self.config, self.pool, self.learner, self.request_of = config, pool, learner, request_of
-        self.step, self.next_ordinal = step, next_ordinal
+        self.step, self.next_ordinal, self.ahead = step, next_ordinal, tuple(ahead)
         self.buffer = GroupBuffer(
             prompts_per_step=config.prompts_per_step,
             max_staleness=config.max_staleness,
             refill=config.dynamic_sampling == "refill",
             max_dispatch_factor=config.max_dispatch_factor,
             drop_reason=self._drop_reason,
+            window=config.batch_window,
             next_ordinal=next_ordinal,
+            ahead=ahead,
         )
         self.beside: Callable[[str, pa.RecordBatch], bool] | None = None
         """Takes groups by their uid that are not for training but arrive beside it; False for any other."""
@@ -199,7 +203,7 @@ class Controller:
     def _advance(self, batch: ReadyBatch, rows: pa.RecordBatch | None, metrics: dict[str, float]) -> StepResult:
         self._learning = None
         self.step += 1
-        self.next_ordinal = batch.next_ordinal
+        self.next_ordinal, self.ahead = batch.next_ordinal, batch.ahead
         self.buffer.trained(batch)
         return StepResult(self.step, rows, batch.generated, batch.reasons, metrics)
 
@@ -257,7 +261,25 @@ class Controller:
         if rows is not None:
             ages = self.step - TrajectoryBatch(rows).numbers("policy_version_min")
             metrics |= {"batch/staleness_mean": float(ages.mean()), "batch/staleness_max": float(ages.max())}
+        if self.config.batch_window and batch.groups:
+            metrics |= _order_metrics(batch)
         return metrics
+
+
+def _order_metrics(batch: ReadyBatch) -> dict[str, float]:
+    """Returns how many groups of the batch the one before has passed over, and how long they are.
+
+    `batch/passed_steps` are mean response steps of these groups, `batch/in_order_steps` those of the others; their
+    difference is the bias of the window.
+    """
+    steps = [float(TrajectoryBatch(group).num_steps.mean()) for group in batch.groups]
+    passed = [length for length, by in zip(steps, batch.passed, strict=True) if by]
+    others = [length for length, by in zip(steps, batch.passed, strict=True) if not by]
+    means = {"batch/passed_steps": passed, "batch/in_order_steps": others}
+    return {
+        "batch/passed_groups": float(len(passed)),
+        **{name: sum(lengths) / len(lengths) for name, lengths in means.items() if lengths},
+    }
 
 
 def gather(

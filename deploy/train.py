@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -125,12 +126,13 @@ def _reinforce(run: Run, base: str | Path) -> None:
 
 def _train(run: Run, learner: LearnerGroup) -> None:
     config, checkpoint = run.config, latest_checkpoint(run.folder.checkpoints)
-    position, unfinished = {"step": 0, "next_ordinal": 0}, None
+    position: dict[str, Any] = {"step": 0, "next_ordinal": 0}
+    unfinished = None
     if checkpoint is not None:
         for skipped in checkpoint.skipped:
             run.reporter.say(f"[yellow]checkpoint {skipped.path.name} skipped: {skipped.reason}[/]")
         learner.load(checkpoint.path / "learner")
-        position = {key: checkpoint.state[key] for key in position}
+        position = {key: checkpoint.state[key] for key in position} | {"ahead": checkpoint.state.get("ahead", ())}
         run.reporter.say(f"resuming from {checkpoint.path.name}, lineage {run.lineage}")
     controller = Controller(config, run.pool, learner, run.problems.request, **position)
     milestones = Milestones(run.folder, config, controller.step, run.reporter)
@@ -249,7 +251,8 @@ def save(
     The best one stays, and that of an evaluation that goes on, however old they are.
     """
     observer.flush()
-    state = {"step": controller.step, "next_ordinal": controller.next_ordinal, "lineage": run.lineage, **interim.state}
+    state: dict[str, Any] = {"step": controller.step, "next_ordinal": controller.next_ordinal, "lineage": run.lineage}
+    state |= interim.state | ({"ahead": list(controller.ahead)} if controller.ahead else {})
     write_checkpoint(
         run.folder.checkpoints,
         controller.step,

@@ -119,6 +119,10 @@ class RunConfig(Section):
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Upper bound on the staleness of a group that is trained on, in policy versions; 0: rollouts and training take
     turns (METHOD §6)."""
+    batch_window: Annotated[int, Field(ge=0)] = 0
+    """Number W of groups that a batch may pass over, at most `prompts_per_step`, so that the learner need not wait for
+    long rollouts: it takes those that have arrived among the next W + `prompts_per_step`. The batch after it waits for
+    the ones passed over, which may be a version older than `max_staleness` says. 0: batches are in prompt order."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
     """Upper bound on the importance weight of a stale response step; used if `max_staleness` is above 0 (METHOD §6)."""
 
@@ -333,6 +337,11 @@ def conflicts(config: RunConfig) -> list[str]:
         problems.append(
             "warm_start.lora has no effect on stage 1 of warm_start.source induced, which trains whole models; leave "
             "it out, or take uniform labels"
+        )
+    if config.batch_window > config.prompts_per_step * min(config.max_staleness, 1):
+        problems.append(
+            f"batch_window ({config.batch_window}) can be at most prompts_per_step ({config.prompts_per_step}), and "
+            f"needs max_staleness of 1 or more, got {config.max_staleness}"
         )
     problems += _vllm_problems(config)
     problems += _engine_problems(config)

@@ -1,6 +1,7 @@
 """The group buffer's invariants: slots bound staleness, batches come in prompt order, nothing is used twice."""
 
 import itertools
+import operator
 import random
 
 import numpy as np
@@ -127,3 +128,77 @@ def test_a_task_without_signal_ends_in_a_clear_error():
     b = buffer(2, keeps=lambda g: False, factor=3)
     with pytest.raises(TooManyDispatched, match=r"6 groups .*all_equal"):
         run(b, 1, random.Random(0))
+
+
+# --- the window --------------------------------------------------------------------------------------------------
+
+
+def windowed(window, next_ordinal=0, ahead=(), keeps=lambda group: True, refill=True):
+    return GroupBuffer(
+        prompts_per_step=4, max_staleness=2, refill=refill, max_dispatch_factor=50, window=window,
+        drop_reason=lambda group: None if keeps(group) else "all_equal", next_ordinal=next_ordinal, ahead=ahead,
+    )  # fmt: skip
+
+
+def run_late(b, batches, order, late=lambda ordinal: ordinal % 7 == 0):
+    """As `run`, but some groups arrive only when nothing else is under way."""
+    taken, waiting = [], []
+    while len(taken) < batches:
+        waiting += fill(b)
+        batch = b.take_batch()
+        if batch is not None:
+            taken.append(batch)
+            b.trained(batch)
+            continue
+        quick = [o for o in waiting if not late(o)] or waiting
+        ordinal = order.choice(quick)
+        waiting.remove(ordinal)
+        b.arrived(f"g{ordinal}", ordinal)
+    return taken
+
+
+@pytest.mark.parametrize("refill", [True, False])
+@pytest.mark.parametrize("window", [0, 1, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_group_is_lost_or_taken_twice_or_comes_more_than_the_window_early_or_a_batch_late(window, seed, refill):
+    signal = lambda group: group % 3 != 1  # noqa: E731
+    batches = run_late(windowed(window, keeps=signal, refill=refill), 12, random.Random(seed))
+    trained = [o for batch in batches for o in batch.ordinals]
+    generated = [g for batch in batches for g in batch.generated]
+    assert len(generated) == len(set(generated))
+    consumed = set(range(batches[-1].next_ordinal)) | set(batches[-1].ahead)
+    assert sorted(trained) == sorted(o for o in consumed if signal(o))
+    batch_of = {o: number for number, batch in enumerate(batches) for o in batch.ordinals}
+    ordered = sorted(trained)  # those that a batch has taken: an index in it is a place of the strict order, or before
+    assert max(ordered.index(o) - place for place, o in enumerate(trained)) <= window
+    for number, batch in enumerate(batches):
+        waited = [o for o in batch.ordinals if number and o < max(batches[number - 1].ahead, default=-1)]
+        assert [o for o, by in zip(batch.ordinals, batch.passed, strict=True) if by] == waited
+        # what a batch has passed over is in the next one
+        assert all(batch_of[o] <= number + 1 for o in trained if o < max(batch.ahead, default=-1))
+    passed = sum(by for batch in batches for by in batch.passed)
+    if window == 0:
+        assert trained == sorted(trained)
+    assert (passed > 0) is (window > 0), "without a group passed over the test shows nothing"
+
+
+def test_a_window_of_zero_is_the_strict_order():
+    strict = run(buffer(4, 2, True, lambda g: g % 3 != 1), 8, random.Random(1))
+    late = run_late(windowed(0, keeps=lambda g: g % 3 != 1), 8, random.Random(2))
+    of = operator.attrgetter("ordinals", "generated", "reasons", "next_ordinal", "ahead")
+    assert list(map(of, late)) == list(map(of, strict))
+
+
+def test_a_run_that_goes_on_takes_what_was_passed_over_and_nothing_again():
+    batches = run_late(windowed(4), 12, random.Random(0))
+    cuts = [number for number, batch in enumerate(batches) if batch.ahead]
+    assert len(cuts) > 3, "nothing was passed over, so the test shows nothing"
+    for cut in cuts:
+        last = batches[cut]
+        left = [o for o in range(last.next_ordinal, max(last.ahead)) if o not in last.ahead]
+        goes_on = windowed(4, next_ordinal=last.next_ordinal, ahead=last.ahead)
+        rest = run_late(goes_on, 6, random.Random(9))
+        trained = [o for batch in (*batches[: cut + 1], *rest) for o in batch.ordinals]
+        assert sorted(trained) == sorted(set(range(rest[-1].next_ordinal)) | set(rest[-1].ahead))
+        assert list(rest[0].ordinals[: len(left)]) == left, "the next batch waits for what was passed over"
+        assert rest[0].passed[: len(left)] == (True,) * len(left)

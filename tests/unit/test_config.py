@@ -212,3 +212,10 @@ def test_in_flight_updates_are_read_from_where_the_key_was_and_the_new_key_goes_
     again = load_config(settings(max_staleness=1, rollout={**old, "in_flight_updates": False}))
     assert not again.rollout.in_flight_updates
     assert "in_flight_updates" not in read.rollout.vllm.model_dump()
+
+
+@pytest.mark.parametrize("keys", [{"batch_window": 4}, {"batch_window": 65, "max_staleness": 1}])
+def test_a_window_needs_staleness_and_is_no_larger_than_a_batch(keys):
+    with pytest.raises(ConfigError, match=r"batch_window \(\d+\) can be at most prompts_per_step \(64\)"):
+        load_config(settings(**keys))
+    assert load_config(settings(max_staleness=1, batch_window=64)).batch_window == 64

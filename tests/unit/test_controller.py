@@ -1,5 +1,6 @@
 """The loop with a simulated pool and learner: order, versions and staleness, whatever the timing."""
 
+import dataclasses
 import random
 import signal
 
@@ -143,6 +144,44 @@ def test_a_resumed_run_goes_on_with_the_same_prompts(sampling):
     _, pool, resumed, _ = run(cfg, 3, mixed, seed=9, step=first.step, next_ordinal=first.next_ordinal)
     assert trained_on(resumed) == trained_on(learner)[3:]
     assert pool.published[0] == 3
+
+
+class LatePool(SimulatedPool):
+    """Every fifth group arrives only when nothing else is under way, and is longer."""
+
+    def poll(self, timeout_s):
+        quick = [todo for todo in self.todo if int(todo[0].problem_uid) % 5]
+        done = quick[:2] or self.todo[:1]
+        self.todo = [todo for todo in self.todo if all(todo is not of for of in done)]
+        return [encode([self.sample(r, v, i) for i in r.sample_indices], 2) for r, v in done]
+
+    def sample(self, r, version, index):
+        made = super().sample(r, version, index)
+        hard = 9 if int(r.problem_uid) % 5 == 0 else 2
+        return dataclasses.replace(made, hard_ids=np.zeros(hard, np.int32), hard_log_probs=np.zeros(hard, np.float32))
+
+
+def test_a_window_passes_over_what_is_late_shows_the_bias_and_a_resumed_run_takes_it():
+    cfg = config(max_staleness=1, batch_window=4)
+
+    def steps(count, **state):
+        pool, learner = LatePool(lambda problem, index: float(index)), SimulatedLearner()
+        controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg), **state)
+        controller.begin()
+        return [controller.run_step() for _ in range(count)], learner, controller
+
+    results, learner, controller = steps(3)
+    assert trained_on(learner)[:2] == [["1", "2", "3", "4"], ["0", "6", "7", "8"]]
+    shown = results[1].metrics
+    assert (shown["batch/passed_groups"], shown["batch/passed_steps"], shown["batch/in_order_steps"]) == (1, 10, 3)
+    assert results[0].metrics["batch/passed_groups"] == 0
+    assert max(r.metrics["batch/staleness_max"] for r in results) <= cfg.max_staleness + 1
+    assert controller.ahead
+    state = {"step": 3, "next_ordinal": controller.next_ordinal, "ahead": controller.ahead}
+    again = steps(3, **state)[1]
+    both = [uid for batch in trained_on(learner) + trained_on(again) for uid in batch]
+    assert len(set(both)) == len(both) == 24
+    assert set(map(str, range(20))) <= set(both)
 
 
 def test_metrics_describe_all_that_arrived_not_only_what_was_trained_on():
