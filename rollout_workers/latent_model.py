@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from latent_grpo.common.config import ConfigError, VLLMConfig
+from latent_grpo.common.config.section import SEED_LIMIT
 from latent_grpo.common.latent import mixture_weights
 from latent_grpo.common.models import DTYPES, load_model, stored_dtype
 from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, SamplingSettings, Trajectory
@@ -248,6 +250,8 @@ class LatentModel:
     def _request(
         self, place: int, problem: str | Chat, samples: int, seed: int, settings: SamplingSettings, exact: bool
     ) -> GroupRequest:
+        if not 0 <= operator.index(seed) < SEED_LIMIT:
+            raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {seed}")
         if not 1 <= samples <= self._max_rows:
             raise ConfigError(f"samples must be from 1 to max_rows ({self._max_rows}) of this model, got {samples}")
         ids = self.model.renderer.encode(as_problem(problem, place))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,27 @@ def of_model(path: str) -> list[str]:
 
 def parse_config(data: dict[str, Any]) -> RunConfig:
     """Validates a mapping. Raises :class:`ConfigError`, which names every faulty key."""
+    if faults := list(_unusable_numbers(data, ())):
+        raise ConfigError("\n".join(faults))
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+
+
+def _unusable_numbers(node: Any, above: tuple[str, ...]) -> Iterator[str]:
+    """Yields a line for each number that no column and no generator could hold, in free options too."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _unusable_numbers(value, (*above, str(key)))
+    elif isinstance(node, list):
+        for place, value in enumerate(node):
+            yield from _unusable_numbers(value, (*above, str(place)))
+    elif isinstance(node, float) and not math.isfinite(node):
+        yield f"{'.'.join(above)}: expected a finite number, got {node}"
+    elif isinstance(node, int) and not -(2**63) <= node < 2**63:
+        shown = str(node) if abs(node) < 10**40 else f"{str(node)[:40]}..."
+        yield f"{'.'.join(above)}: expected a whole number from -2**63 to 2**63 - 1, got {shown}"
 
 
 def profiles_folder() -> Path:

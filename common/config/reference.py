@@ -168,8 +168,16 @@ def _bounds(marks: tuple[Any, ...]) -> list[str]:
     """Returns bounds such as `>= 1` from pydantic's and annotated-types' marks."""
     flat = [mark for outer in marks for mark in (outer.metadata if isinstance(outer, FieldInfo) else (outer,))]
     return [
-        f"{sign} {getattr(mark, limit):g}" for kind, limit, sign in BOUNDS for mark in flat if isinstance(mark, kind)
+        f"{sign} {_limit(getattr(mark, limit))}"
+        for kind, limit, sign in BOUNDS
+        for mark in flat
+        if isinstance(mark, kind)
     ]
+
+
+def _limit(value: Any) -> str:
+    large = isinstance(value, int) and value > 2**53 and value & (value - 1) == 0
+    return f"2^{value.bit_length() - 1}" if large else f"{value:g}"
 
 
 def _with_bounds(words: str, bounds: list[str]) -> str:

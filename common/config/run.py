@@ -24,7 +24,7 @@ from latent_grpo.common.config.monitoring_and_checkpoints import (
 from latent_grpo.common.config.objective import Objective
 from latent_grpo.common.config.problems_and_model import ModelConfig, TaskConfig, VerifierDefinition
 from latent_grpo.common.config.rules import Rule, keys_with
-from latent_grpo.common.config.section import LocalPath, Section
+from latent_grpo.common.config.section import LocalPath, Section, Seed
 from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RayConfig, RolloutConfig
 from latent_grpo.common.config.stopping import (
     EVALUATION,
@@ -53,7 +53,7 @@ class RunConfig(Section):
     algorithm: Annotated[Algorithm, Rule.TOKENS] = "latent_grpo"
     """Training algorithm, which sets the defaults of other keys (METHOD §9). With `grpo`, responses start in visible
     mode."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of noise, prompt order, generated problems and a new model's weights (METHOD §2.5)."""
     deterministic: bool = False
     """Whether the run repeats bit for bit at any number of workers. Needs CPU only, `max_staleness` 0 and the engine

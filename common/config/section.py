@@ -13,7 +13,11 @@ class Section(BaseModel):
     key that is no name in Python (`for`) is the alias of its field."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_default=True, serialize_by_alias=True
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        serialize_by_alias=True,
+        allow_inf_nan=False,
     )
 
 
@@ -51,4 +55,7 @@ def with_home(path: str) -> str:
 
 LocalPath = Annotated[str, AfterValidator(with_home)]
 """A path of this machine, or a name elsewhere, which never begins with `~`."""
+SEED_LIMIT = 2**63
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
+"""A seed of a run: it is kept in signed 64-bit columns, and generators take none below 0."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

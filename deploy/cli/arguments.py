@@ -14,7 +14,8 @@ from latent_grpo.common.tasks.present import with_present_files
 
 
 def overrides(arguments: list[str]) -> list[str]:
-    """Rewrites `--a.b 1`, `--a.b=1` and `a.b=1` as `a.b=1`. Raises ConfigError for an option without a value."""
+    """Rewrites `--a.b 1`, `--a.b=1` and `a.b=1` as `a.b=1`. Raises ConfigError for an option without a value,
+    and for a key that is given twice with different values."""
     found, pending = [], None
     for argument in arguments:
         if pending is not None:
@@ -28,6 +29,10 @@ def overrides(arguments: list[str]) -> list[str]:
             raise ConfigError(f"unexpected argument {argument!r}; settings look like --key.sub VALUE or key.sub=VALUE")
     if pending is not None:
         raise ConfigError(f"--{pending} has no value; settings are given as --key.sub VALUE or key.sub=VALUE")
+    values: dict[str, str] = {}
+    for key, _, value in (text.partition("=") for text in found):
+        if values.setdefault(key, value) != value:
+            raise ConfigError(f"{key} is given twice, as {values[key]!r} and as {value!r}; give it once")
     return found
 
 

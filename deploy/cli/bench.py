@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from latent_grpo.common.config.section import SEED_LIMIT
 from latent_grpo.deploy.cli.arguments import overrides
 
 bench = typer.Typer(no_args_is_help=True, help="Measures a part of the pipeline on this machine.")
@@ -20,7 +21,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the fi
 def bench_reward(
     cases: Annotated[int, typer.Option(min=1, help="Number of gradings per workload.")] = 4000,
     processes: Annotated[int, typer.Option(min=1, help="Number of grader processes in the pool.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the generated answers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of the generated answers.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Measures gradings per second and core, and the time of single ones, on GSM8K-like and MATH-like answers."""
@@ -59,7 +60,7 @@ def bench_report(
     openings: Annotated[
         int, typer.Option(min=1, help="How often the page is opened, at its list and at its start.")
     ] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of the generated trajectories.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of the generated trajectories.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Measures how fast a report is written, opened and searched in a real Chromium."""
@@ -123,7 +124,7 @@ def bench_gpu(
 @bench.command("soak")
 def bench_soak(
     kills: Annotated[int, typer.Option(min=0, help="How many processes are killed.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of what is killed, and when.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of what is killed, and when.")] = 0,
     steps: Annotated[int | None, typer.Option(min=10, help="Steps of the run; default: ten a kill.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Keep both runs and their logs here.")] = None,
     json_file: JsonFile = None,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from latent_grpo.common.config import ConfigError
+from latent_grpo.common.config.section import SEED_LIMIT
 from latent_grpo.deploy.cli.arguments import interruptible
 
 models = typer.Typer()
@@ -38,7 +39,9 @@ def generate(
     ] = None,
     thoughts: Annotated[bool, typer.Option("--thoughts", help="Show the latent steps: tokens and weights.")] = False,
     samples: Annotated[int, typer.Option(min=1, help="Responses to each problem.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the draws; the same seed gives the same responses.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of the draws; the same seed gives the same responses.")
+    ] = 0,
     noise: Annotated[float, typer.Option(help="Scale of the noise in latent steps; 0: off.")] = 0.0,
     temperature: Annotated[float | None, typer.Option(help="Of visible steps; default: the model's own.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Default: the model's own.")] = None,

@@ -23,8 +23,10 @@ from pydantic import ValidationError
 
 import latent_grpo
 from latent_grpo.common.config import DeadlineConfig, parse_override, read_profile, with_value
-from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.config.yaml_files import is_path
 from latent_grpo.common.interrupts import LEAVE_S
+from latent_grpo.common.plugins import is_import_path
+from latent_grpo.deploy.cluster.staging import SubmitError, stage_modules, stage_profile
 from latent_grpo.deploy.run.manifest import commit_for_job
 from latent_grpo.deploy.run.versions import SUBMITTED, versions
 
@@ -36,10 +38,6 @@ UPLOAD_LIMIT_BYTES = 20 * 2**20
 INTERRUPTED = 130
 _POLL_S = 2.0
 _NOTICE_S = 30.0  # for Ray to notice that a job has ended
-
-
-class SubmitError(ConfigError):
-    """Raised when a job cannot be submitted; the message says what was tried and what to do."""
 
 
 def submit(
@@ -139,7 +137,8 @@ def _stored_deadlines(options: dict[str, str]) -> dict[str, Any]:
 def stage(folder: Path, arguments: Sequence[str]) -> list[str]:
     """Copies the packages, laid out as in a wheel, and the named local YAML files into `folder`.
 
-    Returns the arguments as the job sees them.
+    With a profile or suite go the local files that it extends, a suite's own profile, and the modules of verifiers,
+    tasks and sinks that they name by import path (`deploy.cluster.staging`). Returns the arguments for the job.
     """
     root, upload = Path(__file__).resolve().parents[2], folder / "latent_grpo"
     upload.mkdir()
@@ -149,17 +148,10 @@ def stage(folder: Path, arguments: Sequence[str]) -> list[str]:
     staged = []
     for argument in arguments:
         option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
-        path = Path(value)
-        if path.suffix in {".yaml", ".yml"} and path.is_file():
-            profiles = folder / "submitted"
-            profiles.mkdir(exist_ok=True)
-            copy = profiles / path.name
-            if copy.exists() and copy.read_bytes() != path.read_bytes():
-                raise SubmitError(
-                    f"two different files are called {path.name}, and the job puts both into one folder; rename one"
-                )
-            shutil.copyfile(path, copy)
-            value = f"submitted/{path.name}"
+        if is_path(value) and Path(value).is_file():
+            value = stage_profile(Path(value), folder, suite=arguments[0] == "reproduce")
+        elif "=" in argument or is_import_path(value):
+            stage_modules([value.rpartition("=")[2]], [Path.cwd()], folder)
         staged.append(f"{option}{equals}{value}")
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     if size > UPLOAD_LIMIT_BYTES:

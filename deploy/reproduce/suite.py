@@ -21,7 +21,8 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from latent_grpo.common.config import ConfigError, RunConfig, Section, load_config
-from latent_grpo.common.config.yaml_files import read_mapping
+from latent_grpo.common.config.section import SEED_LIMIT, Seed
+from latent_grpo.common.config.yaml_files import is_path, read_mapping
 from latent_grpo.common.tasks.present import with_present_files
 
 Metric = str
@@ -133,7 +134,7 @@ class Arm(Section):
 class Quick(Section):
     """The short form of the suite, which `--quick` runs."""
 
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
     arms: list[str]
     overrides: list[str] = Field(default_factory=list)
 
@@ -147,7 +148,7 @@ class Suite(Section):
     """Profile, by name or path, that every unit begins with."""
     runner: Literal["pipeline", "in_process"] = "pipeline"
     """`in_process`: each unit in one thread of one process (`deploy.reproduce.in_process`), for small models on CPU."""
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     overrides: list[str] = Field(default_factory=list)
     """Overrides for every start and arm."""
     starts: dict[str, Start] = Field(min_length=1)
@@ -198,6 +199,9 @@ def load_suite(
     Raises :class:`SuiteError` with one line per fault.
     """
     data = read_mapping(source, suites_folder(), "suite")
+    profile, beside = data.get("profile"), Path(source).parent
+    if is_path(source) and isinstance(profile, str) and is_path(profile) and (beside / profile).is_file():
+        data["profile"] = str(beside / profile)
     try:
         suite = Suite.model_validate(data)
     except ValidationError as error:
@@ -205,6 +209,8 @@ def load_suite(
     if quick:
         suite = _quick(suite, source)
     if seeds:
+        if any(not 0 <= seed < SEED_LIMIT for seed in seeds):
+            raise SuiteError(f"--seeds: seeds must be from 0 to 2**63 - 1, got {[*seeds]}")
         if len(set(seeds)) != len(seeds):
             raise SuiteError(f"--seeds: seeds must be distinct, got {[*seeds]}")
         suite = suite.model_copy(update={"seeds": [*seeds]})
