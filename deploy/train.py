@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from latent_grpo.deploy.evaluation.evaluate import evaluate
 from latent_grpo.deploy.evaluation.interim import InterimEvaluations, make_up, owed
 from latent_grpo.deploy.evaluation.scores import TaskResult
 from latent_grpo.deploy.run import link
+from latent_grpo.deploy.run.background import BackgroundWork
 from latent_grpo.deploy.run.control import Scaling
 from latent_grpo.deploy.run.folder import RunFolder, create_run, has_begun, named_run, reopen_run
 from latent_grpo.deploy.run.manifest import record_model
@@ -117,14 +118,15 @@ def timed(run: Run) -> Iterator[None]:
 def _reinforce(run: Run, base: str | Path) -> None:
     """RL with ranks of its own, from the last checkpoint or from `base`."""
     run.reporter.say(f"starting {run.config.learner.ranks} learner rank(s)")
-    learner = LearnerGroup(run.config, base, run.reservation.ranks)
+    learner, background = LearnerGroup(run.config, base, run.reservation.ranks), BackgroundWork()
     try:
-        _train(run, learner)
+        _train(run, learner, background)
     finally:
         learner.close()
+        background.close()  # what waits for a rank has failed now
 
 
-def _train(run: Run, learner: LearnerGroup) -> None:
+def _train(run: Run, learner: LearnerGroup, background: BackgroundWork) -> None:
     config, checkpoint = run.config, latest_checkpoint(run.folder.checkpoints)
     position: dict[str, Any] = {"step": 0, "next_ordinal": 0}
     unfinished = None
@@ -148,7 +150,7 @@ def _train(run: Run, learner: LearnerGroup) -> None:
     if config.evaluation.at_start and "before" not in run.summary:
         evaluate(run, controller.gather, controller.step, "before")
     with StepObserver(run.folder, config, run.lineage, run.metrics, run.reporter) as observer:
-        _steps(run, controller, learner, observer, milestones, unfinished == controller.step)
+        _steps(run, controller, learner, observer, milestones, background, unfinished == controller.step)
     run.record(stopped=milestones.stopped)
     if config.evaluation.at_end:
         milestones.evaluated_at_end(controller.step, evaluate(run, controller.gather, controller.step, "after"))
@@ -162,6 +164,7 @@ def _steps(
     learner: LearnerGroup,
     observer: StepObserver,
     milestones: Milestones,
+    background: BackgroundWork,
     evaluation_first: bool,
 ) -> None:
     """Takes the steps that are left; `evaluation_first` says that the state's own evaluation was not finished."""
@@ -170,10 +173,10 @@ def _steps(
     def record(done: int, values: dict[str, float]) -> None:
         run.metrics.write(done, values, kind="checkpoint", lineage=run.lineage)
 
-    def write(done: int) -> None:
-        save(run, controller, learner, observer, milestones, interim)
+    def write(done: int) -> Callable[[], None] | None:
+        return save(run, controller, learner, observer, (*milestones.protected, *interim.protected), interim.state)
 
-    keeper = StateKeeper("training", controller.step, write, record, config.deadlines, run.reporter)
+    keeper = StateKeeper("training", controller.step, write, record, config.deadlines, run.reporter, background)
 
     def settle(interrupt: Interrupted) -> str:
         if controller.learning:
@@ -183,11 +186,17 @@ def _steps(
         interim.look()
         if not controller.learning:
             keeper.keep(controller.step)
+        keeper.finish()
         return keeper.report(controller.step)
 
     def evaluated(step: int, found: list[TaskResult]) -> None:
-        # the checkpoint of an earlier step is there already, if there is one
-        milestones.evaluated(step, found, lambda of: keeper.keep(of) if of == controller.step else None)
+        def keep(of: int) -> None:
+            if of == controller.step:  # the checkpoint of an earlier step is there already, if there is one
+                keeper.keep(of)
+            keeper.finish()
+
+        keeper.finish()  # scores are of checkpoints that are there
+        milestones.evaluated(step, found, keep)
         if milestones.stopped:
             keeper.keep(controller.step)
 
@@ -215,6 +224,7 @@ def _steps(
             observer.observe(result, learner.last_report if result.batch is not None else None)
             rewards.append(result.metrics["rollout/reward"])
             keeper.took(result.metrics["time/learner_s"])
+            keeper.look()
             milestones.took(result.step, result.metrics)
             parts = {name: result.metrics[f"time/{key}_s"] for name, key in STEP_PARTS.items()}
             share.learn(**parts)
@@ -232,6 +242,7 @@ def _steps(
             curve = f"reward {rewards[-1]:.3f} {sparkline(rewards)} "
             advance(result.step, curve)
         interim.finish()
+        keeper.finish()
 
 
 def _due(every: int, step: int) -> bool:
@@ -243,24 +254,28 @@ def save(
     controller: Controller,
     learner: LearnerGroup,
     observer: StepObserver,
-    milestones: Milestones,
-    interim: InterimEvaluations,
-) -> None:
-    """Writes a checkpoint between two steps, once the dumps of its steps are on the disk.
+    protected: Collection[str],
+    more: Mapping[str, Any],
+) -> Callable[[], None] | None:
+    """Writes a checkpoint between two steps, or copies what is in it and returns what writes it (`background`).
 
-    The best one stays, and that of an evaluation that goes on, however old they are.
+    It becomes whole once the dumps of its steps are on the disk. `more` is added to its state; checkpoints whose names
+    are `protected` stay, however old they are.
     """
-    observer.flush()
-    state: dict[str, Any] = {"step": controller.step, "next_ordinal": controller.next_ordinal, "lineage": run.lineage}
-    state |= interim.state | ({"ahead": list(controller.ahead)} if controller.ahead else {})
-    write_checkpoint(
-        run.folder.checkpoints,
-        controller.step,
-        lambda folder: learner.save(folder / "learner"),
-        state,
-        run.config.checkpoint.keep,
-        (*milestones.protected, *interim.protected),
-    )
+    step = controller.step
+    state: dict[str, Any] = {"step": step, "next_ordinal": controller.next_ordinal, "lineage": run.lineage, **more}
+    if controller.ahead:
+        state["ahead"] = list(controller.ahead)
+
+    def write(learner_state: Callable[[Path], None]) -> None:
+        observer.flush()
+        keep = run.config.checkpoint.keep
+        write_checkpoint(run.folder.checkpoints, step, lambda at: learner_state(at / "learner"), state, keep, protected)
+
+    if not run.config.checkpoint.background:
+        write(learner.save)
+        return None
+    return partial(write, learner.copy_state())
 
 
 # --- what the user sees --------------------------------------------------------------------------------------------

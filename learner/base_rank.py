@@ -20,6 +20,7 @@ from latent_grpo.common.stacks import ProcessAddress, serve_stacks
 from latent_grpo.common.weights import Publication
 from latent_grpo.learner.policy import load_policy_model
 from latent_grpo.learner.publication import publish
+from latent_grpo.learner.state import StateShare
 from latent_grpo.learner.zero_engine import UpdateResult, ZeroEngine, init_distributed
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class RankActor:
     model_folder: str
     device: str
     engine: TrainingEngine
+    copy: StateShare | None = None
 
     def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
         """Returns the module around `model` that a step calls, and its optimizer's settings."""
@@ -119,6 +121,19 @@ class RankActor:
 
     def save(self, folder: str) -> None:
         self.engine.save(folder)
+
+    def copy_state(self) -> None:
+        """Copies this rank's share of the state into its memory, for :meth:`write_copy`; all ranks call it."""
+        if not isinstance(self.engine, ZeroEngine):
+            raise TypeError(f"{type(self.engine).__name__} copies no state")
+        self.copy = self.engine.copy_state()
+
+    def write_copy(self, folder: str) -> None:
+        """Writes the copy into `folder`, which exists, and frees it. It may run beside any other call."""
+        if self.copy is None:
+            raise RuntimeError("there is no copy of the state; call copy_state first")
+        copy, self.copy = self.copy, None
+        copy.write(Path(folder))
 
     def load(self, folder: str) -> None:
         self.engine.load(folder)

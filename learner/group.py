@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from latent_grpo.learner.base_rank import RankActor
 log = logging.getLogger(__name__)
 SHOWN = 4  # ranks whose stacks are shown; in a collective all late ranks look alike
 LOOKED_AT_EVERY_S = 1.0  # how often a wait looks, so that time in which the driver is stopped does not count
+BESIDE = "beside"  # the group of calls that run while a step goes on
 PEER_DEATH_S = 15.0  # a survivor's broken collective is often reported before the death that caused it
 
 
@@ -58,7 +59,8 @@ class RankGroup:
         device = {"OMP_NUM_THREADS": str(resources.threads)}
         if learner.device == "cpu" or not resources.num_gpus:
             device["DS_ACCELERATOR"] = "cpu"
-        actor: Any = ray.remote(rank_class)  # Ray's own types know no class that comes as a value
+        # Ray's own types know neither a class that comes as a value nor this option
+        actor: Any = ray.remote(concurrency_groups={BESIDE: 1})(rank_class)  # type: ignore[call-overload]
         options = {
             "num_cpus": resources.num_cpus,
             "num_gpus": resources.num_gpus,
@@ -141,6 +143,21 @@ class RankGroup:
         """Writes every rank's state below `folder`, which all ranks must see."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._all("save", str(folder))
+
+    def copy_state(self) -> Callable[[Path], None]:
+        """Copies the state into the ranks' memory; returns a function that writes the copy below a folder.
+
+        It may be called in another thread, once and before the next copy, while the ranks take further steps.
+        """
+        self._all("copy_state")
+        ranks = list(self._ranks)
+
+        def write(folder: Path) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            refs = [rank.write_copy.options(concurrency_group=BESIDE).remote(str(folder)) for rank in ranks]
+            self._wait(refs, self.config.deadlines.learner_s, "write its state", "deadlines.learner_s")
+
+        return write
 
     def load(self, folder: str | Path) -> None:
         self._published = None

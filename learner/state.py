@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -113,8 +113,30 @@ def _moments(flat: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, 
     return state
 
 
-def write_state(
-    folder: Path,
+@dataclass(frozen=True, slots=True)
+class StateShare:
+    """A rank's share of a state: its shards by file name, and on rank 0 the facts, which come after them.
+
+    `shards` may be an iterator that gathers each shard when it is asked for, in which all ranks take part.
+    """
+
+    shards: Iterable[tuple[str, dict[str, torch.Tensor]]]
+    facts: Callable[[], StateFacts | None]
+
+    def write(self, folder: Path) -> None:
+        """Writes the share. `folder` must exist."""
+        for file, tensors in self.shards:
+            save_file(tensors, folder / file)
+        if (facts := self.facts()) is not None:
+            (folder / FACTS).write_text(facts.model_dump_json(indent=1), encoding="utf-8")
+
+    def copied(self) -> StateShare:
+        """Gathers all of it into this process's memory: 12 bytes for each trained parameter, over all ranks."""
+        shards, facts = tuple(self.shards), self.facts()
+        return StateShare(shards, lambda: facts)
+
+
+def share_of(
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     *,
@@ -122,34 +144,39 @@ def write_state(
     dtype: str,
     bad_in_a_row: int,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes the state of the `trained` parameters; all ranks call it, and each writes a share of the shards.
+) -> StateShare:
+    """Returns this rank's share of the state of the `trained` parameters; all ranks call it, and go through it at once.
 
-    One parameter at a time is gathered, and a rank holds at most one shard. `folder` must exist.
+    One parameter at a time is gathered, and a rank that writes shards as they come holds at most one.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained.items()}
     sizes = {name: 4 * len(KINDS) * torch.Size(shape).numel() for name, shape in shapes.items()}
     shards = list(in_buckets(sizes.items(), min(shard_bytes, -(-sum(sizes.values()) // ranks))))
-    for first in range(0, len(shards), ranks):
-        mine = {}
-        for writer, names in enumerate(shards[first : first + ranks]):
-            for name in names:
-                piece = piece_of(trained[name], optimizer)
-                for kind in KINDS:
-                    values = piece.of(kind, optimizer)
-                    whole = torch.zeros(shapes[name], dtype=torch.float32, device=values.device)
-                    whole.view(-1)[piece.slice] = values
-                    if zero_stage:  # at stage 0 every rank has all of it
-                        # sums integers, since a sum of floats loses the sign of a zero
-                        torch.distributed.reduce(whole.view(torch.int32), writer)
-                    if writer == rank:
-                        mine[f"{kind}/{name}"] = whole.cpu()
-        if mine:
-            save_file(mine, folder / _file(first + rank))
-    if rank == 0:
+
+    def gathered() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        for first in range(0, len(shards), ranks):
+            mine = {}
+            for writer, names in enumerate(shards[first : first + ranks]):
+                for name in names:
+                    piece = piece_of(trained[name], optimizer)
+                    for kind in KINDS:
+                        values = piece.of(kind, optimizer)
+                        whole = torch.zeros(shapes[name], dtype=torch.float32, device=values.device)
+                        whole.view(-1)[piece.slice] = values
+                        if zero_stage:  # at stage 0 every rank has all of it
+                            # sums integers, since a sum of floats loses the sign of a zero
+                            torch.distributed.reduce(whole.view(torch.int32), writer)
+                        if writer == rank:
+                            mine[f"{kind}/{name}"] = whole.cpu()
+            if mine:
+                yield _file(first + rank), mine
+
+    def facts() -> StateFacts | None:
+        if rank:
+            return None
         piece = piece_of(next(iter(trained.values())), optimizer)  # rank 0 has the beginning of each partition
-        facts = StateFacts(
+        return StateFacts(
             ranks=ranks,
             zero_stage=zero_stage,
             dtype=dtype,
@@ -161,7 +188,8 @@ def write_state(
                 for name in names
             },
         )
-        (folder / FACTS).write_text(facts.model_dump_json(indent=1), encoding="utf-8")
+
+    return StateShare(gathered(), facts)
 
 
 def load_state(

@@ -27,11 +27,12 @@ from latent_grpo.learner.state import (
     OLD_TAG,
     LearnerStateMismatch,
     OldFacts,
+    StateShare,
     in_buckets,
     load_state,
     read_facts,
+    share_of,
     weights_only,
-    write_state,
 )
 
 COMMUNICATION_BUCKET = 5_000_000  # elements
@@ -221,15 +222,21 @@ class ZeroEngine:
 
     def save(self, folder: str | Path) -> None:
         """Saves the trained parameters' float32 masters and moments (`learner.state`); each rank writes a share."""
-        write_state(
-            Path(folder),
+        self._share().write(Path(folder))
+        torch.distributed.barrier()
+
+    def copy_state(self) -> StateShare:
+        """Copies this rank's share of what :meth:`save` writes; all ranks call it. Later steps leave the copy alone."""
+        return self._share().copied()
+
+    def _share(self) -> StateShare:
+        return share_of(
             self._trained(),
             self._optimizer,
             zero_stage=self.stage,
             dtype=self.dtype,
             bad_in_a_row=self._bad_in_a_row,
         )
-        torch.distributed.barrier()
 
     def load(self, folder: str | Path) -> None:
         """Loads what :meth:`save` wrote, with any ranks, stage and dtype; bit-equal with the same ones.

@@ -81,6 +81,10 @@ class CheckpointConfig(Section):
 
     every: Annotated[int, Field(ge=0)] = 10
     """Checkpoint interval, in steps; 0: only at the end and at an interrupt."""
+    background: bool = True
+    """Whether the learner goes on while a checkpoint is written. The ranks first copy the state into the memory of
+    their nodes: 12 bytes for each trained parameter, over all ranks. A checkpoint that cannot be written ends the run
+    at the next step."""
     keep: PositiveInt = 2
     """Number of checkpoints to keep, the newest ones."""
     keep_best: str | None = "evaluation/pass_at_1"

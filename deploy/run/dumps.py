@@ -65,6 +65,7 @@ class DumpWriter:
         self._retention = Retention(config, (self.trajectories, self.records))
         self._queue: queue.Queue[StepDump | None] = queue.Queue(config.queue)
         self._failure: BaseException | None = None
+        self._submitted = self._written = 0  # dumps
         self._thread = threading.Thread(target=self._work, name="dumps", daemon=True)
         self._thread.start()
 
@@ -86,11 +87,16 @@ class DumpWriter:
         self._wait(lambda: not self._queue.full())
         waited = time.perf_counter() - began
         self._queue.put_nowait(dump)
+        self._submitted += 1
         return waited
 
     def flush(self, seconds: float | None = None) -> None:
-        """Waits until every submitted dump is on the disk, for at most `seconds` (default: the deadline)."""
-        self._wait(lambda: not self._queue.unfinished_tasks, seconds)
+        """Waits until every dump submitted before is on the disk, for at most `seconds` (default: the deadline).
+
+        It may be called from any thread.
+        """
+        submitted = self._submitted
+        self._wait(lambda: self._written >= submitted, seconds)
 
     def _wait(self, done: Callable[[], bool], seconds: float | None = None) -> None:
         seconds = self._deadline_s if seconds is None else seconds
@@ -126,6 +132,7 @@ class DumpWriter:
         while (dump := self._queue.get()) is not None:
             try:
                 self._write(dump)
+                self._written += 1
             except BaseException as error:  # for the training thread, which raises it
                 self._failure = error
                 return

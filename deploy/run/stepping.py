@@ -22,6 +22,7 @@ from latent_grpo.common.interrupts import (
     finish_within,
     wait_for_step,
 )
+from latent_grpo.deploy.run.background import BackgroundWork
 from latent_grpo.deploy.run.progress import Advance, Reporter, StepShare
 
 Result = TypeVar("Result")
@@ -57,33 +58,65 @@ class StateKeeper:
     updates already. So while steps last so long that the next one may not end in its time, the state before it is
     written first (:meth:`keep_ahead`), and giving the step up loses nothing whole.
 
-    `write(done)` writes the state after `done` steps; `record(done, metrics)` is called with the seconds that it took.
+    `write(done)` writes the state after `done` steps, or copies it and returns a function that writes the copy. That
+    runs in `background`, while the next step goes on; one is written at a time, and `saved` is the last that is whole.
+    `record(done, metrics)` is called with the seconds that it took, and those that the steps waited for it.
     """
 
     def __init__(
         self,
         name: str,
         done: int,
-        write: Callable[[int], None],
+        write: Callable[[int], Callable[[], None] | None],
         record: Callable[[int, dict[str, float]], None],
         deadlines: DeadlineConfig,
         reporter: Reporter,
+        background: BackgroundWork | None = None,
     ) -> None:
         self.name, self.saved = name, done
+        self._background = background or BackgroundWork()
+        self._begun: tuple[int, float, float] | None = None  # state in the background, when it began, seconds waited
         self._write, self._record, self._deadlines, self._reporter = write, record, deadlines, reporter
         self._steps: deque[float] = deque(maxlen=RECENT)
         self._save_s: float | None = None  # of the last state
         self._told = False
 
     def keep(self, done: int) -> None:
-        """Writes the state after `done` steps, unless it has been written already."""
-        if done == self.saved:
+        """Writes the state after `done` steps, or begins to, unless it has been written already.
+
+        Waits for the state before; raises what writing that, or this, raises.
+        """
+        if done in (self.saved, self._begun[0] if self._begun is not None else None):
             return
         began = time.monotonic()
-        self._write(done)
-        seconds = time.monotonic() - began
-        self.saved, self._save_s = done, seconds
-        self._record(done, {"seconds": seconds})
+        self.finish()
+        rest = self._write(done)
+        self._begun = done, began, time.monotonic() - began
+        if rest is None:
+            self._whole()
+        else:
+            self._background.start(rest)
+
+    def look(self) -> None:
+        """Notes that the state in the background is whole, if it is; raises what writing it has raised."""
+        if self._begun is not None and not self._background.running:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until the state in the background is whole; raises what writing it raises."""
+        if self._begun is None:
+            return
+        begun, self._begun = self._begun, None
+        self._background.wait()
+        self._begun = begun
+        self._whole()
+
+    def _whole(self) -> None:
+        if self._begun is not None:
+            done, began, waited = self._begun
+            seconds = time.monotonic() - began
+            self.saved, self._save_s, self._begun = done, seconds, None
+            self._record(done, {"seconds": seconds, "waited_seconds": waited})
 
     def took(self, seconds: float) -> None:
         """Notes the duration of a step of the learner."""

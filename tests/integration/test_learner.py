@@ -187,8 +187,12 @@ def check_state(group, batch, tmp_path):
     start = published(group, 0)
     group.train(batch, 0)
     group.save(tmp_path / "state")
+    write_copy = group.copy_state()
     one = published(group)
     group.train(batch, 1)
+    write_copy(tmp_path / "copy")
+    files = [{path.name: path.read_bytes() for path in (tmp_path / of).iterdir()} for of in ("state", "copy")]
+    assert files[0] == files[1], "a later step has changed the copy"
     two = published(group)
     group.load(tmp_path / "state")
     assert checksum(published(group).items()) == checksum(one.items())

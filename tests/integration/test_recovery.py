@@ -64,6 +64,42 @@ def test_a_lost_rank_is_recovered_from_and_the_end_is_that_of_the_undisturbed_ru
     assert recovery["cause"].startswith("learner rank")
 
 
+class KillingInWrites(Killing):
+    """Kills the rank while a checkpoint is being written, as soon as one is after so many steps."""
+
+    def __init__(self, after, checkpoints):
+        super().__init__(after, signal.SIGKILL)
+        self.checkpoints, self.caught = checkpoints, False
+
+    @contextlib.contextmanager
+    def phase(self, name, total, unit="steps"):
+        def advance(completed, note=""):
+            if name == "latent_grpo" and completed >= self.after and not self.done:
+                self.done = True
+                threading.Thread(target=self.kill, daemon=True).start()
+
+        yield advance
+
+    def kill(self):
+        while not any(path.name.startswith(".unfinished") for path in self.checkpoints().iterdir()):
+            time.sleep(0.001)
+        self.caught = True
+        every = psutil.Process().children(recursive=True)
+        (rank,) = [p for p in every if "LearnerRank" in " ".join(p.cmdline())]
+        rank.send_signal(self.number)
+
+
+@pytest.mark.slow  # tests/unit/test_background_checkpoints.py kills a process in the write
+def test_a_rank_that_dies_while_its_state_is_written_beside_a_step_changes_nothing(whole, tmp_path):
+    reporter = KillingInWrites(3, lambda: next(tmp_path.glob("*/checkpoints")))
+    run = train(tiny(*COMMON, *QUIET, "checkpoint.every=1", f"runs_folder={tmp_path}"), "killed", reporter)
+    assert reporter.caught
+    assert "recovered within" in reporter.console.export_text()
+    assert rows_of(run, range(1, 7)) == rows_of(whole, range(1, 7))
+    expected, found = weights_of(whole), weights_of(run)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 @pytest.mark.slow  # tests/unit/test_recovery_limit.py counts recoveries without Ray
 def test_beyond_the_limit_the_run_ends_and_says_how_it_goes_on(ray_session, tmp_path):
     reporter = Killing(3, signal.SIGKILL, again=True)

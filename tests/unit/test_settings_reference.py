@@ -130,7 +130,7 @@ def test_a_key_has_the_rules_of_its_sections_in_words():
         ("tasks.0.weight", ["tasks.N.weight"]),
         ("tasks.N.columns", [f"tasks.N.columns.{name}" for name in ("problem", "answer", "cot", "solution")]),
         ("verifiers.shaped", ["verifiers.NAME.kind", "verifiers.NAME.options"]),
-        ("checkpoint", ["checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"]),
+        ("checkpoint", ["checkpoint.every", "checkpoint.background", "checkpoint.keep", "checkpoint.keep_best"]),
         ("clip.", None),
         ("tasks.first.weight", None),
         ("rollout.work", None),

@@ -1,0 +1,53 @@
+"""Work in a thread, one piece at a time: a checkpoint is written while the next step goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+LOOK_EVERY_S = 0.2  # so that a signal is not kept waiting
+
+log = logging.getLogger(__name__)
+
+
+class BackgroundWork:
+    """Runs pieces of work, one after another. What one raises is raised by the next `wait`, in the caller's thread."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Starts a piece of work once the one before has ended."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # for the thread that waits
+                self._failure = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits for the work to end, however long it has deadlines for, and raises what it raised."""
+        self._join()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Waits for the work to end. A failure that nobody has asked for is logged."""
+        self._join()
+        if self._failure is not None:
+            log.warning("work in the background failed: %s", self._failure)
+
+    def _join(self) -> None:
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(LOOK_EVERY_S)
