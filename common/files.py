@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -24,10 +26,40 @@ def write_atomically(path: Path, content: str | bytes | memoryview, *, temporary
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # of a disk that is read-only there is nothing to remove
+            unfinished.unlink(missing_ok=True)
+        error.filename = str(path)  # an error of writing names no file, and one of opening the unfinished one
         raise
     fsync(path.parent)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that is full, for this user or this file."""
+
+
+FULL_BYTES = 2**20  # a disk with less is full: a library's error does not say how much it would have needed
+
+
+def is_full(folder: Path, error: Exception) -> bool:
+    """Whether a full disk is the cause of an error in a folder, which libraries say in words of their own.
+
+    Some say it as the system does, and some not at all: then the room that is left decides, which has to be asked for
+    while what was written is still there.
+    """
+    said = (isinstance(error, OSError) and error.errno in FULL) or any(os.strerror(e) in str(error) for e in FULL)
+    return said or shutil.disk_usage(folder).free < FULL_BYTES
+
+
+def unwritable(error: OSError) -> str:
+    """Completes a sentence that begins with a path: `cannot be written: No space left on device (0.9 MB free)`."""
+    why = error.strerror or str(error)
+    if error.errno in FULL and error.filename is not None:
+        with contextlib.suppress(OSError):
+            there = next(folder for folder in Path(error.filename).absolute().parents if folder.exists())
+            free = shutil.disk_usage(there).free
+            why = f"{why} ({free / 1e6:,.1f} MB free)"
+    return f"cannot be written: {why}"
 
 
 def fsync(path: Path) -> None:
@@ -49,9 +81,19 @@ def file_hash(path: Path, algorithm: Callable[[], Any] = xxhash.xxh3_128) -> str
 
 
 def save_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Fills a folder with `write(folder)` and only then renames it, so that a killed run leaves no partial model."""
+    """Fills a folder with `write(folder)` and only then renames it, so that a killed run leaves no partial model.
+
+    Raises OSError where the disk is full, whatever `write` raises.
+    """
     unfinished = target.with_name(f".unfinished-{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    write(unfinished)
+    try:
+        write(unfinished)
+    except Exception as error:  # libraries report a full disk in words of their own
+        full = is_full(target.parent, error)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        raise
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)

@@ -14,7 +14,6 @@ checkpoint passes the same steps again, and the checkpoint that was written last
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -26,12 +25,11 @@ from typing import Any
 import xxhash
 
 from latent_grpo.common.errors import RunError
-from latent_grpo.common.files import file_hash, fsync
+from latent_grpo.common.files import file_hash, fsync, is_full
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-FULL_BYTES = 2**20  # less room than that means that a disk is full: the last write may have failed on a whole buffer
 _NAME = re.compile(r"(\d{5,})-step-(\d+)")
 _UNFINISHED, _DISCARDED = ".unfinished-", ".discarded-"
 
@@ -92,9 +90,8 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         if why is None:
             raise
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be written: {why}; the earlier ones are untouched"
-        ) from error
+        last = f"the last complete one is {present[-1][2]}" if present else "there is no earlier one"
+        raise CheckpointError(f"the checkpoint of step {step} could not be written: {why}; {last}") from error
     for _, _, old in _folders(root)[:-keep]:
         if old.name not in protected:
             _discard(old)
@@ -156,17 +153,14 @@ def verify_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _fault_of_the_disk(root: Path, error: BaseException) -> str | None:
-    """Says what is wrong with the disk, or returns None where something else is the cause.
-
-    Libraries report a full disk in words of their own, so the room that is left decides. It is asked for while the
-    unfinished checkpoint still takes its own.
-    """
-    usage = shutil.disk_usage(root)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(error, Exception) and usage.free < FULL_BYTES):
+    """Says what is wrong with the disk, or returns None where something else is the cause."""
+    if isinstance(error, Exception) and is_full(root, error):
+        usage, folders = shutil.disk_usage(root), _folders(root)
+        size = sum(path.stat().st_size for path in folders[-1][2].rglob("*") if path.is_file()) if folders else 0
+        needed = f"; the checkpoint before takes {size / 2**20:.1f} MiB" if size else ""
         return (
-            f"the disk of {root} is full ({usage.free / 2**20:.1f} MiB of {usage.total / 2**20:.0f} MiB free); make "
-            "room or lower checkpoint.keep"
+            f"the disk of {root} is full (No space left: {usage.free / 2**20:.1f} MiB of {usage.total / 2**20:.0f} MiB "
+            f"free{needed}); make room or lower checkpoint.keep"
         )
     return f"{root}: {error.strerror or error}" if isinstance(error, OSError) else None
 

@@ -6,13 +6,14 @@ ended, with everything it started, at its deadline.
 
 from __future__ import annotations
 
+import codecs
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from packaging.requirements import Requirement
 
 from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sentence
 from latent_grpo.deploy.checks.torch_build import describe_torch
+from latent_grpo.deploy.run.machine import ray_faults, temporary_fault
 from latent_grpo.rollout_workers.vllm_plugin.support import installed, vllm_problem
 
 RAY_DEADLINE_S = 90.0
@@ -68,6 +70,8 @@ def run_doctor(folder: str | Path = ".", ray_deadline_s: float = RAY_DEADLINE_S)
         lambda: _disk(Path(folder)),
         _memory,
         _security,
+        terminal,
+        ray_environment,
         lambda: _ray(ray_deadline_s),
     ]
     return [finding for check in checks for finding in check()]
@@ -167,7 +171,10 @@ def _disk(folder: Path) -> list[Check]:
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent
-    temporary = Path(tempfile.gettempdir())
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # said by `ray_environment`
+        temporary = folder
     findings = [
         _room(
             f"disk at {folder}",
@@ -203,6 +210,27 @@ def _security() -> list[Check]:
     return [Check(name="ray authentication", status="warn", found=f"RAY_AUTH_MODE={mode}", fix=fix)]
 
 
+def terminal(encoding: str | None = None) -> list[Check]:
+    """Looks for an encoding of the output that lacks characters, which are then replaced by question marks."""
+    found = encoding or sys.stdout.encoding or "none"
+    if found != "none" and codecs.lookup(found).name.startswith("utf"):
+        return [Check(name="terminal", status="ok", found=found)]
+    fix = "characters that it lacks are shown as ?: set PYTHONIOENCODING=utf-8, or LANG=C.UTF-8"
+    return [Check(name="terminal", status="warn", found=found, fix=fix)]
+
+
+def ray_environment(
+    environment: Mapping[str, str] = os.environ, answers: Callable[[str, float], bool] | None = None
+) -> list[Check]:
+    """Checks the variables by which a run's own Ray starts; the check `ray` has a home and an address of its own."""
+    faults = ray_faults(environment, RAY_DEADLINE_S, answers)
+    if not faults:
+        named = environment.get("RAY_ADDRESS")
+        found = f"RAY_ADDRESS={named}" if named else "a Ray of this machine alone"
+        return [Check(name="ray environment", status="ok", found=found)]
+    return [Check(name="ray environment", status="fail", found=fault.found, fix=fault.fix) for fault in faults]
+
+
 def _room(name: str, free: int, needed: int, status: Literal["warn", "fail"], fix: str) -> Check:
     found = f"{free / 2**30:.1f} GiB free"
     if free >= needed:
@@ -211,6 +239,8 @@ def _room(name: str, free: int, needed: int, status: Literal["warn", "fail"], fi
 
 
 def _ray(deadline_s: float) -> list[Check]:
+    if temporary_fault({}) is not None:
+        return []  # said by `ray_environment`: there is no place for a session
     home = tempfile.mkdtemp(prefix="lgd-")  # a private home: the check leaves no token and no session behind
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment |= {"HOME": home, "RAY_USAGE_STATS_ENABLED": "0"}

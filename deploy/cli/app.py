@@ -5,6 +5,8 @@ Settings are given as `--key.sub VALUE` or `key.sub=VALUE` after the command's o
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
@@ -18,6 +20,7 @@ from rich.table import Table
 
 from latent_grpo.common.config import ConfigError, config_as_json
 from latent_grpo.common.errors import LatentGRPOError, RayLost
+from latent_grpo.common.files import FULL, unwritable
 from latent_grpo.deploy.cli.arguments import (
     argument_with_home,
     interruptible,
@@ -43,6 +46,8 @@ app.add_typer(reading)
 app.add_typer(models)
 console = Console()
 STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+ERROR = "[bold red]error[/]"
+DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a place that the user has chosen
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
 
@@ -336,6 +341,9 @@ def say(message: str, heading: str = "[yellow]supervisor[/]") -> None:
 
 def main() -> None:
     """Runs the command line. An expected error ends it with one line and the error's own exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or a file that cannot show a character gets another one
+            stream.reconfigure(errors="replace")
     if (here := os.getcwd()) not in sys.path and "" not in sys.path:
         sys.path.append(here)  # a user's verifiers, tasks and sinks are there; `python -m` has it already
     if link.supervised():
@@ -343,10 +351,18 @@ def main() -> None:
     try:
         app(args=[argument_with_home(argument) for argument in sys.argv[1:]])
     except LatentGRPOError as error:
-        say(str(error), "[bold red]error[/]")
+        say(str(error), ERROR)
         lost = isinstance(error, RayLost)
         link.tell(**({"crashed": f"has lost its Ray: {error}"} if lost else {"ended": error.exit_code}))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in DISK:
+            link.tell(ended=1)
+            raise
+        where = error.filename or "the output, or a file,"
+        say(f"{where} {unwritable(error)}; make room there, or choose another folder", ERROR)
+        link.tell(ended=1)
+        sys.exit(1)
     except SystemExit as error:  # by which every command ends
         link.tell(ended=error.code if isinstance(error.code, int) else int(error.code is not None))
         raise

@@ -28,6 +28,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import tempfile
 import threading
@@ -51,7 +52,7 @@ from latent_grpo.common.config import (
 )
 from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
 from latent_grpo.common.config.resume import refused_changes
-from latent_grpo.common.files import write_atomically
+from latent_grpo.common.files import unwritable, write_atomically
 from latent_grpo.deploy.run.versions import versions
 
 EVALUATION_FILE = "evaluation.json"  # the results of an evaluation run
@@ -128,13 +129,14 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kin
     ConfigError where it cannot be made.
     """
     if path is not None:
-        path.mkdir(parents=True, exist_ok=True)
         try:
+            path.mkdir(parents=True, exist_ok=True)
             (path / "config.json").touch(exist_ok=False)  # of two that begin at once, one does
         except FileExistsError:
             raise ConfigError(f"{path} holds a run already; give another folder or name") from None
-        write_identity(RunFolder(path), config, 0, kind)
-        return RunFolder(path)
+        except OSError as error:
+            raise ConfigError(f"{path} {unwritable(error)}; choose a folder that is writable") from error
+        return _begun(RunFolder(path), config, kind)
     root = Path(config.runs_folder)
     stem = re.sub(r"[^\w.-]+", "-", Path(profile).stem) or "run"
     stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -145,11 +147,31 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kin
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"runs_folder {root}: {error.strerror}; choose a folder that is writable") from error
-        folder = RunFolder(path)
-        write_identity(folder, config, 0, kind)
-        return folder
+            raise ConfigError(f"runs_folder {root} {unwritable(error)}; set it to a folder that is writable") from error
+        return _begun(RunFolder(path), config, kind)
     raise ConfigError(f"runs_folder {root}: all names from {stem} to {stem}-999 are taken; choose another folder")
+
+
+def _begun(folder: RunFolder, config: RunConfig, kind: RunKind) -> RunFolder:
+    try:
+        write_identity(folder, config, 0, kind)
+    except OSError as error:
+        discard(folder)
+        raise ConfigError(f"{folder.path} {unwritable(error)}; set runs_folder to another disk") from error
+    return folder
+
+
+def discard(folder: RunFolder) -> None:
+    """Removes the folder of a run that could not begin: what stands there before its first worker starts.
+
+    A folder with anything else in it stays.
+    """
+    for name in ("config.json", "run.json", "metrics.jsonl", LOCK_FILE, LEASE_FILE):
+        (folder.path / name).unlink(missing_ok=True)
+    for made in (folder.base_model, folder.path / "initial"):
+        shutil.rmtree(made, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty
+        folder.path.rmdir()
 
 
 def named_run(config: RunConfig) -> Path | None:
@@ -280,6 +302,11 @@ def run_lock(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise _in_use(folder, path.read_text(encoding="utf-8").strip() or "another process") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} {unwritable(error)}, and a run writes into its folder; copy it to a folder that is writable, or "
+            "correct its rights"
+        ) from error
     try:
         _await_lease(folder, lease)
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")

@@ -33,6 +33,7 @@ from latent_grpo.common.tasks.sources import TaskSource, is_generated
 from latent_grpo.common.tasks.tables import KNOWN, exists, source_files
 from latent_grpo.common.types import TokenFacts
 from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.machine import check_machine
 from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.sft_data import SFTData, has_chain, prepare_sft
@@ -105,6 +106,7 @@ def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = No
 
     `folder` is the run's, if it has one; its `model.new` or its finished Latent-SFT may be there already.
     """
+    check_machine(config.deadlines.start_s)
     found = check(config, folder, reporter=reporter)
     if found.model is None or found.problems is None:
         raise ConfigError("the run has no model or no training problems")  # check() refuses both on this machine

@@ -6,14 +6,20 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
+from types import FrameType
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.deploy.run import link
+from latent_grpo.deploy.run.machine import check_machine
 from latent_grpo.deploy.run.object_store import ON_A_CLUSTER, Store, local_store, running_store, spill_watch
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.reservation import Reservation, Services, amounts, reserved
+
+CONNECT_S = 60.0  # for a head that answers to accept this program
 
 
 def needed_resources(config: RunConfig, services: Services = "both") -> dict[str, float]:
@@ -78,16 +84,24 @@ def ray_session(
         with spill_watch(reporter.say, ON_A_CLUSTER), reserved(config, services, reporter.say) as places:
             yield places
         return
+    check_machine(config.deadlines.start_s)
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     temporary = None
     if address:
-        ray.init(address=address, logging_level=logging.WARNING)
+        limit = min(CONNECT_S, config.deadlines.start_s)
+        with start_errors(f"RAY_ADDRESS={address}"), alarm(limit):
+            ray.init(address=address, logging_level=logging.WARNING)
         _report(_running(config, published_bytes), reporter)
     else:
-        temporary = tempfile.mkdtemp(prefix="lg-")  # short: Unix socket paths end at 107 bytes
+        with start_errors(f"TMPDIR={tempfile.gettempdir()}"):
+            temporary = tempfile.mkdtemp(prefix="lg-")  # short: Unix socket paths end at 107 bytes
         link.tell(ray=temporary)
-        _start_local(local_store(config, published_bytes), temporary, reporter)
+        try:
+            _start_local(local_store(config, published_bytes), temporary, reporter)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     try:
         if not address:
             check_resources(config, ray.cluster_resources(), "this machine", services)
@@ -113,19 +127,56 @@ def _report(store: Store, reporter: Reporter) -> None:
         reporter.say(f"[yellow]{store.warning}[/]")
 
 
+@contextlib.contextmanager
+def alarm(limit_s: float) -> Iterator[None]:
+    """Raises TimeoutError in the block after `limit_s`: Ray tries for a quarter of an hour to reach a head.
+
+    It comes when Ray returns from the attempt that it is at, which takes up to 30 s. Only a main thread can be called.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"no connection within {limit_s:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def start_errors(where: str) -> Iterator[None]:
+    """Turns what Ray raises where it cannot start into one line. `where` is the variable that decides it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # sockets, gRPC, authentication and versions each have errors of their own
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"Ray cannot start ({where}): {type(error).__name__}: {first}; `latent-grpo doctor` looks for the cause"
+        ) from error
+
+
 def _start_local(store: Store, folder: str, reporter: Reporter) -> None:
     import ray
 
     _report(store, reporter)
     # with every start it warns that authentication is on, as it should be
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    try:
-        ray.init(
-            address="local",  # never a Ray that another program has left on this machine
-            include_dashboard=False,
-            object_store_memory=store.size,
-            logging_level=logging.WARNING,
-            _temp_dir=folder,
-        )
-    except ValueError as error:  # more than the machine's memory, or than it has shared memory
-        raise ConfigError(f"{store.sentence}: {error}; lower ray.object_store_bytes") from error
+    with start_errors(f"its folder {folder}, below TMPDIR"):
+        try:
+            ray.init(
+                address="local",  # never a Ray that another program has left on this machine
+                include_dashboard=False,
+                object_store_memory=store.size,
+                logging_level=logging.WARNING,
+                _temp_dir=folder,
+            )
+        except ValueError as error:  # more than the machine's memory, or than it has shared memory
+            raise ConfigError(f"{store.sentence}: {error}; lower ray.object_store_bytes") from error

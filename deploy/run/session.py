@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latent_grpo.common.config import RunConfig, config_as_json
+from latent_grpo.common.config import ConfigError, RunConfig, config_as_json
+from latent_grpo.common.errors import MetricsError
 from latent_grpo.common.files import save_whole
 from latent_grpo.common.interrupts import sigterm_as_interrupt
 from latent_grpo.common.metrics import MetricsWriter
@@ -17,7 +18,7 @@ from latent_grpo.common.model_chain import exported_chain, write_chain
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.controller import Pool
 from latent_grpo.deploy.run.control import Control
-from latent_grpo.deploy.run.folder import RunFolder, run_lock, write_identity
+from latent_grpo.deploy.run.folder import FolderInUse, RunFolder, discard, run_lock, write_identity
 from latent_grpo.deploy.run.manifest import data_facts, write_manifest
 from latent_grpo.deploy.run.preparation import Prepared
 from latent_grpo.deploy.run.problems import Problems
@@ -84,6 +85,23 @@ class Run:
 
 
 @contextlib.contextmanager
+def nothing_left(folder: RunFolder, lineage: int) -> Iterator[Callable[[], None]]:
+    """Removes the folder of a new run that cannot begin; the run calls what this yields once it does."""
+    begun = lineage > 0
+
+    def begins() -> None:
+        nonlocal begun
+        begun = True
+
+    try:
+        yield begins
+    except (ConfigError, MetricsError, OSError) as error:
+        if not begun and not isinstance(error, FolderInUse):  # whose folder is another process's
+            discard(folder)
+        raise
+
+
+@contextlib.contextmanager
 def run_session(
     folder: RunFolder,
     config: RunConfig,
@@ -100,7 +118,7 @@ def run_session(
     reporter.say(f"run folder {folder.path}")
     for difference in differences():
         reporter.say(f"[yellow]{difference}[/]")
-    with contextlib.ExitStack() as stack:
+    with nothing_left(folder, lineage) as begins, contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(folder.path))
         prepared = prepared.placed(folder, config, reporter)
         metrics = stack.enter_context(MetricsWriter(folder.path, config.metrics.sinks))
@@ -111,6 +129,7 @@ def run_session(
         reporter.say(f"starting {config.rollout.workers} rollout worker(s), engine {choose_engine(config).sentence}")
         factory = WorkerFactory(config_as_json(config), str(prepared.initial), folder.name)
         control = Control(folder, config, reporter.say, room=partial(room_for_workers, config, services), grows=grows())
+        begins()
         pool = stack.enter_context(
             RolloutPool(factory, config.rollout, config.deadlines, places=reservation.workers, on_poll=control.serve)
         )
