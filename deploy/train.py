@@ -38,6 +38,7 @@ from latent_grpo.deploy.run.recovery import recovered, recovering
 from latent_grpo.deploy.run.self_test import self_test
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.stepping import StateKeeper, interruptible
+from latent_grpo.deploy.run.versions import bits_may_differ
 from latent_grpo.deploy.sft.loop import warm_start
 from latent_grpo.deploy.view.report.build import report_note
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
@@ -136,6 +137,8 @@ def _train(run: Run, learner: LearnerGroup, background: BackgroundWork) -> None:
         learner.load(checkpoint.path / "learner")
         position = {key: checkpoint.state[key] for key in position} | {"ahead": checkpoint.state.get("ahead", ())}
         run.reporter.say(f"resuming from {checkpoint.path.name}, lineage {run.lineage}")
+        if config.deterministic and (line := bits_may_differ(run.folder.read_json("run.json")["arithmetic"])):
+            run.reporter.say(f"[yellow]{line}[/]")
     controller = Controller(config, run.pool, learner, run.problems.request, **position)
     milestones = Milestones(run.folder, config, controller.step, run.reporter)
     if controller.step < config.steps and milestones.stopped is None:

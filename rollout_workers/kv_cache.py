@@ -25,9 +25,9 @@ class SlotCache(Cache):
     def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
         self._kv = torch.zeros(layers, 2, 0, heads, 0, head_dim, dtype=dtype, device=device)
-        self._row_index = torch.empty(0, dtype=torch.int64, device=device)
-        self._positions = self._row_index
-        self._extent = 0
+        self._heads_at = torch.empty(0, heads, dtype=torch.int64, device=device)  # [n, heads]: column 0 of each
+        self._places = torch.empty(0, dtype=torch.int64, device=device)  # [n * heads]: of this step's column in each
+        self._capacity = self._rows = self._extent = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> SlotCache:
@@ -102,19 +102,31 @@ class SlotCache(Cache):
 
     def begin_step(self, positions: torch.Tensor, extent: int) -> None:
         """Makes the next forward pass write row r (0 .. n - 1) at column positions[r] [n] and see `extent` columns."""
-        if self._row_index.shape != positions.shape:
-            self._row_index = torch.arange(positions.shape[0], device=positions.device)
-        self._positions, self._extent = positions, extent
+        heads, capacity = self._kv.shape[3:5]
+        if self._heads_at.shape[:1] != positions.shape or self._capacity != capacity:
+            self._heads_at = torch.arange(len(positions) * heads, device=positions.device).view(-1, heads) * capacity
+            self._capacity = capacity
+        self._places = (self._heads_at + positions.unsqueeze(-1)).flatten()
+        self._rows, self._extent = len(positions), extent
+
+    @property
+    def extent(self) -> int:
+        """Number of columns that the running step sees."""
+        return self._extent
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the step's keys and values [n, heads, head_dim]; returns views [n, heads, extent, head_dim]."""
+        cached, size = self._kv[layer], keys.shape[-1]
+        for part, new in zip(cached.view(2, -1, size), (keys, values)):
+            part.index_copy_(0, self._places, new.reshape(-1, size))
+        seen = cached[:, : self._rows, :, : self._extent]
+        return seen[0], seen[1]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by each attention layer with [n, heads, 1, head_dim]; returns views [n, heads, extent, head_dim]."""
-        keys, values = self._kv[layer_idx, 0], self._kv[layer_idx, 1]
-        keys[self._row_index, :, self._positions] = key_states[:, :, 0]
-        values[self._row_index, :, self._positions] = value_states[:, :, 0]
-        rows = self._positions.shape[0]
-        return keys[:rows, :, : self._extent], values[:rows, :, : self._extent]
+        return self.write(layer_idx, key_states[:, :, 0], value_states[:, :, 0])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._extent

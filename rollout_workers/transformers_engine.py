@@ -2,7 +2,7 @@
 
 Each `step` of the engine::
 
-    running rows --one forward, [n, 1, D] embeddings in--> logits [n, V] -\
+    running rows --one forward, [n, D] embeddings in--> logits [n, V] ----\
                                                                             +-> sample -> record -> finished rows leave
     queued groups that fit --one prefill per prompt, shared by G samples--/
 
@@ -28,6 +28,7 @@ from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, 
 from latent_grpo.common.weights import checksum
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.kv_cache import SlotCache
+from latent_grpo.rollout_workers.lean_forward import lean_forward
 from latent_grpo.rollout_workers.requests import SETTINGS, Draw, RunningGroup, SampleRecord, admit, on_device
 from latent_grpo.rollout_workers.weight_checks import TensorShape, check_checksum, checked_tensors
 
@@ -112,6 +113,8 @@ class TransformersEngine:
         self._model = model.to(self._device).eval()  # type: ignore[arg-type]  # transformers' `to` loses its self
         self._facts, self._max_rows, self._deterministic = facts, max_rows, deterministic
         self._in_flight_updates = in_flight_updates
+        # on CUDA no GPU has run it yet (docs/gpu.md)
+        self._lean = lean_forward(self._model) if self._device.type == "cpu" else None
         self._embed, self._head = model.get_input_embeddings(), install_float32_head(model)
         self._additive_mask = model.config._attn_implementation == "eager"
         allowed = torch.as_tensor(np.asarray(facts.allowed, dtype=bool))
@@ -262,11 +265,14 @@ class TransformersEngine:
         extent = int(rows["length"].max()) + 1
         positions = torch.from_numpy(rows["length"].copy()).to(self._device)
         mask = (torch.arange(extent, device=self._device) <= positions.unsqueeze(-1))[:, None, None]
+        self._cache.begin_step(positions, extent)
+        if self._lean is not None:
+            rows["length"] += 1
+            return float32_logits(self._head, self._lean(self._inputs, positions, self._cache, mask))
         if self._additive_mask:
             mask = torch.zeros_like(mask, dtype=self._model.dtype).masked_fill(
                 ~mask, torch.finfo(self._model.dtype).min
             )
-        self._cache.begin_step(positions, extent)
         hidden = self._model.base_model(
             inputs_embeds=self._inputs.unsqueeze(1),
             position_ids=positions.unsqueeze(-1),

@@ -53,7 +53,7 @@ from latent_grpo.common.config import (
 from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
 from latent_grpo.common.config.resume import refused_changes
 from latent_grpo.common.files import unwritable, write_atomically
-from latent_grpo.deploy.run.versions import versions
+from latent_grpo.deploy.run.versions import ARITHMETIC, versions
 
 EVALUATION_FILE = "evaluation.json"  # the results of an evaluation run
 SFT_PURPOSE = "sft"  # of the dumps of Latent-SFT's held-out samples
@@ -271,7 +271,14 @@ def _without_default_prompts(node: Any) -> Any:
 
 def write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: RunKind) -> None:
     """Writes what the run does from now on: its kind, lineage, settings and the program's versions."""
-    identity = {"kind": kind, "lineage": lineage, "started": time.strftime("%FT%T%z"), "versions": versions()}
+    begun = folder.read_json("run.json").get("arithmetic", [1] * lineage) if has_begun(folder.path) else []
+    identity = {
+        "kind": kind,
+        "lineage": lineage,
+        "started": time.strftime("%FT%T%z"),
+        "versions": versions(),
+        "arithmetic": [*begun, ARITHMETIC],
+    }
     folder.write_json("run.json", identity)
     write_atomically(folder.path / "config.json", config_as_json(config))
 

@@ -16,6 +16,8 @@ from latent_grpo.common import __version__
 from latent_grpo.deploy.run.program import DISTRIBUTION, OUR_PACKAGES, ROOT, installed_copies, source_hash
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
+ARITHMETIC = 2
+"""Rises when the same draws and steps may differ in their last bits. 2: the engine's lean decode step."""
 SUBMITTED = "LATENT_GRPO_SUBMITTED"
 """Environment variable of a job: the submitter's :func:`versions`, as JSON."""
 
@@ -24,6 +26,19 @@ def versions() -> dict[str, str]:
     """The versions of Python, of this program and of the packages."""
     found = {"python": platform.python_version(), "latent-grpo": __version__}
     return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def bits_may_differ(arithmetic: Sequence[int]) -> str:
+    """Returns a sentence where a deterministic run goes on with other last bits; else an empty text.
+
+    `arithmetic` has the value of :data:`ARITHMETIC` with which each lineage of the run began.
+    """
+    if len(set(arithmetic)) < 2:
+        return ""
+    return (
+        "an earlier version began this run, and this one computes the last bits of scores otherwise: with "
+        "deterministic: true its steps from here on need not equal those of an undisturbed run"
+    )
 
 
 def differences(here: Mapping[str, str] | None = None, environment: Mapping[str, str] = os.environ) -> list[str]:

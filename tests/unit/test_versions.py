@@ -7,9 +7,11 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from latent_grpo.common.config import ConfigError
+from latent_grpo.common.config import ConfigError, load_config
 from latent_grpo.deploy.cli.app import app, command_of_job
 from latent_grpo.deploy.run import program, versions
+from latent_grpo.deploy.run.folder import RunFolder, write_identity
+from latent_grpo.deploy.run.versions import ARITHMETIC, bits_may_differ
 
 
 def test_nothing_is_said_where_all_versions_agree():
@@ -65,3 +67,20 @@ def test_a_job_without_a_command_trains():
 
 def test_help_of_submit_names_its_options():
     assert "--address" in CliRunner().invoke(app, ["submit", "--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "said"), [([2], False), ([2, 2, 2], False), ([1, 2], True), ([1, 1, 2, 2], True)]
+)
+def test_a_run_that_began_with_other_arithmetic_is_told(arithmetic, said):
+    assert bool(bits_may_differ(arithmetic)) == said
+
+
+def test_each_lineage_says_with_which_arithmetic_it_began(tmp_path):
+    folder = RunFolder(tmp_path)
+    config = load_config("quickstart")
+    write_identity(folder, config, 0, "train")
+    assert folder.read_json("run.json")["arithmetic"] == [ARITHMETIC]
+    folder.write_json("run.json", {"kind": "train", "lineage": 1})  # of a version that did not say it
+    write_identity(folder, config, 2, "train")
+    assert folder.read_json("run.json")["arithmetic"] == [1, 1, ARITHMETIC]

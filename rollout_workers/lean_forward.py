@@ -1,0 +1,182 @@
+"""One decode step of the architectures that people train, as few tensor operations as the arithmetic needs.
+
+Transformers' modules cost more than their arithmetic where a step is small: a step of 64 rows of the quickstart's model
+spends two thirds of its time between operations. Here a layer is one product for queries, keys and values, one for gate
+and up, rotary positions of queries and keys together, and residuals that are added by the products themselves::
+
+    x [n, D] ──► RMSNorm ──► q, k, v ──► (norms) ──► rotary ──► slot cache ──► attention ──► + x
+             └─► RMSNorm ──► gate, up ──► silu(gate) * up ──► down ──► + x
+
+It serves Llama, Qwen2, Qwen3 and Mistral with full attention and rotary positions that depend on the position alone;
+every other model is decoded by Transformers' own forward pass (:func:`lean_forward` returns None), which is also what
+the tests compare with. Joined weights are the model's own memory: the parameters become views of them, so weights that
+are loaded into the parameters are at once those of this pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from latent_grpo.rollout_workers.kv_cache import SlotCache
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions whose angle is a function of the position, whatever the length of the sequence is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Linear:
+    """The joined weight [out, in] of linear layers with the same input, transposed for a product, and their bias."""
+
+    weight: torch.Tensor  # [in, out], a transposed view
+    bias: torch.Tensor | None  # [out]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+    def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Returns residual + layer(x), both [n, out]."""
+        total = torch.addmm(residual, x, self.weight)
+        return total if self.bias is None else total + self.bias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Norm:
+    weight: torch.Tensor  # [size]
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    before_attention: _Norm
+    qkv: _Linear
+    head_norms: tuple[_Norm, _Norm] | None  # of queries and of keys (Qwen3)
+    out: _Linear
+    before_mlp: _Norm
+    gate_up: _Linear
+    down: _Linear
+
+
+class LeanForward:
+    """The decode step of a supported model; made by :func:`lean_forward`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config, base = model.config, model.base_model
+        self._heads = config.num_attention_heads
+        self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
+        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        layers: Any = base.layers
+        self._layers = [self._layer(layer) for layer in layers]
+        self._norm = _norm(base.norm)
+        self._rotary: Any = base.rotary_emb
+        self._angles = torch.empty(0)
+
+    def __call__(
+        self, inputs: torch.Tensor, positions: torch.Tensor, cache: SlotCache, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs one step of n rows: `inputs` [n, D] embeddings at `positions` [n] -> final hidden states [n, D].
+
+        `cache` has begun the step, and `mask` [n, 1, 1, extent] bool says which of its columns a row sees.
+        """
+        cos, sin = self._rotation(positions, cache.extent, inputs)
+        rows, heads, keys = len(inputs), self._heads, self._kv_heads
+        x = inputs
+        for index, layer in enumerate(self._layers):
+            states = layer.qkv(layer.before_attention(x)).view(rows, heads + 2 * keys, self._head_dim)
+            turned = states[:, : heads + keys]
+            if layer.head_norms is not None:
+                of_queries, of_keys = layer.head_norms
+                turned = torch.cat([of_queries(turned[:, :heads]), of_keys(turned[:, heads:])], 1)
+            turned = torch.addcmul(turned * cos, _half_swapped(turned), sin)
+            past_keys, past_values = cache.write(index, turned[:, heads:], states[:, heads + keys :])
+            attended = F.scaled_dot_product_attention(
+                turned[:, :heads].unsqueeze(2), past_keys, past_values, attn_mask=mask, enable_gqa=heads != keys
+            )
+            x = layer.out.added_to(x, attended.reshape(rows, heads * self._head_dim))
+            gate, up = layer.gate_up(layer.before_mlp(x)).chunk(2, -1)
+            x = layer.down.added_to(x, F.silu(gate).mul_(up))
+        return self._norm(x)
+
+    def _rotation(self, positions: torch.Tensor, extent: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns cosines and signed sines [n, 1, head_dim] of the positions, from a table that grows with `extent`."""
+        if self._angles.shape[1:2] < (extent,) or self._angles.dtype != like.dtype:
+            length = max(2 * extent, 128)
+            cos, sin = self._rotary(like, torch.arange(length, device=like.device).unsqueeze(0))
+            half = self._head_dim // 2
+            sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+            self._angles = torch.stack([cos[0], sin[0]])
+        cos, sin = self._angles[:, positions].unsqueeze(2)
+        return cos, sin
+
+    def _layer(self, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = None
+        if hasattr(attention, "q_norm"):
+            norms = (_norm(attention.q_norm), _norm(attention.k_norm))
+        return _Layer(
+            before_attention=_norm(layer.input_layernorm),
+            qkv=_joined([attention.q_proj, attention.k_proj, attention.v_proj]),
+            head_norms=norms,
+            out=_joined([attention.o_proj]),
+            before_mlp=_norm(layer.post_attention_layernorm),
+            gate_up=_joined([mlp.gate_proj, mlp.up_proj]),
+            down=_joined([mlp.down_proj]),
+        )
+
+
+def _half_swapped(x: torch.Tensor) -> torch.Tensor:
+    """Returns x [n, H, d] with the halves of d exchanged; the sign of the first one is in the table of sines."""
+    return torch.cat([x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+
+
+def _norm(module: Any) -> _Norm:
+    return _Norm(weight=module.weight, eps=module.variance_epsilon)
+
+
+@torch.no_grad()
+def _joined(layers: Sequence[nn.Linear]) -> _Linear:
+    """Joins the layers' weights row by row; their parameters become views of the joined memory."""
+    if len(layers) == 1:
+        (layer,) = layers
+        return _Linear(weight=layer.weight.t(), bias=layer.bias)
+    weight = torch.cat([layer.weight.data for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+    first = 0
+    for layer in layers:
+        last = first + layer.out_features
+        layer.weight.data = weight[first:last]
+        if bias is not None:
+            layer.bias.data = bias[first:last]
+        first = last
+    return _Linear(weight=weight.t(), bias=bias)
+
+
+def lean_forward(model: PreTrainedModel) -> LeanForward | None:
+    """Returns the lean decode step of a model, or None for a model that it does not compute.
+
+    Joining moves the model's attention and MLP weights into new memory: the parameters stay the same objects.
+    """
+    return None if _unserved(model) else LeanForward(model)
+
+
+def _unserved(model: PreTrainedModel) -> str:
+    """Returns why a model is left to Transformers' own forward pass; empty: it is not."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        return f"architecture {config.model_type}"
+    if config.hidden_act != "silu":
+        return f"activation {config.hidden_act}"
+    rope = getattr(model.base_model.rotary_emb, "rope_type", "default")
+    if rope not in STATIC_ROPE:
+        return f"rotary positions of kind {rope}"
+    return ""
