@@ -61,8 +61,10 @@ class PolicyModule(nn.Module):
 
         `visitor` sees the logits, and must be given only without gradient.
         """
-        # right-padded and causal: no position of a response sees padding, so there is no mask to pass
-        hidden = self.model.base_model(inputs_embeds=self._embedded(inputs), use_cache=False).last_hidden_state
+        # right-padded and causal: no position of a response sees padding, so only shared prompts need a mask
+        hidden = self.model.base_model(
+            inputs_embeds=self._embedded(inputs), use_cache=False, **inputs.attention()
+        ).last_hidden_state
         return selected_log_probs(
             self.model.get_output_embeddings(),
             hidden[inputs.rows, inputs.positions],

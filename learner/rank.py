@@ -28,7 +28,7 @@ from latent_grpo.common.prompts import read_tokens
 from latent_grpo.common.schema import TrajectoryBatch
 from latent_grpo.learner.advantages import first_token_mask, group_advantages
 from latent_grpo.learner.base_rank import RankActor
-from latent_grpo.learner.batching import MiniBatch, ReplayInputs, collate, group_indices, plan
+from latent_grpo.learner.batching import MiniBatch, ReplayInputs, Sharing, collate, group_indices, plan
 from latent_grpo.learner.centering import OtherDraws, Redraw, draw_keys
 from latent_grpo.learner.gaps import RankGaps, compare, joined
 from latent_grpo.learner.logprobs import step_log_probs
@@ -103,6 +103,10 @@ class LearnerRank(RankActor):
             frozen = PolicyModule(load_policy_model(self.model_folder))
             self.reference = frozen.to(self.device, dtype).requires_grad_(False)
         self.facts = read_tokens(config, self.model_folder)[1] if config.centering_draws else None
+        share = config.learner.share_prompts
+        self.sharing = None
+        if (self.device == "cpu") if share == "auto" else share:
+            self.sharing = Sharing(token_in_pairs=6 * model.config.hidden_size)
         freeze_lower_layers(model, config.model.train_layers)
         module = PolicyModule(
             model,
@@ -271,11 +275,12 @@ class LearnerRank(RankActor):
             ranks=self.world,
             tokens_per_microbatch=self.config.learner.tokens_per_microbatch,
             chunk_tokens=self.config.learner.logprob_chunk_tokens,
+            sharing=self.sharing,
         )
 
     def _inputs(self, view: TrajectoryBatch, mini: MiniBatch) -> Iterator[ReplayInputs]:
         for micro in mini.ranks[self.rank]:
-            yield collate(view, micro.rows, micro.chunks).to(self.device)
+            yield collate(view, micro.sequences, micro.chunks).to(self.device)
 
     def _steps(
         self,

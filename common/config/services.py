@@ -118,6 +118,9 @@ class LearnerConfig(Section):
     """Number of positions whose float32 logits [.., V] exist at once; fewer need less memory."""
     gradient_checkpointing: Annotated[bool, Rule.MAY_CHANGE, Rule.LAST_BIT] = False
     """Whether activations are recomputed in the backward pass, which takes less memory and more time."""
+    share_prompts: Annotated[bool | Literal["auto"], Rule.MAY_CHANGE, Rule.LAST_BIT] = "auto"
+    """Whether a group's prompt is computed once for several of its samples, wherever that takes less arithmetic;
+    `auto`: on a CPU. On a GPU this has not been run yet (docs/gpu.md)."""
     weight_bucket_bytes: Annotated[PositiveInt, Rule.MAY_CHANGE] = 64 * 2**20
     """Size of the buckets in which weights are published, in bytes; a larger tensor has a bucket of its own."""
 

@@ -104,7 +104,7 @@ def measure(config: RunConfig, groups: int, reporter: Reporter | None = None) ->
         chunk_tokens=config.learner.logprob_chunk_tokens,
     )
     found = compare(
-        forward, (collate(view, m.rows, m.chunks).to(device) for mini in minibatches for m in mini.ranks[0])
+        forward, (collate(view, m.sequences, m.chunks).to(device) for mini in minibatches for m in mini.ranks[0])
     )
     report = summarize_gaps([found])
     gaps, tests = torch.cat(latent).float().cpu().numpy(), np.concatenate(owners) // SELF_TEST_GROUPS

@@ -344,7 +344,7 @@ def replay_inputs(shape: Shape, sizes: Sizes, device: torch.device | str) -> Rep
                 grade_reason="wrong",
             )
         )
-    return collate(TrajectoryBatch(encode(rows, K)), range(len(rows)), chunks=4).to(device)
+    return collate(TrajectoryBatch(encode(rows, K)), [(row,) for row in range(len(rows))], chunks=4).to(device)
 
 
 def _work(shape: Shape, sizes: Sizes, rows: int) -> Workload:

@@ -90,6 +90,22 @@ def bench_rollout(
         write_json(found, json_file)
 
 
+@bench.command("replay")
+def bench_replay(
+    hidden: Annotated[int, typer.Option(min=32, help="Hidden size, a multiple of 32.")] = 576,
+    layers: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 6,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case; medians are shown.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Compares the learner's passes with a group's prompt computed once and once a sample, on CPU."""
+    from latent_grpo.deploy.bench.replay import measure, show, write_json
+
+    found = measure(hidden=hidden, layers=layers, repeats=repeats)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)
+
+
 @bench.command("agreement", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench_agreement(
     context: typer.Context,

@@ -17,7 +17,7 @@ from latent_grpo.deploy.run.program import DISTRIBUTION, OUR_PACKAGES, ROOT, ins
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
 ARITHMETIC = 2
-"""Rises when the same draws and steps may differ in their last bits. 2: the engine's lean decode step."""
+"""Rises when the same draws and steps may differ in their last bits. 2: the lean decode step, shared prompts."""
 SUBMITTED = "LATENT_GRPO_SUBMITTED"
 """Environment variable of a job: the submitter's :func:`versions`, as JSON."""
 

@@ -67,7 +67,7 @@ FACTS = TokenFacts(vocab_size=V, allowed=np.arange(V) < V - 20, latent_end_id=EN
 
 def redrawn(view, rows, size, sharpness=1.0):
     """The draws of `rows`, each row's logits a function of it, shown in pieces of `size` steps."""
-    inputs = collate(view, rows)
+    inputs = collate(view, [(row,) for row in rows])
     redraw = Redraw(view, inputs, draw_keys(view, 5), FACTS)
     table = torch.randn(1000, V, generator=torch.Generator().manual_seed(2)) * sharpness
     logits = table[inputs.batch_rows * 100 + inputs.steps]
@@ -95,7 +95,7 @@ def test_no_two_trajectories_and_draws_share_their_noise():
 def drawn_from(logits):
     """The draws and their log-probs where every latent step has these logits [V]."""
     view = some_batch()
-    inputs = collate(view, range(4))
+    inputs = collate(view, [(row,) for row in range(4)])
     redraw = Redraw(view, inputs, draw_keys(view, 5), FACTS)
     redraw.visit(slice(0, len(inputs.latent)), logits.expand(len(inputs.latent), -1))
     return redraw.draws()

@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "learner.tokens_per_microbatch",
     "learner.logprob_chunk_tokens",
     "learner.gradient_checkpointing",
+    "learner.share_prompts",
     "learner.weight_bucket_bytes",
     "evaluation",
     "checkpoint",
@@ -47,6 +48,7 @@ LAST_BIT = {
     "learner.tokens_per_microbatch",
     "learner.logprob_chunk_tokens",
     "learner.gradient_checkpointing",
+    "learner.share_prompts",
 }
 OBJECTIVE = {"noise.mode", "component_weighting", "flip", "first_token", "masking", "centering_draws"}
 LATENT_ONLY = ("k", "tau", "noise", "latent_exit", "component_weighting", "flip", "learn_exit", "centering_draws")

@@ -27,7 +27,7 @@ def collected(view, rows):
     """Each step's value is 100 * row + step, so that a misplaced one shows."""
     collector = StepCollector()
     for part in rows:
-        inputs = collate(view, part)
+        inputs = collate(view, [(row,) for row in part])
         value = (100 * inputs.batch_rows + inputs.steps).float()
         collector.add(inputs, **dict.fromkeys(STEP_COLUMNS, value) | {"clipped": inputs.steps % 4})
     return collector.batch()
@@ -86,7 +86,7 @@ def test_why_a_row_taught_nothing():
 def test_the_flip_share_counts_components_below_their_noise_with_a_negative_advantage():
     inputs = collate(TrajectoryBatch(batch({"latent_scores": np.zeros((2, 3), np.float32),
                                             "latent_ids": np.zeros((2, 3), np.int32),
-                                            "latent_log_probs": np.zeros((2, 3), np.float32)})), [0])  # fmt: skip
+                                            "latent_log_probs": np.zeros((2, 3), np.float32)})), [(0,)])  # fmt: skip
     components = torch.full((5, 3), -1.0)
     components[0] = torch.tensor([1.0, 1.0, -1.0])  # d < 0 for two of three
     down, up = torch.full((5,), -1.0), torch.ones(5)
