@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from latent_grpo.common.tasks.cells import bare
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.terminal_text import visible
 from latent_grpo.deploy.grading.answer_file import Row
@@ -97,6 +98,8 @@ def _repetitions(rows: list[Row], kind: str, pool: VerifierPool) -> tuple[list[G
 def usual_spellings(kind: str, gold: str) -> Iterator[str]:
     """Yields how a correct response may write this gold in its box: as it is, with spaces, a unit, or as a fraction."""
     yield gold
+    if (inside := bare(gold)) != gold:
+        yield inside  # of a list that was spelled as a text
     if kind == "choice":
         letter = gold.strip(" ().")
         yield from (f"({letter})", rf"\text{{{letter}}}", f"{letter}.", rf"\textbf{{({letter})}}")

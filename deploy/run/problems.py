@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
@@ -18,7 +18,6 @@ from latent_grpo.common.tasks.benchmarks import (
     prompt_of_messages,
     reference_rules,
 )
-from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.tasks.sources import (
     EMPTY_ANSWER,
     EMPTY_PROBLEM,
@@ -32,6 +31,7 @@ from latent_grpo.common.tasks.sources import (
     load_task,
 )
 from latent_grpo.common.types import GroupRequest, NoiseMode, Problem, Purpose, SamplingSettings
+from latent_grpo.deploy.run.findings import notes
 from latent_grpo.reward.answers import gold_is_parsable
 from latent_grpo.reward.extraction import extract
 from latent_grpo.rollout_workers.verifiers import build_verifier
@@ -261,7 +261,7 @@ class Problems:
         return [
             *(f"training {t.summary}" for t in learned),
             *(f"evaluation {t.summary}" for t in self.evaluation),
-            *notes(training, evaluation),
+            *notes(training, evaluation, partial(build_verifier, self.config)),
         ]
 
     @property
@@ -342,59 +342,3 @@ def sampling_settings(config: RunConfig, max_tokens: int, noise: NoiseMode | Non
         noise_scale=config.noise.scale,
         latent_exit=config.latent_exit,
     )
-
-
-LISTED = 5
-
-
-def notes(training: Sequence[TaskSource], evaluation: Sequence[TaskSource]) -> list[str]:
-    """Returns a line per finding about stored tasks. Nothing is dropped, since published figures include such rows."""
-    once = {(task.config.name, task.config.path): task for task in evaluation}  # a task may be read for two protocols
-    tasks = [task for task in dict.fromkeys([*training, *once.values()]) if isinstance(task, StoredTask)]
-    return [line for task in tasks if (line := mislabelled(task))] + overlaps(tasks)
-
-
-def mislabelled(task: StoredTask) -> str:
-    """Returns a line about a task's known mislabelled rows, or an empty string.
-
-    For example: `svamp: 1 row is known to be mislabelled, kept as published: row 679, answer 1, right 5`.
-    """
-    found = [
-        (problem, fault)
-        for problem in map(task.problem, range(len(task)))
-        if (fault := known_fault(_text(problem), problem.answer)) is not None
-    ]
-    if not found:
-        return ""
-    listed = "; ".join(f"row {_row(p)}, answer {f.published}, right {f.right}" for p, f in found[:LISTED])
-    rows = "1 row is" if len(found) == 1 else f"{len(found)} rows are"
-    return f"{task.config.name}: {rows} known to be mislabelled, kept as published: {listed}"
-
-
-def overlaps(tasks: Sequence[StoredTask]) -> list[str]:
-    """Returns a line for each pair of tasks that share problems, with the rows whose answers differ."""
-    rows = [{fingerprint(_text(p)): p for p in map(task.problem, range(len(task)))} for task in tasks]
-    lines = []
-    for later in range(len(tasks)):
-        for earlier in range(later):
-            shared = [key for key in rows[earlier] if key in rows[later]]
-            if not shared:
-                continue
-            pairs = [(rows[earlier][key], rows[later][key]) for key in shared]
-            differing = [
-                f"row {_row(a)}: {a.answer}, row {_row(b)}: {b.answer}" for a, b in pairs if a.answer != b.answer
-            ]
-            line = f"{tasks[earlier].config.name} and {tasks[later].config.name} share {len(shared):,} problems"
-            if differing:
-                listed = "; ".join(differing[:LISTED]) + ("; ..." if len(differing) > LISTED else "")
-                line += f", {len(differing)} of them with answers that are written differently ({listed})"
-            lines.append(line)
-    return lines
-
-
-def _text(problem: Problem) -> str:
-    return "\n".join(content for role, content in problem.messages if role == "user")
-
-
-def _row(problem: Problem) -> str:
-    return problem.uid.rpartition("/")[2]

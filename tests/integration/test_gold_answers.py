@@ -9,9 +9,10 @@ from latent_grpo.common.config import TaskConfig
 from latent_grpo.common.tasks.sources import StoredTask, load_task
 from latent_grpo.deploy.grading.answer_file import read_answers
 from latent_grpo.deploy.grading.gold_check import check_golds
-from latent_grpo.deploy.run.problems import notes
+from latent_grpo.deploy.run.findings import notes
 from latent_grpo.reward.answers import grade
 from latent_grpo.reward.pool import VerifierPool
+from latent_grpo.reward.verifier import load_verifier
 
 pytestmark = pytest.mark.integration
 
@@ -71,12 +72,12 @@ def stored(name: str) -> StoredTask:
 
 
 def test_problems_in_two_files_and_their_differing_answers_are_told():
-    (gsm8k_fault, line) = notes([stored("gsm8k_test")], [stored("gsm_hard")])
+    (gsm8k_fault, line) = notes([stored("gsm8k_test")], [stored("gsm_hard")], load_verifier)
     assert (
         gsm8k_fault
         == "gsm8k_test: 1 row is known to be mislabelled, kept as published: row 1309, answer 2280, right 2180"
     )
     assert line.startswith("gsm8k_test and gsm_hard share 329 problems, 1 of them")
     assert "row 1309: 2280, row 1318: 2180" in line
-    (line,) = notes([stored("math_train"), stored("aime_1983_2023_train")], [])
+    (line,) = notes([stored("math_train"), stored("aime_1983_2023_train")], [], load_verifier)
     assert line.startswith("math_train and aime_1983_2023_train share 316 problems, 2 of them")

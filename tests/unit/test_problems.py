@@ -11,7 +11,9 @@ from latent_grpo.common.tasks.benchmarks import INSTRUCTION
 from latent_grpo.common.tasks.known_faults import fingerprint
 from latent_grpo.common.tasks.sources import StoredTask
 from latent_grpo.common.types import Problem
-from latent_grpo.deploy.run.problems import Problems, Sources, mislabelled, notes, overlaps
+from latent_grpo.deploy.run.findings import contradictions, mislabelled, notes, overlaps, refused_golds
+from latent_grpo.deploy.run.problems import Problems, Sources
+from latent_grpo.reward.verifier import load_verifier
 
 CARNIVAL = (  # a row of GSM8K's test split
     "The girls are trying to raise money for a carnival. Kim raises $320 more than Alexandra, who raises $430, and "
@@ -43,13 +45,46 @@ def test_problems_of_two_tasks_are_counted_and_differing_answers_listed():
     assert line == (
         "train and held-out share 2 problems, 1 of them with answers that are written differently (row 1: 2, row 1: 7)"
     )
-    assert notes([train], [held_out]) == [line]
+    assert notes([train], [held_out], load_verifier) == [line]
     assert overlaps([train, task("other", ("Else?", "1"))]) == []
 
 
 def test_a_task_that_is_evaluated_too_does_not_overlap_with_itself():
     source = task("train", ("Same text?", "1"))
-    assert notes([source], [source]) == []
+    assert notes([source], [source], load_verifier) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "golds", "refused"),
+    [
+        ("math", ["7", r"\frac{1}{2}", "east", "(1, 2)", "1.5"], []),
+        ("math", ["7", "['7']"], [1]),
+        ("number", ["7", "7 apples", "-0.5"], []),
+        ("choice", ["A", "(B)"], []),
+        ("latent_grpo.reward.plain_math_verify:PlainMathVerify", ["['7']"], []),  # a user's own is asked by `grade`
+    ],
+)
+def test_a_gold_that_its_own_verifier_would_not_accept_is_said(kind, golds, refused):
+    source = task("t", *((f"{i}?", gold) for i, gold in enumerate(golds)))
+    line = refused_golds(source, load_verifier(kind))
+    assert [i for i in range(len(golds)) if f"row {i}: " in line] == refused
+    assert (f"would not accept {len(refused)} of the gold answers as a response" in line) is bool(refused)
+    assert line in notes([source], [], lambda name: load_verifier(kind)) or not line
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (
+            (("Same?", "1"), ("same ?", "2")),
+            "t: 1 problem occurs again with another answer, kept as they are (row 0: 1, row 1: 2)",
+        ),
+        ((("Same?", "1"), ("Same?", "1.0"), ("Other?", "2")), ""),
+        ((("Same?", "1"), ("Same?", "1")), ""),
+    ],
+)
+def test_a_problem_that_occurs_again_with_another_answer_is_said(rows, line):
+    assert contradictions(task("t", *rows), load_verifier("math")) == line
 
 
 def test_a_fingerprint_sees_neither_space_nor_case_nor_punctuation_but_every_sign():
