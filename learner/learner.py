@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from latent_grpo.common.agreement import Gap
 from latent_grpo.common.config import RunConfig
+from latent_grpo.learner.cost import PARTS
 from latent_grpo.learner.gaps import ReplayReport, summarize_gaps
 from latent_grpo.learner.group import LearnerError, RankGroup
 from latent_grpo.learner.rank import LearnerRank, RankReport
@@ -118,7 +119,13 @@ def summarize(ranks: list[RankReport]) -> LearnerReport:
         "learner/advantage_abs": float(np.abs(first.advantages).mean()),
         "learner/steps": float(drift.count),
         "learner/seconds": max(r.seconds for r in ranks),
+        **{f"learner/{part}_s": max(r.cost.seconds[part] for r in ranks) for part in PARTS},
+        "learner/tokens_per_s": first.tokens / max(max(r.seconds for r in ranks), 1e-9),
+        "learner/real_token_share": sum(r.cost.real for r in ranks) / max(sum(r.cost.computed for r in ranks), 1),
     }
+    if first.peak is not None:
+        spent = sum(r.seconds for r in ranks)
+        metrics["learner/mfu"] = sum(r.cost.flops for r in ranks) / max(spent, 1e-9) / first.peak
     uncentered = np.concatenate([r.uncentered for r in ranks])
     if uncentered.size:
         metrics["learner/uncentered_share"] = _mean(uncentered)

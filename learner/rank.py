@@ -30,6 +30,7 @@ from latent_grpo.learner.advantages import first_token_mask, group_advantages
 from latent_grpo.learner.base_rank import RankActor
 from latent_grpo.learner.batching import MiniBatch, ReplayInputs, Sharing, collate, group_indices, plan
 from latent_grpo.learner.centering import OtherDraws, Redraw, draw_keys
+from latent_grpo.learner.cost import ModelFlops, StepCost, peak_flops
 from latent_grpo.learner.gaps import RankGaps, compare, joined
 from latent_grpo.learner.logprobs import step_log_probs
 from latent_grpo.learner.objective import clip_codes, k3_kl, policy_loss
@@ -76,6 +77,9 @@ class RankReport:
     hard_log_probs: np.ndarray  # [hard steps of the rank] float32
     learning_rate: float
     seconds: float
+    tokens: int  # of the batch's prompts and responses
+    cost: StepCost
+    peak: float | None  # FLOPs a second of the rank's device at most, if known
     records: pa.RecordBatch | None  # step columns of the rank's rows (`learner.recorder`), if requested
 
 
@@ -108,11 +112,13 @@ class LearnerRank(RankActor):
         if (self.device == "cpu") if share == "auto" else share:
             self.sharing = Sharing(token_in_pairs=6 * model.config.hidden_size)
         freeze_lower_layers(model, config.model.train_layers)
+        self.peak = peak_flops(self.device)
         module = PolicyModule(
             model,
             freeze_embeddings=config.freeze_embeddings,
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
+        self.flops = ModelFlops.of(model)
         return module, config.optimizer
 
     # -- the step
@@ -128,10 +134,11 @@ class LearnerRank(RankActor):
         groups = group_indices(view.strings("group_uid"))
         graded = ~np.isnan(view.rewards) & np.array([r != "aborted" for r in view.strings("finish_reason")], dtype=bool)
         minibatches = self._plan(view, groups, self.config.minibatch_prompts)
-        redrawn = self._redrawn(view)
-        replayed = [
-            [self._replay(inputs, redrawn(inputs)) for inputs in self._inputs(view, mini)] for mini in minibatches
-        ]
+        redrawn, cost = self._redrawn(view), self._planned_cost(view, minibatches)
+        with cost.of("replay"):
+            replayed = [
+                [self._replay(inputs, redrawn(inputs)) for inputs in self._inputs(view, mini)] for mini in minibatches
+            ]
         pieces = [piece for mini in replayed for piece in mini]
         mean_old = self._row_means(pieces, view.num_steps)
         advantages = group_advantages(
@@ -154,7 +161,7 @@ class LearnerRank(RankActor):
         for mini, parts in zip(minibatches, replayed, strict=True):
             rows = np.asarray(mini.rows)
             counted_steps = int(view.num_steps[rows][graded[rows]].sum())  # global: every rank has the whole batch
-            updates.append(self._update(parts, constants, max(counted_steps, 1), lr, collector))
+            updates.append(self._update(parts, constants, max(counted_steps, 1), lr, cost, collector))
         return RankReport(
             advantages=advantages,
             mean_old_log_probs=mean_old,
@@ -168,6 +175,9 @@ class LearnerRank(RankActor):
             hard_log_probs=joined([p.old[~p.inputs.latent] for p in pieces]),
             learning_rate=lr,
             seconds=time.perf_counter() - started,
+            tokens=int(view.prompt_ids.lengths.sum() + view.num_steps.sum()),
+            cost=cost,
+            peak=self.peak,
             records=None if collector is None else collector.batch(),
         )
 
@@ -177,6 +187,7 @@ class LearnerRank(RankActor):
         constants: tuple[torch.Tensor, ...],
         denominator: int,
         lr: float,
+        cost: StepCost,
         collector: StepCollector | None,
     ) -> UpdateReport:
         """Takes one optimizer step over this rank's micro-batches (METHOD §5)."""
@@ -188,25 +199,27 @@ class LearnerRank(RankActor):
             masked = ((inputs.steps == 0) & ~keeps_first[rows]) | (inputs.steps == silent[rows])
             step_advantages = torch.where(masked, 0.0, advantages[rows])
             counted = graded[rows]
-            components = self.engine.forward(inputs, None, part.others)
-            log_probs = self._steps(
-                components, inputs, advantages=step_advantages, flip=config.objective.flip, others=part.others
-            )
-            loss, diagnostics = policy_loss(
-                log_probs,
-                part.old,
-                step_advantages,
-                counted,
-                **clips,
-                weights=part.importance,
-                denominator=denominator,
-            )
-            if part.reference is not None:
-                divergence = k3_kl(self._steps(components, inputs), part.reference)
-                divergence = torch.where(counted, divergence, 0.0).sum() / denominator
-                loss = loss + config.kl_coefficient * divergence
-                kl_sum += float(divergence.detach())
-            self.engine.backward(loss)
+            with cost.of("forward"):
+                components = self.engine.forward(inputs, None, part.others)
+                log_probs = self._steps(
+                    components, inputs, advantages=step_advantages, flip=config.objective.flip, others=part.others
+                )
+                loss, diagnostics = policy_loss(
+                    log_probs,
+                    part.old,
+                    step_advantages,
+                    counted,
+                    **clips,
+                    weights=part.importance,
+                    denominator=denominator,
+                )
+                if part.reference is not None:
+                    divergence = k3_kl(self._steps(components, inputs), part.reference)
+                    divergence = torch.where(counted, divergence, 0.0).sum() / denominator
+                    loss = loss + config.kl_coefficient * divergence
+                    kl_sum += float(divergence.detach())
+            with cost.of("backward"):
+                self.engine.backward(loss)
             loss_sum += float(loss.detach())
             clipped += [int(diagnostics.clipped_low), int(diagnostics.clipped_high), int(diagnostics.clipped_dual)]
             ratio = (log_probs.detach() - part.old).exp()
@@ -225,7 +238,8 @@ class LearnerRank(RankActor):
                     flip_shares=flipped,
                 )
             bad.update(rows[~torch.isfinite(log_probs.detach() + part.old)].tolist())
-        result = self.engine.step(lr)
+        with cost.of("optimizer"):
+            result = self.engine.step(lr)
         return UpdateReport(
             loss=loss_sum,
             kl=kl_sum,
@@ -277,6 +291,20 @@ class LearnerRank(RankActor):
             chunk_tokens=self.config.learner.logprob_chunk_tokens,
             sharing=self.sharing,
         )
+
+    def _planned_cost(self, view: TrajectoryBatch, minibatches: tuple[MiniBatch, ...]) -> StepCost:
+        """Returns the cost of this rank's passes, without the seconds that they take."""
+        cost, lengths = StepCost(self.device), np.asarray(view.prompt_ids.lengths)
+        num_steps = np.asarray(view.num_steps)
+        for micro in (micro for mini in minibatches for micro in mini.ranks[self.rank]):
+            prompts = np.array([lengths[rows[0]] for rows in micro.sequences], dtype=np.int64)
+            fed = [np.maximum(num_steps[list(rows)], 1) - 1 for rows in micro.sequences]
+            sizes = [int(prompt + of.sum()) for prompt, of in zip(prompts, fed, strict=True)]
+            cost.real += sum(sizes)
+            cost.computed += len(sizes) * max(sizes, default=0)
+            steps = int(num_steps[list(micro.rows)].sum())
+            cost.flops += sum(self.flops.count(prompts, fed, steps, gradient=gradient) for gradient in (False, True))
+        return cost
 
     def _inputs(self, view: TrajectoryBatch, mini: MiniBatch) -> Iterator[ReplayInputs]:
         for micro in mini.ranks[self.rank]:

@@ -72,7 +72,8 @@ def component_gaps(sampling, training, device="cpu"):
     engine.load_weights(*published(sampling))
     samples = [t for group in generate(engine, [request(i) for i in range(6)]) for t in group]
     engine.close()
-    inputs: ReplayInputs = collate(TrajectoryBatch(encode(samples, K)), [(i,) for i in range(len(samples))], chunks=3).to(device)
+    sequences = [(row,) for row in range(len(samples))]
+    inputs: ReplayInputs = collate(TrajectoryBatch(encode(samples, K)), sequences, chunks=3).to(device)
     with torch.no_grad():
         gap = (PolicyModule(training.to(device))(inputs) - inputs.behaviour).abs()
     assert inputs.latent.sum() > 200

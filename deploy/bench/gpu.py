@@ -34,12 +34,11 @@ from latent_grpo.common.types import PolicyVersion, SamplingSettings, Trajectory
 from latent_grpo.common.weights import combine_checksums, pack, tensor_checksum, unpack
 from latent_grpo.deploy.bench.workload import Workload, facts_of, load_own_weights, requests_of, run_engine
 from latent_grpo.learner.batching import ReplayInputs, collate
+from latent_grpo.learner.cost import peak_flops
 from latent_grpo.learner.logprobs import step_log_probs
 from latent_grpo.learner.policy import PolicyModule
 from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
-"""Dense bfloat16 of a card (by a part of its name), from the vendor's data sheets; the SXM variants."""
 K = 10
 BUCKET_BYTES = 64 * 2**20
 
@@ -265,7 +264,7 @@ def replay(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> F
         policy.zero_grad(set_to_none=True)
 
     found: Found = {"tokens": float(tokens), "response steps": float(positions)}
-    peak = next((value for part, value in PEAK_FLOPS.items() if part in machine(device)["card"]), None)
+    peak = peak_flops(device)
     for name, work in (("forward", forward), ("forward and backward", train)):
         flops = shape.replay_flops(tokens, length, positions, gradient=work is train)
         seconds = clock.seconds(work)

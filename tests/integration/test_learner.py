@@ -68,6 +68,10 @@ def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
     check_records(report, batch, mean_old)
     assert report.metrics["learner/updates"] == GROUPS / config.minibatch_prompts
     assert report.metrics["learner/skipped_updates"] == 0
+    assert 0 < report.metrics["learner/real_token_share"] <= 1
+    parts = [report.metrics[f"learner/{part}_s"] for part in ("replay", "forward", "backward", "optimizer")]
+    assert min(parts) > 0
+    assert sum(parts) < ranks * report.metrics["learner/seconds"] + 1e-6
     before = load(folder)
     assert after.keys() == expected.keys()
     want, got = moved(expected, before), moved(after, before)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -9,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latent_grpo.common.head import install_float32_head
 from latent_grpo.deploy.bench.gpu import LARGE, ON_CPU, ON_GPU, SMALL, TINY, Shape, measure, parts, replay_inputs
+from latent_grpo.learner.cost import ModelFlops
 from latent_grpo.learner.logprobs import selected_log_probs, step_log_probs
-from latent_grpo.learner.policy import PolicyModule
+from latent_grpo.learner.policy import PolicyModule, transformer_layers
 
 QUIET = Console(quiet=True)
 
@@ -65,6 +67,24 @@ def test_the_flops_are_those_that_torch_counts_of_the_learners_pass(shape, gradi
     again = shape.head_flops(positions) if gradient else 0
     expected = shape.replay_flops(rows * length, length, positions, gradient=gradient)
     assert expected + half + again == pytest.approx(counter.get_total_flops(), rel=0.001)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward too"])
+@pytest.mark.parametrize("shape", [TINY, GROUPED, SMALL], ids=lambda shape: shape.name)
+def test_the_learners_own_count_is_the_same_and_knows_what_is_frozen_and_shared(shape, gradient):
+    model = shape.model("meta")
+    PolicyModule(model)  # freezes the embeddings, and the output layer that is tied to them
+    flops = ModelFlops.of(model)
+    prompts, fed = np.array([20, 20]), [np.array([7]), np.array([7])]
+    alone = flops.count(prompts, fed, 16, gradient=gradient)
+    assert alone == pytest.approx(shape.replay_flops(54, 27, 16, gradient=gradient))
+    shared = flops.count(prompts[:1], [np.array([7, 7])], 16, gradient=gradient)
+    passes = 3 if gradient else 1
+    assert alone - shared == pytest.approx(passes * shape.layer_flops(20, 20))
+    for layer in transformer_layers(model)[:1]:
+        layer.requires_grad_(False)
+    lower = ModelFlops.of(model).count(prompts, fed, 16, gradient=gradient)
+    assert alone - lower == pytest.approx((2 if gradient else 0) * shape.layer_flops(54, 27) / shape.layers)
 
 
 @pytest.mark.parametrize("shape", [SMALL, LARGE], ids=lambda shape: shape.name)

@@ -13,6 +13,7 @@ from latent_grpo.common.config import HealthConfig, PromptConfig, load_config
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import encode
 from latent_grpo.deploy.run.health import FILE, RULES, AlarmRecord, HealthMonitor, read_alarms
+from latent_grpo.learner.cost import StepCost
 from latent_grpo.learner.learner import summarize
 from latent_grpo.learner.rank import RankReport, UpdateReport
 from latent_grpo.rollout_workers.metrics import rollout_metrics
@@ -238,8 +239,9 @@ def test_trajectories_raise_what_is_wrong_with_them(tmp_path, changes, expected)
     assert {alarm.name for alarm in monitor(tmp_path).judge(1, rollouts(*changes))} == expected
 
 
-def learned(*, ratio=1.0, gap=0.0, applied=True, clipped=0, uncentered=()):
+def learned(*, ratio=1.0, gap=0.0, applied=True, clipped=0, uncentered=(), peak=None):
     """The metrics of a learner's step of a hundred response steps."""
+    cost = StepCost("cpu", {"replay": 0.5, "forward": 0.25, "backward": 1.0, "optimizer": 0.125}, 800, 600, 5e11)
     hundred = np.full(100, 1.0, np.float32)
     update = UpdateReport(
         loss=0.0, kl=0.0, grad_norm=1.0 if applied else float("nan"), applied=applied, bad_in_a_row=0,
@@ -248,10 +250,19 @@ def learned(*, ratio=1.0, gap=0.0, applied=True, clipped=0, uncentered=()):
     report = RankReport(
         advantages=hundred, mean_old_log_probs=hundred, first_token=hundred > 0, updates=(update,),
         drift=hundred, latent_gap=hundred * 0, hard_gap=hundred * gap, latent_mass=hundred,
-        uncentered=np.array(uncentered, np.float32), hard_log_probs=hundred, learning_rate=1e-3, seconds=1.0,
-        records=None,
+        uncentered=np.array(uncentered, np.float32), hard_log_probs=hundred, learning_rate=1e-3, seconds=2.0,
+        tokens=3000, cost=cost, peak=peak, records=None,
     )  # fmt: skip
     return summarize([report]).metrics
+
+
+def test_a_step_says_how_fast_it_was_and_how_much_was_padding():
+    found = learned(peak=1e12)
+    assert found["learner/tokens_per_s"] == 1500
+    assert found["learner/real_token_share"] == 0.75
+    assert found["learner/backward_s"] == 1.0
+    assert found["learner/mfu"] == 0.25
+    assert "learner/mfu" not in learned()
 
 
 def test_steps_that_could_not_be_centered_are_counted_and_only_where_centering_is_on():
