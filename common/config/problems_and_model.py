@@ -68,9 +68,10 @@ class TaskConfig(Section):
     name: str
     """Name of the task. Together with a row's index it identifies a problem (METHOD §2.5)."""
     path: LocalPath | None = None
-    """Source of the problems: a `.parquet`, `.arrow`, `.jsonl`, `.json`, `.csv` or `.tsv` file (text also as `.gz`, `.bz2`
-    or `.zst`), a folder with the shards of one set, a glob, a folder of `save_to_disk`, `hf:owner/dataset[:split]`, or
-    a program that makes them, `builtin:NAME` or your own `python:package.module:Name` (`examples/own_task`)."""
+    """Source of the problems: a `.parquet`, `.arrow`, `.jsonl`, `.json`, `.csv` or `.tsv` file (text also as `.gz`,
+    `.bz2` or `.zst`), a folder with the shards of one set, a glob, a folder of `save_to_disk`,
+    `hf:owner/dataset[:split]`, or a program that makes them, `builtin:NAME` or your own `python:package.module:Name`
+    (`examples/own_task`)."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
     """Options of a generated task (`common/tasks/arithmetic.py`, `common/tasks/words.py`), among them `size`, its
     number of problems. For a dataset of the hub, `config` names the dataset's configuration."""
@@ -82,7 +83,8 @@ class TaskConfig(Section):
     max_dropped_share: Annotated[Share, Rule.MAY_CHANGE] = 0.1
     """Upper bound on the share of rows that are not used, because they have no problem or no answer, because the
     verifier cannot read their gold answer, or because their prompt is longer than `max_prompt_tokens`. Above it the run
-    does not start. Latent-SFT has a bound of its own on rows whose chain does not fit."""
+    does not start, unless it is a single row; with 0 it has to have none. Latent-SFT has a bound of its own on rows
+    whose chain does not fit."""
     max_prompt_tokens: PositiveInt = 1024
     """Maximum number of prompt tokens. Problems with longer prompts are dropped, counted and listed in the summary."""
     max_response_tokens: PositiveInt = 1024

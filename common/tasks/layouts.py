@@ -51,7 +51,8 @@ class Layout(NamedTuple):
 def layout_of(config: TaskConfig, present: Sequence[str], protocol: EvaluationProtocol) -> Layout:
     """Returns the layout of a table with the columns `present`. Raises TableError where columns are missing."""
     columns, path = config.columns, str(config.path)
-    if not _has(present, columns.problem) and {"prompt", "reward_model"} <= set(present):
+    named = columns.problem == "prompt" and not _has(present, columns.answer)
+    if {"prompt", "reward_model"} <= set(present) and (named or not _has(present, columns.problem)):
         solution = _solution_column(config, present)
         needed = [name for name in ("prompt", "reward_model", columns.cot, solution) if name]
         return Layout(needed, partial(_read_verl, path, columns.cot, solution))

@@ -90,10 +90,10 @@ class StoredTask:
         return self._problems[index]
 
     def check_dropped(self) -> None:
-        """Raises TaskError where more rows are dropped than `max_dropped_share` allows."""
+        """Raises TaskError where more rows are dropped than `max_dropped_share` allows; one is no share."""
         lost, limit = sum(map(len, self.dropped.values())), self.config.max_dropped_share
         count = lost + len(self._problems)
-        if lost > limit * count:
+        if lost > limit * count and (lost > 1 or not limit):
             described = describe_dropped(self.dropped, self.examples)
             raise TaskError(
                 f"task {self.config.name}: {lost:,} of {count:,} rows of {self.config.path} cannot be used "

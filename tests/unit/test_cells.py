@@ -144,7 +144,9 @@ def test_a_chat_in_the_named_column_is_asked_as_a_chat(suffix, tmp_path):
 def test_the_parts_of_a_verl_prompt_are_joined(tmp_path):
     row = {"prompt": [{"role": "user", "content": PARTS}], "reward_model": {"ground_truth": "7"}}
     path = written(tmp_path, [row])
-    assert load_task(TaskConfig(name="t", path=str(path)), 0).problem(0).messages == (("user", "1+1?"),)
+    for columns in ({}, {"problem": "prompt"}):
+        task = TaskConfig(name="t", path=str(path), columns=columns)
+        assert load_task(task, 0).problem(0).messages == (("user", "1+1?"),)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,11 @@ def test_above_a_share_of_dropped_rows_the_run_stops_and_shows_one_of_each(tmp_p
         r"row 10: two apples.*raise max_dropped_share",
     ):
         read_task(task, tiny_config)
+    single = written(tmp_path, rows_with([""], good=1))
+    assert read_task(task, tiny_config).size == 1, "one row is no share"
+    with pytest.raises(TaskError, match=r"1 of 2 rows .* \(50\.0%; max_dropped_share is 0\)"):
+        read_task(task.model_copy(update={"path": str(single), "max_dropped_share": 0.0}), tiny_config)
+    path = written(tmp_path, rows_with(["", "two apples"]))
     allowed = task.model_copy(update={"max_dropped_share": 0.5})
     assert read_task(allowed, tiny_config).size == 9
 
