@@ -15,7 +15,7 @@ from latent_grpo.common.config import RunConfig
 from latent_grpo.learner.cost import PARTS
 from latent_grpo.learner.gaps import ReplayReport, summarize_gaps
 from latent_grpo.learner.group import LearnerError, RankGroup
-from latent_grpo.learner.rank import LearnerRank, RankReport
+from latent_grpo.learner.rank import STEP_KINDS, LearnerRank, RankReport
 from latent_grpo.learner.recorder import RowFacts, UpdateOutcome, assemble
 
 __all__ = ["LearnerError", "LearnerGroup", "LearnerReport"]
@@ -126,6 +126,11 @@ def summarize(ranks: list[RankReport]) -> LearnerReport:
     if first.peak is not None:
         spent = sum(r.seconds for r in ranks)
         metrics["learner/mfu"] = sum(r.cost.flops for r in ranks) / max(spent, 1e-9) / first.peak
+    metrics |= _by_kind(ranks)
+    weights = np.concatenate([r.importance for r in ranks])
+    if weights.size:
+        metrics["learner/importance_mean"] = float(weights.mean())
+        metrics["learner/importance_masked_share"] = float((weights == 0).mean())
     uncentered = np.concatenate([r.uncentered for r in ranks])
     if uncentered.size:
         metrics["learner/uncentered_share"] = _mean(uncentered)
@@ -138,6 +143,17 @@ def summarize(ranks: list[RankReport]) -> LearnerReport:
         updates=outcomes,
         records=None,
     )
+
+
+def _by_kind(ranks: list[RankReport]) -> dict[str, float]:
+    """Returns the log-prob gaps of the kinds of steps that there are (`learner.rank.STEP_KINDS`)."""
+    drift, kinds = np.concatenate([r.drift for r in ranks]), np.concatenate([r.kinds for r in ranks])
+    found: dict[str, float] = {}
+    for index, kind in enumerate(STEP_KINDS):
+        if (kinds == index).any():
+            gap = Gap.of(drift[kinds == index])
+            found |= {f"learner/drift_{kind}_mean": gap.mean, f"learner/drift_{kind}_p99": gap.p99}
+    return found
 
 
 def _records(

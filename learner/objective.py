@@ -68,6 +68,20 @@ def policy_loss(
     return loss, diagnostics
 
 
+def importance_weights(gap: torch.Tensor, mode: str, floor: float, cap: float) -> torch.Tensor | None:
+    """Returns the weight of each step's loss for a policy that differs from the rollout's, or None (METHOD §6).
+
+    `gap` [...] = log pi_old - log pi_behaviour. `truncate`: exp(gap), at most `cap`. `mask`: exp(gap) where it lies in
+    [floor, cap], else 0, so that a step on which the two policies disagree teaches nothing. `off`: None.
+    """
+    if mode == "off":
+        return None
+    ratio = torch.exp(gap)
+    if mode == "truncate":
+        return ratio.clamp(max=cap)
+    return torch.where((ratio >= floor) & (ratio <= cap), ratio, 0.0)
+
+
 def clip_codes(
     ratio: torch.Tensor, advantages: torch.Tensor, *, clip_low: float, clip_high: float, dual_clip: float
 ) -> torch.Tensor:

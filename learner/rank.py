@@ -33,7 +33,7 @@ from latent_grpo.learner.centering import OtherDraws, Redraw, draw_keys
 from latent_grpo.learner.cost import ModelFlops, StepCost, peak_flops
 from latent_grpo.learner.gaps import RankGaps, compare, joined
 from latent_grpo.learner.logprobs import step_log_probs
-from latent_grpo.learner.objective import clip_codes, k3_kl, policy_loss
+from latent_grpo.learner.objective import clip_codes, importance_weights, k3_kl, policy_loss
 from latent_grpo.learner.policy import PolicyModule, freeze_lower_layers, load_policy_model
 from latent_grpo.learner.recorder import StepCollector, flip_shares
 from latent_grpo.learner.zero_engine import learning_rate
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+
+STEP_KINDS = ("latent", "leaving", "visible")
+"""Kinds of response steps: latent ones, the end of latent mode behind them, and text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,8 @@ class RankReport:
     first_token: np.ndarray  # [B] bool: keeps its advantage at the first step
     updates: tuple[UpdateReport, ...]
     drift: np.ndarray  # [steps of the rank] float32: |log pi_old - log pi_behaviour| (METHOD §6)
+    kinds: np.ndarray  # [steps of the rank] int8: index in STEP_KINDS
+    importance: np.ndarray  # [steps of the rank] float32: weights; empty without
     latent_gap: np.ndarray  # [latent steps of the rank * K] float32: the same of single components' log-probs
     hard_gap: np.ndarray  # [hard steps of the rank] float32
     latent_mass: np.ndarray  # [latent steps of the rank] float32: probability of the K components together
@@ -93,7 +99,7 @@ class _Replayed:
     gap: torch.Tensor  # [N, W] |log p_old - log p_behaviour| of the components
     others: OtherDraws | None
     reference: torch.Tensor | None  # [N] log pi of the initial model (METHOD §5)
-    importance: torch.Tensor | None  # [N] truncated weight (METHOD §6)
+    importance: torch.Tensor | None  # [N] weight (METHOD §6)
 
 
 class LearnerRank(RankActor):
@@ -168,6 +174,8 @@ class LearnerRank(RankActor):
             first_token=keeps_first,
             updates=tuple(updates),
             drift=joined([(p.plain_old - self._behaviour(p.inputs)).abs() for p in pieces]),
+            kinds=np.concatenate([_kinds(p.inputs, view) for p in pieces] or [np.zeros(0, np.int8)]),
+            importance=joined([p.importance for p in pieces if p.importance is not None]),
             latent_gap=joined([p.gap[p.inputs.latent] for p in pieces]),
             hard_gap=joined([p.gap[~p.inputs.latent, 0] for p in pieces]),
             latent_mass=joined([self._mass(p) for p in pieces]),
@@ -266,9 +274,10 @@ class LearnerRank(RankActor):
                 inputs.latent, others.centered(plain[inputs.latent], log_probs, weighting=weighting)
             )
         reference = None if self.reference is None else self._steps(self.reference(inputs), inputs)
-        importance = None
-        if self.config.max_staleness > 0:
-            importance = torch.exp(plain - self._behaviour(inputs)).clamp(max=self.config.importance_cap)
+        config = self.config
+        importance = importance_weights(
+            plain - self._behaviour(inputs), config.importance_mode, config.importance_floor, config.importance_cap
+        )
         gap = (components - inputs.behaviour).abs()
         return _Replayed(inputs, old, plain, gap, others, reference, importance)
 
@@ -348,3 +357,11 @@ class LearnerRank(RankActor):
         groups = group_indices(view.strings("group_uid"))
         minibatches = self._plan(view, groups, int(groups.max(initial=0)) + 1)
         return compare(self.engine.forward, (inputs for mini in minibatches for inputs in self._inputs(view, mini)))
+
+
+def _kinds(inputs: ReplayInputs, view: TrajectoryBatch) -> np.ndarray:
+    """Returns the index in `STEP_KINDS` of each step: [N] int8."""
+    latent, steps = inputs.latent.cpu().numpy(), inputs.steps.cpu().numpy()
+    latents = np.asarray(view.num_latent_steps)[inputs.batch_rows.cpu().numpy()]
+    leaving = (steps == latents) & (latents > 0)
+    return np.select([latent, leaving], [0, 1], default=2).astype(np.int8)

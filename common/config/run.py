@@ -123,8 +123,15 @@ class RunConfig(Section):
     """Number W of groups that a batch may pass over, at most `prompts_per_step`, so that the learner need not wait for
     long rollouts: it takes those that have arrived among the next W + `prompts_per_step`. The batch after it waits for
     the ones passed over, which may be a version older than `max_staleness` says. 0: batches are in prompt order."""
+    importance: Literal["off", "truncate", "mask"] | None = None
+    """Importance weight of a response step, which corrects what the rollout's policy and the learner's differ by: none
+    (`off`), their ratio up to `importance_cap` (`truncate`, METHOD §6), or their ratio between `importance_floor` and
+    `importance_cap` and 0 beyond (`mask`). null: `off` with `max_staleness` 0, where they differ by the engine's
+    arithmetic alone, else `truncate`."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
-    """Upper bound on the importance weight of a stale response step; used if `max_staleness` is above 0 (METHOD §6)."""
+    """Upper bound on the importance weight of a response step (METHOD §6)."""
+    importance_floor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Ratio below which `importance` `mask` leaves a response step out."""
 
     # objective (METHOD §5)
     clip: ClipConfig = ClipConfig()
@@ -194,6 +201,11 @@ class RunConfig(Section):
         if self.warm_start is None:
             raise ConfigError("Latent-SFT needs the section warm_start; add it (an empty section uses the defaults)")
         return self.warm_start
+
+    @property
+    def importance_mode(self) -> Literal["off", "truncate", "mask"]:
+        """The value of `importance`, decided by `max_staleness` where it is null."""
+        return self.importance or ("truncate" if self.max_staleness else "off")
 
     @property
     def objective(self) -> Objective:
@@ -391,6 +403,11 @@ def _objective_problems(config: RunConfig) -> list[str]:
     problems, clip = [], config.clip
     if clip.dual < 1 + clip.high:
         problems.append(f"clip.dual ({clip.dual:g}) must be at least 1 + clip.high ({1 + clip.high:g})")
+    if config.importance_mode == "mask" and config.importance_floor >= config.importance_cap:
+        problems.append(
+            f"importance mask needs importance_floor below importance_cap, got {config.importance_floor:g} and "
+            f"{config.importance_cap:g}"
+        )
     if config.centering_draws and config.latent and (config.noise.mode == "off" or not config.noise.scale):
         problems.append(
             f"centering_draws ({config.centering_draws}) needs noise, got noise.mode {config.noise.mode} and "
@@ -438,7 +455,11 @@ def _metric_problems(config: RunConfig) -> list[str]:
 def _without_effect(config: RunConfig) -> list[str]:
     """Returns keys that differ from their defaults and have no effect with the other settings."""
     idle = {
-        "importance_cap": (changed(config, "importance_cap") and not config.max_staleness, "max_staleness 0"),
+        "importance_cap": (changed(config, "importance_cap") and config.importance_mode == "off", "importance off"),
+        "importance_floor": (
+            changed(config, "importance_floor") and config.importance_mode != "mask",
+            f"importance {config.importance_mode}",
+        ),
         "max_dispatch_factor": (
             changed(config, "max_dispatch_factor") and config.dynamic_sampling == "drop",
             "dynamic_sampling drop",

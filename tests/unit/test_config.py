@@ -180,7 +180,8 @@ def test_a_sink_is_a_known_name_or_an_import_path():
         (["clip.dual=1.1"], "clip.dual (1.1) must be at least 1 + clip.high (1.2)"),
         (["model.dtype=bfloat16", "learner.zero_stage=0"], "set learner.zero_stage to 1"),
         (["optimizer.betas=[2,3]"], "optimizer.betas must be in [0, 1), got [2.0, 3.0]"),
-        (["importance_cap=3"], "importance_cap has no effect with max_staleness 0"),
+        (["importance_cap=3"], "importance_cap has no effect with importance off"),
+        (["importance=truncate", "importance_floor=0.2"], "importance_floor has no effect with importance truncate"),
         (["noise.mode=off", "noise.scale=2"], "noise.scale has no effect with noise.mode off"),
         (["dynamic_sampling=drop", "max_dispatch_factor=3"], "max_dispatch_factor has no effect"),
         (["evaluation.sampled_problems=3"], "evaluation.sampled_problems has no effect with evaluation.samples 0"),
@@ -219,3 +220,20 @@ def test_a_window_needs_staleness_and_is_no_larger_than_a_batch(keys):
     with pytest.raises(ConfigError, match=r"batch_window \(\d+\) can be at most prompts_per_step \(64\)"):
         load_config(settings(**keys))
     assert load_config(settings(max_staleness=1, batch_window=64)).batch_window == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [
+        ({}, "off"),
+        ({"max_staleness": 1}, "truncate"),
+        ({"importance": "mask"}, "mask"),
+        ({"max_staleness": 2, "importance": "off"}, "off"),
+    ],
+)
+def test_importance_weights_are_on_where_rollouts_are_stale(changes, mode):
+    assert load_config(settings(**changes)).importance_mode == mode
+
+
+def test_a_mask_needs_room_between_its_bounds():
+    assert "importance_floor below importance_cap" in refused(settings(importance="mask", importance_cap=0.4))

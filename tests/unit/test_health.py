@@ -239,7 +239,7 @@ def test_trajectories_raise_what_is_wrong_with_them(tmp_path, changes, expected)
     assert {alarm.name for alarm in monitor(tmp_path).judge(1, rollouts(*changes))} == expected
 
 
-def learned(*, ratio=1.0, gap=0.0, applied=True, clipped=0, uncentered=(), peak=None):
+def learned(*, ratio=1.0, gap=0.0, applied=True, clipped=0, uncentered=(), peak=None, importance=()):
     """The metrics of a learner's step of a hundred response steps."""
     cost = StepCost("cpu", {"replay": 0.5, "forward": 0.25, "backward": 1.0, "optimizer": 0.125}, 800, 600, 5e11)
     hundred = np.full(100, 1.0, np.float32)
@@ -249,8 +249,10 @@ def learned(*, ratio=1.0, gap=0.0, applied=True, clipped=0, uncentered=(), peak=
     )  # fmt: skip
     report = RankReport(
         advantages=hundred, mean_old_log_probs=hundred, first_token=hundred > 0, updates=(update,),
-        drift=hundred, latent_gap=hundred * 0, hard_gap=hundred * gap, latent_mass=hundred,
+        drift=np.repeat(np.float32([0.5, 2.0, 0.25]), [50, 10, 40]),
+        latent_gap=hundred * 0, hard_gap=hundred * gap, latent_mass=hundred,
         uncentered=np.array(uncentered, np.float32), hard_log_probs=hundred, learning_rate=1e-3, seconds=2.0,
+        kinds=np.repeat(np.arange(3, dtype=np.int8), [50, 10, 40]), importance=np.array(importance, np.float32),
         tokens=3000, cost=cost, peak=peak, records=None,
     )  # fmt: skip
     return summarize([report]).metrics
@@ -263,6 +265,15 @@ def test_a_step_says_how_fast_it_was_and_how_much_was_padding():
     assert found["learner/backward_s"] == 1.0
     assert found["learner/mfu"] == 0.25
     assert "learner/mfu" not in learned()
+
+
+def test_the_gap_is_told_by_latent_leaving_and_visible_steps():
+    found = learned()
+    names = ("latent", "leaving", "visible")
+    assert [found[f"learner/drift_{name}_mean"] for name in names] == [0.5, 2.0, 0.25]
+    assert "learner/importance_mean" not in found
+    weighed = learned(importance=[0.0, 1.0, 2.0, 1.0])
+    assert (weighed["learner/importance_mean"], weighed["learner/importance_masked_share"]) == (1.0, 0.25)
 
 
 def test_steps_that_could_not_be_centered_are_counted_and_only_where_centering_is_on():

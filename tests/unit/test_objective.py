@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from latent_grpo.learner.objective import k3_kl, policy_loss
+from latent_grpo.learner.objective import importance_weights, k3_kl, policy_loss
 
 
 def reference_loss(new, old, advantage, mask, low, high, dual):
@@ -66,3 +66,11 @@ def test_k3_is_zero_at_equality_and_never_negative():
     assert (k3_kl(p, q) >= 0).all()
     assert torch.equal(k3_kl(p, p), torch.zeros(100))
     assert torch.allclose(k3_kl(p, q).double(), torch.expm1((q - p).double()) - (q - p).double(), atol=1e-5)
+
+
+def test_importance_weights_are_truncated_masked_or_none():
+    gap = torch.tensor([0.2, 0.5, 1.0, 2.0, 5.0]).log()
+    assert importance_weights(gap, "off", 0.5, 2.0) is None
+    torch.testing.assert_close(importance_weights(gap, "truncate", 0.5, 2.0), torch.tensor([0.2, 0.5, 1.0, 2.0, 2.0]))
+    masked = importance_weights(gap, "mask", 0.4, 2.5)
+    torch.testing.assert_close(masked, torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0]))

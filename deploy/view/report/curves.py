@@ -81,6 +81,13 @@ CHARTS = (
         "log",
     ),
     Chart(
+        "Log-prob gap by kind of step",
+        "The same gap of whole steps, apart for latent steps, for those that leave latent mode, and for text. One kind "
+        "that stands out says where engine and learner disagree; `importance` can weigh or leave out such steps.",
+        tuple(Curve(f"{kind}, mean", f"learner/drift_{kind}_mean") for kind in ("latent", "leaving", "visible")),
+        "log",
+    ),
+    Chart(
         "Width of the thoughts",
         "Effective number of tokens in a latent step, exp(entropy of the weights). At 1, thoughts have collapsed to "
         "single tokens; at K, all tokens have the same weight.",
