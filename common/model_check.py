@@ -146,7 +146,8 @@ def check_class(shape: PreTrainedModel, settings: PretrainedConfig, model: str |
 
     Such a folder is a classifier, a reward model, an embedding model, or has code of its own.
     """
-    wanted, made = settings.architectures or [], type(shape).__name__
+    stated: Any = settings.architectures or []  # as config.json has it
+    wanted, made = stated if isinstance(stated, list) else [stated], type(shape).__name__
     if shape.base_model is shape:
         raise refused(model, f"({made}) its class has no base model below its output layer; {ANOTHER}")
     if wanted and made.lower() not in [str(name).lower() for name in wanted]:

@@ -140,8 +140,11 @@ def check_tokenizer_files(folder: Path) -> None:
             "it has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the tokenizer's files of the "
             "original model into it",
         )
-    settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
-    for file in (*found, *(folder / name for name in settings if (folder / name).exists())):
+    others = (
+        "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "merges.txt",
+        "chat_template.jinja", "chat_template.json",
+    )  # fmt: skip
+    for file in (*found, *(folder / name for name in others if (folder / name).exists())):
         if file.suffix == ".json":
             read_json(file, folder)
         else:

@@ -88,12 +88,18 @@ def refusal(settings: PretrainedConfig) -> str | None:
         getattr(settings, key, None) is not None for key in ("vision_config", "audio_config")
     ):
         return f"it is a multimodal model ({kind}), of which only text models can be used; give its language model"
-    if getattr(settings, "use_bidirectional_attention", None) or getattr(settings, "is_causal", True) is False:
+    if getattr(settings, "use_bidirectional_attention", None) or getattr(settings, "is_causal", None) not in (
+        None,
+        True,
+    ):
         return f"its attention ({kind}) looks ahead, so it cannot continue a text; give a causal language model"
     if kind == "xlnet" or (getattr(settings, "is_decoder", True) is False and type(settings) in ENCODERS):
         return f"it is an encoder ({kind}), which looks ahead and cannot continue a text; give a causal language model"
     if alibi := _alibi(settings):
         return f"its positions are alibi ({alibi}), which the engine's rows of different length do not have; {ANOTHER}"
+    for key in (*LOGIT_SCALES, *LOGIT_CAPS):
+        if not isinstance(value := getattr(settings, key, None), int | float | None):
+            return f"its config.json ({kind}) has {key} {value!r}, expected a number; copy it again from the original"
     for key in LOGIT_CAPS:
         if getattr(settings, key, None):
             return (

@@ -200,6 +200,10 @@ def output_facts(path: str | Path) -> tuple[int, tuple[int, ...]]:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # a model without generation_config.json
         ends = config.eos_token_id
+    except (TypeError, ValueError) as error:
+        raise refused(path, f"its generation_config.json cannot be used ({words(error)}); copy it again") from error
+    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
+        raise refused(path, f"its configuration ends a text with {ends!r}, expected the id of a token, or several")
     return config.vocab_size, tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 

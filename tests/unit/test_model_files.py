@@ -28,7 +28,7 @@ from model_folders import (
 from latent_grpo.common.config import ConfigError, load_config
 from latent_grpo.common.config.loading import of_model
 from latent_grpo.common.model_check import check_model
-from latent_grpo.common.models import load_model, load_tokenizer
+from latent_grpo.common.models import load_model, load_tokenizer, output_facts
 from latent_grpo.deploy.checks.validate import validate
 from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.progress import Reporter
@@ -125,6 +125,9 @@ REFUSED = {
     "config of nothing": (text("config.json", "{}"), r"its config\.json names no model_type"),
     "config impossible": (settings(num_attention_heads=0), r"its config\.json (cannot be used|makes no model) \("),
     "config of texts": (settings(hidden_size="wide"), r"its config\.json cannot be used \(.*hidden_size"),
+    "config of other types": (settings(logits_scaling={}), r"has logits_scaling \{\}, expected a number"),
+    "config that looks ahead": (settings(is_causal="x"), r"its attention \(llama\) looks ahead"),
+    "one architecture of no kind": (settings(architectures=5), r"names the architecture 5, which has no output layer"),
     "unknown": (settings(model_type="newmodel"), r"this transformers has no architecture 'newmodel'"),
     "classifier": (settings(architectures=["LlamaForSequenceClassification"]), r"no output layer .*expected LlamaForC"),
     "encoder-decoder": (settings(model_type="t5"), r"it is an encoder-decoder \(t5\)"),
@@ -146,6 +149,7 @@ REFUSED = {
     "no tokenizer": (without("tokenizer*"), r"it has no tokenizer \(tokenizer\.json"),
     "tokenizer's settings alone": (without("tokenizer.json"), r"it has no tokenizer"),
     "tokenizer pointer": (text("tokenizer.json", POINTER), r"tokenizer\.json is a Git LFS pointer"),
+    "template pointer": (text("chat_template.jinja", POINTER), r"chat_template\.jinja is a Git LFS pointer"),
     "tokenizer cut": (cut("tokenizer.json", -50), r"tokenizer\.json is not valid JSON"),
     "tokenizer settings cut": (cut("tokenizer_config.json", -5), r"tokenizer_config\.json is not valid JSON"),
 }  # fmt: skip
@@ -191,6 +195,18 @@ def test_shards_and_their_index_are_compared(folders, tmp_path, case):
     folder = broken(tmp_path / "m", whole(folders, shards=True), break_it)
     with pytest.raises(ConfigError, match=message):
         check_model(folder)
+
+
+@pytest.mark.parametrize("change", [{"eos_token_id": "</s>"}, {"eos_token_id": [1, "2"]}, {"pad_token_id": "x"}])
+def test_a_generation_config_of_other_types_is_refused(folders, tmp_path, change):
+    folder = broken(tmp_path / "m", whole(folders), settings("generation_config.json", **change))
+    assert "config" in refusal_of(output_facts, folder)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": {"type": "Nothing"}}'])
+def test_a_tokenizer_of_another_format_is_refused(folders, tmp_path, content):
+    folder = broken(tmp_path / "m", whole(folders), text("tokenizer.json", content))
+    assert "tokenizer" in refusal_of(load_tokenizer, folder)
 
 
 USABLE = {
@@ -253,7 +269,8 @@ def test_the_size_of_weights_does_not_matter(folders, tmp_path):
 
 
 RUN = [
-    "tasks.0={name: t, path: 'builtin:chain_arithmetic', verifier: number, max_prompt_tokens: 96, max_response_tokens: 16}",
+    "tasks.0={name: t, path: 'builtin:chain_arithmetic', verifier: number, max_prompt_tokens: 96, "
+    "max_response_tokens: 16}",
     "evaluation.tasks=[]",
 ]
 OPENED_BY = {
