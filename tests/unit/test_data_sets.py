@@ -193,7 +193,7 @@ def test_a_damaged_file_says_which(authors, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("Svamp-test.jsonl", '["p", "1"]', r"svamp: .*Svamp-test\.jsonl, element 0 of its list: expected an object, got 'p'"),
+        ("Svamp-test.jsonl", '["p", "1"]', r"svamp: .*\.jsonl, element 0 of its list: expected an object, got 'p'"),
         ("Svamp-test.jsonl", b'{"problem": "\xff"}', r"Svamp-test\.jsonl, line 1 is not UTF-8"),
         ("gpqa_diamond.csv", "Question,Correct Answer\nQ", r"gpqa_diamond\.csv, row 0 has more or fewer cells than"),
         ("Svamp-test.jsonl", '{"text": "p"}', r"the columns text are none of the known layouts \(problem, answer; "),

@@ -114,7 +114,7 @@ def test_what_cannot_work_is_one_line(trained_folder, arguments, said):
         ("{", None, r"^--file .*rows\.jsonl, line 1 is not valid JSON"),
         ('{"text": "1+1?"}', None, "has no column messages or problem or question or prompt; its columns are text"),
         ('{"problem": "1+1?"}', "text", "has no column 'text'; its columns are problem"),
-        ('{"problem": "1+1?"}\n{"problem": true}', None, "row 1: column 'problem' .* a boolean .true.; expected a text"),
+        ('{"problem": "1+1?"}\n{"problem": true}', None, "row 1: column 'problem' .* a boolean .true.; expected"),
         ('{"problem": "1+1?"}\n{"problem": null}', None, "row 1: column 'problem' must hold a text or a chat"),
     ],
 )

@@ -217,7 +217,7 @@ def test_faulty_sources_are_named(tmp_path):
         load(write_jsonl(tmp_path / "u.jsonl", [{"problem": "a", "answer": "x"}] * 2))
     with pytest.raises(TaskError, match="has no rows"):
         load(write_jsonl(tmp_path / "empty.jsonl", []))
-    with pytest.raises(TaskError, match="'reward_model' holds a list .*; expected an object with ground_truth"):
+    with pytest.raises(TaskError, match=r"'reward_model' holds a list .*; expected an object with ground_truth"):
         load(write_jsonl(tmp_path / "v.jsonl", [{"prompt": [], "reward_model": []}]))
 
 
