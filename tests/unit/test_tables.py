@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from latent_grpo.common.config import TaskConfig, load_config
-from latent_grpo.common.tasks.sources import TaskError, load_task
+from latent_grpo.common.tasks.sources import TaskError, load_task, open_rows
 from latent_grpo.common.tasks.tables import TableError, open_table, source_files
+from latent_grpo.deploy.cli.arguments import argument_with_home
 
 ROWS = [{"problem": f"What is {i} + 1? ü", "answer": str(i + 1), "note": "x"} for i in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -220,6 +221,28 @@ def test_a_path_with_a_tilde_is_below_the_home_folder_wherever_it_stands(tmp_pat
     assert new.model.source == f"{home}/t/"
     with pytest.raises(ValueError, match=r"runs_folder: there is no home folder '~nobody-of-this-name'"):
         load_config("quickstart", ["runs_folder=~nobody-of-this-name/runs"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "expanded"),
+    [
+        ("~/run", "{home}/run"),
+        ("--resume=~/run", "--resume={home}/run"),
+        ("--resume", "--resume"),
+        ("tasks.0.path=~/rows", "tasks.0.path=~/rows"),  # a setting's own type does it
+        ("a~/b", "a~/b"),
+        ("--prompt=~ 7?", "--prompt=~ 7?"),
+    ],
+)
+def test_a_tilde_in_an_argument_that_no_shell_has_written_out(argument, expanded):
+    assert argument_with_home(argument) == expanded.format(home=Path("~").expanduser())
+
+
+def test_a_folder_that_the_hubs_package_reads_is_read_by_its_named_columns(tmp_path):
+    shards(tmp_path / "d", "train-{i:05}-of-00005.parquet")
+    table = open_rows(TaskConfig(name="t", path=f"hf:{tmp_path / 'd'}"))
+    assert table.columns == tuple(ROWS[0])
+    assert list(table.rows(["answer"], 2)) == [{"answer": "1"}, {"answer": "2"}]
 
 
 def test_tables_that_are_no_tasks_say_so_without_its_name(tmp_path):
