@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 COMPARED_ROWS = 16  # of weights that should be tied
 CONSTANTS = (".masked_bias", ".position_ids")  # buffers of old checkpoints that no model reads any more
+LARGEST = {
+    "num_hidden_layers": 1_000, "num_experts": 10_000, "num_local_experts": 10_000, "n_routed_experts": 10_000,
+}  # fmt: skip
+"""What a damaged configuration must not make: each is a module of its own, memory or not."""
 GENERAL_CODE = "give a model whose architecture transformers has itself"
 
 
@@ -121,6 +125,9 @@ def empty_model(settings: PretrainedConfig, model: str | Path, dtype: torch.dtyp
     """Returns the causal language model of a configuration without memory for its weights (on torch's meta device)."""
     from transformers import AutoModelForCausalLM
 
+    for key, most in LARGEST.items():
+        if isinstance(count := getattr(settings, key, None), int) and count > most:
+            raise refused(model, f"its config.json has {key} {count:,}, which no model has; copy it again")
     try:
         with quiet_loading(), torch.device("meta"):
             made: PreTrainedModel = AutoModelForCausalLM.from_config(

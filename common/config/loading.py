@@ -67,12 +67,13 @@ def of_model(path: str) -> list[str]:
 
 def parse_config(data: dict[str, Any]) -> RunConfig:
     """Validates a mapping. Raises :class:`ConfigError`, which names every faulty key."""
-    if faults := list(_unusable_numbers(data, ())):
-        raise ConfigError("\n".join(faults))
     try:
-        return RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+    if faults := list(_unusable_numbers(data, ())):
+        raise ConfigError("\n".join(faults))
+    return config
 
 
 def _unusable_numbers(node: Any, above: tuple[str, ...]) -> Iterator[str]:
@@ -105,6 +106,8 @@ def _explain(error: ErrorDetails) -> str:
         return f"{where}: unknown key{_nearest(error['loc'])}"
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}"
+    if error["loc"][-1:] == ("seed",) and error["type"] in ("less_than", "greater_than_equal"):
+        return f"{where}: expected a whole number from 0 to 2**63 - 1, got {error['input']!r}"
     if error["type"] == "missing":
         return f"{where}: missing; it has no default"
     return f"{where}: {error['msg']}, got {error['input']!r}"

@@ -125,6 +125,7 @@ REFUSED = {
     "config of nothing": (text("config.json", "{}"), r"its config\.json names no model_type"),
     "config impossible": (settings(num_attention_heads=0), r"its config\.json (cannot be used|makes no model) \("),
     "config of texts": (settings(hidden_size="wide"), r"its config\.json cannot be used \(.*hidden_size"),
+    "config without end": (settings(num_hidden_layers=10**12), r"has num_hidden_layers 1,000,.* which no model"),
     "config of other types": (settings(logits_scaling={}), r"has logits_scaling \{\}, expected a number"),
     "config that looks ahead": (settings(is_causal="x"), r"its attention \(llama\) looks ahead"),
     "one architecture of no kind": (settings(architectures=5), r"names the architecture 5, which has no output layer"),
