@@ -117,7 +117,7 @@ def summarize(ranks: list[RankReport]) -> LearnerReport:
         "learner/hard_log_prob": _mean(np.concatenate([r.hard_log_probs for r in ranks])),
         "learner/first_token_share": float(first.first_token.mean()),
         "learner/advantage_abs": float(np.abs(first.advantages).mean()),
-        "learner/steps": float(drift.count),
+        "learner/steps": float(sum(r.latent_mass.size + r.hard_log_probs.size for r in ranks)),
         "learner/seconds": max(r.seconds for r in ranks),
         **{f"learner/{part}_s": max(r.cost.seconds[part] for r in ranks) for part in PARTS},
         "learner/tokens_per_s": first.tokens / max(max(r.seconds for r in ranks), 1e-9),

@@ -96,7 +96,8 @@ class _Replayed:
     inputs: ReplayInputs
     old: torch.Tensor  # [N] log pi_old, of which the ratio is taken
     plain_old: torch.Tensor  # [N] the same without centering
-    gap: torch.Tensor  # [N, W] |log p_old - log p_behaviour| of the components
+    gap: torch.Tensor | None  # [N, W] |log p_old - log p_behaviour| of the components; None: not computed (yet)
+    drift: torch.Tensor | None  # [N] the same of log pi
     others: OtherDraws | None
     reference: torch.Tensor | None  # [N] log pi of the initial model (METHOD §5)
     importance: torch.Tensor | None  # [N] weight (METHOD §6)
@@ -142,9 +143,13 @@ class LearnerRank(RankActor):
         minibatches = self._plan(view, groups, self.config.minibatch_prompts)
         redrawn, cost = self._redrawn(view), self._planned_cost(view, minibatches)
         with cost.of("replay"):
-            replayed = [
-                [self._replay(inputs, redrawn(inputs)) for inputs in self._inputs(view, mini)] for mini in minibatches
-            ]
+            if self.config.old_log_probs == "behaviour":
+                replayed = [[self._recorded(inputs) for inputs in self._inputs(view, mini)] for mini in minibatches]
+            else:
+                replayed = [
+                    [self._replay(inputs, redrawn(inputs)) for inputs in self._inputs(view, mini)]
+                    for mini in minibatches
+                ]
         pieces = [piece for mini in replayed for piece in mini]
         mean_old = self._row_means(pieces, view.num_steps)
         advantages = group_advantages(
@@ -165,19 +170,21 @@ class LearnerRank(RankActor):
         constants = tuple(torch.from_numpy(a).to(self.device) for a in (advantages, keeps_first, graded, silent))
         updates = []
         for mini, parts in zip(minibatches, replayed, strict=True):
-            rows = np.asarray(mini.rows)
+            rows, first = np.asarray(mini.rows), mini is minibatches[0]
             counted_steps = int(view.num_steps[rows][graded[rows]].sum())  # global: every rank has the whole batch
-            updates.append(self._update(parts, constants, max(counted_steps, 1), lr, cost, collector))
+            updates.append(self._update(parts, constants, max(counted_steps, 1), lr, cost, collector, first))
         return RankReport(
             advantages=advantages,
             mean_old_log_probs=mean_old,
             first_token=keeps_first,
             updates=tuple(updates),
-            drift=joined([(p.plain_old - self._behaviour(p.inputs)).abs() for p in pieces]),
-            kinds=np.concatenate([_kinds(p.inputs, view) for p in pieces] or [np.zeros(0, np.int8)]),
+            drift=joined([p.drift for p in pieces if p.drift is not None]),
+            kinds=np.concatenate(
+                [np.zeros(0, np.int8), *(_kinds(p.inputs, view) for p in pieces if p.drift is not None)]
+            ),
             importance=joined([p.importance for p in pieces if p.importance is not None]),
-            latent_gap=joined([p.gap[p.inputs.latent] for p in pieces]),
-            hard_gap=joined([p.gap[~p.inputs.latent, 0] for p in pieces]),
+            latent_gap=joined([p.gap[p.inputs.latent] for p in pieces if p.gap is not None]),
+            hard_gap=joined([p.gap[~p.inputs.latent, 0] for p in pieces if p.gap is not None]),
             latent_mass=joined([self._mass(p) for p in pieces]),
             uncentered=joined([~p.others.usable for p in pieces if p.others is not None]),
             hard_log_probs=joined([p.old[~p.inputs.latent] for p in pieces]),
@@ -197,8 +204,9 @@ class LearnerRank(RankActor):
         lr: float,
         cost: StepCost,
         collector: StepCollector | None,
+        first: bool,
     ) -> UpdateReport:
-        """Takes one optimizer step over this rank's micro-batches (METHOD §5)."""
+        """Takes one optimizer step over this rank's micro-batches (METHOD §5); `first`: the step's first."""
         config, (advantages, keeps_first, graded, silent) = self.config, constants
         clips = {"clip_low": config.clip.low, "clip_high": config.clip.high, "dual_clip": config.clip.dual}
         loss_sum, kl_sum, clipped, ratios, flips, bad = 0.0, 0.0, np.zeros(3, dtype=int), [], [], set()
@@ -228,6 +236,8 @@ class LearnerRank(RankActor):
                     kl_sum += float(divergence.detach())
             with cost.of("backward"):
                 self.engine.backward(loss)
+            if first and part.gap is None:  # the weights are still those that the record was drawn with
+                self._compare(part, components.detach())
             loss_sum += float(loss.detach())
             clipped += [int(diagnostics.clipped_low), int(diagnostics.clipped_high), int(diagnostics.clipped_dual)]
             ratio = (log_probs.detach() - part.old).exp()
@@ -278,8 +288,21 @@ class LearnerRank(RankActor):
         importance = importance_weights(
             plain - self._behaviour(inputs), config.importance_mode, config.importance_floor, config.importance_cap
         )
-        gap = (components - inputs.behaviour).abs()
-        return _Replayed(inputs, old, plain, gap, others, reference, importance)
+        replayed = _Replayed(inputs, old, plain, None, None, others, reference, importance)
+        self._compare(replayed, components)
+        return replayed
+
+    @torch.no_grad()
+    def _recorded(self, inputs: ReplayInputs) -> _Replayed:
+        """Takes the record's log-probs as the old ones, without a pass of the policy."""
+        reference = None if self.reference is None else self._steps(self.reference(inputs), inputs)
+        behaviour = self._behaviour(inputs)
+        return _Replayed(inputs, behaviour, behaviour, None, None, None, reference, None)
+
+    def _compare(self, part: _Replayed, components: torch.Tensor) -> None:
+        """Notes how far the policy's components [N, W] are from the record's, under the weights of the rollout."""
+        part.gap = (components - part.inputs.behaviour).abs()
+        part.drift = (self._steps(components, part.inputs) - self._behaviour(part.inputs)).abs()
 
     def _redrawn(self, view: TrajectoryBatch) -> Callable[[ReplayInputs], Redraw | None]:
         """Returns a function that makes the other draws of a micro-batch of `view` (`learner.centering`)."""
@@ -312,7 +335,8 @@ class LearnerRank(RankActor):
             cost.real += sum(sizes)
             cost.computed += len(sizes) * max(sizes, default=0)
             steps = int(num_steps[list(micro.rows)].sum())
-            cost.flops += sum(self.flops.count(prompts, fed, steps, gradient=gradient) for gradient in (False, True))
+            passes = (True,) if self.config.old_log_probs == "behaviour" else (False, True)
+            cost.flops += sum(self.flops.count(prompts, fed, steps, gradient=gradient) for gradient in passes)
         return cost
 
     def _inputs(self, view: TrajectoryBatch, mini: MiniBatch) -> Iterator[ReplayInputs]:

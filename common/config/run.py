@@ -123,6 +123,10 @@ class RunConfig(Section):
     """Number W of groups that a batch may pass over, at most `prompts_per_step`, so that the learner need not wait for
     long rollouts: it takes those that have arrived among the next W + `prompts_per_step`. The batch after it waits for
     the ones passed over, which may be a version older than `max_staleness` says. 0: batches are in prompt order."""
+    old_log_probs: Literal["recompute", "behaviour"] = "recompute"
+    """Source of the log-probs that a policy ratio is taken to: a pass of the learner before the first update
+    (`recompute`, METHOD §5), or the rollout's record (`behaviour`), which saves a quarter of the learner's work where
+    engine and learner agree. `behaviour` needs `max_staleness` 0 and no `centering_draws`."""
     importance: Literal["off", "truncate", "mask"] | None = None
     """Importance weight of a response step, which corrects what the rollout's policy and the learner's differ by: none
     (`off`), their ratio up to `importance_cap` (`truncate`, METHOD §6), or their ratio between `importance_floor` and
@@ -403,6 +407,15 @@ def _objective_problems(config: RunConfig) -> list[str]:
     problems, clip = [], config.clip
     if clip.dual < 1 + clip.high:
         problems.append(f"clip.dual ({clip.dual:g}) must be at least 1 + clip.high ({1 + clip.high:g})")
+    if config.old_log_probs == "behaviour":
+        needs = {
+            "max_staleness 0": config.max_staleness > 0,
+            "centering_draws 0": config.centering_draws > 0,
+            "importance off": config.importance_mode != "off",
+        }
+        lacking = [need for need, lacks in needs.items() if lacks]
+        if lacking:
+            problems.append(f"old_log_probs behaviour needs {' and '.join(lacking)}: these take the learner's own pass")
     if config.importance_mode == "mask" and config.importance_floor >= config.importance_cap:
         problems.append(
             f"importance mask needs importance_floor below importance_cap, got {config.importance_floor:g} and "

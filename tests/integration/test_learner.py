@@ -54,6 +54,7 @@ def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
         },
         freeze_embeddings=stage != 1,
         learn_exit=stage != 2,
+        **({"old_log_probs": "behaviour", "max_staleness": 0} if stage == 0 else {}),
     )  # fmt: skip
     expected, mean_old = plain_step(folder, config, batch)
     group = LearnerGroup(config, folder)

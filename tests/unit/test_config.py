@@ -180,6 +180,7 @@ def test_a_sink_is_a_known_name_or_an_import_path():
         (["clip.dual=1.1"], "clip.dual (1.1) must be at least 1 + clip.high (1.2)"),
         (["model.dtype=bfloat16", "learner.zero_stage=0"], "set learner.zero_stage to 1"),
         (["optimizer.betas=[2,3]"], "optimizer.betas must be in [0, 1), got [2.0, 3.0]"),
+        (["old_log_probs=behaviour", "max_staleness=1"], "behaviour needs max_staleness 0 and importance off"),
         (["importance_cap=3"], "importance_cap has no effect with importance off"),
         (["importance=truncate", "importance_floor=0.2"], "importance_floor has no effect with importance truncate"),
         (["noise.mode=off", "noise.scale=2"], "noise.scale has no effect with noise.mode off"),
