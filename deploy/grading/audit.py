@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from latent_grpo.common.config import load_config
+from latent_grpo.common.files import unwritable, write_atomically
 from latent_grpo.common.tasks.sources import describe_dropped
 from latent_grpo.common.terminal_text import visible
 from latent_grpo.deploy.grading import gold_check
@@ -238,10 +239,13 @@ def as_json(report: Audit) -> str:
 
 
 def write_grades(report: Audit, rows: list[Row], output: Path) -> None:
-    """Writes one JSON line per row: row, reward, reason, parsed."""
-    with output.open("w", encoding="utf-8") as lines:
-        for row, grade in zip(rows, report.grades, strict=True):
-            lines.write(json.dumps({"row": row.number, **asdict(grade)}) + "\n")
+    """Writes one JSON line per row: row, reward, reason, parsed. Raises AuditError, and then leaves no file."""
+    graded = zip(rows, report.grades, strict=True)
+    lines = [json.dumps({"row": row.number, **asdict(grade)}) + "\n" for row, grade in graded]
+    try:
+        write_atomically(output, "".join(lines))
+    except OSError as error:
+        raise AuditError(f"--output {output} {unwritable(error)}; give another file") from error
 
 
 def show(report: Audit, console: Console, examples: int) -> None:

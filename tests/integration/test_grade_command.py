@@ -122,6 +122,11 @@ def test_a_file_that_cannot_be_read_is_an_error_that_says_where(tmp_path, text, 
         read_answers(file)
 
 
+def test_an_output_that_cannot_be_written_is_one_line(folder, tmp_path):
+    with pytest.raises(AuditError, match=r"--output .*none/out\.jsonl cannot be written: No such file.*; give another"):
+        grade(folder / "rows.jsonl", "--kind", "math", "--output", tmp_path / "none" / "out.jsonl")
+
+
 def test_rows_without_a_part_are_left_out_and_counted(tmp_path):
     file = tmp_path / "rows.jsonl"
     rows = [{"response": "x", "gold": "1"}, {"gold": "1"}, {"response": "x", "gold": None}]
