@@ -243,7 +243,10 @@ def write_grades(report: Audit, rows: list[Row], output: Path) -> None:
     graded = zip(rows, report.grades, strict=True)
     lines = [json.dumps({"row": row.number, **asdict(grade)}) + "\n" for row, grade in graded]
     try:
-        write_atomically(output, "".join(lines))
+        if output.exists() and not output.is_file():  # a pipe or a device takes what it is given, and stays
+            output.write_text("".join(lines), encoding="utf-8")
+        else:
+            write_atomically(output, "".join(lines))
     except OSError as error:
         raise AuditError(f"--output {output} {unwritable(error)}; give another file") from error
 

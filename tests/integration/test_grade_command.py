@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -125,6 +126,13 @@ def test_a_file_that_cannot_be_read_is_an_error_that_says_where(tmp_path, text, 
 def test_an_output_that_cannot_be_written_is_one_line(folder, tmp_path):
     with pytest.raises(AuditError, match=r"--output .*none/out\.jsonl cannot be written: No such file.*; give another"):
         grade(folder / "rows.jsonl", "--kind", "math", "--output", tmp_path / "none" / "out.jsonl")
+
+
+def test_a_device_stays_one(folder):
+    grade(folder / "rows.jsonl", "--kind", "number", "--output", "/dev/null")
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(AuditError, match=r"--output /dev/full cannot be written: No space left on device"):
+        grade(folder / "rows.jsonl", "--kind", "number", "--output", "/dev/full")
 
 
 def test_rows_without_a_part_are_left_out_and_counted(tmp_path):
