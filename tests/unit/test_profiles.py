@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from latent_grpo.common.config import ConfigError, PromptConfig, TaskConfig, load_config, profiles_folder
+from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
 from latent_grpo.common.models import make_model
 from latent_grpo.common.prompts import PromptRenderer
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
@@ -75,8 +76,8 @@ def test_validate_reads_the_files_of_a_run_whose_model_is_elsewhere(tmp_path):
     given = ["model.path=/of/another/machine", "model.new=null", "warm_start=null", f"tasks.0.path={path}"]
     config = load_config("quickstart", [*given, "tasks.0.options={}"])
     rows = validate(config, files=True)
-    assert ("problems", "chain-arithmetic: 1 problem; dropped 1 empty problem (row 1); the lengths of its prompts "
-            "were not checked") in rows  # fmt: skip
+    dropped = 'dropped 1 empty problem (row 1), for example row 1: {"problem": "", "answer": "3"}'
+    assert ("problems", f"chain-arithmetic: 1 problem; {dropped}; the lengths of its prompts were not checked") in rows
     path.write_text('{"problem": "1+1?", "answer": ""}\n')
     with pytest.raises(ConfigError, match="none of the 1 rows"):
         validate(config, files=True)
@@ -122,12 +123,7 @@ def test_each_benchmark_has_a_profile_that_evaluates_it_alone():
 def test_benchmark_profile_agrees_with_the_benchmark(name):
     config = load_config(name)
     (task,) = config.evaluation.tasks
-    default = BENCHMARKS[name]
-    assert (task.verifier, task.max_prompt_tokens, task.max_response_tokens) == (
-        default.verifier,
-        default.max_prompt_tokens,
-        default.max_response_tokens,
-    )
+    assert {key: getattr(task, key) for key in BENCHMARK_DEFAULTS[name]} == BENCHMARK_DEFAULTS[name]
     assert prompt_of(task, config.model.prompt) == prompt_of(task, PromptConfig())
 
 
