@@ -8,13 +8,15 @@ Each `step` of the engine::
 
 Latent and visible samples run side by side; every row carries its own settings. The state of the rows is one
 structured array on the host (`ROW`), uploaded in one piece per step; records stay on the device until a sample ends.
+A group's samples are alike until they draw: with the noise off they take their latent steps as one row, which becomes
+one for each sample where it leaves latent mode.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from latent_grpo.common.weights import checksum
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.kv_cache import SlotCache
 from latent_grpo.rollout_workers.lean_forward import lean_forward
+from latent_grpo.rollout_workers.records import Records
 from latent_grpo.rollout_workers.requests import SETTINGS, Draw, RunningGroup, SampleRecord, admit, on_device
 from latent_grpo.rollout_workers.weight_checks import TensorShape, check_checksum, checked_tensors
 
@@ -36,55 +39,6 @@ PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass; it bounds me
 
 ROW = np.dtype([(name, np.int64) for name in ("slot", "length", "step")] + SETTINGS)
 """A running sample: `slot` is the place of its record, `length` its columns of the KV cache, `step` its steps done."""
-
-
-class _Records:
-    """The draws of running samples, by slot, on the device; it grows as requests need it.
-
-    `latent_ids`, `scores`, `log_probs` [slots, steps, K]; `hard_ids`, `hard_log_probs` [slots, steps].
-    """
-
-    latent_ids: torch.Tensor
-    scores: torch.Tensor
-    log_probs: torch.Tensor
-    hard_ids: torch.Tensor
-    hard_log_probs: torch.Tensor
-
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self._slots, self._device = slots, device
-        self._steps = self._width = 0
-        self.latent_until = np.zeros(slots, dtype=np.int64)  # [slots] number of latent steps, once known
-
-    def reserve(self, steps: int, width: int) -> None:
-        if steps <= self._steps and width <= self._width:
-            return
-        old_steps, old_width = self._steps, self._width
-        self._steps, self._width = max(steps, old_steps), max(width, old_width)
-        for name, dtype in (("latent_ids", torch.int32), ("scores", torch.float32), ("log_probs", torch.float32)):
-            new = torch.zeros(self._slots, self._steps, self._width, dtype=dtype, device=self._device)
-            if old_steps:
-                new[:, :old_steps, :old_width] = getattr(self, name)
-            setattr(self, name, new)
-        for name, dtype in (("hard_ids", torch.int32), ("hard_log_probs", torch.float32)):
-            new = torch.zeros(self._slots, self._steps, dtype=dtype, device=self._device)
-            if old_steps:
-                new[:, :old_steps] = getattr(self, name)
-            setattr(self, name, new)
-
-    def take(self, slot: int, steps: int, k: int) -> SampleRecord:
-        """Copies a finished sample's arrays to the host."""
-        latent = int(self.latent_until[slot])
-        return SampleRecord(
-            latent_ids=_host(self.latent_ids[slot, :latent, :k]),
-            latent_scores=_host(self.scores[slot, :latent, :k]),
-            latent_log_probs=_host(self.log_probs[slot, :latent, :k]),
-            hard_ids=_host(self.hard_ids[slot, latent:steps]),
-            hard_log_probs=_host(self.hard_log_probs[slot, latent:steps]),
-        )
-
-
-def _host(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.cpu().numpy().copy()
 
 
 class TransformersEngine:
@@ -123,16 +77,17 @@ class TransformersEngine:
         self._version: PolicyVersion | None = None
         with torch.inference_mode():
             self._cache = SlotCache.of(self._model)
-            self._records = _Records(max_rows, self._device)
+            self._records = Records(max_rows, self._device)
         self._reset()
 
     def _reset(self) -> None:
         self._queue: deque[RunningGroup] = deque()
         self._rows = np.zeros(self._max_rows, dtype=ROW)  # the first `_running` are in use
         self._running = self._queued = 0
+        self._unborn = 0  # samples that another one's row stands for; they need rows of their own later
         self._inputs = torch.empty(0, device=self._device)  # [running, D]: what the next forward pass reads
         self._free_slots = list(range(self._max_rows))
-        self._owner: dict[int, tuple[RunningGroup, int]] = {}  # slot -> group and position in it
+        self._owner: dict[int, tuple[RunningGroup, list[int]]] = {}  # slot -> group, and the positions it stands for
 
     @property
     def version(self) -> PolicyVersion | None:
@@ -147,7 +102,7 @@ class TransformersEngine:
 
     @property
     def pending(self) -> int:
-        return self._running + self._queued
+        return self._running + self._unborn + self._queued
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -166,8 +121,8 @@ class TransformersEngine:
     def partial(self, group_uid: str, position: int) -> SampleRecord | None:
         """Returns a running sample's record so far; see :meth:`LatentEngine.partial`."""
         rows = self._rows[: self._running]
-        for slot, (group, place) in self._owner.items():
-            if (group.request.group_uid, place) == (group_uid, position):
+        for slot, (group, places) in self._owner.items():
+            if group.request.group_uid == group_uid and position in places:
                 (row,) = rows[rows["slot"] == slot]
                 return self._records.take(slot, int(row["step"]), int(row["k"]))
         return None
@@ -178,7 +133,7 @@ class TransformersEngine:
         self._version = None
         with torch.inference_mode():
             self._cache.fit(0, 0)
-            self._records = _Records(self._max_rows, self._device)
+            self._records = Records(self._max_rows, self._device)
 
     # --- weights -------------------------------------------------------------------------------------------------
 
@@ -257,7 +212,10 @@ class TransformersEngine:
         if not logits:
             return []
         hard = self._sample(logits[0] if len(logits) == 1 else torch.cat(logits))
-        return self._retire(hard)
+        completed = self._retire(hard)
+        if self._unborn:
+            self._fork()
+        return completed
 
     def _decode(self) -> torch.Tensor:
         """Runs one forward pass of the running rows: logits [n, V]."""
@@ -286,7 +244,7 @@ class TransformersEngine:
     def _admit(self) -> list[torch.Tensor]:
         """Admits queued groups that fit, in order of arrival; returns the logits of their prompts, [rows, V] each."""
         admitted: list[RunningGroup] = []
-        room = self._max_rows - self._running
+        room = self._max_rows - self._running - self._unborn
         if self._deterministic and self._running:
             return []
         while self._queue and self._queue[0].size <= room and not (self._deterministic and admitted):
@@ -298,7 +256,7 @@ class TransformersEngine:
         if self._deterministic:
             self._cache.fit(rows, length)
         else:
-            self._cache.reserve(self._running + rows, length, keep=self._running)
+            self._cache.reserve(self._running + self._unborn + rows, length, keep=self._running)
         sampling = [g.request.sampling for g in admitted]
         self._records.reserve(max(s.max_tokens for s in sampling), max(s.k for s in sampling))
         admitted.sort(key=lambda g: len(g.request.prompt_ids))  # neighbours in length: little padding in a prefill
@@ -314,7 +272,8 @@ class TransformersEngine:
     def _prefill(self, groups: list[RunningGroup]) -> torch.Tensor:
         """Runs one pass over the groups' prompts, right-padded (a causal model's padding reaches no earlier position).
 
-        Writes each prompt's keys and values into its G rows and returns their next-step logits [rows, V].
+        Writes each prompt's keys and values into its rows (one for each sample, or one for all of them) and returns
+        their next-step logits [rows, V].
         """
         lengths = np.array([len(g.request.prompt_ids) for g in groups])
         ids = np.full((len(groups), lengths.max()), self._facts.pad_id, dtype=np.int64)
@@ -324,7 +283,7 @@ class TransformersEngine:
         output = self._model.base_model(inputs_embeds=embedded, use_cache=True)
         last = torch.from_numpy(lengths - 1).to(self._device)
         hidden = output.last_hidden_state[torch.arange(len(groups), device=self._device), last]
-        owners = torch.from_numpy(np.repeat(np.arange(len(groups)), [g.size for g in groups])).to(self._device)
+        owners = torch.from_numpy(np.repeat(np.arange(len(groups)), [_first_rows(g) for g in groups])).to(self._device)
         self._cache.insert(output.past_key_values, owners, self._running)
         for group in groups:
             self._start(group)
@@ -332,17 +291,39 @@ class TransformersEngine:
 
     def _start(self, group: RunningGroup) -> None:
         """Fills the rows of a group whose prompt is in the cache."""
-        rows = self._rows[self._running : self._running + group.size]
+        count = _first_rows(group)
+        rows = self._rows[self._running : self._running + count]
         rows["length"], rows["step"] = len(group.request.prompt_ids), 0
         for name in group.settings.dtype.names or ():
-            rows[name] = group.settings[name]
-        for position in range(group.size):
+            rows[name] = group.settings[name][:count]
+        for position in range(count):
             slot = self._free_slots.pop()
-            self._owner[slot] = (group, position)
+            self._owner[slot] = (group, list(range(group.size)) if count == 1 else [position])
             self._records.latent_until[slot] = 0
             rows["slot"][position] = slot
         group.started = time.perf_counter()
-        self._running += group.size
+        self._running += count
+        self._unborn += group.size - count
+
+    def _fork(self) -> None:
+        """Gives samples rows of their own where the row that stands for them has left latent mode."""
+        for row in np.nonzero(self._rows["latent"][: self._running] == 0)[0]:
+            source = int(self._rows["slot"][row])
+            group, places = self._owner[source]
+            if len(places) == 1:
+                continue
+            self._owner[source] = (group, places[:1])
+            slots = [self._free_slots.pop() for _ in places[1:]]
+            new = slice(self._running, self._running + len(slots))
+            self._rows[new] = self._rows[row]
+            self._rows["slot"][new], self._rows["key"][new] = slots, group.settings["key"][places[1:]]
+            self._owner |= {slot: (group, [place]) for slot, place in zip(slots, places[1:], strict=True)}
+            self._records.copy(source, slots, int(self._rows["step"][row]))
+            targets = torch.arange(new.start, new.stop, device=self._device)
+            self._cache.move(torch.full_like(targets, row), targets, int(self._rows["length"][row]))
+            self._inputs = torch.cat([self._inputs, self._inputs[row].expand(len(slots), -1)])
+            self._running += len(slots)
+            self._unborn -= len(slots)
 
     # --- sampling ------------------------------------------------------------------------------------------------
 
@@ -437,8 +418,9 @@ class TransformersEngine:
         finished = np.nonzero(over)[0]
         if not len(finished):
             return []
-        closed = [self._close_sample(rows[row], "stop" if stopped[row] else "length") for row in finished]
-        completed = [group for group in closed if group is not None]
+        completed = [
+            group for row in finished for group in self._close_row(rows[row], "stop" if stopped[row] else "length")
+        ]
         remaining = len(rows) - len(finished)
         holes, tails = finished[finished < remaining], remaining + np.nonzero(~over[remaining:])[0]
         if len(holes):
@@ -450,14 +432,24 @@ class TransformersEngine:
         self._running = remaining
         return completed
 
-    def _close_sample(self, row: np.void, reason: FinishReason) -> tuple[Trajectory, ...] | None:
-        """Frees the sample's slot; returns its group if this was its last sample."""
+    def _close_row(self, row: np.void, reason: FinishReason) -> Iterator[tuple[Trajectory, ...]]:
+        """Frees a row's slot; yields its group if the row's samples were its last."""
         slot = int(row["slot"])
-        group, position = self._owner.pop(slot)
+        group, places = self._owner.pop(slot)
         self._free_slots.append(slot)
-        record = self._records.take(slot, int(row["step"]), int(row["k"]))
+        self._unborn -= len(places) - 1
         version, now = self._weights.version, time.perf_counter()
-        return group.finish(position, record, reason, engine=self.name, version=version, now=now)
+        for place in places:
+            record = self._records.take(slot, int(row["step"]), int(row["k"]))
+            done = group.finish(place, record, reason, engine=self.name, version=version, now=now)
+            if done is not None:
+                yield done
+
+
+def _first_rows(group: RunningGroup) -> int:
+    """Returns how many rows a group begins with: one if its samples take the same latent steps, else one each."""
+    alike = (group.settings["latent"] == 1) & (group.settings["noisy"] == 0)
+    return 1 if alike.all() else group.size
 
 
 def _columns(request: GroupRequest) -> int:

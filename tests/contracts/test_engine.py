@@ -244,6 +244,30 @@ def assert_every_end(groups: dict[str, tuple[Trajectory, ...]]) -> None:
     assert ("stop", "visible", True) in ends, f"no visible sample stopped: {ends}"
 
 
+@pytest.mark.parametrize("options", [{}, {"max_rows": 7}, {"deterministic": True}], ids=str)
+def test_without_noise_a_group_takes_its_latent_steps_once(options: dict[str, object]) -> None:
+    """GPT-2 is decoded by its own forward pass, in which the rows of each step can be counted."""
+    requests = [make_request(uid, 5 + uid, samples=5, noise_mode="off", max_tokens=25) for uid in range(8)]
+    requests.append(make_request(9, 4, samples=2, max_tokens=9))
+    engine, model = make_engine("gpt2", **options), make_model("gpt2")
+    rows: list[int] = []
+    running = engine._model.base_model  # private: the module whose passes are counted
+    running.register_forward_hook(lambda module, arguments, output: rows.append(len(output.last_hidden_state)))
+    groups = collect(engine, requests)
+    for request in requests:
+        for index, sample in zip(request.sample_indices, groups[request.group_uid], strict=True):
+            assert_same(sample, naive(model, request, index, version=3))
+    *alike, noisy = (groups[request.group_uid] for request in requests)
+    together = [min(len(group[0].latent_ids) + 1, 25) for group in alike]  # steps up to the end of latent mode
+    assert len(set(together)) > 2, "the groups leave latent mode at different steps"
+    assert 25 in together, "and one never does"
+    passes = len(requests)  # each prompt's own pass gives the first step of all its samples
+    passes += sum(shared - 1 + sum(t.num_steps - shared for t in group) for shared, group in zip(together, alike))
+    passes += sum(t.num_steps - 1 for t in noisy)
+    assert sum(rows) == passes
+    assert engine.pending == 0
+
+
 @pytest.mark.parametrize(("kind", "architecture"), CASES[len(ARCHITECTURES) :])
 def test_every_engine_records_what_the_transformers_engine_does(kind: str, architecture: str) -> None:
     engine, requests, model = make_engine(architecture, kind), mixed_requests(), make_model(architecture)
