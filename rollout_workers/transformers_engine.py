@@ -320,7 +320,7 @@ class TransformersEngine:
             self._owner |= {slot: (group, [place]) for slot, place in zip(slots, places[1:], strict=True)}
             self._records.copy(source, slots, int(self._rows["step"][row]))
             targets = torch.arange(new.start, new.stop, device=self._device)
-            self._cache.move(torch.full_like(targets, row), targets, int(self._rows["length"][row]))
+            self._cache.move(torch.full_like(targets, int(row)), targets, int(self._rows["length"][row]))
             self._inputs = torch.cat([self._inputs, self._inputs[row].expand(len(slots), -1)])
             self._running += len(slots)
             self._unborn -= len(slots)
