@@ -138,8 +138,8 @@ def model_problem(config: Mapping[str, Any], build: str) -> str | None:
         )
     if config.get("use_sliding_window"):
         return (
-            "rollout.engine vllm: the model's use_sliding_window is true, but the learner attends to everything; set "
-            "it to false"
+            "rollout.engine vllm: use_sliding_window in the model's config.json is true, and vLLM would attend to a "
+            "window; set it to false there if prompts and responses fit into it, or set rollout.engine to transformers"
         )
     if config.get("quantization_config"):
         return (
