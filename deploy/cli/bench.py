@@ -137,6 +137,21 @@ def bench_gpu(
     measure(minutes, json_folder, device)
 
 
+@bench.command("staleness")
+def bench_staleness(
+    workers: Annotated[int, typer.Option(min=1, help="Number of simulated rollout workers.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Counted steps of each case.")] = 8,
+    json_file: JsonFile = None,
+) -> None:
+    """Measures how long the learner waits for rollouts by max_staleness: the real loop, with parts that sleep."""
+    from latent_grpo.deploy.bench.staleness import measure, show, write_json
+
+    found = measure(workers, steps)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)
+
+
 @bench.command("soak")
 def bench_soak(
     kills: Annotated[int, typer.Option(min=0, help="How many processes are killed.")] = 100,
