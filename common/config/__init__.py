@@ -5,6 +5,7 @@ It imports neither torch, Ray nor transformers, so that `latent-grpo validate` a
 
 from __future__ import annotations
 
+from latent_grpo.common.config.conflicts import conflicts
 from latent_grpo.common.config.learning import (
     ClipConfig,
     InductionConfig,
@@ -49,7 +50,6 @@ from latent_grpo.common.config.run import (
     OBJECTIVE_KEYS,
     Algorithm,
     RunConfig,
-    conflicts,
 )
 from latent_grpo.common.config.section import Section, Share
 from latent_grpo.common.config.services import (

@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
+from latent_grpo.common.config.conflicts import changed
 from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
-from latent_grpo.common.config.run import changed
 from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.prompts import EncodedPrompts, PromptRenderer, repeated_sentences
 from latent_grpo.common.tasks.benchmarks import (

@@ -35,10 +35,15 @@ def policy(model):
     return PolicyModule(model, freeze_embeddings=False)
 
 
+def one_each(rows):
+    """Each row in a sequence of its own."""
+    return [(row,) for row in rows]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_replayed_log_probs_equal_the_rollouts_at_every_noise_and_temperature(architecture):
     model, batch = rollouts(architecture)
-    inputs = collate(batch, range(len(batch)), chunks=7)
+    inputs = collate(batch, one_each(range(len(batch))), chunks=7)
     with torch.no_grad():
         gap = (policy(model)(inputs) - inputs.behaviour).abs()
     assert inputs.latent.sum() > 20
@@ -49,17 +54,17 @@ def test_replayed_log_probs_equal_the_rollouts_at_every_noise_and_temperature(ar
 
 def test_the_result_does_not_depend_on_which_rows_share_a_microbatch_or_on_the_chunk():
     model, batch = rollouts("llama")
-    together = collate(batch, range(len(batch)))
+    together = collate(batch, one_each(range(len(batch))))
     whole = step_log_probs(policy(model)(together), together, weighting="mixture")
     for row in range(len(batch)):
-        alone = collate(batch, [row], chunks=3)
+        alone = collate(batch, [(row,)], chunks=3)
         one = step_log_probs(policy(model)(alone), alone, weighting="mixture")
         assert torch.allclose(one, whole[together.batch_rows == row], atol=1e-5)
 
 
 def test_chunked_gradients_equal_those_of_the_whole_logits_matrix():
     model, batch = rollouts("llama")
-    inputs = collate(batch, range(6), chunks=5)
+    inputs = collate(batch, one_each(range(6)), chunks=5)
     model.requires_grad_(True)
 
     def gradients(log_pi):
@@ -89,7 +94,7 @@ def test_chunked_gradients_equal_those_of_the_whole_logits_matrix():
 
 def test_the_self_tests_comparison_is_that_of_whole_logits():
     model, batch = rollouts("llama")
-    inputs = collate(batch, range(len(batch)), chunks=4)
+    inputs = collate(batch, one_each(range(len(batch))), chunks=4)
     wrong = dataclasses.replace(inputs, behaviour=inputs.behaviour - 0.25)
     with torch.no_grad():
         found = compare(policy(model), [wrong])
@@ -109,7 +114,7 @@ def test_the_self_tests_comparison_is_that_of_whole_logits():
 
 def test_no_gradient_runs_into_the_embedding_through_a_mixture():
     model, batch = rollouts("qwen3")  # untied head
-    inputs = collate(batch, [0])
+    inputs = collate(batch, [(0,)])
     model.requires_grad_(True)
     policy(model)(inputs).sum().backward()
     fed = set(inputs.ids.flatten().tolist())

@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "rollout.device",
     "rollout.verifier.processes",
     "rollout.verifier.max_ungraded_share",
+    "tasks.N.max_dropped_share",
     "learner.ranks",
     "learner.zero_stage",
     "learner.resources",
