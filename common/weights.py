@@ -1,9 +1,9 @@
 """The format of published weights: flat byte buckets with a manifest, and the checksum on which both ends must agree.
 
 The learner packs them (`pack`), the object store or NCCL carries them, and an engine verifies and unpacks them
-(`unpack`). A bucket's checksum catches a damaged transfer before anything is applied. The publication's checksum covers
-names, shapes, dtypes and bytes of all tensors whatever the bucketing, so an engine can compute it from its own
-parameters after loading. xxh3-128 runs at memory speed.
+(`unpack`). A bucket's checksum catches a damaged transfer before anything is applied. The publication's checksum is
+made of the fingerprints of all tensors (`fingerprint.py`), whatever the bucketing, so an engine can compute it from its
+own parameters after loading, on the device where they lie.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from latent_grpo.common.errors import LatentGRPOError
+from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.types import PolicyVersion
 
 ALIGNMENT = 64  # bytes; every tensor starts on a boundary that any dtype may be viewed at
@@ -77,17 +78,12 @@ def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Returns the xxh3-128 over (name, dtype, shape, bytes) of all tensors, whatever their order."""
-    return combine_checksums(tensor_checksum(name, tensor) for name, tensor in tensors)
-
-
-def tensor_checksum(name: str, tensor: torch.Tensor) -> str:
-    digest = xxhash.xxh3_128(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|".encode())
-    digest.update(tensor_bytes(tensor).data)
-    return digest.hexdigest()
+    """Returns the checksum of (name, dtype, shape, bytes) of all tensors, whatever their order and device."""
+    return combine_checksums(fingerprint(name, tensor) for name, tensor in tensors)
 
 
 def combine_checksums(parts: Iterable[str]) -> str:
+    """Returns the checksum of tensors that have these fingerprints."""
     return xxhash.xxh3_128_hexdigest("".join(sorted(parts)).encode())
 
 

@@ -9,10 +9,11 @@ import ray
 import torch
 
 from latent_grpo.common.config import RunConfig
+from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import DTYPES, load_model
 from latent_grpo.common.types import PolicyVersion
-from latent_grpo.common.weights import Publication, WeightManifest, combine_checksums, pack, tensor_checksum
+from latent_grpo.common.weights import Publication, WeightManifest, combine_checksums, pack
 
 
 def publish(tensors: Iterable[tuple[str, torch.Tensor]], version: int, bucket_bytes: int) -> Publication:
@@ -24,7 +25,7 @@ def publish(tensors: Iterable[tuple[str, torch.Tensor]], version: int, bucket_by
 
     def counted() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
-            parts.append(tensor_checksum(name, tensor))
+            parts.append(fingerprint(name, tensor))
             yield name, tensor
 
     manifests, refs = [], []

@@ -27,11 +27,12 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.head import Float32Head, float32_product_is_native
 from latent_grpo.common.latent import latent_step, sample_mixture
 from latent_grpo.common.schema import TrajectoryBatch, encode
 from latent_grpo.common.types import PolicyVersion, SamplingSettings, Trajectory
-from latent_grpo.common.weights import combine_checksums, pack, tensor_checksum, unpack
+from latent_grpo.common.weights import combine_checksums, pack, unpack
 from latent_grpo.deploy.bench.workload import Workload, facts_of, load_own_weights, requests_of, run_engine
 from latent_grpo.learner.batching import ReplayInputs, collate
 from latent_grpo.learner.cost import peak_flops
@@ -289,7 +290,7 @@ def publish(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> 
         kept[:] = pack(((n, p.detach().cpu()) for n, p in model.named_parameters()), BUCKET_BYTES)
 
     def sums() -> list[str]:
-        return [tensor_checksum(n, p.detach().cpu()) for n, p in model.named_parameters()]
+        return [fingerprint(n, p.detach()) for n, p in model.named_parameters()]
 
     packing, hashing = once.seconds(out), once.seconds(sums)
     version = PolicyVersion(version=1, checksum=combine_checksums(sums()))
@@ -302,7 +303,7 @@ def publish(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> 
     return {
         "GiB": size / 2**30,
         "copy and pack s": packing,
-        "copy and checksum s": hashing,
+        "fingerprint s": hashing,
         "verify and load s": loading,
         "GiB/s out": size / 2**30 / packing,
         "GiB/s in": size / 2**30 / loading,
