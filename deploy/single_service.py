@@ -6,9 +6,11 @@ train_only:    dumps of a run ─► learner ─► metrics, learner records, mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+from rich.markup import escape
 
 from latent_grpo.common.config import ConfigError, RunConfig, load_config
 from latent_grpo.common.files import save_whole
@@ -20,6 +22,7 @@ from latent_grpo.deploy.controller import Controller, StepResult
 from latent_grpo.deploy.replay.recorded import RecordedRun, Start
 from latent_grpo.deploy.replay.replay import recorded_learner
 from latent_grpo.deploy.run.folder import RunFolder, create_run
+from latent_grpo.deploy.run.foreign_code import announced, check_origin
 from latent_grpo.deploy.run.manifest import record_model, write_manifest
 from latent_grpo.deploy.run.manifest_schema import DataFacts
 from latent_grpo.deploy.run.observer import StepObserver
@@ -80,11 +83,14 @@ def rollout_only(config: RunConfig, profile: str, reporter: Reporter | None = No
     return folder
 
 
-def train_only(source: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
+def train_only(
+    source: str | Path, overrides: list[str], reporter: Reporter | None = None, allowed: Sequence[str] = ()
+) -> RunFolder:
     """Trains on the dumped batches of run `source`, step by step, from the model that it started from.
 
     Settings are the run's with `overrides` (any but `k` may change). Metrics, dumps and the model go into a new run
     folder. Steps that were not dumped are left out, and the others are numbered from 1; `steps` limits their number.
+    `allowed` are modules or import paths that may be imported for a run of another user (`deploy.run.foreign_code`).
     """
     reporter = reporter or Reporter()
     origin = RunFolder(Path(source).resolve())
@@ -95,6 +101,9 @@ def train_only(source: str | Path, overrides: list[str], reporter: Reporter | No
     recorded = RecordedRun(origin, origin.config())
     model = [f"model.path={recorded.base}", "model.new=null", "warm_start=null"]  # the new run's start is finished
     config = load_config(origin.config().model_dump(mode="json"), [*overrides, *model])
+    check_origin(origin.path, config, overrides, allowed)
+    for line in announced(config):
+        reporter.say(escape(line))
     dumped = recorded.dumped[: config.steps]
     if not dumped:
         every = recorded.config.dump.every

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.background import BackgroundWork
 from latent_grpo.deploy.run.control import Scaling
 from latent_grpo.deploy.run.folder import RunFolder, create_run, has_begun, named_run, reopen_run
+from latent_grpo.deploy.run.foreign_code import check_origin
 from latent_grpo.deploy.run.manifest import record_model
 from latent_grpo.deploy.run.milestones import Milestones
 from latent_grpo.deploy.run.observer import StepObserver
@@ -64,10 +65,21 @@ def train(config: RunConfig, profile: str, reporter: Reporter | None = None, pat
     return _run(create_run(config, profile, path or named), config, 0, reporter, prepared)
 
 
-def resume(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
-    """Resumes a run from its last complete checkpoint, or from the beginning if there is none."""
+def resume(
+    path: str | Path, overrides: list[str], reporter: Reporter | None = None, allowed: Sequence[str] = ()
+) -> RunFolder:
+    """Resumes a run from its last complete checkpoint, or from the beginning if there is none.
+
+    `allowed` are modules or import paths that may be imported for a run of another user (`deploy.run.foreign_code`);
+    its own supervisor has been allowed them when it began.
+    """
+
+    def check(folder: Path, config: RunConfig) -> None:
+        if link.recovery_here(folder) is None:
+            check_origin(folder, config, overrides, allowed)
+
     reporter = reporter or Reporter()
-    folder, config, lineage = reopen_run(path, overrides, "train")
+    folder, config, lineage = reopen_run(path, overrides, "train", check=check)
     return _run(folder, config, lineage, reporter, prepare(config, reporter, folder))
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.errors import RunError
 from latent_grpo.reward.dispatcher import GraderStartError
 from latent_grpo.reward.pool import VerifierPool
-from latent_grpo.reward.verifier import Definitions, UnknownVerifierError, Verifier
+from latent_grpo.reward.verifier import (
+    Definitions,
+    UnknownVerifierError,
+    Verifier,
+    import_path_of,
+    registered_kinds,
+)
+
+OWN = frozenset(import_path_of(kind) for kind in registered_kinds())
+"""Import paths of this program's own verifiers, for which registered names stand."""
 
 
 class GraderError(RunError):
@@ -54,19 +63,28 @@ def build_verifier(config: RunConfig, kind: str) -> Verifier:
             ) from error
 
 
-def check_verifiers(config: RunConfig, *, spare: bool = False) -> dict[str, list[str]]:
+def code_of(config: RunConfig, kind: str) -> set[str]:
+    """Returns the import paths of a user's own code that building a verifier would import, inside compositions too."""
+    with reward_errors():
+        path, options = Definitions(_definitions(config), _options(config)).resolve(kind)
+    return ({path} | _named_inside(options)) - OWN
+
+
+def check_verifiers(config: RunConfig, *, spare: bool = False, left_out: Collection[str] = ()) -> dict[str, list[str]]:
     """Builds each verifier of the run once; returns each with the names of the tasks that use it.
 
-    Raises ConfigError for one that cannot be built and, unless `spare` ones are allowed, for a definition that no task
-    uses.
+    Verifiers that need an import path of `left_out` are neither built nor returned. Raises ConfigError for one that
+    cannot be built and, unless `spare` ones are allowed, for a definition that no task uses.
     """
     users = _users(config)
+    buildable = {kind for kind in (*users, *config.verifiers) if code_of(config, kind).isdisjoint(left_out)}
     for kind in [*users, *config.verifiers]:
-        build_verifier(config, kind)
+        if kind in buildable:
+            build_verifier(config, kind)
     unused = sorted(set(config.verifiers) - used_definitions(config))
     if unused and not spare:
         raise ConfigError(f"verifiers.{unused[0]}: no task uses it; set a task's `verifier` to it, or remove it")
-    return users
+    return {kind: tasks for kind, tasks in users.items() if kind in buildable}
 
 
 def used_definitions(config: RunConfig) -> set[str]:

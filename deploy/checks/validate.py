@@ -18,6 +18,7 @@ from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sente
 from latent_grpo.deploy.checks.evaluation_size import size_rows
 from latent_grpo.deploy.checks.memory import GIB, ModelShape, machine_bytes, rank_memory, worker_memory
 from latent_grpo.deploy.checks.rates import time_rows
+from latent_grpo.deploy.run.foreign_code import left_out_sentence, without_code
 from latent_grpo.deploy.run.preparation import Checked, InitialModel, check, file_faults
 from latent_grpo.deploy.run.problems import describe, renderer_of
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
@@ -38,15 +39,18 @@ def validate(
     cpus: float | None = None,
     gpus: float | None = None,
     measured: str | None = None,
+    allowed: Sequence[str] = (),
 ) -> list[Row]:
     """Checks a run before it starts, here or on a cluster with `cpus` and `gpus`, and returns a row per finding.
 
-    With `files` every problem file must exist and is read as the run will read it. `measured` is the folder of a run
+    With `files` every problem file must exist and is read as the run will read it. Code that the settings name by
+    import path is left out, unless its module is `allowed`, and a row says so. `measured` is the folder of a run
     whose rates the time is estimated from (:func:`deploy.checks.rates.time_rows`). Raises ConfigError for anything
     for which the run itself would be refused.
     """
     resources = resource_rows(config, cpus, gpus)
-    found = check(config, elsewhere=True, stored=files)
+    left_out = without_code(config, allowed)
+    found = check(config, elsewhere=True, stored=files, left_out=[code.path for code in left_out])
     return [
         *arithmetic(config),
         *evaluation_rows(config),
@@ -57,6 +61,7 @@ def validate(
         *([] if cpus is not None or gpus is not None else dtype_rows(config)),
         *([] if files else [("warning", line) for line in file_faults(config)]),
         ("rollout engine", found.engine),
+        *([("warning", left_out_sentence(left_out))] if left_out else []),
         *((f"verifier {kind}", f"can be built; grades {', '.join(names)}") for kind, names in found.verifiers.items()),
         *_problem_rows(found),
         *sft_rows(config, found.sft),

@@ -50,6 +50,10 @@ ERROR = "[bold red]error[/]"
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a place that the user has chosen
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
+Allowed = Annotated[
+    str,
+    typer.Option("--allow-plugins", help="Modules, comma-separated, that another user's run may have this import."),
+]
 
 
 @app.command(context_settings=SETTINGS)
@@ -62,12 +66,16 @@ def validate(
     measured: Annotated[
         str | None, typer.Option(help="A run whose measured steps say how long this one will take.")
     ] = None,
+    allow_plugins: Annotated[
+        str, typer.Option(help="Modules that the profile names, separated by commas: import and check them too.")
+    ] = "",
 ) -> None:
     """Checks a profile and prints its resolved settings and the size of a step. Needs no GPU and no weights."""
     from latent_grpo.deploy.checks.validate import validate as rows_of
 
     config = settings(profile, context, gpus)
-    rows = rows_of(config, files=files, cpus=cpus, gpus=gpus, measured=measured)
+    allowed = listed(allow_plugins)
+    rows = rows_of(config, files=files, cpus=cpus, gpus=gpus, measured=measured, allowed=allowed)
     console.print_json(config_as_json(config))
     table = Table(title=f"{profile}: {config.algorithm}", show_header=False)
     table.add_column()
@@ -89,6 +97,7 @@ def train(
     train_only: Annotated[
         str | None, typer.Option(help="Start no rollout worker; train on this run's dumps, with its settings.")
     ] = None,
+    allow_plugins: Allowed = "",
 ) -> None:
     """Trains a new run from a profile, or continues a stopped one (`--resume RUN`) from its last checkpoint."""
     if sum(map(bool, (resume, rollout_only, train_only))) > 1:
@@ -101,6 +110,8 @@ def train(
         given = ["--resume", resume] if resume else ["--profile", profile]
         if gpus is not None and not resume:
             given += ["--gpus", str(gpus)]
+        if allow_plugins:
+            given += ["--allow-plugins", allow_plugins]
         raise typer.Exit(supervise([*given, *context.args], say))
 
     from latent_grpo.deploy import single_service
@@ -110,9 +121,9 @@ def train(
         if rollout_only:
             single_service.rollout_only(settings(profile, context, gpus, sized=True), profile)
         elif train_only:
-            single_service.train_only(train_only, overrides(context.args))
+            single_service.train_only(train_only, overrides(context.args), allowed=listed(allow_plugins))
         elif resume:
-            training.resume(resume, overrides(context.args))
+            training.resume(resume, overrides(context.args), allowed=listed(allow_plugins))
         else:
             training.train(settings(profile, context, gpus, sized=True), profile)
 
@@ -159,6 +170,7 @@ def sft(
     context: typer.Context,
     profile: Profile = "quickstart",
     resume: Annotated[str | None, typer.Option(help="Continue the stopped Latent-SFT in this folder.")] = None,
+    allow_plugins: Allowed = "",
 ) -> None:
     """Runs Latent-SFT alone: the latent start that RL needs, or the explicit one of the baseline (algorithm=grpo)."""
     from latent_grpo.deploy.sft.loop import resume_sft
@@ -166,7 +178,7 @@ def sft(
 
     with interruptible():
         if resume:
-            resume_sft(resume, overrides(context.args))
+            resume_sft(resume, overrides(context.args), allowed=listed(allow_plugins))
         else:
             latent_sft(settings(profile, context), profile)
 
@@ -188,13 +200,16 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use only this many problems of each task, the first ones.")
     ] = None,
+    allow_plugins: Allowed = "",
 ) -> None:
     """Measures a model: pass@1 (noise off), pass@k (with noise), chain length and invalid rate."""
     from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
 
     names = listed(tasks)
     given = overrides(context.args) + ([] if samples is None else [f"evaluation.samples={samples}"])
-    config, name, noise = evaluation_config(model, given, profile=profile, tasks=names, data=data_folder, limit=limit)
+    config, name, noise = evaluation_config(
+        model, given, profile=profile, tasks=names, data=data_folder, limit=limit, allowed=listed(allow_plugins)
+    )
     with interruptible():
         evaluate_model(config, name, noise=noise)
 

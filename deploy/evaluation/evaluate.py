@@ -37,6 +37,7 @@ from latent_grpo.deploy.evaluation.report import protocol_line, report, show, ta
 from latent_grpo.deploy.evaluation.rows import Row, SampleSet, interim_rows, planned, rows_of
 from latent_grpo.deploy.evaluation.scores import TaskResult
 from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, create_run
+from latent_grpo.deploy.run.foreign_code import check_origin
 from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.problems import PreparedTask
 from latent_grpo.deploy.run.progress import Reporter
@@ -242,21 +243,25 @@ def evaluation_config(
     tasks: Sequence[str] = (),
     data: str = "data",
     limit: int | None = None,
+    allowed: Sequence[str] = (),
 ) -> EvaluationPlan:
     """Returns the plan of an evaluation of `model`. Raises ConfigError.
 
     Settings come from `profile`; without one, from the run in whose folder the model lies; without that, for named
     benchmarks, from the model's own chain (`common.model_chain`) and the defaults. `tasks` replaces the evaluation
     tasks by named benchmarks with the files of the folder `data`; `limit` takes the first problems of each. Training
-    tasks are not loaded.
+    tasks are not loaded. `allowed` are modules or import paths that may be imported for a run of another user
+    (`deploy.run.foreign_code`).
     """
     check_is_no_run(model)
+    origin: Path | None = None  # the run whose settings are taken
     run_config = Path(model).parent / "config.json"
     if profile is not None:
         settings, name = read_profile(profile), Path(profile).stem
         noise = f"profile {name}"
     elif (Path(model).parent / "run.json").is_file() and run_config.is_file():
-        settings, name = RunFolder(run_config.parent).settings(), Path(model).resolve().parent.name
+        origin = run_config.parent
+        settings, name = RunFolder(origin).settings(), Path(model).resolve().parent.name
         noise = f"run {name}"
     elif tasks:
         settings, name, noise = _settings_of(read_chain(model)), "benchmarks", None
@@ -284,7 +289,10 @@ def evaluation_config(
     config = config.model_copy(update={"tasks": config.evaluation.tasks})
     used = used_definitions(config)  # those of the training tasks alone are of no use here
     verifiers = {name: definition for name, definition in config.verifiers.items() if name in used}
-    return EvaluationPlan(config.model_copy(update={"verifiers": verifiers}), name, noise)
+    config = config.model_copy(update={"verifiers": verifiers})
+    if origin is not None:
+        check_origin(origin, config, overrides, allowed)
+    return EvaluationPlan(config, name, noise)
 
 
 def _settings_of(chain: ChainSettings | None) -> dict[str, Any]:

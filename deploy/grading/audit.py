@@ -20,6 +20,7 @@ from rich.text import Text
 
 from latent_grpo.common.config import load_config
 from latent_grpo.common.files import unwritable, write_atomically
+from latent_grpo.common.plugins import is_import_path
 from latent_grpo.common.tasks.sources import describe_dropped
 from latent_grpo.common.terminal_text import visible
 from latent_grpo.deploy.grading import gold_check
@@ -28,7 +29,7 @@ from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.reward.answers import gold_is_parsable
 from latent_grpo.reward.pool import VerifierPool
 from latent_grpo.reward.verifier import REASONS, Definitions, Grade, Verifier
-from latent_grpo.rollout_workers.verifiers import build_verifier, reward_errors, verifier_pool
+from latent_grpo.rollout_workers.verifiers import build_verifier, code_of, reward_errors, verifier_pool
 
 PLAIN = "latent_grpo.reward.plain_math_verify:PlainMathVerify"
 SHOWN_END = 160  # characters of a response's end that an example shows
@@ -108,6 +109,9 @@ def run_audit(
         raise AuditError("--golds grades no responses; leave out --compare and --output")
     found = read_answers(file, *columns, golds_only=golds)
     rows = found.rows
+    code = {kind} if profile is None else code_of(load_config(profile), kind)
+    if named := sorted(path for path in code if is_import_path(path)):
+        Console(stderr=True).print(Text(f"runs code that the command names: {', '.join(named)}"), soft_wrap=True)
     if found.dropped:
         sentence = f"{file}: {describe_dropped(found.dropped)}"
         Console(stderr=True).print(Text(sentence, style="yellow"), soft_wrap=True)

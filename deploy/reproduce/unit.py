@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from latent_grpo.common.config import RunConfig
@@ -23,6 +24,7 @@ from latent_grpo.deploy.reproduce.suite import (
     units,
 )
 from latent_grpo.deploy.run.folder import LEASE_FILE, LOCK_FILE, RunFolder, create_run, reopen_run, run_lock
+from latent_grpo.deploy.run.foreign_code import check_origin, named_code
 from latent_grpo.deploy.run.progress import Reporter
 
 SESSIONS = "sessions.json"
@@ -91,22 +93,21 @@ def _pipeline(unit: Unit, config: RunConfig, path: Path, reporter: Reporter) -> 
     from latent_grpo.deploy import train as training
 
     begun = (path / "config.json").is_file()
+    allowed = [code.path for code in named_code(config)]  # the command's suite names it
     if unit.is_start:
         if begun:
-            folder, _, lineage = reopen_run(path, [], "sft")
+            folder, _, lineage = reopen_run(path, [], "sft", check=partial(check_origin, allowed=allowed))
         else:
             folder, lineage = create_run(config, unit.name, path, kind="sft"), 0
         _make_start(folder, config, lineage, reporter)
     elif begun:
-        training.resume(path, [], reporter)
+        training.resume(path, [], reporter, allowed)
     else:
         training.train(config, unit.name, reporter, path)
 
 
 def _make_start(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter) -> None:
     """The warm start, if the start has one, and the evaluation that its arms are compared with."""
-    from functools import partial
-
     from latent_grpo.deploy.controller import gather
     from latent_grpo.deploy.evaluation.evaluate import evaluate
     from latent_grpo.deploy.run.preparation import prepare

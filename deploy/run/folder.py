@@ -33,7 +33,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -185,16 +185,21 @@ def has_begun(path: Path) -> bool:
 
 
 def reopen_run(
-    path: str | Path, overrides: list[str], kind: RunKind, settings: RunConfig | None = None
+    path: str | Path,
+    overrides: list[str],
+    kind: RunKind,
+    settings: RunConfig | None = None,
+    check: Callable[[Path, RunConfig], None] = lambda path, config: None,
 ) -> tuple[RunFolder, RunConfig, int]:
     """Opens a stopped run to resume it: its folder, its settings with allowed changes, and its new lineage.
 
     `kind` says what it does from now on: `train` may go on with the run of an `sft`, and 0.2.0 stored no kind. With
-    `settings` the run goes on with these in place of its own with `overrides`. Raises :class:`ResumeError`, and
-    :class:`FolderInUse` where the run has not stopped.
+    `settings` the run goes on with these in place of its own with `overrides`; its own are given to `check` first,
+    which may raise. Raises :class:`ResumeError`, and :class:`FolderInUse` where the run has not stopped.
     """
     if settings is None:
         folder, config = open_run(path, overrides, "--resume")
+        check(folder.path, config)
     else:
         folder, config = RunFolder(Path(path)), settings
         _check_changes(folder, folder.config(), config)

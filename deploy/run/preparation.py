@@ -8,10 +8,12 @@ same words, before a folder, a Ray session or a model exists.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rich.markup import escape
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.encoding import TextEncoder
@@ -33,8 +35,9 @@ from latent_grpo.common.tasks.sources import TaskSource, is_generated
 from latent_grpo.common.tasks.tables import KNOWN, exists, source_files
 from latent_grpo.common.types import TokenFacts
 from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.foreign_code import announced
 from latent_grpo.deploy.run.machine import check_machine
-from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources
+from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources, is_read
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.sft_data import SFTData, has_chain, prepare_sft
 from latent_grpo.learner.sft.lora import missing_package
@@ -104,9 +107,12 @@ class Prepared:
 def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = None) -> Prepared:
     """Reads and checks everything that a run on this machine needs; writes nothing. Raises ConfigError.
 
-    `folder` is the run's, if it has one; its `model.new` or its finished Latent-SFT may be there already.
+    Code that the settings name by import path is printed, then imported (`deploy.run.foreign_code`). `folder` is the
+    run's, if it has one; its `model.new` or its finished Latent-SFT may be there already.
     """
     check_machine(config.deadlines.start_s)
+    for line in announced(config):
+        reporter.say(escape(line))
     found = check(config, folder, reporter=reporter)
     if found.model is None or found.problems is None:
         raise ConfigError("the run has no model or no training problems")  # check() refuses both on this machine
@@ -127,12 +133,14 @@ def check(
     *,
     elsewhere: bool = False,
     stored: bool = True,
+    left_out: Collection[str] = (),
     reporter: Reporter | None = None,
 ) -> Checked:
     """Checks everything that can be checked before a run starts. Raises ConfigError.
 
     With `elsewhere` the run may start on another machine, so a model or a vLLM that is missing here is not checked.
-    Without `stored` only generated tasks are read, and no files. `reporter` shows the progress where that takes long.
+    Without `stored` only generated tasks are read, and no files. Import paths of `left_out` are not imported, and what
+    needs them is not checked. `reporter` shows the progress where that takes long.
     """
     reporter = reporter or Reporter()
     if stored:
@@ -143,13 +151,14 @@ def check(
     if not elsewhere and due and config.latent_sft.lora is not None:
         check_lora()
     engine = check_engine(config, elsewhere=elsewhere)
-    verifiers = check_verifiers(config, spare=folder is not None)  # 0.1.0 started runs with spare ones
+    spare = folder is not None  # 0.1.0 started runs with verifiers that no task uses
+    verifiers = check_verifiers(config, spare=spare, left_out=left_out)
     for line in large_files(config) if stored else []:
         reporter.say(line)
-    sources = Sources.read(config, stored=stored)
+    sources = Sources.read(config, stored=stored, left_out=left_out)
     if elsewhere and config.model.source is not None and not Path(config.model.source).is_dir():
         return Checked(engine, verifiers, sources, None, None, None)
-    first = sources.training[0] if stored or is_generated(config.tasks[0]) else None
+    first = sources.training[0] if is_read(config.tasks[0], stored, left_out) else None
     model = _read_model(config, folder, first, warnings)
     if config.model.new is not None and config.model.new.tokenizer == "bpe" and first is None:
         return Checked(engine, verifiers, sources, model, None, None)  # its tokens come from a file that was not read

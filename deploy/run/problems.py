@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,7 @@ from latent_grpo.common.tasks.benchmarks import (
     prompt_of_messages,
     reference_rules,
 )
+from latent_grpo.common.tasks.generator import PREFIX
 from latent_grpo.common.tasks.sources import (
     EMPTY_ANSWER,
     EMPTY_PROBLEM,
@@ -34,7 +36,7 @@ from latent_grpo.common.types import GroupRequest, NoiseMode, Problem, Purpose, 
 from latent_grpo.deploy.run.findings import notes
 from latent_grpo.reward.answers import gold_is_parsable
 from latent_grpo.reward.extraction import extract
-from latent_grpo.rollout_workers.verifiers import build_verifier
+from latent_grpo.rollout_workers.verifiers import build_verifier, code_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,17 +162,22 @@ def protocols_of(task: TaskConfig, config: RunConfig) -> list[Protocols]:
 
 
 def read_task(
-    task: TaskConfig, config: RunConfig, *, whole: bool = False, protocol: EvaluationProtocol = "ours"
+    task: TaskConfig,
+    config: RunConfig,
+    *,
+    whole: bool = False,
+    protocol: EvaluationProtocol = "ours",
+    left_out: Collection[str] = (),
 ) -> TaskSource:
     """Loads a task and drops, with a count, the rows that are empty or that its verifier cannot grade.
 
-    A `whole` task is an evaluation's and must not lack a row. Raises TaskError when nothing is left, and for a `whole`
-    task that is endless or that has such rows.
+    A `whole` task is an evaluation's and must not lack a row. A verifier that needs an import path of `left_out` is
+    not asked. Raises TaskError when nothing is left, and for a `whole` task that is endless or that has such rows.
     """
-    verifier = build_verifier(config, task.verifier)
-    source = load_task(
-        task, config.seed, lambda gold: gold_is_parsable(verifier, gold), lambda text: extract(text).content, protocol
-    )
+    gradable: Callable[[str], bool] | None = None
+    if code_of(config, task.verifier).isdisjoint(left_out):
+        gradable = partial(gold_is_parsable, build_verifier(config, task.verifier))
+    source = load_task(task, config.seed, gradable, lambda text: extract(text).content, protocol)
     if whole:
         _check_whole(source)
     if isinstance(source, StoredTask):
@@ -196,6 +203,13 @@ def _check_whole(source: TaskSource) -> None:
         )
 
 
+def is_read(task: TaskConfig, stored: bool, left_out: Collection[str]) -> bool:
+    """Whether a check reads the task: not its file without `stored`, and no generator of the paths `left_out`."""
+    if not is_generated(task):
+        return stored
+    return (task.path or "").removeprefix(PREFIX) not in left_out
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """The problems of a run as its files and generators hold them, before a tokenizer encodes them."""
@@ -205,16 +219,22 @@ class Sources:
     protocols: list[Protocols]  # of each of `evaluation`
 
     @classmethod
-    def read(cls, config: RunConfig, *, stored: bool = True) -> Sources:
-        """Reads every task once; without `stored` only the generated ones. Raises TaskError."""
+    def read(cls, config: RunConfig, *, stored: bool = True, left_out: Collection[str] = ()) -> Sources:
+        """Reads every task once; without `stored` only the generated ones. Raises TaskError.
+
+        Generators and verifiers of the import paths `left_out` are not imported: tasks of the former are not read.
+        """
         by_task = [(task, protocols_of(task, config)) for task in config.evaluation.tasks]
-        wanted = [(task, by) for task, by in by_task if stored or is_generated(task)]
+        wanted = [(task, by) for task, by in by_task if is_read(task, stored, left_out)]
         asked = [(task, protocols) for task, by in wanted for protocols in by]
-        evaluation = [read_task(task, config, whole=True, protocol=protocols[0]) for task, protocols in asked]
+        evaluation = [
+            read_task(task, config, whole=True, protocol=protocols[0], left_out=left_out) for task, protocols in asked
+        ]
         by = [protocols for _, protocols in asked]
         if config.tasks == config.evaluation.tasks:
             return cls(evaluation, evaluation, by)
-        return cls([read_task(task, config) for task in config.tasks if stored or is_generated(task)], evaluation, by)
+        training = [task for task in config.tasks if is_read(task, stored, left_out)]
+        return cls([read_task(task, config, left_out=left_out) for task in training], evaluation, by)
 
     def prepared(self, config: RunConfig, encoder: TextEncoder) -> Tasks:
         """Encodes the tasks' prompts. Raises TaskError."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from latent_grpo.common.schema import concat
 from latent_grpo.deploy.controller import Pool, gather
 from latent_grpo.deploy.evaluation.scores import TaskResult, failure_shares, results
 from latent_grpo.deploy.run.folder import FAILED, SFT_PURPOSE, RunFolder, create_run, reopen_run
+from latent_grpo.deploy.run.foreign_code import check_origin
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.problems import group_request
 from latent_grpo.deploy.run.progress import Advance, Reporter, first_step_line
@@ -198,14 +199,20 @@ def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> Ru
     return _alone(create_run(config, profile, kind="sft"), config, 0, reporter, prepared)
 
 
-def resume_sft(path: str | Path, overrides: list[str], reporter: Reporter | None = None) -> RunFolder:
-    """Resumes a stopped `sft` from its last complete state; a finished one is only reported."""
+def resume_sft(
+    path: str | Path, overrides: list[str], reporter: Reporter | None = None, allowed: Sequence[str] = ()
+) -> RunFolder:
+    """Resumes a stopped `sft` from its last complete state; a finished one is only reported.
+
+    `allowed` are modules or import paths that may be imported for a run of another user (`deploy.run.foreign_code`).
+    """
     reporter = reporter or Reporter()
     folder = RunFolder(Path(path))
     if (folder.base_model / "config.json").is_file() and (folder.path / "config.json").is_file():
         reporter.say(f"{folder.path} is finished: model {folder.base_model}")
         return folder
-    folder, config, lineage = reopen_run(path, overrides, "sft")
+    check = partial(check_origin, overrides=overrides, allowed=allowed)
+    folder, config, lineage = reopen_run(path, overrides, "sft", check=check)
     if config.warm_start is None:
         raise ConfigError(
             f"{folder.path} has no warm_start, so it is not a Latent-SFT; resume it with `latent-grpo train --resume`"

@@ -19,6 +19,7 @@ from latent_grpo.deploy.reproduce.in_process import InProcessPool, train_in_proc
 from latent_grpo.deploy.reproduce.scheduler import check
 from latent_grpo.deploy.reproduce.unit import Request, run_unit
 from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.foreign_code import named_code
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.reward.testing import check_verifier
 from latent_grpo.reward.verifier import load_verifier
@@ -66,8 +67,10 @@ def test_the_table_names_every_example():
 @pytest.mark.parametrize("name", ["own_verifier", "own_task", "own_sink"])
 def test_validate_accepts_the_profile_and_imports_what_it_names(within, name):
     within(name)
-    done = CliRunner().invoke(app, ["validate", "--profile", "profile.yaml"])
+    modules = ",".join(code.module for code in named_code(load_config("profile.yaml")))
+    done = CliRunner().invoke(app, ["validate", "--profile", "profile.yaml", "--allow-plugins", modules])
     assert done.exit_code == 0, done.output
+    assert "not checked, since" not in done.output
 
 
 def test_own_verifier(within, tmp_path, monkeypatch):

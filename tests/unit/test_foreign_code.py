@@ -1,0 +1,176 @@
+"""Somebody else's profile, run folder or checkpoint runs nothing; what the user names runs, after it is printed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+
+import pytest
+import yaml
+from fake_run import fake_run
+from rich.console import Console
+from typer.testing import CliRunner
+
+from latent_grpo.common.config import ConfigError, load_config, read_profile
+from latent_grpo.common.config.loading import with_value
+from latent_grpo.deploy.cli.app import app
+from latent_grpo.deploy.evaluation.evaluate import evaluation_config
+from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.foreign_code import check_origin, named_code
+from latent_grpo.deploy.run.preparation import prepare
+from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.sft.loop import resume_sft
+from latent_grpo.deploy.single_service import train_only
+from latent_grpo.deploy.train import resume
+
+NAMED = {
+    "tasks.0.verifier": "foreign_trap:Verifier",
+    "tasks.0.path": "python:foreign_trap:Task",
+    "metrics.sinks": ["foreign_trap:Sink"],
+}
+COMPOSED = {
+    "verifiers": {
+        "mine": {"kind": "gate", "options": {"gate": {"kind": "foreign_trap:Verifier"}, "then": {"kind": "math"}}}
+    },
+    "tasks.0.verifier": "mine",
+}
+SOMEBODY = 54321  # a uid
+
+
+@pytest.fixture(autouse=True)
+def _unloaded():
+    sys.modules.pop("foreign_trap", None)
+    yield
+    sys.modules.pop("foreign_trap", None)
+
+
+def loaded():
+    return "foreign_trap" in sys.modules
+
+
+def with_values(data, values):
+    for key, value in values.items():
+        data = with_value(data, key.split("."), value, key)
+    return data
+
+
+def profile(path, values):
+    path.write_text(yaml.safe_dump(with_values(read_profile("quickstart"), values)))
+    return str(path)
+
+
+@pytest.fixture
+def somebodys_run(tmp_path):
+    """A run with dumps whose settings name code of every kind, in a folder that everybody may write into."""
+    run = fake_run(tmp_path / "run", steps=2)
+    stored = with_values(json.loads((run.path / "config.json").read_text()), NAMED)
+    (run.path / "config.json").write_text(json.dumps(stored))
+    os.chmod(run.path, 0o777)
+    return run.path
+
+
+def output_of(*arguments):
+    done = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "300"})
+    return done, " ".join(f"{done.output} {done.exception or ''}".split())
+
+
+# --- commands that only look
+
+
+@pytest.mark.parametrize("values", [NAMED, COMPOSED, {"tasks.0.verifier": "os:system"}], ids=["named", "inside", "os"])
+def test_validate_runs_nothing_and_says_what_it_left_out(tmp_path, values):
+    done, text = output_of("validate", "--profile", profile(tmp_path / "p.yaml", values), "--files")
+    assert done.exit_code == 0, text
+    assert not loaded()
+    assert "not checked, since it would run code that the settings name: " in text
+    for path in ("os:system",) if "os:system" in str(values) else ("foreign_trap:Verifier",):
+        assert path in text
+    assert "--allow-plugins" in text
+
+
+def test_validate_checks_a_module_that_the_user_allows(tmp_path):
+    name = profile(tmp_path / "p.yaml", NAMED)
+    done, text = output_of("validate", "--profile", name, "--files", "--allow-plugins", "foreign_trap")
+    assert done.exit_code == 0, text
+    assert loaded()
+    assert "not checked, since" not in text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "RUN"),
+        ("inspect", "RUN", "--step", "1", "--show", "1"),
+        ("report", "RUN"),
+        ("replay", "RUN", "--step", "1"),
+        ("export", "RUN", "--to", "exported"),
+        ("scale", "RUN", "--workers", "2"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_command_that_reads_a_run_imports_nothing_that_its_settings_name(somebodys_run, command):
+    output_of(*(str(somebodys_run) if part == "RUN" else part for part in command))
+    assert not loaded()
+
+
+# --- commands that run
+
+
+def test_what_the_users_own_profile_names_is_printed_and_then_imported(tmp_path):
+    shown = io.StringIO()
+    config = load_config(profile(tmp_path / "p.yaml", NAMED))
+    prepare(config, Reporter(Console(file=shown, width=300)))
+    assert loaded()
+    assert (
+        "runs code that the settings name: foreign_trap:Task (tasks.0.path), foreign_trap:Verifier (tasks.0.verifier), "
+        "foreign_trap:Sink (metrics.sinks.0)"
+    ) in shown.getvalue()
+
+
+@pytest.mark.parametrize("go_on", [resume, resume_sft, train_only])
+def test_somebody_elses_run_does_not_go_on_with_code_that_the_user_has_not_allowed(somebodys_run, go_on):
+    (somebodys_run / "base").mkdir(exist_ok=True)
+    start = somebodys_run / "base" / "config.json"
+    if go_on is train_only:
+        start.write_text("{}")
+    else:
+        start.unlink(missing_ok=True)  # of a Latent-SFT that is not finished
+    with pytest.raises(ConfigError, match=r"another user's.*foreign_trap:Verifier.*--allow-plugins foreign_trap"):
+        go_on(somebodys_run, [])
+    assert not loaded()
+
+
+def test_an_evaluation_by_the_settings_of_somebody_elses_run_is_refused_unless_allowed(somebodys_run):
+    stored = json.loads((somebodys_run / "config.json").read_text())
+    stored["evaluation"]["tasks"] = stored["tasks"]
+    (somebodys_run / "config.json").write_text(json.dumps(stored))
+    model = str(somebodys_run / "model")
+    with pytest.raises(ConfigError, match="--allow-plugins foreign_trap"):
+        evaluation_config(model, [])
+    assert evaluation_config(model, [], allowed=["foreign_trap"]).config.tasks[0].verifier == "foreign_trap:Verifier"
+    assert not loaded()
+
+
+def test_the_users_own_run_needs_no_flag_and_an_override_counts_as_the_users_word(somebodys_run):
+    config = RunFolder(somebodys_run).config()
+    with pytest.raises(ConfigError, match="everybody"):
+        check_origin(somebodys_run, config)
+    os.chmod(somebodys_run, 0o755)
+    check_origin(somebodys_run, config)
+    with pytest.raises(ConfigError, match="another user's"):
+        check_origin(somebodys_run, config, user=SOMEBODY)
+    overrides = ["tasks.0.verifier=foreign_trap:Verifier", "tasks.0.path=python:foreign_trap:Task"]
+    with pytest.raises(ConfigError, match=r"would run: foreign_trap:Sink \(metrics.sinks.0\); ") as refused:
+        check_origin(somebodys_run, config, overrides, user=SOMEBODY)
+    assert "Verifier" not in str(refused.value)
+    check_origin(somebodys_run, config, [*overrides, "metrics.sinks=[foreign_trap:Sink]"], user=SOMEBODY)
+    check_origin(somebodys_run, config, allowed=["foreign_trap"], user=SOMEBODY)
+    with pytest.raises(ConfigError, match="foreign_trap"):
+        check_origin(somebodys_run, config, allowed=["foreign"], user=SOMEBODY)
+
+
+def test_registered_names_and_this_programs_own_verifiers_are_no_foreign_code(tmp_path):
+    own = {"verifiers": {"mine": {"kind": "latent_grpo.reward.answers:NumberVerifier"}}, "tasks.0.verifier": "mine"}
+    assert named_code(load_config(profile(tmp_path / "p.yaml", own))) == []
