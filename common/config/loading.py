@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def read_profile(source: str | Path) -> dict[str, Any]:
 
 
 def _explain(error: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "config"
+    where = ".".join(_shown(part) for part in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(error['loc'])}"
     if error["type"] == "value_error":
@@ -111,6 +112,11 @@ def _explain(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{where}: missing; it has no default"
     return f"{where}: {error['msg']}, got {error['input']!r}"
+
+
+def _shown(part: int | str) -> str:
+    """A part of a key; in quotes where it holds anything that no key of ours has, such as a line break."""
+    return str(part) if re.fullmatch(r"[\w-]+", str(part)) else repr(part)
 
 
 def _nearest(loc: tuple[int | str, ...]) -> str:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ from latent_grpo.deploy.cli.arguments import (
 )
 from latent_grpo.deploy.cli.bench import bench
 from latent_grpo.deploy.cli.data import data
+from latent_grpo.deploy.cli.faults import debugging, exit_code_of, in_one_line, unexpected
 from latent_grpo.deploy.cli.models import models
 from latent_grpo.deploy.cli.reading import reading
 from latent_grpo.deploy.run import link
@@ -355,7 +357,7 @@ def say(message: str, heading: str = "[yellow]supervisor[/]") -> None:
 
 
 def main() -> None:
-    """Runs the command line. An expected error ends it with one line and the error's own exit code."""
+    """Runs the command line. Any error ends it with one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or a file that cannot show a character gets another one
             stream.reconfigure(errors="replace")
@@ -363,33 +365,48 @@ def main() -> None:
         sys.path.append(here)  # a user's verifiers, tasks and sinks are there; `python -m` has it already
     if link.supervised():
         link.connect()
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code, after it has told the supervisor, if there is one.
+
+    An expected error is one line on standard error and has an exit code of its own; an unexpected one is one line too
+    (`deploy.cli.faults`). With `LATENT_GRPO_DEBUG=1` their tracebacks are shown before it.
+    """
     try:
-        app(args=[argument_with_home(argument) for argument in sys.argv[1:]])
+        app(args=[argument_with_home(argument) for argument in arguments])
+        code = 0
     except LatentGRPOError as error:
-        say(str(error), ERROR)
-        lost = isinstance(error, RayLost)
-        link.tell(**({"crashed": f"has lost its Ray: {error}"} if lost else {"ended": error.exit_code}))
-        sys.exit(error.exit_code)
+        code = _failed(error, str(error), error.exit_code)
     except OSError as error:
-        if error.errno not in DISK:
-            link.tell(ended=1)
-            raise
-        where = error.filename or "the output, or a file,"
-        say(f"{where} {unwritable(error)}; make room there, or choose another folder", ERROR)
-        link.tell(ended=1)
-        sys.exit(1)
+        if error.errno in DISK:
+            where = error.filename or "the output, or a file,"
+            code = _failed(error, f"{where} {unwritable(error)}; make room there, or choose another folder", 1)
+        else:
+            code = _failed(error, unexpected(error, arguments), exit_code_of(error))
     except SystemExit as error:  # by which every command ends
-        link.tell(ended=error.code if isinstance(error.code, int) else int(error.code is not None))
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        link.tell(ended=code)
+    except Exception as error:
+        code = _failed(error, unexpected(error, arguments), exit_code_of(error))
+    except BaseException:
+        link.tell(ended=1)
         raise
-    except BaseException as error:
-        gone = isinstance(error, ray_is_gone())
-        link.tell(**({"crashed": f"has lost its Ray: {in_one_line(error)}"} if gone else {"ended": 1}))
-        raise
+    return code
 
 
-def in_one_line(error: BaseException) -> str:
-    """Returns the first line of what an error says."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _failed(error: Exception, sentence: str, code: int) -> int:
+    """Says what has ended the command, to the user and to the supervisor, and returns the exit code."""
+    if debugging():
+        traceback.print_exception(error)
+    say(sentence, ERROR)
+    if isinstance(error, (RayLost, *ray_is_gone())):
+        lost = str(error) if isinstance(error, RayLost) else in_one_line(error)
+        link.tell(crashed=f"has lost its Ray: {lost}")
+    else:
+        link.tell(ended=code)
+    return code
 
 
 def ray_is_gone() -> tuple[type[BaseException], ...]:
