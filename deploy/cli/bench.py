@@ -106,6 +106,21 @@ def bench_replay(
         write_json(found, json_file)
 
 
+@bench.command("trl")
+def bench_trl(
+    steps: Annotated[int, typer.Option(min=1, help="Counted steps of each way in a turn.")] = 8,
+    turns: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Compares a step of TRL's GRPOTrainer with one of ours on the same model and prompts, on CPU."""
+    from latent_grpo.deploy.bench.trl import measure, show, write_json
+
+    found = measure(steps, turns)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)
+
+
 @bench.command("agreement", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench_agreement(
     context: typer.Context,
