@@ -111,3 +111,41 @@ def report(
     Console(highlight=False, soft_wrap=True).print(
         f"report {path} ({path.stat().st_size / 2**20:.1f} MB)", markup=False
     )
+
+
+Machine = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+
+
+@reading.command()
+def status(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run's folder; default: the newest one in runs/.")
+    ] = None,
+    json: Machine = False,
+) -> None:
+    """Says what a run does: its step, pace, time left and alarms, from its files alone, while it goes on or after."""
+    from latent_grpo.deploy.view import status as reading_status
+    from latent_grpo.deploy.view.run_view import open_run
+    from latent_grpo.deploy.view.trajectory import print_json
+
+    found = reading_status.status_of(open_run(run or reading_status.newest_run(Path("runs"))))
+    if json:
+        print_json(Console(), found.as_json())
+    else:
+        reading_status.show(found, Console(highlight=False))
+
+
+@reading.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The folder that runs are in.")] = Path("runs"),
+    json: Machine = False,
+) -> None:
+    """Lists the runs of a folder: which of them go on, how far they are, at what pace, and with which alarms."""
+    from latent_grpo.deploy.view import status as reading_status
+    from latent_grpo.deploy.view.trajectory import print_json
+
+    found = reading_status.all_statuses(folder)
+    if json:
+        print_json(Console(), {"runs": [one.as_json() for one in found]})
+    else:
+        reading_status.show_all(found, Console(highlight=False))
