@@ -209,7 +209,7 @@ def _trainer(model: str, steps: int, scratch: str, callbacks: list[Any]) -> Any:
         reward_funcs=rewards,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": [f"{text} <think>" for text in prompts()]}),
-        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=False),
         callbacks=callbacks,
     )
 

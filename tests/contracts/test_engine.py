@@ -244,10 +244,10 @@ def assert_every_end(groups: dict[str, tuple[Trajectory, ...]]) -> None:
     assert ("stop", "visible", True) in ends, f"no visible sample stopped: {ends}"
 
 
-@pytest.mark.parametrize("options", [{}, {"max_rows": 7}, {"deterministic": True}], ids=str)
+@pytest.mark.parametrize("options", [{"max_rows": 7}, {"deterministic": True}], ids=str)
 def test_without_noise_a_group_takes_its_latent_steps_once(options: dict[str, object]) -> None:
     """GPT-2 is decoded by its own forward pass, in which the rows of each step can be counted."""
-    requests = [make_request(uid, 5 + uid, samples=5, noise_mode="off", max_tokens=25) for uid in range(8)]
+    requests = [make_request(uid, 5 + uid, samples=5, noise_mode="off", max_tokens=25) for uid in range(5)]
     requests.append(make_request(9, 4, samples=2, max_tokens=9))
     engine, model = make_engine("gpt2", **options), make_model("gpt2")
     rows: list[int] = []
