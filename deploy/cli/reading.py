@@ -81,9 +81,10 @@ def inspect(
 
 @reading.command()
 def report(
-    run: RunArgument,
+    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="A run's folder; several are compared.")],
     out: Annotated[
-        Path | None, typer.Option(help="The file to write; default: report.html in the run's folder.")
+        Path | None,
+        typer.Option(help="The file to write; default: report.html in the run's folder, comparison.html beside runs."),
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="Most trajectories in the report.")] = 1000,
     step: Step = None,
@@ -98,16 +99,20 @@ def report(
     max_length: MaxLength = None,
     lineage: Lineage = None,
 ) -> None:
-    """Writes one HTML file about a run: curves, health, and trajectories to browse offline."""
+    """Writes one HTML file about a run: curves, health, and trajectories to browse offline; or about several runs."""
     from latent_grpo.deploy.view.report.build import write_report
+    from latent_grpo.deploy.view.report.compare import write_comparison
     from latent_grpo.deploy.view.run_view import open_run
-    from latent_grpo.deploy.view.selection import Filters, parse_steps
+    from latent_grpo.deploy.view.selection import Filters, InspectionError, parse_steps
 
     filters = Filters(
         steps=parse_steps(step or []), purpose=purpose, task=task, failed=failed, correct=correct, reason=reason,
         group=group, problem=problem, min_length=min_length, max_length=max_length, lineage=lineage,
     )  # fmt: skip
-    path = write_report(open_run(run), out, filters, sample)
+    views = [open_run(folder) for folder in run]
+    if len(views) > 1 and filters.choosing:
+        raise InspectionError(f"{filters}: filters choose trajectories, which a report of several runs does not have")
+    path = write_report(views[0], out, filters, sample) if len(views) == 1 else write_comparison(views, out)
     Console(highlight=False, soft_wrap=True).print(
         f"report {path} ({path.stat().st_size / 2**20:.1f} MB)", markup=False
     )

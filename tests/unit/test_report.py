@@ -20,6 +20,7 @@ from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import encode
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.view.report.build import PARTS, report_note, write_report
+from latent_grpo.deploy.view.report.compare import comparison, write_comparison
 from latent_grpo.deploy.view.report.curves import charts
 from latent_grpo.deploy.view.report.sample import Sample, sample, sampled_groups, shorten_prompts, write_out
 from latent_grpo.deploy.view.run_view import open_run
@@ -280,3 +281,47 @@ def test_every_part_of_the_page_is_in_the_package():
     assert files == {"index.html", "style.css", *(f"{part}.js" for part in PARTS)}
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert "view/report/page/*" in project["tool"]["setuptools"]["package-data"]["latent_grpo.deploy"]
+
+
+# --- several runs --------------------------------------------------------------------------------------------------
+
+
+def two_runs(folder):
+    """Two runs of the same kind; the second has more steps and another seed."""
+    runs = [fake_run(folder / "a", steps=2), fake_run(folder / "b", steps=12, seed=1)]
+    return [open_run(run.path) for run in runs]
+
+
+def test_runs_are_compared_in_the_same_charts_and_by_the_settings_that_differ(tmp_path):
+    path = write_comparison(two_runs(tmp_path))
+    assert path == tmp_path / "comparison.html"
+    found = contents(path)
+    by_title = {chart["title"]: chart["series"] for chart in found["charts"]}
+    assert [series["name"] for series in by_title["Chain length: latent steps"]] == ["a", "b"]
+    assert [len(series["x"]) for series in by_title["Gradient norm"]] == [2, 12]
+    assert "Where the time goes" not in by_title, "shares of two runs cannot lie upon each other"
+    facts = dict(found["facts"])
+    assert facts["steps"] == "a: 2 · b: 12"
+    assert "k" not in facts
+    assert facts["b"].startswith("finished after 12 steps, last reward ")
+    assert found["trajectories"] == []
+
+
+def test_runs_of_the_same_name_keep_apart_and_the_same_run_is_refused(tmp_path):
+    one, other = fake_run(tmp_path / "x" / "a"), fake_run(tmp_path / "y" / "a")
+    index = comparison([open_run(one.path), open_run(other.path)], ["p", "q"])
+    assert [name for name, _ in index["facts"][:2]] == ["p", "q"]
+    named = contents(write_comparison([open_run(one.path), open_run(other.path)], tmp_path / "out.html"))
+    assert [name for name, _ in named["facts"][:2]] == [str(one.path), str(other.path)]
+    with pytest.raises(InspectionError, match="is given twice"):
+        write_comparison([open_run(one.path), open_run(one.path)])
+
+
+def test_the_command_compares_runs_and_refuses_filters_then(tmp_path):
+    from latent_grpo.deploy.cli.app import app
+
+    paths = [str(view.folder.path) for view in two_runs(tmp_path)]
+    assert CliRunner().invoke(app, ["report", *paths]).exit_code == 0
+    refused = CliRunner().invoke(app, ["report", *paths, "--failed"])
+    assert isinstance(refused.exception, InspectionError)
+    assert "does not have" in str(refused.exception)

@@ -4,15 +4,15 @@ function overviewPage() {
   const holder = el("div", {});
   if (example) groupOf(example).then((group) => holder.replaceChildren(lesson(example, group)));
   return el("div", {},
-    el("h1", {}, "How this run went"),
+    el("h1", {}, index.compared ? "How these runs went" : "How this run went"),
     el("p", { class: "lead" }, verdict()),
-    tiles(),
+    index.compared ? null : tiles(),
     alarmBanner(),
     holder,
     el("h2", {}, "Curves"),
     index.charts.length ? el("div", { class: "grid" }, index.charts.map(chartCard))
       : el("p", { class: "empty" }, "No metrics have been recorded yet."),
-    el("h2", {}, "The run"),
+    el("h2", {}, index.compared ? "The runs, and the settings that differ" : "The run"),
     facts(index.facts),
     notes());
 }

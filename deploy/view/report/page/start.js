@@ -57,7 +57,7 @@ async function start() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redrawAll());
   index = JSON.parse(await unpacked("index"));
   byId("name").textContent = index.name;
-  byId("tabs").append(...TABS.map(([href, name]) => el("a", { href }, name)));
+  byId("tabs").append(...TABS.slice(0, index.compared ? 1 : undefined).map(([href, name]) => el("a", { href }, name)));
   window.addEventListener("hashchange", navigate);
   await navigate();
 }
