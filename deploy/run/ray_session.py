@@ -20,6 +20,7 @@ from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.reservation import Reservation, Services, amounts, reserved
 
 CONNECT_S = 60.0  # for a head that answers to accept this program
+GCS_GONE_S = 10  # after which Ray's processes take their local head for dead; Ray's own 60 s suit a cluster's network
 
 
 def needed_resources(config: RunConfig, services: Services = "both") -> dict[str, float]:
@@ -177,6 +178,7 @@ def _start_local(store: Store, folder: str, reporter: Reporter) -> None:
                 object_store_memory=store.size,
                 logging_level=logging.WARNING,
                 _temp_dir=folder,
+                _system_config={"gcs_rpc_server_reconnect_timeout_s": GCS_GONE_S},
             )
         except ValueError as error:  # more than the machine's memory, or than it has shared memory
             raise ConfigError(f"{store.sentence}: {error}; lower ray.object_store_bytes") from error
