@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from rich.markup import escape
 
 from latent_grpo.common.config import ConfigError, RunConfig, load_config
 from latent_grpo.common.files import save_whole
@@ -103,7 +102,7 @@ def train_only(
     config = load_config(origin.config().model_dump(mode="json"), [*overrides, *model])
     check_origin(origin.path, config, overrides, allowed)
     for line in announced(config):
-        reporter.say(escape(line))
+        reporter.say(line)
     dumped = recorded.dumped[: config.steps]
     if not dumped:
         every = recorded.config.dump.every

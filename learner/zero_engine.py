@@ -14,12 +14,14 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch exports it without saying so
 
 from latent_grpo.common.config import LearnerConfig, OptimizerConfig
 from latent_grpo.common.errors import RunError
@@ -36,6 +38,7 @@ from latent_grpo.learner.state import (
 )
 
 COMMUNICATION_BUCKET = 5_000_000  # elements
+RANKS_TIMEOUT = timedelta(minutes=30)  # for a rank to join, and for a collective
 log = logging.getLogger(__name__)
 
 
@@ -83,7 +86,10 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def init_distributed(*, rank: int, world: int, address: str, port: int, device: str) -> None:
-    """Joins the ranks' process group. Must run before anything imports deepspeed."""
+    """Joins the ranks' process group. Must run before anything imports deepspeed.
+
+    Its store listens on rank 0's own address alone: it has no authentication, and torch would take all interfaces.
+    """
     settings = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "MASTER_ADDR": address, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in settings.items()})  # without one DeepSpeed looks for MPI
     os.environ["DS_ACCELERATOR"] = device
@@ -97,7 +103,27 @@ def init_distributed(*, rank: int, world: int, address: str, port: int, device: 
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     if device == "cpu":
         __compatible_ops__["deepspeed_shm_comm"] = False  # else compiled at start, a minute
-    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    backend, pinned = ("nccl", torch.device("cuda", 0) if world > 1 else None) if device == "cuda" else ("gloo", None)
+    torch.distributed.init_process_group(
+        backend,
+        store=rendezvous(rank, world, address, port),
+        rank=rank,
+        world_size=world,
+        timeout=RANKS_TIMEOUT,
+        device_id=pinned,  # as DeepSpeed would say
+    )
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def rendezvous(rank: int, world: int, address: str, port: int) -> TCPStore:
+    """Returns the store by which ranks find each other; rank 0 serves it, on `address` alone."""
+    if rank:
+        return TCPStore(address, port, world, False, RANKS_TIMEOUT)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family)
+    return TCPStore(
+        address, port, world, True, RANKS_TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def interface_towards(address: str, port: int) -> str | None:

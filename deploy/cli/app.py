@@ -22,6 +22,7 @@ from rich.table import Table
 from latent_grpo.common.config import ConfigError, config_as_json
 from latent_grpo.common.errors import LatentGRPOError, RayLost
 from latent_grpo.common.files import FULL, unwritable
+from latent_grpo.common.secrets import redacted
 from latent_grpo.deploy.cli.arguments import (
     argument_with_home,
     interruptible,
@@ -36,6 +37,7 @@ from latent_grpo.deploy.cli.faults import debugging, exit_code_of, in_one_line, 
 from latent_grpo.deploy.cli.models import models
 from latent_grpo.deploy.cli.reading import reading
 from latent_grpo.deploy.run import link
+from latent_grpo.deploy.run.machine import keep_local
 
 HELP = """Trains and evaluates models that reason in latent steps.
 
@@ -78,7 +80,7 @@ def validate(
     config = settings(profile, context, gpus)
     allowed = listed(allow_plugins)
     rows = rows_of(config, files=files, cpus=cpus, gpus=gpus, measured=measured, allowed=allowed)
-    console.print_json(config_as_json(config))
+    console.print_json(redacted(config_as_json(config)))
     table = Table(title=f"{profile}: {config.algorithm}", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")  # a rendered prompt has long words, and its end matters
@@ -333,11 +335,16 @@ def submit(
     context: typer.Context,
     address: Annotated[str | None, typer.Option(help="Address of the cluster's job server: http://HEAD:8265.")] = None,
     follow: Annotated[bool, typer.Option(help="Print the driver's log and return its exit code.")] = True,
+    env: Annotated[
+        list[str] | None, typer.Option(help="Pass this variable of yours to the job, without printing it. Repeatable.")
+    ] = None,
 ) -> None:
     """Runs a command of this program as a Ray job: `latent-grpo submit train --profile svamp`."""
+    from latent_grpo.deploy.cluster.submit import passed_variables
     from latent_grpo.deploy.cluster.submit import submit as submit_job
 
-    raise typer.Exit(submit_job(command_of_job(context.args), address, follow))
+    passed = passed_variables(env or [], os.environ)
+    raise typer.Exit(submit_job(command_of_job(context.args), address, follow, environment=passed))
 
 
 def command_of_job(arguments: list[str]) -> list[str]:
@@ -353,7 +360,8 @@ def command_of_job(arguments: list[str]) -> list[str]:
 
 def say(message: str, heading: str = "[yellow]supervisor[/]") -> None:
     """Prints one line to standard error."""
-    Console(stderr=True, emoji=False).print(f"{heading} {escape(message)}", soft_wrap=True, highlight=False)
+    text = escape(redacted(message))
+    Console(stderr=True, emoji=False).print(f"{heading} {text}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:
@@ -365,6 +373,7 @@ def main() -> None:
         sys.path.append(here)  # a user's verifiers, tasks and sinks are there; `python -m` has it already
     if link.supervised():
         link.connect()
+    keep_local()
     sys.exit(run_command(sys.argv[1:]))
 
 

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from latent_grpo.common.config import DeadlineConfig, parse_override, read_profi
 from latent_grpo.common.config.yaml_files import is_path
 from latent_grpo.common.interrupts import LEAVE_S
 from latent_grpo.common.plugins import is_import_path
+from latent_grpo.common.secrets import REDACTED
 from latent_grpo.deploy.cluster.staging import SubmitError, stage_modules, stage_profile
 from latent_grpo.deploy.run.manifest import commit_for_job
 from latent_grpo.deploy.run.versions import SUBMITTED, versions
@@ -83,8 +84,9 @@ def submit(
                 },
             )
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+            said = _without(str(error), environment)
             raise SubmitError(
-                f"{address} did not accept the job: {error}. Is the head running, is port 8265 reachable (kubectl "
+                f"{address} did not accept the job: {said}. Is the head running, is port 8265 reachable (kubectl "
                 "port-forward, ssh -L), and is RAY_AUTH_TOKEN the cluster's token?"
             ) from error
     say(f"job {job} submitted to {address}")
@@ -97,6 +99,19 @@ def submit(
     except KeyboardInterrupt:
         _stop(client, job, stop_s + _NOTICE_S, say)
         return INTERRUPTED
+
+
+def passed_variables(names: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables of `submit --env NAME` with their values. Raises SubmitError, which shows no value."""
+    for name in names:
+        if not name.isidentifier():  # such as NAME=value, which the shell's history and `ps` would show
+            raise SubmitError(
+                f"--env takes the name of a variable alone, got {name.partition('=')[0]!r} with more; export it, and "
+                "give its name"
+            )
+        if name not in environment:
+            raise SubmitError(f"--env {name}: there is no such variable here; export it first")
+    return {name: environment[name] for name in names}
 
 
 def stop_seconds(arguments: Sequence[str]) -> float:
@@ -160,6 +175,13 @@ def stage(folder: Path, arguments: Sequence[str]) -> list[str]:
             f"move data and runs out of the folders {', '.join(PACKAGES)} in {root}"
         )
     return staged
+
+
+def _without(text: str, environment: Mapping[str, str] | None) -> str:
+    """The text without the values of variables, which an error of the job server may repeat."""
+    for value in sorted((environment or {}).values(), key=len, reverse=True):
+        text = text.replace(value, REDACTED) if value else text
+    return text
 
 
 async def _tail(client: JobSubmissionClient, job: str) -> None:

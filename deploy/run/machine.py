@@ -5,11 +5,13 @@ Ray itself says these things late, after minutes of retries or in a traceback of
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from latent_grpo.common.config import ConfigError
 LONGEST_SOCKET = 107 if sys.platform == "linux" else 103  # bytes of a Unix socket's path
 HEAD_S = 20.0  # for a head to answer that is only just starting
 ADDRESS, TEMPORARY, TOKEN, TOKEN_PATH = "RAY_ADDRESS", "TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+ON_OTHER_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,38 @@ def temporary_fault(environment: Mapping[str, str]) -> Fault | None:
         f"the path of {TEMPORARY}={folder} has {len(os.fsencode(folder))} bytes, and Ray's sockets in it allow {room}",
         f"set {TEMPORARY} to a folder with a shorter path, such as /tmp",
     )
+
+
+def keep_local(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Makes a Ray of this machine alone listen on the loopback interface alone; a cluster's is left as it is.
+
+    It would listen on all interfaces. The variable, by which Ray does so on macOS and Windows, counts when `ray` is
+    imported, and in all its processes.
+    """
+    if not environment.get(ADDRESS):
+        environment.setdefault(ON_OTHER_MACHINES, "0")
+
+
+def private_token(environment: Mapping[str, str] = os.environ, *, make: bool = True) -> None:
+    """Makes Ray's token file one that only its owner reads: whoever has the token may run code in every Ray process.
+
+    Ray writes it with the permissions of any file. With `make` one that is missing is written here; nothing is done
+    where the token is a variable, or the file is another user's.
+    """
+    if environment.get("RAY_AUTH_MODE", "token") != "token" or environment.get(TOKEN):
+        return
+    home = environment.get("HOME") or os.path.expanduser("~")
+    token = Path(environment.get(TOKEN_PATH) or Path(home, ".ray", "auth_token"))
+    with contextlib.suppress(OSError):  # Ray says what is wrong with it
+        if token.exists():
+            status = token.stat()
+            if status.st_uid == os.geteuid() and status.st_mode & 0o077:
+                token.chmod(0o600)
+        elif make:
+            token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(file, "w", encoding="ascii") as opened:
+                opened.write(secrets.token_hex(32))
 
 
 def _token_fault(environment: Mapping[str, str], *, cluster: bool = False) -> Fault | None:

@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from latent_grpo.common import __version__
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
 from latent_grpo.common.files import file_hash
+from latent_grpo.common.secrets import redacted
 from latent_grpo.common.tasks.generator import PREFIX
 from latent_grpo.common.tasks.sources import GeneratedTask
 from latent_grpo.common.tasks.tables import source_files
@@ -131,7 +132,7 @@ def lineage_facts(lineage: int) -> LineageFacts:
     return LineageFacts(
         lineage=lineage,
         started=time.strftime("%FT%T%z"),
-        command=shlex.join(sys.argv),
+        command=redacted(shlex.join(sys.argv)),
         program=ProgramFacts(
             version=__version__, commit=commit, changed_since_commit=changed, sources=source_hash(OUR_PACKAGES)
         ),

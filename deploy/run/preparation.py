@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.files import save_whole
@@ -30,6 +28,7 @@ from latent_grpo.common.prompts import (
     read_tokens,
     resolve_tokens,
 )
+from latent_grpo.common.secrets import literal_secrets
 from latent_grpo.common.tasks.benchmarks import fetch_commands, how_to_get, known_files
 from latent_grpo.common.tasks.sources import TaskSource, is_generated
 from latent_grpo.common.tasks.tables import KNOWN, exists, source_files
@@ -112,7 +111,7 @@ def prepare(config: RunConfig, reporter: Reporter, folder: RunFolder | None = No
     """
     check_machine(config.deadlines.start_s)
     for line in announced(config):
-        reporter.say(escape(line))
+        reporter.say(line)
     found = check(config, folder, reporter=reporter)
     if found.model is None or found.problems is None:
         raise ConfigError("the run has no model or no training problems")  # check() refuses both on this machine
@@ -143,6 +142,8 @@ def check(
     needs them is not checked. `reporter` shows the progress where that takes long.
     """
     reporter = reporter or Reporter()
+    if folder is None:  # an older run goes on as it is
+        check_secrets(config)
     if stored:
         check_files(config)
     source = _place_of_initial(config, folder)
@@ -283,6 +284,15 @@ def check_window(config: RunConfig, read: Iterable[PreparedTask], model: Initial
 
 
 # --- files and engine --------------------------------------------------------------------------------------------
+
+
+def check_secrets(config: RunConfig) -> None:
+    """Raises ConfigError where a setting holds a secret, which config.json, workers and job servers would show."""
+    if found := literal_secrets(config.model_dump(mode="json")):
+        raise ConfigError(
+            f"{', '.join(found)}: a secret does not belong into settings, which config.json and every worker "
+            "show; keep it in an environment variable (on a cluster: submit --env NAME), which your code reads"
+        )
 
 
 def check_files(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from latent_grpo.common.secrets import redacted
 from latent_grpo.common.terminal_text import visible
 
 WHOLE_LINE = re.compile(r"\[(yellow|red|green)\](.*)\[/\]", re.DOTALL)
@@ -157,10 +158,10 @@ class Reporter:
     def say(self, text: str) -> None:
         """Prints lines as plain text; `[yellow]...[/]` around the whole, or red or green, is their colour.
 
-        Whatever data they quote is text: neither markup nor a control sequence for the terminal.
+        Whatever data they quote is text: neither markup nor a control sequence for the terminal. Secrets are redacted.
         """
         whole = WHOLE_LINE.fullmatch(text)
-        style, shown = (whole[1], whole[2]) if whole else ("", text)
+        style, shown = (whole[1], redacted(whole[2])) if whole else ("", redacted(text))
         self.console.print(Text("\n".join(map(visible, shown.split("\n"))), style))
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from types import FrameType
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.deploy.run import link
-from latent_grpo.deploy.run.machine import check_machine
+from latent_grpo.deploy.run.machine import check_machine, private_token
 from latent_grpo.deploy.run.object_store import ON_A_CLUSTER, Store, local_store, running_store, spill_watch
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.reservation import Reservation, Services, amounts, reserved
@@ -87,6 +87,7 @@ def ray_session(
         return
     check_machine(config.deadlines.start_s)
     address = os.environ.get("RAY_ADDRESS")
+    private_token(make=not address)  # a cluster's own token is its to give
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     temporary = None
     if address:
