@@ -27,6 +27,10 @@ import torch
 from latent_grpo.common.schema import TrajectoryBatch
 
 
+MOST_PADDING = 0.05  # of a micro-batch's positions
+FAIR_SIZE = 1024  # positions from which on a micro-batch ends rather than takes more padding
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """One forward pass of one rank. Without rows the rank takes part in the collectives and contributes nothing."""
@@ -160,14 +164,23 @@ def _deal(lengths: dict[tuple[int, ...], int], ranks: int) -> list[list[tuple[in
 def _pack(
     sequences: list[tuple[int, ...]], lengths: dict[tuple[int, ...], int], budget: int
 ) -> list[tuple[tuple[int, ...], ...]]:
-    """Packs sequences sorted by falling length, for little padding; a micro-batch ends where one more is too much."""
+    """Packs sequences sorted by falling length into micro-batches of at most `budget` positions.
+
+    A micro-batch also ends where one more sequence would leave more than `MOST_PADDING` of it to padding, once it has a
+    fair size: passes that are very small cost more than their padding.
+    """
     packed: list[tuple[tuple[int, ...], ...]] = []
     current: list[tuple[int, ...]] = []
+    real = 0
     for sequence in sequences:
-        if current and (len(current) + 1) * lengths[current[0]] > budget:
+        length = lengths[sequence]
+        padded = (len(current) + 1) * lengths[current[0]] if current else length
+        wasteful = real >= FAIR_SIZE and (padded - real - length) > MOST_PADDING * padded
+        if current and (padded > budget or wasteful):
             packed.append(tuple(current))
-            current = []
+            current, real = [], 0
         current.append(sequence)
+        real += length
     if current:
         packed.append(tuple(current))
     return packed

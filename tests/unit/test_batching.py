@@ -111,6 +111,30 @@ def test_samples_share_a_sequence_within_their_group_where_it_costs_less(case):
                 assert together < apart + first**2 - first**2 // 2  # the first one's pairs were counted by half
 
 
+@pytest.mark.parametrize("sharing", [None, Sharing(token_in_pairs=12_288)], ids=["alone", "shared"])
+@pytest.mark.parametrize("longest", [60, 4000])
+def test_little_is_padding_with_lengths_of_gsm8k_and_mixed_ones(longest, sharing):
+    draw, groups = np.random.default_rng(0), np.repeat(np.arange(64), 8)
+    prompts = np.repeat(draw.normal(160, 45, 64).clip(60, 400).astype(int), 8)
+    steps = np.exp(draw.uniform(np.log(min(100, longest / 4)), np.log(longest), 512)).astype(int)
+    lengths, real, computed = Lengths(prompts, steps - 1), 0, 0
+    for mini in plan(
+        prompts,
+        steps,
+        groups,
+        minibatch_prompts=16,
+        ranks=1,
+        tokens_per_microbatch=16384,
+        chunk_tokens=2048,
+        sharing=sharing,
+    ):
+        for micro in mini.ranks[0]:
+            sizes = [lengths.of(sequence) for sequence in micro.sequences]
+            real += sum(sizes)
+            computed += len(sizes) * max(sizes)
+    assert real > 0.94 * computed
+
+
 def test_groups_are_numbered_in_the_order_of_the_batch():
     assert group_indices(["b", "b", "a", "b"]).tolist() == [0, 0, 1, 0]
 
