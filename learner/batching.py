@@ -26,7 +26,6 @@ import torch
 
 from latent_grpo.common.schema import TrajectoryBatch
 
-
 MOST_PADDING = 0.05  # of a micro-batch's positions
 FAIR_SIZE = 1024  # positions from which on a micro-batch ends rather than takes more padding
 
