@@ -20,6 +20,11 @@ def ensure_own_node() -> None:
         raise RayLost("Ray's node of this process is dead: its raylet was killed or has crashed")
 
 
+def alive_nodes() -> int:
+    """Returns how many nodes the Ray has that this process is connected to."""
+    return sum(1 for node in ray.nodes() if node["Alive"])
+
+
 def put_within(value: object, seconds: float, key: str) -> ray.ObjectRef[Any]:
     """`ray.put` with a deadline: on a node whose raylet is stopped it would wait forever.
 

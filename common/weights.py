@@ -1,15 +1,14 @@
-"""The format of published weights: flat byte buckets with a manifest, and the checksum on which both ends must agree.
+"""The format of published weights: buckets of tensors with a manifest, and the checksum on which both ends must agree.
 
-The learner packs them (`pack`), the object store or NCCL carries them, and an engine verifies and unpacks them
-(`unpack`). A bucket's checksum catches a damaged transfer before anything is applied. The publication's checksum is
-made of the fingerprints of all tensors (`fingerprint.py`), whatever the bucketing, so an engine can compute it from its
-own parameters after loading, on the device where they lie.
+A transport (`transport.py`) carries the bytes of each bucket. The publication's checksum is made of the fingerprints of
+all tensors (`fingerprint.py`), whatever the bucketing, so an engine can compute it from its own parameters after
+loading, on the device where they lie.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,49 +20,64 @@ from latent_grpo.common.errors import LatentGRPOError
 from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.types import PolicyVersion
 
-ALIGNMENT = 64  # bytes; every tensor starts on a boundary that any dtype may be viewed at
+NamedTensor = tuple[str, torch.Tensor]
 
 
 class WeightsCorrupt(LatentGRPOError, ValueError):
-    """Published bytes that do not match their checksum."""
+    """Published bytes that are not those of their manifest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSlot:
-    """The place of a tensor in its bucket."""
+    """A tensor of a bucket."""
 
     name: str
     dtype: str  # "float32"
     shape: tuple[int, ...]
-    offset: int  # bytes
     nbytes: int
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketManifest:
-    nbytes: int
-    checksum: str
+    """The tensors of a bucket. A `frozen` one is the same in every publication of its learner."""
+
     tensors: tuple[TensorSlot, ...]
+    frozen: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slot in self.tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        return combine_checksums(slot.fingerprint for slot in self.tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """One publication: its version and its buckets, in order."""
+    """One publication: its version, its buckets, in order, and the transport that carries them."""
 
     version: PolicyVersion
     buckets: tuple[BucketManifest, ...]
+    transport: str = "object_store"
 
     @property
     def nbytes(self) -> int:
         return sum(b.nbytes for b in self.buckets)
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each tensor, by its name."""
+        return {slot.name: slot.fingerprint for bucket in self.buckets for slot in bucket.tensors}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)
 class Publication:
-    """One policy version: the manifest and the buckets, whose bytes live as long as a reference to them."""
+    """One policy version: the manifest and its buckets, whose bytes live as long as a reference to the publication."""
 
     manifest: WeightManifest
-    buckets: tuple[Any, ...]  # Ray object references to uint8 arrays [nbytes], in the manifest's order
+    buckets: tuple[Any, ...]  # what the transport's `receive` finds them by, in the manifest's order
 
     def of_version(self, version: int) -> Publication:
         """Returns the same weights as another version: a step without an update has the weights of the one before."""
@@ -71,13 +85,7 @@ class Publication:
         return replace(self, manifest=replace(self.manifest, version=relabelled))
 
 
-def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """Returns the tensor's bytes as a flat uint8 array, a view where it lies contiguous in host memory."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy() if len(flat) else np.empty(0, np.uint8)
-
-
-def checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+def checksum(tensors: Iterable[NamedTensor]) -> str:
     """Returns the checksum of (name, dtype, shape, bytes) of all tensors, whatever their order and device."""
     return combine_checksums(fingerprint(name, tensor) for name, tensor in tensors)
 
@@ -87,55 +95,61 @@ def combine_checksums(parts: Iterable[str]) -> str:
     return xxhash.xxh3_128_hexdigest("".join(sorted(parts)).encode())
 
 
-def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[tuple[BucketManifest, np.ndarray]]:
-    """Yields buckets of about `bucket_bytes` (a larger tensor gets its own): manifest and uint8 array [nbytes]."""
-    pending: list[tuple[str, torch.Tensor]] = []
+def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """Returns the tensor's bytes as a flat uint8 array, a view where it lies contiguous in host memory."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy() if len(flat) else np.empty(0, np.uint8)
+
+
+def in_buckets(tensors: Iterable[NamedTensor], bucket_bytes: int) -> Iterator[list[NamedTensor]]:
+    """Yields neighbouring tensors, together at most `bucket_bytes`; a larger tensor is a bucket by itself."""
+    bucket: list[NamedTensor] = []
     size = 0
     for name, tensor in tensors:
-        need = _aligned(tensor.numel() * tensor.element_size())
-        if pending and size + need > bucket_bytes:
-            yield _bucket(pending, size)
-            pending, size = [], 0
-        pending.append((name, tensor))
-        size += need
-    if pending:
-        yield _bucket(pending, size)
+        if bucket and size + tensor.nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
-def unpack(manifest: BucketManifest, data: np.ndarray) -> list[tuple[str, torch.Tensor]]:
-    """Returns a bucket's tensors as read-only views of `data`. Raises :class:`WeightsCorrupt` before returning any."""
-    found = xxhash.xxh3_128_hexdigest(data.data) if len(data) == manifest.nbytes else f"{len(data)} bytes"
-    if found != manifest.checksum:
-        raise WeightsCorrupt(
-            f"bucket of {len(manifest.tensors)} tensors from {manifest.tensors[0].name!r}: expected checksum "
-            f"{manifest.checksum} over {manifest.nbytes} bytes, got {found}; the transfer is damaged, publish again"
+def describe(bucket: Sequence[NamedTensor], fingerprints: Sequence[str], *, frozen: bool = False) -> BucketManifest:
+    """Returns the manifest of a bucket whose tensors have these fingerprints."""
+    slots = [
+        TensorSlot(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            nbytes=tensor.nbytes,
+            fingerprint=found,
         )
-    if not data.flags.writeable:  # torch only warns about read-only memory; the views below are never written
-        data = np.frombuffer(data.data.toreadonly(), dtype=np.uint8)
-    return [(slot.name, _view(slot, data)) for slot in manifest.tensors]
+        for (name, tensor), found in zip(bucket, fingerprints, strict=True)
+    ]
+    return BucketManifest(tensors=tuple(slots), frozen=frozen)
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def unpack(manifest: BucketManifest, data: Sequence[np.ndarray]) -> list[NamedTensor]:
+    """Returns a bucket's tensors as views of `data`, a uint8 array [nbytes] each, which may be read-only.
 
-
-def _bucket(tensors: list[tuple[str, torch.Tensor]], size: int) -> tuple[BucketManifest, np.ndarray]:
-    data = np.zeros(size, dtype=np.uint8)
-    slots, offset = [], 0
-    for name, tensor in tensors:
-        raw = tensor_bytes(tensor)
-        data[offset : offset + raw.nbytes] = raw
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        slots.append(TensorSlot(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=offset, nbytes=raw.nbytes))
-        offset += _aligned(raw.nbytes)
-    return BucketManifest(nbytes=size, checksum=xxhash.xxh3_128_hexdigest(data.data), tensors=tuple(slots)), data
+    Raises :class:`WeightsCorrupt` where sizes are wrong. Wrong bytes are found by the engine, which reads them anyway
+    (`fingerprint.py`).
+    """
+    expected, found = [slot.nbytes for slot in manifest.tensors], [len(part) for part in data]
+    if expected != found:
+        raise WeightsCorrupt(
+            f"bucket of {len(expected)} tensors from {manifest.tensors[0].name!r}: expected {sum(expected)} bytes, got "
+            f"{sum(found)} of {len(found)} tensors; the transfer is damaged, publish again"
+        )
+    return [(slot.name, _view(slot, part)) for slot, part in zip(manifest.tensors, data, strict=True)]
 
 
 def _view(slot: TensorSlot, data: np.ndarray) -> torch.Tensor:
     dtype = getattr(torch, slot.dtype)
     if not slot.nbytes:
         return torch.empty(slot.shape, dtype=dtype)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # torch only warns about read-only memory; the views are never written
         warnings.simplefilter("ignore", UserWarning)
-        raw = torch.from_numpy(data[slot.offset : slot.offset + slot.nbytes])
+        raw = torch.from_numpy(data)
     return raw.view(dtype).reshape(slot.shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,9 +17,10 @@ from torch import nn
 from latent_grpo.common.config import ModelConfig, OptimizerConfig, RunConfig
 from latent_grpo.common.models import extend_positions
 from latent_grpo.common.stacks import ProcessAddress, serve_stacks
+from latent_grpo.common.transport import TRANSPORTS
 from latent_grpo.common.weights import Publication
 from latent_grpo.learner.policy import load_policy_model
-from latent_grpo.learner.publication import publish
+from latent_grpo.learner.publication import Publisher
 from latent_grpo.learner.state import StateShare
 from latent_grpo.learner.zero_engine import UpdateResult, ZeroEngine, init_distributed
 
@@ -50,7 +51,12 @@ class TrainingEngine(Protocol):
 
     def ensure_finite(self) -> None: ...
 
-    def full_parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]: ...
+    frozen: frozenset[str]
+    """The parameters that never change, by their names in the model folder."""
+
+    def full_parameters(
+        self, bucket_bytes: int, without: Collection[str] = ()
+    ) -> Iterator[tuple[str, torch.Tensor]]: ...
 
     def save(self, folder: str | Path) -> None: ...
 
@@ -67,6 +73,8 @@ class RankActor:
     device: str
     engine: TrainingEngine
     copy: StateShare | None = None
+    published = False  # frozen weights are with the workers
+    publisher: Publisher  # of rank 0, from the first publication on
 
     def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
         """Returns the module around `model` that a step calls, and its optimizer's settings."""
@@ -102,22 +110,35 @@ class RankActor:
         module, optimizer = self.build(load_policy_model(model_folder, self.loaded_dtype))
         self.engine = ZeroEngine(module, optimizer, learner, self.config.model.dtype, self.device)
 
-    def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def policy_parameters(self, without: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the policy's weights, by their names in its model folder; every rank must iterate, rank 0 gets them.
 
-        A subclass that trains something else makes them of it.
+        Those in `without`, some of :attr:`frozen`, are left out. A subclass that trains something else makes them of
+        that.
         """
-        return self.engine.full_parameters(self.config.learner.weight_bucket_bytes)
+        return self.engine.full_parameters(self.config.learner.weight_bucket_bytes, without)
 
-    def publish(self, version: int) -> Publication | None:
-        """Publishes the weights as buckets in the object store, on rank 0; the other ranks only help to gather."""
-        size = self.config.learner.weight_bucket_bytes
-        parameters = self.policy_parameters()
-        if self.rank == 0:
-            return publish(parameters, version, size)
-        for _ in parameters:
-            pass
-        return None
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The policy's weights that never change."""
+        return self.engine.frozen
+
+    def publish(self, version: int, transport: str, kept: Collection[Any]) -> Publication | None:
+        """Publishes the weights by a transport, on rank 0; the other ranks only help to gather.
+
+        `kept` are the handles of buckets of earlier publications that may still be asked for. Frozen weights go with
+        the first publication.
+        """
+        first, self.published = not self.published, True
+        parameters = self.policy_parameters(() if first else self.frozen)
+        if self.rank:
+            for _ in parameters:
+                pass
+            return None
+        if first:
+            bucket_bytes = self.config.learner.weight_bucket_bytes
+            self.publisher = Publisher(TRANSPORTS[transport](), bucket_bytes, self.frozen)
+        return self.publisher.publish(parameters, version, kept)
 
     def save(self, folder: str) -> None:
         self.engine.save(folder)
@@ -136,6 +157,7 @@ class RankActor:
         copy.write(Path(folder))
 
     def load(self, folder: str) -> None:
+        self.published = False  # a state of version 0.2 holds frozen weights too
         self.engine.load(folder)
 
     def export(self, folder: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from latent_grpo.common.config import RunConfig, config_as_json
 from latent_grpo.common.errors import RunError
-from latent_grpo.common.ray_calls import put_within
+from latent_grpo.common.ray_calls import alive_nodes, put_within
 from latent_grpo.common.ray_errors import in_short
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
+from latent_grpo.common.transport import choose_transport
 from latent_grpo.common.weights import Publication
 from latent_grpo.learner.base_rank import RankActor
 
@@ -55,6 +57,8 @@ class RankGroup:
         self.config = config
         self._step: tuple[list[ray.ObjectRef[Any]], SeenTime] | None = None
         self._published: Publication | None = None  # of the weights that the ranks hold
+        self._alive: list[weakref.ref[Publication]] = []  # that may still be sent
+        self.transport = choose_transport(config.weights.transport, alive_nodes())
         learner, resources = config.learner, config.learner.resources
         device = {"OMP_NUM_THREADS": str(resources.threads)}
         if learner.device == "cpu" or not resources.num_gpus:
@@ -130,14 +134,19 @@ class RankGroup:
     # -- weights and state
 
     def publish(self, version: int) -> Publication:
-        """Puts the current weights into the object store, with checksums; weights that lie there already stay.
+        """Publishes the current weights by the run's transport; those that are published already are not sent again.
 
-        They live as long as rank 0 and the references.
+        They live as long as rank 0 and a reference to the publication in this process.
         """
         if self._published is None:
-            refs = [rank.publish.remote(version) for rank in self._ranks]
+            self._alive = [known for known in self._alive if known() is not None]
+            publications = [known() for known in self._alive]
+            kept = {handle for p in publications if p is not None for handle in p.buckets}
+            refs = [rank.publish.remote(version, self.transport.name, tuple(kept)) for rank in self._ranks]
             self._published = self._wait(refs, self.config.deadlines.weights_s, "publish", "deadlines.weights_s")[0]
-        return self._published.of_version(version)
+        published = self._published.of_version(version)
+        self._alive.append(weakref.ref(published))
+        return published
 
     def save(self, folder: str | Path) -> None:
         """Writes every rank's state below `folder`, which all ranks must see."""

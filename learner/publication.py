@@ -1,39 +1,86 @@
-"""Publishing a policy: full weights as checksummed byte buckets in Ray's object store."""
+"""Publishing a policy: full weights in buckets with fingerprints, by the run's transport."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-import ray
-import torch
+from typing import Any
 
 from latent_grpo.common.config import RunConfig
-from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import DTYPES, load_model
+from latent_grpo.common.transport import ObjectStoreTransport, WeightTransport
 from latent_grpo.common.types import PolicyVersion
-from latent_grpo.common.weights import Publication, WeightManifest, combine_checksums, pack
+from latent_grpo.common.weights import (
+    BucketManifest,
+    NamedTensor,
+    Publication,
+    WeightManifest,
+    combine_checksums,
+    describe,
+    in_buckets,
+)
+
+IN_FLIGHT = 2  # buckets that are read and copied at once, beside the one that is gathered
+Sent = tuple[BucketManifest, Any]
 
 
-def publish(tensors: Iterable[tuple[str, torch.Tensor]], version: int, bucket_bytes: int) -> Publication:
-    """Packs the tensors and puts them into the object store; rank 0 calls it.
+class Publisher:
+    """Rank 0's end of the transport. Tensors that never change, named in `frozen`, are sent with the first publication.
 
-    Buckets are NumPy arrays, since Ray copies those once and serves them without a copy.
+    Later ones refer to them. Every byte is read once for its fingerprint and copied once.
     """
-    parts: list[str] = []
 
-    def counted() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in tensors:
-            parts.append(fingerprint(name, tensor))
-            yield name, tensor
+    def __init__(self, transport: WeightTransport, bucket_bytes: int, frozen: Collection[str] = ()) -> None:
+        self._transport, self._bucket_bytes = transport, bucket_bytes
+        self._frozen_names, self._frozen = frozenset(frozen), list[Sent]()
 
-    manifests, refs = [], []
-    for manifest, data in pack(counted(), bucket_bytes):
-        manifests.append(manifest)
-        refs.append(ray.put(data))
-    policy = PolicyVersion(version=version, checksum=combine_checksums(parts))
-    return Publication(manifest=WeightManifest(version=policy, buckets=tuple(manifests)), buckets=tuple(refs))
+    def publish(self, tensors: Iterable[NamedTensor], version: int, kept: Collection[Any] = ()) -> Publication:
+        """Sends the tensors; those that are frozen may be missing after the first time.
+
+        `kept` are the handles of buckets of earlier publications that may still be asked for.
+        """
+        self._transport.keep([*kept, *(handle for _, handle in self._frozen)])
+        sent = list(self._sent(tensors))
+        self._frozen += [pair for pair in sent if pair[0].frozen]
+        buckets = [*self._frozen, *(pair for pair in sent if not pair[0].frozen)]
+        slots = [slot for bucket, _ in buckets for slot in bucket.tensors]
+        policy = PolicyVersion(version=version, checksum=combine_checksums(slot.fingerprint for slot in slots))
+        manifest = WeightManifest(
+            version=policy, buckets=tuple(bucket for bucket, _ in buckets), transport=self._transport.name
+        )
+        return Publication(manifest=manifest, buckets=tuple(handle for _, handle in buckets))
+
+    def _sent(self, tensors: Iterable[NamedTensor]) -> Iterator[Sent]:
+        """Yields manifest and handle of each bucket, while threads send the next ones."""
+        running: deque[Future[Sent]] = deque()
+        with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="publish") as senders:
+            for bucket, frozen in self._apart(tensors):
+                running.append(senders.submit(self._send, bucket, frozen))
+                if len(running) > IN_FLIGHT:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+
+    def _apart(self, tensors: Iterable[NamedTensor]) -> Iterator[tuple[list[NamedTensor], bool]]:
+        """Yields buckets, each all frozen or not at all, with which of both it is."""
+        frozen: list[NamedTensor] = []
+
+        def others() -> Iterator[NamedTensor]:
+            for name, tensor in tensors:
+                if name in self._frozen_names:
+                    frozen.append((name, tensor))
+                else:
+                    yield name, tensor
+
+        yield from ((bucket, False) for bucket in in_buckets(others(), self._bucket_bytes))
+        yield from ((bucket, True) for bucket in in_buckets(frozen, self._bucket_bytes))
+
+    def _send(self, bucket: list[NamedTensor], frozen: bool) -> Sent:
+        fingerprints, handle = self._transport.send(bucket)
+        return describe(bucket, fingerprints, frozen=frozen), handle
 
 
 def published_bytes(model: str | Path, dtype: str) -> int:
@@ -43,7 +90,7 @@ def published_bytes(model: str | Path, dtype: str) -> int:
 
 
 def publish_model(model: str | Path, version: int, config: RunConfig) -> Publication:
-    """Publishes the weights of a finished model, a folder or hub id, that no learner holds."""
+    """Publishes the weights of a finished model, a folder or hub id, that no learner holds, by the object store."""
     loaded = load_model(model, config.model.dtype)
     weights = ((name, parameter.detach()) for name, parameter in loaded.named_parameters())
-    return publish(weights, version, config.learner.weight_bucket_bytes)
+    return Publisher(ObjectStoreTransport(), config.learner.weight_bucket_bytes).publish(weights, version)

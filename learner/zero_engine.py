@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -177,6 +177,9 @@ class ZeroEngine:
         )
         module.train(False)
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        self.frozen = frozenset(
+            name.removeprefix("model.") for name, p in module.named_parameters() if not p.requires_grad
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -226,14 +229,16 @@ class ZeroEngine:
 
     # -- full weights
 
-    def full_parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (name, CPU tensor) for every parameter of `module.model`, tied ones once, in the model's dtype.
+    def full_parameters(self, bucket_bytes: int, without: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (name, tensor) for every parameter of `module.model`, tied ones once, in the model's dtype.
 
-        With ZeRO-3 all ranks gather, bucket by bucket, and must iterate; only rank 0 gets copies.
+        Those named in `without` are left out. Tensors are the rank's own, where they lie, except with ZeRO-3: then all
+        ranks gather, bucket by bucket, and must iterate; only rank 0 gets copies, on the CPU.
         """
         named = [(name.removeprefix("model."), p) for name, p in self.module.named_parameters()]
+        named = [(name, p) for name, p in named if name not in without]
         if self.stage < 3:
-            yield from ((name, p.detach().cpu()) for name, p in named)
+            yield from ((name, p.detach()) for name, p in named)
             return
         import deepspeed
 

@@ -7,7 +7,7 @@ not change any of them (METHOD §2.5).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -52,9 +52,12 @@ class LatentEngine(Protocol):
     def partial(self, group_uid: str, position: int) -> SampleRecord | None:
         """Returns the record so far of a running sample, by its place in its request; None for any other."""
 
-    def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(
+        self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]], unchanged: Collection[str] = ()
+    ) -> None:
         """Replaces all parameters in place, then verifies the checksum of what it now holds.
 
+        Those named in `unchanged` have the bytes that it was given last; what it still holds it need not load again.
         Raises :class:`EngineError` while samples are pending (unless it was made to take weights in flight), when a
         parameter is missing, unknown or of another shape, and when the checksum differs; after a failure the engine has
         no version and refuses to sample.

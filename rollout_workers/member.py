@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
 from latent_grpo.common.stacks import ProcessAddress, serve_stacks
+from latent_grpo.common.transport import WeightReceiver
 from latent_grpo.common.types import GroupRequest
 from latent_grpo.common.weights import Publication, WeightManifest
 from latent_grpo.rollout_workers.worker import RolloutWorker, WorkerStatus
@@ -25,6 +25,7 @@ class WorkerActor:
 
     def __init__(self, factory: Callable[[str], RolloutWorker], name: str):
         self._factory, self._name = factory, name
+        self._receiver = WeightReceiver()
 
     def whereabouts(self) -> ProcessAddress:
         """Returns this process's address and makes it answer with its stacks on request."""
@@ -37,8 +38,9 @@ class WorkerActor:
     def submit(self, ticket: int, requests: list[GroupRequest]) -> None:
         self._worker.submit(ticket, requests)
 
-    def update_weights(self, ticket: int, manifest: WeightManifest, *buckets: np.ndarray) -> None:
-        self._worker.update_weights(ticket, manifest, list(buckets))
+    def update_weights(self, ticket: int, manifest: WeightManifest, handles: tuple[Any, ...]) -> None:
+        """Fetches weights, which may take its time, and queues them."""
+        self._worker.update_weights(ticket, manifest, self._receiver.receive(manifest, handles))
 
     def discard(self, ticket: int) -> None:
         self._worker.discard(ticket)
@@ -78,6 +80,7 @@ class Fetch:
     ref: ray.ObjectRef[Any]
     ticket: int
     sent_at: float  # by the pool's clock
+    publication: Publication  # which lives until the worker has it
 
 
 @dataclass(slots=True)
@@ -131,8 +134,9 @@ class Member:
         """Sends weights, behind the groups that it already has."""
         if not self.busy:
             self.progressed_at = now
-        manifest, buckets, ticket = publication.manifest, publication.buckets, next(self._tickets)
-        self.fetching.append(Fetch(self.actor.update_weights.remote(ticket, manifest, *buckets), ticket, now))
+        manifest, ticket = publication.manifest, next(self._tickets)
+        ref: ray.ObjectRef[Any] = self.actor.update_weights.remote(ticket, manifest, publication.buckets)
+        self.fetching.append(Fetch(ref, ticket, now, publication))
         self.version = manifest.version.version
 
     def skip(self, ticket: int) -> None:

@@ -33,6 +33,7 @@ from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import check_interrupt
 from latent_grpo.common.ray_errors import NODE_GONE, in_short
 from latent_grpo.common.seen_time import SeenTime
+from latent_grpo.common.shared_memory import BucketGone
 from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
 from latent_grpo.common.types import GroupRequest
 from latent_grpo.common.weights import Publication
@@ -80,7 +81,7 @@ class RolloutPool:
             "num_cpus": resources.num_cpus,
             "num_gpus": resources.num_gpus,
             "resources": resources.custom or None,
-            "max_concurrency": 4,
+            "max_concurrency": 8,  # results, a heartbeat, and updates that wait for their bytes
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(resources.threads), **(env_vars or {})}},
         }
         self._factory, self._config, self._deadlines = factory, config, deadlines
@@ -293,7 +294,9 @@ class RolloutPool:
             cause = getattr(error, "cause", None) or error
             if isinstance(cause, RequestRefused):
                 raise RolloutPoolError(f"rollout {member.name} refused its work: {cause}") from error
-            if isinstance(cause, (ObjectLostError, OwnerDiedError)) and ref is not member.stream:
+            if isinstance(cause, ConfigError):  # weights that cannot reach it by the transport that is set
+                raise ConfigError(f"rollout {member.name}: {cause}") from error
+            if isinstance(cause, (ObjectLostError, OwnerDiedError, BucketGone)) and ref is not member.stream:
                 member.skip(ticket)  # the learner that held the weights is gone; the worker is well
             else:
                 self._lose(member, in_short(error))

@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from latent_grpo.common.density import hard_log_prob
+from latent_grpo.common.fingerprint import copy_with_fingerprint
 from latent_grpo.common.head import float32_logits, install_float32_head
 from latent_grpo.common.latent import latent_step, mix_embeddings, mixture_weights, visible_step
 from latent_grpo.common.model_limits import longest_exact, refusal
 from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
-from latent_grpo.common.weights import checksum
+from latent_grpo.common.weights import combine_checksums
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.kv_cache import SlotCache
 from latent_grpo.rollout_workers.lean_forward import lean_forward
@@ -75,6 +76,7 @@ class TransformersEngine:
         self._allowed = None if bool(allowed.all()) else allowed.to(self._device)
         self._eos = np.asarray(facts.eos_ids, dtype=np.int64)
         self._version: PolicyVersion | None = None
+        self._fingerprints: dict[str, str] = {}  # of the parameters, by their names; empty after a load that failed
         with torch.inference_mode():
             self._cache = SlotCache.of(self._model)
             self._records = Records(max_rows, self._device)
@@ -137,7 +139,9 @@ class TransformersEngine:
 
     # --- weights -------------------------------------------------------------------------------------------------
 
-    def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(
+        self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]], unchanged: Collection[str] = ()
+    ) -> None:
         """Replaces all parameters in place and verifies them; see :meth:`LatentEngine.load_weights`.
 
         With `in_flight_updates` pending samples continue under the new weights. After a failure they stop until a
@@ -151,10 +155,14 @@ class TransformersEngine:
         self._version = None  # before the first byte changes: after any failure below the engine refuses to sample
         parameters = dict(self._model.named_parameters())  # aliases of tied parameters come once
         expected = {name: TensorShape.of(parameter) for name, parameter in parameters.items()}
+        before, self._fingerprints = self._fingerprints, {}
+        found = {name: before[name] for name in before.keys() & set(unchanged)}
         with torch.no_grad():
             for name, tensor in checked_tensors(version, tensors, expected):
-                parameters[name].copy_(tensor)
-        check_checksum(version, checksum(parameters.items()))
+                if name not in found:
+                    found[name] = copy_with_fingerprint(name, tensor, parameters[name])
+        check_checksum(version, combine_checksums(found.values()))
+        self._fingerprints = found
         with torch.inference_mode():
             self._cache.clear()
             self._recompute()

@@ -12,7 +12,7 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,12 @@ class VLLMEngine:
 
     # --- weights -------------------------------------------------------------------------------------------------
 
-    def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(
+        self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]], unchanged: Collection[str] = ()
+    ) -> None:
         """Replaces all parameters in place and verifies them; see :meth:`LatentEngine.load_weights`.
+
+        Those in `unchanged` too, since vLLM's reload is of whole layers.
 
         With `in_flight_updates` pending samples continue under the new weights. After a failure they stop until a
         publication is loaded whole, or they are aborted.

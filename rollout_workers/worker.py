@@ -56,7 +56,7 @@ class WorkerStatus:
 @dataclass(frozen=True, slots=True)
 class _WeightUpdate:
     manifest: WeightManifest
-    buckets: list[np.ndarray]
+    buckets: Sequence[Sequence[np.ndarray]]
 
 
 class _Discard:
@@ -90,6 +90,7 @@ class RolloutWorker:
         self._verifier_of: dict[str, str] = {}  # by group uid, while a group is being made
         self._progress, self._last_event = 0, "started"
         self._loading, self._busy_s = False, 0.0
+        self._fingerprints: dict[str, str] = {}  # of the weights that were loaded last, by the tensors' names
         self._discards = 0  # in the queue: while there is one, results are not wanted
 
     # --- called by the controller, from other threads ------------------------------------------------------------
@@ -98,12 +99,12 @@ class RolloutWorker:
         """Queues groups. They are generated with the weights that are current at their place in the queue."""
         self._enqueue(ticket, requests)
 
-    def update_weights(self, ticket: int, manifest: WeightManifest, buckets: list[np.ndarray]) -> None:
+    def update_weights(self, ticket: int, manifest: WeightManifest, buckets: Sequence[Sequence[np.ndarray]]) -> None:
         """Queues published weights behind the groups that were submitted before; returns at once.
 
-        `buckets` are uint8 arrays. Weights that cannot be verified end `results`, since a worker without verified
-        weights must not continue: with :class:`common.weights.WeightsCorrupt` before anything is applied, or with
-        EngineError if the engine's own checksum differs.
+        `buckets` have a uint8 array for each tensor. Weights that cannot be verified end `results`, since a worker
+        without verified weights must not continue: with :class:`common.weights.WeightsCorrupt` where bytes are
+        missing, with EngineError if the checksum of what the engine holds differs.
         """
         self._enqueue(ticket, [_WeightUpdate(manifest, buckets)])
 
@@ -208,7 +209,10 @@ class RolloutWorker:
         self._loading = True
         self._event(f"loads weights of version {version.version}")
         pairs = zip(update.manifest.buckets, update.buckets, strict=True)
-        self._engine.load_weights(version, [tensor for bucket, data in pairs for tensor in unpack(bucket, data)])
+        tensors = [tensor for bucket, data in pairs for tensor in unpack(bucket, data)]
+        found, before = update.manifest.fingerprints, self._fingerprints
+        self._engine.load_weights(version, tensors, [name for name in found if found[name] == before.get(name)])
+        self._fingerprints = found
         self._loading = False
         self._event(f"loaded weights of version {version.version}")
 

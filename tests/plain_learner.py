@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import ray
 import torch
+from weight_buckets import tensors_of
 
 from latent_grpo.common.config import parse_config
 from latent_grpo.common.density import surrogate_log_prob
@@ -15,7 +15,7 @@ from latent_grpo.common.noise import gumbel_noise, trajectory_key
 from latent_grpo.common.schema import decode, encode
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.common.types import SamplingSettings, Trajectory
-from latent_grpo.common.weights import checksum, unpack
+from latent_grpo.common.weights import checksum
 from latent_grpo.learner.advantages import first_token_mask, group_advantages
 from latent_grpo.learner.objective import k3_kl, policy_loss
 
@@ -210,8 +210,7 @@ def plain_step(folder, config, batch):
 
 def published(group, version=1):
     publication = group.publish(version)
-    pairs = zip(publication.manifest.buckets, ray.get(list(publication.buckets), timeout=300), strict=True)
-    tensors = {name: tensor.clone() for manifest, data in pairs for name, tensor in unpack(manifest, data)}
+    tensors = tensors_of(publication)
     assert publication.manifest.version.checksum == checksum(tensors.items())
     assert publication.manifest.version.version == version
     return tensors

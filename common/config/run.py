@@ -26,7 +26,7 @@ from latent_grpo.common.config.objective import Objective
 from latent_grpo.common.config.problems_and_model import ModelConfig, TaskConfig, VerifierDefinition
 from latent_grpo.common.config.rules import Rule, keys_with
 from latent_grpo.common.config.section import LocalPath, Section, Seed
-from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RayConfig, RolloutConfig
+from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RayConfig, RolloutConfig, WeightsConfig
 from latent_grpo.common.config.stopping import StopConfig
 from latent_grpo.common.errors import ConfigError
 from latent_grpo.common.types import LatentExit
@@ -159,6 +159,7 @@ class RunConfig(Section):
     max_recoveries: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 3
     """Maximum number of times within an hour that a run goes on by itself from its last checkpoint, after it lost a
     learner rank or its controller; one more ends it. Lost rollout workers are replaced (`rollout.max_restarts`)."""
+    weights: Annotated[WeightsConfig, Rule.MAY_CHANGE] = WeightsConfig()
     ray: Annotated[RayConfig, Rule.MAY_CHANGE] = RayConfig()
     run_name: Annotated[str | None, Field(pattern=r"^\w[\w.-]*$"), Rule.MAY_CHANGE] = None
     """Name of the run's folder below `runs_folder`; null: it is made of the profile's name and the time. `train` goes

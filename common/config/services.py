@@ -125,6 +125,15 @@ class LearnerConfig(Section):
     """Size of the buckets in which weights are published, in bytes; a larger tensor has a bucket of its own."""
 
 
+class WeightsConfig(Section):
+    """How new weights travel from learner rank 0 to the rollout workers."""
+
+    transport: Annotated[Literal["auto", "object_store", "shared_memory"], Rule.MAY_CHANGE] = "auto"
+    """What carries the weights: Ray's object store (`object_store`), to any node; or memory that learner and workers
+    map (`shared_memory`), on one machine with Linux. `auto`: shared memory on a Ray that this machine has alone, else
+    the object store; the run says which and why."""
+
+
 class RayConfig(Section):
     """The Ray that a run starts on its machine. A cluster's is set where it is started."""
 

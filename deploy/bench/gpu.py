@@ -4,7 +4,7 @@
     sampler  a latent step's draw against a sort of the whole vocabulary, V = 151,936
     decode   response steps per second of the Transformers engine, latent and visible
     replay   the learner's log-probs: forward, and forward and backward, with the model FLOPs utilisation
-    publish  full weights to checksummed buckets in host memory, and back into an engine
+    publish  full weights to host memory, fingerprinted, and back into an engine
 
 Models have random weights and the shapes of SmolLM2-135M and Llama-3.2-1B. Each finished part is printed and, with a
 folder, written as one JSON file at once, so that a run that is cut off still gives something. On a CPU the same code
@@ -32,7 +32,7 @@ from latent_grpo.common.head import Float32Head, float32_product_is_native
 from latent_grpo.common.latent import latent_step, sample_mixture
 from latent_grpo.common.schema import TrajectoryBatch, encode
 from latent_grpo.common.types import PolicyVersion, SamplingSettings, Trajectory
-from latent_grpo.common.weights import combine_checksums, pack, unpack
+from latent_grpo.common.weights import combine_checksums
 from latent_grpo.deploy.bench.workload import Workload, facts_of, load_own_weights, requests_of, run_engine
 from latent_grpo.learner.batching import ReplayInputs, collate
 from latent_grpo.learner.cost import peak_flops
@@ -280,14 +280,14 @@ def replay(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> F
 
 
 def publish(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> Found:
-    """Times a publication: device to checksummed host buckets, and from these into an engine, verified."""
+    """Times a publication: device to host memory, fingerprints on the device, and back into an engine, verified."""
     model = shape.model(device)
     engine = TransformersEngine(model, facts_of(model), max_rows=1, device=device)
     once = clock.at_most(3)
-    kept: list[Any] = []
+    kept: list[tuple[str, torch.Tensor]] = []
 
     def out() -> None:
-        kept[:] = pack(((n, p.detach().cpu()) for n, p in model.named_parameters()), BUCKET_BYTES)
+        kept[:] = [(n, p.detach().to("cpu", copy=True)) for n, p in model.named_parameters()]
 
     def sums() -> list[str]:
         return [fingerprint(n, p.detach()) for n, p in model.named_parameters()]
@@ -296,13 +296,13 @@ def publish(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> 
     version = PolicyVersion(version=1, checksum=combine_checksums(sums()))
 
     def back() -> None:
-        engine.load_weights(version, (pair for manifest, data in kept for pair in unpack(manifest, data)))
+        engine.load_weights(version, kept)
 
     size = sum(p.nbytes for p in model.parameters())
     loading = once.seconds(back)
     return {
         "GiB": size / 2**30,
-        "copy and pack s": packing,
+        "copy s": packing,
         "fingerprint s": hashing,
         "verify and load s": loading,
         "GiB/s out": size / 2**30 / packing,

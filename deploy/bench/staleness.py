@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -140,7 +140,9 @@ class SleepingEngine:
     def partial(self, group_uid: str, position: int) -> SampleRecord | None:
         return None
 
-    def load_weights(self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(
+        self, version: PolicyVersion, tensors: Iterable[tuple[str, torch.Tensor]], unchanged: Collection[str] = ()
+    ) -> None:
         self.version = version
 
     def abort(self) -> None:

@@ -167,6 +167,24 @@ def bench_staleness(
         write_json(found, json_file)
 
 
+@bench.command("publish")
+def bench_publish(
+    size: Annotated[
+        list[str] | None, typer.Option(help="3M, 135M or 1B (bfloat16); several times for several.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of workers that take the weights.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted publications of each way.")] = 4,
+    json_file: JsonFile = None,
+) -> None:
+    """Measures a publication of weights beside plain copies of the same bytes, by each transport."""
+    from latent_grpo.deploy.bench.publish import measure, show, write_json
+
+    found = measure(size or ("135M", "1B"), workers, rounds)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)
+
+
 @bench.command("soak")
 def bench_soak(
     kills: Annotated[int, typer.Option(min=0, help="How many processes are killed.")] = 100,

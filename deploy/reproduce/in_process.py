@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,7 @@ class PlainEngine:
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig):
         self.module, self._clip = module, optimizer.grad_clip
         self._max_bad, self._bad_in_a_row = optimizer.max_bad_updates, 0
+        self.frozen = frozenset(n.removeprefix("model.") for n, p in module.named_parameters() if not p.requires_grad)
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._trainable,
@@ -155,9 +156,12 @@ class PlainEngine:
         self.module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
 
-    def full_parameters(self, bucket_bytes: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_parameters(
+        self, bucket_bytes: int = 0, without: Collection[str] = ()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.module.named_parameters():
-            yield name.removeprefix("model."), parameter
+            if name.removeprefix("model.") not in without:
+                yield name.removeprefix("model."), parameter
 
 
 def _state(folder: str | Path) -> Path:

@@ -15,7 +15,9 @@ from latent_grpo.common.files import save_whole
 from latent_grpo.common.interrupts import sigterm_as_interrupt
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.model_chain import exported_chain, write_chain
+from latent_grpo.common.ray_calls import alive_nodes
 from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.common.transport import choose_transport
 from latent_grpo.deploy.controller import Pool
 from latent_grpo.deploy.run.control import Control
 from latent_grpo.deploy.run.folder import FolderInUse, RunFolder, discard, run_lock, write_identity
@@ -124,6 +126,8 @@ def run_session(
         metrics = stack.enter_context(MetricsWriter(folder.path, config.metrics.sinks))
         published = published_bytes(prepared.initial, config.model.dtype)
         reservation = stack.enter_context(ray_session(config, reporter, services, published))
+        if services == "both":
+            reporter.say(choose_transport(config.weights.transport, alive_nodes()).sentence)
         stack.enter_context(sigterm_as_interrupt())
         write_manifest(folder, config, lineage, prepared.initial, data_facts(prepared.problems))
         reporter.say(f"starting {config.rollout.workers} rollout worker(s), engine {choose_engine(config).sentence}")

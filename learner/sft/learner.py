@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -120,9 +120,14 @@ class SFTRank(RankActor):
         """Frozen weights need no master weights, and a large model in float32 would fill the node's memory."""
         return super().loaded_dtype if self.config.latent_sft.lora is None else self.config.model.dtype
 
-    def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def policy_parameters(self, without: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the weights of a plain model, whatever is trained."""
-        return plain_parameters(super().policy_parameters(), self.lora)
+        return plain_parameters(super().policy_parameters(without), self.lora)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The policy's weights that never change; none with LoRA, whose factors are added to some of them."""
+        return frozenset() if self.lora else super().frozen
 
     def _chain_source(self, facts: TokenFacts) -> ChainSource | None:
         """The source of labels, or None for a row's own labels, which are the uniform ones."""

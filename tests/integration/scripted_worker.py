@@ -44,7 +44,7 @@ class ScriptedEngine:
             for i in request.sample_indices
         )  # fmt: skip
 
-    def load_weights(self, version, tensors):
+    def load_weights(self, version, tensors, unchanged=()):
         self.version = version
 
     def close(self):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from training import tiny
+from weight_buckets import tensors_of
 
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
-from latent_grpo.common.weights import unpack
 from latent_grpo.learner.learner import LearnerGroup
 
 pytestmark = pytest.mark.integration
@@ -24,9 +24,7 @@ def test_a_version_without_an_update_is_the_same_buckets_under_another_number(ra
         loaded = learner.publish(2)
         held = dict(model.named_parameters())
         for publication in (first, second, loaded):
-            data = ray_session.get(list(publication.buckets))
-            pairs = zip(publication.manifest.buckets, data, strict=True)
-            found = dict(tensor for bucket, bytes_ in pairs for tensor in unpack(bucket, bytes_))
+            found = tensors_of(publication)
             assert found.keys() == held.keys()
             assert all(torch.equal(found[name], held[name]) for name in held)
     finally:

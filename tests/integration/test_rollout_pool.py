@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import ray
 import torch
+from weight_buckets import pack
 
 from latent_grpo.common.config import ActorResources, ConfigError, DeadlineConfig, RolloutConfig
 from latent_grpo.common.schema import decode
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings
-from latent_grpo.common.weights import Publication, WeightManifest, checksum, pack
+from latent_grpo.common.weights import Publication, WeightManifest, checksum
 from latent_grpo.rollout_workers.pool import RolloutPool, RolloutPoolError
 
 pytestmark = pytest.mark.integration
 SAMPLING = SamplingSettings(mode="latent", max_tokens=6, k=2)
-HERE = {"PYTHONPATH": str(Path(__file__).parent)}  # actors import the factory below
+FOLDER = Path(__file__).parent
+HERE = {"PYTHONPATH": f"{FOLDER}{os.pathsep}{FOLDER.parent}"}  # actors import the factory below
 DEADLINES = DeadlineConfig(start_s=300, rollout_s=120, weights_s=120)
 
 

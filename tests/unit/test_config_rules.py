@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "learner.gradient_checkpointing",
     "learner.share_prompts",
     "learner.weight_bucket_bytes",
+    "weights",
     "evaluation",
     "checkpoint",
     "dump",

@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from weight_buckets import pack
 
 from latent_grpo.common.schema import decode
 from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings, Trajectory
-from latent_grpo.common.weights import WeightManifest, WeightsCorrupt, checksum, pack
+from latent_grpo.common.weights import WeightManifest, WeightsCorrupt, checksum
 from latent_grpo.reward.pool import VerifierPool
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.worker import RolloutWorker
@@ -49,7 +50,7 @@ class ScriptedEngine:
             for i in r.sample_indices
         )  # fmt: skip
 
-    def load_weights(self, version, tensors):
+    def load_weights(self, version, tensors, unchanged=()):
         if self.pending:
             raise EngineError("running")
         if version.checksum != checksum(tensors):
@@ -134,14 +135,32 @@ def test_a_weight_update_takes_its_turn_in_the_queue(worker):
 
 
 def test_a_worker_that_cannot_verify_its_weights_stops(worker):
-    manifest, (data,) = publication(1)
+    manifest, ((data,),) = publication(1)
     damaged = data.copy()
     damaged[0] ^= 1
-    worker.update_weights(0, manifest, [damaged])
+    worker.update_weights(0, manifest, [[damaged]])
     worker.submit(1, [request("a")])
-    with pytest.raises(WeightsCorrupt, match="expected checksum"):
+    with pytest.raises(EngineError, match="checksum"):
         list(worker.results())
     assert worker.status().version.version == 0
+
+
+def test_weights_that_were_cut_short_are_refused_before_the_engine_sees_them(worker):
+    manifest, ((data,),) = publication(1)
+    worker.update_weights(0, manifest, [[data[:-1]]])
+    with pytest.raises(WeightsCorrupt, match="expected 16 bytes, got 15"):
+        list(worker.results())
+
+
+def test_the_engine_learns_which_weights_it_has_been_given_before(worker, engine):
+    seen = []
+    load = engine.load_weights
+    engine.load_weights = lambda version, tensors, unchanged: (seen.append(list(unchanged)), load(version, tensors))
+    for ticket, value in enumerate([1.0, 1.0, 2.0]):
+        worker.update_weights(ticket, *publication(ticket, value))
+    worker.submit(3, [request("a")])
+    take(worker, 1)
+    assert seen == [[], ["w"], []]
 
 
 def test_an_engine_that_disagrees_about_the_checksum_never_samples(worker):
