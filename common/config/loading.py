@@ -71,7 +71,7 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError("\n".join(_explained(error))) from error
     if faults := list(_unusable_numbers(data, ())):
         raise ConfigError("\n".join(faults))
     return config
@@ -101,8 +101,21 @@ def read_profile(source: str | Path) -> dict[str, Any]:
     return read_mapping(source, profiles_folder(), "profile")
 
 
-def _explain(error: ErrorDetails) -> str:
-    where = ".".join(_shown(part) for part in error["loc"]) or "config"
+TYPE_IN_LOC = re.compile(r"(int|float|str|bool|none|(literal|list|dict|constrained|function|nullable|lax)\W.*)")
+"""What pydantic puts after a key that may have values of several types: the one that it tried."""
+
+
+def _explained(error: ValidationError) -> list[str]:
+    """Returns a line for each faulty key; of a value that may be one of several types, what each of them says."""
+    found: dict[str, list[str]] = {}
+    for each in error.errors():
+        where = ".".join(_shown(part) for part in each["loc"] if not TYPE_IN_LOC.fullmatch(str(part))) or "config"
+        said, lines = _explain(each, where), found.setdefault(where, [])
+        lines.append(said.removeprefix(f"{where}: ") if lines else said)
+    return ["; or ".join(lines) for lines in found.values()]
+
+
+def _explain(error: ErrorDetails, where: str) -> str:
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(error['loc'])}"
     if error["type"] == "value_error":

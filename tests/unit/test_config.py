@@ -238,3 +238,14 @@ def test_importance_weights_are_on_where_rollouts_are_stale(changes, mode):
 
 def test_a_mask_needs_room_between_its_bounds():
     assert "importance_floor below importance_cap" in refused(settings(importance="mask", importance_cap=0.4))
+
+
+def test_a_value_that_no_type_of_a_key_allows_is_one_line_that_names_the_key_alone():
+    assert refused("quickstart", "evaluation.protocol=null") == (
+        "evaluation.protocol: Input should be 'ours' or 'reference', got None; or Input should be 'both', got None"
+    )
+
+
+def test_a_key_with_a_line_break_in_it_does_not_break_the_line():
+    assert refused(settings(**{"a\nb": 1})).startswith(r"'a\nb': unknown key")
+    assert "\n" not in refused(settings(**{"a\nb": 1}))
