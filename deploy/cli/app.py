@@ -317,6 +317,18 @@ def settings_reference(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or one without such files.")],
+) -> None:
+    """Writes a small project of your own: a commented profile, a sample of data, a verifier. It trains at once."""
+    from latent_grpo.deploy.cli.project import make_project, next_steps
+
+    for path in make_project(folder):
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    console.print(next_steps(folder), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor() -> None:
     """Checks the installation and reports what to fix; exit code 1 if something must be fixed."""
     from latent_grpo.deploy.checks.doctor import run_doctor

@@ -65,11 +65,12 @@ def status_of(view: RunView, now: float | None = None) -> Status:
     state = "running" if holder else "finished" if view.finished else "stopped"
     phase, kind, steps = _phase(view)
     rows = view.metric_rows(kind)
-    pace = Pace(steps, "steps", lambda: now)
+    clock = [now]
+    pace = Pace(steps, "steps", lambda: clock[0])
     for row in _last_lineage(rows):
-        pace.now = lambda when=float(row["time"]): when
+        clock[0] = float(row["time"])
         pace.advance(row["step"])
-    pace.now = lambda: now
+    clock[0] = now
     since = max(now - float(rows[-1]["time"]), 0.0) if rows else None
     each = pace.seconds_each
     if state == "running" and each and since is not None and since > LATE * each + 60.0:

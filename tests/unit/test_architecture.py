@@ -34,6 +34,7 @@ ROOMS = {
     "export": {"run"},
     "single_service": {"controller", "run", "replay"},
     "supervisor": {"run"},
+    "template": set(),  # of `latent-grpo init`: a user's files
     "train": {"controller", "run", "evaluation", "sft", "view"},
     "reproduce": {"controller", "run", "evaluation", "sft", "train"},
     "bench": {"controller", "run", "sft", "reproduce", "view"},

@@ -15,7 +15,7 @@ FILES = [text for text in QUOTED if re.fullmatch(r"[\w./-]+/[\w.-]*", text) and 
 NAMES = [text for text in QUOTED if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", text)]
 SOURCES = "\n".join(
     path.read_text(encoding="utf-8")
-    for package in PACKAGES[:5]
+    for package in PACKAGES[:6]
     for pattern in ("*.py", "*.yaml")
     for path in sorted((ROOT / package).rglob(pattern))
 )
