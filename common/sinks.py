@@ -1,4 +1,4 @@
-"""Metric sinks: console, TensorBoard, Weights & Biases, Prometheus, and a user's own by import path."""
+"""Metric sinks: console, TensorBoard, Weights & Biases, MLflow, Trackio, Prometheus, a user's own by import path."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib
 import logging
 import netrc
 import os
+import re
+import time
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -162,6 +164,92 @@ def _has_wandb_key(environment: Mapping[str, str]) -> bool:
         return netrc.netrc(environment.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+PROJECT = "latent-grpo"  # of MLflow and Trackio, unless their own variables name another
+
+
+@register_sink("mlflow")
+class MLflowSink:
+    """A sink for MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME, its own variables, say where.
+
+    Without a URI it records in `RUN/mlflow.db`, which `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows. A
+    resumed run finds its MLflow run by the folder, which is a tag of it, and goes on with the same curves.
+    """
+
+    FOLDER_TAG = "latent_grpo.folder"
+    MOST_AT_ONCE = 1000  # metrics that MLflow takes in one request
+
+    def __init__(self, run_folder: Path, environment: Mapping[str, str] = os.environ):
+        mlflow = _needs("mlflow", "mlflow", "mlflow")
+        self._metric = _needs("mlflow.entities", "mlflow", "mlflow").Metric
+        folder = run_folder.resolve()
+        uri = environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+        try:
+            self._client = mlflow.MlflowClient(tracking_uri=uri)
+            name = environment.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+            found = self._client.get_experiment_by_name(name)
+            experiment = self._client.create_experiment(name) if found is None else found.experiment_id
+            self._run = self._resumed(experiment, folder) or self._client.create_run(
+                experiment, run_name=folder.name, tags={self.FOLDER_TAG: str(folder)}
+            )
+        except mlflow.exceptions.MlflowException as error:
+            raise MetricsError(f"metric sink mlflow cannot record at {uri}: {_first_line(error)}") from error
+        self._client.update_run(self._run.info.run_id, status="RUNNING")
+
+    def _resumed(self, experiment: str, folder: Path) -> Any:
+        """Returns the MLflow run of this folder, or None."""
+        runs = self._client.search_runs([experiment], f"tags.`{self.FOLDER_TAG}` = {_quoted(str(folder))}")
+        return runs[0] if runs else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [self._metric(_mlflow_name(name), value, now, step) for name, value in values.items()]
+        for start in range(0, len(metrics), self.MOST_AT_ONCE):
+            self._client.log_batch(self._run.info.run_id, metrics[start : start + self.MOST_AT_ONCE])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run.info.run_id)
+
+
+def _mlflow_name(metric: str) -> str:
+    """MLflow allows letters, digits, and `_-./: `; anything else of a task's name becomes `_`."""
+    return re.sub(r"[^\w\-./: ]", "_", metric, flags=re.ASCII)
+
+
+def _quoted(text: str) -> str:
+    """A string of MLflow's filters, which know no escapes. Raises MetricsError for one with both kinds of quotes."""
+    if "'" not in text:
+        return f"'{text}'"
+    if '"' not in text:
+        return f'"{text}"'
+    raise MetricsError(f"metric sink mlflow: the run's folder {text} has both kinds of quotes in its path; rename it")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@register_sink("trackio")
+class TrackioSink:
+    """A sink for Trackio; TRACKIO_PROJECT, and its own TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL, say where.
+
+    Without them it records on this machine, and `trackio show --project latent-grpo` shows it. The Trackio run has the
+    name of the run's folder, and a resumed run goes on in it.
+    """
+
+    def __init__(self, run_folder: Path, environment: Mapping[str, str] = os.environ):
+        trackio = _needs("trackio", "trackio", "trackio")
+        self._run = trackio.init(
+            project=environment.get("TRACKIO_PROJECT") or PROJECT, name=run_folder.name, resume="allow", embed=False,
+            auto_log_cpu=False, auto_log_gpu=False,
+        )  # fmt: skip
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 @register_sink("prometheus")

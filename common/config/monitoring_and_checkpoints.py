@@ -119,11 +119,12 @@ class MetricsConfig(Section):
     """Where metrics go besides `metrics.jsonl` in the run folder, which always has them (docs/health.md)."""
 
     sinks: list[str] = Field(default_factory=lambda: ["console"])
-    """Metric sinks: `console`, `tensorboard`, `wandb`, `prometheus`, or an import path `package.module:Name`."""
+    """Metric sinks: `console`, `tensorboard`, `wandb`, `mlflow`, `trackio`, `prometheus`, or an import path
+    `package.module:Name`."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        known = ("console", "tensorboard", "wandb", "prometheus")
+        known = ("console", "tensorboard", "wandb", "mlflow", "trackio", "prometheus")
         if unknown := [name for name in self.sinks if name not in known and ":" not in name]:
             raise ValueError(f"sinks: unknown {unknown}; allowed: {', '.join(known)}, or package.module:Name")
         return self

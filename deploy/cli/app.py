@@ -43,7 +43,7 @@ HELP = """Trains and evaluates models that reason in latent steps.
 
 Settings follow a command's own options: `key.sub=VALUE` or `--key.sub VALUE`; `latent-grpo settings` lists them.
 """
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 app.add_typer(reading)

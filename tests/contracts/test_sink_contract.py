@@ -15,13 +15,18 @@ from latent_grpo.common.sinks import make_sink
 from latent_grpo.common.testing import check_sink
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NEEDS = {"console": None, "prometheus": None, "tensorboard": "tensorboard", "wandb": None}
+NEEDS = {
+    "console": None, "mlflow": "mlflow", "prometheus": None, "tensorboard": "tensorboard", "trackio": None,
+    "wandb": None,
+}  # fmt: skip
 
 
 @pytest.fixture
 def stand_ins(stand_in):
-    """For packages that would talk to a server: wandb, and Ray's metrics."""
+    """For packages that would talk to a server or write outside of the test: wandb, Trackio, and Ray's metrics."""
     run = SimpleNamespace(define_metric=lambda *a, **k: None, log=lambda row: None, finish=lambda: None)
+    trackio = SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+    stand_in("trackio", SimpleNamespace(init=lambda **options: trackio))
     stand_in("wandb", SimpleNamespace(init=lambda **options: run))
     gauge = SimpleNamespace(set=lambda value, tags: None)
     stand_in("ray.util.metrics", SimpleNamespace(Gauge=lambda *a, **k: gauge))

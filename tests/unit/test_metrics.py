@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -12,7 +15,7 @@ import pytest
 
 from latent_grpo.common.errors import MetricsError
 from latent_grpo.common.metrics import FILE, MetricsWriter, read_metrics
-from latent_grpo.common.sinks import WandbSink, gauge_name, make_sink, register_sink
+from latent_grpo.common.sinks import MLflowSink, WandbSink, gauge_name, make_sink, register_sink
 
 
 def lines(folder):
@@ -109,11 +112,11 @@ def test_sinks_get_finite_values_only(tmp_path):
 
 
 def test_an_unknown_sink_names_the_known_ones(tmp_path):
-    with pytest.raises(MetricsError, match="console, prometheus, tensorboard, wandb, or package"):
+    with pytest.raises(MetricsError, match="console, mlflow, prometheus, tensorboard, trackio, wandb, or package"):
         make_sink("tensorbord", tmp_path)
 
 
-@pytest.mark.parametrize(("sink", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
+@pytest.mark.parametrize(("sink", "module"), [(name, name) for name in ("tensorboard", "wandb", "mlflow", "trackio")])
 def test_a_missing_package_is_refused_with_what_to_install(tmp_path, stand_in, sink, module):
     stand_in(module, None)
     with pytest.raises(MetricsError, match=f"pip install {sink}"):
@@ -200,3 +203,46 @@ def test_panels_of_the_grafana_dashboard_do_not_overlap_and_name_one_run():
 def test_a_metric_has_one_name_in_prometheus():
     assert gauge_name("rollout/reward") == "latent_grpo_rollout_reward"
     assert gauge_name("evaluation/gsm8k-aug/pass_at_1") == "latent_grpo_evaluation_gsm8k_aug_pass_at_1"
+
+
+def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="needs the package mlflow")
+    folder, elsewhere = tmp_path / "it's a run", {"MLFLOW_TRACKING_URI": ""}
+    folder.mkdir()
+    for steps in ((1, 2), (2, 3)):
+        sink = MLflowSink(folder, elsewhere)
+        for step in steps:
+            sink.write(step, {"rollout/reward": 0.5, "task [a]/pass_at_1": 0.25})
+        sink.close()
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("latent-grpo").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == folder.name
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "rollout/reward")] == [1, 2, 2, 3]
+    assert run.data.metrics["task _a_/pass_at_1"] == 0.25
+
+
+def test_mlflow_at_an_address_that_cannot_be_used_is_refused_in_one_line(tmp_path):
+    pytest.importorskip("mlflow", reason="needs the package mlflow")
+    with pytest.raises(MetricsError, match="metric sink mlflow cannot record at nowhere:") as found:
+        MLflowSink(tmp_path, {"MLFLOW_TRACKING_URI": "nowhere://x"})
+    assert "\n" not in str(found.value)
+
+
+def test_a_resumed_run_goes_on_in_its_trackio_run(tmp_path):
+    pytest.importorskip("trackio", reason="needs the package trackio")
+    code = (
+        "import sys; from pathlib import Path; from latent_grpo.common.sinks import TrackioSink\n"
+        "sink = TrackioSink(Path(sys.argv[1]))\n"
+        "for step in sys.argv[2:]: sink.write(int(step), {'rollout/reward': int(step) / 8})\n"
+        "sink.close()"
+    )
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}  # read at its import
+    for steps in (("1", "2"), ("3",)):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "run"), *steps], env=environment, check=True)
+    read = (
+        "import json; from trackio.sqlite_storage import SQLiteStorage as S\n"
+        "print(json.dumps([[r['step'], r['rollout/reward']] for r in S.get_logs('latent-grpo', 'run')]))"
+    )
+    shown = subprocess.run([sys.executable, "-c", read], env=environment, check=True, capture_output=True, text=True)
+    assert json.loads(shown.stdout.splitlines()[-1]) == [[1, 0.125], [2, 0.25], [3, 0.375]]
