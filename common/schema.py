@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,7 @@ class SchemaError(LatentGRPOError, ValueError):
     """A batch that does not have the trajectory schema; the message names the column and what was found."""
 
 
+@cache
 def trajectory_schema(k: int) -> pa.Schema:
     """Returns the schema for mixtures of width `k` (0: no latent steps)."""
 
@@ -288,6 +289,10 @@ class TrajectoryBatch:
             values = values.to_numpy(zero_copy_only=False)
         return Ragged(values, offsets - offsets[0])
 
+    def _lengths(self, name: str) -> np.ndarray:
+        """The lengths of a list column, [rows], without its values: every group of a run is checked as it arrives."""
+        return np.diff(self.batch.column(name).offsets.to_numpy())
+
     def _validate(self) -> None:
         try:
             self.batch.validate(full=True)
@@ -305,9 +310,9 @@ class TrajectoryBatch:
                 if pa.types.is_floating(inner.type) and not np.isfinite(inner.to_numpy()).all():
                     raise SchemaError(f"{field.name}: non-finite values")
         for name in _STEP_COLUMNS:
-            if not np.array_equal(self._ragged(name).lengths, self.num_latent_steps):
+            if not np.array_equal(self._lengths(name), self.num_latent_steps):
                 raise SchemaError(f"{name}: number of latent steps differs from num_latent_steps")
-        if not np.array_equal(self.hard_ids.lengths, self.hard_log_probs.lengths):
+        if not np.array_equal(self._lengths("hard_ids"), self._lengths("hard_log_probs")):
             raise SchemaError("hard_ids and hard_log_probs differ in length")
 
 

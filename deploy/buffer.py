@@ -80,6 +80,8 @@ class GroupBuffer:
     _by_uid: dict[str, int] = field(default_factory=dict)
     _taken: set[int] = field(default_factory=set)  # consumed, beyond the first that is not
     _training: int = 0  # slots held by the batch at the learner
+    _held: int = 0  # entries that take a place in a batch (`_counts`); kept up to date, since every poll asks for it
+    _ready: int = 0  # of those, the settled ones
     _settled_since_batch: int = 0
     _dropped: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
@@ -95,14 +97,12 @@ class GroupBuffer:
     @property
     def free_slots(self) -> int:
         """The number of prompts that may be dispatched now."""
-        held = sum(1 for e in self._entries.values() if e.dropped is None or not self.refill)
-        return self.slots - held - self._training
+        return self.slots - self._held - self._training
 
     @property
     def ready_share(self) -> float:
         """The share of the next batch's groups that have arrived."""
-        arrived = sum(1 for e in self._entries.values() if e.settled and (e.dropped is None or not self.refill))
-        return min(arrived / self.prompts_per_step, 1.0)
+        return min(self._ready / self.prompts_per_step, 1.0)
 
     def dispatched(self, request: GroupRequest) -> int:
         """Takes a slot for the next prompt; returns its ordinal. Raises :class:`TooManyDispatched`."""
@@ -118,6 +118,7 @@ class GroupBuffer:
             )
         ordinal = self.next_ordinal
         self._entries[ordinal] = _Entry(request)
+        self._held += 1
         self._by_uid[request.group_uid] = ordinal
         self.next_ordinal += 1
         self._skip_taken()
@@ -140,6 +141,7 @@ class GroupBuffer:
             return "duplicate"
         self._settled_since_batch += 1
         entry.group = group
+        self._ready += 1
         reason = self.drop_reason(group)
         if reason is not None:
             self._drop(entry, reason)
@@ -148,10 +150,15 @@ class GroupBuffer:
     def drop(self, group_uid: str, reason: str) -> None:
         """Drops an expected group that cannot be used (malformed records). No batch will hold it, nor a dump."""
         entry = self._entries[self._by_uid[group_uid]]
-        entry.group = None
         self._drop(entry, reason)
+        entry.group = None
 
     def _drop(self, entry: _Entry, reason: str) -> None:
+        if self.refill:  # another one takes its place
+            self._held -= 1
+            self._ready -= entry.settled
+        else:
+            self._ready += not entry.settled
         entry.dropped = reason
         self._dropped[reason] += 1
 
@@ -160,14 +167,20 @@ class GroupBuffer:
 
         Its slots stay held until `trained`.
         """
+        if self._ready < self.prompts_per_step:
+            return None
         last = max(self._taken, default=-1)  # what is before it was passed over
-        places = self.prompts_per_step + self.window
         chosen: list[int] = []
-        for ordinal in sorted(o for o, entry in self._entries.items() if self._counts(entry))[:places]:
-            if self._entries[ordinal].settled:
+        missing = 0
+        for ordinal, entry in self._entries.items():  # in prompt order, as they were dispatched
+            if not self._counts(entry):
+                continue
+            if entry.settled:
                 chosen.append(ordinal)
-            elif ordinal < last:
-                break
+            else:
+                missing += 1
+                if ordinal < last or missing > self.window:
+                    return None
             if len(chosen) == self.prompts_per_step:
                 return self._take(chosen)
         return None
@@ -188,6 +201,8 @@ class GroupBuffer:
         groups, reasons = [self._entries[o].group for o in chosen], [e.dropped for e in generated]
         for ordinal in consumed:
             del self._by_uid[self._entries.pop(ordinal).request.group_uid]
+        self._held -= len(counted)
+        self._ready -= len(counted)
         first = min(self._entries, default=self.next_ordinal)
         self._taken = {ordinal for ordinal in self._taken.union(consumed) if ordinal > first}
         batch = ReadyBatch(
