@@ -62,6 +62,12 @@ def dead_links(page: Path) -> Iterator[str]:
 
 
 @cache
+def names_of(depth: int) -> set[str]:
+    """The keys of so many parts, and the sections."""
+    return {".".join(name.split(".")[:depth]) for name in KEYS}
+
+
+@cache
 def key_pattern(name: str) -> re.Pattern[str]:
     """What a page may write for a key: a number or `*` or `N` in the place of an index, any name for `NAME`."""
     parts = [r"[\w*-]+" if part in ("N", "NAME") else rf"(?:{re.escape(part)}|\*)" for part in name.split(".")]
@@ -72,14 +78,17 @@ def is_key(text: str) -> bool:
     """Whether a text is a key, or a section of keys. Below `options` a user's own class decides."""
     if re.search(r"(^|\.)options(\.|$)", text):
         return True
-    depth = text.count(".") + 1
-    names = {".".join(name.split(".")[:depth]) for name in KEYS}
-    return any(key_pattern(name).fullmatch(text) for name in names)
+    return any(key_pattern(name).fullmatch(text) for name in names_of(text.count(".") + 1))
+
+
+@cache
+def program() -> Any:
+    return typer.main.get_command(app)
 
 
 def the_command(words: list[str]) -> tuple[Any, list[str]] | str:
     """The command that words call, and the words after it; or what is wrong with them."""
-    here: Any = typer.main.get_command(app)
+    here = program()
     while hasattr(here, "commands"):  # a group
         if not words or words[0].startswith("-"):
             return here, words
@@ -98,8 +107,7 @@ def faults(line: str) -> Iterator[str]:
     if not words or not re.fullmatch(r"-?-?[a-z][a-z-]*", words[0]):
         return  # `latent-grpo ...`
     if words[0] == "submit":  # its own options, and then another command
-        known: Any = typer.main.get_command(app)
-        inner = next((i for i, word in enumerate(words[1:], 1) if word in known.commands), None)
+        inner = next((i for i, word in enumerate(words[1:], 1) if word in program().commands), None)
         if inner is not None:
             yield from faults(shlex.join(["latent-grpo", *words[inner:]]))
             words = words[:inner]
