@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-vllm-v2-quick test-real-model test-gpu gpu-proof lint dist clean
+.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-vllm-v2-quick test-real-model test-gpu gpu-proof lint docs dist clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -73,6 +73,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/typecheck.py
+
+# the documents as a site, build/site/index.html: with search, and the docstrings of the public API in docs/api.md
+PARTS := common reward rollout_workers learner deploy
+docs: install
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	rm -rf build/pages build/site && mkdir -p build/pages build/types/latent_grpo
+	ln -s $(addprefix $(CURDIR)/,README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md LICENSE docs examples common) build/pages
+	ln -sfn $(addprefix $(CURDIR)/,$(PARTS) latent_grpo/__init__.py) build/types/latent_grpo
+	$(BIN)/mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 # the wheel, tried as a user has it: in an environment of its own, where this checkout is not to be seen
 dist: install

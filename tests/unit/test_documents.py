@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer.main
+import yaml
 from page_commands import commands
 
 from latent_grpo.common.config.reference import reference
@@ -205,3 +207,20 @@ def test_a_dead_link_is_found(tmp_path):
 )
 def test_an_unknown_key_is_found(span, unknown):
     assert unknown_key(span) is unknown
+
+
+def test_the_site_has_every_page_and_every_object_that_it_documents():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    groups = [next(iter(entry.values())) for entry in site["nav"]]
+    shown = {page for group in groups for page in ([group] if isinstance(group, str) else [*map(one_value, group)])}
+    assert {page.relative_to(ROOT).as_posix() for page in PAGES} <= shown
+    assert all((ROOT / page).is_file() for page in shown)
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(named) > 10
+    for name in named:
+        assert pkgutil.resolve_name(name).__doc__, f"{name} has no docstring"
+
+
+def one_value(entry: dict[str, str]) -> str:
+    (value,) = entry.values()
+    return value
