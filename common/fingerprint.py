@@ -16,6 +16,7 @@ no cryptographic hash and stops nobody who wants a collision.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import xxhash
@@ -55,17 +56,17 @@ def lanes(
     """
     raw, device = _bytes(tensor), tensor.device
     given = None if source is None else _bytes(source)
-    count = -(-len(raw) // ROW_BYTES)
-    across, down = _odd_words(device), _odd(torch.arange(WORDS, WORDS + count, device=device))
+    whole, count = len(raw) // ROW_BYTES, -(-len(raw) // ROW_BYTES)
+    across, down = _odd_words(device), _odd_rows(device, count.bit_length())[:count]
     rows, columns = torch.empty(count, dtype=torch.int64, device=device), torch.zeros_like(across)
     sums = matrix_sums if device.type == "cpu" else elementwise_sums
     size = piece_rows or (CPU_ROWS if device.type == "cpu" else OTHER_ROWS)
-    for first in range(0, count, size):
-        place = slice(first, min(first + size, count))
-        piece = raw[first * ROW_BYTES : place.stop * ROW_BYTES]
+    bounds = [*range(0, whole, size), *([whole] if whole < count else []), count]  # the last row may not be full
+    for first, end in itertools.pairwise(bounds):
+        piece = raw[first * ROW_BYTES : end * ROW_BYTES]
         if given is not None:
-            piece.copy_(given[first * ROW_BYTES : place.stop * ROW_BYTES])
-        rows[place], added = sums(_words(piece), across, down[place])
+            piece.copy_(given[first * ROW_BYTES : end * ROW_BYTES])
+        rows[first:end], added = sums(_words(piece), across, down[first:end])
         columns += added
     first_lane, second_lane = (_mixed(rows) * down).sum(), (_mixed(columns) * across).sum()
     return int(first_lane) & _MASK, int(second_lane) & _MASK
@@ -107,6 +108,12 @@ def _words(piece: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _odd_words(device: torch.device) -> torch.Tensor:
     return _odd(torch.arange(WORDS, device=device))
+
+
+@functools.cache
+def _odd_rows(device: torch.device, bits: int) -> torch.Tensor:
+    """Returns the numbers of the first 2^bits rows; tensors of like size share one table."""
+    return _odd(torch.arange(WORDS, WORDS + 2**bits, device=device))
 
 
 def _odd(positions: torch.Tensor) -> torch.Tensor:
