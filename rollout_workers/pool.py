@@ -97,6 +97,7 @@ class RolloutPool:
         self._start_again_at = 0.0  # by the pool's clock
         self._on_poll = on_poll
         self._busy_before = 0.0  # seconds that workers have worked that are gone
+        self._weights_s = 0.0
         self._enough_at = 0.0  # when the pool last had `min_workers`, by its clock
         self._wanted = config.workers
         self._served = False  # a worker has served: others can
@@ -129,6 +130,11 @@ class RolloutPool:
         """Seconds that all workers of this pool have worked so far, together, as their last heartbeats say."""
         return self._busy_before + sum(m.status.busy_s for m in self._members.values() if m.status is not None)
 
+    @property
+    def weights_s(self) -> float:
+        """Seconds until the weights that were sent last had reached the slowest worker so far; nobody waits for it."""
+        return self._weights_s
+
     def process_ids(self) -> dict[str, int]:
         """The process id of each worker on its node, by the worker's name, for monitoring."""
         return {name: member.process.pid for name, member in self._members.items()}
@@ -147,7 +153,7 @@ class RolloutPool:
         Groups that were submitted before keep the old weights: those that wait in the pool are handed out first.
         """
         self._dispatch(everything=True)
-        self._publication = publication
+        self._publication, self._weights_s = publication, 0.0
         now = self._clock.look()
         for member in self._members.values():
             if self._loan is None or not self._loan.keeps(member):
@@ -288,8 +294,10 @@ class RolloutPool:
             elif member.heartbeat is not None and ref is member.heartbeat:
                 member.heard(ray.get(ref, timeout=ANSWER_S), now)
             else:
+                sent_at = next(fetch.sent_at for fetch in member.fetching if fetch.ref is ref)
                 member.fetching = [fetch for fetch in member.fetching if fetch.ref is not ref]
                 ray.get(ref, timeout=ANSWER_S)
+                self._weights_s = max(self._weights_s, now - sent_at)
         except RayError as error:
             cause = getattr(error, "cause", None) or error
             if isinstance(cause, RequestRefused):

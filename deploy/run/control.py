@@ -65,6 +65,9 @@ class Scalable(Protocol):
     @property
     def busy_s(self) -> float: ...
 
+    @property
+    def weights_s(self) -> float: ...
+
     def resize(self, workers: int, *, at_once: bool = False) -> None: ...
 
 
@@ -207,4 +210,8 @@ class Scaling:
                 self._say(f"workers: {wanted} -> {workers} (the learner waits {share:.0%} of a step for rollouts)")
                 pool.resize(workers)
         share = busy_s / (serving * step_s) if serving and step_s else 0.0
-        return {"rollout/workers": float(serving), "rollout/busy_share": min(share, 1.0)}
+        return {
+            "rollout/workers": float(serving),
+            "rollout/busy_share": min(share, 1.0),
+            "rollout/weights_s": pool.weights_s,
+        }

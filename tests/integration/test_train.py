@@ -42,6 +42,9 @@ SAME = ("group_uid", "sample_index", "policy_version_min", "latent_ids", "latent
 SAME += ("hard_ids", "hard_log_probs", "reward", "epoch", "finish_reason")
 
 
+BY_STORE = "weights.transport=object_store"
+
+
 def rows_of(folder, steps):
     """What was generated, step by step, in prompt order."""
     store = TrajectoryStore(folder.trajectories)
@@ -52,10 +55,10 @@ def weights_of(folder):
     return dict(load_model(folder.model).named_parameters())
 
 
-def test_three_steps_and_three_more_are_six_bit_for_bit_at_any_number_of_workers(whole, tmp_path):
+def test_three_steps_and_three_more_are_six_bit_for_bit_with_any_workers_and_transport(whole, tmp_path):
     quiet = ("evaluation.at_start=false", "evaluation.at_end=false", "checkpoint.every=0")  # the last is always kept
-    half = train(tiny(*COMMON, *quiet, f"runs_folder={tmp_path}", "steps=3", "rollout.workers=2"), "half")
-    resumed = resume(half.path, ["steps=6", "rollout.workers=1"])
+    half = train(tiny(*COMMON, *quiet, f"runs_folder={tmp_path}", "steps=3", "rollout.workers=2", BY_STORE), "half")
+    resumed = resume(half.path, ["steps=6", "rollout.workers=1", "weights.transport=shared_memory"])
 
     for first, second in zip(rows_of(whole, range(1, 7)), rows_of(resumed, range(1, 7)), strict=True):
         assert first == second

@@ -15,7 +15,7 @@ ROOM = 3
 class FakePool:
     def __init__(self):
         self.wanted = self.size = 2
-        self.resized, self.busy_s = [], 0.0
+        self.resized, self.busy_s, self.weights_s = [], 0.0, 0.25
 
     def resize(self, workers, *, at_once=False):
         self.wanted = self.size = workers
@@ -149,7 +149,7 @@ def test_a_run_scales_itself_between_its_bounds_and_says_so():
     for _ in range(12):
         pool.busy_s += 10.0 * pool.wanted  # all of them work all the time, and the learner waits
         metrics = scaling.after(10.0, 8.0)
-    assert metrics == {"rollout/workers": 4.0, "rollout/busy_share": 1.0}
+    assert metrics == {"rollout/workers": 4.0, "rollout/busy_share": 1.0, "rollout/weights_s": 0.25}
     assert said[0] == "workers: 2 -> 3 (the learner waits 80% of a step for rollouts)"
     assert pool.resized == [(3, False), (4, False)]
 
@@ -169,6 +169,7 @@ def test_without_an_upper_bound_the_number_stays():
     scaling = Scaling(load_config("quickstart", ["rollout.workers=2"]), pool, said.append)
     for _ in range(12):
         pool.busy_s += 10.0
-        assert scaling.after(10.0, 8.0) == {"rollout/workers": 2.0, "rollout/busy_share": 0.5}
+        metrics = scaling.after(10.0, 8.0)
+        assert metrics == {"rollout/workers": 2.0, "rollout/busy_share": 0.5, "rollout/weights_s": 0.25}
     assert not said
     assert not pool.resized
