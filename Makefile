@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-vllm-v2-quick test-real-model test-gpu gpu-proof lint docs dist clean
+.PHONY: install demo test test-all vllm test-vllm test-vllm-v2 test-vllm-v2-quick test-real-model test-gpu test-latest test-oldest gpu-proof lint docs dist clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -72,6 +72,14 @@ test-gpu:
 gpu-proof:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(wildcard $(BIN)/python),python3) tests/gpu/proof.py \
 	--minutes $(or $(MINUTES),12) --out $(or $(OUT),gpu-proof) $(if $(DEVICE),--device $(DEVICE))
+
+# other versions of the packages than the pinned ones, each in an environment of its own (2 GB); docs/versions.md
+test-latest: install
+	$(BIN)/python tests/versions.py latest
+	$(BIN)/python tests/versions.py beyond
+
+test-oldest: install
+	$(BIN)/python tests/versions.py oldest
 
 lint: install
 	$(BIN)/ruff check .

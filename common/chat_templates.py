@@ -70,11 +70,16 @@ def pinned_template(template: str, date: str) -> str:
 
 
 def _applied(tokenizer: PreTrainedTokenizerBase, chat: Chat, date: str) -> str:
-    day = datetime.strptime(date, DATE_FORMAT)
-    dates: dict[str, Any] = {"date_string": date, "strftime_now": day.strftime}
+    # the function is for formats that are no literals; transformers 5.24 hands none on, and such a template is refused
+    dates: dict[str, Any] = {"date_string": date, "strftime_now": datetime.strptime(date, DATE_FORMAT).strftime}
+    template = pinned_template(template_of(tokenizer), date) or None
     return str(
         tokenizer.apply_chat_template(
-            [dict(message) for message in chat], tokenize=False, add_generation_prompt=True, **dates
+            [dict(message) for message in chat],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            **dates,
         )
     )
 

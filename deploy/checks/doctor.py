@@ -22,6 +22,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sentence
+from latent_grpo.deploy.checks.tested_versions import never_tested
 from latent_grpo.deploy.checks.torch_build import describe_torch
 from latent_grpo.deploy.run.machine import ray_faults, temporary_fault
 from latent_grpo.rollout_workers.vllm_plugin.support import installed, vllm_problem

@@ -180,6 +180,8 @@ def of_a_run(folder: Path, source: Path, seed: int, value: object) -> None:
     break_a_file(run, random.Random(seed), value)
     answer_in_one_line(folder, "inspect", "r", codes=(0, 1, 2))
     answer_in_one_line(folder, "inspect", "r", "--failed", "--json", codes=(0, 1, 2))
+    answer_in_one_line(folder, "status", "r", codes=(0, 1, 2))
+    answer_in_one_line(folder, "runs", ".", codes=(0, 1, 2))
     shutil.rmtree(run)
 
 
