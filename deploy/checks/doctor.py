@@ -87,7 +87,8 @@ def _python() -> list[Check]:
 
 def _packages() -> list[Check]:
     """Compares every requirement of this package (without extras) with what is installed."""
-    findings, fine = [], []
+    findings: list[Check] = []
+    fine: dict[str, str] = {}  # package -> version
     try:
         requirements = importlib.metadata.requires("latent-grpo") or []
     except importlib.metadata.PackageNotFoundError:
@@ -106,8 +107,11 @@ def _packages() -> list[Check]:
         if not requirement.specifier.contains(version, prereleases=True):
             found = f"{version} is installed, {requirement.specifier} is needed"
             findings.append(Check(name=requirement.name, status="fail", found=found, fix=fix))
-        fine.append(f"{requirement.name} {version}")
-    return findings or [Check(name="packages", status="ok", found=", ".join(fine))]
+        fine[requirement.name] = version
+    fix = "pip install -c constraints.txt -e . takes versions that were tested"
+    untested = [Check(name="versions", status="warn", found=sentence, fix=fix) for sentence in never_tested(fine)]
+    listed = ", ".join(f"{name} {version}" for name, version in fine.items())
+    return [*(findings or [Check(name="packages", status="ok", found=listed)]), *untested]
 
 
 def _torch() -> list[Check]:
