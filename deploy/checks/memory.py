@@ -148,10 +148,16 @@ class ModelShape:
 class RankMemory:
     """Bytes of a learner rank, estimated."""
 
-    states: int
+    parameters: int
+    gradients: int
+    optimizer: int
     activations: int
     logits: int
     reference: int = 0  # the initial model, for the KL term
+
+    @property
+    def states(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
@@ -159,7 +165,9 @@ class RankMemory:
 
     def __str__(self) -> str:
         parts = [
-            f"{self.states / GIB:.1f} weights, gradients and optimizer",
+            f"{self.parameters / GIB:.1f} weights",
+            f"{self.gradients / GIB:.1f} gradients",
+            f"{self.optimizer / GIB:.1f} optimizer",
             f"{self.activations / GIB:.1f} activations",
         ]
         if self.reference:
@@ -199,7 +207,7 @@ def rank_memory(
             parts[name] //= learner.ranks
     at_once = min(max(learner.tokens_per_microbatch, longest), tokens)
     return RankMemory(
-        states=sum(parts.values()),
+        **parts,
         activations=at_once * shape.saved_bytes(dtype, checkpointing=learner.gradient_checkpointing, layers=layers),
         logits=LOGIT_COPIES * 4 * shape.rows * min(learner.logprob_chunk_tokens, at_once),
         reference=own * shape.parameters if reference else 0,

@@ -35,6 +35,7 @@ from latent_grpo.deploy.cli.bench import bench
 from latent_grpo.deploy.cli.data import data
 from latent_grpo.deploy.cli.faults import debugging, exit_code_of, in_one_line, unexpected
 from latent_grpo.deploy.cli.models import models
+from latent_grpo.deploy.cli.planning import planning
 from latent_grpo.deploy.cli.reading import reading
 from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.machine import keep_local
@@ -48,6 +49,7 @@ app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 app.add_typer(reading)
 app.add_typer(models)
+app.add_typer(planning)
 console = Console()
 STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 ERROR = "[bold red]error[/]"

@@ -24,6 +24,7 @@ ROOMS = {
     "run": {"controller"},
     "cluster": {"run"},
     "checks": {"run", "evaluation"},
+    "planning": {"run", "checks", "controller"},
     "view": {"run"},
     "data": {"run"},
     "evaluation": {"controller", "run"},

@@ -1,0 +1,46 @@
+"""The command `plan`: what a run will need and take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from latent_grpo.deploy.cli.arguments import listed, settings
+
+planning = typer.Typer()
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
+
+
+@planning.command(context_settings=SETTINGS)
+def plan(
+    context: typer.Context,
+    profile: Profile = "quickstart",
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of the run; 0: the CPU.")] = 0,
+    gpu: Annotated[str | None, typer.Option(help="Kind of card, for its memory: h100, h200, a100, ...")] = None,
+    rates: Annotated[Path | None, typer.Option(help="A run whose own steps say how fast the device is.")] = None,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Also simulate 1 to 1,024 workers, with the driver as fast as it is here.")
+    ] = False,
+    allow_plugins: Annotated[
+        str, typer.Option(help="Modules that the profile names, separated by commas: import and check them too.")
+    ] = "",
+) -> None:
+    """Says what a run will need and take: memory, seconds of each stage, waiting, hours. Starts nothing."""
+    from latent_grpo.deploy.planning.plan import plan as rows_of
+    from latent_grpo.deploy.planning.rates import rates_of
+
+    config = settings(profile, context, gpus or None, sized=bool(gpus))
+    measured = None if rates is None else rates_of(rates)
+    console, table = Console(), Table(title=f"{profile}: plan", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    rows = rows_of(config, gpus=gpus, gpu=gpu, rates=measured, grow=growth, allowed=listed(allow_plugins))
+    for name, found in rows:
+        table.add_row(name, escape(found))
+    console.print(table)
