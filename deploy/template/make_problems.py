@@ -32,7 +32,8 @@ def problem(draw: random.Random) -> dict[str, str]:
 
 def write(folder: Path, training: int = 2000, held_out: int = 200, seed: int = 0) -> None:
     """Writes both files; no problem is in both."""
-    draw, rows = random.Random(seed), {}
+    draw = random.Random(seed)
+    rows: dict[str, str] = {}
     while len(rows) < training + held_out:
         row = problem(draw)
         rows[row["problem"]] = json.dumps(row)
