@@ -1,4 +1,4 @@
-"""The fingerprint of a tensor: 128 bits of its bytes, computed where it lies, at about the speed of a copy.
+"""The fingerprint of a tensor: 128 bits of its bytes, computed where it lies (docs/measured.md: how fast).
 
 A publication's two ends compare fingerprints instead of bytes. It is the same integer on every device, since it is made
 of int64 arithmetic that wraps around. The bytes, padded with zeros, are read as rows of :data:`WORDS` words of 64 bits,
