@@ -1,4 +1,4 @@
-"""The command `plan`: what a run will need and take."""
+"""The commands `plan`, what a run will need and take, and `manifest`, its files for KubeRay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from latent_grpo.deploy.cli.arguments import listed, settings
+from latent_grpo.deploy.cli.arguments import listed, overrides, settings
 
 planning = typer.Typer()
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -44,3 +44,31 @@ def plan(
     for name, found in rows:
         table.add_row(name, escape(found))
     console.print(table)
+
+
+manifest = typer.Typer(help="Files for a cluster, made for a profile.")
+planning.add_typer(manifest, name="manifest")
+
+
+@manifest.callback()
+def _manifest() -> None:
+    """Keeps `kuberay` a command of its own beside others to come."""
+
+
+@manifest.command(context_settings=SETTINGS)
+def kuberay(
+    context: typer.Context,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the run; a profile's counts for them are taken.")],
+    profile: Profile = "gsm8k-aug",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that a node has.")] = 8,
+    image: Annotated[str | None, typer.Option(help="The image; default: that of rayjob.yaml, to be changed.")] = None,
+    claim: Annotated[str, typer.Option(help="The storage claim that is mounted at /shared.")] = "latent-grpo-shared",
+) -> None:
+    """Prints a RayJob for KubeRay whose GPU pods autoscale: `latent-grpo manifest kuberay ... | kubectl apply -f -`."""
+    from latent_grpo.deploy.cluster.kuberay import kuberay_manifest
+
+    config = settings(profile, context, gpus)
+    text = kuberay_manifest(
+        config, profile, gpus=gpus, per_node=gpus_per_node, image=image, claim=claim, overrides=overrides(context.args)
+    )
+    typer.echo(text, nl=False)
