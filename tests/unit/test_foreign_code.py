@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from latent_grpo.common.config import ConfigError, load_config, read_profile
 from latent_grpo.common.config.loading import with_value
 from latent_grpo.deploy.cli.app import app
+from latent_grpo.deploy.cluster.submit import stage
 from latent_grpo.deploy.evaluation.evaluate import evaluation_config
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.foreign_code import check_origin, named_code
@@ -88,6 +89,20 @@ def test_validate_runs_nothing_and_says_what_it_left_out(tmp_path, values):
     for path in ("os:system",) if "os:system" in str(values) else ("foreign_trap:Verifier",):
         assert path in text
     assert "--allow-plugins" in text
+
+
+def test_plan_runs_nothing_and_says_what_it_left_out(tmp_path):
+    done, text = output_of("plan", "--profile", profile(tmp_path / "p.yaml", NAMED))
+    assert done.exit_code == 0, text
+    assert not loaded()
+    assert "not checked, since it would run code that the settings name: " in text
+
+
+def test_submit_reads_a_profile_for_what_it_takes_along_and_imports_none_of_it(tmp_path):
+    (tmp_path / "job").mkdir()
+    staged = stage(tmp_path / "job", ["train", "--profile", profile(tmp_path / "p.yaml", NAMED)])
+    assert staged[0] == "train"
+    assert not loaded()
 
 
 def test_validate_checks_a_module_that_the_user_allows(tmp_path):
