@@ -8,21 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
-from weight_buckets import pack
 
 from latent_grpo.common.config import ActorResources, ConfigError, DeadlineConfig, RolloutConfig
 from latent_grpo.common.schema import decode
 from latent_grpo.common.seen_time import SeenTime
-from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings
-from latent_grpo.common.weights import Publication, WeightManifest, checksum
+from latent_grpo.common.transport import ObjectStoreTransport
+from latent_grpo.common.types import GroupRequest, SamplingSettings
+from latent_grpo.learner.publication import Publisher
 from latent_grpo.rollout_workers.pool import RolloutPool, RolloutPoolError
 
 pytestmark = pytest.mark.integration
 SAMPLING = SamplingSettings(mode="latent", max_tokens=6, k=2)
-FOLDER = Path(__file__).parent
-HERE = {"PYTHONPATH": f"{FOLDER}{os.pathsep}{FOLDER.parent}"}  # actors import the factory below
+HERE = {"PYTHONPATH": str(Path(__file__).parent)}  # actors import the factory below
 DEADLINES = DeadlineConfig(start_s=300, rollout_s=120, weights_s=120)
 
 
@@ -55,10 +53,7 @@ def publication(version):
     torch.manual_seed(version)
     model = AutoModelForCausalLM.from_config(tiny_config(LlamaConfig))
     weights = [(n, p.detach()) for n, p in model.named_parameters()]
-    buckets = list(pack(weights, 8192))
-    policy = PolicyVersion(version=version, checksum=checksum(weights))
-    manifest = WeightManifest(version=policy, buckets=tuple(m for m, _ in buckets))
-    return Publication(manifest=manifest, buckets=tuple(ray.put(data) for _, data in buckets))
+    return Publisher(ObjectStoreTransport(), 8192).publish(weights, version)
 
 
 def requests(first, count):
