@@ -24,6 +24,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # `make test-vllm-v2`: the interp
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts jobs in the background so; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # its processes have a terminal of 80 columns that nobody looks at
+    os.environ.pop("COLUMNS", None)
+    os.environ.pop("LINES", None)
+
 INTEGRATION_S = 1200  # of one test: processes, models and Ray start slowly on a busy machine
 LONG_S, TOGETHER_S = 60.0, 540.0  # of one test that is not marked slow, and of all of them
 RAY_CPUS = 4  # logical: more actors than the machine has cores may run side by side

@@ -398,10 +398,16 @@ def run_command(arguments: list[str]) -> int:
     (`deploy.cli.faults`). With `LATENT_GRPO_DEBUG=1` their tracebacks are shown before it.
     """
     try:
-        app(args=[argument_with_home(argument) for argument in arguments])
+        try:
+            app(args=[argument_with_home(argument) for argument in arguments])
+        finally:
+            _flush()
         code = 0
     except LatentGRPOError as error:
         code = _failed(error, str(error), error.exit_code)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        code = 1
+        link.tell(ended=code)
     except OSError as error:
         if error.errno in DISK:
             where = error.filename or "the output, or a file,"
@@ -417,6 +423,15 @@ def run_command(arguments: list[str]) -> int:
         link.tell(ended=1)
         raise
     return code
+
+
+def _flush() -> None:
+    """Writes what is left of the output: an interpreter that cannot do so at its end says it in lines of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what cannot be written is given up
+        raise
 
 
 def _failed(error: Exception, sentence: str, code: int) -> int:
