@@ -63,3 +63,9 @@ def test_a_private_name_has_its_reason_beside_it():
 )
 def test_what_reaches_inside_is_recognised(line, found):
     assert reaches_inside(line) is found
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Pytest imports them by their names alone, so a run over all folders would refuse the second."""
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
