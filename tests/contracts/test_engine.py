@@ -461,7 +461,8 @@ def test_weights_in_flight_recompute_what_running_samples_have(kind: str) -> Non
         if kind == "transformers":
             engine: LatentEngine = TransformersEngine(copy.deepcopy(model), FACTS, **options)
         else:
-            engine = bare_engine(kind, positions=256, max_length=160, **options)
+            blocks = {"engine_args": {"block_size": 32}}  # so that samples share a prompt, and all begin at once
+            engine = bare_engine(kind, positions=256, max_length=160, vllm=blocks, **options)
         engine.load_weights(*published(model, version))
         return engine
 
