@@ -12,7 +12,7 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from latent_grpo.common.config import VLLMConfig
 from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import DTYPES, extend_positions
 from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
-from latent_grpo.common.weights import checksum
+from latent_grpo.common.weights import checksum, in_buckets
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.requests import RunningGroup, SampleRecord, admit
 from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
@@ -211,7 +211,7 @@ class VLLMEngine:
         self._version = None  # after any failure below the engine refuses to sample
         tensors = list(checked_tensors(version, tensors, self._expected))
         check_checksum(version, checksum(tensors))
-        buckets = list(_buckets(tensors, self._bucket_bytes))
+        buckets = list(in_buckets(tensors, self._bucket_bytes))
         try:
             self._apply(buckets)
         except Exception as error:
@@ -249,20 +249,6 @@ def _published_parameters(config: PreTrainedConfig, dtype: str, model: str | Pat
     """Returns the parameters of a publication: all of the Transformers model, tied ones once."""
     skeleton = empty_model(config, model, DTYPES[dtype])
     return {name: TensorShape.of(parameter) for name, parameter in skeleton.named_parameters()}
-
-
-def _buckets(tensors: list[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Groups neighbouring tensors into buckets of at most `bucket_bytes`; a larger tensor is a bucket by itself."""
-    bucket: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 def quiet_vllm() -> None:

@@ -31,9 +31,16 @@ from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.head import Float32Head, float32_product_is_native
 from latent_grpo.common.latent import latent_step, sample_mixture
 from latent_grpo.common.schema import TrajectoryBatch, encode
-from latent_grpo.common.types import PolicyVersion, SamplingSettings, Trajectory
+from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import combine_checksums
-from latent_grpo.deploy.bench.workload import Workload, facts_of, load_own_weights, requests_of, run_engine
+from latent_grpo.deploy.bench.workload import (
+    Workload,
+    facts_of,
+    load_own_weights,
+    random_trajectory,
+    requests_of,
+    run_engine,
+)
 from latent_grpo.learner.batching import ReplayInputs, collate
 from latent_grpo.learner.cost import peak_flops
 from latent_grpo.learner.logprobs import step_log_probs
@@ -312,38 +319,20 @@ def publish(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> 
 
 def replay_inputs(shape: Shape, sizes: Sizes, device: torch.device | str) -> ReplayInputs:
     """Makes a micro-batch of trajectories with random ids, half of whose steps are latent."""
-    rng = np.random.default_rng(0)
-    rows: list[Trajectory] = []
-    latent = sizes.response // 2
-    for _ in range(sizes.replayed):
-        scores = -np.sort(rng.exponential(2.0, (latent, K)).astype(np.float32), axis=1)
-        hard = rng.integers(1, shape.vocabulary, sizes.response - latent).astype(np.int32)
-        rows.append(
-            Trajectory(
-                run_id="bench",
-                purpose="training",
-                task="bench",
-                problem_uid="bench",
-                group_uid="bench",
-                sample_index=len(rows),
-                epoch=0,
-                run_seed=0,
-                policy_version_min=0,
-                policy_version_max=0,
-                worker="bench",
-                engine="transformers",
-                sampling=SamplingSettings(mode="latent", max_tokens=sizes.response, k=K),
-                prompt_ids=rng.integers(1, shape.vocabulary, sizes.prompt).astype(np.int32),
-                latent_ids=rng.integers(1, shape.vocabulary, (latent, K)).astype(np.int32),
-                latent_scores=scores,
-                latent_log_probs=scores,
-                hard_ids=hard,
-                hard_log_probs=np.zeros(len(hard), np.float32),
-                finish_reason="stop",
-                reward=0.0,
-                grade_reason="wrong",
-            )
+    draw, latents = np.random.default_rng(0), sizes.response // 2
+    rows = [
+        random_trajectory(
+            draw,
+            draw.integers(1, shape.vocabulary, sizes.prompt),
+            latents=latents,
+            hard=sizes.response - latents,
+            k=K,
+            vocabulary=shape.vocabulary,
+            group=row,
+            sample=0,
         )
+        for row in range(sizes.replayed)
+    ]
     return collate(TrajectoryBatch(encode(rows, K)), [(row,) for row in range(len(rows))], chunks=4).to(device)
 
 

@@ -6,11 +6,9 @@ gradients; the table says how long they take on one thread, for a small Llama an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,9 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.schema import TrajectoryBatch, encode
-from latent_grpo.common.types import SamplingSettings, Trajectory
 from latent_grpo.deploy.bench.timing import interleaved
-from latent_grpo.deploy.bench.workload import bench_model
+from latent_grpo.deploy.bench.workload import bench_model, random_trajectory
 from latent_grpo.learner.batching import ReplayInputs, Sharing, collate, group_indices, plan
 from latent_grpo.learner.policy import PolicyModule
 
@@ -99,29 +96,18 @@ def _batch(prompt: int, response: int, vocabulary: int) -> TrajectoryBatch:
     draw, rows = np.random.default_rng(0), []
     latents = response // 2
     for group in range(GROUPS):
-        prompt_ids = draw.integers(0, vocabulary, prompt).astype(np.int32)
+        prompt_ids = draw.integers(0, vocabulary, prompt)
         for sample in range(SAMPLES):
-            shape = (latents, K)
             rows.append(
-                Trajectory(
-                    purpose="training",
-                    task="bench",
-                    problem_uid=f"bench/{group}",
-                    group_uid=str(group),
-                    sample_index=sample,
-                    epoch=0,
-                    run_seed=0,
-                    policy_version_min=0,
-                    policy_version_max=0,
-                    engine="bench",
-                    sampling=SamplingSettings(mode="latent", max_tokens=response, k=K),
-                    prompt_ids=prompt_ids,
-                    latent_ids=draw.integers(0, vocabulary, shape).astype(np.int32),
-                    latent_scores=-np.sort(draw.random(shape).astype(np.float32), axis=-1),
-                    latent_log_probs=np.zeros(shape, dtype=np.float32),
-                    hard_ids=draw.integers(0, vocabulary, response - latents).astype(np.int32),
-                    hard_log_probs=np.zeros(response - latents, dtype=np.float32),
-                    finish_reason="stop",
+                random_trajectory(
+                    draw,
+                    prompt_ids,
+                    latents=latents,
+                    hard=response - latents,
+                    k=K,
+                    vocabulary=vocabulary,
+                    group=group,
+                    sample=sample,
                 )
             )
     return TrajectoryBatch(encode(rows, K))
@@ -134,7 +120,3 @@ def show(found: ReplayBench, console: Console | None = None) -> None:
         figures = (f"{row.samples_a_sequence:.1f}", f"1/{row.positions:.2f}", f"{row.ratio:.2f}")
         table.add_row(str(row.prompt), str(row.response), *figures)
     (console or Console()).print(table)
-
-
-def write_json(found: ReplayBench, path: Path) -> None:
-    path.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")

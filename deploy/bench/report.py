@@ -6,10 +6,9 @@ navigation until the page is usable and until the first curve is drawn, and the 
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,8 +155,3 @@ def show(result: ReportBenchmark) -> None:
     table.add_row("first curve after", f"{result.first_curve_s:.2f} s")
     table.add_row("a search takes", f"{result.search_s:.3f} s")
     Console().print(table)
-
-
-def write_json(result: ReportBenchmark, file: Path) -> None:
-    """Writes the same figures as JSON."""
-    file.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")

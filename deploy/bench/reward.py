@@ -8,12 +8,10 @@ given beside them. Latency is that of a single case in a call of its own, includ
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import psutil
@@ -204,8 +202,3 @@ def show(results: list[RewardBenchmark]) -> None:
         times = (f"{value:.2f}" for value in (r.p50_ms, r.p99_ms, r.worst_ms))
         table.add_row(r.workload, f"{r.cases:,}", *rates, *times)
     Console().print(table)
-
-
-def write_json(results: list[RewardBenchmark], file: Path) -> None:
-    """Writes the same figures as JSON."""
-    file.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")

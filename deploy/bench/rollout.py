@@ -7,13 +7,11 @@ for rows that are already done.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,7 +174,3 @@ def show(found: RolloutBench, console: Console | None = None) -> None:
     console.print(f"share of the model's own forward passes: {shares}")
     if found.note:
         console.print(found.note, soft_wrap=True)
-
-
-def write_json(found: RolloutBench, path: Path) -> None:
-    path.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ the weights must be those of the undisturbed run, bit for bit.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -19,7 +18,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +265,3 @@ def show(soak: Soak) -> None:
     for name, (early, late) in soak.memory_mib.items():
         files = soak.descriptors[name]
         console.print(f"{name}: {early:.0f} -> {late:.0f} MiB, {files[0]} -> {files[1]} descriptors (undisturbed run)")
-
-
-def write_json(soak: Soak, path: Path) -> None:
-    path.write_text(json.dumps(asdict(soak), indent=2) + "\n", encoding="utf-8")

@@ -7,14 +7,12 @@ model's speed and no core's is measured, but what the loop makes of given times.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -257,7 +255,3 @@ def show(found: Sequence[Measured], console: Console | None = None) -> None:
             f"{one.step_s:.2f} s", f"{one.wait_share:.1%}", f"{one.staleness_mean:.2f}",
         )  # fmt: skip
     (console or Console()).print(table)
-
-
-def write_json(found: Sequence[Measured], path: Path) -> None:
-    path.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -373,7 +373,3 @@ def show(found: TrlBench, console: Console | None = None) -> None:
     console.print(
         f"on the same rollouts: loss within {found.loss_gap:.1e}, gradient within {found.gradient_gap:.1e} (L2)"
     )
-
-
-def write_json(found: TrlBench, path: Path) -> None:
-    path.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")

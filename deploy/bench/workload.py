@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from latent_grpo.common.types import GroupRequest, NoiseMode, PolicyVersion, SamplingSettings, TokenFacts
+from latent_grpo.common.types import GroupRequest, NoiseMode, PolicyVersion, SamplingSettings, TokenFacts, Trajectory
 from latent_grpo.common.weights import checksum
 from latent_grpo.deploy.bench.timing import Timing
 from latent_grpo.rollout_workers.engine import LatentEngine, generate
@@ -110,6 +110,45 @@ def requests_of(
         )
         for i, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True))
     ]  # fmt: skip
+
+
+def random_trajectory(
+    draw: np.random.Generator,
+    prompt_ids: np.ndarray,
+    *,
+    latents: int,
+    hard: int,
+    k: int,
+    vocabulary: int,
+    group: int,
+    sample: int,
+) -> Trajectory:
+    """Makes a sample of a prompt [P] with random ids of the `vocabulary`: latent steps, then hard ones."""
+    scores = -np.sort(draw.exponential(2.0, (latents, k)).astype(np.float32), axis=1)
+    return Trajectory(
+        run_id="bench",
+        purpose="training",
+        task="bench",
+        problem_uid=f"bench/{group}",
+        group_uid=str(group),
+        sample_index=sample,
+        epoch=0,
+        run_seed=0,
+        policy_version_min=0,
+        policy_version_max=0,
+        worker="bench",
+        engine="transformers",
+        sampling=SamplingSettings(mode="latent", max_tokens=latents + hard, k=k),
+        prompt_ids=prompt_ids.astype(np.int32),
+        latent_ids=draw.integers(1, vocabulary, (latents, k)).astype(np.int32),
+        latent_scores=scores,
+        latent_log_probs=scores,
+        hard_ids=draw.integers(1, vocabulary, hard).astype(np.int32),
+        hard_log_probs=np.zeros(hard, dtype=np.float32),
+        finish_reason="stop",
+        reward=0.0,
+        grade_reason="wrong",
+    )
 
 
 def run_engine(engine: LatentEngine, requests: list[GroupRequest]) -> float:

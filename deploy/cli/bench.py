@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from latent_grpo.common.config.section import SEED_LIMIT
+from latent_grpo.deploy.bench.figures import write_json
 from latent_grpo.deploy.cli.arguments import overrides
 
 bench = typer.Typer(no_args_is_help=True, help="Measures a part of the pipeline on this machine.")
@@ -25,7 +26,7 @@ def bench_reward(
     json_file: JsonFile = None,
 ) -> None:
     """Measures gradings per second and core, and the time of single ones, on GSM8K-like and MATH-like answers."""
-    from latent_grpo.deploy.bench.reward import measure, show, write_json
+    from latent_grpo.deploy.bench.reward import measure, show
 
     results = measure(cases, processes, seed)
     show(results)
@@ -64,7 +65,7 @@ def bench_report(
     json_file: JsonFile = None,
 ) -> None:
     """Measures how fast a report is written, opened and searched in a real Chromium."""
-    from latent_grpo.deploy.bench.report import measure, show, write_json
+    from latent_grpo.deploy.bench.report import measure, show
 
     result = measure(trajectories, latent_steps, k, openings, seed)
     show(result)
@@ -82,7 +83,7 @@ def bench_rollout(
     json_file: JsonFile = None,
 ) -> None:
     """Compares the Transformers engine with `model.generate`, and latent with hard steps, there and in vLLM, on CPU."""
-    from latent_grpo.deploy.bench.rollout import measure, show, write_json
+    from latent_grpo.deploy.bench.rollout import measure, show
 
     found = measure(vocabulary=vocabulary, hidden=hidden, layers=layers, k=k, repeats=repeats)
     show(found)
@@ -98,7 +99,7 @@ def bench_replay(
     json_file: JsonFile = None,
 ) -> None:
     """Compares the learner's passes with a group's prompt computed once and once a sample, on CPU."""
-    from latent_grpo.deploy.bench.replay import measure, show, write_json
+    from latent_grpo.deploy.bench.replay import measure, show
 
     found = measure(hidden=hidden, layers=layers, repeats=repeats)
     show(found)
@@ -113,7 +114,7 @@ def bench_trl(
     json_file: JsonFile = None,
 ) -> None:
     """Compares a step of TRL's GRPOTrainer with one of ours on the same model and prompts, on CPU."""
-    from latent_grpo.deploy.bench.trl import measure, show, write_json
+    from latent_grpo.deploy.bench.trl import measure, show
 
     found = measure(steps, turns)
     show(found)
@@ -159,7 +160,7 @@ def bench_staleness(
     json_file: JsonFile = None,
 ) -> None:
     """Measures how long the learner waits for rollouts by max_staleness: the real loop, with parts that sleep."""
-    from latent_grpo.deploy.bench.staleness import measure, show, write_json
+    from latent_grpo.deploy.bench.staleness import measure, show
 
     found = measure(workers, steps)
     show(found)
@@ -195,7 +196,7 @@ def bench_soak(
 ) -> None:
     """Kills processes of a tiny run at random and compares its end with that of an undisturbed one."""
     from latent_grpo.common.errors import RunError
-    from latent_grpo.deploy.bench.soak import measure, show, write_json
+    from latent_grpo.deploy.bench.soak import measure, show
 
     found = measure(kills, seed, steps, folder)
     show(found)

@@ -4,7 +4,8 @@ import json
 
 from rich.console import Console
 
-from latent_grpo.deploy.bench.replay import measure, show, write_json
+from latent_grpo.deploy.bench.figures import write_json
+from latent_grpo.deploy.bench.replay import measure, show
 
 
 def test_shared_prompts_are_computed_once_where_responses_are_short(tmp_path):

@@ -4,7 +4,8 @@ import json
 
 from rich.console import Console
 
-from latent_grpo.deploy.bench.rollout import RolloutBench, show, write_json
+from latent_grpo.deploy.bench.figures import write_json
+from latent_grpo.deploy.bench.rollout import RolloutBench, show
 from latent_grpo.deploy.bench.timing import Timing
 from latent_grpo.deploy.bench.workload import compared
 

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from latent_grpo.common.schema import encode
+from latent_grpo.deploy.bench.figures import write_json
 from latent_grpo.deploy.bench.staleness import (
     PROMPTS,
     ROWS,
@@ -20,7 +21,6 @@ from latent_grpo.deploy.bench.staleness import (
     lengths,
     run_case,
     show,
-    write_json,
 )
 
 

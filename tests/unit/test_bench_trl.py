@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from latent_grpo.common.errors import ConfigError
+from latent_grpo.deploy.bench.figures import write_json
 from latent_grpo.deploy.bench.trl import (
     OURS,
     PROMPTS,
@@ -20,7 +21,6 @@ from latent_grpo.deploy.bench.trl import (
     our_config,
     show,
     trl_missing,
-    write_json,
 )
 from latent_grpo.reward.verifier import load_verifier
 

@@ -42,7 +42,7 @@ def fill(b):
     return [b.dispatched(request(b.next_ordinal)) for _ in range(b.free_slots)]
 
 
-def run(b, batches, order):
+def run(b, batches, order, late=lambda ordinal: False):
     """Dispatches while slots are free, lets groups arrive in an arbitrary order, trains each batch at once."""
     taken, waiting = [], []
     while len(taken) < batches:
@@ -52,7 +52,8 @@ def run(b, batches, order):
             taken.append(batch)
             b.trained(batch)
             continue
-        ordinal = waiting.pop(order.randrange(len(waiting)))
+        ordinal = order.choice([o for o in waiting if not late(o)] or waiting)
+        waiting.remove(ordinal)
         b.arrived(f"g{ordinal}", ordinal)
     return taken
 
@@ -140,21 +141,9 @@ def windowed(window, next_ordinal=0, ahead=(), keeps=lambda group: True, refill=
     )  # fmt: skip
 
 
-def run_late(b, batches, order, late=lambda ordinal: ordinal % 7 == 0):
-    """As `run`, but some groups arrive only when nothing else is under way."""
-    taken, waiting = [], []
-    while len(taken) < batches:
-        waiting += fill(b)
-        batch = b.take_batch()
-        if batch is not None:
-            taken.append(batch)
-            b.trained(batch)
-            continue
-        quick = [o for o in waiting if not late(o)] or waiting
-        ordinal = order.choice(quick)
-        waiting.remove(ordinal)
-        b.arrived(f"g{ordinal}", ordinal)
-    return taken
+def run_late(b, batches, order):
+    """As `run`, but every seventh group arrives only when nothing else is under way."""
+    return run(b, batches, order, late=lambda ordinal: ordinal % 7 == 0)
 
 
 @pytest.mark.parametrize("refill", [True, False])

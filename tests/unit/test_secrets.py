@@ -17,7 +17,7 @@ from latent_grpo.deploy.run.machine import keep_local, private_token
 from latent_grpo.deploy.run.preparation import check
 from latent_grpo.deploy.run.progress import Reporter
 
-ENVIRONMENT = {"HF_TOKEN": "hf_abcdefgh", "MY_KEY": "sesame-open", "HF_HOME": "/root/hub", "PATH": "/usr/bin:/bin"}
+ENVIRONMENT = {"HF_TOKEN": "hf_abcdefgh", "MY_KEY": "sesame-open", "HF_HOME": "/data/hub", "PATH": "/usr/bin:/bin"}
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ ENVIRONMENT = {"HF_TOKEN": "hf_abcdefgh", "MY_KEY": "sesame-open", "HF_HOME": "/
         ('{"api_key": "abc", "sort_key": "b"}', '{"api_key": "[redacted]", "sort_key": "b"}'),
         ("WANDB_API_KEY=abc", "WANDB_API_KEY=[redacted]"),
         ("at https://me:pass@host/x?token=abc", "at https://[redacted]@host/x?token=[redacted]"),
-        ("https://host:8265/a@b in /root/hub", "https://host:8265/a@b in /root/hub"),
+        ("https://host:8265/a@b in /data/hub", "https://host:8265/a@b in /data/hub"),
         ("first_token=true, latent-end token: 9", "first_token=true, latent-end token: 9"),
         ("learner.tokens_per_microbatch=4096", "learner.tokens_per_microbatch=4096"),
     ],
