@@ -96,11 +96,11 @@ class _Replayed:
     inputs: ReplayInputs
     old: torch.Tensor  # [N] log pi_old, of which the ratio is taken
     plain_old: torch.Tensor  # [N] the same without centering
-    gap: torch.Tensor | None  # [N, W] |log p_old - log p_behaviour| of the components; None: not computed (yet)
-    drift: torch.Tensor | None  # [N] the same of log pi
-    others: OtherDraws | None
-    reference: torch.Tensor | None  # [N] log pi of the initial model (METHOD §5)
-    importance: torch.Tensor | None  # [N] weight (METHOD §6)
+    others: OtherDraws | None = None
+    reference: torch.Tensor | None = None  # [N] log pi of the initial model (METHOD §5)
+    importance: torch.Tensor | None = None  # [N] weight (METHOD §6)
+    gap: torch.Tensor | None = None  # [N, W] |log p_old - log p_behaviour| of the components; None: not computed (yet)
+    drift: torch.Tensor | None = None  # [N] the same of log pi
 
 
 class LearnerRank(RankActor):
@@ -283,21 +283,23 @@ class LearnerRank(RankActor):
             old = plain.masked_scatter(
                 inputs.latent, others.centered(plain[inputs.latent], log_probs, weighting=weighting)
             )
-        reference = None if self.reference is None else self._steps(self.reference(inputs), inputs)
-        config = self.config
+        config, reference = self.config, self._reference(inputs)
         importance = importance_weights(
             plain - self._behaviour(inputs), config.importance_mode, config.importance_floor, config.importance_cap
         )
-        replayed = _Replayed(inputs, old, plain, None, None, others, reference, importance)
+        replayed = _Replayed(inputs, old, plain, others, reference, importance)
         self._compare(replayed, components)
         return replayed
 
     @torch.no_grad()
     def _recorded(self, inputs: ReplayInputs) -> _Replayed:
         """Takes the record's log-probs as the old ones, without a pass of the policy."""
-        reference = None if self.reference is None else self._steps(self.reference(inputs), inputs)
         behaviour = self._behaviour(inputs)
-        return _Replayed(inputs, behaviour, behaviour, None, None, None, reference, None)
+        return _Replayed(inputs, behaviour, behaviour, reference=self._reference(inputs))
+
+    def _reference(self, inputs: ReplayInputs) -> torch.Tensor | None:
+        """log pi of the initial model: [N]; None without a KL term."""
+        return None if self.reference is None else self._steps(self.reference(inputs), inputs)
 
     def _compare(self, part: _Replayed, components: torch.Tensor) -> None:
         """Notes how far the policy's components [N, W] are from the record's, under the weights of the rollout."""
@@ -335,8 +337,9 @@ class LearnerRank(RankActor):
             cost.real += sum(sizes)
             cost.computed += len(sizes) * max(sizes, default=0)
             steps = int(num_steps[list(micro.rows)].sum())
-            passes = (True,) if self.config.old_log_probs == "behaviour" else (False, True)
-            cost.flops += sum(self.flops.count(prompts, fed, steps, gradient=gradient) for gradient in passes)
+            forwards = (self.config.old_log_probs == "recompute") + (self.reference is not None)  # besides the update's
+            cost.flops += forwards * self.flops.count(prompts, fed, steps, gradient=False)
+            cost.flops += self.flops.count(prompts, fed, steps, gradient=True)
         return cost
 
     def _inputs(self, view: TrajectoryBatch, mini: MiniBatch) -> Iterator[ReplayInputs]:

@@ -1,8 +1,8 @@
 """One decode step of the architectures that people train, as few tensor operations as the arithmetic needs.
 
-Transformers' modules cost more than their arithmetic where a step is small: a step of 64 rows of the quickstart's model
-spends two thirds of its time between operations. Here a layer is one product for queries, keys and values, one for gate
-and up, rotary positions of queries and keys together, and residuals that are added by the products themselves::
+Transformers' modules cost much beside their arithmetic where a step is small (docs/measured.md). Here a layer is one
+product for queries, keys and values, one for gate and up, rotary positions of queries and keys together, and residuals
+that are added by the products themselves::
 
     x [n, D] ──► RMSNorm ──► q, k, v ──► (norms) ──► rotary ──► slot cache ──► attention ──► + x
              └─► RMSNorm ──► gate, up ──► silu(gate) * up ──► down ──► + x
@@ -166,17 +166,8 @@ def lean_forward(model: PreTrainedModel) -> LeanForward | None:
 
     Joining moves the model's attention and MLP weights into new memory: the parameters stay the same objects.
     """
-    return None if _unserved(model) else LeanForward(model)
-
-
-def _unserved(model: PreTrainedModel) -> str:
-    """Returns why a model is left to Transformers' own forward pass; empty: it is not."""
     config = model.config
-    if config.model_type not in FAMILIES:
-        return f"architecture {config.model_type}"
-    if config.hidden_act != "silu":
-        return f"activation {config.hidden_act}"
-    rope = getattr(model.base_model.rotary_emb, "rope_type", "default")
-    if rope not in STATIC_ROPE:
-        return f"rotary positions of kind {rope}"
-    return ""
+    if config.model_type not in FAMILIES or config.hidden_act != "silu":
+        return None
+    static = getattr(model.base_model.rotary_emb, "rope_type", "default") in STATIC_ROPE
+    return LeanForward(model) if static else None
