@@ -119,7 +119,7 @@ class RunConfig(Section):
     the ones passed over, which may be a version older than `max_staleness` says. 0: batches are in prompt order."""
     old_log_probs: Literal["recompute", "behaviour"] = "recompute"
     """Source of the log-probs that a policy ratio is taken to: a pass of the learner before the first update
-    (`recompute`, METHOD §5), or the rollout's record (`behaviour`), which saves a quarter of the learner's work where
+    (`recompute`, METHOD §5), or the rollout's record (`behaviour`), which saves that pass (docs/measured.md) where
     engine and learner agree. `behaviour` needs `max_staleness` 0 and no `centering_draws`."""
     importance: Literal["off", "truncate", "mask"] | None = None
     """Importance weight of a response step, which corrects what the rollout's policy and the learner's differ by: none
