@@ -32,9 +32,10 @@ class PromptRenderer:
     """Renders problems for one tokenizer.
 
     A problem of one user message goes through the texts of `config`. A row that brings whole messages (verl's layout)
-    is taken as it is, apart from the texts of `whole`, which are the task's own: its `system` takes the place of the
-    row's, its `user` goes round the last user message. `rows` is the number of ids that the model has. Templates that
-    print a date, as Llama 3.2's does, print `date`, so that a prompt is the same every day.
+    is taken as it is, apart from the texts of `whole`, which are the task's own: a `system` that somebody gave takes
+    the place of the row's (None: no system message), its `user` goes round the last user message. `rows` is the number
+    of ids that the model has. Templates that print a date, as Llama 3.2's does, print `date`, so that a prompt is the
+    same every day.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class PromptRenderer:
         asked = next((message for message in reversed(chat) if message["role"] == "user"), None)
         if asked is not None:
             asked["content"] = config.user.replace("{problem}", asked["content"])
+        if "system" in config.given:  # a row keeps its own where nobody said anything
+            chat = [message for message in chat if message["role"] != "system"]
         if config.system is not None:
-            others = [message for message in chat if message["role"] != "system"]
-            chat = [{"role": "system", "content": config.system}, *others]
+            chat.insert(0, {"role": "system", "content": config.system})
         return chat
 
     def render(self, problem: Problem) -> str:

@@ -175,10 +175,11 @@ def prompt_of(task: TaskConfig, model: PromptConfig, protocol: EvaluationProtoco
 def prompt_of_messages(task: TaskConfig, model: PromptConfig) -> PromptConfig:
     """The prompt of rows that bring whole messages, which only the task's own keys change.
 
-    The texts around thinking are the model's.
+    The texts around thinking are the model's. Nothing but these is given, in the sense of :class:`PromptConfig`: a
+    `system` of null that the task gives takes the row's system message away, and one that nobody gave leaves it.
     """
     thinking = {name: value for name, value in model.given.items() if name in ("think_start", "think_end")}
-    return PromptConfig(**(PromptConfig().__dict__ | thinking | (task.prompt.given if task.prompt else {})))
+    return PromptConfig(**(thinking | (task.prompt.given if task.prompt else {})))
 
 
 def fetch_commands(missing: Iterable[tuple[str, str | Path]]) -> list[str]:

@@ -165,3 +165,16 @@ def test_a_rows_own_messages_are_the_prompt(tmp_path, tokenizer, model, own, sai
         assert warnings == [
             f"task {name}: its prompt says twice: {INSTRUCTION!r}; look at model.prompt and tasks.N.prompt"
         ]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [([], "Own.\n1+1?\n<think>"), (["tasks.0.prompt.system=null"], "1+1?\n<think>")]
+)
+def test_a_rows_system_message_is_left_out_where_the_task_says_null(tmp_path, tokenizer, given, said):
+    row = {"prompt": [{"role": "system", "content": "Own."}, {"role": "user", "content": "1+1?"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "reward_model": {"ground_truth": "2"}}))
+    task = {"name": "mine", "path": str(tmp_path / "rows.jsonl"), "verifier": "number"}
+    config = load_config({"model": {"path": "m"}, "tasks": [task]}, given)
+    for read in (config, load_config(config.model_dump(mode="json"))):  # also from a run's stored settings
+        (prepared,) = Sources.read(read).prepared(read, TextEncoder(tokenizer)).training
+        assert prepared.first_prompt()[0].partition("\n")[2] == said

@@ -99,6 +99,9 @@ def test_the_tasks_own_texts_replace_the_rows_system_message_and_go_round_its_qu
 
     assert rendered(system="Short.") == "Short.\n1+1?\n2\nx?\n<think>"
     assert rendered(user="SOLVE {problem}") == "Own.\n1+1?\n2\nSOLVE x?\n<think>"
+    assert rendered(system=None) == "1+1?\n2\nx?\n<think>", "null that somebody gave: no system message"
+    assert rendered(system=None, user="SOLVE {problem}") == "1+1?\n2\nSOLVE x?\n<think>"
+    assert rendered(think_end="</t>") == "Own.\n1+1?\n2\nx?\n<think>", "a key that nobody gave changes nothing"
 
 
 def test_plain_format_replaces_the_template_and_think_start_is_appended_once(bpe):

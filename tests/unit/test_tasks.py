@@ -238,6 +238,9 @@ PROBLEM_FIRST = "Think.\n{problem}"
         # GPQA keeps its line about the letters
         ("gpqa", {"system": "M"}, None, ("M", BENCHMARKS["gpqa"].prompt.user)),
         ("gpqa", {}, {"system": "Choose."}, ("Choose.", BENCHMARKS["gpqa"].prompt.user)),
+        ("math500", {}, {"system": None}, (None, "{problem}")),
+        ("mine", {"system": "M"}, {"system": None}, (None, "{problem}")),
+        ("math500", {"system": None}, {"user": PROBLEM_FIRST}, (None, PROBLEM_FIRST)),
     ],
 )
 def test_what_the_user_sets_wins_key_by_key(name, model, own, expected):
@@ -267,6 +270,8 @@ def test_the_models_prompt_never_touches_whole_messages():
     assert (found.system, found.user, found.think_start) == (None, "{problem}", "<t>")
     own = TaskConfig(name="svamp", prompt=PromptConfig(system="C"))
     assert prompt_of_messages(own, model).system == "C"
+    none = TaskConfig(name="svamp", prompt=PromptConfig(system=None))
+    assert prompt_of_messages(none, model).given == {"think_start": "<t>", "system": None}
 
 
 def test_benchmark_defaults_yield_to_what_the_user_gave():
