@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from latent_grpo.common.config import ModelConfig, OptimizerConfig, RunConfig
+from latent_grpo.common.config import LoRAConfig, ModelConfig, OptimizerConfig, RunConfig
 from latent_grpo.common.models import extend_positions
 from latent_grpo.common.stacks import ProcessAddress, serve_stacks
 from latent_grpo.common.transport import TRANSPORTS
 from latent_grpo.common.weights import Publication
-from latent_grpo.learner.policy import load_policy_model
+from latent_grpo.learner.lora import Addition, add_lora, plain_name, plain_parameters
+from latent_grpo.learner.policy import freeze_lower_layers, load_policy_model
 from latent_grpo.learner.publication import Publisher
 from latent_grpo.learner.state import StateShare
 from latent_grpo.learner.zero_engine import UpdateResult, ZeroEngine, init_distributed
@@ -75,15 +77,32 @@ class RankActor:
     copy: StateShare | None = None
     published = False  # frozen weights are with the workers
     publisher: Publisher  # of rank 0, from the first publication on
+    additions: Mapping[str, Addition] = MappingProxyType({})  # of LoRA, by the layer's name
 
     def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
         """Returns the module around `model` that a step calls, and its optimizer's settings."""
         raise NotImplementedError
 
     @property
+    def lora(self) -> LoRAConfig | None:
+        """LoRA's settings; None: the weights themselves are trained."""
+        return None
+
+    @property
     def loaded_dtype(self) -> str:
-        """The data type in which the model is loaded; float32 for weights that are trained, as master weights."""
-        return "float32"
+        """The data type in which the model is loaded: float32 for weights that are trained, as master weights.
+
+        Frozen ones, with LoRA, need none, and a large model in float32 would fill the node's memory.
+        """
+        return "float32" if self.lora is None else self.config.model.dtype
+
+    def choose_trained(self, model: PreTrainedModel) -> None:
+        """Freezes what `model.train_layers` and `lora` leave out, and puts LoRA's factors into the model."""
+        layers = self.config.model.train_layers
+        if self.lora is None:
+            freeze_lower_layers(model, layers)
+        else:
+            self.additions = add_lora(model, self.lora, seed=self.config.seed, trained_layers=layers)
 
     def whereabouts(self) -> ProcessAddress:
         """Returns this process's address and makes it answer with its stacks on request."""
@@ -113,15 +132,17 @@ class RankActor:
     def policy_parameters(self, without: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the policy's weights, by their names in its model folder; every rank must iterate, rank 0 gets them.
 
-        Those in `without`, some of :attr:`frozen`, are left out. A subclass that trains something else makes them of
-        that.
+        Those in `without`, some of :attr:`frozen`, are left out. They are a plain model's, whatever is trained.
         """
-        return self.engine.full_parameters(self.config.learner.weight_bucket_bytes, without)
+        left_out = {name for name in self.engine.frozen if plain_name(name) in without}
+        own = self.engine.full_parameters(self.config.learner.weight_bucket_bytes, left_out)
+        return plain_parameters(own, self.additions)
 
     @property
     def frozen(self) -> frozenset[str]:
-        """The policy's weights that never change."""
-        return self.engine.frozen
+        """The policy's weights that never change, by their names in its model folder."""
+        changing = {f"{layer}.weight" for layer in self.additions}
+        return frozenset(map(plain_name, self.engine.frozen)) - changing
 
     def publish(self, version: int, transport: str, kept: Collection[Any]) -> Publication | None:
         """Publishes the weights by a transport, on rank 0; the other ranks only help to gather.

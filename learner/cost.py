@@ -60,7 +60,8 @@ class ModelFlops:
     """The model FLOPs of a policy's passes."""
 
     layer_weights: int  # of products, in all layers
-    trained: float  # share of the layers that are trained: the backward pass ends at the lowest of them
+    passed: float  # share of the layers that the backward pass goes through: it ends at the lowest that is trained
+    trained: float  # share of the weights that are trained, which have a gradient of their own
     pair: int  # FLOPs of a pair of positions in attention, all layers
     head_weights: int
     head_trained: bool
@@ -69,12 +70,15 @@ class ModelFlops:
     def of(cls, model: PreTrainedModel) -> ModelFlops:
         """Counts a model's weights; its parameters must be whole (before ZeRO) and have their `requires_grad`."""
         layers, head, config = transformer_layers(model), model.get_output_embeddings(), model.config
-        trained = sum(any(p.requires_grad for p in layer.parameters()) for layer in layers)
+        passed = sum(any(p.requires_grad for p in layer.parameters()) for layer in layers)
+        weights = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
+        count = sum(p.numel() for p in weights)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weight = head.get_parameter("weight")
         return cls(
-            layer_weights=sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2),
-            trained=trained / max(len(layers), 1),
+            layer_weights=count,
+            passed=passed / max(len(layers), 1),
+            trained=sum(p.numel() for p in weights if p.requires_grad) / max(count, 1),
             pair=4 * head_dim * config.num_attention_heads * len(layers),
             head_weights=weight.numel(),
             head_trained=weight.requires_grad,
@@ -90,8 +94,12 @@ class ModelFlops:
         seen = own.sum() + sum(
             float((f * p + f.astype(np.float64) ** 2 / 2).sum()) for p, f in zip(prompts, fed, strict=True)
         )
-        layers = 2.0 * self.layer_weights * positions + self.pair * seen
+        products, attention = 2.0 * self.layer_weights * positions, self.pair * seen
         head = 2.0 * self.head_weights * steps
+        forward = products + attention + head
         if not gradient:
-            return layers + head
-        return layers * (1 + 2 * self.trained) + head * (3 if self.head_trained else 2)
+            return forward
+        backward = (
+            products * (self.passed + self.trained) + 2 * attention * self.passed
+        )  # inputs' and weights' gradients
+        return forward + backward + head * (2 if self.head_trained else 1)

@@ -2,7 +2,7 @@
 
 The trained weights are whole in the state (`learner.state`), the frozen ones are those of the model that training began
 with. Where DeepSpeed wrote a state at stage 3, its `zero_to_fp32` puts the ranks' parts together. LoRA's factors in a
-state of Latent-SFT are added to their weights (`learner.sft.lora`).
+state are added to their weights (`learner.lora`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latent_grpo.common.config import RunConfig
+from latent_grpo.common.config import LoRAConfig, RunConfig
 from latent_grpo.learner.base_rank import write_model_folder
 from latent_grpo.learner.checkpoint import CheckpointError
+from latent_grpo.learner.lora import UP, WEIGHT, Addition, plain_parameters
 from latent_grpo.learner.policy import load_policy_model
-from latent_grpo.learner.sft.lora import UP, WEIGHT, Addition, plain_parameters
 from latent_grpo.learner.state import OLD_TAG, LearnerStateMismatch, OldFacts, read_facts, read_tensors, weights_only
 
 if TYPE_CHECKING:
@@ -27,16 +27,19 @@ if TYPE_CHECKING:
 PREFIX = "model."  # of the policy in the module that is trained
 
 
-def export_checkpoint(state: Path, source: str | Path, folder: Path, config: RunConfig) -> None:
+def export_checkpoint(
+    state: Path, source: str | Path, folder: Path, config: RunConfig, lora: LoRAConfig | None = None
+) -> None:
     """Writes the policy of a learner's state (`CHECKPOINT/learner`) into `folder`, in the run's dtype.
 
     `source` is the model that the learner started from: its frozen parameters, tokenizer, chat template and licence are
-    taken. Raises :class:`CheckpointError` for a state that does not fit it.
+    taken. `lora` is that of the stage which wrote the state. Raises :class:`CheckpointError` for a state that does not
+    fit the model.
     """
     model = load_policy_model(str(source), config.model.dtype)
     dtype = getattr(torch, config.model.dtype)  # that of the weights which the learner has published
     trained = {name: tensor.to(dtype) for name, tensor in model_parameters(state).items()}
-    parameters = dict(plain_parameters(*_with_factors(trained, model, config)))
+    parameters = dict(plain_parameters(*_with_factors(trained, model, lora)))
     known = model.state_dict()  # aliases of tied parameters too, which an old state has
     other = [name for name, tensor in parameters.items() if name not in known or known[name].shape != tensor.shape]
     if other or not parameters:
@@ -78,12 +81,11 @@ def _old_parameters(state: Path, facts: OldFacts) -> dict[str, Any]:
 
 
 def _with_factors(
-    trained: dict[str, torch.Tensor], model: PreTrainedModel, config: RunConfig
+    trained: dict[str, torch.Tensor], model: PreTrainedModel, lora: LoRAConfig | None
 ) -> tuple[list[tuple[str, torch.Tensor]], dict[str, Addition]]:
     """Returns what :func:`plain_parameters` takes: beside LoRA's factors the weights to which they are added."""
     from transformers.pytorch_utils import Conv1D
 
-    lora = None if config.warm_start is None else config.warm_start.lora
     layers = [name.removesuffix(UP) for name in trained if name.endswith(UP)] if lora else []
     frozen = {layer + WEIGHT: model.get_parameter(f"{layer}.weight") for layer in layers}
     additions = {

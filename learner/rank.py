@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from latent_grpo.common.config import OptimizerConfig
+from latent_grpo.common.config import LoRAConfig, OptimizerConfig
 from latent_grpo.common.density import Flip
 from latent_grpo.common.prompts import read_tokens
 from latent_grpo.common.schema import TrajectoryBatch
@@ -33,8 +33,9 @@ from latent_grpo.learner.centering import OtherDraws, Redraw, draw_keys
 from latent_grpo.learner.cost import ModelFlops, StepCost, peak_flops
 from latent_grpo.learner.gaps import RankGaps, compare, joined
 from latent_grpo.learner.logprobs import step_log_probs
+from latent_grpo.learner.lora import without_additions
 from latent_grpo.learner.objective import clip_codes, importance_weights, k3_kl, policy_loss
-from latent_grpo.learner.policy import PolicyModule, freeze_lower_layers, load_policy_model
+from latent_grpo.learner.policy import PolicyModule, load_policy_model
 from latent_grpo.learner.recorder import StepCollector, flip_shares
 from latent_grpo.learner.zero_engine import learning_rate
 
@@ -106,10 +107,16 @@ class _Replayed:
 class LearnerRank(RankActor):
     """A rank that trains the policy with the method's objective."""
 
+    reference: PolicyModule | None  # the initial model, where its own copy is needed
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        return self.config.lora
+
     def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
         config = self.config
         self.reference = None
-        if config.kl_coefficient > 0:
+        if config.kl_coefficient > 0 and self.lora is None:
             dtype = getattr(torch, config.model.dtype)
             frozen = PolicyModule(load_policy_model(self.model_folder))
             self.reference = frozen.to(self.device, dtype).requires_grad_(False)
@@ -118,14 +125,14 @@ class LearnerRank(RankActor):
         self.sharing = None
         if (self.device == "cpu") if share == "auto" else share:
             self.sharing = Sharing(token_in_pairs=6 * model.config.hidden_size)
-        freeze_lower_layers(model, config.model.train_layers)
+        self.choose_trained(model)
         self.peak = peak_flops(self.device)
         module = PolicyModule(
             model,
-            freeze_embeddings=config.freeze_embeddings,
+            freeze_embeddings=config.freeze_embeddings and self.lora is None,  # which freezes all of the model
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
-        self.flops = ModelFlops.of(model)
+        self.flops, self.module = ModelFlops.of(model), module
         return module, config.optimizer
 
     # -- the step
@@ -298,8 +305,13 @@ class LearnerRank(RankActor):
         return _Replayed(inputs, behaviour, behaviour, reference=self._reference(inputs))
 
     def _reference(self, inputs: ReplayInputs) -> torch.Tensor | None:
-        """log pi of the initial model: [N]; None without a KL term."""
-        return None if self.reference is None else self._steps(self.reference(inputs), inputs)
+        """log pi of the initial model: [N]; None without a KL term. With LoRA it is the policy without its factors."""
+        if not self.config.kl_coefficient:
+            return None
+        if self.reference is not None:
+            return self._steps(self.reference(inputs), inputs)
+        with without_additions(self.module):
+            return self._steps(self.engine.forward(inputs), inputs)
 
     def _compare(self, part: _Replayed, components: torch.Tensor) -> None:
         """Notes how far the policy's components [N, W] are from the record's, under the weights of the rollout."""
@@ -337,7 +349,9 @@ class LearnerRank(RankActor):
             cost.real += sum(sizes)
             cost.computed += len(sizes) * max(sizes, default=0)
             steps = int(num_steps[list(micro.rows)].sum())
-            forwards = (self.config.old_log_probs == "recompute") + (self.reference is not None)  # besides the update's
+            forwards = (self.config.old_log_probs == "recompute") + (
+                self.config.kl_coefficient > 0
+            )  # besides the update's
             cost.flops += forwards * self.flops.count(prompts, fed, steps, gradient=False)
             cost.flops += self.flops.count(prompts, fed, steps, gradient=True)
         return cost

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import numpy as np
 import torch
+from torch.nn.utils import parametrize
 from weight_buckets import tensors_of
 
 from latent_grpo.common.config import parse_config
@@ -17,6 +19,7 @@ from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.common.types import SamplingSettings, Trajectory
 from latent_grpo.common.weights import checksum
 from latent_grpo.learner.advantages import first_token_mask, group_advantages
+from latent_grpo.learner.lora import add_lora
 from latent_grpo.learner.objective import k3_kl, policy_loss
 
 K, VOCABULARY, GROUPS, SAMPLES = 3, 48, 4, 4
@@ -63,10 +66,10 @@ def components(model, row, wanted=None):
     """
     ids = torch.tensor(row.latent_ids).long()  # records are not writable, which from_numpy warns of
     embed = model.get_input_embeddings()
-    weights = torch.softmax(torch.from_numpy(row.latent_scores), -1)
-    hard = torch.from_numpy(row.hard_ids).long()
+    weights = torch.softmax(torch.tensor(row.latent_scores), -1)
+    hard = torch.tensor(row.hard_ids).long()
     mixed = (embed(ids).detach().float() * weights.unsqueeze(-1)).sum(-2)
-    prompt = embed(torch.from_numpy(row.prompt_ids).long())
+    prompt = embed(torch.tensor(row.prompt_ids).long())
     fed = torch.cat([prompt, mixed.to(prompt.dtype), embed(hard)])[:-1]
     hidden = model.base_model(inputs_embeds=fed.unsqueeze(0)).last_hidden_state[0, len(row.prompt_ids) - 1 :]
     logits = torch.nn.functional.linear(hidden.float(), model.get_output_embeddings().weight.float())
@@ -105,7 +108,7 @@ def other_draws(model, row, draws):
 def log_pi(model, row, advantages=None, flip="off", recorded=False, others=()):
     scores = torch.tensor(row.latent_scores)
     if recorded:
-        log_p, hard = torch.from_numpy(row.latent_log_probs), torch.from_numpy(row.hard_log_probs)
+        log_p, hard = torch.tensor(row.latent_log_probs), torch.tensor(row.hard_log_probs)
     else:
         log_p, hard = components(model, row)
     latent = surrogate_log_prob(
@@ -152,6 +155,30 @@ def make_batch(folder):
     return encode(rows, K)
 
 
+class Added(torch.nn.Module):
+    """W + scale up down."""
+
+    def __init__(self, down, scale, rows):
+        super().__init__()
+        self.down, self.scale = torch.nn.Parameter(down), scale
+        self.up = torch.nn.Parameter(torch.zeros(rows, len(down)))
+
+    def forward(self, weight):
+        return weight + self.scale * self.up @ self.down
+
+
+def factors(model, folder, config):
+    """The down and up factors of each layer that LoRA gives some; `model` computes with them, by torch's own means."""
+    drawn = load(folder)
+    scale = config.lora.alpha / config.lora.rank
+    model.requires_grad_(False)
+    for layer in add_lora(drawn, config.lora, seed=config.seed):
+        linear = model.get_submodule(layer)
+        down = drawn.get_parameter(f"{layer}.lora_A.default.weight").detach().clone()
+        parametrize.register_parametrization(linear, "weight", Added(down, scale, linear.out_features))
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def plain_step(folder, config, batch):
     """The step in plain torch, one row at a time: parameters by name, and mean old log-probs.
 
@@ -162,6 +189,9 @@ def plain_step(folder, config, batch):
     trainable = [p for p in model.parameters() if p.requires_grad]
     whole = dict(load(folder).named_parameters())  # not rounded to the model's dtype
     masters = [whole[name].detach().clone() for name, p in model.named_parameters() if p.requires_grad]
+    if config.lora is not None:
+        trainable = factors(model, folder, config)
+        masters = [p.detach().clone() for p in trainable]
     optimizer = torch.optim.AdamW(
         masters,
         lr=config.optimizer.lr, eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay,
@@ -205,7 +235,7 @@ def plain_step(folder, config, batch):
         with torch.no_grad():
             for master, parameter in zip(masters, trainable, strict=True):
                 parameter.copy_(master)
-    return {n: p.detach() for n, p in model.named_parameters()}, mean_old
+    return {n: operator.attrgetter(n)(model).detach() for n in whole}, mean_old
 
 
 def published(group, version=1):

@@ -86,6 +86,11 @@ def conflicts(config: RunConfig) -> list[str]:
             "warm_start.lora has no effect on stage 1 of warm_start.source induced, which trains whole models; leave "
             "it out, or take uniform labels"
         )
+    if config.lora is not None and not config.freeze_embeddings:
+        problems.append(
+            "freeze_embeddings: false has no effect with lora, which trains its additions to linear layers alone; "
+            "leave one of them out"
+        )
     if config.batch_window > config.prompts_per_step * min(config.max_staleness, 1):
         problems.append(
             f"batch_window ({config.batch_window}) can be at most prompts_per_step ({config.prompts_per_step}), and "

@@ -55,6 +55,11 @@ class OptimizerConfig(Section):
     """Number of non-finite updates in a row that stops the run. Each non-finite update is skipped, dumped and
     counted."""
 
+    def fit_lora(self) -> None:
+        """Sets the learning rate to :data:`LORA_RATE` where it was left open."""
+        if "lr" not in self.model_fields_set:
+            object.__setattr__(self, "lr", LORA_RATE)
+
 
 class SFTOptimizerConfig(OptimizerConfig):
     """AdamW for Latent-SFT, with its own defaults: setting one key leaves the others as they are. The schedule counts
@@ -100,8 +105,8 @@ class InductionConfig(Section):
 
 
 class LoRAConfig(Section):
-    """LoRA in Latent-SFT: low-rank additions to the linear layers of the transformer are trained, and nothing else.
-    They are added to the weights of the model that Latent-SFT leaves, so engines and RL see a plain model."""
+    """LoRA: low-rank additions to the linear layers of the transformer are trained, and nothing else. Whoever takes the
+    model gets them added to its weights, so engines and later stages see a plain model."""
 
     rank: PositiveInt = 64
     """Rank of the additions. The reference trains with 64 (METHOD §7)."""
@@ -179,3 +184,5 @@ GIVEN_MODEL_DEFAULTS: dict[str, float] = {
 """Keys of `warm_start` whose defaults are others for a model that is given (`model.path`) than for a new one."""
 LORA_DEFAULTS = {"optimizer.lr": 1e-4}
 """Those that are others again with `warm_start.lora`: factors that begin at 0 need larger steps than weights do."""
+LORA_RATE = 1e-5
+"""The learning rate of RL with `lora`, where the settings leave it open: ten times that of whole weights."""

@@ -14,7 +14,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, PositiveInt, PrivateAttr, model_validator
 
 from latent_grpo.common.config.conflicts import conflicts
-from latent_grpo.common.config.learning import ClipConfig, LatentSFTConfig, NoiseConfig, OptimizerConfig
+from latent_grpo.common.config.learning import (
+    ClipConfig,
+    LatentSFTConfig,
+    LoRAConfig,
+    NoiseConfig,
+    OptimizerConfig,
+)
 from latent_grpo.common.config.monitoring_and_checkpoints import (
     CheckpointConfig,
     DumpConfig,
@@ -138,6 +144,10 @@ class RunConfig(Section):
     freeze_embeddings: bool = True
     """Whether input embeddings are frozen, and with them an output layer that is tied to them (METHOD §5)."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoRAConfig | None = None
+    """Train low-rank additions to the weights in RL instead of the weights; null: the weights. With additions
+    `optimizer.lr` is 1e-5 unless it is set, and the initial model of the KL term takes no memory: it is the model
+    without them."""
 
     model: Annotated[ModelConfig, Rule.TOKENS]
     warm_start: Annotated[LatentSFTConfig | None, Rule.TOKENS] = None
@@ -178,6 +188,8 @@ class RunConfig(Section):
             owner, leaf = (self.noise, "mode") if key == "noise.mode" else (self, key)
             if getattr(owner, leaf) is None:
                 object.__setattr__(owner, leaf, value)
+        if self.lora is not None:
+            self.optimizer.fit_lora()
         if self.warm_start is not None and self.model.path is not None:
             self._fitted = self.warm_start.fit_given_model()
         if found := conflicts(self):

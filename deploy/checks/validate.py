@@ -23,7 +23,7 @@ from latent_grpo.deploy.run.preparation import Checked, InitialModel, check, fil
 from latent_grpo.deploy.run.problems import describe, renderer_of
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
 from latent_grpo.deploy.run.sft_data import SFTData
-from latent_grpo.learner.sft.lora import missing_package
+from latent_grpo.learner.lora import missing_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,24 +147,28 @@ def memory_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
     frozen_too = ", and the output layer, which is tied to them" if shape.tied else ""
     frozen_rows = [("frozen in RL", f"the input embeddings{frozen_too} (freeze_embeddings)")]
     longest = max(t.max_prompt_tokens + t.max_response_tokens for t in config.tasks)
-    rows += frozen_rows if config.freeze_embeddings else []
+    rows += frozen_rows if config.freeze_embeddings and config.lora is None else []
     of_rl = rank_memory(
         config,
         shape,
         -(-longest * config.minibatch_prompts * config.group_size // learner.ranks),
         frozen_embeddings=config.freeze_embeddings,
         longest=longest,
-        reference=config.kl_coefficient > 0,
+        lora=config.lora,
+        reference=config.kl_coefficient > 0 and config.lora is None,
     )
     stages = {"RL": of_rl}
+    by_lora = {"RL": config.lora, "Latent-SFT": None if config.warm_start is None else config.warm_start.lora}
     if (sft := config.warm_start) is not None:
         tokens = -(-_sft_tokens(config) // learner.ranks)
         of_sft = rank_memory(config, shape, tokens, frozen_embeddings=False, longest=longest, lora=sft.lora)
         stages = {"Latent-SFT": of_sft, **stages}
-        if sft.lora is not None:
-            rows += [("warning", sentence)] if (sentence := missing_package()) is not None else []
-            trained = shape.factors(sft.lora, config.model.train_layers)
-            rows.append(("trained in Latent-SFT", f"{trained:,} parameters of LoRA, of rank {sft.lora.rank}"))
+    for stage in stages:
+        if (lora := by_lora[stage]) is not None:
+            trained = shape.factors(lora, config.model.train_layers)
+            rows.append((f"trained in {stage}", f"{trained:,} parameters of LoRA, of rank {lora.rank}"))
+    if any(by_lora.values()) and (sentence := missing_package()) is not None:
+        rows.append(("warning", sentence))
     rows += [(f"memory of a learner rank, {name}", str(memory)) for name, memory in stages.items()]
     largest = max(memory.total for memory in stages.values())
     worker, rollout = worker_memory(config, shape), config.rollout

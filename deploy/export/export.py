@@ -155,20 +155,24 @@ def _fill(folder: RunFolder, config: RunConfig, chosen: Chosen, target: Path) ->
         from latent_grpo.learner.export import export_checkpoint
 
         target.mkdir()
-        export_checkpoint(chosen.state, source, target, config)
+        lora = config.latent_sft.lora if _of_sft(folder, chosen.state) else config.lora
+        export_checkpoint(chosen.state, source, target, config, lora)
     write_chain(target, exported_chain(config, load_tokenizer(target), read_chain(source)))
     write_card(target, folder, config, chosen.name, chosen.step)
 
 
 def start_of(folder: RunFolder, config: RunConfig, chosen: Chosen) -> str | Path:
     """Returns the model that the exported weights' learner started from. Raises ConfigError where it is gone."""
-    of_sft = chosen.state is not None and folder.sft in chosen.state.parents
-    here = folder.path / "initial" if of_sft else folder.base_model
+    here = folder.path / "initial" if chosen.state is not None and _of_sft(folder, chosen.state) else folder.base_model
     if (here / "config.json").is_file():
         return here
     if config.model.path is None:
         raise ConfigError(f"{here}: the model that the run started from is not there; restore it from a backup")
     return config.model.path
+
+
+def _of_sft(folder: RunFolder, state: Path) -> bool:
+    return folder.sft in state.parents
 
 
 def _repository(to: str) -> str | None:

@@ -39,7 +39,7 @@ from latent_grpo.deploy.run.machine import check_machine
 from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources, is_read
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.sft_data import SFTData, has_chain, prepare_sft
-from latent_grpo.learner.sft.lora import missing_package
+from latent_grpo.learner.lora import missing_package
 from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.verifiers import check_verifiers
 from latent_grpo.rollout_workers.vllm_plugin import support
@@ -149,7 +149,8 @@ def check(
     source = _place_of_initial(config, folder)
     warnings = check_model(source) if source is not None and (not elsewhere or Path(source).exists()) else []
     due = config.warm_start is not None and not _has_start(folder)
-    if not elsewhere and due and config.latent_sft.lora is not None:
+    trained_by_lora = config.lora is not None or (due and config.latent_sft.lora is not None)
+    if not elsewhere and trained_by_lora:
         check_lora()
     engine = check_engine(config, elsewhere=elsewhere)
     spare = folder is not None  # 0.1.0 started runs with verifiers that no task uses

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
-from latent_grpo.common.config import LatentSFTConfig, OptimizerConfig, RunConfig
+from latent_grpo.common.config import LatentSFTConfig, LoRAConfig, OptimizerConfig, RunConfig
 from latent_grpo.common.types import TokenFacts
 from latent_grpo.learner.base_rank import RankActor
 from latent_grpo.learner.group import RankGroup
-from latent_grpo.learner.policy import freeze_lower_layers, load_policy_model
+from latent_grpo.learner.policy import load_policy_model
 from latent_grpo.learner.sft.induction import InducedChains, encoder_beside
-from latent_grpo.learner.sft.lora import Addition, add_lora, plain_parameters
 from latent_grpo.learner.sft.module import Calls, LatentSFTModule, collate, means, row_key
 from latent_grpo.learner.sft.rows import SFTRow
 from latent_grpo.learner.sft.soft_labels import ChainSource
 from latent_grpo.learner.zero_engine import learning_rate
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -91,7 +88,9 @@ def least_calls(
 
 
 class SFTRank(RankActor):
-    lora: Mapping[str, Addition] = MappingProxyType({})  # by the layer's name; empty: the weights are trained
+    @property
+    def lora(self) -> LoRAConfig | None:
+        return self.config.latent_sft.lora
 
     def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
         from latent_grpo.common.prompts import read_tokens
@@ -100,10 +99,7 @@ class SFTRank(RankActor):
         _, facts = read_tokens(config, self.model_folder)
         self.pad_id = facts.pad_id
         self.labels = self._chain_source(facts)
-        if settings.lora is None:
-            freeze_lower_layers(model, config.model.train_layers)
-        else:
-            self.lora = add_lora(model, settings.lora, seed=config.seed, trained_layers=config.model.train_layers)
+        self.choose_trained(model)
         module = LatentSFTModule(
             model,
             k=config.k,
@@ -114,20 +110,6 @@ class SFTRank(RankActor):
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         return module, settings.optimizer
-
-    @property
-    def loaded_dtype(self) -> str:
-        """Frozen weights need no master weights, and a large model in float32 would fill the node's memory."""
-        return super().loaded_dtype if self.config.latent_sft.lora is None else self.config.model.dtype
-
-    def policy_parameters(self, without: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the weights of a plain model, whatever is trained."""
-        return plain_parameters(super().policy_parameters(without), self.lora)
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        """The policy's weights that never change; none with LoRA, whose factors are added to some of them."""
-        return frozenset() if self.lora else super().frozen
 
     def _chain_source(self, facts: TokenFacts) -> ChainSource | None:
         """The source of labels, or None for a row's own labels, which are the uniform ones."""

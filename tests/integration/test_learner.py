@@ -102,6 +102,30 @@ def test_a_centered_step_is_that_of_plain_torch(ray_session, folder, batch):
     assert float((want - moved(plain, before)).norm() / want.norm()) > 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 3)])
+def test_a_step_with_lora_is_that_of_plain_torch(ray_session, folder, batch, ranks, stage):
+    learner = {"ranks": ranks, "zero_stage": stage, "tokens_per_microbatch": 24, "gradient_checkpointing": ranks == 2}
+    config = settings(learner=learner, lora={"rank": 4, "alpha": 8.0}, kl_coefficient=0.5)
+    expected, _ = plain_step(folder, config, batch)
+    group = LearnerGroup(config, folder)
+    try:
+        published(group, 0)
+        group.train(batch, 0)
+        after = published(group)
+        group.train(batch, 1)
+        again = published(group, 2)
+    finally:
+        group.close()
+    before = load(folder)
+    want, got = moved(expected, before), moved(after, before)
+    assert float((want - got).norm() / want.norm()) < 1e-5
+    changed = {name for name in after if not torch.equal(after[name], again[name])}
+    assert {name.split(".")[-2] for name in changed} == {
+        f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+
+
 def check_records(report, batch, mean_old):
     """Every row of the batch has its record, in the batch's order, whatever rank had it."""
     rows, records = decode(batch), decode_records(report.records)

@@ -28,6 +28,7 @@ from latent_grpo.common.sinks import gauge_name
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
 from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
+from latent_grpo.deploy.export.export import export
 from latent_grpo.deploy.replay.replay import replay
 from latent_grpo.deploy.reproduce.in_process import train_in_process
 from latent_grpo.deploy.run.folder import ResumeError, create_run
@@ -102,6 +103,24 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(ray_session, tmp_path)
     assert [(row["step"], row["lineage"]) for row in read_metrics(resumed.path)] == [(1, 0), (2, 0), (3, 1)]
     # the step of two ranks is also that of one, from the state that another stage left
     assert replay(folder, 3, ["learner.ranks=1", "learner.zero_stage=0"]).reproduced
+
+
+@pytest.mark.slow  # tests/unit/test_lora.py has a step beside plain torch, without Ray
+def test_a_run_with_lora_resumes_exactly_and_leaves_a_plain_model(ray_session, tmp_path):
+    keys = ("evaluation.at_start=false", "evaluation.at_end=false", "lora={rank: 4, alpha: 8}", "kl_coefficient=0.1")
+    common = (*COMMON, *keys, f"runs_folder={tmp_path}")
+    expected = weights_of(train(tiny(*common, "steps=4"), "undisturbed"))
+    half = train(tiny(*common, "steps=2"), "half")
+    resumed = resume(half.path, ["steps=4"])
+    found, initial = weights_of(resumed), dict(load_model(resumed.base_model).named_parameters())
+    assert found.keys() == initial.keys() == expected.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    changed = {name for name in found if not torch.equal(found[name], initial[name])}
+    assert changed == {name for name in found if "_proj" in name}
+    assert replay(resumed.path, 4, []).reproduced
+    export(resumed.path, str(tmp_path / "exported"), step=4)
+    exported = dict(load_model(tmp_path / "exported").named_parameters())
+    assert all(torch.equal(exported[name], found[name]) for name in found)
 
 
 class HeldIn(Reporter):

@@ -27,8 +27,8 @@ from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.learner.best_checkpoint import Scores
 from latent_grpo.learner.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
 from latent_grpo.learner.export import export_checkpoint, model_parameters
+from latent_grpo.learner.lora import add_lora
 from latent_grpo.learner.policy import freeze_lower_layers
-from latent_grpo.learner.sft.lora import add_lora
 from latent_grpo.learner.state import FACTS, OLD_TAG, OldFacts, SavedParameter, StateFacts
 
 SHARD = "00000.safetensors"
@@ -180,7 +180,7 @@ def test_lora_is_merged(trained_folder, tmp_path):
     (tmp_path / "state").mkdir()
     state(model)(tmp_path / "state")
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(trained_folder)})})
-    export_checkpoint(tmp_path / "state" / "learner", trained_folder, tmp_path / "out", config)
+    export_checkpoint(tmp_path / "state" / "learner", trained_folder, tmp_path / "out", config, config.warm_start.lora)
     ids = torch.tensor([[3, 4, 5, 6]])
     with torch.no_grad():
         merged, before = load_model(tmp_path / "out")(ids).logits, load_model(trained_folder)(ids).logits

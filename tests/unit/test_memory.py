@@ -9,7 +9,7 @@ from latent_grpo.common.config import LoRAConfig, load_config
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.deploy.checks.memory import ModelShape, machine_bytes, rank_memory, worker_memory
-from latent_grpo.learner.sft.lora import add_lora
+from latent_grpo.learner.lora import add_lora
 
 TOKENIZER = make_arithmetic_tokenizer()
 NEW = ["model.new.hidden_size=256", "model.new.intermediate_size=640", "model.new.num_layers=3"]

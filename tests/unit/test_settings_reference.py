@@ -69,6 +69,7 @@ def test_the_reference_has_every_key_of_a_resolved_configuration_and_no_other():
                 "tasks": [task],
                 "evaluation": {"tasks": [task]},
                 "warm_start": {"lora": {}},
+                "lora": {},
                 "verifiers": {"mine": {"kind": "format"}},
                 "stop_on": {"metric": "rollout/reward", "above": 0.9},
             },

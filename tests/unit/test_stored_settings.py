@@ -30,6 +30,7 @@ KINDS = {
     "soft_grpo": {**PLAIN, "algorithm": "soft_grpo"},
     "a warm start": {**PLAIN, "warm_start": {}},
     "a warm start with LoRA": {**PLAIN, "warm_start": {"lora": {}, "source": "uniform"}},
+    "RL with LoRA": {**PLAIN, "lora": {}, "optimizer": {"warmup_steps": 3}},
     "induced labels": {**PLAIN, "warm_start": {"source": "induced"}},
     "a new model": {
         "model": {"new": {"max_positions": 2048}},

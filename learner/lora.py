@@ -1,14 +1,16 @@
-"""LoRA in Latent-SFT, through `peft`: low-rank additions to linear layers are trained, the weights themselves are not.
+"""LoRA in Latent-SFT and RL, through `peft`: low-rank additions to linear layers are trained, the weights are not.
 
     y = W x + (alpha / rank) B A x        A [rank, in] and B [out, rank] are trained, B begins at 0
 
-Whoever takes the model gets W + (alpha / rank) B A under the layer's own name (:func:`plain_parameters`): the engines
-that measure pass@1, the model that Latent-SFT leaves, and the RL that starts from it know nothing of LoRA.
+Whoever takes the model gets W + (alpha / rank) B A under the layer's own name (:func:`plain_parameters`): the engines,
+the model that a training leaves, and whatever starts from it know nothing of LoRA. The initial model is the same module
+without the additions (:func:`without_additions`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,7 +39,7 @@ def missing_package(find: Callable[[str], object | None] = find_spec) -> str | N
     """Returns a sentence that says what to install for LoRA, or None where it is there. `find` looks for a package."""
     if find("peft") is not None:
         return None
-    return "warm_start.lora needs the package peft, which is not installed: pip install 'peft>=0.21,<0.22'"
+    return "LoRA needs the package peft, which is not installed: pip install 'peft>=0.21,<0.22'"
 
 
 def add_lora(
@@ -88,8 +90,7 @@ def _targets(model: PreTrainedModel, settings: LoRAConfig, trained_layers: int |
     wanted = known if settings.targets is None else set(settings.targets)
     if unknown := sorted(wanted - known):
         raise ConfigError(
-            f"warm_start.lora.targets: the model has no linear layers {', '.join(unknown)}; it has "
-            f"{', '.join(sorted(known))}"
+            f"lora.targets: the model has no linear layers {', '.join(unknown)}; it has {', '.join(sorted(known))}"
         )
     return {name: transposed for name, transposed in found.items() if name.rpartition(".")[2] in wanted}
 
@@ -113,4 +114,25 @@ def plain_parameters(
             change = product.T if addition.transposed else product
             yield f"{layer}.weight", (weight.detach().float() + change).to(weight.dtype)
         else:
-            yield name.replace(".base_layer.", "."), parameter
+            yield plain_name(name), parameter
+
+
+def plain_name(name: str) -> str:
+    """Returns the name in the model's folder of a parameter that is not a factor."""
+    return name.replace(".base_layer.", ".")
+
+
+@contextmanager
+def without_additions(model: nn.Module) -> Iterator[None]:
+    """Makes the layers of `model` compute W x inside, as before its training. For passes without gradient."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    scales = [layer.scaling[ADAPTER] for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling[ADAPTER] = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[ADAPTER] = scale
