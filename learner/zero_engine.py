@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch exports it without saying so
 
 from latent_grpo.common.config import LearnerConfig, OptimizerConfig
 from latent_grpo.common.errors import RunError
+from latent_grpo.common.network import interface_towards, serve_store
 from latent_grpo.learner.state import (
     OLD_TAG,
     LearnerStateMismatch,
@@ -119,26 +118,7 @@ def rendezvous(rank: int, world: int, address: str, port: int) -> TCPStore:
     """Returns the store by which ranks find each other; rank 0 serves it, on `address` alone."""
     if rank:
         return TCPStore(address, port, world, False, RANKS_TIMEOUT)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.create_server((address, port), family=family)
-    return TCPStore(
-        address, port, world, True, RANKS_TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
-
-
-def interface_towards(address: str, port: int) -> str | None:
-    """Returns the name of the network interface by which this host reaches another, or None for a host unknown.
-
-    Gloo would take the one of the host's own name, which Debian's /etc/hosts makes 127.0.1.1: others cannot reach it.
-    """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, port))  # sends nothing
-            own = probe.getsockname()[0]
-    except OSError:
-        return None
-    of = [name for name, given in psutil.net_if_addrs().items() if any(a.address == own for a in given)]
-    return of[0] if of else None
+    return serve_store(address, port, RANKS_TIMEOUT)
 
 
 class ZeroEngine:
