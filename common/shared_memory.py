@@ -25,7 +25,7 @@ import torch
 
 from latent_grpo.common.errors import ConfigError, LatentGRPOError
 from latent_grpo.common.fingerprint import copy_with_fingerprint
-from latent_grpo.common.weights import BucketManifest, NamedTensor
+from latent_grpo.common.weights import BucketManifest, NamedTensor, TensorBytes
 
 ALIGNMENT = 64  # bytes; every tensor starts on a boundary that any dtype may be viewed at
 NAME = "latent-grpo-weights"
@@ -84,7 +84,7 @@ class SharedMemoryTransport:
 
     def send(self, bucket: Sequence[NamedTensor]) -> tuple[list[str], SharedBucket]:
         """Copies a bucket into memory that others map; see :meth:`transport.WeightTransport.send`."""
-        offsets, size = _offsets([tensor.nbytes for _, tensor in bucket])
+        offsets, size = layout([tensor.nbytes for _, tensor in bucket])
         buffer = self._buffer(max(size, 1))
         found = []
         for (name, tensor), offset in zip(bucket, offsets, strict=True):
@@ -95,9 +95,9 @@ class SharedMemoryTransport:
             self._given[handle] = buffer
         return found, handle
 
-    def receive(self, handle: SharedBucket, bucket: BucketManifest) -> list[np.ndarray]:
+    def receive(self, handle: SharedBucket, bucket: BucketManifest) -> list[TensorBytes]:
         """Maps a bucket; see :meth:`transport.WeightTransport.receive`."""
-        offsets, size = _offsets([slot.nbytes for slot in bucket.tensors])
+        offsets, size = layout([slot.nbytes for slot in bucket.tensors])
         if handle.machine != _machine():
             raise ConfigError(
                 "weights.transport shared_memory: this worker is on another machine than learner rank 0, or in another "
@@ -160,7 +160,7 @@ def _machine() -> str:
     return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
-def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
+def layout(sizes: Sequence[int]) -> tuple[list[int], int]:
     """Returns where tensors of these sizes begin in a bucket, and the bucket's size, in bytes."""
     offsets, end = [], 0
     for size in sizes:

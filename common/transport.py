@@ -3,7 +3,8 @@
     rank 0: bucket of tensors ──► send (fingerprints on the way) ──► handle ──► worker: receive ──► the bucket's bytes
 
 `object_store` puts a bucket into Ray's object store, which carries it to any node. `shared_memory`
-(`shared_memory.py`) writes it where the workers of the same machine read it without another copy.
+(`shared_memory.py`) writes it where the workers of the same machine read it without another copy. `collective`
+(`collective.py`) sends it to each worker by gloo or NCCL.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
-from latent_grpo.common import shared_memory
+from latent_grpo.common import collective, shared_memory
+from latent_grpo.common.config import WeightsConfig
 from latent_grpo.common.errors import ConfigError
 from latent_grpo.common.fingerprint import fingerprint
-from latent_grpo.common.weights import BucketManifest, NamedTensor, Publication, WeightManifest, tensor_bytes
+from latent_grpo.common.weights import (
+    BucketManifest,
+    NamedTensor,
+    Publication,
+    TensorBytes,
+    WeightManifest,
+    tensor_bytes,
+)
 
 
 class WeightTransport(Protocol):
@@ -32,10 +39,11 @@ class WeightTransport(Protocol):
         The tensors may change afterwards.
         """
 
-    def receive(self, handle: Any, bucket: BucketManifest) -> list[np.ndarray]:
-        """Returns the bytes of a bucket's tensors, read-only uint8 [nbytes] each; they live as long as the arrays.
+    def receive(self, handle: Any, bucket: BucketManifest) -> list[TensorBytes]:
+        """Returns the bytes of a bucket's tensors, not to be written; they live as long as the arrays.
 
-        Raises Ray's errors for lost objects, :class:`shared_memory.BucketGone` or ConfigError.
+        Raises Ray's errors for lost objects, :class:`shared_memory.BucketGone`, :class:`collective.LinkLost` or
+        ConfigError.
         """
 
     def keep(self, handles: Collection[Any]) -> None:
@@ -56,19 +64,20 @@ class ObjectStoreTransport:
         found = [fingerprint(name, tensor) for name, tensor in bucket]
         return found, ray.put([tensor_bytes(tensor) for _, tensor in bucket])
 
-    def receive(self, handle: Any, bucket: BucketManifest) -> list[np.ndarray]:
+    def receive(self, handle: Any, bucket: BucketManifest) -> list[TensorBytes]:
         import ray
 
-        data: list[np.ndarray] = ray.get(handle)
+        data: list[TensorBytes] = ray.get(handle)
         return data
 
     def keep(self, handles: Collection[Any]) -> None:
         """Ray counts the references."""
 
 
-TRANSPORTS: dict[str, Callable[[], WeightTransport]] = {
-    "object_store": ObjectStoreTransport,
-    "shared_memory": shared_memory.SharedMemoryTransport,
+TRANSPORTS: dict[str, Callable[[WeightsConfig], WeightTransport]] = {
+    "collective": collective.CollectiveTransport,
+    "object_store": lambda settings: ObjectStoreTransport(),
+    "shared_memory": lambda settings: shared_memory.SharedMemoryTransport(),
 }
 
 
@@ -84,19 +93,25 @@ class TransportChoice:
         return f"weights travel by {self.name} ({self.reason})"
 
 
-def choose_transport(wanted: str, nodes: int, *, may_grow: bool | None = None) -> TransportChoice:
+def choose_transport(weights: WeightsConfig, nodes: int, *, may_grow: bool | None = None) -> TransportChoice:
     """Returns the transport for `weights.transport`, in a Ray of so many nodes.
 
-    `may_grow` says whether others may join (default: those of RAY_ADDRESS may). Raises ConfigError with the reason for
+    `may_grow` says whether others may join (default: those of RAY_ADDRESS may). `auto` never takes the collective: on
+    a CPU it is slower than the others (docs/measured.md), and no GPU has run it. Raises ConfigError with the reason for
     a named one that cannot be had.
     """
+    wanted = weights.transport
     if may_grow is None:
         may_grow = bool(os.environ.get("RAY_ADDRESS"))
+    if wanted == "collective" and (reason := collective.unavailable(weights)):
+        raise ConfigError(f"weights.transport collective: {reason}; set it to auto or object_store")
     missing = shared_memory.unavailable()
     if missing is None and nodes > 1:
         missing = f"Ray has {nodes} nodes, and a worker on another than learner rank 0's could not read it"
     if wanted == "shared_memory" and missing is not None:
         raise ConfigError(f"weights.transport shared_memory: {missing}; set it to auto or object_store")
+    if wanted == "collective":
+        return TransportChoice(wanted, f"weights.transport; weights.backend {weights.backend}")
     if wanted != "auto":
         return TransportChoice(wanted, "weights.transport")
     if missing is None and may_grow:
@@ -111,14 +126,14 @@ class WeightReceiver:
 
     def __init__(self) -> None:
         self._transports: dict[str, WeightTransport] = {}
-        self._frozen: dict[str, list[np.ndarray]] = {}  # by fingerprint
+        self._frozen: dict[str, list[TensorBytes]] = {}  # by fingerprint
 
-    def receive(self, manifest: WeightManifest, handles: Sequence[Any]) -> list[list[np.ndarray]]:
+    def receive(self, manifest: WeightManifest, handles: Sequence[Any]) -> list[list[TensorBytes]]:
         """Returns the bytes of each bucket's tensors; raises what :meth:`WeightTransport.receive` raises."""
         if manifest.transport not in self._transports:
-            self._transports[manifest.transport] = TRANSPORTS[manifest.transport]()
+            self._transports[manifest.transport] = TRANSPORTS[manifest.transport](WeightsConfig())
         transport, held = self._transports[manifest.transport], self._frozen
-        frozen: dict[str, list[np.ndarray]] = {}
+        frozen: dict[str, list[TensorBytes]] = {}
         buckets = []
         for bucket, handle in zip(manifest.buckets, handles, strict=True):
             found = held.get(bucket.fingerprint) if bucket.frozen else None
@@ -130,6 +145,6 @@ class WeightReceiver:
         return buckets
 
 
-def receive(publication: Publication) -> list[list[np.ndarray]]:
+def receive(publication: Publication) -> list[list[TensorBytes]]:
     """Returns the bytes of a publication's buckets, as a worker that joins gets them."""
     return WeightReceiver().receive(publication.manifest, publication.buckets)

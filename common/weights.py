@@ -21,6 +21,8 @@ from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.types import PolicyVersion
 
 NamedTensor = tuple[str, torch.Tensor]
+TensorBytes = np.ndarray | torch.Tensor
+"""The bytes of a tensor, uint8 [nbytes]: a NumPy array in host memory, a tensor on a device."""
 
 
 class WeightsCorrupt(LatentGRPOError, ValueError):
@@ -130,8 +132,8 @@ def describe(bucket: Sequence[NamedTensor], fingerprints: Sequence[str], *, froz
     return BucketManifest(tensors=tuple(slots), frozen=frozen)
 
 
-def unpack(manifest: BucketManifest, data: Sequence[np.ndarray]) -> list[NamedTensor]:
-    """Returns a bucket's tensors as views of `data`, a uint8 array [nbytes] each, which may be read-only.
+def unpack(manifest: BucketManifest, data: Sequence[TensorBytes]) -> list[NamedTensor]:
+    """Returns a bucket's tensors as views of `data`, which may be read-only.
 
     Raises :class:`WeightsCorrupt` where sizes are wrong. Wrong bytes are found by the engine, which reads them anyway
     (`fingerprint.py`).
@@ -145,10 +147,12 @@ def unpack(manifest: BucketManifest, data: Sequence[np.ndarray]) -> list[NamedTe
     return [(slot.name, _view(slot, part)) for slot, part in zip(manifest.tensors, data, strict=True)]
 
 
-def _view(slot: TensorSlot, data: np.ndarray) -> torch.Tensor:
+def _view(slot: TensorSlot, data: TensorBytes) -> torch.Tensor:
     dtype = getattr(torch, slot.dtype)
     if not slot.nbytes:
         return torch.empty(slot.shape, dtype=dtype)
+    if isinstance(data, torch.Tensor):
+        return data.view(dtype).reshape(slot.shape)
     with warnings.catch_warnings():  # torch only warns about read-only memory; the views are never written
         warnings.simplefilter("ignore", UserWarning)
         raw = torch.from_numpy(data)

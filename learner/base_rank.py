@@ -158,7 +158,7 @@ class RankActor:
             return None
         if first:
             bucket_bytes = self.config.learner.weight_bucket_bytes
-            self.publisher = Publisher(TRANSPORTS[transport](), bucket_bytes, self.frozen)
+            self.publisher = Publisher(TRANSPORTS[transport](self.config.weights), bucket_bytes, self.frozen)
         return self.publisher.publish(parameters, version, kept)
 
     def save(self, folder: str) -> None:

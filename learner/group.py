@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from latent_grpo.common.config import RunConfig, config_as_json
-from latent_grpo.common.errors import RunError
+from latent_grpo.common.errors import ConfigError, RunError
 from latent_grpo.common.ray_calls import alive_nodes, put_within
 from latent_grpo.common.ray_errors import in_short
 from latent_grpo.common.seen_time import SeenTime
@@ -58,9 +58,9 @@ class RankGroup:
         self._step: tuple[list[ray.ObjectRef[Any]], SeenTime] | None = None
         self._published: Publication | None = None  # of the weights that the ranks hold
         self._alive: list[weakref.ref[Publication]] = []  # that may still be sent
-        self.transport = choose_transport(config.weights.transport, alive_nodes())
+        self.transport = choose_transport(config.weights, alive_nodes())
         learner, resources = config.learner, config.learner.resources
-        device = {"OMP_NUM_THREADS": str(resources.threads)}
+        device = {"OMP_NUM_THREADS": str(resources.threads), **config.weights.environment}
         if learner.device == "cpu" or not resources.num_gpus:
             device["DS_ACCELERATOR"] = "cpu"
         # Ray's own types know neither a class that comes as a value nor this option
@@ -212,6 +212,10 @@ class RankGroup:
                     + ("" if self._processes else f"free in the cluster: {_free()}")
                 )
             if error := _failed(ready[0]):
+                if isinstance(
+                    cause := getattr(error, "cause", None), ConfigError
+                ):  # a setting that its node cannot have
+                    raise ConfigError(f"learner rank {refs.index(ready[0])}: {cause}") from error
                 raise self._explained(refs, doing, refs.index(ready[0]), error) from error
         return ray.get(refs, timeout=60)
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from latent_grpo.common.schema import encode
 from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, Trajectory
-from latent_grpo.common.weights import WeightManifest, unpack
+from latent_grpo.common.weights import TensorBytes, WeightManifest, unpack
 from latent_grpo.reward.pool import VerifierPool
 from latent_grpo.reward.verifier import Grade
 from latent_grpo.rollout_workers.engine import LatentEngine
@@ -56,7 +56,7 @@ class WorkerStatus:
 @dataclass(frozen=True, slots=True)
 class _WeightUpdate:
     manifest: WeightManifest
-    buckets: Sequence[Sequence[np.ndarray]]
+    buckets: Sequence[Sequence[TensorBytes]]
 
 
 class _Discard:
@@ -99,10 +99,10 @@ class RolloutWorker:
         """Queues groups. They are generated with the weights that are current at their place in the queue."""
         self._enqueue(ticket, requests)
 
-    def update_weights(self, ticket: int, manifest: WeightManifest, buckets: Sequence[Sequence[np.ndarray]]) -> None:
+    def update_weights(self, ticket: int, manifest: WeightManifest, buckets: Sequence[Sequence[TensorBytes]]) -> None:
         """Queues published weights behind the groups that were submitted before; returns at once.
 
-        `buckets` have a uint8 array for each tensor. Weights that cannot be verified end `results`, since a worker
+        `buckets` have the bytes of each tensor. Weights that cannot be verified end `results`, since a worker
         without verified weights must not continue: with :class:`common.weights.WeightsCorrupt` where bytes are
         missing, with EngineError if the checksum of what the engine holds differs.
         """

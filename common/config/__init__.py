@@ -59,6 +59,7 @@ from latent_grpo.common.config.services import (
     RolloutConfig,
     VerifierConfig,
     VLLMConfig,
+    WeightsConfig,
 )
 from latent_grpo.common.config.stopping import StopConfig
 from latent_grpo.common.config.yaml_files import parse_override, read_mapping, with_value
@@ -106,6 +107,7 @@ __all__ = [
     "VLLMConfig",
     "VerifierConfig",
     "VerifierDefinition",
+    "WeightsConfig",
     "config_as_json",
     "conflicts",
     "load_config",

@@ -68,6 +68,12 @@ def conflicts(config: RunConfig) -> list[str]:
         )
     if config.deterministic and (config.learner.resources.num_gpus or config.rollout.resources.num_gpus):
         problems.append("deterministic: true is a CPU guarantee; set num_gpus of rollout and learner to 0")
+    gpus = {"learner": config.learner.resources.num_gpus, "rollout": config.rollout.resources.num_gpus}
+    if config.weights.backend == "nccl" and (lacking := [end for end, number in gpus.items() if not number]):
+        problems.append(
+            f"weights.backend nccl needs GPUs at both ends, and {' and '.join(lacking)} have none; set "
+            f"{' and '.join(f'{end}.resources.num_gpus' for end in lacking)}, or weights.backend to gloo"
+        )
     if config.deterministic and config.max_staleness:
         problems.append(f"deterministic: true needs max_staleness 0, got {config.max_staleness}")
     if not config.dump.every and (
@@ -204,6 +210,7 @@ def _metric_problems(config: RunConfig) -> list[str]:
 
 def _without_effect(config: RunConfig) -> list[str]:
     """Returns keys that differ from their defaults and have no effect with the other settings."""
+    weights = config.weights
     idle = {
         "importance_cap": (changed(config, "importance_cap") and config.importance_mode == "off", "importance off"),
         "importance_floor": (
@@ -230,6 +237,12 @@ def _without_effect(config: RunConfig) -> list[str]:
             changed(config.evaluation, "sampled_problems") and not config.evaluation.samples,
             "evaluation.samples 0",
         ),
+        "weights.nccl": (bool(weights.nccl) and weights.backend == "gloo", "weights.backend gloo"),
+        **{
+            f"weights.{key}": (changed(weights, key), f"weights.transport {weights.transport}")
+            for key in ("backend", "interface", "timeout_s")
+            if weights.transport != "collective"
+        },
     }
     problems = [f"{key} has no effect with {why}; remove it" for key, (given, why) in idle.items() if given]
     end = config.model.prompt.think_end

@@ -128,10 +128,30 @@ class LearnerConfig(Section):
 class WeightsConfig(Section):
     """How new weights travel from learner rank 0 to the rollout workers."""
 
-    transport: Annotated[Literal["auto", "object_store", "shared_memory"], Rule.MAY_CHANGE] = "auto"
-    """What carries the weights: Ray's object store (`object_store`), to any node; or memory that learner and workers
-    map (`shared_memory`), on one machine with Linux. `auto`: shared memory on a Ray that this machine has alone, else
-    the object store; the run says which and why."""
+    transport: Annotated[Literal["auto", "object_store", "shared_memory", "collective"], Rule.MAY_CHANGE] = "auto"
+    """What carries the weights: Ray's object store (`object_store`), to any node; memory that learner and workers
+    map (`shared_memory`), on one machine with Linux; or process groups of torch.distributed, one for each worker
+    (`collective`), to any node, for networks and GPUs that gloo or NCCL use better. `auto`: shared memory on a Ray that
+    this machine has alone, else the object store; the run says which and why."""
+    backend: Annotated[Literal["gloo", "nccl"], Rule.MAY_CHANGE] = "gloo"
+    """Backend of `transport: collective`: `gloo` from host memory to host memory, or `nccl` from GPU to GPU, which no
+    GPU has run yet (docs/gpu.md)."""
+    interface: Annotated[str | None, Rule.MAY_CHANGE] = None
+    """Network interface of `transport: collective`, such as `eth0`, on learner rank 0's node and on the workers'; null:
+    the node's address in Ray, and the interface towards it."""
+    timeout_s: Annotated[float, Field(gt=0), Rule.MAY_CHANGE] = 60.0
+    """Deadline of `transport: collective` for a bucket of weights to pass from rank 0 to a worker, in seconds. A group
+    that misses it is given up, and the worker makes another and asks again."""
+    nccl: Annotated[dict[Annotated[str, Field(pattern="^NCCL_")], str], Rule.MAY_CHANGE] = Field(default_factory=dict)
+    """More variables for NCCL, such as `{NCCL_IB_HCA: mlx5_0}`, in the environment of learner ranks and workers, whose
+    other groups see them too."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables of the processes at both ends."""
+        if self.backend != "nccl":
+            return {}
+        return {**({"NCCL_SOCKET_IFNAME": self.interface} if self.interface else {}), **self.nccl}
 
 
 class RayConfig(Section):

@@ -23,7 +23,7 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
-from latent_grpo.common.config import load_config
+from latent_grpo.common.config import WeightsConfig, load_config
 from latent_grpo.common.fingerprint import copy_with_fingerprint, fingerprint
 from latent_grpo.common.transport import TRANSPORTS, WeightReceiver
 from latent_grpo.common.weights import Publication, in_buckets, tensor_bytes, unpack
@@ -82,7 +82,9 @@ class Learner:
         torch.set_num_threads(1)
         self._parameters = parameters(size)
         self._frozen = {"embed"} if frozen else set[str]()
-        self._publisher = Publisher(TRANSPORTS.get(way, TRANSPORTS["object_store"])(), BUCKET_BYTES, self._frozen)
+        self._publisher = Publisher(
+            TRANSPORTS["object_store" if way == OLD else way](WeightsConfig()), BUCKET_BYTES, self._frozen
+        )
         self._way, self._version = way, 0
 
     def bytes_and_fingerprint(self) -> tuple[int, float]:

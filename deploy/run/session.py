@@ -127,7 +127,7 @@ def run_session(
         published = published_bytes(prepared.initial, config.model.dtype)
         reservation = stack.enter_context(ray_session(config, reporter, services, published))
         if services == "both":
-            reporter.say(choose_transport(config.weights.transport, alive_nodes()).sentence)
+            reporter.say(choose_transport(config.weights, alive_nodes()).sentence)
         stack.enter_context(sigterm_as_interrupt())
         write_manifest(folder, config, lineage, prepared.initial, data_facts(prepared.problems))
         reporter.say(f"starting {config.rollout.workers} rollout worker(s), engine {choose_engine(config).sentence}")
@@ -135,7 +135,14 @@ def run_session(
         control = Control(folder, config, reporter.say, room=partial(room_for_workers, config, services), grows=grows())
         begins()
         pool = stack.enter_context(
-            RolloutPool(factory, config.rollout, config.deadlines, places=reservation.workers, on_poll=control.serve)
+            RolloutPool(
+                factory,
+                config.rollout,
+                config.deadlines,
+                places=reservation.workers,
+                env_vars=config.weights.environment,
+                on_poll=control.serve,
+            )
         )
         run = Run(folder, config, lineage, reporter, metrics, prepared, pool, reservation, workers=pool)
         if lineage and (folder.path / "summary.json").is_file():

@@ -1,10 +1,11 @@
-"""What every transport of weights promises: the same bytes arrive, later changes do not, and what is gone is said."""
+"""What every transport of weights promises: the same bytes arrive, later changes do not, and damage is seen."""
 
 import pickle
 
 import pytest
 import torch
 
+from latent_grpo.common.config import WeightsConfig
 from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.transport import TRANSPORTS, WeightReceiver
 from latent_grpo.common.weights import describe, unpack
@@ -14,11 +15,15 @@ pytestmark = pytest.mark.integration
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.int64, torch.bool]
 
 
+def made(name):
+    return TRANSPORTS[name](WeightsConfig())
+
+
 @pytest.fixture(params=sorted(TRANSPORTS))
 def transport(request):
     if request.param == "object_store":
         request.getfixturevalue("ray_session")
-    return TRANSPORTS[request.param]()
+    return made(request.param)
 
 
 def tensors():
@@ -37,8 +42,9 @@ def test_what_is_received_is_what_was_sent_when_it_was_sent(transport):
     manifest = describe(bucket, found)
     for _, tensor in bucket:
         tensor.zero_()  # the next step goes on
-    received = TRANSPORTS[transport.name]().receive(pickle.loads(pickle.dumps(handle)), manifest)
+    received = made(transport.name).receive(pickle.loads(pickle.dumps(handle)), manifest)
     assert not any(data.flags.writeable for data in received if len(data))
+    assert [fingerprint(name, tensor) for name, tensor in unpack(manifest, received)] == found
     for (name, before), (_, after) in zip(tensors(), unpack(manifest, received), strict=True):
         assert after.dtype == before.dtype, name
         assert torch.equal(after, before), name
@@ -57,7 +63,7 @@ def test_what_a_worker_has_taken_keeps_its_bytes_though_nobody_may_ask_for_it_an
     bucket = [("w", torch.ones(5000))]
     found, handle = transport.send(bucket)
     manifest = describe(bucket, found)
-    ((_, taken),) = unpack(manifest, TRANSPORTS[transport.name]().receive(handle, manifest))
+    ((_, taken),) = unpack(manifest, made(transport.name).receive(handle, manifest))
     del handle
     for value in range(4):
         transport.keep([])

@@ -11,7 +11,6 @@ import torch
 
 from latent_grpo.common.errors import ConfigError
 from latent_grpo.common.shared_memory import BucketGone, SharedMemoryTransport
-from latent_grpo.common.transport import choose_transport
 from latent_grpo.common.weights import describe
 
 BUCKET = [("a", torch.arange(3000.0)), ("b", torch.ones(3, dtype=torch.bfloat16))]
@@ -86,24 +85,3 @@ def test_memory_that_nobody_takes_again_is_given_back():
     transport.keep([])
     transport.keep([])
     assert len(list(descriptors.iterdir())) == before
-
-
-@pytest.mark.parametrize(
-    ("wanted", "nodes", "may_grow", "chosen", "reason"),
-    [
-        ("auto", 1, False, "shared_memory", "share this machine"),
-        ("auto", 2, True, "object_store", "Ray has 2 nodes"),
-        ("auto", 1, True, "object_store", "nodes may join"),
-        ("object_store", 1, False, "object_store", "weights.transport"),
-        ("shared_memory", 1, True, "shared_memory", "weights.transport"),
-    ],
-)
-def test_the_choice_says_its_reason(wanted, nodes, may_grow, chosen, reason):
-    choice = choose_transport(wanted, nodes, may_grow=may_grow)
-    assert choice.name == chosen
-    assert reason in choice.sentence
-
-
-def test_shared_memory_on_several_nodes_is_refused_where_it_is_named():
-    with pytest.raises(ConfigError, match=r"Ray has 3 nodes.*auto or object_store"):
-        choose_transport("shared_memory", 3, may_grow=True)

@@ -1,0 +1,288 @@
+"""Weights by torch.distributed: learner rank 0 and a worker are a process group of two, by gloo or NCCL.
+
+    worker: receive ── number of a bucket ──► rank 0: this worker's thread
+                    ◄── size, bytes ───────── (of a copy, so that the learner's next step goes on meanwhile)
+
+The groups have a store of their own and know nothing of the ranks' default group, which is DeepSpeed's. They
+are pairs and not one group of all, since in pairs nobody waits for anybody: a worker asks when it is ready; one that
+joins late asks for the same buckets as the others; one that dies, stands still or leaves breaks its own group alone, so
+a change of membership rebuilds nothing else. The price is that rank 0 sends every byte once for each worker: where many
+workers share nodes, the object store, which fetches once a node, sends less.
+
+Every bucket has a deadline at both ends (`weights.timeout_s`). The end that misses it gives the group up. A worker then
+makes a new one and asks again, unless Ray says that the learner is dead. What arrives is verified by its fingerprints
+like that of every transport.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from latent_grpo.common.config import WeightsConfig
+from latent_grpo.common.errors import RunError
+from latent_grpo.common.fingerprint import copy_with_fingerprint
+from latent_grpo.common.network import address_of, own_address, serve_store
+from latent_grpo.common.shared_memory import BucketGone, layout
+from latent_grpo.common.weights import BucketManifest, NamedTensor, TensorBytes
+
+log = logging.getLogger(__name__)
+dist: Any = torch.distributed  # whose types lack stores, groups and their methods
+ATTEMPTS = 3  # groups that are tried for a bucket
+IDLE = timedelta(hours=1)  # after which rank 0 ends a group that asks for nothing; the worker then makes another
+GONE = -1  # instead of a bucket's size
+
+
+class LinkLost(RunError):
+    """Weights that did not reach a worker though the learner lives."""
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveBucket:
+    """Bucket `number` of the sender that `token` names, whose store listens at `address` and `port`."""
+
+    address: str
+    port: int
+    token: str
+    number: int
+    backend: str
+    interface: str | None
+    timeout_s: float
+    alive: Any  # a Ray object of the sender's, by which Ray says if that is dead; None without Ray
+
+
+class CollectiveTransport:
+    """Implements :class:`transport.WeightTransport` between any nodes."""
+
+    name = "collective"
+
+    def __init__(self, settings: WeightsConfig | None = None) -> None:
+        self._settings = settings or WeightsConfig()
+        self.sender: Sender | None = None  # of rank 0
+        self._group: tuple[str, Pair] | None = None  # of a worker, with the sender's token
+        self._lock = threading.Lock()
+
+    def send(self, bucket: Sequence[NamedTensor]) -> tuple[list[str], CollectiveBucket]:
+        """Copies a bucket for those who will ask for it; see :meth:`transport.WeightTransport.send`."""
+        with self._lock:
+            if self.sender is None:
+                self.sender = Sender(self._settings)
+        return self.sender.offer(bucket)
+
+    def keep(self, handles: Collection[CollectiveBucket]) -> None:
+        """Takes back the memory of all other buckets; see :meth:`transport.WeightTransport.keep`."""
+        if self.sender is not None:
+            self.sender.keep(handles)
+
+    def receive(self, handle: CollectiveBucket, bucket: BucketManifest) -> list[TensorBytes]:
+        """Asks rank 0 for a bucket; see :meth:`transport.WeightTransport.receive`.
+
+        Raises :class:`LinkLost` after :data:`ATTEMPTS` groups, and Ray's error if the learner is dead.
+        """
+        starts, size = layout([slot.nbytes for slot in bucket.tensors])
+        with self._lock:  # a worker may fetch several publications at once
+            data = self._asked(handle, size)
+        if data.device.type == "cpu":
+            array = data.numpy()
+            array.flags.writeable = False
+            return [array[at : at + slot.nbytes] for at, slot in zip(starts, bucket.tensors, strict=True)]
+        return [data[at : at + slot.nbytes] for at, slot in zip(starts, bucket.tensors, strict=True)]
+
+    def _asked(self, handle: CollectiveBucket, size: int) -> torch.Tensor:
+        """Returns the bytes [size] of a bucket, by the group that there is or another one."""
+        for attempt in range(ATTEMPTS):
+            try:
+                if self._group is None or self._group[0] != handle.token:
+                    self._group = handle.token, join(handle)
+                return self._group[1].ask(handle.number, size)
+            except RuntimeError as error:  # torch's, for a peer that is dead, late or not to be reached
+                self._group = None
+                if handle.alive is not None:
+                    import ray
+
+                    ray.get(handle.alive, timeout=handle.timeout_s)  # raises if the learner is dead
+                log.warning("weights: group %d with the learner is given up: %s", attempt + 1, _first_line(error))
+                reason = _first_line(error)
+        raise LinkLost(
+            f"the learner at {handle.address} did not send a bucket of {size} bytes in {ATTEMPTS} attempts of "
+            f"{handle.timeout_s:g} s each (weights.timeout_s): {reason}; see that the nodes reach each other "
+            "(weights.interface), or set weights.transport to object_store"
+        )
+
+
+class Sender:
+    """Rank 0's end: what may be asked for, and a thread for each worker that asks."""
+
+    def __init__(self, settings: WeightsConfig) -> None:
+        self._settings, self._device = settings, "cuda" if settings.backend == "nccl" else "cpu"
+        self._address = address_of(settings.interface) if settings.interface else _node_address()
+        self._timeout, self._token = timedelta(seconds=settings.timeout_s), secrets.token_hex(8)
+        self._store = serve_store(self._address, 0, self._timeout)
+        self._lock = threading.Lock()
+        self.offered: dict[int, torch.Tensor] = {}
+        self._free: list[torch.Tensor] = []
+        self._numbers = 0
+        threading.Thread(target=self._accept, name="weights", daemon=True).start()
+
+    def offer(self, bucket: Sequence[NamedTensor]) -> tuple[list[str], CollectiveBucket]:
+        starts, size = layout([tensor.nbytes for _, tensor in bucket])
+        buffer, found = self._buffer(size), []
+        for (name, tensor), at in zip(bucket, starts, strict=True):
+            place = buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            found.append(copy_with_fingerprint(name, tensor.detach(), place))
+        with self._lock:
+            number, self._numbers = self._numbers, self._numbers + 1
+            self.offered[number] = buffer
+        return found, CollectiveBucket(
+            self._address, self._store.port, self._token, number, self._settings.backend, self._settings.interface,
+            self._settings.timeout_s, _sign_of_life(number),
+        )  # fmt: skip
+
+    def keep(self, handles: Collection[CollectiveBucket]) -> None:
+        """Frees the memory of other buckets, which is written again: fresh pages cost as much as the copy.
+
+        A thread may still send from it to a worker that the pool has given up and killed.
+        """
+        numbers = {handle.number for handle in handles if handle.token == self._token}
+        with self._lock:
+            self._free = [self.offered.pop(number) for number in self.offered.keys() - numbers]
+
+    def _buffer(self, size: int) -> torch.Tensor:
+        """Returns memory for a bucket, uint8 [size]."""
+        with self._lock:
+            fitting = [i for i, free in enumerate(self._free) if size <= len(free) <= 2 * size]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda i: len(self._free[i])))[:size]
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def _accept(self) -> None:
+        """Waits for workers, whose first word is the name of a group."""
+        waiting = dist.TCPStore(self._address, self._store.port, timeout=timedelta(days=7))
+        while True:
+            try:
+                name = waiting.queue_pop(self._token).decode()
+            except dist.QueueEmptyError:
+                continue
+            threading.Thread(target=self._serve, args=(name,), name=f"weights to {name}", daemon=True).start()
+
+    def _serve(self, name: str) -> None:
+        """Sends to one worker what it asks for, until it ends, is late or asks no more."""
+        sending = False
+        try:
+            pair = Pair(self._address, self._store.port, name, 0, self._address, self._settings.backend, self._timeout)
+            while True:
+                number = pair.word(IDLE)
+                with self._lock:
+                    data = self.offered.get(number)
+                sending = True
+                pair.tell(GONE if data is None else len(data))
+                if data is not None:
+                    pair.send(data)
+                sending = False
+        except RuntimeError as error:
+            level = logging.WARNING if sending else logging.DEBUG  # a worker may end, but not in the middle
+            log.log(level, "weights: the group with worker process %s is given up: %s", name, _first_line(error))
+
+
+class Pair:
+    """The process group of a learner's rank 0, which is 0, and a worker, 1. After any error it is broken for good."""
+
+    def __init__(
+        self, address: str, port: int, name: str, rank: int, own: str, backend: str, timeout: timedelta
+    ) -> None:
+        store = dist.PrefixStore(name, dist.TCPStore(address, port, timeout=timeout))
+        options = dist.ProcessGroupGloo._Options()
+        options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(hostname=own)], timeout
+        self._words = dist.ProcessGroupGloo(store, rank, 2, options)
+        self._nccl = _nccl_group(store, rank, timeout) if backend == "nccl" else None
+        self._peer, self.timeout = 1 - rank, timeout
+
+    def ask(self, number: int, size: int) -> torch.Tensor:
+        """Returns the bytes [size] of a bucket. Raises BucketGone, and torch's RuntimeError for a broken group."""
+        self.tell(number)
+        found = self.word(self.timeout)
+        if found == GONE:
+            raise BucketGone(f"weights: bucket {number} is not kept any more; publish again")
+        data = torch.empty(size, dtype=torch.uint8, device="cpu" if self._nccl is None else "cuda")
+        if found != size:
+            raise BucketGone(f"weights: bucket {number} has {found} bytes, expected {size}; publish again")
+        if size:
+            group = self._nccl or self._words
+            self._wait(group.recv([data], self._peer, 0))
+        return data
+
+    def send(self, data: torch.Tensor) -> None:
+        if len(data):
+            group = self._nccl or self._words
+            self._wait(group.send([data], self._peer, 0))
+
+    def tell(self, number: int) -> None:
+        self._words.send([torch.tensor([number])], self._peer, 1).wait(self.timeout)
+
+    def word(self, within: timedelta) -> int:
+        """Returns the number that the other end tells."""
+        number = torch.zeros(1, dtype=torch.int64)
+        self._words.recv([number], self._peer, 1).wait(within)
+        return int(number)
+
+    def _wait(self, work: Any) -> None:
+        if self._nccl is None:
+            work.wait(self.timeout)
+            return
+        end = time.monotonic() + self.timeout.total_seconds()
+        while not work.is_completed():  # its own wait would only make a stream wait
+            if time.monotonic() > end:
+                self._nccl.abort()
+                raise RuntimeError(f"NCCL did not carry a bucket within {self.timeout.total_seconds():g} s")
+            time.sleep(0.001)
+
+
+def unavailable(settings: WeightsConfig) -> str | None:
+    """Returns why these settings cannot be had with this build of torch, or None."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        return "this build of torch has no gloo"
+    if settings.backend == "nccl" and not dist.is_nccl_available():
+        return "weights.backend is nccl, and this build of torch has no NCCL"
+    return None
+
+
+def join(handle: CollectiveBucket) -> Pair:
+    """Makes a worker's group with the sender of a bucket."""
+    timeout = timedelta(seconds=handle.timeout_s)
+    own = address_of(handle.interface) if handle.interface else own_address(handle.address, handle.port)
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    dist.TCPStore(handle.address, handle.port, timeout=timeout).queue_push(handle.token, name)
+    return Pair(handle.address, handle.port, name, 1, own or handle.address, handle.backend, timeout)
+
+
+def _nccl_group(store: Any, rank: int, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = 10 * timeout  # of torch's watchdog, which ends the process: this group's own deadline is first
+    return dist.ProcessGroupNCCL(store, rank, 2, options)
+
+
+def _node_address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
+
+
+def _sign_of_life(number: int) -> Any:
+    import ray
+
+    return ray.put(number) if ray.is_initialized() else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
