@@ -29,6 +29,8 @@ def in_short(error: BaseException) -> str:
     if isinstance(error, ActorUnschedulableError):
         return "the cluster has no room for it any more"
     if isinstance(error, RayActorError):
+        if made_badly(error):
+            return _last_line(text)
         if "ray.kill" in text:
             return "it was ended by this program"
         if "process has died" in text or "died unexpectedly" in text:
@@ -41,6 +43,16 @@ def in_short(error: BaseException) -> str:
     if isinstance(error, RayError):
         return _first_line(text)
     return f"{type(error).__name__}: {_first_line(text)}" if text else type(error).__name__
+
+
+def made_badly(error: BaseException) -> bool:
+    """Whether an actor could not be made: its class, its arguments or its constructor raised, as they would again."""
+    return isinstance(error, RayActorError) and "raised in its creation task" in str(error)
+
+
+def _last_line(text: str) -> str:
+    """The end of a traceback, which is the error itself."""
+    return _first_line(next((line for line in reversed(text.splitlines()) if line.strip()), ""))
 
 
 def _first_line(text: str) -> str:

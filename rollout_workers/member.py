@@ -33,7 +33,10 @@ class WorkerActor:
 
     def start(self) -> None:
         """Makes the worker."""
-        self._worker = self._factory(self._name)
+        try:
+            self._worker = self._factory(self._name)
+        except SystemExit as error:  # of a package that ends its process; Ray would take it for a crash
+            raise RuntimeError(f"something that it uses ended the process: exit code {error.code!r}") from error
 
     def submit(self, ticket: int, requests: list[GroupRequest]) -> None:
         self._worker.submit(ticket, requests)

@@ -31,7 +31,7 @@ from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayEr
 from latent_grpo.common.config import ConfigError, DeadlineConfig, RolloutConfig
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import check_interrupt
-from latent_grpo.common.ray_errors import NODE_GONE, in_short
+from latent_grpo.common.ray_errors import NODE_GONE, in_short, made_badly
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.shared_memory import BucketGone
 from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
@@ -49,6 +49,7 @@ INTERRUPT_POLL_S = 0.5  # seconds between checks for an interrupt
 AHEAD = 1.25  # samples given to a worker, in multiples of those that it decodes side by side
 RESTARTS_WITHIN_S = 3600.0
 LONGEST_PAUSE_S = 30.0  # before another attempt to start a worker
+DEATHS_AT_START = 3  # of processes, one after another and before any worker served: the next one would die too
 ANSWER_S = 60.0  # for Ray to hand over what has arrived
 
 
@@ -335,7 +336,7 @@ class RolloutPool:
             raise RolloutPoolError(
                 f"{placed} rollout worker(s) have a place in the cluster for {now - self._enough_at:.0f} s "
                 f"(deadlines.place_s = {self._deadlines.place_s:g}), and rollout.min_workers is "
-                f"{self._config.min_workers}; {self._needs()}"
+                f"{self._config.min_workers}; {self._needs(waited=True)}"
             )
 
     def _show_stacks(self, processes: dict[str, ProcessAddress]) -> None:
@@ -344,11 +345,14 @@ class RolloutPool:
             for name, stacks in zip(shown, ask_for_stacks([processes[name] for name in shown]), strict=True):
                 logger.warning("rollout %s makes no progress: %s", name, stacks)
 
-    def _needs(self) -> str:
+    def _needs(self, *, waited: bool = False) -> str:
         resources, free = self._config.resources, ray.available_resources()
         needs = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}
         kinds = [f"{amount:g} {kind} ({free.get(kind, 0):g} free)" for kind, amount in needs.items() if amount]
-        return f"each needs {' and '.join(kinds) or 'nothing'}"
+        said = f"each needs {' and '.join(kinds) or 'nothing'}"
+        if waited and all(free.get(kind, 0) >= amount for kind, amount in needs.items()):
+            said += "; if there is room, their processes end before they begin: Ray's logs (worker-*.err) say why"
+        return said
 
     # --- groups --------------------------------------------------------------------------------------------------
 
@@ -406,7 +410,10 @@ class RolloutPool:
         except RayError as error:
             if isinstance(cause := getattr(error, "cause", None), ConfigError):  # for example an unusable model
                 raise ConfigError(f"rollout worker: {cause}") from error
-            self._fail(starting, in_short(error), final=not self._served and not isinstance(error, RayActorError))
+            why = in_short(error)
+            lost = isinstance(error, RayActorError) and not made_badly(error)  # its process or node is gone
+            hopeless = not lost or (why != NODE_GONE and self._failed_starts + 1 >= DEATHS_AT_START)
+            self._fail(starting, why, final=not self._served and hopeless)
             return
         if starting.process is None:
             starting.process, starting.placed_at, starting.answer = answer, now, starting.actor.start.remote()

@@ -1,5 +1,7 @@
 """Workers without a model, whose pace and faults a test decides through files; importable in the pool's actors."""
 
+import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,3 +68,24 @@ class Script:
             raise OSError(fault.read_text())
         engine = ScriptedEngine(self.folder / "hold", self.step_s)
         return RolloutWorker(name, engine, VerifierPool(processes=1), lambda ids, reason: str(ids), k=2, run_id="run")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A factory whose process ends: at once (`exit`), or as a package does that gives up (`sys.exit`)."""
+
+    fault: str
+
+    def __call__(self, name):
+        os._exit(3) if self.fault == "exit" else sys.exit("no licence")
+
+
+class Unloadable:
+    """A factory that a worker cannot load."""
+
+    def __reduce__(self):
+        return _missing, ()
+
+
+def _missing():
+    raise ImportError("libfoo.so is missing")

@@ -85,6 +85,28 @@ def test_a_replacement_that_fails_is_started_again_and_the_first_worker_that_fai
         pool_of(1)
 
 
+@pytest.mark.parametrize(
+    ("fault", "said", "starts"),
+    [
+        pytest.param(
+            "exit",
+            "rollout worker-2 failed to start: its process ended: killed from outside",
+            3,
+            marks=pytest.mark.slow,
+        ),  # the next ones are the same for a worker that is not tried again
+        ("sys.exit", r"rollout worker-0 failed to start: RuntimeError: something .* exit code 'no licence'", 1),
+        ("unpickle", r"rollout worker-0 failed to start: ImportError: libfoo.so is missing", 1),
+    ],
+)
+def test_workers_that_die_at_once_are_the_reason_and_not_a_deadline(ray_session, fault, said, starts):
+    factory = scripted_worker.Unloadable() if fault == "unpickle" else scripted_worker.Ending(fault)
+    config = RolloutConfig(workers=1, resources=ActorResources(num_cpus=0.1), max_rows=12)
+    with pytest.raises(RolloutPoolError, match=said) as refused:
+        RolloutPool(factory, config, DeadlineConfig(start_s=300), env_vars=HERE)
+    assert "did not start within" not in str(refused.value)
+    assert f"worker-{starts - 1} " in str(refused.value)
+
+
 def test_weights_that_wait_behind_long_work_and_a_driver_that_looks_away_are_no_faults(pool_of):
     pool = pool_of(1, step_s=0.5, rollout_s=2.0, weights_s=2.0)
     pool.submit(requests(0, 12))  # 6 s: longer than both deadlines
