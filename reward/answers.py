@@ -31,7 +31,7 @@ from latent_grpo.reward.math_answers import (
     same_answer,
 )
 from latent_grpo.reward.numbers import Number, read_number, same_number
-from latent_grpo.reward.verifier import Grade, UnreadableGoldError, Verifier, load_verifier, settled
+from latent_grpo.reward.verifier import ANY_OF, Grade, UnreadableGoldError, Verifier, judged, load_verifier, settled
 
 Fallback = Literal["none", "last_number"]
 NO_GOLD = frozenset({"nan", "none", "null", "n/a"})
@@ -45,17 +45,18 @@ def grade(kind: str, response_text: str, gold: str, **options: Any) -> Grade:
     `options`, JSON values, go to the verifier's constructor (`fallback` for `math` and `number`). Raises
     UnknownVerifierError for an unknown kind, and UnreadableGoldError when a built-in kind cannot read `gold`.
     """
-    return settled(_cached_verifier(kind, json.dumps(options, sort_keys=True)).grade(response_text, gold))
+    verifier = _cached_verifier(kind, json.dumps(options, sort_keys=True))
+    return judged(lambda one: settled(verifier.grade(response_text, one)), gold)
 
 
 def gold_is_parsable(kind: str | Verifier, gold: str) -> bool:
     """Whether a verifier can grade against this gold answer. May import the computer algebra (about a second).
 
-    A user's verifier without a `parses_gold` method accepts every gold.
+    Of several golds one suffices. A user's verifier without a `parses_gold` method accepts every gold.
     """
     verifier = _cached_verifier(kind, "{}") if isinstance(kind, str) else kind
     parses_gold = getattr(verifier, "parses_gold", None)
-    return True if parses_gold is None else bool(parses_gold(gold))
+    return True if parses_gold is None else any(parses_gold(one) for one in gold.split(ANY_OF))
 
 
 class BoxedVerifier:

@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from latent_grpo.reward.framing import FrameReader, encode
-from latent_grpo.reward.verifier import UnknownVerifierError, Verifier, load_verifier, settled
+from latent_grpo.reward.verifier import UnknownVerifierError, Verifier, judged, load_verifier, settled
 
 _READ_BYTES = 1 << 16
 _ORPHAN_GRACE_S = 10.0
@@ -74,7 +74,8 @@ class _Grader:
         signal.setitimer(signal.ITIMER_REAL, 2 * self._time_limit_s + _ORPHAN_GRACE_S)
         exhausted = False
         try:
-            verdict = settled(self._verifiers[kind].grade(response_text, gold))
+            verifier = self._verifiers[kind]
+            verdict = judged(lambda one: settled(verifier.grade(response_text, one)), gold)
             reply: dict[str, Any] = {"grade": [verdict.reward, verdict.reason, verdict.parsed]}
         except MemoryError:
             exhausted = True

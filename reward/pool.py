@@ -15,12 +15,13 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from latent_grpo.reward.answers import BoxedVerifier
 from latent_grpo.reward.dispatcher import Dispatcher, Key
-from latent_grpo.reward.verifier import REASONS, Definitions, Grade, UnreadableGoldError, load_verifier
+from latent_grpo.reward.verifier import REASONS, Definitions, Grade, UnreadableGoldError, judged, load_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ class VerifierPool:
         if verifier is None:
             return None
         try:
-            return verifier.quick_grade(response_text, gold)
+            return judged(partial(verifier.quick_grade, response_text), gold)
         except UnreadableGoldError as error:
             self._warn_once(gold, error)
             return Grade(None, "ungraded")

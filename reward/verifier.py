@@ -15,14 +15,18 @@ import asyncio
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import threading
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 Reason = Literal["correct", "wrong", "no_answer", "timeout", "out_of_memory", "ungraded"]
 REASONS: tuple[str, ...] = get_args(Reason)
+
+ANY_OF = "\x1e"
+"""Stands between golds of which any is right, in the one text that a gold is (ASCII's record separator)."""
 
 _MAX_PARSED_CHARS = 500
 
@@ -53,6 +57,9 @@ class Grade:
             object.__setattr__(self, "parsed", self.parsed[:_MAX_PARSED_CHARS] + "…")
 
 
+Verdict = TypeVar("Verdict", bound=Grade | None)
+
+
 @runtime_checkable
 class Verifier(Protocol):
     """Grades responses of one kind. Built once in each grader process, then called for one response after another.
@@ -65,7 +72,10 @@ class Verifier(Protocol):
     """
 
     def grade(self, response_text: str, gold: str) -> Grade | Awaitable[Grade]:
-        """The verdict on `response_text`, the decoded visible tokens, given the reference answer `gold`."""
+        """The verdict on `response_text`, the decoded visible tokens, given the reference answer `gold`.
+
+        Of a problem with several golds it is asked about one after another, until one of them makes it `correct`.
+        """
         ...
 
 
@@ -228,6 +238,32 @@ class Definitions:
         if isinstance(value, Mapping):
             return self._resolved(value, depth) if "kind" in value else dict(value)
         return [self._resolved_inside(item, depth) for item in value] if isinstance(value, list | tuple) else value
+
+
+def judged(grade_against: Callable[[str], Verdict], gold: str) -> Verdict:
+    """The verdict on a response whose `gold` may be several golds of which any is right (:data:`ANY_OF`).
+
+    grade_against: the verdict against one of them; None where it is not known yet.
+    It is the first `correct` verdict, else one that is not known or `ungraded`, else that of the highest reward. Golds
+    that cannot be read are passed over; raises UnreadableGoldError when none can.
+    """
+    golds = gold.split(ANY_OF)
+    if len(golds) == 1:
+        return grade_against(gold)
+    found: list[Verdict] = []
+    unreadable: UnreadableGoldError | None = None
+    for one in golds:
+        try:
+            verdict = grade_against(one)
+        except UnreadableGoldError as error:
+            unreadable = error
+            continue
+        if verdict is not None and verdict.reason == "correct":
+            return verdict
+        found.append(verdict)
+    if not found and unreadable is not None:
+        raise unreadable
+    return max(found, key=lambda verdict: math.inf if verdict is None or verdict.reward is None else verdict.reward)
 
 
 def settled(verdict: Grade | Awaitable[Grade]) -> Grade:

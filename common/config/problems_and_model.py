@@ -33,7 +33,8 @@ class Columns(AsGiven):
     problem: str = "problem"
     """Column with the text of the problem."""
     answer: str = "answer"
-    """Column with the gold answer, which the verifier grades against."""
+    """Column with the gold answer, which the verifier grades against; where it is a list of golds, any of them is
+    right."""
     cot: str = "cot"
     """Column with the explicit chain of thought, which only Latent-SFT reads (METHOD §7)."""
     solution: str | None = "solution"

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar
 
+from latent_grpo.common.golds import any_of, spelled
+
 _MISSING = frozenset({"nan", "NaN", "NaT", "<NA>"})  # of float and NumPy, of Decimal, of pandas
 _TEXTS = (str, bytes, list, tuple, dict)
 _PYTHON = re.compile(r"""\s*[\[(]?\s*\{\s*'(role|content|type|text)'\s*:""")  # a chat that str() has spelled
@@ -63,16 +65,13 @@ def joined_text(value: Any) -> str:
 
 
 def gold_text(value: Any) -> str:
-    """Returns a gold answer: a text, a number, or a list of one. Raises :class:`CellError` for a list of several."""
+    """Returns a gold answer: a text, a number, or a list of these, of which any is right (`common/golds.py`).
+
+    Raises :class:`CellError` for anything else.
+    """
     if not isinstance(value, list | tuple):
         return cell_text(value)
-    found = list(dict.fromkeys(text for part in value if (text := cell_text(part))))
-    if len(found) > 1:
-        raise CellError(
-            f"it lists {len(found)} gold answers ({kind_of(value)}), and a verifier compares with one; write the one "
-            "that counts as a text, or name another column"
-        )
-    return found[0] if found else ""
+    return any_of(text for part in value if (text := cell_text(part)).strip())
 
 
 def bare(gold: str) -> str:
@@ -143,7 +142,7 @@ def kind_of(value: Any) -> str:
 
 def shown(value: Any) -> str:
     """Returns the beginning of a value, as JSON writes it where it can; a text without quotes."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_name)
+    text = spelled(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_name)
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 

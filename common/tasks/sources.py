@@ -14,6 +14,7 @@ import numpy as np
 
 from latent_grpo.common.config import ConfigError, TaskConfig
 from latent_grpo.common.config.monitoring_and_checkpoints import EvaluationProtocol
+from latent_grpo.common.golds import OR, alternatives, any_of
 from latent_grpo.common.tasks.arithmetic import ChainArithmetic
 from latent_grpo.common.tasks.benchmarks import BENCHMARKS, how_to_get
 from latent_grpo.common.tasks.cells import CellError, shown
@@ -289,6 +290,8 @@ def _with_gold(found: Reading, boxed: Callable[[str], str | None]) -> Reading:
 
     No gold answer is a sentence with a box, so an answer column of such texts is a solution.
     """
+    if OR in found.answer:  # a list of golds
+        return found._replace(answer=any_of(boxed(gold) or gold for gold in alternatives(found.answer)))
     if not found.solution and (answer := boxed(found.answer)) is not None:
         return found._replace(answer=answer, solution=found.answer)
     if not found.answer.strip() and found.solution:

@@ -7,13 +7,13 @@ the trajectories, so that one set of samples can be graded by both protocols.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pyarrow as pa
 
 from latent_grpo.common.schema import TrajectoryBatch
-from latent_grpo.reward.verifier import Grade, Verifier, load_verifier, settled
+from latent_grpo.reward.verifier import Grade, Verifier, judged, load_verifier, settled
 
 Decode = Callable[[list[int]], str]
 """Decodes token ids into text, special tokens included."""
@@ -40,7 +40,8 @@ def regraded(group: pa.RecordBatch, rule: str, decode: Decode) -> pa.RecordBatch
         if finish == "aborted":
             grades.append(Grade(None, "ungraded"))
             continue
-        grades.append(settled(verifier.grade(whole_text(latent[row], hard[row], finish, decode), gold)))
+        text = whole_text(latent[row], hard[row], finish, decode)
+        grades.append(judged(partial(_graded, verifier, text), gold))
     columns = {
         "parsed_answer": [grade.parsed for grade in grades],
         "reward": [grade.reward for grade in grades],
@@ -51,6 +52,10 @@ def regraded(group: pa.RecordBatch, rule: str, decode: Decode) -> pa.RecordBatch
         place = found.schema.get_field_index(name)
         found = found.set_column(place, found.schema.field(place), pa.array(values, found.schema.field(place).type))
     return found
+
+
+def _graded(verifier: Verifier, text: str, gold: str) -> Grade:
+    return settled(verifier.grade(text, gold))
 
 
 @cache

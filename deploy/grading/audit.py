@@ -20,6 +20,7 @@ from rich.text import Text
 
 from latent_grpo.common.config import load_config
 from latent_grpo.common.files import unwritable, write_atomically
+from latent_grpo.common.golds import spelled
 from latent_grpo.common.plugins import is_import_path
 from latent_grpo.common.tasks.sources import describe_dropped
 from latent_grpo.common.terminal_text import visible
@@ -216,13 +217,13 @@ def _compared(
 
 def _share(reason: str, rows: list[Row], grades: list[Grade], examples: int) -> ReasonShare:
     found = [(row, grade) for row, grade in zip(rows, grades, strict=True) if grade.reason == reason]
-    shown = [Example(row.number, row.gold, grade.parsed, _end(row)) for row, grade in found[:examples]]
+    shown = [Example(row.number, spelled(row.gold), grade.parsed, _end(row)) for row, grade in found[:examples]]
     return ReasonShare(len(found), len(found) / len(rows), shown)
 
 
 def _disagreements(rows: list[Row], grades: list[Grade], plain: list[Grade]) -> list[Disagreement]:
     return [
-        Disagreement(row.number, row.gold, ours.reason, theirs.reason, ours.parsed, _end(row))
+        Disagreement(row.number, spelled(row.gold), ours.reason, theirs.reason, ours.parsed, _end(row))
         for row, ours, theirs in zip(rows, grades, plain, strict=True)
         if (ours.reason == "correct") != (theirs.reason == "correct")
     ]

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from latent_grpo.common.golds import alternatives, spelled
 from latent_grpo.common.tasks.cells import bare
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.terminal_text import visible
@@ -53,15 +54,20 @@ def check_golds(rows: list[Row], kind: str, pool: VerifierPool) -> GoldReport:
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row.gold, row)
-    cases = [(row, spelling) for row in first.values() for spelling in usual_spellings(kind, row.gold)]
-    grades = pool.grade_many([(kind, rf"So it is \boxed{{{spelling}}}.", row.gold) for row, spelling in cases])
+    cases = [
+        (row, gold, spelling)
+        for row in first.values()
+        for gold in alternatives(row.gold)
+        for spelling in usual_spellings(kind, gold)
+    ]
+    grades = pool.grade_many([(kind, rf"So it is \boxed{{{spelling}}}.", gold) for _, gold, spelling in cases])
     unreadable: dict[str, GoldIssue] = {}
     refused = []
-    for (row, spelling), grade in zip(cases, grades, strict=True):
+    for (row, gold, spelling), grade in zip(cases, grades, strict=True):
         if grade.reason == "ungraded":
-            unreadable[row.gold] = GoldIssue(row.number, row.gold, f"the verifier {kind!r} cannot read it")
+            unreadable[gold] = GoldIssue(row.number, gold, f"the verifier {kind!r} cannot read it")
         elif grade.reason != "correct":
-            refused.append(GoldIssue(row.number, row.gold, f"{spelling!r} is graded {grade.reason}"))
+            refused.append(GoldIssue(row.number, gold, f"{spelling!r} is graded {grade.reason}"))
     mislabelled = [
         GoldIssue(row.number, row.gold, f"{fault.benchmark}: the right answer is {fault.right}: {fault.why}")
         for row in rows
@@ -86,11 +92,17 @@ def _repetitions(rows: list[Row], kind: str, pool: VerifierPool) -> tuple[list[G
         if row.problem:
             by_problem[fingerprint(row.problem)].append(row)
     again = [(same[0], row) for same in by_problem.values() for row in same[1:]]
-    grades = pool.grade_many([(kind, rf"\boxed{{{row.gold}}}", first.gold) for first, row in again])
+    cases = [(place, gold) for place, (_, row) in enumerate(again) for gold in alternatives(row.gold)]
+    grades = pool.grade_many([(kind, rf"\boxed{{{gold}}}", again[place][0].gold) for place, gold in cases])
+    agreeing = {place for (place, _), grade in zip(cases, grades, strict=True) if grade.reason == "correct"}
     contradictory = [
-        GoldIssue(row.number, row.gold, f"the same problem has the answer {first.gold!r} in row {first.number}")
-        for (first, row), grade in zip(again, grades, strict=True)
-        if row.gold != first.gold and grade.reason != "correct"
+        GoldIssue(
+            row.number,
+            spelled(row.gold),
+            f"the same problem has the answer {spelled(first.gold)!r} in row {first.number}",
+        )
+        for place, (first, row) in enumerate(again)
+        if row.gold != first.gold and place not in agreeing
     ]
     return contradictory, len(again) - len(contradictory)
 

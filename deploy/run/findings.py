@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from latent_grpo.common.golds import OR, alternatives, spelled
 from latent_grpo.common.tasks.cells import bare, shown
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.tasks.sources import StoredTask, TaskSource
 from latent_grpo.common.types import Problem
-from latent_grpo.reward.verifier import UnreadableGoldError, Verifier
+from latent_grpo.reward.verifier import Grade, UnreadableGoldError, Verifier, judged
 
 LISTED = 5
 MOST_GOLDS = 20_000  # distinct ones of a task that are tried, a second or two
@@ -26,7 +28,7 @@ def notes(training: Sequence[TaskSource], evaluation: Sequence[TaskSource], veri
     found = []
     for task in tasks:
         verifier = verifiers(task.config.verifier)
-        found += [mislabelled(task), refused_golds(task, verifier), contradictions(task, verifier)]
+        found += [mislabelled(task), several_golds(task), refused_golds(task, verifier), contradictions(task, verifier)]
     return [line for line in found if line] + overlaps(tasks)
 
 
@@ -39,9 +41,7 @@ def refused_golds(task: StoredTask, verifier: Verifier) -> str:
     first: dict[str, Problem] = {}
     for problem in map(task.problem, range(len(task))):
         first.setdefault(problem.answer, problem)
-    refused = [
-        p for gold, p in itertools.islice(first.items(), MOST_GOLDS) if _accepts(verifier, bare(gold), gold) is False
-    ]
+    refused = [p for gold, p in itertools.islice(first.items(), MOST_GOLDS) if _accepts(verifier, gold, gold) is False]
     if not refused:
         return ""
     listed = ", ".join(f"row {_row(p)}: {shown(p.answer)}" for p in refused[:LISTED])
@@ -68,15 +68,34 @@ def contradictions(task: StoredTask, verifier: Verifier) -> str:
 
 
 def _accepts(verifier: Verifier, response: str, gold: str) -> bool | None:
-    """Whether a boxed response is correct, for a built-in verifier that says so at once; None: it is not known."""
+    """Whether a boxed gold is correct, for a built-in verifier that says so at once; None: it is not known.
+
+    Either may be several golds: one of them that is correct against one of the others is enough.
+    """
     quick = getattr(verifier, "quick_grade", None)
     if quick is None:
         return None
-    try:
-        grade = quick(rf"\boxed{{{response}}}", gold)
-    except UnreadableGoldError:
-        return None
-    return None if grade is None else grade.reason == "correct"
+    found: list[Grade | None] = []
+    for one in alternatives(response):
+        try:
+            found.append(judged(partial(quick, rf"\boxed{{{bare(one)}}}"), gold))
+        except UnreadableGoldError:
+            return None
+    if any(grade is not None and grade.reason == "correct" for grade in found):
+        return True
+    return None if None in found else False
+
+
+def several_golds(task: StoredTask) -> str:
+    """Returns a line about rows that list several gold answers, or an empty string."""
+    found = [problem for problem in map(task.problem, range(len(task))) if OR in problem.answer]
+    if not found:
+        return ""
+    rows = "1 row lists" if len(found) == 1 else f"{len(found):,} rows list"
+    return (
+        f"{task.config.name}: {rows} several gold answers, and any of them is right, for example row {_row(found[0])}: "
+        f"{shown(found[0].answer)}"
+    )
 
 
 def mislabelled(task: StoredTask) -> str:
@@ -107,7 +126,9 @@ def overlaps(tasks: Sequence[StoredTask]) -> list[str]:
                 continue
             pairs = [(rows[earlier][key], rows[later][key]) for key in shared]
             differing = [
-                f"row {_row(a)}: {a.answer}, row {_row(b)}: {b.answer}" for a, b in pairs if a.answer != b.answer
+                f"row {_row(a)}: {spelled(a.answer)}, row {_row(b)}: {spelled(b.answer)}"
+                for a, b in pairs
+                if a.answer != b.answer
             ]
             line = f"{tasks[earlier].config.name} and {tasks[later].config.name} share {len(shared):,} problems"
             if differing:

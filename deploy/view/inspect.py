@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from latent_grpo.common.golds import spelled
 from latent_grpo.common.terminal_text import visible
 from latent_grpo.deploy.run.health import FILE, last_active, log_prob_gap
 from latent_grpo.deploy.view.other_kinds import evaluation_table, sft_steps, sft_table
@@ -198,7 +199,7 @@ def listing(run: RunView, rows: Sequence[Row], total: int) -> RenderableType:
             str(row.sample_index),
             outcome_mark(row),
             Text(visible(row.parsed_answer or "-")),
-            Text(visible(row.gold_answer)),
+            Text(visible(spelled(row.gold_answer))),
             f"{row.length} ({row.latent})" + ("" if row.finish_reason == "stop" else f" {row.finish_reason}"),
         ]
         if learned:

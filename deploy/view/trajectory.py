@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from latent_grpo.common.golds import spelled
 from latent_grpo.common.learner_record import REASONS
 from latent_grpo.common.terminal_text import visible, visible_token
 from latent_grpo.deploy.view.run_view import RunView
@@ -81,7 +82,7 @@ def show_trajectory(
 def _verdict(thoughts: Thoughts) -> Text:
     t, row, record = thoughts.trajectory, thoughts.row, thoughts.record
     reward = "none" if row.reward is None else f"{row.reward:g}"
-    line = Text("gold ").append(visible(row.gold_answer), style="bold").append(" · parsed ")
+    line = Text("gold ").append(visible(spelled(row.gold_answer)), style="bold").append(" · parsed ")
     line.append(visible(row.parsed_answer or "nothing"), style="bold").append(" · ").append_text(outcome_mark(row))
     line.append(
         f" (reward {reward}) · finish {t.finish_reason} · {row.length} steps, {row.latent} latent · {visible(t.worker)}"

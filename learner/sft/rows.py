@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latent_grpo.common.config import ConfigError
+from latent_grpo.common.golds import alternatives
 from latent_grpo.learner.sft.soft_labels import Chain, UniformChains
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ class EncodedChain:
 def visible_text(answer: str, think_end: str = "</think>", solution: str = "") -> str:
     """Returns a row's visible text: the end of thinking, then the whole solution, or without one the boxed answer.
 
-    An end of thinking inside the solution is left out, since the row has its own (METHOD §7).
+    Of several gold answers it is the first one. An end of thinking inside the solution is left out, since the row has
+    its own (METHOD §7).
     """
-    shown = (solution.replace(think_end, "") if think_end else solution) or f"\\boxed{{{answer}}}"
+    shown = (solution.replace(think_end, "") if think_end else solution) or f"\\boxed{{{alternatives(answer)[0]}}}"
     return think_end + shown
 
 

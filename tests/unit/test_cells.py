@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from latent_grpo.common.config import ConfigError, TaskConfig, load_config
+from latent_grpo.common.golds import alternatives, any_of, spelled
 from latent_grpo.common.tasks.cells import CellError, bare, cell_text, chat, gold_text, joined_text
 from latent_grpo.common.tasks.sources import EMPTY_ANSWER, EMPTY_PROBLEM, TaskError, load_task
 from latent_grpo.deploy.cli.app import app
@@ -23,6 +24,7 @@ from latent_grpo.deploy.serving.generate import problems_of
 NAN = float("nan")
 USER = {"role": "user", "content": "1+1?"}
 PARTS = [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]
+BOXED = {"\\boxed{1/2}": "1/2"}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
@@ -161,17 +163,33 @@ def test_the_parts_of_a_verl_prompt_are_joined(tmp_path):
         ([], ""),
         ([None], ""),
         (["", "7"], "7"),
+        (["7", 7.5, None, " ", "7"], any_of(["7", "7.5"])),
+        ("1, 2", "1, 2"),
+        ('["1", "2"]', '["1", "2"]'),
     ],
 )
-def test_a_gold_is_a_text_or_a_list_of_one(value, gold):
+def test_a_gold_is_a_text_or_a_list_of_golds_of_which_any_is_right(value, gold):
     assert gold_text(value) == gold
+
+
+def test_several_golds_are_read_from_every_layout_and_survive_a_file_of_the_products(tmp_path):
+    verl = {"prompt": [USER], "reward_model": {"ground_truth": ["1/2", "0.5"]}}
+    rows = [{"problem": "a", "answer": ["1/2", 0.5]}, {"problem": "b", "answer": ["\\boxed{1/2}", "0.5"]}]
+    fetched = product_row({"problem": "a", "answer": ["1/2", "0.5"]})
+    for layout in ([verl], rows, [fetched]):
+        path = str(written(tmp_path, layout))
+        task = load_task(TaskConfig(name="t", path=path), 0, boxed=BOXED.get)
+        found = [task.problem(i) for i in range(task.size)]
+        assert {alternatives(problem.answer) for problem in found} == {("1/2", "0.5")}
+        assert {problem.solution for problem in found} == {""}, "a list of golds is no solution"
+    assert spelled(found[0].answer) == "1/2 or 0.5"
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (["7", "8"], r'it lists 2 gold answers .*\["7", "8"\]'),
         ([["7"]], "a list"),
+        (["7", {"value": "8"}], "an object"),
         ({"value": "7"}, "an object"),
         (True, r"a boolean \(true\)"),
         ([True], "a boolean"),

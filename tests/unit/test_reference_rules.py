@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from latent_grpo.common.golds import any_of
 from latent_grpo.common.schema import decode, encode
 from latent_grpo.common.tasks import gpqa
 from latent_grpo.common.types import SamplingSettings, Trajectory
@@ -120,6 +121,11 @@ def test_proxies_are_graded_and_the_end_of_the_sequence_is_not():
     graded = decode(regraded(encode(rows, 2), "reference_number", text_of))
     assert [row.grade_reason for row in graded] == ["correct", "correct", "wrong", "correct", "correct", "ungraded"]
     assert [row.parsed_answer for row in graded] == ["7", "7", "5", "7", "7", None]
+    golds = [sample([7], [9], gold=any_of(["5", gold])) for gold in ("7", "8")]
+    assert [row.grade_reason for row in decode(regraded(encode(golds, 2), "reference_number", text_of))] == [
+        "correct",
+        "wrong",
+    ], "any of several golds is right"
     visible = encode([sample([], [7, 9])], 0)
     assert decode(regraded(visible, "reference_number", text_of))[0].reward == 1.0, "explicit chains have no proxies"
 

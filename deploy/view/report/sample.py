@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_grpo.common.golds import spelled
 from latent_grpo.common.store import DumpError
 from latent_grpo.common.tasks.arithmetic import MODULUS, solve
 from latent_grpo.deploy.view.run_view import RunView
@@ -135,7 +136,7 @@ def _add(made: Sample, group: list[Thoughts], tokens: TokenTexts, numbers: dict[
                 "other": row.other_reward,
                 "grade": row.grade_reason,
                 "finish": row.finish_reason,
-                "gold": row.gold_answer,
+                "gold": spelled(row.gold_answer),
                 "parsed": row.parsed_answer,
                 "text": t.response_text,
                 "length": row.length,
