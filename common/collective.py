@@ -39,7 +39,7 @@ from latent_grpo.common.weights import BucketManifest, NamedTensor, TensorBytes
 
 log = logging.getLogger(__name__)
 dist: Any = torch.distributed  # whose types lack stores, groups and their methods
-ATTEMPTS = 3  # groups that are tried for a bucket
+PAUSES_S = (1.0, 2.0, 4.0)  # before another group is tried for a bucket; Ray learns of a death meanwhile
 IDLE = timedelta(hours=1)  # after which rank 0 ends a group that asks for nothing; the worker then makes another
 GONE = -1  # instead of a bucket's size
 
@@ -67,8 +67,8 @@ class CollectiveTransport:
 
     name = "collective"
 
-    def __init__(self, settings: WeightsConfig | None = None) -> None:
-        self._settings = settings or WeightsConfig()
+    def __init__(self, settings: WeightsConfig | None = None, pauses_s: Sequence[float] = PAUSES_S) -> None:
+        self._settings, self._pauses_s = settings or WeightsConfig(), pauses_s
         self.sender: Sender | None = None  # of rank 0
         self._group: tuple[str, Pair] | None = None  # of a worker, with the sender's token
         self._lock = threading.Lock()
@@ -88,7 +88,7 @@ class CollectiveTransport:
     def receive(self, handle: CollectiveBucket, bucket: BucketManifest) -> list[TensorBytes]:
         """Asks rank 0 for a bucket; see :meth:`transport.WeightTransport.receive`.
 
-        Raises :class:`LinkLost` after :data:`ATTEMPTS` groups, and Ray's error if the learner is dead.
+        Raises :class:`LinkLost` where other groups did not get it either, and Ray's error if the learner is dead.
         """
         starts, size = layout([slot.nbytes for slot in bucket.tensors])
         with self._lock:  # a worker may fetch several publications at once
@@ -101,22 +101,23 @@ class CollectiveTransport:
 
     def _asked(self, handle: CollectiveBucket, size: int) -> torch.Tensor:
         """Returns the bytes [size] of a bucket, by the group that there is or another one."""
-        for attempt in range(ATTEMPTS):
+        for pause_s in (*self._pauses_s, None):
             try:
                 if self._group is None or self._group[0] != handle.token:
                     self._group = handle.token, join(handle)
                 return self._group[1].ask(handle.number, size)
-            except RuntimeError as error:  # torch's, for a peer that is dead, late or not to be reached
-                self._group = None
-                if handle.alive is not None:
-                    import ray
+            except (OSError, RuntimeError) as error:  # torch's are of the latter: a peer is dead, late or not reached
+                self._group, reason = None, _first_line(error)
+            log.warning("weights: the group with the learner is given up: %s", reason)
+            if pause_s is not None:
+                time.sleep(pause_s)
+            if handle.alive is not None:
+                import ray
 
-                    ray.get(handle.alive, timeout=handle.timeout_s)  # raises if the learner is dead
-                log.warning("weights: group %d with the learner is given up: %s", attempt + 1, _first_line(error))
-                reason = _first_line(error)
+                ray.get(handle.alive, timeout=handle.timeout_s)  # raises if the learner is dead
         raise LinkLost(
-            f"the learner at {handle.address} did not send a bucket of {size} bytes in {ATTEMPTS} attempts of "
-            f"{handle.timeout_s:g} s each (weights.timeout_s): {reason}; see that the nodes reach each other "
+            f"the learner at {handle.address} did not send a bucket of {size} bytes in {len(self._pauses_s) + 1} attempts of "
+            f"at most {handle.timeout_s:g} s (weights.timeout_s): {reason}; see that the nodes reach each other "
             "(weights.interface), or set weights.transport to object_store"
         )
 
@@ -261,6 +262,8 @@ def join(handle: CollectiveBucket) -> Pair:
     """Makes a worker's group with the sender of a bucket."""
     timeout = timedelta(seconds=handle.timeout_s)
     own = address_of(handle.interface) if handle.interface else own_address(handle.address, handle.port)
+    with socket.create_connection((handle.address, handle.port), handle.timeout_s):
+        pass  # a store would try again until its timeout, though nobody listens
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     dist.TCPStore(handle.address, handle.port, timeout=timeout).queue_push(handle.token, name)
     return Pair(handle.address, handle.port, name, 1, own or handle.address, handle.backend, timeout)

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import ray
 import scripted_worker
+import torch
 from test_rollout_pool import collect, publication, requests
 
+from latent_grpo.common.collective import CollectiveTransport
 from latent_grpo.common.config import ActorResources, DeadlineConfig, RolloutConfig
+from latent_grpo.learner.publication import Publisher
 from latent_grpo.rollout_workers.pool import RolloutPool, RolloutPoolError
 
 pytestmark = pytest.mark.integration
@@ -158,3 +161,51 @@ def test_groups_of_a_lost_lineage_never_arrive_and_leavers_hand_over_their_group
     assert sorted(group[0].group_uid for group in groups) == sorted(f"g{i}" for i in range(20))
     assert {trajectory.policy_version_min for group in groups for trajectory in group} == {2}
     assert pool.outstanding == pool.restarts == 0
+
+
+class Sending:
+    """A learner of which there is nothing but rank 0's end of the collective."""
+
+    def __init__(self):
+        self.publisher = Publisher(CollectiveTransport(), 2**20, frozen={"embed"})
+
+    def publish(self, version):
+        weights = [("embed", torch.ones(300)), ("w", torch.full((3000,), float(version)))]
+        return self.publisher.publish(weights[version > 2 :], version)
+
+
+@pytest.mark.slow  # tests/unit/test_collective.py has its faults without Ray
+def test_weights_by_the_collective_reach_who_joins_replaces_or_stood_still_and_outlive_no_learner(pool_of):
+    pool = pool_of(2)
+    pool.wait_for(2)
+    sender = ray.remote(Sending).options(num_cpus=0).remote()
+    kept = [ray.get(sender.publish.remote(2))]
+    pool.publish(kept[0])
+    pool.resize(3)
+    kill(pool, "worker-0")
+    gone(pool, "worker-0")
+    pool.wait_for(3)
+    pool.submit(requests(0, 24))
+    groups = collect(pool, 24)
+    assert {group[0].policy_version_min for group in groups} == {2}
+    assert {group[0].worker for group in groups} == {"worker-1", "worker-2", "worker-3"}
+    assert pool.restarts == 1
+
+    stopped = pool.process_ids()["worker-1"]
+    os.kill(stopped, signal.SIGSTOP)
+    pool.publish(ray.get(sender.publish.remote(3)))
+    pool.submit(requests(24, 12))
+    groups = collect(pool, 8)
+    assert {group[0].worker for group in groups} == {"worker-2", "worker-3"}, "they wait for nobody"
+    os.kill(stopped, signal.SIGCONT)
+    groups += collect(pool, 4)
+    assert {group[0].policy_version_min for group in groups} == {3}
+
+    lost = ray.get(sender.publish.remote(4))
+    ray.kill(sender)
+    pool.publish(lost)  # nobody can get it any more
+    again = ray.remote(Sending).options(num_cpus=0).remote()
+    pool.publish(ray.get(again.publish.remote(2)).of_version(5))
+    pool.submit(requests(36, 12))
+    assert {group[0].policy_version_min for group in collect(pool, 12)} == {5}
+    assert pool.restarts == 1, "a learner that dies is no fault of the workers"
