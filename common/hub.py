@@ -39,6 +39,13 @@ def check_folder(model: str | Path) -> None:
         raise ConfigError(f"model {str(model)!r}: it has no config.json; give a Hugging Face model folder")
 
 
+def network_errors() -> tuple[type[Exception], ...]:
+    """Returns the errors of a hub that cannot be reached: of its HTTP client, whatever that is called, and OSError."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+
+
 @contextlib.contextmanager
 def hub_errors(model: str | Path) -> Iterator[None]:
     """Turns the hub's errors in a block that reads files of `model` into ConfigError."""

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 
 from latent_grpo.common.errors import ConfigError
-from latent_grpo.common.hub import check_folder, hub_errors
+from latent_grpo.common.hub import check_folder, hub_errors, network_errors
 from latent_grpo.common.model_files import (
     StoredTensor,
     check_kind,
@@ -68,7 +68,7 @@ def check_model(model: str | Path, *, tokenizer: bool = True) -> list[str]:
         tensors = stored_tensors(folder, settings.to_dict())
         check_weights(tensors, shape, model)
         check_ties(tensors, shape, folder)
-    elif (remote := _tensors_on_hub(str(model))) is not None:
+    elif (remote := _tensors_on_hub(str(model), folder)) is not None:
         check_weights(remote, shape, model)
     return [*own_code(settings, shape), *([] if (line := not_compared(settings)) is None else [line])]
 
@@ -305,15 +305,25 @@ def _advice(missing: list[str], unexpected: list[str]) -> str:
     return "Give the config.json that belongs to these weights, or download both again"
 
 
-def _tensors_on_hub(model: str) -> dict[str, StoredTensor] | None:
-    """Returns the headers of a hub model's safetensors files, without their weights; None: the hub does not say."""
+def _tensors_on_hub(model: str, cached: Path | None) -> dict[str, StoredTensor] | None:
+    """Returns the headers of a hub model's safetensors files, without their weights; None: it has others.
+
+    Raises ConfigError where the hub cannot be reached: the folder `cached` has no weights. None: nor has it settings.
+    """
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError
 
     try:
         found = get_safetensors_metadata(model)
-    except (HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OfflineModeIsEnabled, OSError):
+    except (HFValidationError, NotASafetensorsRepoError):
         return None  # what is loaded later is checked again then
+    except network_errors() as error:
+        place = "the cache" if cached is None else f"the cache ({cached})"
+        raise refused(
+            model,
+            f"{place} has its settings and no weights, and the hub cannot be asked for them ({words(error)}); download "
+            f"the model where there is a network (`hf download {model}`), or give its folder",
+        ) from error
     return {
         name: StoredTensor(tuple(tensor.shape), str(tensor.dtype), file)
         for file, content in found.files_metadata.items()

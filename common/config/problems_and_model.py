@@ -50,7 +50,7 @@ class PromptConfig(AsGiven):
 
     system: str | None = None
     """System message at the beginning of the chat, in place of a row's own; null: none, also where a row or a benchmark
-    has one. (A chat template may then print a text of its own, as Qwen2.5's does: a run's start shows the prompt.)"""
+    has one. A chat template may then print a text of its own, as Qwen2.5's does; a run's start shows the prompt."""
     user: str = "{problem}"
     """Template of the user message; `{problem}` is replaced by the problem."""
     format: str | None = None

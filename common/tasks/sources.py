@@ -6,8 +6,10 @@ A problem's identity is task name and row number in its source, so dropping a fa
 from __future__ import annotations
 
 import array
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -272,17 +274,23 @@ def open_rows(config: TaskConfig) -> Table:
 
 
 def _of_hub(config: TaskConfig, name: str) -> Table:
-    """Opens `owner/dataset[:split]`; an option `config` names a dataset's configuration."""
+    """Opens `owner/dataset[:split]`; an option `config` names a dataset's configuration.
+
+    With a `limit` the first rows are read as they come, without fetching and building the whole set.
+    """
     import datasets
 
     repository, _, split = name.partition(":")
+    load = partial(datasets.load_dataset, repository, config.options.get("config"), split=split or "train")
     try:
-        data = datasets.load_dataset(repository, config.options.get("config"), split=split or "train")
-    except (OSError, ValueError) as error:
+        if config.limit is not None and not {"[", "+"} & set(split):  # a slice needs the whole set
+            with contextlib.suppress(OSError):  # no network: the set may be in the cache, whole
+                return of_dataset(f"hf:{name}", load(streaming=True))
+        return of_dataset(f"hf:{name}", load())
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise TableError(
             f"dataset {repository} (split {split or 'train'}): {error}{how_to_get(config.name)}"
         ) from error
-    return of_dataset(f"hf:{name}", data)
 
 
 def _with_gold(found: Reading, boxed: Callable[[str], str | None]) -> Reading:

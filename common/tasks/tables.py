@@ -239,13 +239,16 @@ def _saved_to_disk(path: str) -> Table:
 
 
 def of_dataset(path: str, data: Any) -> Table:
-    """The table of a `datasets.Dataset`."""
+    """The table of a `datasets.Dataset`, or of an `IterableDataset`, which is read no further than it is asked for."""
+    import datasets
 
     def read(columns: list[str], limit: int | None) -> Iterator[Row]:
-        chosen = data.select_columns(columns)
-        yield from chosen if limit is None else chosen.select(range(min(limit, len(data))))
+        try:
+            yield from itertools.islice(data.select_columns(columns), limit)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # of shards that it reads now
+            raise _failed(path, "a dataset", error) from error
 
-    return Table(path, tuple(data.column_names), read)
+    return Table(path, tuple(data.column_names or next(iter(data), ())), read)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from latent_grpo.common.errors import ConfigError, RunError
+from latent_grpo.common.hub import network_errors
 
 REASON = 200  # characters of the library's message
 
@@ -52,8 +53,6 @@ def upload(repository: str, hub: Callable[[], Hub] | None = None) -> Callable[[P
 def _hub_errors(repository: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    # its HTTP client's own error, whatever that client is called in this version, and OSError
-    network = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
     try:
         yield
     except LocalTokenNotFoundError as error:
@@ -68,7 +67,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
                 "write there (HF_TOKEN, or `hf auth login`)"
             ) from error
         raise UploadError(f"--to hf:{repository}: {_short(error)}; try again, or export to a folder") from error
-    except network as error:
+    except network_errors() as error:
         raise UploadError(
             f"--to hf:{repository}: the hub cannot be reached from here ({_short(error)}); export to a folder, and "
             f"upload that one with `hf upload {repository} FOLDER` where there is a network"

@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.text import Text
 
 from latent_grpo.common.config import ConfigError, TaskConfig
+from latent_grpo.common.tasks.benchmarks import CHOICE_PROMPT
 from latent_grpo.common.tasks.cells import CellError, chat, read_cell
+from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
+from latent_grpo.common.tasks.gpqa import with_letters
 from latent_grpo.common.tasks.sources import open_rows
 from latent_grpo.common.tasks.tables import TableError, exists
 from latent_grpo.common.terminal_text import visible, visible_token
@@ -100,12 +103,19 @@ def as_row(response: Response, number: int, problem: str | Chat, *, thoughts: bo
 
 
 def problems_of(file: Path, column: str | None, limit: int | None) -> list[str | Chat]:
-    """Reads the problems of a file, a folder, a glob or a hub dataset. Raises ConfigError: file, row and column."""
+    """Reads the problems of a file, a folder, a glob or a hub dataset. Raises ConfigError: file, row and column.
+
+    The raw columns of GPQA are read as an evaluation reads them: the question with its options, and the line that asks
+    for a letter.
+    """
     if not str(file).startswith("hf:") and not exists(str(file)):
         raise ConfigError(f"--file {file}: there is no such file (looked in {Path.cwd()}); give a file of problems")
     try:
-        table = open_rows(TaskConfig(name=NAME, path=str(file)))
+        table = open_rows(TaskConfig(name=NAME, path=str(file), limit=limit))
         chosen = column or next((name for name in COLUMNS if name in table.columns), "")
+        if not chosen and set(table.columns) >= GPQA_COLUMNS:
+            rows = enumerate(table.rows(GPQA_COLUMNS, limit))
+            return [_choice(number, row, f"{file}, row {number}") for number, row in rows]
         if table.columns and chosen.partition(".")[0] not in table.columns and chosen not in table.columns:
             wanted = f"column {column!r}" if column else f"column {' or '.join(COLUMNS)}"
             columns = ", ".join(sorted(table.columns))
@@ -118,6 +128,16 @@ def problems_of(file: Path, column: str | None, limit: int | None) -> list[str |
     if not found:
         raise ConfigError(f"{file} has no rows")
     return found
+
+
+def _choice(number: int, row: dict[str, Any], where: str) -> str:
+    try:
+        question, letter = with_letters(number, row)
+    except CellError as error:
+        raise CellError(f"{where}: {error}") from error
+    if not letter:
+        raise ConfigError(f"{where}: a question of GPQA needs a text in each of {', '.join(sorted(GPQA_COLUMNS))}")
+    return CHOICE_PROMPT.user.replace("{problem}", question)
 
 
 def _problem(row: dict[str, Any], column: str, where: str) -> str | Chat:

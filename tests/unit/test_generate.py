@@ -12,9 +12,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from latent_grpo import LatentModel
-from latent_grpo.common.config import ConfigError
+from latent_grpo.common.config import ConfigError, PromptConfig, load_config
 from latent_grpo.common.models import load_tokenizer
+from latent_grpo.common.tasks.benchmarks import prompt_of
 from latent_grpo.deploy.cli.app import app
+from latent_grpo.deploy.run.problems import read_task
 from latent_grpo.deploy.serving.generate import Wish, as_row, generate_rows, problems_of, typed_problems
 from latent_grpo.deploy.serving.serve import chat_template, serve
 from latent_grpo.rollout_workers.trained_model import read_trained_model
@@ -87,6 +89,22 @@ def test_a_chat_in_a_row_is_used_as_it_is(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat, "problem": "p"}) + "\n")
     assert problems_of(tmp_path / "rows.jsonl", None, None) == [chat]
     assert problems_of(tmp_path / "rows.jsonl", "problem", None) == ["p"]
+
+
+def test_raw_rows_of_gpqa_are_asked_as_an_evaluation_asks_them(tmp_path, trained_folder):
+    parts = {"Question": "Which?", "Correct Answer": "right"}
+    parts |= {f"Incorrect Answer {i}": text for i, text in enumerate(("one", "two", "three"), start=1)}
+    path = tmp_path / "gpqa_diamond.jsonl"
+    path.write_text("".join(json.dumps({**parts, "Question": f"Which {n}?"}) + "\n" for n in range(3)))
+    config = load_config({"model": {"path": str(trained_folder)}, "tasks": [{"name": "gpqa", "path": str(path)}]})
+    source, prompt = read_task(config.tasks[0], config), prompt_of(config.tasks[0], PromptConfig())
+    asked = [prompt.user.replace("{problem}", source.problem(n).messages[0][1]) for n in range(3)]
+    assert problems_of(path, None, None) == asked
+    assert problems_of(path, None, 2) == asked[:2]
+    assert problems_of(path, "Question", 1) == ["Which 0?"], "a column that is named is what is read"
+    path.write_text(json.dumps({**parts, "Incorrect Answer 2": None}))
+    with pytest.raises(ConfigError, match=r"row 0: a question of GPQA needs a text in each of Correct Answer, Inc"):
+        problems_of(path, None, None)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -336,3 +340,19 @@ def test_no_call_trusts_or_asks_about_code_of_a_model():
 
 def test_vllm_is_not_told_to_run_a_models_code():
     assert "trust_remote_code: no code of a model's folder" in str(argument_problem({"trust_remote_code": True}))
+
+
+def test_settings_in_the_hubs_cache_without_weights_are_refused_where_the_hub_cannot_be_asked(folders, tmp_path):
+    """In a process of its own: the hub's package reads where its cache is when it is imported."""
+    place = tmp_path / "models--me--m" / "snapshots" / "abc"
+    shutil.copytree(whole(folders), place)
+    (place.parents[1] / "refs").mkdir()
+    (place.parents[1] / "refs" / "main").write_text("abc")
+    (place / "model.safetensors").unlink()
+    program = "from latent_grpo.common.model_check import check_model; check_model('me/m')"
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False
+    )
+    assert f"ConfigError: model 'me/m': the cache ({place}) has its settings and no weights" in found.stderr
+    assert "download the model where there is a network (`hf download me/m`)" in found.stderr

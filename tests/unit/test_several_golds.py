@@ -1,4 +1,4 @@
-"""A gold cell that lists several golds: any of them is right, for every verifier and both protocols, and is shown so."""
+"""A gold cell that lists several golds: any of them is right, by every verifier and both protocols, and is shown so."""
 
 from __future__ import annotations
 

@@ -245,6 +245,19 @@ def test_a_folder_that_the_hubs_package_reads_is_read_by_its_named_columns(tmp_p
     assert list(table.rows(["answer"], 2)) == [{"answer": "1"}, {"answer": "2"}]
 
 
+def test_with_a_limit_a_dataset_is_read_no_further_than_its_rows(tmp_path):
+    """The second shard is damaged, which whoever builds the whole set meets."""
+    folder = tmp_path / "d"
+    shards(folder, "train-{i:05}-of-00005.parquet")
+    first, second, *_ = sorted(folder.iterdir())
+    second.write_bytes(b"PAR1")
+    few = TaskConfig(name="t", path=f"hf:{folder}", limit=pq.read_metadata(first).num_rows)
+    assert load_task(few, 0).size == few.limit
+    for task in (few.model_copy(update={"limit": few.limit + 1}), TaskConfig(name="t", path=f"hf:{folder}")):
+        with pytest.raises(TaskError, match=f"task t: .*{folder}"):
+            load_task(task, 0)
+
+
 def test_tables_that_are_no_tasks_say_so_without_its_name(tmp_path):
     with pytest.raises(TableError, match=r"^no file"):
         open_table(str(tmp_path / "x.jsonl"))
