@@ -28,6 +28,8 @@ from latent_grpo.deploy.run.observer import StepObserver
 from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.session import run_session
+from latent_grpo.deploy.run.storage.copy import local_copy
+from latent_grpo.deploy.run.storage.upload import uploading
 from latent_grpo.learner.learner import LearnerGroup
 from latent_grpo.learner.publication import publish_model
 from latent_grpo.rollout_workers.metrics import rollout_metrics
@@ -92,7 +94,7 @@ def train_only(
     `allowed` are modules or import paths that may be imported for a run of another user (`deploy.run.foreign_code`).
     """
     reporter = reporter or Reporter()
-    origin = RunFolder(Path(source).resolve())
+    origin = RunFolder(local_copy(source).resolve())
     if not (origin.path / "config.json").is_file():
         raise ConfigError(
             f"--train-only {source}: it has no config.json; give a run folder such as runs/quickstart-..."
@@ -117,11 +119,13 @@ def train_only(
     source_facts = DataFacts(task="dumps", use="training", source=str(origin.path), steps=step_ranges(dumped))
     write_manifest(folder, config, 0, recorded.base, [source_facts])
     with (
+        uploading(folder, config, reporter.say) as begin_upload,
         MetricsWriter(folder.path, config.metrics.sinks) as metrics,
         recorded_learner(config, recorded.base, Start(step=0, checkpoint=None), reporter) as learner,
         StepObserver(folder, config, 0, metrics, reporter) as observer,
         reporter.phase("learner", len(dumped)) as advance,
     ):
+        begin_upload()
         for number, step in enumerate(dumped, start=1):
             batch = recorded.step(step).batch
             if batch is not None:
@@ -130,7 +134,7 @@ def train_only(
                 observer.observe(StepResult(number, batch, (batch,), (None,), found), report)
             advance(number)
         save_whole(folder.model, lambda unfinished: _export(learner, recorded.base, unfinished))
-    record_model(folder, "trained", folder.model)
+        record_model(folder, "trained", folder.model)
     reporter.say(f"model {folder.model}; metrics and learner records in {folder.path}")
     return folder
 

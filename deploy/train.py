@@ -21,6 +21,7 @@ from rich.table import Table
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.figure_names import by_label, protocol_of, task_of
 from latent_grpo.common.interrupts import Interrupted
+from latent_grpo.common.remote_url import is_url
 from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate
 from latent_grpo.deploy.evaluation.interim import InterimEvaluations, make_up, owed
@@ -39,6 +40,8 @@ from latent_grpo.deploy.run.recovery import recovered, recovering
 from latent_grpo.deploy.run.self_test import self_test
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.stepping import StateKeeper, interruptible
+from latent_grpo.deploy.run.storage.copy import named_copy, working_copy
+from latent_grpo.deploy.run.storage.upload import push
 from latent_grpo.deploy.run.versions import bits_may_differ
 from latent_grpo.deploy.sft.loop import warm_start
 from latent_grpo.deploy.view.report.build import report_note
@@ -55,9 +58,13 @@ def train(config: RunConfig, profile: str, reporter: Reporter | None = None, pat
     """
     reporter = reporter or Reporter()
     named = named_run(config) if path is None else None
+    if named is not None:
+        named_copy(config, named, reporter.say)
     if named is not None and has_begun(named):
         if RunFolder(named).model.is_dir():
             reporter.say(f"run {config.run_name} has ended: model {RunFolder(named).model}")
+            if is_url(config.runs_folder):
+                push(named, reporter.say)
             return RunFolder(named)
         folder, config, lineage = reopen_run(named, [], "train", config)
         return _run(folder, config, lineage, reporter, prepare(config, reporter, folder))
@@ -70,7 +77,8 @@ def resume(
 ) -> RunFolder:
     """Resumes a run from its last complete checkpoint, or from the beginning if there is none.
 
-    `allowed` are modules or import paths that may be imported for a run of another user (`deploy.run.foreign_code`);
+    `path` is its folder, or the URL of its copy in an object store, which is brought to this machine. `allowed`
+    are modules or import paths that may be imported for a run of another user (`deploy.run.foreign_code`);
     its own supervisor has been allowed them when it began.
     """
 
@@ -79,6 +87,8 @@ def resume(
             check_origin(folder, config, overrides, allowed)
 
     reporter = reporter or Reporter()
+    if is_url(str(path)):
+        path, overrides = working_copy(str(path), overrides, reporter.say)
     folder, config, lineage = reopen_run(path, overrides, "train", check=check)
     return _run(folder, config, lineage, reporter, prepare(config, reporter, folder))
 

@@ -134,6 +134,25 @@ def list_checkpoints(root: str | Path) -> list[tuple[int, Path]]:
     return [(step, path) for _, step, path in _folders(Path(root))]
 
 
+def is_checkpoint(name: str) -> bool:
+    """Whether a folder of this name is a finished checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """Returns the files of a finished checkpoint, its manifest last; empty for one whose manifest is not readable.
+
+    Raises FileNotFoundError where the checkpoint has been removed.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).is_file() and not path.is_dir():
+        raise FileNotFoundError(path)
+    try:
+        return [*(path / name for name in _read_manifest(path)), path / MANIFEST]
+    except CheckpointError:
+        return []
+
+
 def verify_checkpoint(path: str | Path) -> dict[str, Any]:
     """Compares every byte with the manifest and returns the run state. Raises :class:`CheckpointError`."""
     path = Path(path)

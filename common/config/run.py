@@ -31,7 +31,7 @@ from latent_grpo.common.config.monitoring_and_checkpoints import (
 from latent_grpo.common.config.objective import Objective
 from latent_grpo.common.config.problems_and_model import ModelConfig, TaskConfig, VerifierDefinition
 from latent_grpo.common.config.rules import Rule, keys_with
-from latent_grpo.common.config.section import LocalPath, Section, Seed
+from latent_grpo.common.config.section import LocalPath, Section, Seed, StoragePlace
 from latent_grpo.common.config.services import DeadlineConfig, LearnerConfig, RayConfig, RolloutConfig, WeightsConfig
 from latent_grpo.common.config.stopping import StopConfig
 from latent_grpo.common.errors import ConfigError
@@ -174,8 +174,13 @@ class RunConfig(Section):
     run_name: Annotated[str | None, Field(pattern=r"^\w[\w.-]*$"), Rule.MAY_CHANGE] = None
     """Name of the run's folder below `runs_folder`; null: it is made of the profile's name and the time. `train` goes
     on with a named run that has begun, so that a job that a cluster starts again does."""
-    runs_folder: Annotated[LocalPath, Rule.MAY_CHANGE] = "runs"
-    """Folder in which run folders are made; on a cluster it must be on shared storage."""
+    runs_folder: Annotated[StoragePlace, Rule.MAY_CHANGE] = "runs"
+    """Folder in which run folders are made; on a cluster it must be on shared storage. Or the URL of one in an object
+    store, `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX` or `file:///FOLDER`: the run works in `work_folder` and is
+    uploaded while it goes on (docs/cluster.md)."""
+    work_folder: Annotated[LocalPath, Rule.MAY_CHANGE] = "runs"
+    """Folder of this machine in which the folders of runs are made whose `runs_folder` is a URL; of a run on several
+    nodes, one that all of them see."""
     self_test_groups: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 2
     """Number of groups that are replayed in the learner before training, whose log-probs must agree within the
     tolerance of METHOD §6; 0: no self-test."""

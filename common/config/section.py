@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from latent_grpo.common.remote_url import checked_url
+
 
 class Section(BaseModel):
     """A section of the settings. Unknown keys are refused; the docstring below a key is its description. A
@@ -55,6 +57,8 @@ def with_home(path: str) -> str:
 
 LocalPath = Annotated[str, AfterValidator(with_home)]
 """A path of this machine, or a name elsewhere, which never begins with `~`."""
+StoragePlace = Annotated[LocalPath, AfterValidator(checked_url)]
+"""A path of this machine, or the URL of a folder in an object store."""
 SEED_LIMIT = 2**63
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 """A seed of a run: it is kept in signed 64-bit columns, and generators take none below 0."""

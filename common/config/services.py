@@ -184,6 +184,9 @@ class DeadlineConfig(Section):
     seconds. The groups that a worker has before new weights do not count."""
     dump_s: Annotated[float, Field(gt=0)] = 600.0
     """Time for the disk to write the dumps that wait for it, in seconds."""
+    upload_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Time that the end of a run waits for the rest of its upload, in seconds, where `runs_folder` is a URL. After
+    SIGTERM it is what is left of `terminate_s`."""
     settle_s: Annotated[float, Field(gt=0)] | None = None
     """Time for the running step to end after Ctrl-C (SIGINT), in seconds; null: that of `learner_s`. A step that takes
     longer is given up."""

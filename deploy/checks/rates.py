@@ -15,7 +15,7 @@ from typing import Any
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.errors import LatentGRPOError
 from latent_grpo.common.metrics import FILE, read_metrics
-from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.folder import RunFolder, local_root
 
 LOOKED_AT = 50  # runs, the newest ones
 Row = tuple[str, str]
@@ -54,7 +54,7 @@ def time_rows(config: RunConfig, run: str | Path | None = None) -> list[Row]:
         found = next(_alike(config), None)
         if found is None:
             how = "train a few steps (steps=3) and validate again, or give a run with --measured RUN"
-            return [("time", f"not estimated: no run in {config.runs_folder}/ has measured steps like these; {how}")]
+            return [("time", f"not estimated: no run in {local_root(config)}/ has measured steps like these; {how}")]
         folder, theirs = found
     else:
         folder, theirs = _given(Path(run))
@@ -101,7 +101,7 @@ def _given(path: Path) -> tuple[RunFolder, RunConfig]:
 
 def _alike(config: RunConfig) -> Iterator[tuple[RunFolder, RunConfig]]:
     """Yields the runs of the runs folder that measured steps like this run's, the newest first."""
-    files = sorted(Path(config.runs_folder).glob(f"*/{FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = sorted(local_root(config).glob(f"*/{FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files[:LOOKED_AT]:
         folder = RunFolder(file.parent)
         try:

@@ -95,7 +95,7 @@ def validate(
 def train(
     context: typer.Context,
     profile: Profile = "quickstart",
-    resume: Annotated[str | None, typer.Option(help="Continue the stopped run in this folder.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Continue the stopped run in this folder, or at this URL.")] = None,
     gpus: Annotated[int | None, typer.Option(help="Take the profile's settings for this number of GPUs.")] = None,
     rollout_only: Annotated[
         bool, typer.Option("--rollout-only", help="Start no learner; generate rollouts with the initial weights.")
@@ -175,7 +175,9 @@ def replay(
 def sft(
     context: typer.Context,
     profile: Profile = "quickstart",
-    resume: Annotated[str | None, typer.Option(help="Continue the stopped Latent-SFT in this folder.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Continue the stopped Latent-SFT in this folder, or at this URL.")
+    ] = None,
     allow_plugins: Allowed = "",
 ) -> None:
     """Runs Latent-SFT alone: the latent start that RL needs, or the explicit one of the baseline (algorithm=grpo)."""
@@ -192,7 +194,9 @@ def sft(
 @app.command(context_settings=SETTINGS)
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Folder or hub id of a Hugging Face model.")],
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id of a Hugging Face model, or the URL of one in a remote run.")
+    ],
     tasks: Annotated[
         str, typer.Option(help="Named benchmarks, e.g. gsm8k-aug,svamp; default: those of the profile.")
     ] = "",

@@ -15,7 +15,7 @@ from latent_grpo.common.config.section import SEED_LIMIT
 from latent_grpo.deploy.cli.arguments import interruptible
 
 models = typer.Typer()
-Model = Annotated[str, typer.Option(help="Folder or hub id of a trained model.")]
+Model = Annotated[str, typer.Option(help="Folder or hub id of a trained model, or the URL of one in a remote run.")]
 
 
 def _say(sentence: str) -> None:
@@ -56,6 +56,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; of the engine transformers.")] = "auto",
 ) -> None:
     """Generates responses with a trained model: to a problem, to lines that are typed, or to the rows of a file."""
+    from latent_grpo.deploy.run.storage.copy import model_copy
     from latent_grpo.deploy.serving import generate as generating
     from latent_grpo.rollout_workers.latent_model import MAX_ROWS, LatentModel, Sampling
 
@@ -71,7 +72,7 @@ def generate(
     rows = max(samples, MAX_ROWS)
     with (
         interruptible(),
-        LatentModel(model, engine=engine, dtype=dtype, device=device, max_rows=rows, say=_say) as loaded,
+        LatentModel(model_copy(model), engine=engine, dtype=dtype, device=device, max_rows=rows, say=_say) as loaded,
     ):
         if file is not None:
             with generating.rows_writer(output) as write:
@@ -90,15 +91,16 @@ def serve(
     only_print: Annotated[bool, typer.Option("--print", help="Print vLLM's command, and start nothing.")] = False,
 ) -> None:
     """Starts vLLM's own server with latent steps. Options of vLLM follow: `--port 8000 --max-num-seqs 64 ...`."""
+    from latent_grpo.deploy.run.storage.copy import model_copy
     from latent_grpo.deploy.serving.serve import serve as start
 
-    command = start(model, context.args, say=_say, only_print=only_print)
+    command = start(model_copy(model), context.args, say=_say, only_print=only_print)
     typer.echo(shlex.join(command))
 
 
 @models.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its URL.")],
     to: Annotated[str, typer.Option(help="The folder to write, or hf:OWNER/NAME for a repository of the hub.")],
     step: Annotated[int | None, typer.Option(help="Export the checkpoint of this step.")] = None,
     best: Annotated[bool, typer.Option("--best", help="Export the best checkpoint (checkpoint.keep_best).")] = False,
@@ -109,4 +111,17 @@ def export(
 
     with interruptible():
         where = write(run, to, step=step, best=best, public=public, say=_say)
+    typer.echo(where)
+
+
+@models.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run that does not go on.")],
+    to: Annotated[str | None, typer.Option(help="s3://BUCKET/PREFIX, for a run that has no copy there yet.")] = None,
+) -> None:
+    """Uploads what a run's copy in an object store lacks, after a run whose upload did not end."""
+    from latent_grpo.deploy.run.storage.upload import push as upload
+
+    with interruptible():
+        where = upload(run, _say, to)
     typer.echo(where)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 reading = typer.Typer()
 MATCHES = 20  # listed without --limit
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its URL.")]
 Step = Annotated[list[str] | None, typer.Option(help="Only this step, or this range: 10-40. May be repeated.")]
 Purpose = Annotated[str | None, typer.Option(help="Only this purpose: training, evaluation, ...; default: all.")]
 Task = Annotated[str | None, typer.Option(help="Only tasks whose name contains this text.")]
@@ -81,7 +81,7 @@ def inspect(
 
 @reading.command()
 def report(
-    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="A run's folder; several are compared.")],
+    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="A run's folder or URL; several are compared.")],
     out: Annotated[
         Path | None,
         typer.Option(help="The file to write; default: report.html in the run's folder, comparison.html beside runs."),
@@ -124,7 +124,7 @@ Machine = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing e
 @reading.command()
 def status(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="A run's folder; default: the newest one in runs/.")
+        str | None, typer.Argument(metavar="[RUN]", help="A run's folder or URL; default: the newest one in runs/.")
     ] = None,
     json: Machine = False,
 ) -> None:
@@ -133,7 +133,7 @@ def status(
     from latent_grpo.deploy.view.run_view import open_run
     from latent_grpo.deploy.view.trajectory import print_json
 
-    found = reading_status.status_of(open_run(run or reading_status.newest_run(Path("runs"))))
+    found = reading_status.status_of(open_run(run or reading_status.newest_run(Path("runs")), ()))
     if json:
         print_json(Console(), found.as_json())
     else:
@@ -142,7 +142,7 @@ def status(
 
 @reading.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The folder that runs are in.")] = Path("runs"),
+    folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="The folder or URL that runs are in.")] = "runs",
     json: Machine = False,
 ) -> None:
     """Lists the runs of a folder: which of them go on, how far they are, at what pace, and with which alarms."""

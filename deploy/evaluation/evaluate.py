@@ -42,6 +42,7 @@ from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.problems import PreparedTask
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.session import Run, run_session
+from latent_grpo.deploy.run.storage.copy import model_copy
 from latent_grpo.learner.publication import publish_model
 from latent_grpo.rollout_workers.verifiers import used_definitions
 
@@ -251,8 +252,9 @@ def evaluation_config(
     benchmarks, from the model's own chain (`common.model_chain`) and the defaults. `tasks` replaces the evaluation
     tasks by named benchmarks with the files of the folder `data`; `limit` takes the first problems of each. Training
     tasks are not loaded. `allowed` are modules or import paths that may be imported for a run of another user
-    (`deploy.run.foreign_code`).
+    (`deploy.run.foreign_code`). The URL of a model in a remote run is one too.
     """
+    model = model_copy(model)
     check_is_no_run(model)
     origin: Path | None = None  # the run whose settings are taken
     run_config = Path(model).parent / "config.json"

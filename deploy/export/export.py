@@ -22,6 +22,7 @@ from latent_grpo.common.models import load_tokenizer
 from latent_grpo.deploy.export.card import write_card
 from latent_grpo.deploy.export.upload import Hub, upload
 from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.storage.copy import local_copy
 from latent_grpo.learner.best_checkpoint import best_checkpoint
 from latent_grpo.learner.checkpoint import (
     CheckpointError,
@@ -31,6 +32,8 @@ from latent_grpo.learner.checkpoint import (
 )
 
 HUB = "hf:"
+EXPORTED = ("checkpoints", "sft", "model", "base", "initial")
+"""The parts of a run's folder that are copied from an object store for an export."""
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -59,7 +62,7 @@ def export(
     Without `step` and `best` it is the trained model, or the last checkpoint of a run that has not ended. `hub()` makes
     the client of the hub. Raises ConfigError, and CheckpointError for damaged checkpoints.
     """
-    folder = RunFolder(Path(run))
+    folder = RunFolder(local_copy(run, EXPORTED))
     if not (folder.path / "config.json").is_file() or not (folder.path / "run.json").is_file():
         raise ConfigError(f"export {run}: it has no config.json and run.json; give a run folder: runs/quickstart-...")
     if folder.read_json("run.json").get("kind") == "evaluate":

@@ -27,6 +27,7 @@ from latent_grpo.deploy.replay.recorded import RecordedRun, RecordedStep, Start
 from latent_grpo.deploy.run.folder import open_run
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.ray_session import ray_session
+from latent_grpo.deploy.run.storage.copy import local_copy
 from latent_grpo.learner.learner import LearnerGroup, LearnerReport
 
 COMPARED = ("old_log_probs", "new_log_probs", "step_advantages", "ratios")
@@ -132,7 +133,7 @@ def _without_nan(node: Any) -> Any:
 def replay(path: str | Path, step: int, overrides: list[str], reporter: Reporter | None = None) -> Replay:
     """Replays a step. Raises RecordedError or ResumeError, each with one sentence, if that is not possible."""
     reporter = reporter or Reporter()
-    folder, config = open_run(path, overrides, "replay")
+    folder, config = open_run(local_copy(path), overrides, "replay")
     run = RecordedRun(folder, config)
     start = run.start_for(step)
     run.step(step)  # a dump that cannot be replayed is found before anything is started

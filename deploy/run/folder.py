@@ -19,6 +19,7 @@ runs/NAME/
     recoveries.jsonl   what a run has recovered from by itself (deploy.run.recovery)
     evaluation.json    the results of an evaluation run
     .lock, .lease      held by the process that writes here (run_lock)
+    .remote.json       what it has in common with its copy in an object store (deploy.run.storage)
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from latent_grpo.common.config import (
 from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
 from latent_grpo.common.config.resume import refused_changes
 from latent_grpo.common.files import unwritable, write_atomically
+from latent_grpo.common.remote_url import is_url
 from latent_grpo.deploy.run.versions import ARITHMETIC, versions
 
 EVALUATION_FILE = "evaluation.json"  # the results of an evaluation run
@@ -113,7 +115,7 @@ class RunFolder:
 
     def settings(self) -> dict[str, Any]:
         """The stored settings, as this version means them."""
-        return _of_today(json.loads((self.path / "config.json").read_text(encoding="utf-8")))
+        return stored_settings((self.path / "config.json").read_text(encoding="utf-8"))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
@@ -122,8 +124,18 @@ class RunFolder:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
+def stored_settings(text: str) -> dict[str, Any]:
+    """Returns the settings of a `config.json`, as this version means them."""
+    return _of_today(json.loads(text))
+
+
+def local_root(config: RunConfig) -> Path:
+    """Returns the folder of this machine in which run folders are made."""
+    return Path(config.work_folder if is_url(config.runs_folder) else config.runs_folder)
+
+
 def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kind: RunKind = "train") -> RunFolder:
-    """Makes a new folder `PROFILE-DATE-TIME` below `runs_folder`; a number is added where that name is taken.
+    """Makes a new folder `PROFILE-DATE-TIME` below the runs' folder here; a number is added where that name is taken.
 
     With `path` that folder is used instead; it may exist but must hold no run. `kind` says what the run does. Raises
     ConfigError where it cannot be made.
@@ -137,7 +149,7 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kin
         except OSError as error:
             raise ConfigError(f"{path} {unwritable(error)}; choose a folder that is writable") from error
         return _begun(RunFolder(path), config, kind)
-    root = Path(config.runs_folder)
+    root, key = local_root(config), "work_folder" if is_url(config.runs_folder) else "runs_folder"
     stem = re.sub(r"[^\w.-]+", "-", Path(profile).stem) or "run"
     stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1000):
@@ -147,9 +159,9 @@ def create_run(config: RunConfig, profile: str, path: Path | None = None, *, kin
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"runs_folder {root} {unwritable(error)}; set it to a folder that is writable") from error
+            raise ConfigError(f"{key} {root} {unwritable(error)}; set it to a folder that is writable") from error
         return _begun(RunFolder(path), config, kind)
-    raise ConfigError(f"runs_folder {root}: all names from {stem} to {stem}-999 are taken; choose another folder")
+    raise ConfigError(f"{key} {root}: all names from {stem} to {stem}-999 are taken; choose another folder")
 
 
 def _begun(folder: RunFolder, config: RunConfig, kind: RunKind) -> RunFolder:
@@ -157,7 +169,9 @@ def _begun(folder: RunFolder, config: RunConfig, kind: RunKind) -> RunFolder:
         write_identity(folder, config, 0, kind)
     except OSError as error:
         discard(folder)
-        raise ConfigError(f"{folder.path} {unwritable(error)}; set runs_folder to another disk") from error
+        raise ConfigError(
+            f"{folder.path} {unwritable(error)}; set runs_folder (or work_folder) to another disk"
+        ) from error
     return folder
 
 
@@ -176,7 +190,7 @@ def discard(folder: RunFolder) -> None:
 
 def named_run(config: RunConfig) -> Path | None:
     """Returns the folder of `run_name`, whether or not that run has begun; None: the run gets a name of its own."""
-    return None if config.run_name is None else Path(config.runs_folder, config.run_name)
+    return None if config.run_name is None else local_root(config) / config.run_name
 
 
 def has_begun(path: Path) -> bool:
@@ -364,7 +378,7 @@ def _other_machine(lease: Path) -> tuple[str, float] | None:
         holder, renewed = json.loads(lease.read_text(encoding="utf-8")), lease.stat().st_mtime
     except (FileNotFoundError, ValueError):
         return None
-    if holder.get("machine") == _machine():
+    if holder.get("machine") == this_machine():
         return None  # flock has decided
     try:
         with tempfile.NamedTemporaryFile(dir=lease.parent, prefix=".now-") as now:
@@ -374,7 +388,7 @@ def _other_machine(lease: Path) -> tuple[str, float] | None:
     return (f"process {holder['pid']} on {holder['host']}", renewed) if age < LEASE_S else None
 
 
-def _machine() -> str:
+def this_machine() -> str:
     """Tells this machine, since it was started, from others that may have the same name."""
     found = [socket.gethostname()]
     for path in ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"):
@@ -384,7 +398,7 @@ def _machine() -> str:
 
 
 def _lease_of_this_process() -> str:
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()})
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "machine": this_machine()})
 
 
 def _write_lease(lease: Path) -> None:

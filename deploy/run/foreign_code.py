@@ -5,7 +5,8 @@ three places, and only two of them are the user's own word:
 
     a profile or an override that the command names    runs, after it is printed (:func:`announced`)
     `config.json` of a run's folder                    runs if the folder belongs to the user (:func:`check_origin`)
-    the same, of somebody else's folder                runs only with `--allow-plugins MODULE`
+    the same, of somebody else's folder, or copied     runs only with `--allow-plugins MODULE`
+    from an object store, whose writers nobody knows
 
 Commands that only look (`validate`, `plan`, `inspect`, `report`, `replay`, `doctor`) run none of it: they pass the
 paths to `deploy.run.preparation.check` as those to leave out, and say so with :func:`left_out_sentence`.
@@ -24,6 +25,7 @@ from typing import Any
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.plugins import is_import_path
 from latent_grpo.common.tasks.generator import PREFIX
+from latent_grpo.deploy.run.storage.upload import read_twin
 from latent_grpo.rollout_workers.verifiers import OWN
 
 
@@ -87,15 +89,22 @@ def check_origin(
     `overrides` are the command's own, and `allowed` the modules or import paths that it names besides; what they name
     may run. `user` is the uid that the folder must belong to; None: the one that runs this process.
     """
-    if _belongs_to(folder, os.geteuid() if user is None else user):
+    twin = read_twin(folder)
+    copied = twin is not None and twin.brought
+    if not copied and _belongs_to(folder, os.geteuid() if user is None else user):
         return
     refused = [c for c in named_code(config) if not _is_allowed(c, allowed) and not _is_in(c.path, overrides)]
     if refused:
         modules = ",".join(dict.fromkeys(code.module for code in refused))
+        whose, otherwise = (
+            "is another user's, or may be written by everybody",
+            ", or take the folder over (chown, chmod o-w)",
+        )
+        if twin is not None and twin.brought:
+            whose, otherwise = f"was copied from {twin.url}, where others may write", ""
         raise ConfigError(
-            f"{folder} is another user's, or may be written by everybody, and its config.json names code that this "
-            f"command would run: {', '.join(map(str, refused))}; if you trust it, give --allow-plugins {modules}, or "
-            "take the folder over (chown, chmod o-w)"
+            f"{folder} {whose}, and its config.json names code that this command would run: "
+            f"{', '.join(map(str, refused))}; if you trust it, give --allow-plugins {modules}{otherwise}"
         )
 
 

@@ -28,6 +28,8 @@ from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.ray_session import grows, ray_session, room_for_workers
 from latent_grpo.deploy.run.recoveries import Recovery
 from latent_grpo.deploy.run.reservation import Reservation, Services
+from latent_grpo.deploy.run.storage.store import StorageError
+from latent_grpo.deploy.run.storage.upload import uploading
 from latent_grpo.deploy.run.versions import differences
 from latent_grpo.learner.publication import published_bytes
 from latent_grpo.rollout_workers.engine_choice import choose_engine
@@ -97,7 +99,7 @@ def nothing_left(folder: RunFolder, lineage: int) -> Iterator[Callable[[], None]
 
     try:
         yield begins
-    except (ConfigError, MetricsError, OSError) as error:
+    except (ConfigError, MetricsError, StorageError, OSError) as error:
         if not begun and not isinstance(error, FolderInUse):  # whose folder is another process's
             discard(folder)
         raise
@@ -122,6 +124,7 @@ def run_session(
         reporter.say(f"[yellow]{difference}[/]")
     with nothing_left(folder, lineage) as begins, contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(folder.path))
+        begin_upload = stack.enter_context(uploading(folder, config, reporter.say))
         prepared = prepared.placed(folder, config, reporter)
         metrics = stack.enter_context(MetricsWriter(folder.path, config.metrics.sinks))
         published = published_bytes(prepared.initial, config.model.dtype)
@@ -134,6 +137,7 @@ def run_session(
         factory = WorkerFactory(config_as_json(config), str(prepared.initial), folder.name)
         control = Control(folder, config, reporter.say, room=partial(room_for_workers, config, services), grows=grows())
         begins()
+        begin_upload()
         pool = stack.enter_context(
             RolloutPool(
                 factory,

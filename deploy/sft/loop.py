@@ -22,6 +22,7 @@ from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import deferred_interrupts
 from latent_grpo.common.metrics import MetricsWriter
+from latent_grpo.common.remote_url import is_url
 from latent_grpo.common.schema import concat
 from latent_grpo.deploy.controller import Pool, gather
 from latent_grpo.deploy.evaluation.scores import TaskResult, failure_shares, results
@@ -34,6 +35,7 @@ from latent_grpo.deploy.run.recovery import recovered, recovering
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.sft_data import SFTData
 from latent_grpo.deploy.run.stepping import LearnerSteps, StateKeeper, StepLearner
+from latent_grpo.deploy.run.storage.copy import working_copy
 from latent_grpo.deploy.sft.induction import induce
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.sft.learner import SFTLearner
@@ -207,6 +209,8 @@ def resume_sft(
     `allowed` are modules or import paths that may be imported for a run of another user (`deploy.run.foreign_code`).
     """
     reporter = reporter or Reporter()
+    if is_url(str(path)):
+        path, overrides = working_copy(str(path), overrides, reporter.say)
     folder = RunFolder(Path(path))
     if (folder.base_model / "config.json").is_file() and (folder.path / "config.json").is_file():
         reporter.say(f"{folder.path} is finished: model {folder.base_model}")

@@ -46,16 +46,17 @@ key that trajectories and learner records share."""
 class Run:
     """A run's folder, opened for reading. Each method reads the files anew.
 
-    `path` is the folder, `settings` the resolved configuration as it was stored.
+    `path` is the folder (for a run in an object store its copy here, which each method brings up to date), `settings`
+    the resolved configuration as it was stored.
     """
 
     def __init__(self, path: str | Path):
-        self._view = open_view(path)
-        self.path = Path(path)
+        self._place, self._view = path, open_view(path)
+        self.path = self._view.folder.path
         self.settings: dict[str, Any] = self._view.settings
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        return f"Run({str(self._place)!r})"
 
     def status(self) -> Status:
         """Returns what the run does now: its state, step, pace, time left and alarms that last."""
@@ -93,7 +94,7 @@ class Run:
         damaged file and for a column that does not exist.
         """
         schema = trajectory_schema(int(self.settings.get("k") or 0))
-        return self._dumps(TrajectoryStore(self._view.folder.trajectories), schema, steps, purpose, columns)
+        return self._dumps(TrajectoryStore(self._now().folder.trajectories), schema, steps, purpose, columns)
 
     def learner_records(
         self, steps: Collection[int] | None = None, *, purpose: str | None = "training", columns: Sequence[str] = ()
@@ -102,7 +103,7 @@ class Run:
 
         Arguments and errors are those of :meth:`trajectories`.
         """
-        store = LearnerStore(self._view.folder.learner_records)
+        store = LearnerStore(self._now().folder.learner_records)
         return self._dumps(store, record_schema(), steps, purpose, columns)
 
     def alarms(self) -> pa.Table:
@@ -115,7 +116,7 @@ class Run:
 
     def _now(self) -> RunView:
         """The folder as it stands: a view keeps what it has read."""
-        return open_view(self.path)
+        return open_view(self._place)
 
     def _dumps(
         self,
@@ -155,4 +156,5 @@ def _complete(file: DumpFile, kind: type[DumpStore], columns: Sequence[str]) -> 
 
 
 open_run: Callable[[str | Path], Run] = Run
-"""Opens a run's folder. Raises InspectionError for one that does not exist or is not a run's."""
+"""Opens a run by its folder or its URL. Raises InspectionError for one that does not exist or is not a run's, and
+StorageError where an object store cannot be read."""

@@ -7,6 +7,7 @@ filters are fast on long runs; :mod:`deploy.view.thoughts` then loads the trajec
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 
 from latent_grpo.common.metrics import FILE as METRICS_FILE
 from latent_grpo.common.metrics import read_metrics
+from latent_grpo.common.remote_url import is_url
 from latent_grpo.common.store import (
     DumpError,
     DumpFile,
@@ -29,6 +31,7 @@ from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, RunKind
 from latent_grpo.deploy.run.health import Alarm, read_alarms
 from latent_grpo.deploy.run.manifest import ManifestError, read_manifest
 from latent_grpo.deploy.run.manifest_schema import RunManifest
+from latent_grpo.deploy.run.storage.copy import RECORDS, local_copy
 from latent_grpo.deploy.view.selection import Filters, InspectionError, Row, exact_matches_first, no_match, ordered
 
 
@@ -40,6 +43,7 @@ class RunView:
     settings: dict[str, Any]  # config.json as it stands: readable whatever version wrote it
     unreadable: list[str] = field(default_factory=list)
     manifest_missing: str = ""
+    url: str | None = None  # of a run in an object store, of which `folder` is a copy
     _rows_of: dict[Path, list[Row]] = field(default_factory=dict, init=False, repr=False)
 
     # --- the run ---------------------------------------------------------------------------------------------------
@@ -252,8 +256,15 @@ def _learner_columns(path: Path, keys: list[tuple[str, int]]) -> dict[str, list[
     return {name: [values[place[key]] if key in place else None for key in keys] for name, values in columns.items()}
 
 
-def open_run(path: str | Path) -> RunView:
-    """Opens a run. Raises InspectionError for a folder that does not exist or is not a run's."""
+def open_run(path: str | Path, parts: Collection[str] = RECORDS) -> RunView:
+    """Opens a run. Raises InspectionError for a folder that does not exist or is not a run's.
+
+    `path` may be the URL of a run in an object store: of that its small files are copied, and `parts` of the others.
+    """
+    if is_url(url := str(path)):
+        view = open_run(local_copy(url, parts))
+        view.url = url
+        return view
     path = Path(path)
     if not path.is_dir():
         around = path.parent if path.parent.is_dir() else Path()

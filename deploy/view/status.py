@@ -18,10 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from latent_grpo.common.errors import LatentGRPOError
+from latent_grpo.common.remote_url import is_url
 from latent_grpo.common.terminal_text import visible
 from latent_grpo.deploy.run.folder import in_use
 from latent_grpo.deploy.run.health import Alarm, last_active
 from latent_grpo.deploy.run.progress import Pace, duration, end_of
+from latent_grpo.deploy.run.storage.copy import remote_runs
+from latent_grpo.deploy.run.storage.lease import held_by
+from latent_grpo.deploy.run.storage.store import Store
 from latent_grpo.deploy.view.run_view import RunView, open_run
 from latent_grpo.deploy.view.selection import InspectionError
 from latent_grpo.deploy.view.trajectory import format_value
@@ -60,7 +64,7 @@ def status_of(view: RunView, now: float | None = None) -> Status:
     Raises InspectionError and MetricsError where its files cannot be read.
     """
     now = time.time() if now is None else now
-    holder, notes = _holder(view.folder.path)
+    holder, notes = _holder(view)
     state: Literal["running", "finished", "stopped"]
     state = "running" if holder else "finished" if view.finished else "stopped"
     phase, kind, steps = _phase(view)
@@ -76,7 +80,7 @@ def status_of(view: RunView, now: float | None = None) -> Status:
     if state == "running" and each and since is not None and since > LATE * each + 60.0:
         notes.append(f"no step for {duration(since)}, while one took {duration(each)}: an evaluation, or it is stuck")
     return Status(
-        run=view.folder.name, folder=str(view.folder.path), kind=view.kind, state=state, phase=phase,
+        run=view.folder.name, folder=view.url or str(view.folder.path), kind=view.kind, state=state, phase=phase,
         step=rows[-1]["step"] if rows else 0, steps=steps, lineage=int(view.identity.get("lineage", 0)),
         seconds_per_step=each, left_s=pace.left_s if state == "running" else None, last_step_s=since,
         reward=rows[-1]["metrics"].get("rollout/reward") if rows else None, pass_at_1=_pass_at_1(view),
@@ -85,10 +89,12 @@ def status_of(view: RunView, now: float | None = None) -> Status:
     )  # fmt: skip
 
 
-def _holder(folder: Path) -> tuple[str | None, list[str]]:
-    """Returns who writes into the folder, and a note where that cannot be found out."""
+def _holder(view: RunView) -> tuple[str | None, list[str]]:
+    """Returns who writes into the run, and a note where that cannot be found out."""
+    if view.url is not None:
+        return held_by(Store(view.url)), []
     try:
-        return in_use(folder), []
+        return in_use(view.folder.path), []
     except OSError as error:
         return None, [f"whether it runs cannot be told: its lock cannot be read ({error.strerror})"]
 
@@ -123,19 +129,25 @@ def newest_run(root: Path) -> Path:
     return _runs(root)[0]
 
 
-def all_statuses(root: Path, now: float | None = None) -> list[Status]:
-    """Returns the status of every run in a folder, the one written to last first.
+def all_statuses(root: str | Path, now: float | None = None) -> list[Status]:
+    """Returns the status of every run in a folder, the one written to last first; of an object store's by their names.
 
     A run that cannot be read is in it with the reason. Raises InspectionError where the folder has none.
     """
-    return [_status_or_reason(path, now) for path in _runs(root)]
+    if is_url(str(root)):
+        if not (urls := remote_runs(str(root))):
+            raise InspectionError(f"{root} has no run in it; `latent-grpo train runs_folder={root}` makes one")
+        return [_status_or_reason(url, now) for url in urls]
+    return [_status_or_reason(path, now) for path in _runs(Path(root))]
 
 
-def _status_or_reason(path: Path, now: float | None) -> Status:
+def _status_or_reason(path: str | Path, now: float | None) -> Status:
     try:
-        return status_of(open_run(path), now)
+        return status_of(open_run(path, ()), now)
     except LatentGRPOError as error:
-        return Status(run=path.name, folder=str(path), kind="", state="unreadable", notes=(str(error),))
+        return Status(
+            run=str(path).rpartition("/")[2], folder=str(path), kind="", state="unreadable", notes=(str(error),)
+        )
 
 
 def _runs(root: Path) -> list[Path]:

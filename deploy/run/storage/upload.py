@@ -1,0 +1,344 @@
+"""The upload of a run while it goes on: a thread of the driver that keeps the copy in an object store up to date.
+
+    snapshot of the folder ──► new files ──► files that grow ──► index ──► small files ──► removal of what is gone
+
+Everything up to the index adds objects that no index names, and everything after it removes such. Where the content
+under a name has changed (a model that is exported again), an index without it is written first. A failing upload is
+told, tried again, and stops nothing; the end of a run waits for the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from latent_grpo.common.config import RunConfig
+from latent_grpo.common.files import write_atomically
+from latent_grpo.common.interrupts import Interrupted
+from latent_grpo.common.remote_url import checked_url, is_url, joined
+from latent_grpo.deploy.run.folder import RunFolder, run_lock
+from latent_grpo.deploy.run.storage.index import OWN, Index, read_index, write_index
+from latent_grpo.deploy.run.storage.lease import Lease
+from latent_grpo.deploy.run.storage.snapshot import Taken, is_dump, is_state, snapshot, state_manifest
+from latent_grpo.deploy.run.storage.store import StorageError, Store, Stored, WrittenElsewhere
+
+TWIN_FILE = ".remote.json"  # in the run's folder: what it has in common with its copy
+EVERY_S = 15.0
+FIRST_RETRY_S, LAST_RETRY_S = 5.0, 300.0
+TOLD_EVERY_S = 600.0  # a failure that goes on
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """What a run's folder knows of its copy: the URL, and the snapshots of which one is there if nobody else wrote.
+
+    They are the last one that was written or brought here, and the one that was being written when a kill came.
+    `brought`: the folder was made of the copy, so its settings are of whoever can write there.
+    """
+
+    url: str
+    snapshots: tuple[str, ...]
+    brought: bool = False
+
+
+def read_twin(folder: Path) -> Twin | None:
+    """Returns what a folder knows of its copy; None for one that has none."""
+    try:
+        found = json.loads((folder / TWIN_FILE).read_text(encoding="utf-8"))
+        return Twin(str(found["url"]), tuple(map(str, found["snapshots"])), bool(found["brought"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{folder / TWIN_FILE} is damaged ({error}); remove it to upload the run anew") from error
+
+
+def write_twin(folder: Path, twin: Twin) -> None:
+    content = {"url": twin.url, "snapshots": twin.snapshots, "brought": twin.brought}
+    write_atomically(folder / TWIN_FILE, json.dumps(content) + "\n")
+
+
+class Upload:
+    """Brings the copy of a run's folder up to date, one pass at a time. The caller holds the folder's lock."""
+
+    def __init__(self, folder: Path, store: Store, lease: Lease | None = None):
+        self._folder, self._store = folder, store
+        self._lease = lease or Lease(store, folder)
+        self._index = Index()
+        self._same: dict[str, tuple[int, int]] = {}  # (inode, mtime) of files that were found to be as in the copy
+        self._shown: dict[str, str] = {}  # the small files that lie beside the index
+        self._twin = Twin(store.url, ())
+        self._swept = self._detached = False
+
+    def attach(self) -> None:
+        """Takes the copy's lease and learns what is there. Raises WrittenElsewhere and StorageError."""
+        self._lease.take()
+        try:
+            index, twin = read_index(self._store), read_twin(self._folder)
+            if index is not None and (twin is None or twin.url != self._store.url):
+                raise WrittenElsewhere(
+                    f"{self._store.url} holds a run already, and {self._folder} is another one; give another run_name "
+                    "or runs_folder, or go on with that run: latent-grpo train --resume " + self._store.url
+                )
+            if index is not None and twin is not None and index.snapshot not in twin.snapshots:
+                raise WrittenElsewhere(
+                    f"{self._store.url} was continued by another machine, and {self._folder} is behind it; go on with: "
+                    f"latent-grpo train --resume {self._store.url}"
+                )
+        except BaseException:
+            self._lease.release()
+            raise
+        self._index = index or Index()
+        self._twin = Twin(self._store.url, (self._index.snapshot,), twin is not None and twin.brought)
+
+    def detach(self) -> None:
+        """Gives the lease back; nothing is written any more."""
+        self._detached = True
+        self._lease.release()
+
+    def run(self, *, everything: bool = False) -> None:
+        """Makes one pass: afterwards the copy is the folder as it was at some moment of the pass.
+
+        `everything`: of a run that does not go on, also what others keep in its folder. Raises StorageError, and
+        WrittenElsewhere where another machine has taken the copy over.
+        """
+        if not self._lease.valid:
+            if self._lease.lost or self._detached:
+                raise WrittenElsewhere(f"{self._store.url} was taken over by another machine")
+            self.attach()  # the store could not be reached for long
+        with snapshot(self._folder, everything=everything) as taken:
+            kept, lines = self._unchanged(taken), self._lines(taken)
+            gone = {_top(name) for name in taken.files.keys() & self._index.files.keys() if name not in kept}
+            gone |= {name for name, stored in self._index.lines.items() if not _continues(taken, name, stored)}
+            if gone:
+                self._commit(self._index.without(lambda name: _top(name) in gone))
+            files = dict(kept)
+            for name, size in taken.files.items():
+                if name not in files and (stored := self._send(taken, name, size)) is not None:
+                    files[name] = stored
+            for name, stored in lines.items():
+                if self._index.lines.get(name) != stored:
+                    self._send(taken, name, stored.size)
+            now = Index(files, lines, taken.texts)
+            before = self._index
+            if not now.same_as(before):
+                self._commit(now)
+            self._show(taken.texts)
+            self._remove(before)
+
+    def _unchanged(self, taken: Taken) -> dict[str, Stored]:
+        """Returns the files of the folder that are in the copy as they are."""
+        same: dict[str, Stored] = {}
+        states: dict[str, bool] = {}
+        for name, size in taken.files.items():
+            stored = self._index.files.get(name)
+            if stored is None or stored.size != size:
+                continue
+            if is_dump(name):
+                same[name] = stored
+            elif is_state(name):
+                manifest = state_manifest(name)
+                if manifest not in states:
+                    there = self._index.files.get(manifest)
+                    states[manifest] = there is not None and taken.hash(manifest, taken.files[manifest]) == there
+                if states[manifest]:
+                    same[name] = stored
+            elif self._same.get(name) == (stamp := taken.stamp(name)) or taken.hash(name, size) == stored:
+                same[name] = stored
+                self._same[name] = stamp
+        return same
+
+    def _lines(self, taken: Taken) -> dict[str, Stored]:
+        return {name: taken.hash(name, size) for name, size in taken.lines.items()}
+
+    def _send(self, taken: Taken, name: str, size: int) -> Stored | None:
+        """Writes a file as an object; returns None for a dump that the run has removed meanwhile."""
+        try:
+            file = taken.open(name)
+        except FileNotFoundError:
+            return None
+        stored = self._store.write(name, file, size)
+        if name not in taken.handles:
+            file.close()
+        return stored
+
+    def _commit(self, index: Index) -> None:
+        if not self._lease.valid:
+            raise StorageError(
+                f"{self._store.url}: the lease has run out while files were sent; the next try takes it anew"
+            )
+        write_twin(self._folder, Twin(self._twin.url, (self._index.snapshot, index.snapshot), self._twin.brought))
+        write_index(self._store, index)
+        self._index = index
+
+    def _show(self, texts: Mapping[str, str]) -> None:
+        """Writes the small files beside the index, for other tools that copy the folder."""
+        for name, text in texts.items():
+            if self._shown.get(name) != text:
+                content = text.encode()
+                self._store.write(name, io.BytesIO(content), len(content))
+                self._shown[name] = text
+
+    def _remove(self, before: Index) -> None:
+        """Removes what the index no longer names; the first time, and after a failure, all that no index names."""
+        now = {*self._index.files, *self._index.lines, *self._index.texts}
+        there = {*before.files, *before.lines} if self._swept else set(self._store.listed())
+        self._swept = False
+        for name in sorted(there - now):
+            if not name.startswith(f"{OWN}/"):
+                self._store.remove(name)
+        self._swept = True
+
+
+def _top(name: str) -> str:
+    """What is left out together: a model's folder, one checkpoint, or a file alone."""
+    if is_state(name):
+        return state_manifest(name).rpartition("/")[0]
+    return name if is_dump(name) or "/" not in name else name.split("/")[0]
+
+
+def _continues(taken: Taken, name: str, stored: Stored) -> bool:
+    """Whether a file still begins with what was sent of it."""
+    return taken.lines.get(name, 0) >= stored.size and taken.hash(name, stored.size) == stored
+
+
+class Uploader:
+    """The thread that makes passes while a run goes on. `say` gets a line where something is to be known."""
+
+    def __init__(
+        self,
+        upload: Upload,
+        url: str,
+        folder: Path,
+        say: Callable[[str], None],
+        *,
+        every_s: float = EVERY_S,
+        first_retry_s: float = FIRST_RETRY_S,
+    ):
+        self._first_retry_s = first_retry_s
+        self._upload, self.url, self._folder, self._say, self._every_s = upload, url, folder, say, every_s
+        self._wake, self._ending, self._done = threading.Event(), threading.Event(), threading.Event()
+        self._given_up = False
+        self._thread: threading.Thread | None = None
+        self._failure: StorageError | OSError | None = None
+
+    def begin(self) -> None:
+        """Begins to upload."""
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._thread.start()
+
+    def end(self, seconds: float) -> str | None:
+        """Uploads what is left, for at most so many seconds; returns what is wrong, or None where all is there."""
+        if self._thread is None:
+            self._upload.detach()
+            return None
+        self._ending.set()
+        self._wake.set()
+        self._given_up = not self._done.wait(seconds)
+        self._upload.detach()  # a thread that is given up writes no index without a lease
+        why = str(self._failure) if self._failure is not None else f"it did not end within {seconds:.0f} s"
+        if not self._given_up and self._failure is None:
+            return None
+        return (
+            f"{self.url} has not all of the run ({why}); its last whole snapshot can be read and resumed. The rest is "
+            f"in {self._folder}: latent-grpo push {self._folder}"
+        )
+
+    def _work(self) -> None:
+        retry_s, told_at = self._first_retry_s, -float("inf")
+        while True:
+            last = self._ending.is_set()
+            try:
+                self._upload.run(everything=last)
+            except WrittenElsewhere as error:
+                if self._given_up:
+                    break
+                self._failure = error
+                self._say(f"[red]nothing more is uploaded: {error}[/]")
+                break
+            except (StorageError, OSError) as error:
+                if self._failure is None or time.monotonic() - told_at > TOLD_EVERY_S:
+                    told_at = time.monotonic()
+                    self._say(f"[yellow]the upload failed and is tried again, while the run goes on: {error}[/]")
+                self._failure, wait_s = error, retry_s
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
+            else:
+                if self._failure is not None:
+                    self._say(f"[green]the upload goes on: {self.url} is up to date[/]")
+                self._failure, retry_s, wait_s = None, self._first_retry_s, self._every_s
+                if last:
+                    break
+            if self._given_up:
+                break
+            if self._ending.is_set():
+                wait_s = 0.0 if self._failure is None else min(wait_s, FIRST_RETRY_S)
+                self._wake.clear()
+            self._wake.wait(wait_s)
+        self._done.set()
+
+
+@contextlib.contextmanager
+def uploading(folder: RunFolder, config: RunConfig, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Uploads a run while the block goes on, if its `runs_folder` is a URL; the run calls what this yields to begin.
+
+    The caller holds the folder's lock. At the end of the block it waits `deadlines.upload_s` for the rest, after
+    SIGTERM what is left of `deadlines.terminate_s`. Raises StorageError at the beginning, and at the end of a whole
+    block where something is not there.
+    """
+    if not is_url(config.runs_folder):
+        yield lambda: None
+        return
+    store = Store(joined(config.runs_folder, folder.name))
+    upload = Upload(folder.path, store)
+    upload.attach()
+    uploader = Uploader(upload, store.url, folder.path, say)
+    say(f"uploading to {store.url}")
+    try:
+        yield uploader.begin
+    except BaseException as error:
+        limit = config.deadlines.upload_s
+        if isinstance(error, Interrupted):
+            at = error.at + config.deadlines.after_signal(error.terminated)[0] if error.terminated else None
+            limit = limit if at is None else max(at - time.monotonic(), 0.0) + AFTER_S
+        if (missing := uploader.end(limit)) is not None:
+            say(f"[red]{missing}[/]")
+        raise
+    if (missing := uploader.end(config.deadlines.upload_s)) is not None:
+        raise StorageError(missing)
+    say(f"uploaded: {store.url}")
+
+
+AFTER_S = 15.0  # of the 30 s that a machine waits longer than deadlines.terminate_s
+
+
+def push(folder: str | Path, say: Callable[[str], None], url: str | None = None) -> str:
+    """Uploads what the copy of a run lacks, for a run that does not go on; returns the copy's URL.
+
+    `url`: the folder of an object store to upload to, for a run that has no copy yet. Raises StorageError, and
+    FolderInUse for a run that goes on.
+    """
+    run = RunFolder(Path(folder).resolve())
+    if not (run.path / "config.json").is_file():
+        raise StorageError(f"push {folder}: it has no config.json; give a run folder such as runs/quickstart-...")
+    twin = read_twin(run.path)
+    if url is None and twin is None and is_url(given := run.config().runs_folder):
+        url = given
+    if url is None and twin is None:
+        raise StorageError(
+            f"push {folder}: the run has no copy in an object store; say where to: --to s3://BUCKET/PREFIX"
+        )
+    store = Store(twin.url if url is None and twin is not None else joined(checked_url(url or ""), run.name))
+    upload = Upload(run.path, store)
+    with run_lock(run.path):
+        upload.attach()
+        try:
+            say(f"uploading {run.path} to {store.url}")
+            upload.run(everything=True)
+        finally:
+            upload.detach()
+    return store.url

@@ -1,0 +1,346 @@
+"""A run in an object store: whatever moment a kill comes at, its copy is a state that the run was in."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from fake_run import fake_run
+
+from latent_grpo.common.config import ConfigError
+from latent_grpo.deploy.run.folder import FolderInUse, run_lock
+from latent_grpo.deploy.run.storage.copy import local_copy, model_copy, remote_runs, working_copy
+from latent_grpo.deploy.run.storage.index import INDEX, OWN, checksum, read_index
+from latent_grpo.deploy.run.storage.lease import Lease, held_by
+from latent_grpo.deploy.run.storage.store import StorageError, Store, WrittenElsewhere
+from latent_grpo.deploy.run.storage.upload import Upload, Uploader, push, read_twin
+from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
+
+
+class Dead(StorageError):
+    """The machine that used the store is gone."""
+
+
+class Dying(Store):
+    """A store whose user is killed at the operation after `left` others, in the middle of a write."""
+
+    def __init__(self, url: str, left: int):
+        super().__init__(url)
+        self.left = left
+
+    def write(self, name, source, size):
+        if not self.left and not name.startswith(OWN):  # these are one request: the store has them or has not
+            super().write(name, io.BytesIO(source.read(size // 2)), size // 2)
+        self.lives()
+        return super().write(name, source, size)
+
+    def read(self, name):
+        self.lives()
+        return super().read(name)
+
+    def listed(self, folder=""):
+        self.lives()
+        return super().listed(folder)
+
+    def remove(self, name):
+        self.lives()
+        return super().remove(name)
+
+    def lives(self):
+        if not self.left:
+            raise Dead("killed")
+        self.left -= 1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a run that matter elsewhere."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if not any(p.startswith(".") for p in name.split("/"))}
+
+
+def export(model: Path, content: bytes) -> None:
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(content)
+
+
+def checkpoint(folder: Path, step: int) -> None:
+    def fill(at: Path) -> None:
+        (at / "learner").mkdir()
+        (at / "learner" / "state").write_bytes(bytes([step]) * 100)
+
+    write_checkpoint(folder / "checkpoints", step, fill, {"step": step}, keep=1)
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory):
+    """The states of a run between passes of its upload: each a copy of its folder."""
+    root = tmp_path_factory.mktemp("lives")
+    run, states = root / "run", []
+
+    def state() -> None:
+        states.append(Path(shutil.copytree(run, root / f"state-{len(states)}")))
+
+    fake_run(run, steps=1, groups=1, group_size=2, finished=False)
+    state()
+    checkpoint(run, 1)
+    (run / "checkpoints" / "scores.json").write_text('{"metric": "m", "scores": {}}')
+    state()
+    checkpoint(run, 2)  # the one before is removed
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write((run / "metrics.jsonl").read_text().replace('"step": 1', '"step": 2'))
+    (run / "trajectories/training/step=2").mkdir()
+    shutil.copy(
+        run / "trajectories/training/step=1/lineage-0000-part-0000.parquet",
+        run / "trajectories/training/step=2/lineage-0000-part-0000.parquet",
+    )
+    state()
+    identity = json.loads((run / "run.json").read_text()) | {"lineage": 1}
+    (run / "run.json").write_text(json.dumps(identity))
+    export(run / "model", b"a" * 300)
+    state()
+    export(run / "model", b"b" * 300)  # a run of more steps: other content of the same size
+    (run / "summary.json").write_text('{"minutes": 1.0}')
+    state()
+    return states
+
+
+def becomes(run: Path, state: Path) -> None:
+    """Makes the folder of a run that one of its states."""
+    for path in run.iterdir() if run.is_dir() else ():
+        if not path.name.startswith("."):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(state, run, dirs_exist_ok=True)
+
+
+def live(run: Path, states: list[Path], store: Store) -> int:
+    """Uploads one state after the other; returns how many were uploaded before the store died."""
+    upload, done = None, 0
+    try:
+        for state in states:
+            becomes(run, state)
+            if upload is None:
+                upload = Upload(run, store)
+                upload.attach()
+            upload.run()
+            done += 1
+    except Dead:
+        pass
+    if upload is not None:
+        upload.detach()
+    return done
+
+
+def there(url: str, folder: Path) -> dict[str, bytes] | None:
+    """What another machine gets of the run; None where none has begun."""
+    if read_index(Store(url)) is None:
+        return None
+    return contents(working_copy(url, [f"work_folder={folder}"], lambda line: None)[0])
+
+
+def test_a_kill_at_any_operation_leaves_a_state_of_the_run_and_the_next_session_loses_nothing(lives, tmp_path):
+    known = [contents(state) for state in lives]
+    without_model = {name: content for name, content in known[3].items() if not name.startswith("model/")}
+    seen, at = set(), 0
+    while True:
+        here = tmp_path / str(at)
+        url, run = f"file://{here}/store/run", here / "run"
+        done = live(run, lives, Dying(url, at))
+        found = there(url, here / "elsewhere")
+        if found is None:
+            assert done == 0
+        elif done == 4 and found == without_model:  # the old model is gone, and the new one is not whole
+            seen.add("between models")
+        else:
+            assert found in known[max(done - 1, 0) : done + 1], f"killed at operation {at}"
+            seen.add(known.index(found))
+            assert done < 2 or latest_checkpoint(here / "elsewhere" / "run" / "checkpoints") is not None
+        if done == len(lives):
+            break
+        assert live(run, lives[max(done, 0) :], Store(url)) == len(lives) - done, "it goes on on its own machine"
+        assert there(url, here / "after") == known[-1]
+        objects = {name for name in Store(url).listed() if not name.startswith(f"{OWN}/")}
+        assert objects == known[-1].keys(), "what the kill left is removed"
+        shutil.rmtree(here)
+        at += 1
+    assert seen >= {0, 1, 2, 3, 4}
+    assert at > 30
+
+
+def test_a_run_that_was_brought_elsewhere_goes_on_there_and_the_first_machine_is_behind(lives, tmp_path):
+    url, run, lines = f"file://{tmp_path}/store/run", tmp_path / "run", []
+    assert live(run, lives[:3], Store(url)) == 3
+    other, overrides = working_copy(url, [f"work_folder={tmp_path / 'b'}", "steps=7"], lines.append)
+    assert overrides[1:] == ["steps=7", f"runs_folder=file://{tmp_path}/store"]
+    assert lines[0].startswith(f"copying {url} to {other}")
+    assert working_copy(url, [f"work_folder={tmp_path / 'b'}"], lines.append)[0] == other
+    assert len(lines) == 1, "what is in step is not copied again"
+    assert live(other, lives[2:], Store(url)) == 3
+    with pytest.raises(WrittenElsewhere, match=f"another machine, and {run} is behind it; go on with.*--resume {url}"):
+        Upload(run, Store(url)).attach()
+    (run / "trajectories" / "training" / "mine.parquet").write_bytes(b"of an abandoned history")
+    shutil.copytree(run, tmp_path / "a" / "run")
+    back, _ = working_copy(url, [f"work_folder={tmp_path / 'a'}"], lines.append)
+    assert "is behind" in lines[-1]
+    assert contents(back) == contents(lives[-1])
+    assert live(back, lives[-1:], Store(url)) == 1
+
+
+def test_a_folder_that_is_another_run_is_left_alone(lives, tmp_path):
+    url = f"file://{tmp_path}/store/run"
+    live(tmp_path / "run", lives[:1], Store(url))
+    shutil.copytree(lives[1], tmp_path / "b" / "run")
+    with pytest.raises(ConfigError, match=r"is another run than .*give another work_folder"):
+        working_copy(url, [f"work_folder={tmp_path / 'b'}"], print)
+    with pytest.raises(WrittenElsewhere, match=r"holds a run already.* is another one; give another run_name"):
+        Upload(tmp_path / "b" / "run", Store(url)).attach()
+
+
+def test_a_copy_for_readers_has_only_the_parts_that_they_need_and_follows_the_run(lives, tmp_path):
+    url, run = f"file://{tmp_path}/store/run", tmp_path / "run"
+    live(run, lives[:2], Store(url))
+    copy = local_copy(url, ["trajectories"], tmp_path / "cache")
+    assert (copy / "metrics.jsonl").is_file()
+    assert not (copy / "checkpoints").is_dir() or not list(copy.glob("checkpoints/*/*"))
+    live(run, lives[1:], Store(url))
+    assert local_copy(url, ["trajectories"], tmp_path / "cache") == copy
+    assert (copy / "metrics.jsonl").read_bytes() == (lives[-1] / "metrics.jsonl").read_bytes()
+    model = local_copy(f"{url}/model", (), tmp_path / "cache")
+    assert (model / "model.safetensors").read_bytes() == b"b" * 300
+    assert contents(local_copy(url, None, tmp_path / "cache")) == contents(lives[-1])
+    assert remote_runs(f"file://{tmp_path}/store") == [url]
+    with pytest.raises(ConfigError, match="no run has begun there"):
+        local_copy(f"{url}-2", (), tmp_path / "cache")
+    with pytest.raises(ConfigError, match="has no nothing"):
+        local_copy(f"{url}/nothing", (), tmp_path / "cache")
+    assert model_copy("owner/name") == "owner/name"
+
+
+def test_a_damaged_object_is_never_taken_for_the_run(lives, tmp_path):
+    url = f"file://{tmp_path}/store/run"
+    live(tmp_path / "run", lives, Store(url))
+    model = tmp_path / "store/run/model/model.safetensors"
+    model.write_bytes(b"c" * 300)
+    with pytest.raises(StorageError, match="lacks a file of its index"):
+        local_copy(url, None, tmp_path / "cache")
+    index = tmp_path / "store/run" / INDEX
+    index.write_bytes(index.read_bytes()[:-20])
+    with pytest.raises(StorageError, match="not the index of a run, or damaged"):
+        read_index(Store(url))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "model/../../outside", ".remote.json", ".lock", ""])
+def test_an_index_of_somebody_else_writes_nowhere_but_into_the_copy(lives, tmp_path, name):
+    store = Store(f"file://{tmp_path}/store/run")
+    live(tmp_path / "run", lives[:1], store)
+    body = json.loads(store.read(INDEX))
+    body["texts"][name] = "x"
+    del body["checksum"]
+    content = json.dumps(body | {"checksum": checksum(body)}).encode()
+    store.write(INDEX, io.BytesIO(content), len(content))
+    with pytest.raises(StorageError, match="which is no file of a run"):
+        local_copy(store.url, None, tmp_path / "cache")
+
+
+# --- one writer ------------------------------------------------------------------------------------------------------
+
+
+def test_of_two_drivers_on_one_remote_run_the_second_is_refused(lives, tmp_path):
+    store, first, second = Store(f"file://{tmp_path}/run"), tmp_path / "a", tmp_path / "b"
+    becomes(first, lives[0])
+    becomes(second, lives[0])
+    upload = Upload(first, store, Lease(store, first, seconds=2.0, look_every_s=0.1))
+    upload.attach()
+    upload.run()
+    assert "writes into" in (held_by(store) or "")
+    with pytest.raises(WrittenElsewhere, match=r"is written by process \d+ on .*Wait for it to end, or stop it"):
+        Upload(second, store, Lease(store, second, seconds=2.0, look_every_s=0.1)).attach()
+    upload.run()
+    upload.detach()
+    assert held_by(store) is None
+
+
+def test_the_lease_of_a_machine_that_is_gone_runs_out_and_it_writes_nothing_more(lives, tmp_path):
+    store, first, second = Store(f"file://{tmp_path}/run"), tmp_path / "a", tmp_path / "b"
+    becomes(first, lives[0])
+    gone = Upload(first, store, Lease(Dying(store.url, 2), first, seconds=1.0, look_every_s=0.05))
+    gone.attach()  # and cannot renew
+    lease = Lease(store, second, seconds=1.0, look_every_s=0.05)
+    lease.take()
+    assert lease.valid
+    with pytest.raises(StorageError):
+        gone.run()
+    lease.release()
+    assert read_index(store) is None
+
+
+# --- the thread ------------------------------------------------------------------------------------------------------
+
+
+class Failing(Store):
+    """A store that fails while `why` says so."""
+
+    why: str | None = None
+
+    def write(self, name, source, size):
+        if self.why is not None and not name.startswith(f"{OWN}/writers"):
+            raise StorageError(f"{self.url}: {self.why}")
+        return super().write(name, source, size)
+
+
+def test_a_failing_upload_is_told_once_and_goes_on_when_it_can(lives, tmp_path):
+    run, lines = tmp_path / "run", []
+    becomes(run, lives[0])
+    store = Failing(f"file://{tmp_path}/store/run")
+    upload = Upload(run, store)
+    upload.attach()
+    store.why = "the credentials have expired"
+    uploader = Uploader(upload, store.url, run, lines.append, every_s=0.01, first_retry_s=0.01)
+    uploader.begin()
+    wait_for(lambda: lines)
+    store.why = None
+    wait_for(lambda: len(lines) == 2)
+    assert "failed and is tried again, while the run goes on" in lines[0]
+    assert "the credentials have expired" in lines[0]
+    assert "goes on" in lines[1]
+    becomes(run, lives[2])
+    (run / "notes").mkdir()
+    (run / "notes" / "a.txt").write_text("of a sink")
+    assert uploader.end(30.0) is None
+    assert there(store.url, tmp_path / "b") == contents(lives[2]) | {"notes/a.txt": b"of a sink"}
+
+
+def test_what_is_not_there_at_the_end_is_said_and_can_be_pushed(lives, tmp_path):
+    run, lines = tmp_path / "run", []
+    becomes(run, lives[0])
+    store = Failing(f"file://{tmp_path}/store/run")
+    upload = Upload(run, store)
+    upload.attach()
+    upload.run()
+    store.why = "access is denied"
+    becomes(run, lives[2])
+    uploader = Uploader(upload, store.url, run, lines.append, every_s=0.01, first_retry_s=0.01)
+    uploader.begin()
+    missing = uploader.end(0.3)
+    assert missing is not None
+    assert missing.startswith(f"{store.url} has not all of the run")
+    assert f"latent-grpo push {run}" in missing
+    assert there(store.url, tmp_path / "b") == contents(lives[0])
+    with run_lock(run), pytest.raises(FolderInUse):
+        push(run, lines.append)
+    assert push(run, lines.append) == store.url
+    assert there(store.url, tmp_path / "c") == contents(lives[2])
+    twin = read_twin(run)
+    assert twin is not None
+    assert twin.url == store.url
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
