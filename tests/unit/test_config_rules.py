@@ -36,6 +36,7 @@ MAY_CHANGE = {
     "deadlines",
     "ray",
     "runs_folder",
+    "work_folder",
     "self_test_groups",
     "max_dispatch_factor",
     "max_recoveries",
