@@ -93,7 +93,8 @@ def save_whole(target: Path, write: Callable[[Path], None]) -> None:
         full = is_full(target.parent, error)
         shutil.rmtree(unfinished, ignore_errors=True)
         if full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+            code = next((e for e in FULL if os.strerror(e) in str(error)), errno.ENOSPC)  # also a quota's
+            raise OSError(code, os.strerror(code), str(target)) from error
         raise
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)

@@ -7,7 +7,6 @@ set that its publisher has changed does not pass for the same.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from latent_grpo.common.config import ConfigError
-from latent_grpo.common.files import file_hash, write_atomically
+from latent_grpo.common.files import FULL, file_hash, unwritable, write_atomically
 from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
 from latent_grpo.common.tasks.tables import TableError, open_table
 from latent_grpo.deploy.data.layouts import COLUMNS, READ, IncompleteRow, UnknownLayout, is_known, product_row
@@ -205,13 +204,12 @@ def _write(target: Path, data: DataSet, content: str | bytes | memoryview) -> No
     try:
         write_atomically(target, content)
     except OSError as error:
-        raise FetchError(f"{data.name}: {target} cannot be written ({error.strerror}); {remedy(error)}") from error
+        raise FetchError(f"{data.name}: {target} {unwritable(error)}; {remedy(error)}") from error
 
 
 def remedy(error: OSError) -> str:
     """Says what helps against an error of writing."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "make room, or give another folder with --to" if full else "give another folder with --to"
+    return "make room, or give another folder with --to" if error.errno in FULL else "give another folder with --to"
 
 
 def _make_target(folder: Path) -> None:

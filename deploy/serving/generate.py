@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from latent_grpo.common.config import ConfigError, TaskConfig
+from latent_grpo.common.files import unwritable
 from latent_grpo.common.tasks.benchmarks import CHOICE_PROMPT
 from latent_grpo.common.tasks.cells import CellError, chat, read_cell
 from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
@@ -163,23 +164,33 @@ def typed_problems(source: TextIO, console: Console) -> Iterator[str]:
 def rows_writer(output: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yields a function that writes a row as a line of JSON to the file, or to standard output.
 
-    Raises ConfigError for a file that exists or cannot be written.
+    The file has `.part` at the end of its name until it is complete. Raises ConfigError for a file that exists or
+    cannot be written.
     """
     if output is None:
         yield lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
         return
+    if output.exists():
+        raise ConfigError(f"--output {output} exists already; give another name, or remove it")
+    unfinished, written = output.with_name(f"{output.name}.part"), 0
     try:
-        with output.open("x", encoding="utf-8") as file:
+        with unfinished.open("w", encoding="utf-8") as file:
 
             def write(row: dict[str, Any]) -> None:
+                nonlocal written
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
+                written += 1
 
             yield write
-    except FileExistsError:
-        raise ConfigError(f"--output {output} exists already; give another name, or remove it") from None
+        unfinished.rename(output)
     except OSError as error:
-        raise ConfigError(f"--output {output}: {error.strerror or error}; choose a file that is writable") from error
+        error.filename = str(output)
+        kept = f"; the first {written:,} responses are in {unfinished}" if written else ""
+        if not written:
+            with suppress(OSError):
+                unfinished.unlink()
+        raise ConfigError(f"--output {output} {unwritable(error)}; choose a file that is writable{kept}") from error
 
 
 def thought_line(number: int, step: LatentStep) -> Text:

@@ -225,7 +225,7 @@ def test_only_a_full_disk_asks_for_room(authors, tmp_path):
     assert remedy(OSError(errno.ENOSPC, "")).startswith("make room, or give")
     assert remedy(OSError(errno.EDQUOT, "")).startswith("make room, or give")
     (tmp_path / "data" / MANIFEST).mkdir(parents=True)
-    with pytest.raises(FetchError, match=r"manifest\.json cannot be written \(.*\); give another folder with --to"):
+    with pytest.raises(FetchError, match=r"manifest\.json cannot be written: .*; give another folder with --to"):
         fetched(["svamp"], tmp_path / "data", local=authors)
 
 

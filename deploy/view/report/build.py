@@ -14,7 +14,7 @@ from typing import Any
 
 from latent_grpo.common.config import ConfigError
 from latent_grpo.common.errors import MetricsError
-from latent_grpo.common.files import write_atomically
+from latent_grpo.common.files import unwritable, write_atomically
 from latent_grpo.common.learner_record import REASONS
 from latent_grpo.common.store import DumpError
 from latent_grpo.deploy.run.folder import RunFolder
@@ -45,7 +45,7 @@ def write_report(run: RunView, target: Path | None = None, filters: Filters | No
         write_atomically(target, page(index(run, made), made.groups, f"{run.folder.name} · latent-grpo report"))
     except OSError as error:
         raise InspectionError(
-            f"{target}: the report cannot be written ({error.strerror}); give another file with --out"
+            f"the report {target} {unwritable(error)}; make room there, or give another file with --out"
         ) from error
     return target
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latent_grpo.common.files import write_atomically
+from latent_grpo.common.files import unwritable, write_atomically
 from latent_grpo.deploy.run.progress import duration
 from latent_grpo.deploy.view.report.build import page
 from latent_grpo.deploy.view.report.curves import charts
@@ -30,7 +30,7 @@ def write_comparison(runs: Sequence[RunView], target: Path | None = None) -> Pat
         write_atomically(target, page(comparison(runs, names), [], f"{', '.join(names)} · latent-grpo report"))
     except OSError as error:
         raise InspectionError(
-            f"{target}: cannot be written ({error.strerror}); give another file with --out"
+            f"the report {target} {unwritable(error)}; make room there, or give another file with --out"
         ) from error
     return target
 
