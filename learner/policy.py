@@ -36,7 +36,9 @@ class PolicyModule(nn.Module):
     change it. Each layer is called equally often whatever the micro-batch holds, as ZeRO-3's collectives need.
     """
 
-    def __init__(self, model: PreTrainedModel, *, freeze_embeddings: bool = True, gradient_checkpointing: bool = False):
+    def __init__(
+        self, model: PreTrainedModel, *, freeze_embeddings: bool = True, gradient_checkpointing: bool | int = False
+    ):
         super().__init__()
         install_float32_head(model)
         self.model = model
@@ -51,7 +53,7 @@ class PolicyModule(nn.Module):
         """Stays in evaluation mode, except for the flag that makes layers checkpoint."""
         super().train(False)
         if self.gradient_checkpointing:
-            checkpoint_layers(self)
+            checkpoint_layers(self, self.gradient_checkpointing)
         return self
 
     def forward(
@@ -88,11 +90,14 @@ class PolicyModule(nn.Module):
         return hard.index_put((inputs.fed_rows, inputs.fed_positions), mixed)
 
 
-def checkpoint_layers(module: nn.Module) -> None:
-    """Turns checkpointing on. Layers do it only in training mode, so only they get that flag, and dropout stays off."""
-    for layer in module.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True
+def checkpoint_layers(module: nn.Module, which: bool | int) -> None:
+    """Turns checkpointing on, in all layers or in so many of the lowest ones.
+
+    Layers do it only in training mode, so only they get that flag, and dropout stays off.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in layers if which is True else layers[:which]:
+        layer.training = True
 
 
 def freeze_input_embeddings(model: PreTrainedModel) -> None:

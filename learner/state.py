@@ -143,11 +143,12 @@ def share_of(
     zero_stage: int,
     dtype: str,
     bad_in_a_row: int,
+    device: torch.device,
     shard_bytes: int = SHARD_BYTES,
 ) -> StateShare:
     """Returns this rank's share of the state of the `trained` parameters; all ranks call it, and go through it at once.
 
-    One parameter at a time is gathered, and a rank that writes shards as they come holds at most one.
+    One parameter at a time is gathered, on `device`, and a rank that writes shards as they come holds at most one.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained.items()}
@@ -161,9 +162,8 @@ def share_of(
                 for name in names:
                     piece = piece_of(trained[name], optimizer)
                     for kind in KINDS:
-                        values = piece.of(kind, optimizer)
-                        whole = torch.zeros(shapes[name], dtype=torch.float32, device=values.device)
-                        whole.view(-1)[piece.slice] = values
+                        whole = torch.zeros(shapes[name], dtype=torch.float32, device=device)
+                        whole.view(-1)[piece.slice] = piece.of(kind, optimizer)
                         if zero_stage:  # at stage 0 every rank has all of it
                             # sums integers, since a sum of floats loses the sign of a zero
                             torch.distributed.reduce(whole.view(torch.int32), writer)

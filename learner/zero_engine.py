@@ -153,7 +153,7 @@ class ZeroEngine:
             model=module,
             optimizer=self._optimizer,
             model_parameters=trainable,
-            config=_deepspeed_config(self.stage, dtype, optimizer.grad_clip),
+            config=_deepspeed_config(learner, dtype, optimizer.grad_clip, self.device),
         )
         module.train(False)
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -247,6 +247,7 @@ class ZeroEngine:
             zero_stage=self.stage,
             dtype=self.dtype,
             bad_in_a_row=self._bad_in_a_row,
+            device=self.device,
         )
 
     def load(self, folder: str | Path) -> None:
@@ -284,7 +285,8 @@ class ZeroEngine:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
 
-def _deepspeed_config(stage: int, dtype: str, grad_clip: float) -> dict[str, Any]:
+def _deepspeed_config(learner: LearnerConfig, dtype: str, grad_clip: float, device: torch.device) -> dict[str, Any]:
+    stage = learner.zero_stage
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,
@@ -299,11 +301,17 @@ def _deepspeed_config(stage: int, dtype: str, grad_clip: float) -> dict[str, Any
             "stage3_max_live_parameters": 100_000_000,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
+    host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if learner.offload != "none":
+        zero["offload_optimizer"] = host
+    if learner.offload == "parameters":
+        zero["offload_param"] = host
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # step() is the boundary, however many backward passes came before
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offload too: DeepSpeed's is compiled at the start, and skips no step
         "gradient_clipping": grad_clip if stage else 0.0,  # at stage 0 GuardedAdamW clips
         "steps_per_print": 10**9,
         "zero_optimization": zero,

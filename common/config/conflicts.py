@@ -173,6 +173,10 @@ def _objective_problems(config: RunConfig) -> list[str]:
         problems.append(
             "model.dtype bfloat16 with learner.zero_stage 0 has no float32 master weights; set learner.zero_stage to 1"
         )
+    if config.learner.offload != "none" and config.learner.zero_stage < 3:
+        problems.append(  # below, DeepSpeed adds up offloaded gradients in the parameters' dtype, not in float32
+            f"learner.offload {config.learner.offload} needs learner.zero_stage 3, got {config.learner.zero_stage}"
+        )
     optimizers = {"optimizer": config.optimizer}
     if config.warm_start is not None:
         optimizers["warm_start.optimizer"] = config.warm_start.optimizer

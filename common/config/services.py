@@ -116,8 +116,13 @@ class LearnerConfig(Section):
     """Maximum number of tokens per forward pass of a rank: prompts and responses, padding included."""
     logprob_chunk_tokens: Annotated[PositiveInt, Rule.MAY_CHANGE, Rule.LAST_BIT] = 2048
     """Number of positions whose float32 logits [.., V] exist at once; fewer need less memory."""
-    gradient_checkpointing: Annotated[bool, Rule.MAY_CHANGE, Rule.LAST_BIT] = False
-    """Whether activations are recomputed in the backward pass, which takes less memory and more time."""
+    gradient_checkpointing: Annotated[bool | PositiveInt, Rule.MAY_CHANGE, Rule.LAST_BIT] = False
+    """Whether activations are recomputed in the backward pass, which takes less memory and more time: of all layers
+    (`true`), of so many of the lowest ones (a number), or of none."""
+    offload: Annotated[Literal["none", "optimizer", "parameters"], Rule.MAY_CHANGE, Rule.LAST_BIT] = "none"
+    """What a rank keeps in the machine's memory instead of its GPU's, which takes time: nothing (`none`), float32
+    weights and the optimizer's state (`optimizer`), or the parameters as well (`parameters`). It is DeepSpeed's
+    offload, needs `zero_stage` 3, and has not been run on a GPU yet (docs/gpu.md); on a CPU it changes nothing."""
     share_prompts: Annotated[bool | Literal["auto"], Rule.MAY_CHANGE, Rule.LAST_BIT] = "auto"
     """Whether a group's prompt is computed once for several of its samples, wherever that takes less arithmetic;
     `auto`: on a CPU. On a GPU this has not been run yet (docs/gpu.md)."""

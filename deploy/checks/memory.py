@@ -137,11 +137,16 @@ class ModelShape:
         widths = sum(size for name, size in self.linear.items() if lora.targets is None or name in lora.targets)
         return lora.rank * widths * min(layers or self.layers, self.layers) // self.layers
 
-    def saved_bytes(self, dtype: str, *, checkpointing: bool, layers: int | None = None) -> int:
-        """Bytes that one token's forward pass saves for the backward pass, in all trained layers together."""
+    def saved_bytes(self, dtype: str, *, checkpointing: bool | int, layers: int | None = None) -> int:
+        """Bytes that one token's forward pass saves for the backward pass, in all trained layers together.
+
+        `checkpointing`: those of all layers, or of so many of the lowest ones, are computed again.
+        """
         size, count = 4 if dtype == "float32" else 2, min(layers or self.layers, self.layers)
         layer = size * (SAVED_MLP_WIDTHS * self.mlp_width + SAVED_WIDTHS[dtype] * self.width)
-        return count * size * self.width + layer if checkpointing else count * layer
+        lowest = self.layers if checkpointing is True else min(checkpointing, self.layers)
+        kept = min(self.layers - lowest, count)  # frozen layers lie lowest, and save nothing
+        return kept * layer + ((count - kept) * size * self.width + layer if kept < count else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +159,7 @@ class RankMemory:
     activations: int
     logits: int
     reference: int = 0  # the initial model, for the KL term
+    host: int = 0  # of the machine's memory instead of the GPU's (learner.offload)
 
     @property
     def states(self) -> int:
@@ -172,7 +178,8 @@ class RankMemory:
         ]
         if self.reference:
             parts.append(f"{self.reference / GIB:.1f} initial model (kl_coefficient)")
-        return f"about {self.total / GIB:.1f} GiB: {', '.join(parts)}, {self.logits / GIB:.1f} logits"
+        offloaded = f"; {self.host / GIB:.1f} GiB of the machine's memory besides (offload)" if self.host else ""
+        return f"about {self.total / GIB:.1f} GiB: {', '.join(parts)}, {self.logits / GIB:.1f} logits{offloaded}"
 
 
 def rank_memory(
@@ -205,12 +212,17 @@ def rank_memory(
     for name, stage in (("optimizer", 1), ("gradients", 2), ("parameters", 3)):
         if learner.zero_stage >= stage:
             parts[name] //= learner.ranks
+    away = {"none": (), "optimizer": ("optimizer",), "parameters": ("optimizer", "parameters")}[learner.offload]
+    host = 0
+    for name in away if learner.resources.num_gpus else ():
+        host, parts[name] = host + parts[name], 0
     at_once = min(max(learner.tokens_per_microbatch, longest), tokens)
     return RankMemory(
         **parts,
         activations=at_once * shape.saved_bytes(dtype, checkpointing=learner.gradient_checkpointing, layers=layers),
         logits=LOGIT_COPIES * 4 * shape.rows * min(learner.logprob_chunk_tokens, at_once),
         reference=own * shape.parameters if reference else 0,
+        host=host,
     )
 
 

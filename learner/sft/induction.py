@@ -283,7 +283,7 @@ class InductionModule(nn.Module):
         phase: Phase,
         allowed: torch.Tensor | np.ndarray,
         chunk_tokens: int = 2048,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
     ):
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
@@ -303,7 +303,8 @@ class InductionModule(nn.Module):
         """Stays in evaluation mode, like the policy."""
         super().train(False)
         if self.gradient_checkpointing:
-            checkpoint_layers(self)
+            for part in (self.encoder, self.decoder):
+                checkpoint_layers(part, self.gradient_checkpointing)
         return self
 
     def forward(self, batch: InductionBatch) -> InductionParts:

@@ -180,7 +180,7 @@ class LatentSFTModule(nn.Module):
         perturb_scale: float = 1.0,
         allowed: torch.Tensor | np.ndarray | None = None,
         chunk_tokens: int = 2048,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
     ) -> None:
         super().__init__()
         install_float32_head(model)
@@ -199,7 +199,7 @@ class LatentSFTModule(nn.Module):
         """Stays in evaluation mode, like the policy that it will become."""
         super().train(False)
         if self.gradient_checkpointing:
-            checkpoint_layers(self)
+            checkpoint_layers(self, self.gradient_checkpointing)
         return self
 
     def forward(self, batch: SFTBatch) -> LossParts:

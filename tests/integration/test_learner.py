@@ -35,6 +35,7 @@ def batch(folder):
 
 
 QUICK = [(1, 0, 24, 5), (2, 2, 40, 4)]  # ranks, stage, tokens, chunk; stage 3: the centered step below
+OFFLOADED = {(1, 3): "parameters"}
 MORE = [(2, 3, 24, 3), (1, 2, 10_000, 2048), (1, 3, 40, 7), (2, 0, 40, 7), (2, 1, 24, 3)]
 
 
@@ -50,7 +51,8 @@ def test_a_step_is_that_of_plain_torch_for_any_ranks_stage_and_packing(
     config = settings(
         learner={
             "ranks": ranks, "zero_stage": stage, "tokens_per_microbatch": tokens, "logprob_chunk_tokens": chunk,
-            "gradient_checkpointing": ranks == 2, "weight_bucket_bytes": 8192,
+            "gradient_checkpointing": 1 if stage == 2 else ranks == 2, "weight_bucket_bytes": 8192,
+            "offload": OFFLOADED.get((ranks, stage), "none"),
         },
         freeze_embeddings=stage != 1,
         learn_exit=stage != 2,
@@ -170,9 +172,9 @@ def test_the_gradient_of_each_tensor_is_that_of_plain_torch(ray_session, folder,
 
 
 @contextlib.contextmanager
-def learner(folder, ranks, stage, dtype):
+def learner(folder, ranks, stage, dtype, offload="none"):
     config = settings(
-        learner={"ranks": ranks, "zero_stage": stage, "tokens_per_microbatch": 40},
+        learner={"ranks": ranks, "zero_stage": stage, "tokens_per_microbatch": 40, "offload": offload},
         model={"path": "unused", "dtype": dtype},
         optimizer={"max_bad_updates": 2},
     )
@@ -207,8 +209,9 @@ def test_state_in_bfloat16_survives_saving_and_non_finite_updates(single, batch,
 
 
 @pytest.mark.slow
-def test_state_in_bfloat16_survives_on_two_ranks(ray_session, folder, batch, tmp_path):
-    with learner(folder, 2, 2, "bfloat16") as group:
+@pytest.mark.parametrize(("stage", "offload"), [(2, "none"), (3, "optimizer"), (3, "parameters")])
+def test_state_in_bfloat16_survives_on_two_ranks(ray_session, folder, batch, tmp_path, stage, offload):
+    with learner(folder, 2, stage, "bfloat16", offload) as group:
         check_state(group, batch, tmp_path)
 
 

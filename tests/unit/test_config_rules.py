@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "learner.tokens_per_microbatch",
     "learner.logprob_chunk_tokens",
     "learner.gradient_checkpointing",
+    "learner.offload",
     "learner.share_prompts",
     "learner.weight_bucket_bytes",
     "weights",
@@ -51,6 +52,7 @@ LAST_BIT = {
     "learner.tokens_per_microbatch",
     "learner.logprob_chunk_tokens",
     "learner.gradient_checkpointing",
+    "learner.offload",
     "learner.share_prompts",
 }
 OBJECTIVE = {"noise.mode", "component_weighting", "flip", "first_token", "masking", "centering_draws"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latent_grpo.common.config import LoRAConfig, load_config
+from latent_grpo.common.config import ConfigError, LoRAConfig, load_config
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.deploy.checks.memory import ModelShape, machine_bytes, rank_memory, worker_memory
@@ -74,6 +74,37 @@ def test_states_are_partitioned_by_stage():
     assert states(3, 4) == 5 * n
     assert states(3, 4, "bfloat16") == 4 * n + n // 2
     assert states(2, 1, "bfloat16", frozen=True) == 2 * n + 16 * (n - e)
+
+
+def test_what_is_offloaded_counts_for_the_machine_and_not_for_its_gpu():
+    shape = ModelShape.of(load_config("quickstart", NEW), None, TOKENIZER)
+
+    def memory(offload: str, gpus: int):
+        keys = [f"learner.offload={offload}", f"learner.resources.num_gpus={gpus}", "learner.zero_stage=3"]
+        return rank_memory(
+            load_config("quickstart", [*NEW, *keys, "deterministic=false"]), shape, 900, frozen_embeddings=False
+        )
+
+    n, whole = shape.parameters, memory("none", 1)
+    assert (whole.host, memory("optimizer", 0)) == (0, memory("none", 0))
+    assert (memory("optimizer", 1).host, memory("optimizer", 1).states) == (12 * n, whole.states - 12 * n)
+    assert (memory("parameters", 1).host, memory("parameters", 1).states) == (16 * n, whole.states - 16 * n)
+    assert "of the machine's memory besides (offload)" in str(memory("optimizer", 1))
+    with pytest.raises(ConfigError, match=r"offload parameters needs learner\.zero_stage 3, got 2"):
+        load_config("quickstart", [*NEW, "learner.offload=parameters", "learner.zero_stage=2"])
+
+
+def test_layers_that_are_computed_again_keep_their_input_alone():
+    shape = ModelShape.of(load_config("quickstart", [*NEW, "model.new.num_layers=4"]), None, TOKENIZER)
+
+    def saved(which, layers=None):
+        return shape.saved_bytes("float32", checkpointing=which, layers=layers)
+
+    layer = saved(False) // 4
+    assert saved(True) == saved(4) == saved(9) == 4 * 4 * shape.width + layer
+    assert saved(1) == 3 * layer + 4 * shape.width + layer
+    assert saved(2, layers=2) == saved(False, layers=2), "the lowest two are frozen and save nothing"
+    assert saved(3, layers=2) == layer + 4 * shape.width + layer
 
 
 def test_frozen_layers_have_no_states_and_save_nothing():
