@@ -7,15 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_grpo.common.fingerprint import (
-    ROW_BYTES,
-    WORDS,
-    copy_with_fingerprint,
-    elementwise_sums,
-    fingerprint,
-    lanes,
-    matrix_sums,
-)
+from latent_grpo.common.fingerprint import ROW_BYTES, WORDS, copy_with_fingerprint, fingerprint, lanes
 
 DTYPES = [
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
@@ -44,8 +36,8 @@ def reference(data):
     words = [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)]
     count = len(words) // WORDS
     across, down = [odd(c) for c in range(WORDS)], [odd(WORDS + r) for r in range(count)]
-    rows = [sum(words[r * WORDS + c] * across[c] for c in range(WORDS)) % bound for r in range(count)]
-    columns = [sum(words[r * WORDS + c] * down[r] for r in range(count)) % bound for c in range(WORDS)]
+    rows = [sum(words[r * WORDS + c] for c in range(WORDS)) % bound for r in range(count)]
+    columns = [sum(words[r * WORDS + c] for r in range(count)) % bound for c in range(WORDS)]
     return (
         sum(mixed(row) * n for row, n in zip(rows, down, strict=True)) % bound,
         sum(mixed(column) * m for column, m in zip(columns, across, strict=True)) % bound,
@@ -56,14 +48,6 @@ def reference(data):
 def test_both_lanes_are_what_their_definition_says(nbytes):
     data = raw(nbytes)
     assert lanes(data) == reference(bytes(data.tolist()))
-
-
-@pytest.mark.parametrize("rows", [0, 1, 64])
-def test_the_formula_of_other_devices_gives_the_same_integers(rows):
-    words, across, down = raw(8 * rows * WORDS).view(torch.int64), raw(8 * WORDS, 1), raw(8 * rows, 2)
-    given = words.view(-1, WORDS), across.view(torch.int64), down.view(torch.int64)
-    for one, other in zip(matrix_sums(*given), elementwise_sums(*given), strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -111,7 +95,7 @@ def test_one_flipped_bit_changes_both_lanes(nbytes, seed, bit):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
-def test_exchanged_elements_are_seen_also_those_that_one_linear_sum_cannot_tell_apart(dtype):
+def test_exchanged_elements_are_seen_though_the_sum_of_their_row_or_column_stays(dtype):
     places, values = random.Random(0), [1.0, -1.0, 2.0, 0.0, 0.5, -(2.0**62)]
     per_row = ROW_BYTES // torch.empty(0, dtype=dtype).element_size()
     for _ in range(150):
@@ -138,6 +122,16 @@ def test_a_wrong_sign_of_two_words_whose_changes_cancel_is_seen():
     assert len(seen) == 4
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 4 * WORDS - 1), min_size=1, max_size=3, unique=True), st.data())
+def test_up_to_three_wrong_words_are_seen_whatever_they_are(places, data):
+    words = raw(4 * ROW_BYTES).view(torch.int64)
+    before = lanes(words)
+    for place in places:
+        words[place] ^= data.draw(st.sampled_from([1, -1, 1 << 31, -(1 << 63)]) | st.integers(1, 2**63 - 1))
+    assert lanes(words) != before
+
+
 def test_rows_pieces_and_shifts_are_seen():
     tensor = raw(130 * ROW_BYTES).view(torch.float32)
     size, half = ROW_BYTES // 4, 64 * ROW_BYTES // 4
@@ -145,7 +139,25 @@ def test_rows_pieces_and_shifts_are_seen():
     rows[:size], rows[size : 2 * size] = tensor[size : 2 * size], tensor[:size]
     pieces = tensor.clone()
     pieces[:half], pieces[half : 2 * half] = tensor[half : 2 * half], tensor[:half]
-    others = [rows, pieces, tensor.roll(1), tensor.roll(size), tensor.flip(0), tensor[:-1], torch.zeros_like(tensor)]
+    pages = tensor.clone()  # of 4 KiB, in the same columns of other rows
+    pages[:1024], pages[8 * size : 8 * size + 1024] = tensor[8 * size : 8 * size + 1024], tensor[:1024]
+    old = tensor.clone()
+    old[half : half + 16] = 0.0
+    turned = tensor[: size * 128].view(128, size).t().reshape(-1)
+    others = [
+        rows,
+        pieces,
+        pages,
+        old,
+        turned,
+        tensor[: size * 128],
+        -tensor,
+        tensor.roll(1),
+        tensor.roll(size),
+        tensor.flip(0),
+        tensor[:-1],
+        torch.zeros_like(tensor),
+    ]
     found = {fingerprint("w", of) for of in (tensor, *others)}
     assert len(found) == 1 + len(others)
 
@@ -161,7 +173,6 @@ def test_zeros_are_not_nothing_and_name_shape_and_dtype_count():
 def test_small_counters_and_sparse_tensors_do_not_collide():
     found = {lanes(torch.tensor([value, other])) for value in range(40) for other in range(40)}
     assert len(found) == 40 * 40
-    assert len({lane for lane, _ in found}) == len(found) == len({lane for _, lane in found})
     one_hot = set()
     for place in range(0, 2 * WORDS, 16):
         tensor = torch.zeros(2 * WORDS, dtype=torch.int64)
