@@ -86,6 +86,11 @@ class Float32Head(nn.Linear):
             logits = logits + self.bias.float()
         return logits if hidden.ndim == 2 else logits.view(*hidden.shape[:-1], len(self.weight))
 
+    @torch.no_grad()
+    def expected_rows(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Returns the layer's rows weighted by probabilities [N, V] float32: [N, D] float32, without a gradient."""
+        return _times_rows(probabilities, self.weight)
+
 
 class _Float32Product(torch.autograd.Function):
     """hidden [N, D] x weight [V, D] -> [N, V] float32; gradients have the dtypes of their tensors.
@@ -118,15 +123,22 @@ class _Float32Product(torch.autograd.Function):
                 rows_gradient = torch.mm(coarse.t(), hidden, out_dtype=torch.float32).to(weight.dtype)
             return states_gradient, rows_gradient, None
         if for_hidden:
-            total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-            for rows in _pieces(weight):
-                total.addmm_(gradient[:, rows], weight[rows].float())
-            states_gradient = total.to(hidden.dtype)
+            states_gradient = _times_rows(gradient, weight).to(hidden.dtype)
         if for_weight:
             states, rows_gradient = hidden.float(), torch.empty_like(weight)
             for rows in _pieces(weight):
                 rows_gradient[rows] = torch.mm(gradient[:, rows].t(), states)
         return states_gradient, rows_gradient, None
+
+
+def _times_rows(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Returns factors [N, V] float32 times the rows of the layer: [N, D] float32."""
+    if weight.dtype == torch.float32:
+        return factors @ weight
+    total = torch.zeros(len(factors), weight.shape[1], dtype=torch.float32, device=factors.device)
+    for rows in _pieces(weight):
+        total.addmm_(factors[:, rows], weight[rows].float())
+    return total
 
 
 def _pieces(weight: torch.Tensor) -> list[slice]:

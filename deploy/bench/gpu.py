@@ -89,7 +89,7 @@ class Shape:
         """Model FLOPs of a replay (`learner.policy.PolicyModule`) of `positions` response steps.
 
         With a gradient: that of the layers' weights and inputs is twice their forward pass; the frozen tied output
-        layer has one of its inputs alone. Its logits are computed again then, which are no model FLOPs.
+        layer has one of its inputs alone.
         """
         layers, head = self.layer_flops(tokens, length), self.head_flops(positions)
         return 3 * layers + 2 * head if gradient else layers + head

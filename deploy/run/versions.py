@@ -16,8 +16,9 @@ from latent_grpo.common import __version__
 from latent_grpo.deploy.run.program import DISTRIBUTION, OUR_PACKAGES, ROOT, installed_copies, source_hash
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
-ARITHMETIC = 2
-"""Rises when the same draws and steps may differ in their last bits. 2: the lean decode step, shared prompts."""
+ARITHMETIC = 3
+"""Rises when the same draws and steps may differ in their last bits. 2: the lean decode step, shared
+prompts. 3: the gradient under a frozen output layer."""
 SUBMITTED = "LATENT_GRPO_SUBMITTED"
 """Environment variable of a job: the submitter's :func:`versions`, as JSON."""
 
