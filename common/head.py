@@ -77,6 +77,7 @@ class Float32Head(nn.Linear):
         self.train(layer.training)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns float32 logits [..., V] of hidden states [..., D] of any dtype."""
         if hidden.dtype == torch.float32 and self.weight.dtype == torch.float32:
             return super().forward(hidden)
         states = hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])

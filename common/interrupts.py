@@ -116,9 +116,11 @@ def sigterm_as_interrupt() -> Iterator[None]:
 class Stepping(Protocol):
     """A learner that takes steps, such as a subclass of `learner.group.RankGroup`."""
 
-    def finished(self) -> bool: ...
+    def finished(self) -> bool:
+        """Whether the started step is done or has failed; never waits."""
 
-    def finish_step(self) -> dict[str, float]: ...
+    def finish_step(self) -> dict[str, float]:
+        """Waits for the started step and returns its metrics; raises what ended it."""
 
 
 def wait_for_step(learner: Stepping, on_wait: Callable[[], None] = lambda: None) -> dict[str, float]:

@@ -95,6 +95,7 @@ class LearnerRecord:
 
 
 def record_schema() -> pa.Schema:
+    """Returns the Arrow schema of a learner record: a row per trajectory, a list per response step."""
     fields = [pa.field(name, kind, nullable=nullable) for name, kind, nullable in _ROW_COLUMNS]
     fields += [
         pa.field(name, pa.list_(pa.field("item", kind, nullable=False)), nullable=True)
@@ -162,6 +163,7 @@ class LearnerBatch:
         return self.batch.num_rows
 
     def strings(self, name: str) -> list[str]:
+        """Returns a column of texts, one per row."""
         return self.batch.column(name).to_pylist()
 
     def numbers(self, name: str) -> np.ndarray:
@@ -213,6 +215,7 @@ def check_version(schema: pa.Schema) -> None:
 
 
 def decode_records(batch: pa.RecordBatch) -> list[LearnerRecord]:
+    """Returns the rows of a batch as records, whose arrays are [T], one value per response step."""
     view = LearnerBatch(batch)
     rows: list[dict[str, Any]] = batch.select([name for name, *_ in _ROW_COLUMNS]).to_pylist()
     for name in STEP_COLUMNS:

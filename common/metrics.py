@@ -55,6 +55,7 @@ class MetricsWriter:
             self._guarded(name, lambda sink: sink.write(step, shown))
 
     def close(self) -> None:
+        """Closes the record and every sink; what a sink raises is only logged."""
         self._record.close()
         for name in list(self._sinks):
             self._guarded(name, lambda sink: sink.close())
@@ -159,6 +160,7 @@ class LineFile:
             self._file.truncate(position)
 
     def append(self, row: Mapping[str, Any]) -> None:
+        """Writes a row as one line of JSON. Raises MetricsError where the file takes no more, ValueError for NaN."""
         try:
             self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
             self._file.flush()
@@ -166,6 +168,7 @@ class LineFile:
             raise MetricsError(f"{self._path}: not recorded: {error.strerror or error}") from error
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
@@ -179,6 +182,7 @@ class JSONLSink:
         self._lines = LineFile(path)
 
     def write(self, step: int, values: Mapping[str, float], *, kind: str = "train", lineage: int = 0) -> None:
+        """Appends a line with the metrics; those that are not finite are null, and listed."""
         row: dict[str, Any] = {"step": step, "kind": kind, "lineage": lineage, "time": round(time.time(), 3)}
         row["metrics"] = {name: value if math.isfinite(value) else None for name, value in values.items()}
         if bad := [name for name, value in values.items() if not math.isfinite(value)]:
@@ -186,4 +190,5 @@ class JSONLSink:
         self._lines.append(row)
 
     def close(self) -> None:
+        """Closes the file."""
         self._lines.close()

@@ -120,6 +120,7 @@ def _generation(config: RunConfig) -> GenerationDefaults:
 
 
 def write_chain(folder: str | Path, settings: ChainSettings) -> None:
+    """Writes the chain file into a model folder."""
     Path(folder, CHAIN_FILE).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 

@@ -66,6 +66,7 @@ def named(names: Iterable[object]) -> str:
 
 
 def refused(model: str | Path, why: str) -> ConfigError:
+    """Returns the error that a model cannot be used: its place, and `why`."""
     return ConfigError(f"model {str(model)!r}: {why}")
 
 

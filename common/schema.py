@@ -193,6 +193,7 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
+        """The number of values of each row, [rows] int32."""
         return np.diff(self.offsets)
 
 
@@ -231,14 +232,17 @@ class TrajectoryBatch:
 
     @cached_property
     def prompt_ids(self) -> Ragged:
+        """The prompt's token ids of each row, [P] int32."""
         return self._ragged("prompt_ids")
 
     @cached_property
     def hard_ids(self) -> Ragged:
+        """The hard token ids of each row, [H] int32: from the latent-end token on."""
         return self._ragged("hard_ids")
 
     @cached_property
     def hard_log_probs(self) -> Ragged:
+        """The behaviour log-probs of the hard steps of each row, [H] float32 (METHOD §2.4)."""
         return self._ragged("hard_log_probs")
 
     @cached_property
@@ -248,14 +252,17 @@ class TrajectoryBatch:
 
     @cached_property
     def latent_scores(self) -> Ragged:
+        """The scores of the latent steps of each row, [L, K] float32, descending (METHOD §2.1)."""
         return self._ragged("latent_scores")
 
     @cached_property
     def latent_log_probs(self) -> Ragged:
+        """The behaviour log-probs of the components of each row, [L, K] float32."""
         return self._ragged("latent_log_probs")
 
     @cached_property
     def num_latent_steps(self) -> np.ndarray:
+        """The number of latent steps of each row, [rows]."""
         return self.numbers("num_latent_steps")
 
     @cached_property
@@ -274,6 +281,7 @@ class TrajectoryBatch:
         return np.array([reason == "stop" for reason in self.strings("finish_reason")], dtype=bool)
 
     def sampling(self, row: int) -> SamplingSettings:
+        """Returns the sampling settings of a row."""
         values = {name: self.batch.column(f"sampling_{name}")[row].as_py() for name, _ in _SAMPLING_COLUMNS}
         return SamplingSettings(**values)
 

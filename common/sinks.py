@@ -28,9 +28,11 @@ class MetricSink(Protocol):
     contract.
     """
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the metrics of a step, finite numbers by name; what it raises switches it off with a warning."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Called once, when the run ends, for whatever is still to be written."""
 
 
 SinkFactory = Callable[[Path], MetricSink]
@@ -84,6 +86,7 @@ class ConsoleSink:
         self._console = Console(soft_wrap=False, highlight=False)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Prints a line with the metrics that fit its width, the most important first."""
         ranked = sorted(values, key=self._rank)
         line, width = f"step {step:>5}", max(self._console.width, 80)
         for name in ranked:
@@ -94,7 +97,7 @@ class ConsoleSink:
         self._console.print(line, markup=False, overflow="crop", no_wrap=True)
 
     def close(self) -> None:
-        pass
+        """Does nothing: each line is written at once."""
 
     @classmethod
     def _rank(cls, name: str) -> int:
@@ -117,6 +120,8 @@ def _needs(module: str, sink: str, package: str) -> Any:
 
 @register_sink("tensorboard")
 class TensorBoardSink:
+    """Writes event files for TensorBoard."""
+
     def __init__(self, run_folder: Path):
         _needs("tensorboard", "tensorboard", "tensorboard")
         self._writer = _needs("torch.utils.tensorboard", "tensorboard", "tensorboard").SummaryWriter(
@@ -124,11 +129,13 @@ class TensorBoardSink:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a scalar per metric."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
+        """Closes the event file."""
         self._writer.close()
 
 
@@ -149,9 +156,11 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the metrics, with the step as a value of its own, so that a resumed run goes on in the same curve."""
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
+        """Ends the run of Weights & Biases, which waits for the upload."""
         self._run.finish()
 
 
@@ -203,12 +212,14 @@ class MLflowSink:
         return runs[0] if runs else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the metrics in batches of what the server takes at once."""
         now = int(time.time() * 1000)
         metrics = [self._metric(_mlflow_name(name), value, now, step) for name, value in values.items()]
         for start in range(0, len(metrics), self.MOST_AT_ONCE):
             self._client.log_batch(self._run.info.run_id, metrics[start : start + self.MOST_AT_ONCE])
 
     def close(self) -> None:
+        """Marks the run of MLflow as ended."""
         self._client.set_terminated(self._run.info.run_id)
 
 
@@ -246,9 +257,11 @@ class TrackioSink:
         )  # fmt: skip
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the metrics at their step."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
+        """Ends the run of Trackio."""
         self._run.finish()
 
 
@@ -266,12 +279,14 @@ class PrometheusSink:
         self._gauges: dict[str, Any] = {}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Sets a gauge per metric, and one for the step."""
         for name, value in {"step": float(step), **values}.items():
             if name not in self._gauges:
                 self._gauges[name] = self._make(gauge_name(name), description=name, tag_keys=("run",))
             self._gauges[name].set(value, tags={"run": self._run})
 
     def close(self) -> None:
+        """Forgets the gauges; Ray's agent serves their last values for a while."""
         self._gauges.clear()
 
 

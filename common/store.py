@@ -189,6 +189,8 @@ class DumpStore:
 
 
 class TrajectoryStore(DumpStore):
+    """The dumps of trajectories, in the schema of `common/schema.py`."""
+
     what = "trajectories"
     check = TrajectoryBatch
     check_version = staticmethod(schema_k)

@@ -49,10 +49,12 @@ class BucketManifest:
 
     @property
     def nbytes(self) -> int:
+        """The size of the bucket's tensors, in bytes."""
         return sum(slot.nbytes for slot in self.tensors)
 
     @property
     def fingerprint(self) -> str:
+        """The fingerprint of the bucket, of those of its tensors."""
         return combine_checksums(slot.fingerprint for slot in self.tensors)
 
 
@@ -66,6 +68,7 @@ class WeightManifest:
 
     @property
     def nbytes(self) -> int:
+        """The size of all buckets, in bytes."""
         return sum(b.nbytes for b in self.buckets)
 
     @property

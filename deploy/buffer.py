@@ -92,6 +92,7 @@ class GroupBuffer:
 
     @property
     def slots(self) -> int:
+        """The number of groups that may be under way: (max_staleness + 1) x prompts_per_step."""
         return (self.max_staleness + 1) * self.prompts_per_step
 
     @property

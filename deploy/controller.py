@@ -52,7 +52,8 @@ class TrainingStopped(RunError):
 class Learner(Protocol):
     """What the controller needs from the learner ranks (`learner.learner.LearnerGroup`)."""
 
-    def start_step(self, batch: pa.RecordBatch, step: int) -> None: ...
+    def start_step(self, batch: pa.RecordBatch, step: int) -> None:
+        """Gives the ranks a batch, whole groups in prompt order, and returns at once; steps count from 1."""
 
     def finished(self) -> bool:
         """Whether the started step is done (or failed); never waits."""
@@ -60,17 +61,21 @@ class Learner(Protocol):
     def finish_step(self) -> dict[str, float]:
         """Returns the step's metrics; raises the error of a rank that failed."""
 
-    def publish(self, version: int) -> Any: ...
+    def publish(self, version: int) -> Any:
+        """Returns the current weights as this policy version, in a form that the pool's `publish` takes."""
 
 
 class Pool(Protocol):
     """What the controller needs from the workers (`rollout_workers.pool.RolloutPool`)."""
 
-    def submit(self, requests: list[GroupRequest]) -> None: ...
+    def submit(self, requests: list[GroupRequest]) -> None:
+        """Queues groups; each is generated with the weights that were published last, and returned once."""
 
-    def poll(self, timeout_s: float) -> list[pa.RecordBatch]: ...
+    def poll(self, timeout_s: float) -> list[pa.RecordBatch]:
+        """Returns complete groups that have arrived, one batch each; waits at most `timeout_s` for the first."""
 
-    def publish(self, publication: Any) -> None: ...
+    def publish(self, publication: Any) -> None:
+        """Gives the workers new weights, which groups that are submitted later are generated with."""
 
     def discard(self) -> None:
         """Forgets every group that was submitted."""

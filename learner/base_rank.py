@@ -45,24 +45,29 @@ SIDE_FILES = (  # what comes with a model besides its weights and configuration
 class TrainingEngine(Protocol):
     """The engine that trains a rank's module: :class:`learner.zero_engine.ZeroEngine`, or one with its interface."""
 
-    def forward(self, *inputs: Any) -> Any: ...
+    def forward(self, *inputs: Any) -> Any:
+        """Runs the module on a micro-batch and returns what it returns."""
 
-    def backward(self, loss: torch.Tensor) -> None: ...
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of a micro-batch's loss, a scalar that is already normalised over the whole mini-batch."""
 
-    def step(self, lr: float) -> UpdateResult: ...
+    def step(self, lr: float) -> UpdateResult:
+        """Clips the gradient and makes one update at a learning rate, or skips it where the gradient is not finite."""
 
-    def ensure_finite(self) -> None: ...
+    def ensure_finite(self) -> None:
+        """Raises NonFiniteUpdates after too many updates in a row that were not applied."""
 
     frozen: frozenset[str]
     """The parameters that never change, by their names in the model folder."""
 
-    def full_parameters(
-        self, bucket_bytes: int, without: Collection[str] = ()
-    ) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def full_parameters(self, bucket_bytes: int, without: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (name in the model folder, whole tensor), gathered in buckets of `bucket_bytes`; all ranks call it."""
 
-    def save(self, folder: str | Path) -> None: ...
+    def save(self, folder: str | Path) -> None:
+        """Writes this rank's share of weights and optimizer state."""
 
-    def load(self, folder: str | Path) -> None: ...
+    def load(self, folder: str | Path) -> None:
+        """Reads what `save` has written. Raises StateError for a state that does not fit."""
 
 
 class RankActor:

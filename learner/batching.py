@@ -219,6 +219,7 @@ class ReplayInputs:
     chunks: int
 
     def to(self, device: str | torch.device) -> ReplayInputs:
+        """Returns the inputs on a device."""
         moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in moved.items():
             if isinstance(value, torch.Tensor):

@@ -53,6 +53,8 @@ class OldFacts(_Facts):
 
 
 class SavedParameter(BaseModel):
+    """Where a state has a parameter: the whole tensor's shape, and the file."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shape: tuple[NonNegativeInt, ...]

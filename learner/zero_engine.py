@@ -47,6 +47,8 @@ class LearnerDiverged(RunError):
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
+    """What an update did."""
+
     grad_norm: float  # before clipping; NaN for an update that was not applied
     applied: bool
     bad_in_a_row: int  # updates that were not applied, up to and with this one

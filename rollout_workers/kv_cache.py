@@ -53,6 +53,7 @@ class SlotCache(Cache):
 
     @property
     def nbytes(self) -> int:
+        """The size of keys and values of all slots, in bytes."""
         return self._kv.numel() * self._kv.element_size()
 
     def reserve(self, rows: int, length: int, keep: int) -> None:
@@ -129,4 +130,5 @@ class SlotCache(Cache):
         return self.write(layer_idx, key_states[:, :, 0], value_states[:, :, 0])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns the number of positions that the pass looks at; transformers' interface."""
         return self._extent

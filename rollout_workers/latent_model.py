@@ -66,6 +66,7 @@ class Response:
 
     @property
     def latent_steps(self) -> int:
+        """The number of latent steps."""
         return len(self.thoughts)
 
     @property

@@ -24,6 +24,7 @@ class Loan:
     uids: set[str] = field(default_factory=set)  # of all groups that were asked for
 
     def submit(self, requests: Iterable[GroupRequest]) -> None:
+        """Takes groups for the lent worker; they wait until it has room."""
         for request in requests:
             self.uids.add(request.group_uid)
             self.waiting.append(request)

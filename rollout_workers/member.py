@@ -39,6 +39,7 @@ class WorkerActor:
             raise RuntimeError(f"something that it uses ended the process: exit code {error.code!r}") from error
 
     def submit(self, ticket: int, requests: list[GroupRequest]) -> None:
+        """Queues groups, behind everything with a lower ticket."""
         self._worker.submit(ticket, requests)
 
     def update_weights(self, ticket: int, manifest: WeightManifest, handles: tuple[Any, ...]) -> None:
@@ -46,15 +47,19 @@ class WorkerActor:
         self._worker.update_weights(ticket, manifest, self._receiver.receive(manifest, handles))
 
     def discard(self, ticket: int) -> None:
+        """Forgets the groups that came before; an empty batch in the stream answers."""
         self._worker.discard(ticket)
 
     def status(self) -> WorkerStatus:
+        """Returns the heartbeat."""
         return self._worker.status()
 
     def results(self) -> Iterator[pa.RecordBatch]:
+        """Yields a record batch per complete group, until it is stopped."""
         yield from self._worker.results()
 
     def stop(self) -> None:
+        """Ends the stream of results."""
         self._worker.stop()
 
 
@@ -125,9 +130,11 @@ class Member:
 
     @property
     def last_event(self) -> str:
+        """What the worker did last, as its heartbeat says."""
         return self.status.last_event if self.status is not None else "started"
 
     def submit(self, requests: list[GroupRequest], now: float) -> None:
+        """Sends groups to the worker; `now` is the pool's clock, in seconds."""
         if not self.busy:
             self.progressed_at = now  # its time to show progress begins now
         self.groups |= {request.group_uid: request for request in requests}

@@ -26,6 +26,7 @@ class Records:
         self.latent_until = np.zeros(slots, dtype=np.int64)  # [slots] number of latent steps, once known
 
     def reserve(self, steps: int, width: int) -> None:
+        """Makes room for so many steps and components; what is recorded stays."""
         if steps <= self._steps and width <= self._width:
             return
         old_steps, old_width = self._steps, self._width

@@ -93,6 +93,7 @@ class TransformersEngine:
 
     @property
     def version(self) -> PolicyVersion | None:
+        """The version of the weights that are loaded; None: none yet."""
         return self._version
 
     @property
@@ -104,6 +105,7 @@ class TransformersEngine:
 
     @property
     def pending(self) -> int:
+        """The number of samples that are not finished."""
         return self._running + self._unborn + self._queued
 
     # --- requests ------------------------------------------------------------------------------------------------

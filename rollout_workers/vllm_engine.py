@@ -98,10 +98,12 @@ class VLLMEngine:
 
     @property
     def version(self) -> PolicyVersion | None:
+        """The version of the weights that are loaded; None: none yet."""
         return self._version
 
     @property
     def pending(self) -> int:
+        """The number of samples that are not finished."""
         return len(self._owner)
 
     # --- requests ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ class TensorShape(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorShape:
+        """Returns dtype and shape of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
 

@@ -128,6 +128,7 @@ class RolloutWorker:
             self._changed.notify_all()
 
     def status(self) -> WorkerStatus:
+        """Returns what the pool asks for in a heartbeat; any thread may call it."""
         return WorkerStatus(
             name=self.name,
             version=self._engine.version,

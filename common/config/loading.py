@@ -93,6 +93,7 @@ def _unusable_numbers(node: Any, above: tuple[str, ...]) -> Iterator[str]:
 
 
 def profiles_folder() -> Path:
+    """The folder of the shipped profiles."""
     return Path(__file__).resolve().parents[2] / "deploy" / "profiles"
 
 

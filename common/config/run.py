@@ -249,6 +249,7 @@ class RunConfig(Section):
 
     @property
     def samples_per_step(self) -> int:
+        """The number of responses that a step is trained on: prompts_per_step x group_size."""
         return self.prompts_per_step * self.group_size
 
     def dump_due(self, step: int) -> bool:

@@ -96,6 +96,7 @@ class ChainArithmetic:
             raise ValueError(f"task {self.name}: split must be training or evaluation, got {self.split!r}")
 
     def problem(self, index: int) -> Problem:
+        """Returns the problem of this index, from 0; a function of the index and the settings alone."""
         draw = random.Random(self._identity(index))
         count = draw.randint(self.shortest, self.operations) if self.shortest else self.operations
         while True:

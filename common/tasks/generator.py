@@ -27,7 +27,8 @@ class Generator(Protocol):
     there are; without it the task is endless. `latent_grpo.common.testing.check_task` is the contract.
     """
 
-    def problem(self, index: int) -> Problem: ...
+    def problem(self, index: int) -> Problem:
+        """Returns the problem of an index, from 0. The same index is the same problem, in any order and any process."""
 
 
 class UsersGenerator:

@@ -43,9 +43,11 @@ class TaskSource(Protocol):
     dropped: dict[str, list[int]]  # reason -> row numbers in the source
 
     @property
-    def size(self) -> int | None: ...
+    def size(self) -> int | None:
+        """The number of problems; None: endless."""
 
-    def problem(self, index: int) -> Problem: ...
+    def problem(self, index: int) -> Problem:
+        """Returns the problem of this index, from 0. Raises IndexError beyond `size`."""
 
 
 class GeneratedTask:
@@ -59,9 +61,11 @@ class GeneratedTask:
 
     @property
     def size(self) -> int | None:
+        """The number of problems; None: endless."""
         return self._size
 
     def problem(self, index: int) -> Problem:
+        """Returns the problem of this index, from 0. Raises IndexError beyond `size`."""
         if index < 0 or (self._size is not None and index >= self._size):
             raise IndexError(f"task {self.config.name}: index {index} is outside its {self._size} problems")
         return self._make(index)
@@ -84,12 +88,14 @@ class StoredTask:
 
     @property
     def size(self) -> int:
+        """The number of problems, without the rows that were dropped."""
         return len(self._problems)
 
     def __len__(self) -> int:
         return len(self._problems)
 
     def problem(self, index: int) -> Problem:
+        """Returns the problem of this index, from 0 and without the rows that were dropped."""
         return self._problems[index]
 
     def check_dropped(self) -> None:

@@ -52,6 +52,7 @@ class WordProblems:
             raise ValueError(f"task {self.name}: split must be training or evaluation, got {self.split!r}")
 
     def problem(self, index: int) -> Problem:
+        """Returns the problem of this index, from 0; a function of the index and the settings alone."""
         draw = random.Random(f"words/{self.seed}/{self.split}/{self.shortest}/{self.operations}/{self.largest}/{index}")
         count = draw.randint(self.shortest, self.operations)
         while True:

@@ -45,6 +45,8 @@ class LoopCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
+    """The costs of the two loops on the same work."""
+
     pipeline: LoopCost
     in_process: LoopCost
     prompts: int
@@ -52,10 +54,12 @@ class Comparison:
 
     @property
     def wall_ratio(self) -> float:
+        """The pipeline's wall time in multiples of the loop's in one process."""
         return self.pipeline.wall_s / self.in_process.wall_s
 
     @property
     def cpu_ratio(self) -> float:
+        """The pipeline's CPU time in multiples of the loop's in one process."""
         return self.pipeline.cpu_s / self.in_process.cpu_s
 
 

@@ -40,6 +40,8 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayBench:
+    """A table of `bench replay`."""
+
     model: str
     rows: list[Lengths]
 

@@ -115,6 +115,8 @@ GOALS = (">= 1.0", ">= 1.5", ">= 1.5")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBench:
+    """A table of `bench rollout`."""
+
     model: str
     rows: list[Row]
     forward_shares: dict[str, float]  # kind of step -> share of the model's own forward passes in the whole

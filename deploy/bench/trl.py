@@ -58,6 +58,8 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrlBench:
+    """A table of `bench trl`."""
+
     trl: str  # version
     steps: int  # counted in a turn
     costs: dict[str, Cost]

@@ -55,6 +55,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing has to be fixed; a warning is ok."""
         return self.status != "fail"
 
 

@@ -163,10 +163,12 @@ class RankMemory:
 
     @property
     def states(self) -> int:
+        """Weights, gradients and optimizer state, in bytes."""
         return self.parameters + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
+        """All of it, in bytes."""
         return self.states + self.activations + self.logits + self.reference
 
     def __str__(self) -> str:
@@ -237,6 +239,7 @@ class WorkerMemory:
 
     @property
     def total(self) -> int:
+        """All of it, in bytes."""
         return self.weights + self.kept
 
     def __str__(self) -> str:

@@ -74,6 +74,7 @@ class Evaluation:
         return list(found.values())
 
     def metrics(self) -> dict[str, float]:
+        """Returns the figures of all tasks, named `TASK/FIGURE`."""
         return {name: value for result in self.tasks for name, value in result.metrics().items()}
 
 

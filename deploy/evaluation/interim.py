@@ -34,19 +34,24 @@ STATE_KEY = "evaluating"  # of a checkpoint's state: the step of the evaluation 
 class Lender(Protocol):
     """What an evaluation beside the steps needs from the workers (`rollout_workers.pool.RolloutPool`)."""
 
-    def lend(self) -> bool: ...
+    def lend(self) -> bool:
+        """Takes a worker out of training; False: none can be spared."""
 
-    def submit_lent(self, requests: list[GroupRequest]) -> None: ...
+    def submit_lent(self, requests: list[GroupRequest]) -> None:
+        """Queues groups for the lent worker."""
 
-    def end_loan(self) -> None: ...
+    def end_loan(self) -> None:
+        """Returns the worker to training."""
 
 
 class Restorable(Protocol):
     """What making up an evaluation needs from the learner (`learner.learner.LearnerGroup`)."""
 
-    def load(self, folder: str | Path) -> None: ...
+    def load(self, folder: str | Path) -> None:
+        """Reads the learner's state from a checkpoint's folder."""
 
-    def publish(self, version: int) -> Any: ...
+    def publish(self, version: int) -> Any:
+        """Returns the current weights as this policy version."""
 
 
 class InterimEvaluations:
@@ -178,6 +183,7 @@ def checkpoints_of(root: Path, step: int) -> list[Path]:
 
 
 def tag_of(step: int) -> str:
+    """Returns the name under which an evaluation after a step is kept."""
     return f"step-{step}"
 
 

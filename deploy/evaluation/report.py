@@ -197,6 +197,7 @@ class Published:
     pass_at_64: float | None = None  # with noise
 
     def describe(self) -> str:
+        """Returns the figures in words: `Latent-GRPO 58.32, 21.2 steps`."""
         parts = [f"{self.method} {self.pass_at_1:.2f}" if self.pass_at_1 is not None else self.method]
         parts += [f"pass@64 {self.pass_at_64:.1f}"] if self.pass_at_64 is not None else []
         parts += [f"{self.chain_length:g} steps"] if self.chain_length is not None else []

@@ -55,6 +55,7 @@ class Row:
 
     @property
     def noise(self) -> NoiseMode:
+        """The noise of the row's samples."""
         return self.pass_at_1.sampling.noise_mode
 
 

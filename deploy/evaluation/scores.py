@@ -88,6 +88,7 @@ class TaskResult:
         return abs(self.mean_reward - self.pass_at_1) > 1e-6
 
     def metrics(self) -> dict[str, float]:
+        """Returns the figures, named `TASK/FIGURE`."""
         return {f"{self.label}/{name}": value for name, value in self.figures().items()}
 
 
@@ -133,6 +134,7 @@ class Tally:
     valid: int = 0
 
     def add(self, group: pa.RecordBatch) -> None:
+        """Counts the samples of a complete group."""
         view = TrajectoryBatch(group)
         self.rewards.append(view.rewards.copy())  # a view would keep the whole batch
         correct = np.array([reason == CORRECT for reason in view.strings("grade_reason")], dtype=np.float32)

@@ -21,11 +21,14 @@ class UploadError(RunError):
 class Hub(Protocol):
     """What is used of `huggingface_hub.HfApi`."""
 
-    def whoami(self) -> Any: ...
+    def whoami(self) -> Any:
+        """Raises an error of the hub's client where it does not know who asks."""
 
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any:
+        """Makes a repository; one that is there stays with `exist_ok`."""
 
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> Any: ...
+    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> Any:
+        """Commits the files of a folder to a repository."""
 
 
 def upload(repository: str, hub: Callable[[], Hub] | None = None) -> Callable[[Path, str, bool], str]:

@@ -42,6 +42,7 @@ class Stages:
     rank_seconds: float  # of a learner's step, on one rank
 
     def hours(self, config: RunConfig) -> float:
+        """Returns the hours of the run's steps, without its start and its evaluations."""
         return config.steps * self.simulated.step_s / 3600
 
 

@@ -61,6 +61,8 @@ class Simulated:
 
 @dataclass(slots=True)
 class Clock:
+    """The simulated time, in seconds."""
+
     now: float = 0.0
 
 

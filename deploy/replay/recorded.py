@@ -73,6 +73,7 @@ class RecordedRun:
 
     @property
     def dumped(self) -> list[int]:
+        """Returns the steps whose trajectories were dumped, ascending."""
         return self.trajectories.steps()
 
     def step(self, step: int) -> RecordedStep:
@@ -155,6 +156,7 @@ class RecordedRun:
         )
 
     def replayable(self) -> list[int]:
+        """Returns the steps that a state and the dumps in between lead to."""
         dumped, found, reach = self.dumped, [], set(self.starts())
         for step in dumped:
             if step - 1 in reach:

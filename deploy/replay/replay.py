@@ -67,6 +67,7 @@ class Figure:
 
     @property
     def difference(self) -> float | None:
+        """Replayed less recorded; None: it was not recorded."""
         return None if self.recorded is None else self.replayed - self.recorded
 
 
@@ -95,6 +96,7 @@ class StepReplay:
 
     @property
     def reproduced(self) -> bool:
+        """Whether every figure and every row agree within their tolerances."""
         return not self.deviations and not any(f.deviates for f in self.figures)
 
 
@@ -109,6 +111,7 @@ class Replay:
 
     @property
     def reproduced(self) -> bool:
+        """Whether the step, and those before it that led to it, are reproduced."""
         return self.asked.reproduced and all(step.reproduced for step in self.before)
 
     def as_json(self) -> dict[str, Any]:
@@ -234,6 +237,7 @@ def deviations(was: pa.RecordBatch | None, now: pa.RecordBatch, tolerance: Round
 
 
 def show(result: Replay, console: Console) -> None:
+    """Prints the comparison of the step, and of those before it that deviate."""
     for step in (*result.before, result.asked):
         if step is result.asked or not step.reproduced:
             _show_step(step, console)

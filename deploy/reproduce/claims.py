@@ -53,6 +53,7 @@ class Estimate:
         return dataclasses.replace(self, low=max(self.low, 0.0), high=min(self.high, 1.0))
 
     def text(self, form: str = "{:+.3f}") -> str:
+        """Returns mean, interval and number of seeds: `+0.031 [+0.012, +0.050] (3 seeds)`."""
         shown = form.format(self.mean)
         if self.low is not None:
             shown += f" [{form.format(self.low)}, {form.format(self.high)}]"
@@ -61,6 +62,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class JudgedClaim:
+    """A claim of a suite and what its runs say of it."""
+
     claim: str
     text: str
     source: str
@@ -96,6 +99,7 @@ def error_of_difference(*errors: float) -> float:
 
 
 def judge_all(suite: Suite, results: Results) -> list[JudgedClaim]:
+    """Judges every claim of the suite."""
     return [
         JudgedClaim(name, claim.text, claim.source, *judge(suite, claim, results))
         for name, claim in suite.claims.items()

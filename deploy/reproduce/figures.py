@@ -69,6 +69,8 @@ class MassPoint:
 
 @dataclass(frozen=True, slots=True)
 class UnitCount:
+    """How many units of a suite there are, and how many have finished."""
+
     finished: int
     all: int
 
@@ -208,6 +210,7 @@ def _sampled(report: SuiteReport) -> list[str]:
 
 
 def arm_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of the table of arms."""
     sampled = _sampled(report)
     header = ["arm", "seeds", "pass@1", "gain over its start", *_titles(COLUMNS[1:], sampled), "s / step"]
     rows = []
@@ -268,6 +271,7 @@ def seed_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
 
 
 def claim_table(report: SuiteReport) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of the table of claims."""
     rows = [[c.text, c.source, c.verdict, c.numbers] for c in report.claims]
     return ["claim", "source", "verdict", f"numbers (protocol {report.protocol})"], rows
 

@@ -88,6 +88,7 @@ class Devices:
         return found
 
     def give_back(self, holder: Hashable) -> None:
+        """Frees the devices of a holder; one that has none is no error."""
         self._held.pop(holder, None)
 
 

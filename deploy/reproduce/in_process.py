@@ -197,6 +197,8 @@ class _OneRank:
 
 
 class InProcessLearner(_OneRank):
+    """A learner of one rank in this process, for the controller."""
+
     def __init__(self, config: RunConfig, model: str | Path):
         self._rank = LearnerRank()
         super().__init__(self._rank, config, model)
@@ -212,6 +214,8 @@ class InProcessLearner(_OneRank):
 
 
 class InProcessSFT(_OneRank):
+    """A learner of Latent-SFT of one rank in this process."""
+
     def __init__(self, config: RunConfig, model: str | Path):
         self._rank = SFTRank()
         super().__init__(self._rank, config, model)

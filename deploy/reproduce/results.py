@@ -46,6 +46,7 @@ class UnitResult:
 
     @property
     def headline(self) -> str:
+        """The figures that stand first."""
         return f"pass@1 {self.metrics['pass_at_1']:.3f}, chain length {self.metrics['chain_length']:.1f}"
 
 

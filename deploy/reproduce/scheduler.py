@@ -72,6 +72,7 @@ class SuiteFailed(RunError):
 
 
 def default_folder(source: str, quick: bool) -> Path:
+    """Returns the folder of a suite's results where the user names none."""
     return Path("runs") / (f"reproduce-{Path(source).stem}" + ("-quick" if quick else ""))
 
 

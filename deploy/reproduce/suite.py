@@ -188,6 +188,7 @@ def named_in(claim: Claim) -> list[str]:
 
 
 def suites_folder() -> Path:
+    """The folder of the shipped suites."""
     return Path(__file__).resolve().parents[1] / "suites"
 
 
@@ -252,6 +253,7 @@ class Unit:
 
     @property
     def key(self) -> str:
+        """The unit's name in the suite: `ARM-seedN`."""
         return f"{self.name}-seed{self.seed}"
 
 
@@ -302,6 +304,7 @@ def unit_config(suite: Suite, unit: Unit, folder: Path) -> RunConfig:
 
 
 def unit_folder(folder: Path, unit: Unit) -> Path:
+    """Returns the folder of a unit's run."""
     return folder / ("starts" if unit.is_start else "runs") / unit.key
 
 

@@ -42,6 +42,7 @@ class Request:
     overrides: list[str] = field(default_factory=list)
 
     def load(self) -> Suite:
+        """Reads the suite with what was asked for. Raises SuiteError."""
         return load_suite(self.source, quick=self.quick, seeds=self.seeds, overrides=self.overrides)
 
 

@@ -20,6 +20,7 @@ class BackgroundWork:
 
     @property
     def running(self) -> bool:
+        """Whether the work goes on."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, work: Callable[[], None]) -> None:

@@ -57,18 +57,23 @@ class Scalable(Protocol):
     """What the run scales (`rollout_workers.pool.RolloutPool`)."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """The number of workers that serve."""
 
     @property
-    def wanted(self) -> int: ...
+    def wanted(self) -> int:
+        """The number of workers that are to serve."""
 
     @property
-    def busy_s(self) -> float: ...
+    def busy_s(self) -> float:
+        """Seconds that all workers have worked so far, together."""
 
     @property
-    def weights_s(self) -> float: ...
+    def weights_s(self) -> float:
+        """Seconds until the last weights had reached the slowest worker."""
 
-    def resize(self, workers: int, *, at_once: bool = False) -> None: ...
+    def resize(self, workers: int, *, at_once: bool = False) -> None:
+        """Scales to so many workers and returns at once; with `at_once` leavers do not finish their groups."""
 
 
 def request_scale(run: str | Path, workers: int, at_once: bool = False, answer_s: float = ANSWER_S) -> Reply:

@@ -84,33 +84,41 @@ class RunFolder:
 
     @property
     def base_model(self) -> Path:
+        """The model that RL starts from, where it was made by the run (new, or by a warm start)."""
         return self.path / "base"
 
     @property
     def induction(self) -> Path:
+        """What stage 1 of Latent-SFT leaves: the encoder."""
         return self.path / "induction"
 
     @property
     def sft(self) -> Path:
+        """Checkpoints of Latent-SFT."""
         return self.path / "sft"
 
     @property
     def trajectories(self) -> Path:
+        """Dumps of trajectories."""
         return self.path / "trajectories"
 
     @property
     def learner_records(self) -> Path:
+        """Dumps of learner records."""
         return self.path / "learner_records"
 
     @property
     def checkpoints(self) -> Path:
+        """Checkpoints of RL."""
         return self.path / "checkpoints"
 
     @property
     def model(self) -> Path:
+        """The trained model."""
         return self.path / "model"
 
     def config(self) -> RunConfig:
+        """Reads the run's settings. Raises ConfigError where they are damaged."""
         return parse_config(self.settings())
 
     def settings(self) -> dict[str, Any]:
@@ -118,9 +126,11 @@ class RunFolder:
         return stored_settings((self.path / "config.json").read_text(encoding="utf-8"))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a file of the folder, which appears whole or not at all."""
         write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
+        """Reads a file of the folder. Raises OSError and ValueError."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 

@@ -45,6 +45,7 @@ class NamedCode:
 
     @property
     def module(self) -> str:
+        """The module of the import path."""
         return self.path.partition(":")[0]
 
 

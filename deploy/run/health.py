@@ -67,6 +67,7 @@ class Rule:
     when: Callable[[RunConfig], bool] = lambda config: True
 
     def value(self, metrics: Mapping[str, float]) -> float | None:
+        """Returns the rule's figure in a step's metrics; None: they have none."""
         found = self.metric(metrics) if callable(self.metric) else metrics.get(self.metric)
         return None if found is None or math.isnan(found) else float(found)
 
@@ -255,6 +256,7 @@ class Judge:
 
     @property
     def active(self) -> tuple[str, ...]:
+        """The names of the alarms that are raised."""
         return tuple(self._raised_at)
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
@@ -263,6 +265,7 @@ class Judge:
         return [alarm for rule in self._rules if (alarm := self._judged(rule, step, metrics)) is not None]
 
     def standings(self) -> list[Standing]:
+        """How every rule stands after the last step."""
         return [self._standing(rule) for rule in self._rules]
 
     def _standing(self, rule: Rule) -> Standing:
@@ -349,6 +352,7 @@ class HealthMonitor(Judge):
         return alarms
 
     def close(self) -> None:
+        """Closes the file of alarms."""
         self._record.close()
 
 

@@ -25,9 +25,11 @@ class TaskFigures(Protocol):
     """The figures of one task in an evaluation."""
 
     @property
-    def task(self) -> str: ...
+    def task(self) -> str:
+        """The task's name."""
 
-    def figures(self) -> Mapping[str, float]: ...
+    def figures(self) -> Mapping[str, float]:
+        """Returns its figures by name."""
 
 
 class Milestones:

@@ -62,6 +62,7 @@ class PreparedTask:
 
     @property
     def summary(self) -> str:
+        """The task's size and what was dropped, in a line."""
         return describe(self.source)
 
     def first_prompt(self) -> tuple[str, list[str]]:
@@ -276,6 +277,7 @@ class Problems:
 
     @property
     def summaries(self) -> list[str]:
+        """A line per task, and what is odd about their rows."""
         learned = [] if self.training is self.evaluation else self.training
         training, evaluation = ([task.source for task in tasks] for tasks in (learned, self.evaluation))
         return [

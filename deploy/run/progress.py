@@ -84,6 +84,7 @@ class Pace:
 
     @property
     def left(self) -> str:
+        """The time that is left, in words; empty where it is not known or nothing is left."""
         left = self.left_s
         return "" if left is None or self.done >= self.total else f"{duration(left)} left"
 

@@ -20,7 +20,8 @@ class SelfTestFailed(TrainingStopped):
 class Replaying(Protocol):
     """A learner that computes recorded trajectories again (`learner.learner.LearnerGroup`)."""
 
-    def replay(self, batch: pa.RecordBatch) -> ReplayReport: ...
+    def replay(self, batch: pa.RecordBatch) -> ReplayReport:
+        """Replays trajectories without training and returns how far the log-probs are apart."""
 
 
 def self_test(run: Run, learner: Replaying) -> None:

@@ -60,10 +60,12 @@ class Run:
 
     @property
     def problems(self) -> Problems:
+        """The run's tasks with their encoded prompts."""
         return self.prepared.problems
 
     @property
     def store(self) -> TrajectoryStore:
+        """The run's dumps of trajectories."""
         return TrajectoryStore(self.folder.trajectories)
 
     def export(self, target: Path, write: Callable[[Path], None]) -> None:

@@ -142,6 +142,7 @@ class SFTData:
         return [f"[yellow]{line}[/]" if name in dropped else line for name, line in lines.items()]
 
     def row(self, task: PreparedTask, problem: Problem) -> SFTRow:
+        """Returns a problem's training row."""
         return self.chains.row(task, problem)
 
     def rows(self, step: int, count: int) -> list[SFTRow]:

@@ -172,7 +172,8 @@ class StateKeeper:
 class StepLearner(Stepping, Protocol):
     """A learner that :class:`LearnerSteps` drives."""
 
-    def start_step(self, *inputs: Any) -> None: ...
+    def start_step(self, *inputs: Any) -> None:
+        """Starts a step on the inputs of the learner's kind and returns at once."""
 
 
 class LearnerSteps:

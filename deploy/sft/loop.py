@@ -47,13 +47,17 @@ class SFTRanks(StepLearner, Protocol):
     def publish(self, version: int) -> Any:
         """Returns a publication of the weights for the rollout pool."""
 
-    def save(self, folder: str | Path) -> None: ...
+    def save(self, folder: str | Path) -> None:
+        """Writes every rank's state below a folder."""
 
-    def load(self, folder: str | Path) -> None: ...
+    def load(self, folder: str | Path) -> None:
+        """Reads every rank's state from below a folder."""
 
-    def export(self, folder: str | Path) -> None: ...
+    def export(self, folder: str | Path) -> None:
+        """Writes the model as a Hugging Face folder."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the ranks; may be called twice."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,7 @@ def overview_steps(run: RunView) -> list[dict[str, Any]]:
 
 
 def overview_json(run: RunView) -> dict[str, Any]:
+    """Returns what the overview shows, as JSON."""
     return {
         "run": run.folder.name,
         "facts": dict(facts(run)),

@@ -50,10 +50,12 @@ class RunView:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
+        """The content of `summary.json`; empty where there is none."""
         return _optional_json(self.folder.path / "summary.json")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        """The content of `run.json`; empty where there is none."""
         return _optional_json(self.folder.path / "run.json")
 
     @cached_property
@@ -68,6 +70,7 @@ class RunView:
         return list(read_metrics(path, kind=None)) if path.is_file() else []
 
     def metric_rows(self, kind: str) -> list[dict[str, Any]]:
+        """Returns the rows of `metrics.jsonl` of a kind: train, evaluation, sft, ..."""
         return [row for row in self.metrics if row["kind"] == kind]
 
     @cached_property
@@ -95,10 +98,12 @@ class RunView:
 
     @property
     def done_steps(self) -> int:
+        """The last step that is done; 0: none."""
         return max((row["step"] for row in self.metric_rows("sft" if self.kind == "sft" else "train")), default=0)
 
     @property
     def finished(self) -> bool:
+        """Whether the run came to its end."""
         if self.kind == "sft" and self.settings.get("warm_start") is None:  # a suite's start that was given
             return "after" in self.summary
         if self.kind == "sft":
@@ -130,6 +135,7 @@ class RunView:
 
     @property
     def store(self) -> TrajectoryStore:
+        """The run's dumps of trajectories."""
         return TrajectoryStore(self.folder.trajectories)
 
     def files(self, filters: Filters) -> list[DumpFile]:
@@ -217,6 +223,7 @@ class RunView:
         ]
 
     def leave_out(self, error: DumpError) -> None:
+        """Notes a dump that cannot be read, once."""
         if str(error) not in self.unreadable:
             self.unreadable.append(str(error))
 

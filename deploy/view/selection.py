@@ -82,6 +82,7 @@ class Row:
 
     @property
     def name(self) -> str:
+        """How the row is named for people: step, group and sample."""
         return f"step {self.step}, {self.group_uid} #{self.sample_index}"
 
 
@@ -139,9 +140,11 @@ class Filters:
         return " ".join(words) or "no filter"
 
     def has_step(self, step: int) -> bool:
+        """Whether the filters take a step."""
         return not self.steps or any(a <= step <= b for a, b in self.steps)
 
     def accepts(self, row: Row) -> bool:
+        """Whether the filters, but for the step, take a row."""
         return (
             (self.task is None or self.task in row.task)
             and not (self.failed and row.correct)
@@ -175,6 +178,7 @@ def exact_matches_first(rows: list[Row], filters: Filters) -> list[Row]:
 
 
 def ordered(rows: list[Row], sort: str) -> list[Row]:
+    """Returns the rows in an order of `--sort`; those without a value come last."""
     name = sort.removeprefix("-")
     if name == "step":
         return rows[::-1] if sort.startswith("-") else rows

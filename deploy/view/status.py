@@ -55,6 +55,7 @@ class Status:
     notes: tuple[str, ...] = ()  # what is odd, and what could not be read
 
     def as_json(self) -> dict[str, Any]:
+        """Returns the status as JSON."""
         return dataclasses.asdict(self)
 
 

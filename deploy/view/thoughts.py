@@ -49,6 +49,7 @@ class TokenTexts:
         return f"#{token}" if text is None else text
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids, special tokens included; `#ID` each without a tokenizer."""
         if self._tokenizer is None:
             return " ".join(f"#{token}" for token in ids)
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -258,6 +259,7 @@ def as_json(thoughts: Thoughts, tokens: TokenTexts, component_weighting: str) ->
 
 
 def row_json(row: Row) -> dict[str, Any]:
+    """Returns a row of the list as JSON."""
     names = [name for name in row.__dataclass_fields__ if name not in ("file", "index")]
     return {"step": row.step, "purpose": row.purpose, "lineage": row.file.lineage} | {
         name: _number(getattr(row, name)) for name in names

@@ -34,23 +34,28 @@ NOISE_TOLERANCE = 1e-4  # score - log p is a difference of float32 numbers
 
 
 def report_left_out(run: RunView, console: Console) -> None:
+    """Prints a line for each dump that cannot be read."""
     for line in run.unreadable:
         console.print(Text(f"left out: {line}", style="yellow"))
 
 
 def print_json(console: Console, content: dict[str, Any]) -> None:
+    """Prints JSON, without colours."""
     console.out(json.dumps(content, indent=2, allow_nan=False), highlight=False)
 
 
 def component_weighting(run: RunView) -> str:
+    """Returns the weighting of a run's components (METHOD §3.1)."""
     return run.settings.get("component_weighting") or "mixture"
 
 
 def format_value(form: str, value: float | None) -> str:
+    """Formats a number; `-` for none."""
     return "-" if value is None or not math.isfinite(value) else form.format(value)
 
 
 def outcome_mark(row: Row) -> Text:
+    """Returns the verdict in colour: `✓ correct`, `✗ wrong`, `? ungraded`."""
     if row.reward is None:
         return Text("? ungraded", style="yellow")
     mark = Text("✓ correct", style="green") if row.correct else Text(f"✗ {visible(row.grade_reason)}", style="red")
@@ -60,6 +65,7 @@ def outcome_mark(row: Row) -> Text:
 def show_trajectory(
     thoughts: Thoughts, siblings: Sequence[Thoughts], tokens: TokenTexts, weighting: str, max_thoughts: int
 ) -> RenderableType:
+    """Returns a trajectory in full: verdict, prompt, thoughts, text, and its group's other samples."""
     t, row = thoughts.trajectory, thoughts.row
     title = f"{row.purpose} step {row.step} · sample {row.sample_index} · policy version {row.version}"
     prompt = Text(visible(tokens.decode(t.prompt_ids)).replace("⏎", "⏎\n"))

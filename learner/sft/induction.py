@@ -124,6 +124,7 @@ class Side:
     answer: torch.Tensor  # [B, T] bool
 
     def to(self, device: torch.device | str) -> Side:
+        """Returns the tensors on a device."""
         return Side(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
@@ -139,6 +140,7 @@ class InductionBatch:
     calls: tuple[int, int, int] = (0, 0, 0)  # output-layer calls for text, answer and slots that every rank makes
 
     def to(self, device: torch.device | str) -> InductionBatch:
+        """Returns the batch on a device."""
         moved = {n: getattr(self, n).to(device) for n in ("encoder", "decoder", "anchor_ids", "anchor_labels")}
         return replace(self, **moved)
 
@@ -147,16 +149,20 @@ class Example(Protocol):
     """A row of Latent-SFT (`learner.sft.module.SFTRow`)."""
 
     @property
-    def prompt_ids(self) -> np.ndarray: ...  # [P] int64
+    def prompt_ids(self) -> np.ndarray:
+        """The prompt's token ids, [P] int64."""
 
     @property
-    def cot_ids(self) -> np.ndarray: ...  # [N] int64
+    def cot_ids(self) -> np.ndarray:
+        """The token ids of the chain of thought, [N] int64."""
 
     @property
-    def chain(self) -> Chain: ...  # uniform labels
+    def chain(self) -> Chain:
+        """The chain with uniform labels."""
 
     @property
-    def hard_ids(self) -> np.ndarray: ...  # [H] int64
+    def hard_ids(self) -> np.ndarray:
+        """The token ids from the end of thinking to EOS, [H] int64."""
 
 
 def collate(
@@ -367,6 +373,7 @@ class InducedChains:
 
     @torch.no_grad()
     def chains(self, prompts: Sequence[np.ndarray], cots: Sequence[np.ndarray]) -> list[Chain]:
+        """Returns the chain of each problem, its labels induced by the encoder (METHOD §7b)."""
         layouts = [encoder_layout(p, t, self._c, self._slot_id) for p, t in zip(prompts, cots, strict=True)]
         found: list[Chain] = []
         size = max(self._tokens_at_once // max((len(layout.ids) for layout in layouts), default=1), 1)

@@ -66,6 +66,7 @@ class SFTBatch:
     calls: Calls = NO_CALLS
 
     def to(self, device: torch.device | str) -> SFTBatch:
+        """Returns the batch on a device."""
         tensors = (f.name for f in fields(self) if f.name != "calls")
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 

@@ -42,6 +42,7 @@ class UniformChains:
         self.c, self.k = c, k
 
     def chains(self, prompts: Sequence[np.ndarray], cots: Sequence[np.ndarray]) -> list[Chain]:
+        """Returns the chain of each problem; the prompts are not looked at."""
         return [build_chain(cot, self.c, self.k) for cot in cots]
 
 

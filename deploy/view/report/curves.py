@@ -23,6 +23,7 @@ class Curve:
     smoothed: bool = False
 
     def value(self, metrics: dict[str, Any]) -> float | None:
+        """Returns the curve's value in a step's metrics; None: it has none that is finite."""
         found = self.metric(metrics) if callable(self.metric) else metrics.get(self.metric)
         return found if found is not None and math.isfinite(found) else None
 
