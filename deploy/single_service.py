@@ -99,9 +99,9 @@ def train_only(
         raise ConfigError(
             f"--train-only {source}: it has no config.json; give a run folder such as runs/quickstart-..."
         )
-    recorded = RecordedRun(origin, origin.config())
+    recorded = RecordedRun(origin, origin.placed_config())
     model = [f"model.path={recorded.base}", "model.new=null", "warm_start=null"]  # the new run's start is finished
-    config = load_config(origin.config().model_dump(mode="json"), [*overrides, *model])
+    config = load_config(recorded.config.model_dump(mode="json"), [*overrides, *model])
     check_origin(origin.path, config, overrides, allowed)
     for line in announced(config):
         reporter.say(line)

@@ -264,7 +264,7 @@ def evaluation_config(
         noise = f"profile {name}"
     elif (Path(model).parent / "run.json").is_file() and run_config.is_file():
         origin = run_config.parent
-        settings, name = RunFolder(origin).settings(), Path(model).resolve().parent.name
+        settings, name = RunFolder(origin).placed_settings(), Path(model).resolve().parent.name
         noise = f"run {name}"
     elif tasks:
         settings, name, noise = _settings_of(read_chain(model)), "benchmarks", None

@@ -77,7 +77,7 @@ def export(
         raise ConfigError(f"--to {to} exists already; give a folder that does not, or remove it")
     if repository is None and public:
         raise ConfigError("--public has no effect on a folder; leave it out, or give --to hf:OWNER/NAME")
-    config = folder.config()
+    config = folder.placed_config()
     client = None if repository is None else upload(repository, hub)  # refuses what cannot work before the weights
     chosen = choose(folder, config, step, best, say)
     say(f"exporting {chosen.name} of {folder.path}")

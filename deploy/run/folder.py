@@ -55,6 +55,7 @@ from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
 from latent_grpo.common.config.resume import refused_changes
 from latent_grpo.common.files import unwritable, write_atomically
 from latent_grpo.common.remote_url import is_url
+from latent_grpo.deploy.run.start_folder import STARTED_IN, placed, start_folder
 from latent_grpo.deploy.run.versions import ARITHMETIC, versions
 
 EVALUATION_FILE = "evaluation.json"  # the results of an evaluation run
@@ -120,6 +121,14 @@ class RunFolder:
     def config(self) -> RunConfig:
         """Reads the run's settings. Raises ConfigError where they are damaged."""
         return parse_config(self.settings())
+
+    def placed_config(self) -> RunConfig:
+        """Reads the settings as they are meant from any folder (`deploy.run.start_folder`). Raises ConfigError."""
+        return parse_config(self.placed_settings())
+
+    def placed_settings(self) -> dict[str, Any]:
+        """The stored settings as they are meant from any folder."""
+        return placed(self.settings(), self.read_json("run.json") if has_begun(self.path) else {})
 
     def settings(self) -> dict[str, Any]:
         """The stored settings, as this version means them."""
@@ -226,7 +235,9 @@ def reopen_run(
         check(folder.path, config)
     else:
         folder, config = RunFolder(Path(path)), settings
-        _check_changes(folder, folder.config(), config)
+        identity = folder.read_json("run.json")
+        asked = parse_config(placed(config.model_dump(mode="json"), identity))  # the same files, however they are named
+        _check_changes(folder, folder.placed_config(), asked)
         config = with_scaled_workers(folder, config)
     with run_lock(folder.path):
         lineage = int(folder.read_json("run.json")["lineage"]) + 1
@@ -239,7 +250,7 @@ def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFo
     folder = RunFolder(Path(path))
     if not (folder.path / "config.json").is_file():
         raise ResumeError(f"{option} {path}: it has no config.json; give a run folder such as runs/quickstart-...")
-    stored = folder.config()
+    stored = folder.placed_config()
     config = load_config(stored.model_dump(mode="json"), overrides)
     _check_changes(folder, stored, config)
     return folder, config
@@ -300,13 +311,15 @@ def _without_default_prompts(node: Any) -> Any:
 
 def write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: RunKind) -> None:
     """Writes what the run does from now on: its kind, lineage, settings and the program's versions."""
-    begun = folder.read_json("run.json").get("arithmetic", [1] * lineage) if has_begun(folder.path) else []
+    before = folder.read_json("run.json") if has_begun(folder.path) else {}
+    begun = before.get("arithmetic", [1] * lineage) if before else []
     identity = {
         "kind": kind,
         "lineage": lineage,
         "started": time.strftime("%FT%T%z"),
         "versions": versions(),
         "arithmetic": [*begun, ARITHMETIC],
+        STARTED_IN: start_folder(before),
     }
     folder.write_json("run.json", identity)
     write_atomically(folder.path / "config.json", config_as_json(config))

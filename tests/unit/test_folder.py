@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from latent_grpo.deploy.run.folder import (
     LEASE_S,
     FolderInUse,
     ResumeError,
+    RunFolder,
     create_run,
     has_begun,
     in_use,
@@ -122,3 +125,39 @@ def test_a_named_run_that_has_begun_goes_on_and_one_that_has_not_is_made(tmp_pat
         reopen_run(folder.path, [], "train", other)
     with pytest.raises(ConfigError, match="run_name"):
         load_config("quickstart", ["run_name=../elsewhere"])
+
+
+def test_relative_paths_are_those_of_the_folder_in_which_the_run_was_started(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for place in (here / "data", here / "models" / "m", there):
+        place.mkdir(parents=True)
+    for name in ("x.jsonl", "y-0.jsonl"):
+        (here / "data" / name).touch()
+    task = {"path": "data/x.jsonl", "verifier": "number"}
+    evaluated = [{**task, "name": "y", "path": "data/y-*.jsonl"}, {**task, "name": "z", "path": "data/gone.jsonl"}]
+    settings = {
+        "model": {"path": "models/m"},
+        "tasks": [{**task, "name": "x"}, {"name": "made", "path": "builtin:chain_arithmetic"}],
+        "evaluation": {"tasks": evaluated},
+        "run_name": "job",
+        "runs_folder": str(tmp_path / "runs"),
+    }
+    config = load_config(settings)
+    with contextlib.chdir(here):
+        folder = create_run(config, "tiny", named_run(config)).path
+        same = reopen_run(folder, [], "train")[1]
+    assert same.tasks[0].path == "data/x.jsonl"
+    with contextlib.chdir(there):
+        assert reopen_run(folder, [], "train", config)[1] == config, "a job that is started again names its own files"
+        found = reopen_run(folder, [], "train")[1]
+        again = reopen_run(folder, ["steps=77"], "train")[1]
+        assert reopen_run(folder, [], "train", again)[1].steps == 77
+    assert [task.path for task in found.tasks] == [str(here / "data" / "x.jsonl"), "builtin:chain_arithmetic"]
+    assert [task.path for task in found.evaluation.tasks] == [str(here / "data" / "y-*.jsonl"), "data/gone.jsonl"]
+    assert found.model.path == str(here / "models" / "m")
+    assert again.tasks == found.tasks
+    shutil.rmtree(here)
+    with contextlib.chdir(there):
+        assert RunFolder(folder).read_json("run.json")["started_in"] == str(here)
+        reopen_run(folder, [], "train")
+        assert RunFolder(folder).read_json("run.json")["started_in"] == str(there)
