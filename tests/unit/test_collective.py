@@ -120,7 +120,7 @@ def test_a_learner_that_is_dead_is_said_with_what_to_do(elsewhere):
     assert fetched(worker, handle, found) == found
     process.kill()
     process.join()
-    with pytest.raises(LinkLost, match=r"did not send a bucket of .* bytes in 4 attempts.*weights.interface"):
+    with pytest.raises(LinkLost, match=r"did not send .* bytes in 4 attempts.*weights.interface"):
         fetched(worker, replace(handle, timeout_s=0.5), found)
 
 
