@@ -117,7 +117,7 @@ class CollectiveTransport:
                 ray.get(handle.alive, timeout=handle.timeout_s)  # raises if the learner is dead
         raise LinkLost(
             f"the learner at {handle.address} did not send {size} bytes in {1 + len(self._pauses_s)} attempts, "
-            f"each of at most {handle.timeout_s:g} s (weights.timeout_s): {reason}; see that the nodes reach each other "
+            f"each at most {handle.timeout_s:g} s (weights.timeout_s): {reason}; see that the nodes reach each other "
             "(weights.interface), or set weights.transport to object_store"
         )
 
