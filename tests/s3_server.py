@@ -35,19 +35,33 @@ def credentials(endpoint: str) -> Iterator[None]:
             os.environ.update(before)
 
 
-@contextlib.contextmanager
-def s3_server(bucket: str) -> Iterator[str]:
-    """Serves one empty bucket; yields its URL."""
-    from moto.server import ThreadedMotoServer
+class Server:
+    """A server with one bucket, which is still there when it is started again."""
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    def __init__(self, bucket: str):
+        self.url, self._port = f"s3://{bucket}", 0
+        self.start()
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self._port, verbose=False)
+        self._server.start()
+        host, self._port = self._server.get_host_and_port()
+        self.endpoint = f"http://{host}:{self._port}"
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+@contextlib.contextmanager
+def s3_server(bucket: str) -> Iterator[Server]:
+    """Serves one empty bucket, in the environment of its user."""
+    server = Server(bucket)
     try:
-        host, port = server.get_host_and_port()
-        with credentials(f"http://{host}:{port}"):
-            options = {"endpoint_override": os.environ["AWS_ENDPOINT_URL"], "allow_bucket_creation": True}
-            fs.S3FileSystem(**options).create_dir(bucket)
-            yield f"s3://{bucket}"
+        with credentials(server.endpoint):
+            fs.S3FileSystem(endpoint_override=server.endpoint, allow_bucket_creation=True).create_dir(bucket)
+            yield server
     finally:
         server.stop()
 

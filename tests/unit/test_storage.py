@@ -5,19 +5,21 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from fake_run import fake_run
+from fake_run import fake_config, fake_run
 
 from latent_grpo.common.config import ConfigError
-from latent_grpo.deploy.run.folder import FolderInUse, run_lock
+from latent_grpo.common.interrupts import Interrupted
+from latent_grpo.deploy.run.folder import FolderInUse, RunFolder, run_lock, write_identity
 from latent_grpo.deploy.run.storage.copy import local_copy, model_copy, remote_runs, working_copy
 from latent_grpo.deploy.run.storage.index import INDEX, OWN, checksum, read_index
 from latent_grpo.deploy.run.storage.lease import Lease, held_by
 from latent_grpo.deploy.run.storage.store import StorageError, Store, WrittenElsewhere
-from latent_grpo.deploy.run.storage.upload import Upload, Uploader, push, read_twin
+from latent_grpo.deploy.run.storage.upload import Upload, Uploader, push, read_twin, uploading
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 
 
@@ -344,3 +346,75 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+# --- a run's own block -----------------------------------------------------------------------------------------------
+
+
+def run_of(tmp_path, **changes):
+    folder = RunFolder(tmp_path / "run")
+    config = fake_config(runs_folder=f"file://{tmp_path}/store", **changes)
+    folder.path.mkdir()
+    write_identity(folder, config, 0, "train")
+    return folder, config, Store(f"file://{tmp_path}/store/run")
+
+
+def test_a_run_on_a_disk_is_not_uploaded(tmp_path):
+    lines = []
+    with uploading(RunFolder(tmp_path), fake_config(), lines.append) as begin:
+        begin()
+    assert lines == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_whole_in_the_store_once_its_block_has_ended(tmp_path):
+    folder, config, store = run_of(tmp_path)
+    lines = []
+    with uploading(folder, config, lines.append) as begin:
+        begin()
+        folder.write_json("summary.json", {"minutes": 1.0})
+    assert lines[-1] == f"uploaded: {store.url}"
+    assert there(store.url, tmp_path / "b") == contents(folder.path)
+    assert held_by(store) is None
+
+
+def test_of_a_run_that_cannot_begin_nothing_is_in_the_store(tmp_path):
+    folder, config, store = run_of(tmp_path)
+    with pytest.raises(ConfigError, match="Ray cannot start"), uploading(folder, config, print):
+        raise ConfigError("Ray cannot start")
+    assert store.listed() == {}
+
+
+@pytest.mark.parametrize(
+    "error", [Interrupted(signal.SIGTERM, time.monotonic()), KeyboardInterrupt(), RuntimeError("x")]
+)
+def test_a_run_that_ends_early_is_uploaded_too(tmp_path, error):
+    folder, config, store = run_of(tmp_path)
+    with pytest.raises(type(error)), uploading(folder, config, print) as begin:
+        begin()
+        folder.write_json("summary.json", {"sessions": [1.0]})
+        raise error
+    assert there(store.url, tmp_path / "b") == contents(folder.path)
+
+
+def test_a_run_that_is_not_whole_in_the_store_does_not_end_as_if_it_were(tmp_path):
+    folder, config, store = run_of(tmp_path, deadlines={"upload_s": 0.2})
+    lines = []
+    with pytest.raises(StorageError, match=rf"has not all of the run .*latent-grpo push {folder.path}"):  # noqa: SIM117
+        with uploading(folder, config, lines.append) as begin:
+            (tmp_path / "store" / "run").rename(tmp_path / "elsewhere")
+            (tmp_path / "store" / "run").write_text("no folder any more")
+            begin()
+    assert any("the upload failed and is tried again" in line for line in lines)
+    (tmp_path / "store" / "run").unlink()
+    assert push(folder.path, lines.append) == store.url
+    assert there(store.url, tmp_path / "b") == contents(folder.path)
+
+
+def test_a_run_without_a_copy_is_pushed_where_the_command_says(tmp_path):
+    run = fake_run(tmp_path / "run", steps=1, groups=1)
+    with pytest.raises(StorageError, match="the run has no copy in an object store; say where to: --to s3://BUCKET"):
+        push(run.path, print)
+    url = push(run.path, print, f"file://{tmp_path}/store")
+    assert url == f"file://{tmp_path}/store/run"
+    assert there(url, tmp_path / "b") == contents(run.path)

@@ -23,8 +23,8 @@ from latent_grpo.deploy.view.status import all_statuses, status_of
 
 @pytest.fixture(scope="module")
 def bucket():
-    with s3_server("tests") as url:
-        yield url
+    with s3_server("tests") as server:
+        yield server.url
 
 
 def uploaded(run, url):

@@ -237,6 +237,7 @@ class Uploader:
         if self._thread is None:
             self._upload.detach()
             return None
+        self._say(f"uploading what is left to {self.url}")
         self._ending.set()
         self._wake.set()
         self._given_up = not self._done.wait(seconds)
