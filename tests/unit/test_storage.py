@@ -385,28 +385,38 @@ def test_of_a_run_that_cannot_begin_nothing_is_in_the_store(tmp_path):
     assert store.listed() == {}
 
 
-@pytest.mark.parametrize(
-    "error", [Interrupted(signal.SIGTERM, time.monotonic()), KeyboardInterrupt(), RuntimeError("x")]
-)
+EARLY_ENDS = (Interrupted(signal.SIGTERM, time.monotonic()), KeyboardInterrupt(), RuntimeError("x"))
+
+
+@pytest.mark.parametrize("error", EARLY_ENDS, ids=lambda error: type(error).__name__)
 def test_a_run_that_ends_early_is_uploaded_too(tmp_path, error):
     folder, config, store = run_of(tmp_path)
-    with pytest.raises(type(error)), uploading(folder, config, print) as begin:
-        begin()
-        folder.write_json("summary.json", {"sessions": [1.0]})
-        raise error
+
+    def run() -> None:
+        with uploading(folder, config, print) as begin:
+            begin()
+            folder.write_json("summary.json", {"sessions": [1.0]})
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
     assert there(store.url, tmp_path / "b") == contents(folder.path)
 
 
 def test_a_run_that_is_not_whole_in_the_store_does_not_end_as_if_it_were(tmp_path):
     folder, config, store = run_of(tmp_path, deadlines={"upload_s": 0.2})
-    lines = []
-    with pytest.raises(StorageError, match=rf"has not all of the run .*latent-grpo push {folder.path}"):  # noqa: SIM117
+    lines, place = [], tmp_path / "store" / "run"
+
+    def run() -> None:
         with uploading(folder, config, lines.append) as begin:
-            (tmp_path / "store" / "run").rename(tmp_path / "elsewhere")
-            (tmp_path / "store" / "run").write_text("no folder any more")
+            place.rename(tmp_path / "elsewhere")
+            place.write_text("no folder any more")
             begin()
+
+    with pytest.raises(StorageError, match=rf"has not all of the run .*latent-grpo push {folder.path}"):
+        run()
     assert any("the upload failed and is tried again" in line for line in lines)
-    (tmp_path / "store" / "run").unlink()
+    place.unlink()
     assert push(folder.path, lines.append) == store.url
     assert there(store.url, tmp_path / "b") == contents(folder.path)
 
