@@ -1,12 +1,12 @@
 """Weights by torch.distributed: learner rank 0 and a worker are a process group of two, by gloo or NCCL.
 
-    worker: receive ── number of a bucket ──► rank 0: this worker's thread
-                    ◄── size, bytes ───────── (of a copy, so that the learner's next step goes on meanwhile)
+    worker: receive ── question (store) ──► rank 0: a thread for each worker
+                    ◄── bytes (group) ───── of a copy, so that the learner's next step goes on meanwhile
 
-The groups have a store of their own and know nothing of the ranks' default group, which is DeepSpeed's. They
-are pairs and not one group of all, since in pairs nobody waits for anybody: a worker asks when it is ready; one that
-joins late asks for the same buckets as the others; one that dies, stands still or leaves breaks its own group alone, so
-a change of membership rebuilds nothing else. The price is that rank 0 sends every byte once for each worker: where many
+The groups have a store of their own and know nothing of the ranks' default group, which is DeepSpeed's. They are
+pairs and not one group of all, since in pairs nobody waits for anybody: a worker asks when it is ready; one that joins
+late asks for the same buckets as the others; one that dies, stands still or leaves breaks its own group alone, so a
+change of membership rebuilds nothing else. The price is that rank 0 sends every byte once for each worker: where many
 workers share nodes, the object store, which fetches once a node, sends less.
 
 Every bucket has a deadline at both ends (`weights.timeout_s`). The end that misses it gives the group up. A worker then
@@ -16,6 +16,7 @@ like that of every transport.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
@@ -25,6 +26,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ from latent_grpo.common.weights import BucketManifest, NamedTensor, TensorBytes
 log = logging.getLogger(__name__)
 dist: Any = torch.distributed  # whose types lack stores, groups and their methods
 PAUSES_S = (1.0, 2.0, 4.0)  # before another group is tried for a bucket; Ray learns of a death meanwhile
-IDLE = timedelta(hours=1)  # after which rank 0 ends a group that asks for nothing; the worker then makes another
+IDLE_S = 3600.0  # after which rank 0 ends a group that asks for nothing; the worker then makes another
 GONE = -1  # instead of a bucket's size
 
 
@@ -70,7 +72,7 @@ class CollectiveTransport:
     def __init__(self, settings: WeightsConfig | None = None, pauses_s: Sequence[float] = PAUSES_S) -> None:
         self._settings, self._pauses_s = settings or WeightsConfig(), pauses_s
         self.sender: Sender | None = None  # of rank 0
-        self._group: tuple[str, Pair] | None = None  # of a worker, with the sender's token
+        self._group: tuple[str, Asking] | None = None  # of a worker, with the sender's token
         self._lock = threading.Lock()
 
     def send(self, bucket: Sequence[NamedTensor]) -> tuple[list[str], CollectiveBucket]:
@@ -104,7 +106,7 @@ class CollectiveTransport:
         for pause_s in (*self._pauses_s, None):
             try:
                 if self._group is None or self._group[0] != handle.token:
-                    self._group = handle.token, join(handle)
+                    self._group = handle.token, Asking(handle)
                 return self._group[1].ask(handle.number, size)
             except (OSError, RuntimeError) as error:  # torch's are of the latter: a peer is dead, late or not reached
                 self._group, reason = None, _first_line(error)
@@ -122,6 +124,36 @@ class CollectiveTransport:
         )
 
 
+class Asking:
+    """A worker's end of its group. It names it, and rank 0 makes the other end with the first question."""
+
+    def __init__(self, handle: CollectiveBucket) -> None:
+        self._handle, self._timeout = handle, timedelta(seconds=handle.timeout_s)
+        with socket.create_connection((handle.address, handle.port), handle.timeout_s):
+            pass  # a store would try again until its timeout, though nobody listens
+        self._store = dist.TCPStore(handle.address, handle.port, timeout=self._timeout)
+        self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._pair: Pair | None = None
+
+    def begin(self, number: int) -> Pair:
+        """Asks for a bucket; what the group carries next are its size or GONE, and its bytes."""
+        handle = self._handle
+        self._store.queue_push(handle.token, f"{self._name} {number}")
+        if self._pair is None:
+            own = address_of(handle.interface) if handle.interface else own_address(handle.address, handle.port)
+            self._pair = Pair(self._store, self._name, 1, own or handle.address, handle.backend, self._timeout)
+        return self._pair
+
+    def ask(self, number: int, size: int) -> torch.Tensor:
+        """Returns the bytes [size] of a bucket. Raises BucketGone, and torch's RuntimeError for a broken group."""
+        pair = self.begin(number)
+        found = pair.word()
+        if found != size:
+            what = "is not kept any more" if found == GONE else f"has {found} bytes, expected {size}"
+            raise BucketGone(f"weights: bucket {number} {what}; publish again")
+        return pair.receive(size)
+
+
 class Sender:
     """Rank 0's end: what may be asked for, and a thread for each worker that asks."""
 
@@ -134,7 +166,10 @@ class Sender:
         self.offered: dict[int, torch.Tensor] = {}
         self._free: list[torch.Tensor] = []
         self._numbers = 0
-        threading.Thread(target=self._accept, name="weights", daemon=True).start()
+        self._asked: dict[str, SimpleQueue[int]] = {}  # numbers of buckets, by the group's name
+        self._listener = threading.Thread(target=self._listen, name="weights", daemon=True)
+        self._listener.start()
+        atexit.register(self.close)  # a thread that waits in torch when Python ends makes it abort
 
     def offer(self, bucket: Sequence[NamedTensor]) -> tuple[list[str], CollectiveBucket]:
         starts, size = layout([tensor.nbytes for _, tensor in bucket])
@@ -167,57 +202,59 @@ class Sender:
                 return self._free.pop(min(fitting, key=lambda i: len(self._free[i])))[:size]
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
-    def _accept(self) -> None:
-        """Waits for workers, whose first word is the name of a group."""
-        waiting = dist.TCPStore(self._address, self._store.port, timeout=timedelta(days=7))
+    def close(self) -> None:
+        """Ends the thread that waits for questions."""
+        self._store.queue_push(self._token, "")
+        self._listener.join(self._timeout.total_seconds())
+
+    def _listen(self) -> None:
+        """Hands each question, a group's name and a bucket's number, to the thread of that group."""
+        questions = dist.TCPStore(self._address, self._store.port, timeout=timedelta(days=7))
         while True:
             try:
-                name = waiting.queue_pop(self._token).decode()
+                question = questions.queue_pop(self._token).decode()
             except dist.QueueEmptyError:
                 continue
-            threading.Thread(target=self._serve, args=(name,), name=f"weights to {name}", daemon=True).start()
+            if not question:
+                return
+            name, number = question.split()
+            if name not in self._asked:
+                self._asked[name] = SimpleQueue()
+                threading.Thread(target=self._serve, args=(name,), name=f"weights to {name}", daemon=True).start()
+            self._asked[name].put(int(number))
 
     def _serve(self, name: str) -> None:
-        """Sends to one worker what it asks for, until it ends, is late or asks no more."""
-        sending = False
+        """Sends to one worker what it asks for, until it asks no more or something fails."""
         try:
-            pair = Pair(self._address, self._store.port, name, 0, self._address, self._settings.backend, self._timeout)
+            store = dist.TCPStore(self._address, self._store.port, timeout=self._timeout)
+            pair = Pair(store, name, 0, self._address, self._settings.backend, self._timeout)
             while True:
-                number = pair.word(IDLE)
+                number = self._asked[name].get(timeout=IDLE_S)
                 with self._lock:
                     data = self.offered.get(number)
-                sending = True
                 pair.tell(GONE if data is None else len(data))
                 if data is not None:
                     pair.send(data)
-                sending = False
-        except RuntimeError as error:
-            level = logging.WARNING if sending else logging.DEBUG  # a worker may end, but not in the middle
-            log.log(level, "weights: the group with worker process %s is given up: %s", name, _first_line(error))
+        except Empty:
+            log.debug("weights: worker %s has asked for nothing for %g s", name, IDLE_S)
+        except RuntimeError as error:  # torch's, for a worker that is dead, late or not to be reached
+            log.warning("weights: the group with worker %s is given up: %s", name, _first_line(error))
 
 
 class Pair:
     """The process group of a learner's rank 0, which is 0, and a worker, 1. After any error it is broken for good."""
 
-    def __init__(
-        self, address: str, port: int, name: str, rank: int, own: str, backend: str, timeout: timedelta
-    ) -> None:
-        store = dist.PrefixStore(name, dist.TCPStore(address, port, timeout=timeout))
+    def __init__(self, store: Any, name: str, rank: int, own: str, backend: str, timeout: timedelta) -> None:
+        store = dist.PrefixStore(name, store)
         options = dist.ProcessGroupGloo._Options()
         options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(hostname=own)], timeout
         self._words = dist.ProcessGroupGloo(store, rank, 2, options)
         self._nccl = _nccl_group(store, rank, timeout) if backend == "nccl" else None
-        self._peer, self.timeout = 1 - rank, timeout
+        self._peer, self._timeout = 1 - rank, timeout
 
-    def ask(self, number: int, size: int) -> torch.Tensor:
-        """Returns the bytes [size] of a bucket. Raises BucketGone, and torch's RuntimeError for a broken group."""
-        self.tell(number)
-        found = self.word(self.timeout)
-        if found == GONE:
-            raise BucketGone(f"weights: bucket {number} is not kept any more; publish again")
+    def receive(self, size: int) -> torch.Tensor:
+        """Returns the bytes [size] that the other end sends."""
         data = torch.empty(size, dtype=torch.uint8, device="cpu" if self._nccl is None else "cuda")
-        if found != size:
-            raise BucketGone(f"weights: bucket {number} has {found} bytes, expected {size}; publish again")
         if size:
             group = self._nccl or self._words
             self._wait(group.recv([data], self._peer, 0))
@@ -229,23 +266,23 @@ class Pair:
             self._wait(group.send([data], self._peer, 0))
 
     def tell(self, number: int) -> None:
-        self._words.send([torch.tensor([number])], self._peer, 1).wait(self.timeout)
+        self._words.send([torch.tensor([number])], self._peer, 1).wait(self._timeout)
 
-    def word(self, within: timedelta) -> int:
+    def word(self) -> int:
         """Returns the number that the other end tells."""
         number = torch.zeros(1, dtype=torch.int64)
-        self._words.recv([number], self._peer, 1).wait(within)
+        self._words.recv([number], self._peer, 1).wait(self._timeout)
         return int(number)
 
     def _wait(self, work: Any) -> None:
         if self._nccl is None:
-            work.wait(self.timeout)
+            work.wait(self._timeout)
             return
-        end = time.monotonic() + self.timeout.total_seconds()
+        end = time.monotonic() + self._timeout.total_seconds()
         while not work.is_completed():  # its own wait would only make a stream wait
             if time.monotonic() > end:
                 self._nccl.abort()
-                raise RuntimeError(f"NCCL did not carry a bucket within {self.timeout.total_seconds():g} s")
+                raise RuntimeError(f"NCCL did not carry a bucket within {self._timeout.total_seconds():g} s")
             time.sleep(0.001)
 
 
@@ -256,17 +293,6 @@ def unavailable(settings: WeightsConfig) -> str | None:
     if settings.backend == "nccl" and not dist.is_nccl_available():
         return "weights.backend is nccl, and this build of torch has no NCCL"
     return None
-
-
-def join(handle: CollectiveBucket) -> Pair:
-    """Makes a worker's group with the sender of a bucket."""
-    timeout = timedelta(seconds=handle.timeout_s)
-    own = address_of(handle.interface) if handle.interface else own_address(handle.address, handle.port)
-    with socket.create_connection((handle.address, handle.port), handle.timeout_s):
-        pass  # a store would try again until its timeout, though nobody listens
-    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    dist.TCPStore(handle.address, handle.port, timeout=timeout).queue_push(handle.token, name)
-    return Pair(handle.address, handle.port, name, 1, own or handle.address, handle.backend, timeout)
 
 
 def _nccl_group(store: Any, rank: int, timeout: timedelta) -> Any:

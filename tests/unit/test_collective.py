@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latent_grpo.common.collective import CollectiveTransport, LinkLost, join
+from latent_grpo.common.collective import Asking, CollectiveTransport, LinkLost
 from latent_grpo.common.config import ConfigError, WeightsConfig
 from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.shared_memory import BucketGone
@@ -30,15 +30,13 @@ def fetched(transport, handle, found, bucket=BUCKET):
 
 
 def stands_still(pipe):
-    """A worker that asks, stops itself before the bytes have come, and goes on with what is left of its group."""
+    """A worker that asks, stops itself before the bytes have come, and fetches once it goes on."""
     found, handle = pipe.recv()
-    pair = join(handle)
-    pair.tell(handle.number)
-    pair.word(pair.timeout)
+    broken = Asking(handle).begin(handle.number)
+    broken.word()
     os.kill(os.getpid(), signal.SIGSTOP)
     with contextlib.suppress(RuntimeError):
-        for _ in range(100):
-            pair.word(pair.timeout)
+        broken.receive(2**30)
     pipe.send(fetched(CollectiveTransport(), handle, found))
 
 
