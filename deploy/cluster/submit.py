@@ -26,6 +26,7 @@ from latent_grpo.common.config import DeadlineConfig, parse_override, read_profi
 from latent_grpo.common.config.yaml_files import is_path
 from latent_grpo.common.interrupts import LEAVE_S
 from latent_grpo.common.plugins import is_import_path
+from latent_grpo.common.ports import address_port_fault
 from latent_grpo.common.secrets import REDACTED
 from latent_grpo.deploy.cluster.staging import SubmitError, stage_modules, stage_profile
 from latent_grpo.deploy.run.manifest import commit_for_job
@@ -65,6 +66,8 @@ def submit(
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if not address:
         raise SubmitError("no cluster address: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
+    if (fault := address_port_fault(address)) is not None:
+        raise SubmitError(f"address {address}: {fault}; a job server's is 8265 where nobody has changed it")
     stop_s = stop_seconds(arguments)
     with tempfile.TemporaryDirectory(prefix="lgs-") as folder:
         staged = stage(Path(folder), arguments)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latent_grpo.common.config import ConfigError
+from latent_grpo.common.ports import address_port_fault
 
 LONGEST_SOCKET = 107 if sys.platform == "linux" else 103  # bytes of a Unix socket's path
 HEAD_S = 20.0  # for a head to answer that is only just starting
@@ -76,6 +77,8 @@ def address_fault(address: str) -> Fault | None:
             f"{ADDRESS}={address} is the address of a job server, not of a Ray head",
             f"unset {ADDRESS}; `latent-grpo submit --address {address}` makes the run a job there",
         )
+    if (fault := address_port_fault(address)) is not None:
+        return Fault(ADDRESS, f"{ADDRESS}={address}: {fault}", f"set {ADDRESS} to HOST:PORT of a Ray head, or unset it")
     if address in ("auto", "local") or re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", address):
         return None
     return Fault(

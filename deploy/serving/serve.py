@@ -6,6 +6,7 @@ model's chain needs, and starts it in this process's place.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ from typing import Any
 from latent_grpo.common.chat_templates import pinned_template, render_chat, template_of
 from latent_grpo.common.errors import ConfigError
 from latent_grpo.common.models import position_limit, stored_dtype
+from latent_grpo.common.ports import bind_fault, port_fault
 from latent_grpo.rollout_workers.trained_model import TrainedModel, read_trained_model
 from latent_grpo.rollout_workers.vllm_plugin import support
 from latent_grpo.rollout_workers.vllm_plugin.serving import SERVING, hidden_token
@@ -46,11 +48,12 @@ def serve(
     only_print: bool = False,
     installed: Callable[[], tuple[str, str] | None] = support.installed,
     start: Callable[[list[str], Mapping[str, str]], None] = lambda command, env: os.execve(command[0], command, env),
+    can_listen: Callable[[str, int], str | None] = bind_fault,
 ) -> list[str]:
     """Replaces this process by vLLM's server of a model; `options` are vLLM's own. Raises ConfigError.
 
-    With `only_print` the command is returned and nothing starts. `installed` and `start` are the parts that touch the
-    machine.
+    With `only_print` the command is returned and nothing starts. `installed`, `start` and `can_listen` are the parts
+    that touch the machine.
     """
     found = installed()
     if (problem := support.vllm_problem(found)) or found is None:
@@ -61,6 +64,7 @@ def serve(
     _check_model(trained, build)
     command = [sys.executable, *PROGRAMS[build], str(model), *arguments(trained, build), *options]
     if not only_print:
+        _check_port(options, can_listen)
         say(f"vLLM's server, as {shlex.join(command)}")
         start(command, {**ENVIRONMENT, **os.environ})
     return command
@@ -137,6 +141,18 @@ def _check_options(options: Sequence[str]) -> None:
     if refused:
         listed = "; ".join(f"--{name.replace('_', '-')}: {why}" for name, why in refused.items())
         raise ConfigError(f"serve: {listed} (docs/serving.md)")
+
+
+def _check_port(options: Sequence[str], can_listen: Callable[[str, int], str | None]) -> None:
+    """Raises ConfigError for a port that the server could not have, before its minutes of loading."""
+    given = {"host": "0.0.0.0", "port": "8000"}  # vLLM's own defaults
+    for option, following in itertools.pairwise([*options, ""]):
+        name, equals, value = option.removeprefix("--").partition("=")
+        if option.startswith("--") and name in given:
+            given[name] = value if equals else following
+    fault = port_fault(given["port"]) or can_listen(given["host"], int(given["port"]))
+    if fault is not None:
+        raise ConfigError(f"serve: {fault}; give another one with --port")
 
 
 def _check_model(model: TrainedModel, build: str) -> None:

@@ -166,6 +166,7 @@ def served(folder, *options, installed=CPU):
         say=said.append,
         installed=lambda: installed,
         start=lambda command, environment: started.append((command, environment)),
+        can_listen=lambda host, port: None,
     )
     return command, started, said
 
@@ -186,6 +187,21 @@ def test_the_server_is_vllm_s_own_with_the_model_s_chain(trained_folder):
     cuda, _, _ = served(trained_folder, installed=("cuda", "0.33.1"))
     assert cuda[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
     assert "--enforce-eager" not in cuda
+
+
+def test_a_port_that_the_server_cannot_have_is_refused_before_it_loads(trained_folder):
+    with pytest.raises(ConfigError, match="serve: the port '99999' is none: ports are 1 to 65535; give another one"):
+        served(trained_folder, "--port", "99999")
+    asked = []
+
+    def taken(host, port):
+        asked.append((host, port))
+        return f"the port {port} is in use by another program"
+
+    for options in ((), ("--port=81", "--host", "127.0.0.1")):
+        with pytest.raises(ConfigError, match=r"serve: the port \d+ is in use by another program; give another one"):
+            serve(str(trained_folder), options, say=print, installed=lambda: CPU, start=print, can_listen=taken)
+    assert asked == [("0.0.0.0", 8000), ("127.0.0.1", 81)]
 
 
 def test_the_server_s_chat_ends_where_thinking_begins(trained_folder):

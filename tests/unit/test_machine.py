@@ -51,7 +51,7 @@ def places(tmp_path):
         ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "RAY_ADDRESS", "address of a job server.*unset RAY_ADDRESS.*submit"),
         ({"RAY_ADDRESS": "https://head/ray"}, "RAY_ADDRESS", "address of a job server"),
         ({"RAY_ADDRESS": "head"}, "RAY_ADDRESS", "RAY_ADDRESS=head is no address.*HOST:PORT"),
-        ({"RAY_ADDRESS": "head:port"}, "RAY_ADDRESS", "is no address"),
+        ({"RAY_ADDRESS": "head:port"}, "RAY_ADDRESS", "is none: ports are"),
         ({"RAY_ADDRESS": "10.0.0.1:6379"}, "RAY_ADDRESS", "no Ray head answers at RAY_ADDRESS=10.0.0.1:6379.*unset it"),
         ({"RAY_ADDRESS": "ray://head:10001"}, "RAY_ADDRESS", "no Ray head answers"),
         ({"TMPDIR": "{deep}"}, "TMPDIR", r"the path of TMPDIR=.* has \d+ bytes, and Ray's sockets in it allow \d+"),
