@@ -147,8 +147,12 @@ def read_chain(model: str | Path) -> ChainSettings | None:
     try:
         return ChainSettings.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, ValidationError) as error:
+        why = str(error)
+        if isinstance(error, ValidationError):  # whose text has several lines
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.60}".removeprefix(": ")
         raise ConfigError(
-            f"{path} is damaged or of another version: {error}. Copy it again from the original model, or remove it to "
+            f"{path} is damaged or of another version: {why}. Copy it again from the original model, or remove it to "
             "run without its checks"
         ) from error
 

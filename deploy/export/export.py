@@ -18,6 +18,7 @@ from pathlib import Path
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.files import save_whole
 from latent_grpo.common.model_chain import exported_chain, read_chain, write_chain
+from latent_grpo.common.model_check import check_model
 from latent_grpo.common.models import load_tokenizer
 from latent_grpo.deploy.export.card import write_card
 from latent_grpo.deploy.export.upload import Hub, upload
@@ -153,6 +154,7 @@ def _fill(folder: RunFolder, config: RunConfig, chosen: Chosen, target: Path) ->
     """Writes weights, tokenizer, chain file and card."""
     source = start_of(folder, config, chosen)
     if chosen.model is not None:
+        check_model(chosen.model)  # a damaged model is found here, under its own name
         shutil.copytree(chosen.model, target)
     elif chosen.state is not None:
         from latent_grpo.learner.export import export_checkpoint

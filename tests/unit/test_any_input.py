@@ -33,7 +33,7 @@ from latent_grpo.deploy.cli.faults import debugging, exit_code_of, unexpected
 KEYS = sorted(key.name for section in reference() for key in section.keys)
 SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 SAMPLE = settings(
-    max_examples=12, derandomize=True, deadline=None, database=None, suppress_health_check=SHARED,
+    max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=SHARED,
     phases=[Phase.generate],  # smaller examples are searched for in the slow tests
 )  # fmt: skip
 WHOLE = settings(max_examples=400, deadline=None, suppress_health_check=SHARED)
@@ -52,8 +52,10 @@ VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ODD_TEXT, inner, max_size=3), max_leaves=5
 )
 NAMES = st.sampled_from(["problem", "answer", "question", "solution", "cot", "messages", "prompt", "images", "id"])
+GRADED = st.sampled_from(["response", "gold", "answer", "problem", "reward_model", "id"])
 CELLS = VALUES | st.lists(st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), VALUES), max_size=3)
 ROWS = st.lists(st.dictionaries(NAMES, CELLS, max_size=4), max_size=4)
+GRADED_ROWS = st.lists(st.dictionaries(GRADED, CELLS | st.just("\\boxed{7}"), max_size=4), max_size=4)
 
 
 @st.composite
@@ -73,9 +75,9 @@ def profiles(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
-def problem_files(draw: st.DrawFn) -> tuple[str, bytes]:
-    """The name and the bytes of a file of problems."""
-    rows, kind = draw(ROWS), draw(st.sampled_from(["jsonl", "json", "csv", "parquet", "jsonl.gz", "bytes"]))
+def problem_files(draw: st.DrawFn, rows_of: st.SearchStrategy[list] = ROWS) -> tuple[str, bytes]:
+    """The name and the bytes of a file of problems, or of other rows."""
+    rows, kind = draw(rows_of), draw(st.sampled_from(["jsonl", "json", "csv", "parquet", "jsonl.gz", "bytes"]))
     if kind == "bytes":
         return draw(st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz"])), draw(st.binary())
     if kind == "parquet":
@@ -137,8 +139,11 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def answer_in_one_line(folder: Path, *arguments: str, codes: tuple[int, ...] = (0, 2)) -> None:
-    """Runs a command in a folder, and holds that it ends as it should and leaves the folder as it was."""
+def answer_in_one_line(folder: Path, *arguments: str, codes: tuple[int, ...] = (0, 2), made: str | None = None) -> None:
+    """Runs a command in a folder, and holds that it ends as it should and leaves the folder as it was.
+
+    `made` is what it leaves where it succeeds, and is removed.
+    """
     before = sorted(folder.rglob("*"))
     out, err = io.StringIO(), io.StringIO()
     with inside(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -147,8 +152,12 @@ def answer_in_one_line(folder: Path, *arguments: str, codes: tuple[int, ...] = (
     assert code in codes, (code, said)
     assert not any("Traceback" in line or ("unexpected" in line and " log" in line) for line in said), said
     if code == 2:
-        assert said[0].startswith("error "), said
-        assert all(re.match(r"""[\w.-]+: |['"]""", line) for line in said[1:]), f"one line a faulty key, got {said}"
+        first = next((place for place, line in enumerate(said) if line.startswith("error ")), None)
+        assert first is not None, said  # after what was said while it went well
+        keys = said[first + 1 :]
+        assert all(re.match(r"""[\w.-]+: |['"]""", line) for line in keys), f"one line a faulty key, got {said}"
+    if code == 0 and made is not None:
+        shutil.rmtree(folder / made)
     assert sorted(folder.rglob("*")) == before, "something was left behind"
 
 
@@ -166,22 +175,60 @@ def of_problems(folder: Path, given_file: tuple[str, bytes]) -> None:
     file.unlink()
 
 
+def of_answers(folder: Path, given_file: tuple[str, bytes]) -> None:
+    name, content = given_file
+    file = folder / name
+    file.write_bytes(content)
+    answer_in_one_line(folder, "grade", name, "--kind", "number", "--json")
+    answer_in_one_line(folder, "grade", name, "--kind", "math", "--golds")
+    file.unlink()
+
+
 def of_a_model(folder: Path, source: Path, seed: int, value: object) -> None:
     model = folder / "m"
-    shutil.copytree(source, model)
+    shutil.copytree(source, model, dirs_exist_ok=True)
     break_a_file(model, random.Random(seed), value)
     answer_in_one_line(folder, "validate", f"model={{path: {model}}}", "warm_start=null")
     shutil.rmtree(model)
 
 
+def of_a_trained_model(folder: Path, source: Path, seed: int, value: object) -> None:
+    """Evaluation, training and Latent-SFT end where their run would begin: its folder is to be in a file."""
+    model, taken = folder / "m", folder / "taken"
+    shutil.copytree(source, model, dirs_exist_ok=True)
+    taken.touch()
+    break_a_file(model, random.Random(seed), value)
+    here = ("runs_folder=taken", "rollout.engine=transformers")
+    answer_in_one_line(folder, "generate", "--model", "m", "--prompt", "1+2?", "--max-tokens", "2")
+    answer_in_one_line(folder, "evaluate", "--model", "m", "--profile", "quickstart", *here, codes=(2,))
+    answer_in_one_line(folder, "train", "--rollout-only", "model={path: m}", "warm_start=null", *here, codes=(2,))
+    shutil.rmtree(model)
+    taken.unlink()
+
+
+def of_problems_of_a_run(folder: Path, model: Path, given_file: tuple[str, bytes]) -> None:
+    name, content = given_file
+    file, taken = folder / name, folder / "taken"
+    file.write_bytes(content)
+    taken.touch()
+    task = f"[{{name: mine, path: {name}, max_prompt_tokens: 32, max_response_tokens: 18}}]"
+    here = (f"tasks={task}", f"evaluation.tasks={task}", "runs_folder=taken")
+    answer_in_one_line(folder, "sft", *here, codes=(2,))
+    answer_in_one_line(folder, "evaluate", "--model", str(model), "--profile", "quickstart", *here, codes=(2,))
+    answer_in_one_line(folder, "generate", "--model", str(model), "--file", name, "--max-tokens", "2")
+    file.unlink()
+    taken.unlink()
+
+
 def of_a_run(folder: Path, source: Path, seed: int, value: object) -> None:
     run = folder / "r"
-    shutil.copytree(source, run)
+    shutil.copytree(source, run, dirs_exist_ok=True)
     break_a_file(run, random.Random(seed), value)
     answer_in_one_line(folder, "inspect", "r", codes=(0, 1, 2))
     answer_in_one_line(folder, "inspect", "r", "--failed", "--json", codes=(0, 1, 2))
     answer_in_one_line(folder, "status", "r", codes=(0, 1, 2))
     answer_in_one_line(folder, "runs", ".", codes=(0, 1, 2))
+    answer_in_one_line(folder, "export", "r", "--to", "out", codes=(0, 1, 2), made="out")
     shutil.rmtree(run)
 
 
@@ -191,9 +238,11 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, trained_folder):
     folder = tmp_path_factory.mktemp("runs") / "fake"
     fake_run(folder)
+    for name in ("model", "base"):
+        shutil.copytree(trained_folder, folder / name)
     return folder
 
 
@@ -216,6 +265,24 @@ def test_a_file_of_problems(tmp_path, file):
 @given(SEEDS, VALUES)
 def test_a_model(tmp_path, models, seed, value):
     of_a_model(tmp_path, models, seed, value)
+
+
+@SAMPLE
+@given(problem_files(GRADED_ROWS))
+def test_a_file_of_answers(tmp_path, file):
+    of_answers(tmp_path, file)
+
+
+@SAMPLE
+@given(SEEDS, VALUES)
+def test_a_trained_model(tmp_path, trained_folder, seed, value):
+    of_a_trained_model(tmp_path, trained_folder, seed, value)
+
+
+@SAMPLE
+@given(problem_files())
+def test_the_problems_of_a_run(tmp_path, trained_folder, file):
+    of_problems_of_a_run(tmp_path, trained_folder, file)
 
 
 @SAMPLE
@@ -243,6 +310,21 @@ class TestManyMore:
     @given(SEEDS, VALUES)
     def test_a_model(self, tmp_path, models, seed, value):
         of_a_model(tmp_path, models, seed, value)
+
+    @WHOLE
+    @given(problem_files(GRADED_ROWS))
+    def test_a_file_of_answers(self, tmp_path, file):
+        of_answers(tmp_path, file)
+
+    @WHOLE
+    @given(SEEDS, VALUES)
+    def test_a_trained_model(self, tmp_path, trained_folder, seed, value):
+        of_a_trained_model(tmp_path, trained_folder, seed, value)
+
+    @WHOLE
+    @given(problem_files())
+    def test_the_problems_of_a_run(self, tmp_path, trained_folder, file):
+        of_problems_of_a_run(tmp_path, trained_folder, file)
 
     @WHOLE
     @given(SEEDS, VALUES)
