@@ -84,7 +84,9 @@ def report(
     run: Annotated[list[str], typer.Argument(metavar="RUN...", help="A run's folder or URL; several are compared.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="The file to write; default: report.html in the run's folder, comparison.html beside runs."),
+        typer.Option(
+            help="File to write; default: report.html in the run's folder, comparison.html beside runs (of URLs: here)."
+        ),
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="Most trajectories in the report.")] = 1000,
     step: Step = None,

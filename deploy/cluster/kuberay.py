@@ -17,6 +17,7 @@ import yaml
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.config.yaml_files import is_path
 from latent_grpo.common.interrupts import LEAVE_S
+from latent_grpo.common.remote_url import is_url
 
 TEMPLATE = Path(__file__).parent / "rayjob.yaml"
 SHARED = "/shared"
@@ -47,8 +48,10 @@ def kuberay_manifest(
     grace = math.ceil(config.deadlines.terminate_s + LEAVE_S)
     job: dict[str, Any] = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
     job["metadata"]["name"] = name
-    spec, own = job["spec"], [o for o in overrides if not o.startswith(("run_name=", "runs_folder="))]
+    spec, own = job["spec"], [o for o in overrides if not o.startswith(("run_name=", "runs_folder=", "work_folder="))]
     fixed = [f"runs_folder={SHARED}/runs", f"run_name={name}"]
+    if is_url(config.runs_folder):  # the pods work on what they share
+        fixed = [f"runs_folder={config.runs_folder}", f"work_folder={SHARED}/runs", f"run_name={name}"]
     spec["entrypoint"] = shlex.join(["latent-grpo", "train", "--profile", profile, "--gpus", str(gpus), *fixed, *own])
     spec["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(grace)}})
     cluster = spec["rayClusterSpec"]

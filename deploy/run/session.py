@@ -19,6 +19,7 @@ from latent_grpo.common.ray_calls import alive_nodes
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.common.transport import choose_transport
 from latent_grpo.deploy.controller import Pool
+from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.control import Control
 from latent_grpo.deploy.run.folder import FolderInUse, RunFolder, discard, run_lock, write_identity
 from latent_grpo.deploy.run.manifest import data_facts, write_manifest
@@ -126,7 +127,9 @@ def run_session(
         reporter.say(f"[yellow]{difference}[/]")
     with nothing_left(folder, lineage) as begins, contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(folder.path))
-        begin_upload = stack.enter_context(uploading(folder, config, reporter.say))
+        begin_upload = stack.enter_context(
+            uploading(folder, config, reporter.say, recovering=link.recovery_here(folder.path) is not None)
+        )
         prepared = prepared.placed(folder, config, reporter)
         metrics = stack.enter_context(MetricsWriter(folder.path, config.metrics.sinks))
         published = published_bytes(prepared.initial, config.model.dtype)

@@ -23,6 +23,12 @@ def manifest(gpus, *overrides, profile="gsm8k-aug", **options):
     return yaml.safe_load(kuberay_manifest(config, profile, gpus=gpus, overrides=[*ON_GPUS, *overrides], **options))
 
 
+def test_a_run_in_an_object_store_works_on_what_the_pods_share():
+    entry = manifest(8, "runs_folder=s3://bucket/runs", "work_folder=elsewhere")["spec"]["entrypoint"]
+    assert "runs_folder=s3://bucket/runs work_folder=/shared/runs" in entry
+    assert "elsewhere" not in entry
+
+
 def group_of(job):
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     return group

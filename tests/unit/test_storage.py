@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -419,6 +420,59 @@ def test_a_run_that_is_not_whole_in_the_store_does_not_end_as_if_it_were(tmp_pat
     place.unlink()
     assert push(folder.path, lines.append) == store.url
     assert there(store.url, tmp_path / "b") == contents(folder.path)
+
+
+def test_a_run_that_recovers_goes_on_though_its_store_is_gone_and_a_new_one_does_not(tmp_path):
+    folder, config, store = run_of(tmp_path)
+    lines, place = [], tmp_path / "store"
+    place.write_text("no folder yet")
+    with pytest.raises(StorageError), uploading(folder, config, lines.append):
+        pytest.fail("it begins")
+    assert lines == []
+    with uploading(folder, config, lines.append, recovering=True) as begin:
+        place.unlink()
+        begin()
+    assert "the run goes on, and the upload with it when it can" in lines[0]
+    assert there(store.url, tmp_path / "b") == contents(folder.path)
+
+
+def test_every_snapshot_of_a_run_that_goes_on_has_its_last_checkpoint_whole(tmp_path):
+    run, over, store = (
+        fake_run(tmp_path / "run", steps=1, groups=1).path,
+        threading.Event(),
+        Store(f"file://{tmp_path}/s/run"),
+    )
+    checkpoint(run, 0)
+
+    def steps() -> None:
+        step = 1
+        while not over.is_set():
+            with (run / "metrics.jsonl").open("a") as file:  # what a checkpoint has behind it is there before it is
+                file.write(json.dumps({"step": step}) + "\n" + "torn")
+                file.flush()
+                file.truncate(file.tell() - 4)
+            checkpoint(run, step)  # and the one before is removed
+            step += 1
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    upload, seen = Upload(run, store), set()
+    upload.attach()
+    try:
+        for number in range(20):
+            upload.run()
+            copy = local_copy(store.url, None, tmp_path / f"cache-{number}")
+            found = latest_checkpoint(copy / "checkpoints")
+            assert found is not None
+            assert found.skipped == ()
+            last = json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+            assert last >= found.step
+            seen.add(found.step)
+    finally:
+        over.set()
+        thread.join()
+        upload.detach()
+    assert len(seen) > 1
 
 
 def test_a_run_without_a_copy_is_pushed_where_the_command_says(tmp_path):

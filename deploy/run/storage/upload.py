@@ -284,19 +284,29 @@ class Uploader:
 
 
 @contextlib.contextmanager
-def uploading(folder: RunFolder, config: RunConfig, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def uploading(
+    folder: RunFolder, config: RunConfig, say: Callable[[str], None], *, recovering: bool = False
+) -> Iterator[Callable[[], None]]:
     """Uploads a run while the block goes on, if its `runs_folder` is a URL; the run calls what this yields to begin.
 
     The caller holds the folder's lock. At the end of the block it waits `deadlines.upload_s` for the rest, after
     SIGTERM what is left of `deadlines.terminate_s`. Raises StorageError at the beginning, and at the end of a whole
-    block where something is not there.
+    block where something is not there. A run that is `recovering` begins though the store cannot be reached, as it
+    would have gone on.
     """
     if not is_url(config.runs_folder):
         yield lambda: None
         return
     store = Store(joined(config.runs_folder, folder.name))
     upload = Upload(folder.path, store)
-    upload.attach()
+    try:
+        upload.attach()
+    except WrittenElsewhere:
+        raise
+    except StorageError as error:
+        if not recovering:
+            raise
+        say(f"[yellow]{error}; the run goes on, and the upload with it when it can[/]")
     uploader = Uploader(upload, store.url, folder.path, say)
     say(f"uploading to {store.url}")
     try:

@@ -34,13 +34,14 @@ PARTS = ("dom", "data", "charts", "overview", "health", "browse", "heatmap", "tr
 
 
 def write_report(run: RunView, target: Path | None = None, filters: Filters | None = None, limit: int = SAMPLE) -> Path:
-    """Writes the report and returns its path (`report.html` in the run's folder unless given).
+    """Writes the report and returns its path (`report.html` in the run's folder unless given; of a run in an
+    object store `NAME.html` here).
 
     A run without dumps gives a report without trajectories that says so; a filter without a match is an error.
     Raises InspectionError and DumpError.
     """
     made = _sample(run, filters or Filters(), limit)
-    target = target or run.folder.path / FILE
+    target = target or (run.folder.path / FILE if run.url is None else Path(f"{run.folder.name}.html"))
     try:
         write_atomically(target, page(index(run, made), made.groups, f"{run.folder.name} · latent-grpo report"))
     except OSError as error:

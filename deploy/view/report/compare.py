@@ -20,12 +20,13 @@ SHARES = "stack"  # a form of charts whose curves add up to 100 %, of which two 
 
 
 def write_comparison(runs: Sequence[RunView], target: Path | None = None) -> Path:
-    """Writes one HTML file about several runs and returns its path, by default `comparison.html` beside the first one.
+    """Writes one HTML file about several runs and returns its path, by default `comparison.html` beside the first
+    one, of runs in an object store here.
 
     Raises InspectionError where a run is given twice, or the file cannot be written.
     """
     names = _names(runs)
-    target = target or runs[0].folder.path.parent / FILE
+    target = target or (runs[0].folder.path.parent / FILE if runs[0].url is None else Path(FILE))
     try:
         write_atomically(target, page(comparison(runs, names), [], f"{', '.join(names)} · latent-grpo report"))
     except OSError as error:
