@@ -87,10 +87,13 @@ class Float32Head(nn.Linear):
             logits = logits + self.bias.float()
         return logits if hidden.ndim == 2 else logits.view(*hidden.shape[:-1], len(self.weight))
 
-    @torch.no_grad()
-    def expected_rows(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Returns the layer's rows weighted by probabilities [N, V] float32: [N, D] float32, without a gradient."""
-        return _times_rows(probabilities, self.weight)
+    def times_rows(self, factors: torch.Tensor) -> torch.Tensor:
+        """Returns factors [N, V] float32 times the layer's rows: [N, D] float32, without a gradient."""
+        return _times_rows(factors, self.weight.detach())
+
+    def weight_gradient(self, of_logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the gradient of the weights by that of the logits [N, V] float32 of states [N, D]."""
+        return _weight_gradient(of_logits, hidden, self.weight)
 
 
 class _Float32Product(torch.autograd.Function):
@@ -126,9 +129,7 @@ class _Float32Product(torch.autograd.Function):
         if for_hidden:
             states_gradient = _times_rows(gradient, weight).to(hidden.dtype)
         if for_weight:
-            states, rows_gradient = hidden.float(), torch.empty_like(weight)
-            for rows in _pieces(weight):
-                rows_gradient[rows] = torch.mm(gradient[:, rows].t(), states)
+            rows_gradient = _weight_gradient(gradient, hidden, weight)
         return states_gradient, rows_gradient, None
 
 
@@ -140,6 +141,16 @@ def _times_rows(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     for rows in _pieces(weight):
         total.addmm_(factors[:, rows], weight[rows].float())
     return total
+
+
+def _weight_gradient(of_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Returns of_logits^T hidden in the weights' dtype: [V, D]."""
+    if weight.dtype == torch.float32:
+        return of_logits.t() @ hidden.float()
+    states, gradient = hidden.float(), torch.empty_like(weight)
+    for rows in _pieces(weight):
+        gradient[rows] = torch.mm(of_logits[:, rows].t(), states)
+    return gradient
 
 
 def _pieces(weight: torch.Tensor) -> list[slice]:

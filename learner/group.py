@@ -25,6 +25,7 @@ from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
 from latent_grpo.common.transport import choose_transport
 from latent_grpo.common.weights import Publication
 from latent_grpo.learner.base_rank import RankActor
+from latent_grpo.learner.state import LearnerStateMismatch
 
 log = logging.getLogger(__name__)
 SHOWN = 4  # ranks whose stacks are shown; in a collective all late ranks look alike
@@ -212,9 +213,9 @@ class RankGroup:
                     + ("" if self._processes else f"free in the cluster: {_free()}")
                 )
             if error := _failed(ready[0]):
-                if isinstance(
-                    cause := getattr(error, "cause", None), ConfigError
-                ):  # a setting that its node cannot have
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, ConfigError) and not isinstance(cause, LearnerStateMismatch):
+                    # a setting that the rank's node cannot have
                     raise ConfigError(f"learner rank {refs.index(ready[0])}: {cause}") from error
                 raise self._explained(refs, doing, refs.index(ready[0]), error) from error
         return ray.get(refs, timeout=60)

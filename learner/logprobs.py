@@ -1,7 +1,7 @@
 """Log-probs of selected ids without the [positions, V] matrix (METHOD §3).
 
-Only one chunk of float32 logits is alive at a time. With a gradient, each chunk is a checkpoint that is computed again
-in the backward pass; under an output layer that is not trained it need not be (:class:`_UnderFrozenHead`).
+Only one chunk of float32 logits is alive at a time, also in the backward pass, which computes them again where the
+output layer is trained (:class:`_LogProbs`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def selected_log_probs(
     temperatures; there is no gradient then.
     """
     size = max(-(-len(hidden) // chunks), 1)
-    frozen, parts = _is_frozen(head), []
+    held, parts = _held(head), []
+    selected = (
+        _selected_in_place if held else _selected
+    )  # the same in every pass, so that equal weights give equal bits
     for index in range(chunks):
         piece = slice(index * size, (index + 1) * size)
         arguments = (head, hidden[piece], ids[piece], temperatures[piece])
@@ -44,13 +47,13 @@ def selected_log_probs(
             with torch.no_grad():
                 logits = _logits(head, hidden[piece], temperatures[piece])
                 visit(piece, logits)
-                parts.append(_selected(logits, ids[piece]))
-        elif torch.is_grad_enabled() and frozen:
-            parts.append(_UnderFrozenHead.apply(*arguments))  # type: ignore[no-untyped-call]  # torch
+                parts.append(selected(logits, ids[piece]))
+        elif torch.is_grad_enabled() and held:
+            parts.append(_LogProbs.apply(head, head.weight, *arguments[1:]))  # type: ignore[no-untyped-call]  # torch
         elif torch.is_grad_enabled():
             parts.append(checkpoint(_chunk, *arguments, use_reentrant=False))
         else:
-            parts.append(_chunk(*arguments))
+            parts.append(selected(_logits(head, hidden[piece], temperatures[piece]), ids[piece]))
     return torch.cat(parts)
 
 
@@ -63,38 +66,65 @@ def _logits(head: nn.Module, hidden: torch.Tensor, temperatures: torch.Tensor) -
     return float32_logits(head, hidden).div_(temperatures.unsqueeze(-1))
 
 
-def _is_frozen(head: nn.Module) -> bool:
-    """Whether the layer is one whose rows are at hand in the backward pass too, and never change."""
-    if not isinstance(head, Float32Head) or any(p.requires_grad for p in head.parameters()):
+def _held(head: nn.Module) -> bool:
+    """Whether the layer is one whose weights are at hand in the backward pass too: with ZeRO-3 they are in its call."""
+    if not isinstance(head, Float32Head) or (head.bias is not None and head.bias.requires_grad):
         return False
-    return not hasattr(head.weight, "ds_id")  # ZeRO-3 has them within a call of the layer only
+    return not hasattr(head.weight, "ds_id")
 
 
-class _UnderFrozenHead(torch.autograd.Function):
-    """Log-probs whose gradient needs no logits: d log p[i] / d hidden = (W[i] - sum_v p[v] W[v]) / temperature.
+class _LogProbs(torch.autograd.Function):
+    """Log-probs of a chunk, of whose logits nothing is kept and at most one copy exists.
 
-    The sum, a row of the layer as the policy expects it, is computed with the log-probs: [n, D] float32 is all that is
-    kept. That is a product less than a checkpoint takes, which computes the logits twice.
+    Under a frozen layer the gradient needs no logits: d log p[i] / d hidden = (W[i] - sum_v p[v] W[v]) / temperature.
+    The sum, a row of the layer as the policy expects it, is computed with the log-probs: [n, D] float32. A layer that
+    is trained computes its logits again, and the gradient takes their place.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, head: Float32Head, hidden: torch.Tensor, ids: torch.Tensor, temperatures: torch.Tensor
+        ctx: Any,
+        head: Float32Head,
+        weight: torch.Tensor,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        temperatures: torch.Tensor,
     ) -> torch.Tensor:
         logits = _logits(head, hidden, temperatures)
-        normaliser = logits.logsumexp(-1, keepdim=True)
-        selected = logits.gather(-1, ids) - normaliser
-        ctx.head, ctx.dtype = head, hidden.dtype
-        ctx.save_for_backward(head.expected_rows(logits.sub_(normaliser).exp_()), ids, temperatures)
+        selected, normaliser, total = _normalised(logits, ids)
+        ctx.head, ctx.trained = head, weight.requires_grad
+        kept = normaliser if ctx.trained else head.times_rows(logits).div_(total)
+        ctx.save_for_backward(hidden, ids, temperatures, kept)
         return selected
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
-        expected, ids, temperatures = ctx.saved_tensors
-        total = gradient.sum(-1, keepdim=True).neg() * expected
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, torch.Tensor, None, None]:
+        hidden, ids, temperatures, kept = ctx.saved_tensors
+        head, total = ctx.head, gradient.sum(-1, keepdim=True).neg()
+        if ctx.trained:
+            of_logits = _logits(head, hidden, temperatures).sub_(kept).exp_().mul_(total)
+            of_logits.scatter_add_(-1, ids, gradient).div_(temperatures.unsqueeze(-1))
+            of_hidden = head.times_rows(of_logits).to(hidden.dtype)
+            return None, head.weight_gradient(of_logits, hidden), of_hidden, None, None
+        of_hidden = total * kept
         for column, weights in zip(ids.unbind(-1), gradient.unbind(-1), strict=True):
-            total.addcmul_(weights.unsqueeze(-1), ctx.head.weight[column].float())
-        return None, total.div_(temperatures.unsqueeze(-1)).to(ctx.dtype), None, None
+            of_hidden.addcmul_(weights.unsqueeze(-1), head.weight[column].float())
+        return None, None, of_hidden.div_(temperatures.unsqueeze(-1)).to(hidden.dtype), None, None
+
+
+def _normalised(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the log-probs of ids, their normaliser [n, 1], and the total [n, 1] of what takes the logits' place.
+
+    That is exp(logits - largest): a `logsumexp` would make a second copy, which is most of what a chunk takes.
+    """
+    largest, chosen = logits.amax(-1, keepdim=True), logits.gather(-1, ids)
+    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    normaliser = largest + total.log()
+    return chosen - normaliser, normaliser, total
+
+
+def _selected_in_place(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return _normalised(logits, ids)[0]
 
 
 def _selected(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,9 @@ sample with the same settings, grade with the same rule, and train all weights w
 from __future__ import annotations
 
 import json
-import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.errors import ConfigError
+from latent_grpo.deploy.bench.own_process import alone, peak_mib
 from latent_grpo.reward.verifier import Grade
 
 if TYPE_CHECKING:
@@ -93,19 +91,13 @@ def measure(steps: int, turns: int) -> TrlBench:
         for _ in range(turns):
             for name, costs in found.items():
                 run = _trl_steps if name == TRL else _our_steps
-                costs.append(_alone(run, str(model), name, steps, scratch))
-        loss, gradient = _alone(agreement, str(model))
+                costs.append(alone(run, str(model), name, steps, scratch))
+        loss, gradient = alone(agreement, str(model))
     costs_of = {
         name: Cost(cpu_s=statistics.median(c for c, _ in of), peak_mib=statistics.median(m for _, m in of))
         for name, of in found.items()
     }
     return TrlBench(trl=version, steps=steps, costs=costs_of, loss_gap=loss, gradient_gap=gradient)
-
-
-def _alone(function: Callable[..., Any], *arguments: object) -> Any:
-    """Calls a function in a new process and returns its result."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 # --- the model and the prompts, for both -------------------------------------------------------------------------
@@ -157,10 +149,6 @@ def prompts() -> list[str]:
 # --- one way, in a process of its own ----------------------------------------------------------------------------
 
 
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def _trl_steps(model: str, name: str, steps: int, scratch: str) -> tuple[float, float]:
     """CPU seconds of a step of TRL, and the peak memory of this process in MiB."""
     import torch
@@ -175,7 +163,7 @@ def _trl_steps(model: str, name: str, steps: int, scratch: str) -> tuple[float, 
 
     trainer = _trainer(model, WARM_UP + steps, scratch, [Clock()])
     trainer.train()
-    return (marks[-1] - marks[WARM_UP - 1]) / steps, _peak_mib()
+    return (marks[-1] - marks[WARM_UP - 1]) / steps, peak_mib()
 
 
 def _trainer(model: str, steps: int, scratch: str, callbacks: list[Any]) -> Any:
@@ -268,7 +256,7 @@ def _our_steps(model: str, name: str, steps: int, scratch: str) -> tuple[float, 
         began = time.process_time()
         for _ in range(steps):
             controller.run_step()
-        return (time.process_time() - began) / steps, _peak_mib()
+        return (time.process_time() - began) / steps, peak_mib()
 
 
 # --- the same numbers --------------------------------------------------------------------------------------------

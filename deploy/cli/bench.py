@@ -107,6 +107,23 @@ def bench_replay(
         write_json(found, json_file)
 
 
+@bench.command("logprobs")
+def bench_logprobs(
+    vocabulary: Annotated[int, typer.Option(min=64, help="Vocabulary size of the output layer.")] = 151_936,
+    positions: Annotated[int, typer.Option(min=1, help="Number of response steps.")] = 4096,
+    hidden: Annotated[int, typer.Option(min=8, help="Hidden size.")] = 256,
+    turns: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Compares time and memory of the learner's log-probs with the plain way that holds all logits, on CPU."""
+    from latent_grpo.deploy.bench.logprobs import Sizes, measure, show
+
+    found = measure(Sizes(positions=positions, vocabulary=vocabulary, hidden=hidden), turns)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)
+
+
 @bench.command("trl")
 def bench_trl(
     steps: Annotated[int, typer.Option(min=1, help="Counted steps of each way in a turn.")] = 8,
