@@ -49,7 +49,8 @@ def test_a_local_run_listens_on_the_loopback_interface_alone_and_only_where_the_
     learner = {**PROFILE["learner"], "ranks": 2}
     profile, home = tmp_path / "tiny.yaml", tmp_path / "home"
     home.mkdir()
-    profile.write_text(yaml.safe_dump({**PROFILE, "steps": 1, "learner": learner, "runs_folder": str(tmp_path / "r")}))
+    changes = {"steps": 1, "learner": learner, "weights": {"transport": "collective"}}
+    profile.write_text(yaml.safe_dump({**PROFILE, **changes, "runs_folder": str(tmp_path / "r")}))
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
     environment |= {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "latent_grpo.deploy", "train", "--profile", str(profile)]
