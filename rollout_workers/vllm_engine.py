@@ -21,10 +21,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from latent_grpo.common.config import VLLMConfig
+from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import DTYPES, extend_positions
 from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
-from latent_grpo.common.weights import checksum, in_buckets
+from latent_grpo.common.weights import combine_checksums, in_buckets
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.requests import RunningGroup, SampleRecord, admit
 from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
@@ -83,6 +84,7 @@ class VLLMEngine:
         config = read_settings(model)
         self._expected = _published_parameters(config, dtype, model)
         self._version: PolicyVersion | None = None
+        self._fingerprints: dict[str, str] = {}  # of the weights that it holds, once they are verified
         own, positions = config.max_position_embeddings, extend_positions(config, max_positions)
         positions = own if positions is None else positions
         # vLLM refuses a longer max_model_len, and its table of rotary positions has as many rows as this number
@@ -198,7 +200,8 @@ class VLLMEngine:
     ) -> None:
         """Replaces all parameters in place and verifies them; see :meth:`LatentEngine.load_weights`.
 
-        Those in `unchanged` too, since vLLM's reload is of whole layers.
+        vLLM's reload is of whole layers, fused ones included: those of which nothing has changed are left out, and vLLM
+        puts their weights back as they were. What they hold is compared too.
 
         With `in_flight_updates` pending samples continue under the new weights. After a failure they stop until a
         publication is loaded whole, or they are aborted.
@@ -211,11 +214,16 @@ class VLLMEngine:
                 "versions; finish or abort them first, or set rollout.in_flight_updates"
             )
         self._version = None  # after any failure below the engine refuses to sample
+        before, self._fingerprints = self._fingerprints, {}
         tensors = list(checked_tensors(version, tensors, self._expected))
-        check_checksum(version, checksum(tensors))
+        kept = before.keys() & set(unchanged)
+        found = {name: before[name] if name in kept else fingerprint(name, tensor) for name, tensor in tensors}
+        check_checksum(version, combine_checksums(found.values()))
+        layers = dict(zip(found, self._call_workers("layers_of", list(found))[0], strict=True))
+        changed = {layer for name, layer in layers.items() if name not in kept}
         buckets = list(in_buckets(tensors, self._bucket_bytes))
         try:
-            self._apply(buckets)
+            self._apply([[pair for pair in bucket if layers[pair[0]] in changed] for bucket in buckets])
         except Exception as error:
             raise EngineError(f"version {version.version}: vLLM could not load it ({error}); publish again") from error
         differing = sorted(
@@ -227,13 +235,13 @@ class VLLMEngine:
                 f"published, the first {differing[0]!r}; publish again"
             )
         self._drop_cache(version)
-        self._version = version
+        self._version, self._fingerprints = version, found
 
     def _apply(self, buckets: list[list[tuple[str, torch.Tensor]]]) -> None:
         """Runs vLLM's reload in every worker. After a failure layers still compute, but with undefined weights."""
         self._call_workers("begin_weights")
         try:
-            for bucket in buckets:
+            for bucket in filter(None, buckets):
                 self._call_workers("add_weights", bucket)
         finally:
             self._call_workers("end_weights")

@@ -36,6 +36,14 @@ def keep_plain_weights() -> None:
     utils.dispatch_cpu_unquantized_gemm = plain
 
 
+def layer_of(model: Model, name: str) -> str:
+    """Returns the name of the layer that holds a published parameter: a fused one, or its own."""
+    module, _, _ = name.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
+    fused = (layer for layer, leaves in getattr(model, "packed_modules_mapping", {}).items() if leaf in leaves)
+    return next((f"{parent}.{layer}" for layer in fused if _submodule(model, f"{parent}.{layer}") is not None), module)
+
+
 def begin(model: Model) -> None:
     """Begins a load. Until `end` the model's layers wait for their parameters and cannot compute."""
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -49,7 +57,10 @@ def load(model: Model, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
 
 
 def end(model: Model, model_config: Any) -> None:
-    """Ends a load, also one that failed: all layers can compute again, and those not loaded have undefined weights."""
+    """Ends a load, also one that failed: all layers can compute again.
+
+    Those of which nothing was loaded have their weights of before; those loaded in part have undefined ones.
+    """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     finalize_layerwise_reload(model, model_config)

@@ -31,8 +31,12 @@ class LatentWorker(WorkerBase):
 
     served: Served | None  # behind vLLM's server
 
+    def layers_of(self, names: Sequence[str]) -> list[str]:
+        """Returns the layer that holds each of these parameters; see `weights.py` for this and the next four."""
+        return [weights.layer_of(self.get_model(), name) for name in names]
+
     def begin_weights(self) -> None:
-        """Opens the model for new weights; see `weights.py` for this and the next three."""
+        """Opens the model for new weights."""
         with set_current_vllm_config(self.vllm_config):
             weights.begin(self.get_model())
 

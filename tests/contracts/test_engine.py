@@ -456,6 +456,27 @@ def test_new_weights_change_the_samples_and_never_mid_sample(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_weights_of_which_some_are_unchanged_give_the_samples_of_all(kind: str, architecture: str) -> None:
+    engine, request = make_engine(architecture, kind), make_request(0, 6)
+    model = make_model(architecture)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers.1.self_attn.q_proj" in name or name.endswith("norm.weight"):
+                parameter.mul_(1.5)
+    version, tensors = published(model, version=4)
+    first = dict(make_model(architecture).named_parameters())
+    engine.load_weights(version, tensors, [name for name, tensor in tensors if torch.equal(tensor, first[name])])
+    assert engine.version == version
+    fresh = bare_engine(kind, architecture)
+    fresh.load_weights(version, tensors)
+    for sample, same in zip(collect(engine, [request])["g0"], collect(fresh, [request])["g0"], strict=True):
+        assert_same(sample, same)
+    with pytest.raises(EngineError):  # what is said to be unchanged counts by what it was
+        engine.load_weights(*published(make_model(architecture, seed=1)), unchanged=[tensors[0][0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_in_flight_recompute_what_running_samples_have(kind: str) -> None:
     def start(model: torch.nn.Module, version: int = 3, **options: object) -> LatentEngine:
         if kind == "transformers":

@@ -225,6 +225,20 @@ def test_a_load_that_fails_in_flight_stops_the_samples_until_weights_are_whole_a
     assert not core_of(engine).slots
 
 
+def test_only_layers_of_which_something_has_changed_are_loaded_again_fused_ones_whole():
+    engine, loaded = make_engine("llama", "vllm"), []
+    model = worker_of(engine).get_model()
+    load = model.load_weights
+    model.load_weights = lambda tensors: load(loaded.append(name) or (name, tensor) for name, tensor in tensors)
+    changed = make_model("llama")
+    changed.model.layers[1].self_attn.q_proj.weight.data.mul_(2)
+    changed.model.norm.weight.data.mul_(2)
+    version, tensors = published(changed, version=4)
+    new = {"model.layers.1.self_attn.q_proj.weight", "model.norm.weight"}
+    engine.load_weights(version, tensors, [name for name, _ in tensors if name not in new])
+    assert sorted(loaded) == sorted(new | {f"model.layers.1.self_attn.{part}_proj.weight" for part in "kv"})
+
+
 def test_fused_and_tied_weights_are_read_back_after_loading(monkeypatch):
     for architecture, broken in (
         ("llama", "model.layers.1.self_attn.v_proj.weight"),
