@@ -249,7 +249,7 @@ class Pair:
         options = dist.ProcessGroupGloo._Options()
         options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(hostname=own)], timeout
         self._words = dist.ProcessGroupGloo(store, rank, 2, options)
-        self._nccl = _nccl_group(store, rank, timeout) if backend == "nccl" else None
+        self._nccl = _nccl_group(dist.PrefixStore("nccl", store), rank, timeout) if backend == "nccl" else None
         self._peer, self._timeout = 1 - rank, timeout
 
     def receive(self, size: int) -> torch.Tensor:
