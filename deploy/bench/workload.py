@@ -48,7 +48,7 @@ class Row:
     goal: str
 
 
-def bench_model(vocabulary: int, hidden: int, layers: int) -> PreTrainedModel:
+def bench_model(vocabulary: int, hidden: int, layers: int, *, positions: int = 1024) -> PreTrainedModel:
     """Makes a random Llama whose head is scaled so that its logits spread as a trained model's do.
 
     Nearly flat logits, as a plain random model has them, are the sampler's worst case and not usual for a model.
@@ -61,7 +61,7 @@ def bench_model(vocabulary: int, hidden: int, layers: int) -> PreTrainedModel:
         num_hidden_layers=layers,
         num_attention_heads=max(hidden // 32, 1),
         head_dim=32,
-        max_position_embeddings=1024,
+        max_position_embeddings=positions,
         initializer_range=0.08,
         bos_token_id=None,
         eos_token_id=None,

@@ -124,6 +124,20 @@ def bench_logprobs(
         write_json(found, json_file)
 
 
+@bench.command("scale")
+def bench_scale(
+    steps: Annotated[int, typer.Option(min=60, help="Steps of the run whose memory is looked at.")] = 500,
+    json_file: JsonFile = None,
+) -> None:
+    """Measures what a step costs as prompts, samples, lengths, k, vocabulary, workers and steps grow, on CPU."""
+    from latent_grpo.deploy.bench.scale import measure, show
+
+    found = measure(steps=steps)
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)
+
+
 @bench.command("trl")
 def bench_trl(
     steps: Annotated[int, typer.Option(min=1, help="Counted steps of each way in a turn.")] = 8,
