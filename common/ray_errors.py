@@ -14,6 +14,7 @@ from ray.exceptions import (
 )
 
 NODE_GONE = "its node is gone"
+NO_PROCESS = "if there is room, their processes end before they begin: Ray's logs (worker-*.err) say why"
 SHOWN = 300  # characters of a text that is not known
 
 

@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from latent_grpo.common.config import RunConfig, config_as_json
 from latent_grpo.common.errors import ConfigError, RunError
 from latent_grpo.common.ray_calls import alive_nodes, put_within
-from latent_grpo.common.ray_errors import in_short
+from latent_grpo.common.ray_errors import NO_PROCESS, in_short
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
 from latent_grpo.common.transport import choose_transport
@@ -210,7 +210,7 @@ class RankGroup:
                 raise RankLate(
                     f"learner rank(s) {late} did not {doing} within {seconds:g} s ({key})"
                     + ("" if self._processes else f"; each needs {needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU, ")
-                    + ("" if self._processes else f"free in the cluster: {_free()}")
+                    + ("" if self._processes else f"free in the cluster: {_free()}; {NO_PROCESS}")
                 )
             if error := _failed(ready[0]):
                 cause = getattr(error, "cause", None)

@@ -31,7 +31,7 @@ from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayEr
 from latent_grpo.common.config import ConfigError, DeadlineConfig, RolloutConfig
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import check_interrupt
-from latent_grpo.common.ray_errors import NODE_GONE, in_short, made_badly
+from latent_grpo.common.ray_errors import NO_PROCESS, NODE_GONE, in_short, made_badly
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.shared_memory import BucketGone
 from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
@@ -351,7 +351,7 @@ class RolloutPool:
         kinds = [f"{amount:g} {kind} ({free.get(kind, 0):g} free)" for kind, amount in needs.items() if amount]
         said = f"each needs {' and '.join(kinds) or 'nothing'}"
         if waited and all(free.get(kind, 0) >= amount for kind, amount in needs.items()):
-            said += "; if there is room, their processes end before they begin: Ray's logs (worker-*.err) say why"
+            said += f"; {NO_PROCESS}"
         return said
 
     # --- groups --------------------------------------------------------------------------------------------------
