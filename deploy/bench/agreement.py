@@ -7,7 +7,6 @@ It is the run's self-test with more groups and without limits. The tolerances of
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from latent_grpo.common.models import load_model
 from latent_grpo.common.schema import TrajectoryBatch, encode
 from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import checksum
+from latent_grpo.deploy.bench import figures
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.progress import Reporter
@@ -145,4 +145,5 @@ def show(found: Agreement, console: Console | None = None) -> None:
 
 
 def write_json(found: Agreement, path: Path) -> None:
-    path.write_text(json.dumps(asdict(found) | {"spacing": found.spacing}, indent=2) + "\n", encoding="utf-8")
+    """Writes all figures."""
+    figures.write_json(asdict(found) | {"spacing": found.spacing}, path)

@@ -7,7 +7,6 @@ because other work disturbs them less. The first steps of each (compilation, cac
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.config import RunConfig
+from latent_grpo.deploy.bench import figures
 from latent_grpo.deploy.controller import Controller, Learner
 from latent_grpo.deploy.reproduce.in_process import InProcessLearner, InProcessSFT, in_process_session
 from latent_grpo.deploy.run.folder import create_run
@@ -151,4 +151,4 @@ def show(found: Comparison, console: Console | None = None) -> None:
 
 def write_json(found: Comparison, path: Path) -> None:
     ratios = {"wall_ratio": found.wall_ratio, "cpu_ratio": found.cpu_ratio}
-    path.write_text(json.dumps(asdict(found) | ratios, indent=2) + "\n", encoding="utf-8")
+    figures.write_json(asdict(found) | ratios, path)

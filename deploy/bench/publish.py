@@ -8,7 +8,6 @@ they are hashed as tensors, packed, hashed as buckets and put; each worker hashe
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -27,6 +26,7 @@ from latent_grpo.common.config import WeightsConfig, load_config
 from latent_grpo.common.fingerprint import copy_with_fingerprint, fingerprint
 from latent_grpo.common.transport import TRANSPORTS, WeightReceiver
 from latent_grpo.common.weights import Publication, in_buckets, tensor_bytes, unpack
+from latent_grpo.deploy.bench import figures
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.ray_session import ray_session
 from latent_grpo.learner.publication import Publisher
@@ -260,4 +260,4 @@ def show(found: Sequence[PublishCost], console: Console | None = None) -> None:
 
 def write_json(found: Sequence[PublishCost], path: Path) -> None:
     """Writes all figures."""
-    path.write_text(json.dumps([{**asdict(c), "ratio": c.ratio} for c in found], indent=1) + "\n", encoding="utf-8")
+    figures.write_json([{**asdict(cost), "ratio": cost.ratio} for cost in found], path)
