@@ -88,7 +88,7 @@ def resume(
 
     reporter = reporter or Reporter()
     if is_url(str(path)):
-        path, overrides = working_copy(str(path), overrides, reporter.say)
+        path, overrides = working_copy(str(path), overrides, reporter.say, allowed)
     folder, config, lineage = reopen_run(path, overrides, "train", check=check)
     return _run(folder, config, lineage, reporter, prepare(config, reporter, folder))
 

@@ -237,7 +237,7 @@ def reopen_run(
         folder, config = RunFolder(Path(path)), settings
         identity = folder.read_json("run.json")
         asked = parse_config(placed(config.model_dump(mode="json"), identity))  # the same files, however they are named
-        _check_changes(folder, folder.placed_config(), asked)
+        check_changes(folder.path, folder.placed_config(), asked)
         config = with_scaled_workers(folder, config)
     with run_lock(folder.path):
         lineage = int(folder.read_json("run.json")["lineage"]) + 1
@@ -252,15 +252,16 @@ def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFo
         raise ResumeError(f"{option} {path}: it has no config.json; give a run folder such as runs/quickstart-...")
     stored = folder.placed_config()
     config = load_config(stored.model_dump(mode="json"), overrides)
-    _check_changes(folder, stored, config)
+    check_changes(folder.path, stored, config)
     return folder, config
 
 
-def _check_changes(folder: RunFolder, stored: RunConfig, config: RunConfig) -> None:
+def check_changes(run: Path | str, stored: RunConfig, config: RunConfig) -> None:
+    """Raises :class:`ResumeError` where the settings differ from a run's own in what a resumed run may not change."""
     refused = refused_changes(stored, config)
     if refused:
         raise ResumeError(
-            f"{folder.path} cannot be resumed with other settings: {'; '.join(refused)}. They decide what is computed; "
+            f"{run} cannot be resumed with other settings: {'; '.join(refused)}. They decide what is computed; "
             "leave them out, or start a new run with them"
         )
 

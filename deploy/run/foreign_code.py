@@ -91,20 +91,22 @@ def check_origin(
     may run. `user` is the uid that the folder must belong to; None: the one that runs this process.
     """
     twin = read_twin(folder)
-    copied = twin is not None and twin.brought
-    if not copied and _belongs_to(folder, os.geteuid() if user is None else user):
-        return
+    if twin is not None and twin.brought:
+        check_code(f"{folder} was copied from {twin.url}, where others may write", config, overrides, allowed)
+    elif not _belongs_to(folder, os.geteuid() if user is None else user):
+        whose = f"{folder} is another user's, or may be written by everybody"
+        check_code(whose, config, overrides, allowed, ", or take the folder over (chown, chmod o-w)")
+
+
+def check_code(
+    whose: str, config: RunConfig, overrides: Sequence[str], allowed: Sequence[str], otherwise: str = ""
+) -> None:
+    """Raises ConfigError where settings of others, as `whose` says, name code that the command does not."""
     refused = [c for c in named_code(config) if not _is_allowed(c, allowed) and not _is_in(c.path, overrides)]
     if refused:
         modules = ",".join(dict.fromkeys(code.module for code in refused))
-        whose, otherwise = (
-            "is another user's, or may be written by everybody",
-            ", or take the folder over (chown, chmod o-w)",
-        )
-        if twin is not None and twin.brought:
-            whose, otherwise = f"was copied from {twin.url}, where others may write", ""
         raise ConfigError(
-            f"{folder} {whose}, and its config.json names code that this command would run: "
+            f"{whose}, and its config.json names code that this command would run: "
             f"{', '.join(map(str, refused))}; if you trust it, give --allow-plugins {modules}{otherwise}"
         )
 

@@ -214,7 +214,7 @@ def resume_sft(
     """
     reporter = reporter or Reporter()
     if is_url(str(path)):
-        path, overrides = working_copy(str(path), overrides, reporter.say)
+        path, overrides = working_copy(str(path), overrides, reporter.say, allowed)
     folder = RunFolder(Path(path))
     if (folder.base_model / "config.json").is_file() and (folder.path / "config.json").is_file():
         reporter.say(f"{folder.path} is finished: model {folder.base_model}")

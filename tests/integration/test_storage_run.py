@@ -52,8 +52,9 @@ def test_a_run_goes_on_from_its_url_on_another_machine_bit_for_bit(whole, bucket
     assert half.path == here / "half"
     shutil.rmtree(here)  # the machine is gone
     assert status_of(open_view(url)).state == "finished"
-    with pytest.raises(ConfigError, match=rf"was copied from {url}, where others may write.*--allow-plugins training"):
+    with pytest.raises(ConfigError, match=rf"{url} may be written by others, .*--allow-plugins training"):
         resume(url, ["steps=6", f"work_folder={there}"])
+    assert not there.exists(), "nothing was copied for it"
     resumed = resume(url, ["steps=6", f"work_folder={there}"], allowed=["training"])
     assert resumed.path == there / "half"
 

@@ -16,6 +16,7 @@ from fake_run import fake_config, fake_run
 from latent_grpo.common.config import ConfigError
 from latent_grpo.common.interrupts import Interrupted
 from latent_grpo.deploy.run.folder import FolderInUse, RunFolder, run_lock, write_identity
+from latent_grpo.deploy.run.foreign_code import check_origin
 from latent_grpo.deploy.run.storage.copy import local_copy, model_copy, remote_runs, working_copy
 from latent_grpo.deploy.run.storage.index import INDEX, OWN, checksum, read_index
 from latent_grpo.deploy.run.storage.lease import Lease, held_by
@@ -482,3 +483,18 @@ def test_a_run_without_a_copy_is_pushed_where_the_command_says(tmp_path):
     url = push(run.path, print, f"file://{tmp_path}/store")
     assert url == f"file://{tmp_path}/store/run"
     assert there(url, tmp_path / "b") == contents(run.path)
+
+
+def test_what_a_run_refuses_is_refused_before_it_is_copied(tmp_path):
+    run = fake_run(tmp_path / "run", steps=1, groups=1)
+    stored = json.loads((run.path / "config.json").read_text())
+    (run.path / "config.json").write_text(json.dumps(stored | {"metrics": {"sinks": ["foreign_trap:Sink"]}}))
+    url, work = push(run.path, print, f"file://{tmp_path}/store"), f"work_folder={tmp_path / 'work'}"
+    with pytest.raises(ConfigError, match=f"{url} cannot be resumed with other settings: group_size: 4 -> 8"):
+        working_copy(url, [work, "group_size=8"], print, ["foreign_trap"])
+    with pytest.raises(ConfigError, match=rf"{url} may be written by others, and its config.json names .*foreign_trap"):
+        working_copy(url, [work], print)
+    assert not (tmp_path / "work").exists()
+    assert working_copy(url, [work], print, ["foreign_trap"])[0] == tmp_path / "work" / "run"
+    with pytest.raises(ConfigError, match=rf"was copied from {url}, where others may write"):
+        check_origin(tmp_path / "work" / "run", RunFolder(tmp_path / "work" / "run").config())

@@ -7,9 +7,10 @@ index is read again.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,13 @@ from filelock import FileLock
 from latent_grpo.common.config import ConfigError, RunConfig, load_config, parse_config
 from latent_grpo.common.files import file_hash, write_atomically
 from latent_grpo.common.remote_url import checked_url, is_url, joined
-from latent_grpo.deploy.run.folder import FolderInUse, in_use, local_root, stored_settings
+from latent_grpo.deploy.run.folder import FolderInUse, check_changes, in_use, local_root, stored_settings
+from latent_grpo.deploy.run.foreign_code import check_code
+from latent_grpo.deploy.run.start_folder import placed
 from latent_grpo.deploy.run.storage.index import Index, read_index
 from latent_grpo.deploy.run.storage.snapshot import is_dump
 from latent_grpo.deploy.run.storage.store import NotThere, StorageError, Store, Stored
-from latent_grpo.deploy.run.storage.upload import TWIN_FILE, Twin, read_twin, write_twin
+from latent_grpo.deploy.run.storage.upload import Twin, read_twin, write_twin
 
 THREADS = 8  # downloads at the same time
 TRIES = 5  # at a run that changes while it is copied
@@ -69,19 +72,26 @@ def remote_runs(url: str) -> list[str]:
     return [joined(store.url, name) for name in store.folders() if read_index(store.below(name)) is not None]
 
 
-def working_copy(url: str, overrides: list[str], say: Callable[[str], None]) -> tuple[Path, list[str]]:
+def working_copy(
+    url: str, overrides: list[str], say: Callable[[str], None], allowed: Sequence[str] = ()
+) -> tuple[Path, list[str]]:
     """Returns the folder in which a remote run goes on here, with all of it, and the overrides with which it does.
 
     It is the run's name below `work_folder`. One that is there already is used as it is where nobody else has written
-    into the run since, and brought up to the copy's state otherwise. Raises StorageError, ConfigError, FolderInUse.
+    into the run since, and brought up to the copy's state otherwise. What the run refuses is refused before it is
+    copied: other settings, and code that neither `overrides` nor `allowed` name (`deploy.run.foreign_code`). Raises
+    StorageError, ConfigError and FolderInUse.
     """
     store = Store(checked_url(url))
     index = _index_of(store)
     overrides = [*overrides, f"runs_folder={store.url.rpartition('/')[0]}"]
-    stored = parse_config(stored_settings(index.texts["config.json"]))
+    stored = parse_config(placed(stored_settings(index.texts["config.json"]), json.loads(index.texts["run.json"])))
     config = load_config(stored.model_dump(mode="json"), overrides)
+    check_changes(store.url, stored, config)
     folder = local_root(config) / store.name
-    brought_up_to_date(store, index, folder, say)
+    if not _is_in_step(store, index, folder):
+        check_code(f"{store.url} may be written by others", config, overrides, allowed)
+        brought_up_to_date(store, index, folder, say)
     return folder, overrides
 
 
@@ -90,22 +100,17 @@ def named_copy(config: RunConfig, folder: Path, say: Callable[[str], None]) -> N
     if not is_url(config.runs_folder):
         return
     store = Store(joined(config.runs_folder, folder.name))
-    if (index := read_index(store)) is not None:
+    index = read_index(store)
+    if index is not None and not _is_in_step(store, index, folder):
         brought_up_to_date(store, index, folder, say)
 
 
 def brought_up_to_date(store: Store, index: Index, folder: Path, say: Callable[[str], None]) -> None:
-    """Makes a folder the run's remote state, unless it is that or ahead of it."""
-    if (folder / "run.json").is_file() or (folder / TWIN_FILE).is_file():
-        twin = read_twin(folder)
-        if twin is None or twin.url != store.url:
-            raise ConfigError(
-                f"{folder} is another run than {store.url}; give another work_folder, or move that folder away"
-            )
-        if index.snapshot in twin.snapshots:
-            return
-        if (holder := in_use(folder)) is not None:
-            raise FolderInUse(holder)
+    """Makes a folder that is not there, or is behind, the run's remote state."""
+    twin = read_twin(folder)
+    if twin is not None and (holder := in_use(folder)) is not None:
+        raise FolderInUse(holder)
+    if twin is not None and twin.snapshots:
         say(f"[yellow]{folder} is behind {store.url}, which another machine has continued: it becomes a copy of it[/]")
     else:
         size = sum(stored.size for stored in index.files.values())
@@ -114,6 +119,18 @@ def brought_up_to_date(store: Store, index: Index, folder: Path, say: Callable[[
     write_twin(folder, Twin(store.url, (), brought=True))  # until it is whole it is behind
     whole = _bring(store, index, folder, lambda name: True)
     write_twin(folder, Twin(store.url, (whole.snapshot,), brought=True))
+
+
+def _is_in_step(store: Store, index: Index, folder: Path) -> bool:
+    """Whether a folder is the run's remote state or ahead of it. Raises ConfigError for the folder of another run."""
+    twin = read_twin(folder)
+    if twin is None and not (folder / "run.json").is_file():
+        return False
+    if twin is None or twin.url != store.url:
+        raise ConfigError(
+            f"{folder} is another run than {store.url}; give another work_folder, or move that folder away"
+        )
+    return index.snapshot in twin.snapshots
 
 
 def _index_of(store: Store) -> Index:
