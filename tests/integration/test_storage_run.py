@@ -45,6 +45,7 @@ def weights_of(model):
     return dict(load_model(model).named_parameters())
 
 
+@pytest.mark.slow  # test_train.py resumes a run that is uploaded; test_storage.py brings one to another machine
 def test_a_run_goes_on_from_its_url_on_another_machine_bit_for_bit(whole, bucket, tmp_path):
     here, there, url = tmp_path / "here", tmp_path / "there", f"{bucket}/runs/half"
     places = (f"runs_folder={bucket}/runs", f"work_folder={here}", "run_name=half")

@@ -31,9 +31,10 @@ from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_co
 from latent_grpo.deploy.export.export import export
 from latent_grpo.deploy.replay.replay import replay
 from latent_grpo.deploy.reproduce.in_process import train_in_process
-from latent_grpo.deploy.run.folder import ResumeError, create_run
+from latent_grpo.deploy.run.folder import ResumeError, RunFolder, create_run
 from latent_grpo.deploy.run.manifest import read_manifest
 from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.storage.copy import local_copy
 from latent_grpo.deploy.train import resume, train
 from latent_grpo.learner.best_checkpoint import best_checkpoint
 from latent_grpo.learner.checkpoint import latest_checkpoint
@@ -59,7 +60,8 @@ def weights_of(folder):
 def test_three_steps_and_three_more_are_six_bit_for_bit_with_any_workers_and_transport(whole, tmp_path):
     quiet = ("evaluation.at_start=false", "evaluation.at_end=false", "checkpoint.every=0")  # the last is always kept
     # `whole` is by shared memory, which `auto` takes on a machine's own Ray
-    half = train(tiny(*COMMON, *quiet, f"runs_folder={tmp_path}", "steps=3", "rollout.workers=2", BY_STORE), "half")
+    places = (f"runs_folder=file://{tmp_path}/store", f"work_folder={tmp_path}/here", "run_name=half")
+    half = train(tiny(*COMMON, *quiet, *places, "steps=3", "rollout.workers=2", BY_STORE), "half")
     resumed = resume(half.path, ["steps=6", "rollout.workers=1", "weights.transport=collective"])
 
     for first, second in zip(rows_of(whole, range(1, 7)), rows_of(resumed, range(1, 7)), strict=True):
@@ -74,6 +76,8 @@ def test_three_steps_and_three_more_are_six_bit_for_bit_with_any_workers_and_tra
     assert lines == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
     losses = [[row["metrics"]["learner/loss"] for row in read_metrics(f.path)] for f in (whole, resumed)]
     assert losses[0] == losses[1]
+    uploaded = local_copy(f"file://{tmp_path}/store/half", None, tmp_path / "cache")
+    assert all(torch.equal(expected[name], found) for name, found in weights_of(RunFolder(uploaded)).items())
     # the first rollout after the resume is on the checkpoint's weights
     view = TrajectoryBatch(TrajectoryStore(resumed.trajectories).read(4))
     assert set(view.numbers("policy_version_min")) == set(view.numbers("policy_version_max")) == {3}
