@@ -99,6 +99,7 @@ def parts(device: str, out: Path) -> list[Part]:
             "--json-folder", str(out / "bench"),
         ),
         tests("run_gpu", 240.0),
+        tests("collective_gpu", 60.0),
         tests("vllm_gpu", 400.0, skipped="" if has_vllm else "no CUDA build of vLLM is here"),
     ]  # fmt: skip
 
