@@ -28,6 +28,7 @@ from latent_grpo.common.tasks.gpqa import with_letters
 from latent_grpo.common.tasks.tables import Row, TableError
 
 AUTHORS_SOLUTION = "cot_answer"  # of the authors' files: the visible text, with the boxed answer at its end (METHOD §7)
+VERLS_ANSWER = "reward_model.ground_truth"
 T = TypeVar("T")
 
 
@@ -54,8 +55,10 @@ def layout_of(config: TaskConfig, present: Sequence[str], protocol: EvaluationPr
     named = columns.problem == "prompt" and not _has(present, columns.answer)
     if {"prompt", "reward_model"} <= set(present) and (named or not _has(present, columns.problem)):
         solution = _solution_column(config, present)
-        needed = [name for name in ("prompt", "reward_model", columns.cot, solution) if name]
-        return Layout(needed, partial(_read_verl, path, columns.cot, solution))
+        own = "answer" in columns.model_fields_set and _has(present, columns.answer)
+        truth = columns.answer if own else VERLS_ANSWER
+        needed = [name for name in ("prompt", truth, columns.cot, solution) if name]
+        return Layout(needed, partial(_read_verl, path, truth, columns.cot, solution))
     if columns.problem not in present and set(present) >= GPQA_COLUMNS:
         return Layout(GPQA_COLUMNS, partial(_read_gpqa, path, protocol))
     solution = _solution_column(config, present)
@@ -101,13 +104,13 @@ def _read_plain(
     return Reading(messages, cell(answer, gold_text), cell(cot, joined_text), cell(solution, joined_text), whole)
 
 
-def _read_verl(path: str, cot: str, solution: str | None, number: int, row: Row) -> Reading:
+def _read_verl(path: str, answer: str, cot: str, solution: str | None, number: int, row: Row) -> Reading:
     truth = row.get("reward_model")
-    if not is_missing(truth) and not isinstance(truth, dict):
+    if answer == VERLS_ANSWER and not is_missing(truth) and not isinstance(truth, dict):
         raise CellError(
             f"{path}, row {number}: column 'reward_model' holds {kind_of(truth)}; expected an object with ground_truth"
         )
-    found = _read_plain(path, "prompt", "reward_model.ground_truth", cot, solution, number, row)
+    found = _read_plain(path, "prompt", answer, cot, solution, number, row)
     return found._replace(whole=True)
 
 

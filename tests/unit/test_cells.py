@@ -208,6 +208,15 @@ def test_another_gold_is_refused_with_row_and_column_by_every_command(value, mes
         load_task(TaskConfig(name="t", path=str(written(tmp_path, verl))), 0)
 
 
+def test_a_part_of_verls_answer_is_read_where_the_user_names_it(tmp_path):
+    row = {"prompt": [USER], "reward_model": {"ground_truth": {"target": ["7", "seven"]}}}
+    path = str(written(tmp_path, [row]))
+    with pytest.raises(TaskError, match=r"column 'reward_model.ground_truth' cannot be read: it holds an object"):
+        load_task(TaskConfig(name="t", path=path), 0)
+    named = TaskConfig(name="t", path=path, columns={"answer": "reward_model.ground_truth.target"})
+    assert alternatives(load_task(named, 0).problem(0).answer) == ("7", "seven")
+
+
 def test_a_list_of_steps_is_a_chain_and_a_solution():
     assert joined_text(["1+1=2", 2.0, None, "2+1=3"]) == "1+1=2 2 2+1=3"
     with pytest.raises(CellError, match="a list"):
