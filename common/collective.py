@@ -213,7 +213,7 @@ class Sender:
         while True:
             try:
                 question = questions.queue_pop(self._token).decode()
-            except dist.QueueEmptyError:
+            except dist.DistStoreError:  # nobody has asked for so long
                 continue
             if not question:
                 return

@@ -102,9 +102,10 @@ class RolloutWorker:
     def update_weights(self, ticket: int, manifest: WeightManifest, buckets: Sequence[Sequence[TensorBytes]]) -> None:
         """Queues published weights behind the groups that were submitted before; returns at once.
 
-        `buckets` have the bytes of each tensor. Weights that cannot be verified end `results`, since a worker
-        without verified weights must not continue: with :class:`common.weights.WeightsCorrupt` where bytes are
-        missing, with EngineError if the checksum of what the engine holds differs.
+        `buckets` have the bytes of each tensor. They take the place of weights that wait there with no group behind
+        them. Weights that cannot be verified end `results`, since a worker without verified weights must not continue:
+        with :class:`common.weights.WeightsCorrupt` where bytes are missing, with EngineError if the checksum of what
+        the engine holds differs.
         """
         self._enqueue(ticket, [_WeightUpdate(manifest, buckets)])
 
@@ -123,7 +124,10 @@ class RolloutWorker:
                 if any(isinstance(item, _Discard) for item in later):
                     self._queue = deque(item for item in self._queue if not isinstance(item, GroupRequest))
                     self._discards += 1
-                self._queue.extend(later)
+                for item in later:
+                    if isinstance(item, _WeightUpdate) and self._queue and isinstance(self._queue[-1], _WeightUpdate):
+                        self._queue.pop()  # nothing is made with those weights, and each holds memory
+                    self._queue.append(item)
                 self._next_ticket += 1
             self._changed.notify_all()
 

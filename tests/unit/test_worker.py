@@ -156,11 +156,25 @@ def test_the_engine_learns_which_weights_it_has_been_given_before(worker, engine
     seen = []
     load = engine.load_weights
     engine.load_weights = lambda version, tensors, unchanged: (seen.append(list(unchanged)), load(version, tensors))
-    for ticket, value in enumerate([1.0, 1.0, 2.0]):
-        worker.update_weights(ticket, *publication(ticket, value))
-    worker.submit(3, [request("a")])
-    take(worker, 1)
+    for version, value in enumerate([1.0, 1.0, 2.0]):
+        worker.update_weights(2 * version, *publication(version, value))
+        worker.submit(2 * version + 1, [request(f"g{version}")])
+    take(worker, 3)
     assert seen == [[], ["w"], []]
+
+
+def test_weights_that_nothing_is_made_with_are_not_loaded(worker, engine):
+    loaded = []
+    load = engine.load_weights
+    engine.load_weights = lambda version, *rest: (loaded.append(version.version), load(version, *rest))
+    worker.submit(0, [request("a")])
+    for ticket in (1, 2, 3):
+        worker.update_weights(ticket, *publication(ticket))
+    worker.submit(4, [request("b")])
+    worker.update_weights(5, *publication(5))
+    groups = take(worker, 2)
+    assert loaded[0] == 3
+    assert [group[0].policy_version_min for group in groups] == [0, 3]
 
 
 def test_an_engine_that_disagrees_about_the_checksum_never_samples(worker):
