@@ -67,13 +67,19 @@ def s3_server(bucket: str) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def refusing_server(code: str, status: int) -> Iterator[None]:
-    """Answers as S3 does where it refuses: by a code in XML."""
+def refusing_server(code: str, status: int, accepts: str | None = None) -> Iterator[None]:
+    """Answers as S3 does where it refuses: by a code in XML. It takes what is written with the key `accepts`."""
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>refused</Message></Error>".encode()
 
     class Refusing(BaseHTTPRequestHandler):
         def refuse(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if accepts is not None and accepts in self.headers.get("Authorization", ""):
+                self.send_response(200)
+                self.send_header("ETag", '"x"')
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             self.send_response(status)
             self.send_header("Content-Type", "application/xml")
             self.send_header("Content-Length", str(len(body)))

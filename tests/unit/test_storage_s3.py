@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 
@@ -89,6 +90,15 @@ def test_a_refusal_is_one_clear_line_without_a_secret(code, status, said, tmp_pa
             with pytest.raises(StorageError, match="s3://bucket/runs"):
                 remote_runs("s3://bucket/runs")
     assert not (folder.path / ".remote.json").exists(), "nothing is left that a second try would stumble over"
+
+
+def test_credentials_that_are_renewed_in_mid_run_are_used_at_the_next_try():
+    with refusing_server("ExpiredToken", 400, accepts="AKIANEW"):
+        store = Store("s3://bucket/runs/run")
+        with pytest.raises(StorageError, match="the credentials have expired"):
+            store.write("a", io.BytesIO(b"a"), 1)
+        os.environ["AWS_ACCESS_KEY_ID"] = "AKIANEW"
+        assert store.write("a", io.BytesIO(b"a"), 1).size == 1
 
 
 def test_a_bucket_that_does_not_exist_and_a_server_that_is_gone(bucket, tmp_path):

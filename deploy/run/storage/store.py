@@ -93,10 +93,6 @@ class Store:
         """Returns the folder `name` of this one."""
         return Store(joined(self.url, name), self._given)
 
-    def forget(self) -> None:
-        """Connects anew at the next operation, with the credentials that the environment then has."""
-        self._filesystem = self._given
-
     def write(self, name: str, source: BinaryIO, size: int) -> Stored:
         """Writes the first `size` bytes of a file as an object, in place of one of that name."""
 
@@ -178,12 +174,13 @@ class Store:
     def _do(self, name: str, operation: Callable[[Any, str], Result]) -> Result:
         path = joined(self._root, name) if name else self._root
         try:
-            if self._filesystem is None:
-                self._filesystem = _filesystem(self._scheme, self._root)
-            return operation(self._filesystem, path)
+            files = self._filesystem or _filesystem(self._scheme, self._root)
+            self._filesystem = files
+            return operation(files, path)
         except FileNotFoundError as error:
             raise NotThere(f"{joined(self.url, name)}: there is no such object") from error
         except (OSError, pa.ArrowException) as error:
+            self._filesystem = self._given  # the next operation connects anew, with the credentials that are there then
             raise StorageError(f"{self.url}: {_reason(error)}") from error
 
 
