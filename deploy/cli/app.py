@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -257,7 +258,7 @@ def reproduce(
     )
     with interruptible():
         if check:
-            for line in suites.check(request, arms=listed(arms)):
+            for line in suites.check(request, arms=listed(arms), say=partial(say, heading="[yellow]reproduce[/]")):
                 console.print(line, soft_wrap=True, highlight=False)
         elif unit is not None:
             run_unit(request, unit)

@@ -57,6 +57,7 @@ from latent_grpo.deploy.reproduce.suite import (
 )
 from latent_grpo.deploy.reproduce.unit import Request
 from latent_grpo.deploy.run.folder import in_use, run_lock
+from latent_grpo.deploy.run.foreign_code import announced
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.ray_session import needed_resources
 
@@ -90,6 +91,7 @@ def reproduce(
     suite = request.load()
     wanted = list(units_of(suite, arms))
     todo = [unit for unit in wanted if read_result(unit_folder(request.folder, unit)) is None]
+    _announce(suite, wanted, request.folder, reporter.say)
     for note in check_inputs(suite, todo, request.folder):
         reporter.say(f"[yellow]{note}[/]")
     open_folder(request, suite)
@@ -111,14 +113,22 @@ def reproduce(
     return request.folder
 
 
-def check(request: Request, *, arms: Sequence[str] = ()) -> list[str]:
+def _announce(suite: Suite, wanted: Sequence[Unit], folder: Path, say: Callable[[str], None]) -> None:
+    """Says which code the settings of the units name: problems and verifiers of an import path are imported."""
+    lines = (line for unit in wanted for line in announced(unit_config(suite, unit, folder)))
+    for line in dict.fromkeys(lines):
+        say(line)
+
+
+def check(request: Request, *, arms: Sequence[str] = (), say: Callable[[str], None] = lambda line: None) -> list[str]:
     """Checks the suite and returns one line per unit that it would run; writes nothing.
 
-    Raises :class:`SuiteError` for settings that cannot work, for missing models and files, and for another
-    configuration than the folder's.
+    `say` is told which code the settings name, before any of it is imported. Raises :class:`SuiteError` for settings
+    that cannot work, for missing models and files, and for another configuration than the folder's.
     """
     suite = request.load()
     resolved(suite, request.folder)
+    _announce(suite, list(units_of(suite, arms)), request.folder, say)
     configs = [(unit, unit_config(suite, unit, request.folder)) for unit in units_of(suite, arms)]
     notes = check_inputs(suite, [unit for unit, _ in configs], request.folder)
     check_folder(request, suite)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 
 import pytest
+import torch
 import yaml
 from fake_run import fake_run
+from foreign_state import Touch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -22,6 +25,7 @@ from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.foreign_code import check_origin, named_code
 from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.serving.serve import serve
 from latent_grpo.deploy.sft.loop import resume_sft
 from latent_grpo.deploy.single_service import train_only
 from latent_grpo.deploy.train import resume
@@ -38,6 +42,7 @@ COMPOSED = {
     "tasks.0.verifier": "mine",
 }
 SOMEBODY = 54321  # a uid
+CPU = ("cpu", "0.32.0")  # a build of vLLM and its version
 
 
 @pytest.fixture(autouse=True)
@@ -189,3 +194,84 @@ def test_the_users_own_run_needs_no_flag_and_an_override_counts_as_the_users_wor
 def test_registered_names_and_this_programs_own_verifiers_are_no_foreign_code(tmp_path):
     own = {"verifiers": {"mine": {"kind": "latent_grpo.reward.answers:NumberVerifier"}}, "tasks.0.verifier": "mine"}
     assert named_code(load_config(profile(tmp_path / "p.yaml", own))) == []
+
+
+# --- models, suites and files of answers
+
+
+@pytest.fixture
+def somebodys_model(somebodys_run, trained_folder):
+    """The model of that run: its settings name code beside them, which everything that loads code would import."""
+    model = somebodys_run / "model"
+    shutil.copytree(trained_folder, model)
+    own = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model", "AutoTokenizer": ["mine.Tokens", None]}
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        file = model / name
+        stored = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps(stored | {"auto_map": own, "custom_generate": "mine"}))
+    (model / "mine.py").write_text(f"open({str(somebodys_run / 'touched')!r}, 'w')\nimport foreign_trap\n")
+    (model / "custom_generate").mkdir()
+    shutil.copy(model / "mine.py", model / "custom_generate" / "generate.py")
+    return model
+
+
+def test_a_model_of_somebody_elses_run_answers_without_its_code(somebodys_model):
+    done, text = output_of("generate", "--model", somebodys_model, "--prompt", "1+2?")
+    assert done.exit_code == 0, text
+    assert "code of its own (auto_map), which is never run" in text
+    assert "visible steps" in text
+    command = serve(str(somebodys_model), [], say=print, only_print=True, installed=lambda: CPU)
+    assert "--model" in command
+    assert not [part for part in command if "trust" in part]
+    assert not (somebodys_model.parent / "touched").exists()
+    assert not loaded()
+
+
+def test_a_pickle_in_a_model_of_somebody_else_is_refused_and_not_run(somebodys_model):
+    (somebodys_model / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Touch(somebodys_model / "touched")}, somebodys_model / "pytorch_model.bin")
+    done, text = output_of("generate", "--model", somebodys_model, "--prompt", "1+2?")
+    assert done.exit_code != 0
+    assert "pytorch_model.bin cannot be read as tensors alone" in text
+    with pytest.raises(ConfigError, match="cannot be read as tensors alone"):
+        serve(str(somebodys_model), [], say=print, only_print=True, installed=lambda: CPU)
+    assert not (somebodys_model / "touched").exists()
+
+
+def suite_of(folder, values):
+    """A suite whose profile and whose arm name code."""
+    suite = {
+        "title": "t", "profile": profile(folder / "p.yaml", values), "seeds": [0],
+        "starts": {"begin": {"title": "Begin"}}, "arms": {"a": {"title": "A", "start": "begin"}},
+    }  # fmt: skip
+    (folder / "s.yaml").write_text(yaml.safe_dump(suite))
+    return folder / "s.yaml"
+
+
+def test_a_suite_of_somebody_else_says_what_it_runs_before_it_does(tmp_path):
+    suite = suite_of(tmp_path, NAMED)
+    done, text = output_of("reproduce", suite, "--check", "--folder", tmp_path / "results")
+    assert done.exit_code == 0, text
+    named = "runs code that the settings name: foreign_trap:Task (tasks.0.path), foreign_trap:Verifier"
+    assert 0 <= text.find(named) < text.find("all settings valid")
+
+
+def test_grading_by_somebody_elses_profile_says_what_it_runs_before_it_does(tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"response": "\\boxed{1}", "gold": "1"}) + "\n")
+    name = profile(tmp_path / "p.yaml", COMPOSED)
+    done, text = output_of("grade", answers, "--kind", "math", "--profile", name)
+    assert done.exit_code == 0, text
+    assert "runs code" not in text, "a verifier of the profile that is not asked for is not built"
+    done, text = output_of("grade", answers, "--kind", "mine", "--profile", name)
+    assert "runs code that the command names: foreign_trap:Verifier" in text
+
+
+def test_a_results_folder_of_somebody_else_adds_nothing_to_what_a_suite_runs(tmp_path):
+    suite, results = suite_of(tmp_path, {}), tmp_path / "results"
+    results.mkdir()
+    (results / "suite.json").write_text(json.dumps({"units": {"a-0": {"metrics": {"sinks": ["foreign_trap:Sink"]}}}}))
+    done, text = output_of("reproduce", suite, "--check", "--folder", results)
+    assert done.exit_code != 0
+    assert "which this command leaves out" in text
+    assert not loaded()
