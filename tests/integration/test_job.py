@@ -1,6 +1,7 @@
 """Runs as Ray jobs on a head of this machine, with token authentication: what the user sees, and the exit code."""
 
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -114,6 +115,38 @@ def profile(tmp_path):
     settings = {**PROFILE, "steps": 1, "runs_folder": str(tmp_path / "runs"), "evaluation": evaluation}
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+@pytest.mark.slow  # test_secrets.py has what is passed and refused; this is the way through a live job server
+def test_a_variable_reaches_the_job_and_stands_in_nothing_that_this_program_writes(head, profile, tmp_path):
+    address, environment = head
+    secret = secrets.token_hex(16)
+    submit = (sys.executable, "-m", "deploy", "submit", "--address", address, "--env", "JOB_SECRET")
+    overrides = ("metrics.sinks=[training:SecretSink]", "deadlines.start_s=299")
+    code, output = run({**environment, "JOB_SECRET": secret}, *submit, "--profile", str(profile), *overrides)
+    assert code == 0, output
+    assert secret not in output
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "secret").read_text() == hashlib.sha256(secret.encode()).hexdigest()
+    ours = [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert ours == []
+    rays = [path for path in Path(environment["HOME"]).rglob("*") if holds(path, secret)]
+    assert {path.name for path in rays} <= {"runtime_env_agent.log"}, "docs/cluster.md says where Ray keeps it"
+    listing = subprocess.run(
+        ["ray", "job", "list", "--address", address], env=environment, capture_output=True, text=True, timeout=JOB_S
+    )
+    assert secret in listing.stdout, "as docs/cluster.md warns"
+
+    code, output = run(environment, *submit, "--profile", str(profile))
+    assert code == 2, output
+    assert "--env JOB_SECRET: there is no such variable here" in output
+
+
+def holds(path, secret):
+    try:
+        return path.is_file() and secret.encode() in path.read_bytes()
+    except OSError:  # a log that Ray has just moved
+        return False
 
 
 def test_submit_runs_a_training_on_the_cluster_and_shows_its_log(head, profile, tmp_path):

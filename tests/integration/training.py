@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import zlib
 
 from latent_grpo.common.config import load_config
@@ -14,6 +16,19 @@ class Parity:
     def grade(self, response_text: str, gold: str) -> Grade:
         good = zlib.crc32(response_text.encode()) % 2
         return Grade(reward=float(good), reason="correct" if good else "wrong", parsed=response_text[:10])
+
+
+class SecretSink:
+    """Writes the hash of a variable that only the job has, to prove that it arrived."""
+
+    def __init__(self, folder):
+        (folder / "secret").write_text(hashlib.sha256(os.environ["JOB_SECRET"].encode()).hexdigest())
+
+    def write(self, step, values):
+        pass
+
+    def close(self):
+        pass
 
 
 TASK = {
