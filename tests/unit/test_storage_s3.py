@@ -65,9 +65,11 @@ def test_what_retention_removes_here_is_removed_there(bucket, tmp_path):
     assert [name for name in Store(url).listed() if "step=1/" in name]
     for store in (folder.trajectories, folder.learner_records):
         shutil.rmtree(store / "training" / "step=1")
+    assert "step=1" in Store(f"{url}/trajectories/training").folders()
     upload.run()
     upload.detach()
     assert not [name for name in Store(url).listed() if "step=1/" in name]
+    assert Store(f"{url}/trajectories/training").folders() == ["step=2", "step=3"], "no empty folder stays"
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,15 @@ class Store:
         with contextlib.suppress(NotThere):
             self._do(name, do)
 
+    def remove_folder(self, name: str) -> None:
+        """Removes all objects below a folder, and the empty one by which `pyarrow.fs` keeps a folder."""
+
+        def do(files: Any, path: str) -> None:
+            files.delete_dir(path)
+
+        with contextlib.suppress(NotThere):
+            self._do(name, do)
+
     def _do(self, name: str, operation: Callable[[Any, str], Result]) -> Result:
         path = joined(self._root, name) if name else self._root
         try:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.files import write_atomically
@@ -189,9 +189,14 @@ class Upload:
         now = {*self._index.files, *self._index.lines, *self._index.texts}
         there = {*before.files, *before.lines} if self._swept else set(self._store.listed())
         self._swept = False
-        for name in sorted(there - now):
-            if not name.startswith(f"{OWN}/"):
-                self._store.remove(name)
+        kept = {str(folder) for name in now for folder in PurePosixPath(name).parents}
+        gone = [PurePosixPath(name) for name in there - now if not name.startswith(f"{OWN}/")]
+        folders = {next((str(f) for f in reversed(path.parents) if str(f) not in kept), "") for path in gone}
+        for folder in sorted(folders - {""}):
+            self._store.remove_folder(folder)
+        for path in gone:
+            if str(path.parent) in kept:
+                self._store.remove(str(path))
         self._swept = True
 
 
