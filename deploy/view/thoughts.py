@@ -61,9 +61,15 @@ def run_tokens(run: RunView) -> TokenTexts:
 
     named = run.settings.get("model", {}).get("path")
     folders = [run.folder.model, run.folder.path / "initial", run.folder.base_model, *([Path(named)] if named else [])]
-    for folder in folders:
-        if (folder / "tokenizer.json").is_file():
-            return TokenTexts(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    damaged = ""
+    for file in (folder / "tokenizer.json" for folder in folders):
+        if file.is_file():
+            try:
+                return TokenTexts(Tokenizer.from_file(str(file)))
+            except Exception as error:  # tokenizers raises bare Exception
+                damaged = damaged or f"{file} cannot be read ({error})"
+    if damaged:
+        return TokenTexts(None, f"tokens are shown as ids: {damaged}")
     if named:
         from latent_grpo.common.models import load_tokenizer
 

@@ -157,7 +157,7 @@ def answer_in_one_line(folder: Path, *arguments: str, codes: tuple[int, ...] = (
         keys = said[first + 1 :]
         assert all(re.match(r"""[\w.-]+: |['"]""", line) for line in keys), f"one line a faulty key, got {said}"
     if code == 0 and made is not None:
-        shutil.rmtree(folder / made)
+        shutil.rmtree(folder / made) if (folder / made).is_dir() else (folder / made).unlink()
     assert sorted(folder.rglob("*")) == before, "something was left behind"
 
 
@@ -228,6 +228,7 @@ def of_a_run(folder: Path, source: Path, seed: int, value: object) -> None:
     answer_in_one_line(folder, "inspect", "r", "--failed", "--json", codes=(0, 1, 2))
     answer_in_one_line(folder, "status", "r", codes=(0, 1, 2))
     answer_in_one_line(folder, "runs", ".", codes=(0, 1, 2))
+    answer_in_one_line(folder, "report", "r", "--sample", "4", codes=(0, 1, 2), made="r/report.html")
     answer_in_one_line(folder, "export", "r", "--to", "out", codes=(0, 1, 2), made="out")
     shutil.rmtree(run)
 
