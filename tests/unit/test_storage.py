@@ -261,12 +261,12 @@ def test_of_two_drivers_on_one_remote_run_the_second_is_refused(lives, tmp_path)
     store, first, second = Store(f"file://{tmp_path}/run"), tmp_path / "a", tmp_path / "b"
     becomes(first, lives[0])
     becomes(second, lives[0])
-    upload = Upload(first, store, Lease(store, first, seconds=2.0, look_every_s=0.1))
+    upload = Upload(first, store, Lease(store, first, seconds=6.0, look_every_s=0.1))
     upload.attach()
     upload.run()
     assert "writes into" in (held_by(store) or "")
     with pytest.raises(WrittenElsewhere, match=r"is written by process \d+ on .*Wait for it to end, or stop it"):
-        Upload(second, store, Lease(store, second, seconds=2.0, look_every_s=0.1)).attach()
+        Upload(second, store, Lease(store, second, seconds=6.0, look_every_s=0.1)).attach()
     upload.run()
     upload.detach()
     assert held_by(store) is None
@@ -279,7 +279,6 @@ def test_the_lease_of_a_machine_that_is_gone_runs_out_and_it_writes_nothing_more
     gone.attach()  # and cannot renew
     lease = Lease(store, second, seconds=1.0, look_every_s=0.05)
     lease.take()
-    assert lease.valid
     with pytest.raises(StorageError):
         gone.run()
     lease.release()
