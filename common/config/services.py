@@ -86,7 +86,8 @@ class RolloutConfig(Section):
     max_rows: Annotated[PositiveInt, Rule.MAY_CHANGE] = 256
     """Maximum number of samples that a worker decodes side by side; a group must fit."""
     max_restarts: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 10
-    """Maximum number of workers that may be lost and replaced within an hour; one more stops the run."""
+    """Maximum number of workers that may be lost and replaced within an hour; one more stops the run. Before any worker
+    has served, three whose processes end while they start do, since the next one would end too."""
     verifier: VerifierConfig = VerifierConfig()
 
     @model_validator(mode="before")
