@@ -254,6 +254,31 @@ def test_an_index_of_somebody_else_writes_nowhere_but_into_the_copy(lives, tmp_p
         local_copy(store.url, None, tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"texts": {"config.json": "{}"}}, "'run.json'"),
+        ({"texts": {"config.json": "[]", "run.json": "{}"}}, "its config.json is no mapping"),
+        ({"texts": {"config.json": "{", "run.json": "{}"}}, "Expecting"),
+        ({"files": {"model/a": [-1, "x"]}}, "it gives a file -1 bytes"),
+        ({"files": {"model/a": ["1", "x"]}}, "it gives a file '1' bytes"),
+        ({"files": {"model/a": [1]}}, "index out of range"),
+        ({"files": None}, "NoneType"),
+        ({"format": 2}, "its index has format 2, this program reads 1"),
+    ],
+)
+def test_an_index_that_is_no_runs_is_one_line(lives, tmp_path, change, said):
+    store = Store(f"file://{tmp_path}/store/run")
+    live(tmp_path / "run", lives[:1], store)
+    body = json.loads(store.read(INDEX)) | change
+    del body["checksum"]
+    content = json.dumps(body | {"checksum": checksum(body)}).encode()
+    store.write(INDEX, io.BytesIO(content), len(content))
+    with pytest.raises(StorageError, match=said):
+        working_copy(store.url, [f"work_folder={tmp_path / 'b'}"], print)
+    assert not (tmp_path / "b").exists()
+
+
 # --- one writer ------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +295,42 @@ def test_of_two_drivers_on_one_remote_run_the_second_is_refused(lives, tmp_path)
     upload.run()
     upload.detach()
     assert held_by(store) is None
+
+
+class Meeting(Store):
+    """A store of two users, neither of whom lists for the first time before both have written."""
+
+    def __init__(self, url: str, barrier: threading.Barrier):
+        super().__init__(url)
+        self._barrier = barrier
+
+    def listed(self, folder=""):
+        barrier, self._barrier = self._barrier, None
+        if barrier is not None:
+            barrier.wait(60)
+        return super().listed(folder)
+
+
+def test_two_that_begin_at_the_same_moment_never_both_go_on(tmp_path):
+    barrier, taken = threading.Barrier(2), []
+    stores = [Meeting(f"file://{tmp_path}/run", barrier) for _ in range(2)]
+    leases = [Lease(store, tmp_path / str(i), seconds=6.0, look_every_s=0.05) for i, store in enumerate(stores)]
+
+    def begins(lease: Lease) -> None:
+        try:
+            lease.take()
+        except WrittenElsewhere:
+            return
+        taken.append(lease)
+
+    threads = [threading.Thread(target=begins, args=(lease,)) for lease in leases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) < 2
+    for lease in leases:
+        lease.release()
 
 
 def test_the_lease_of_a_machine_that_is_gone_runs_out_and_it_writes_nothing_more(lives, tmp_path):

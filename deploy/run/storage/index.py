@@ -68,9 +68,12 @@ def read_index(store: Store) -> Index | None:
         if body["format"] != FORMAT:
             raise StorageError(f"{store.url}: its index has format {body['format']}, this program reads {FORMAT}")
         files, lines = (
-            {_safe(n): Stored(int(v[0]), str(v[1])) for n, v in body[k].items()} for k in ("files", "lines")
+            {_safe(n): Stored(_size(v[0]), str(v[1])) for n, v in body[k].items()} for k in ("files", "lines")
         )
         texts = {_safe(name): str(text) for name, text in body["texts"].items()}
+        for name in ("config.json", "run.json"):
+            if not isinstance(json.loads(texts[name]), dict):
+                raise ValueError(f"its {name} is no mapping")
         return Index(files, lines, texts, str(body["snapshot"]))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise StorageError(f"{store.url}/{INDEX}: not the index of a run, or damaged ({error})") from error
@@ -95,6 +98,12 @@ def _safe(name: str) -> str:
     if path.is_absolute() or not path.parts or any(part.startswith(".") for part in path.parts) or "\\" in name:
         raise ValueError(f"it names {name!r}, which is no file of a run")
     return str(path)
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"it gives a file {value!r} bytes")
+    return value
 
 
 def checksum(body: dict[str, Any]) -> str:
