@@ -9,7 +9,10 @@ class LatentGRPOError(Exception):
     """An expected error. The message says what was received, what is allowed and what to do."""
 
     exit_code: ClassVar[int] = 1
-    """Exit code of the command that the error ends: 1 for a failure of a run, 2 for a fault in the user's input."""
+    """Exit code of the command that the error ends: 1 for a failure of a run, 2 for a fault in the user's input.
+
+    A place that the command names and that cannot be written (`--output`, `--to`, `runs_folder`) is input.
+    """
 
 
 class ConfigError(LatentGRPOError, ValueError):

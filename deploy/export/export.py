@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from latent_grpo.common.config import ConfigError, RunConfig
-from latent_grpo.common.files import save_whole
+from latent_grpo.common.files import FULL, save_whole, unwritable
 from latent_grpo.common.model_chain import exported_chain, read_chain, write_chain
 from latent_grpo.common.model_check import check_model
 from latent_grpo.common.models import load_tokenizer
@@ -84,8 +84,14 @@ def export(
     say(f"exporting {chosen.name} of {folder.path}")
     fill = partial(_fill, folder, config, chosen)
     if client is None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_whole(target, fill)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_whole(target, fill)
+        except OSError as error:
+            if error.errno not in FULL and target.parent not in Path(error.filename or target).parents:
+                raise  # a file of the run
+            error.filename = str(target)
+            raise ConfigError(f"--to {to} {unwritable(error)}; make room there, or give another folder") from error
         return str(target)
     with tempfile.TemporaryDirectory(prefix="latent-grpo-export-") as temporary:
         whole = Path(temporary, "model")

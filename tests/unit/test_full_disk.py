@@ -59,7 +59,7 @@ def test_a_full_disk_is_one_line_with_the_place_and_leaves_nothing_unfinished(co
     with full_above(size):
         code = run_command([part.format(place) for part in COMMANDS[command]])
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code in (1, 2)
+    assert code == 2, "a place that the command names"
     assert f"{place / 'out'}/{PLACE[command]}" in line
     assert "File too large" in line
     assert "unexpected" not in line
