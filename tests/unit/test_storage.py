@@ -132,7 +132,7 @@ def live(run: Path, states: list[Path], store: Store) -> int:
         for state in states:
             becomes(run, state)
             if upload is None:
-                upload = Upload(run, store)
+                upload = Upload(run, store, threads=1)  # in one order
                 upload.attach()
             upload.run()
             done += 1

@@ -24,7 +24,7 @@ from latent_grpo.common.errors import RunError
 from latent_grpo.common.remote_url import checked_url, joined
 from latent_grpo.common.secrets import redacted
 
-CHUNK = 8 * 2**20  # bytes that are read and sent at once
+CHUNK = 32 * 2**20  # bytes that are read and handed on at once; `pyarrow.fs` makes parts of 10 MiB of them
 CONNECT_S, REQUEST_S = 10.0, 60.0
 REASON = 240  # characters of a library's message
 PART = ".part"  # ends the name of a file of a `file://` folder while it is written
@@ -199,6 +199,7 @@ def _filesystem(scheme: str, path: str) -> fs.FileSystem:
     if scheme == "gs":
         return fs.GcsFileSystem()
     options: dict[str, Any] = {"connect_timeout": CONNECT_S, "request_timeout": REQUEST_S}
+    options["background_writes"] = False  # they would read a file into memory faster than the network takes it
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
         options["endpoint_override"] = endpoint

@@ -14,7 +14,8 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -29,6 +30,7 @@ from latent_grpo.deploy.run.storage.snapshot import Taken, is_dump, is_state, sn
 from latent_grpo.deploy.run.storage.store import StorageError, Store, Stored, WrittenElsewhere
 
 TWIN_FILE = ".remote.json"  # in the run's folder: what it has in common with its copy
+THREADS = 4  # uploads at the same time
 EVERY_S = 15.0
 FIRST_RETRY_S, LAST_RETRY_S = 5.0, 300.0
 TOLD_EVERY_S = 600.0  # a failure that goes on
@@ -66,8 +68,8 @@ def write_twin(folder: Path, twin: Twin) -> None:
 class Upload:
     """Brings the copy of a run's folder up to date, one pass at a time. The caller holds the folder's lock."""
 
-    def __init__(self, folder: Path, store: Store, lease: Lease | None = None):
-        self._folder, self._store = folder, store
+    def __init__(self, folder: Path, store: Store, lease: Lease | None = None, threads: int = THREADS):
+        self._folder, self._store, self._threads = folder, store, threads
         self._lease = lease or Lease(store, folder)
         self._index = Index()
         self._same: dict[str, tuple[int, int]] = {}  # (inode, mtime) of files that were found to be as in the copy
@@ -117,10 +119,7 @@ class Upload:
             gone |= {name for name, stored in self._index.lines.items() if not _continues(taken, name, stored)}
             if gone:
                 self._commit(self._index.without(lambda name: _top(name) in gone))
-            files = dict(kept)
-            for name, size in taken.files.items():
-                if name not in files and (stored := self._send(taken, name, size)) is not None:
-                    files[name] = stored
+            files = kept | self._send_all(taken, [name for name in taken.files if name not in kept])
             for name, stored in lines.items():
                 if self._index.lines.get(name) != stored:
                     self._send(taken, name, stored.size)
@@ -155,6 +154,12 @@ class Upload:
 
     def _lines(self, taken: Taken) -> dict[str, Stored]:
         return {name: taken.hash(name, size) for name, size in taken.lines.items()}
+
+    def _send_all(self, taken: Taken, names: Sequence[str]) -> dict[str, Stored]:
+        """Writes files as objects, several at a time."""
+        with ThreadPoolExecutor(self._threads) as threads:
+            sent = threads.map(lambda name: self._send(taken, name, taken.files[name]), names)
+            return {name: stored for name, stored in zip(names, sent, strict=True) if stored is not None}
 
     def _send(self, taken: Taken, name: str, size: int) -> Stored | None:
         """Writes a file as an object; returns None for a dump that the run has removed meanwhile."""
