@@ -84,19 +84,26 @@ def export(
     say(f"exporting {chosen.name} of {folder.path}")
     fill = partial(_fill, folder, config, chosen)
     if client is None:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_whole(target, fill)
-        except OSError as error:
-            if error.errno not in FULL and target.parent not in Path(error.filename or target).parents:
-                raise  # a file of the run
-            error.filename = str(target)
-            raise ConfigError(f"--to {to} {unwritable(error)}; make room there, or give another folder") from error
+        _write(target, fill)
         return str(target)
     with tempfile.TemporaryDirectory(prefix="latent-grpo-export-") as temporary:
         whole = Path(temporary, "model")
         save_whole(whole, fill)
         return client(whole, f"{chosen.name} of {folder.name}", public)
+
+
+def _write(target: Path, fill: Callable[[Path], None]) -> None:
+    """Makes the folder. Raises ConfigError where it cannot be written."""
+    making = True
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        making = False
+        save_whole(target, fill)
+    except OSError as error:
+        if not making and error.errno not in FULL and target.parent not in Path(error.filename or target).parents:
+            raise  # a file of the run
+        error.filename = str(target)
+        raise ConfigError(f"--to {target} {unwritable(error)}; make room there, or give another folder") from error
 
 
 def choose(folder: RunFolder, config: RunConfig, step: int | None, best: bool, say: Callable[[str], None]) -> Chosen:

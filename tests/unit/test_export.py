@@ -261,6 +261,7 @@ def test_facts_that_no_learner_wrote_are_one_line(tmp_path, facts, said):
         ("kind", "out", {}, "this is an evaluation, which trains no model; give the folder of the run that trained it"),
         ("everything", "out", {}, "has neither a trained model nor a checkpoint"),
         ("everything", "out", {"step": 1}, "There is no checkpoint at all"),
+        (None, "my-run/config.json/out", {}, r"--to \S+/config.json/out cannot be written: File exists"),
         ("base", "out", {"step": 10}, "the model that the run started from is not there"),
     ],
 )
