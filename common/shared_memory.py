@@ -115,7 +115,9 @@ class SharedMemoryTransport:
             fcntl.flock(fd, fcntl.LOCK_SH)  # until the mapping ends, whose own descriptor shares the lock
             if handle.token not in os.readlink(f"/proc/self/fd/{fd}"):
                 raise BucketGone(f"the weights of process {handle.pid} are gone: another learner has its number")
-            data = np.frombuffer(mmap.mmap(fd, max(size, 1), prot=mmap.PROT_READ), dtype=np.uint8)
+            # all pages at once: faults one after the other cost a fifth of what loading takes
+            pages = mmap.mmap(fd, max(size, 1), mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+            data = np.frombuffer(pages, dtype=np.uint8)
         finally:
             os.close(fd)
         return [data[at : at + slot.nbytes] for at, slot in zip(offsets, bucket.tensors, strict=True)]
