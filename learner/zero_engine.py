@@ -36,6 +36,8 @@ from latent_grpo.learner.state import (
     weights_only,
 )
 
+FUSED_PROVEN_ON_CUDA = False
+"""Whether AdamW's fused step was run on a GPU (docs/gpu.md). It makes no copies of the parameters' size."""
 COMMUNICATION_BUCKET = 5_000_000  # elements
 RANKS_TIMEOUT = timedelta(minutes=30)  # for a rank to join, and for a collective
 log = logging.getLogger(__name__)
@@ -148,6 +150,7 @@ class ZeroEngine:
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            fused=self.device.type == "cpu" or FUSED_PROVEN_ON_CUDA,
         )
         if self.stage == 0:
             self._optimizer.max_norm = optimizer.grad_clip

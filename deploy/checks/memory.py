@@ -29,7 +29,7 @@ GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 SAVED_WIDTHS = {"float32": 10, "bfloat16": 13}  # values of width D that a layer saves for a token; norms are float32
 SAVED_MLP_WIDTHS = 4  # of the MLP's width: gate, its activation, up, their product
-LOGIT_COPIES = 3  # a chunk's logits, their softmax, and the gradient of both
+LOGIT_COPIES, LOGIT_COPIES_ZERO3 = 1, 3  # of a chunk's logits (`learner.logprobs`)
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2.5-Math-7B": (
         "qwen2",
@@ -83,11 +83,11 @@ class ModelShape:
         import torch
 
         if source is not None:
-            return cls._of_model(empty_model(read_settings(source), source))
+            return cls.of_model(empty_model(read_settings(source), source))
         if config.model.new is None:
             raise ConfigError("model: one of `path` and `new` must be given")
         with torch.device("meta"):
-            return cls._of_model(make_model(config.model.new, tokenizer, seed=0))
+            return cls.of_model(make_model(config.model.new, tokenizer, seed=0))
 
     @classmethod
     def published(cls, path: str) -> tuple[str, ModelShape] | None:
@@ -99,10 +99,11 @@ class ModelShape:
         if name is None:
             return None
         architecture, sizes = PUBLISHED[name]
-        return name, cls._of_model(empty_model(AutoConfig.for_model(architecture, **sizes), name))
+        return name, cls.of_model(empty_model(AutoConfig.for_model(architecture, **sizes), name))
 
     @classmethod
-    def _of_model(cls, model: Any) -> ModelShape:
+    def of_model(cls, model: Any) -> ModelShape:
+        """The shape of a causal LM; its parameters may lie on the device `meta`."""
         embedding, settings = model.get_input_embeddings().weight, model.config.get_text_config()
         linear: dict[str, int] = defaultdict(int)
         for layer in transformer_layers(model):
@@ -218,11 +219,12 @@ def rank_memory(
     host = 0
     for name in away if learner.resources.num_gpus else ():
         host, parts[name] = host + parts[name], 0
+    copies = LOGIT_COPIES if learner.zero_stage < 3 else LOGIT_COPIES_ZERO3
     at_once = min(max(learner.tokens_per_microbatch, longest), tokens)
     return RankMemory(
         **parts,
         activations=at_once * shape.saved_bytes(dtype, checkpointing=learner.gradient_checkpointing, layers=layers),
-        logits=LOGIT_COPIES * 4 * shape.rows * min(learner.logprob_chunk_tokens, at_once),
+        logits=copies * 4 * shape.rows * min(learner.logprob_chunk_tokens, at_once),
         reference=own * shape.parameters if reference else 0,
         host=host,
     )

@@ -124,6 +124,17 @@ def bench_logprobs(
         write_json(found, json_file)
 
 
+@bench.command("memory")
+def bench_memory(json_file: JsonFile = None) -> None:
+    """Compares the memory of a learner rank of 135 M parameters with the prediction of `validate`, on CPU."""
+    from latent_grpo.deploy.bench.memory import measure, show
+
+    found = measure()
+    show(found)
+    if json_file is not None:
+        write_json(found, json_file)
+
+
 @bench.command("scale")
 def bench_scale(
     steps: Annotated[int, typer.Option(min=60, help="Steps of the run whose memory is looked at.")] = 500,
