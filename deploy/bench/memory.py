@@ -1,6 +1,6 @@
 """The benchmark `latent-grpo bench memory`: a learner rank's memory beside what `validate` and `plan` predict.
 
-Each case is a rank in a process of its own that loads a random model of 135 M parameters, with the shape of SmolLM2, and
+Each case is a rank in a process of its own that loads a random model of 135 M parameters, of SmolLM2's shape, and
 makes one step on random trajectories, through DeepSpeed. The measured figure is its largest resident memory less what
 the process has once torch, transformers and DeepSpeed are loaded. The C library returns what is freed (`RETURNING`), so
 that tensors are measured and not what its heap keeps, which is as much again with its defaults (docs/measured.md).
@@ -57,7 +57,7 @@ class Case:
 
 
 def measure(names: Sequence[str] = tuple(CASES), shape: dict[str, Any] | None = None) -> list[Case]:
-    """Measures the named cases of :data:`CASES`, one after another. It sets `RETURNING` in this process's environment."""
+    """Measures the named cases of :data:`CASES` one by one. It sets `RETURNING` in this process's environment."""
     os.environ.update(RETURNING)
     with tempfile.TemporaryDirectory(prefix="lg-bench-") as scratch:
         folder = str(Path(scratch, "model"))

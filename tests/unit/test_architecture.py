@@ -38,7 +38,7 @@ ROOMS = {
     "template": set(),  # of `latent-grpo init`: a user's files
     "train": {"controller", "run", "evaluation", "sft", "view"},
     "reproduce": {"controller", "run", "evaluation", "sft", "train"},
-    "bench": {"controller", "run", "sft", "reproduce", "view", "planning"},
+    "bench": {"controller", "run", "sft", "reproduce", "view", "planning", "checks"},
     "cli": None,  # may use every room
     "__main__": {"cli"},
 }
