@@ -145,12 +145,17 @@ class Asking:
         return self._pair
 
     def ask(self, number: int, size: int) -> torch.Tensor:
-        """Returns the bytes [size] of a bucket. Raises BucketGone, and torch's RuntimeError for a broken group."""
+        """Returns the bytes [size] of a bucket.
+
+        Raises BucketGone, and RuntimeError for a broken group, which is out of step too where the bucket has another
+        size: its bytes are on their way.
+        """
         pair = self.begin(number)
         found = pair.word()
+        if found == GONE:
+            raise BucketGone(f"weights: bucket {number} is not kept any more; publish again")
         if found != size:
-            what = "is not kept any more" if found == GONE else f"has {found} bytes, expected {size}"
-            raise BucketGone(f"weights: bucket {number} {what}; publish again")
+            raise RuntimeError(f"bucket {number} has {found} bytes, expected {size}")
         return pair.receive(size)
 
 

@@ -146,6 +146,15 @@ def test_a_bucket_that_nobody_may_ask_for_is_gone_and_its_memory_is_written_agai
     assert fetched(worker, second, found) == found, "the group lives on"
 
 
+def test_a_bucket_of_another_size_than_its_manifest_says_is_refused_and_the_next_one_is_whole():
+    sender, worker = CollectiveTransport(SETTINGS), CollectiveTransport(pauses_s=(0.0,))
+    found, handle = sender.send(BUCKET)
+    wrong = [("w", torch.zeros(7))]
+    with pytest.raises(LinkLost, match="bucket 0 has 12000064 bytes, expected 64"):
+        worker.receive(handle, describe(wrong, ["?"]))
+    assert fetched(worker, handle, found) == found
+
+
 def test_several_threads_of_a_worker_fetch_several_publications():
     sender, worker = CollectiveTransport(SETTINGS), CollectiveTransport()
     sent = [([("w", torch.full((300_000,), float(i)))]) for i in range(6)]
