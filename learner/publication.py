@@ -20,7 +20,6 @@ from latent_grpo.common.weights import (
     WeightManifest,
     combine_checksums,
     describe,
-    in_buckets,
 )
 
 IN_FLIGHT = 2  # buckets that are read and copied at once, beside the one that is gathered
@@ -65,18 +64,17 @@ class Publisher:
                 yield running.popleft().result()
 
     def _apart(self, tensors: Iterable[NamedTensor]) -> Iterator[tuple[list[NamedTensor], bool]]:
-        """Yields buckets, each all frozen or not at all, with which of both it is."""
-        frozen: list[NamedTensor] = []
-
-        def others() -> Iterator[NamedTensor]:
-            for name, tensor in tensors:
-                if name in self._frozen_names:
-                    frozen.append((name, tensor))
-                else:
-                    yield name, tensor
-
-        yield from ((bucket, False) for bucket in in_buckets(others(), self._bucket_bytes))
-        yield from ((bucket, True) for bucket in in_buckets(frozen, self._bucket_bytes))
+        """Yields buckets, each all frozen or not at all, with which of both it is; one of each is open at a time."""
+        buckets: dict[bool, list[NamedTensor]] = {False: [], True: []}
+        sizes = {False: 0, True: 0}
+        for name, tensor in tensors:
+            frozen = name in self._frozen_names
+            if buckets[frozen] and sizes[frozen] + tensor.nbytes > self._bucket_bytes:
+                yield buckets[frozen], frozen
+                buckets[frozen], sizes[frozen] = [], 0
+            buckets[frozen].append((name, tensor))
+            sizes[frozen] += tensor.nbytes
+        yield from ((bucket, frozen) for frozen, bucket in buckets.items() if bucket)
 
     def _send(self, bucket: list[NamedTensor], frozen: bool) -> Sent:
         fingerprints, handle = self._transport.send(bucket)
