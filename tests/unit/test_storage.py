@@ -18,7 +18,7 @@ from latent_grpo.common.interrupts import Interrupted
 from latent_grpo.deploy.run.folder import FolderInUse, RunFolder, run_lock, write_identity
 from latent_grpo.deploy.run.foreign_code import check_origin
 from latent_grpo.deploy.run.storage.copy import local_copy, model_copy, remote_runs, working_copy
-from latent_grpo.deploy.run.storage.index import INDEX, OWN, checksum, read_index
+from latent_grpo.deploy.run.storage.index import BEGUN, INDEX, OWN, checksum, read_index
 from latent_grpo.deploy.run.storage.lease import Lease, held_by
 from latent_grpo.deploy.run.storage.store import StorageError, Store, WrittenElsewhere
 from latent_grpo.deploy.run.storage.upload import Upload, Uploader, push, read_twin, uploading
@@ -202,10 +202,32 @@ def test_a_folder_that_is_another_run_is_left_alone(lives, tmp_path):
     url = f"file://{tmp_path}/store/run"
     live(tmp_path / "run", lives[:1], Store(url))
     shutil.copytree(lives[1], tmp_path / "b" / "run")
-    with pytest.raises(ConfigError, match=r"is another run than .*give another work_folder"):
+    with pytest.raises(ConfigError, match=r"holds something else than .*give another work_folder"):
         working_copy(url, [f"work_folder={tmp_path / 'b'}"], print)
     with pytest.raises(WrittenElsewhere, match=r"holds a run already.* is another one; give another run_name"):
         Upload(tmp_path / "b" / "run", Store(url)).attach()
+
+
+def test_a_folder_of_other_files_is_not_made_a_copy(lives, tmp_path):
+    url, notes = f"file://{tmp_path}/store/run", tmp_path / "b" / "run" / "notes.txt"
+    live(tmp_path / "run", lives[:1], Store(url))
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(ConfigError, match=f"{notes.parent} holds something else than {url}"):
+        working_copy(url, [f"work_folder={tmp_path / 'b'}"], print)
+    assert notes.read_text() == "mine"
+
+
+def test_objects_of_others_are_left_alone_and_those_of_an_upload_that_was_killed_are_not(lives, tmp_path):
+    store, run = Store(f"file://{tmp_path}/store/run"), tmp_path / "run"
+    becomes(run, lives[0])
+    store.write("data/theirs.bin", io.BytesIO(b"x"), 1)
+    with pytest.raises(WrittenElsewhere, match=r"holds data/theirs.bin and no run: .* Give another run_name"):
+        Upload(run, store).attach()
+    assert store.listed().keys() == {"data/theirs.bin"}, "and no lease is left"
+    store.write(BEGUN, io.BytesIO(), 0)  # as the first upload of any machine writes it, before the first file
+    assert live(run, lives[:1], store) == 1
+    assert "data/theirs.bin" not in store.listed()
 
 
 def test_a_copy_for_readers_has_only_the_parts_that_they_need_and_follows_the_run(lives, tmp_path):
@@ -344,6 +366,14 @@ def test_the_lease_of_a_machine_that_is_gone_runs_out_and_it_writes_nothing_more
         gone.run()
     lease.release()
     assert read_index(store) is None
+
+
+def test_whoever_could_not_look_for_others_has_no_lease(tmp_path):
+    store = Dying(f"file://{tmp_path}/run", 1)
+    lease = Lease(store, tmp_path / "a")
+    with pytest.raises(Dead):
+        lease.take()  # it is written, and the list fails
+    assert not lease.valid
 
 
 # --- the thread ------------------------------------------------------------------------------------------------------

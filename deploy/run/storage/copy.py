@@ -122,13 +122,14 @@ def brought_up_to_date(store: Store, index: Index, folder: Path, say: Callable[[
 
 
 def _is_in_step(store: Store, index: Index, folder: Path) -> bool:
-    """Whether a folder is the run's remote state or ahead of it. Raises ConfigError for the folder of another run."""
+    """Whether a folder is the run's remote state or ahead of it. Raises ConfigError for one of anything else."""
     twin = read_twin(folder)
-    if twin is None and not (folder / "run.json").is_file():
+    if twin is None and not (folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())):
         return False
     if twin is None or twin.url != store.url:
         raise ConfigError(
-            f"{folder} is another run than {store.url}; give another work_folder, or move that folder away"
+            f"{folder} holds something else than {store.url}, which would take its place; give another work_folder, or "
+            "move that folder away"
         )
     return index.snapshot in twin.snapshots
 

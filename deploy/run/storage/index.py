@@ -1,6 +1,7 @@
 """The index of a remote run: what the run consists of there, and nothing else does.
 
     .latent-grpo/index.json     this index
+    .latent-grpo/begun          there from before the first file on: what lies here without an index is of an upload
     .latent-grpo/writers/       the leases of those who write here (run.storage.lease)
     trajectories/, checkpoints/, model/, ...   as in the run's folder (deploy.run.folder)
 
@@ -26,6 +27,7 @@ from latent_grpo.deploy.run.storage.store import NotThere, StorageError, Store, 
 
 OWN = ".latent-grpo"
 INDEX = f"{OWN}/index.json"
+BEGUN = f"{OWN}/begun"
 WRITERS = f"{OWN}/writers"
 FORMAT = 1
 

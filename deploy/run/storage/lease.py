@@ -58,7 +58,7 @@ class Lease:
             self._thread.join()
         seen: dict[str, float] = {}
         while True:
-            self._put()
+            began = self._put()
             if not (others := self._others()):
                 break
             self._store.remove(self._name)  # two that wait must not see each other
@@ -68,6 +68,7 @@ class Lease:
                 raise _in_use(self._store, others[(others.keys() - seen.keys()).pop()][0])
             seen = {name: written for name, (_, written) in others.items()}
             time.sleep(self._look_every_s)
+        self._renewed_at = began  # not before nobody else was found: until then it gives no right
         self._over.clear()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -83,10 +84,11 @@ class Lease:
         except StorageError as error:
             log.warning("the lease was not given back and runs out by itself: %s", error)
 
-    def _put(self) -> None:
+    def _put(self) -> float:
+        """Writes this lease, and returns when it began to: the lease lasts from then on."""
         began, content = time.monotonic(), json.dumps(self._holder).encode()
         self._store.write(self._name, io.BytesIO(content), len(content))
-        self._renewed_at = began
+        return began
 
     def _others(self) -> dict[str, tuple[str, float]]:
         """Returns other leases that may be held: who holds each, and when it was renewed. Removes those that ended."""
@@ -111,7 +113,7 @@ class Lease:
                 if self._name not in self._store.listed(WRITERS):
                     self.lost = True
                     return
-                self._put()
+                self._renewed_at = self._put()
             except StorageError as error:  # told by the upload, which meets the same
                 log.debug("the lease was not renewed: %s", error)
 

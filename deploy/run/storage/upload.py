@@ -24,7 +24,7 @@ from latent_grpo.common.files import write_atomically
 from latent_grpo.common.interrupts import Interrupted
 from latent_grpo.common.remote_url import checked_url, is_url, joined
 from latent_grpo.deploy.run.folder import RunFolder, run_lock
-from latent_grpo.deploy.run.storage.index import OWN, Index, read_index, write_index
+from latent_grpo.deploy.run.storage.index import BEGUN, OWN, Index, read_index, write_index
 from latent_grpo.deploy.run.storage.lease import Lease
 from latent_grpo.deploy.run.storage.snapshot import Taken, is_dump, is_state, snapshot, state_manifest
 from latent_grpo.deploy.run.storage.store import StorageError, Store, Stored, WrittenElsewhere
@@ -75,7 +75,7 @@ class Upload:
         self._same: dict[str, tuple[int, int]] = {}  # (inode, mtime) of files that were found to be as in the copy
         self._shown: dict[str, str] = {}  # the small files that lie beside the index
         self._twin = Twin(store.url, ())
-        self._swept = self._detached = False
+        self._begun = self._swept = self._detached = False
 
     def attach(self) -> None:
         """Takes the copy's lease and learns what is there. Raises WrittenElsewhere and StorageError."""
@@ -92,11 +92,25 @@ class Upload:
                     f"{self._store.url} was continued by another machine, and {self._folder} is behind it; go on with: "
                     f"latent-grpo train --resume {self._store.url}"
                 )
+            if index is None:
+                self._check_begun()
         except BaseException:
             self._lease.release()
             raise
+        self._begun = self._begun or index is not None
         self._index = index or Index()
         self._twin = Twin(self._store.url, (self._index.snapshot,), twin is not None and twin.brought)
+
+    def _check_begun(self) -> None:
+        """Learns whether an upload has begun here; refuses the objects of others, which the first one would remove."""
+        there = self._store.listed()
+        self._begun = BEGUN in there
+        foreign = min((name for name in there if not name.startswith(f"{OWN}/")), default=None)
+        if foreign is not None and not self._begun:
+            raise WrittenElsewhere(
+                f"{self._store.url} holds {foreign} and no run: a run would remove what it finds there. Give another "
+                "run_name or runs_folder, or remove those objects"
+            )
 
     def detach(self) -> None:
         """Gives the lease back; nothing is written any more."""
@@ -117,6 +131,9 @@ class Upload:
             kept, lines = self._unchanged(taken), self._lines(taken)
             gone = {_top(name) for name in taken.files.keys() & self._index.files.keys() if name not in kept}
             gone |= {name for name, stored in self._index.lines.items() if not _continues(taken, name, stored)}
+            if not self._begun:
+                self._store.write(BEGUN, io.BytesIO(), 0)
+                self._begun = True
             if gone:
                 self._commit(self._index.without(lambda name: _top(name) in gone))
             files = kept | self._send_all(taken, [name for name in taken.files if name not in kept])
