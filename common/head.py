@@ -89,11 +89,14 @@ class Float32Head(nn.Linear):
 
     def times_rows(self, factors: torch.Tensor) -> torch.Tensor:
         """Returns factors [N, V] float32 times the layer's rows: [N, D] float32, without a gradient."""
-        return _times_rows(factors, self.weight.detach())
+        return _times_rows(factors, self.weight.detach(), self._is_native(factors.device))
 
-    def weight_gradient(self, of_logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns the gradient of the weights by that of the logits [N, V] float32 of states [N, D]."""
-        return _weight_gradient(of_logits, hidden, self.weight)
+    def add_weight_gradient(self, total: torch.Tensor, of_logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Adds the gradient of the weights by that of the logits [N, V] float32 of states [N, D] to `total` [V, D]."""
+        _add_weight_gradient(total, of_logits, hidden.detach(), self._is_native(hidden.device))
+
+    def _is_native(self, device: torch.device) -> bool:
+        return self.native and float32_product_is_native(self.weight.new_empty(0, device=device), self.weight)
 
 
 class _Float32Product(torch.autograd.Function):
@@ -119,22 +122,19 @@ class _Float32Product(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         for_hidden, for_weight, _ = ctx.needs_input_grad
         states_gradient = rows_gradient = None
-        if ctx.native:
-            coarse = gradient.to(weight.dtype)  # as precise as what it is multiplied with
-            if for_hidden:
-                states_gradient = torch.mm(coarse, weight, out_dtype=torch.float32).to(hidden.dtype)
-            if for_weight:
-                rows_gradient = torch.mm(coarse.t(), hidden, out_dtype=torch.float32).to(weight.dtype)
-            return states_gradient, rows_gradient, None
         if for_hidden:
-            states_gradient = _times_rows(gradient, weight).to(hidden.dtype)
+            states_gradient = _times_rows(gradient, weight, ctx.native).to(hidden.dtype)
         if for_weight:
-            rows_gradient = _weight_gradient(gradient, hidden, weight)
+            total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            _add_weight_gradient(total, gradient, hidden, ctx.native)
+            rows_gradient = total.to(weight.dtype)
         return states_gradient, rows_gradient, None
 
 
-def _times_rows(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _times_rows(factors: torch.Tensor, weight: torch.Tensor, native: bool) -> torch.Tensor:
     """Returns factors [N, V] float32 times the rows of the layer: [N, D] float32."""
+    if native:  # factors as precise as what they are multiplied with
+        return torch.mm(factors.to(weight.dtype), weight, out_dtype=torch.float32)
     if weight.dtype == torch.float32:
         return factors @ weight
     total = torch.zeros(len(factors), weight.shape[1], dtype=torch.float32, device=factors.device)
@@ -143,14 +143,12 @@ def _times_rows(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _weight_gradient(of_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Returns of_logits^T hidden in the weights' dtype: [V, D]."""
-    if weight.dtype == torch.float32:
-        return of_logits.t() @ hidden.float()
-    states, gradient = hidden.float(), torch.empty_like(weight)
-    for rows in _pieces(weight):
-        gradient[rows] = torch.mm(of_logits[:, rows].t(), states)
-    return gradient
+def _add_weight_gradient(total: torch.Tensor, of_logits: torch.Tensor, hidden: torch.Tensor, native: bool) -> None:
+    """Adds of_logits^T hidden to `total` [V, D] float32."""
+    if native:
+        total.add_(torch.mm(of_logits.to(hidden.dtype).t(), hidden, out_dtype=torch.float32))
+    else:
+        total.addmm_(of_logits.t(), hidden.float())
 
 
 def _pieces(weight: torch.Tensor) -> list[slice]:

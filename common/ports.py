@@ -19,8 +19,12 @@ def port_fault(port: str) -> str | None:
 
 
 def address_port_fault(address: str) -> str | None:
-    """Returns what is wrong with the port of `HOST:PORT` or `http://HOST:PORT/...`; None: nothing, or it has none."""
-    found = _PORT.match(address.rpartition("://")[2])
+    """Returns what is wrong with the port of `HOST:PORT` or `http://HOST:PORT/...`; None: nothing, or it has none.
+
+    What stands before an `@` may be a password, and is not looked at.
+    """
+    place = re.split(r"[/?#]", address.rpartition("://")[2], maxsplit=1)[0]
+    found = _PORT.match(place.rpartition("@")[2])
     return None if found is None else port_fault(found["port"])
 
 

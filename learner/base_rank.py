@@ -55,7 +55,7 @@ class TrainingEngine(Protocol):
         """Clips the gradient and makes one update at a learning rate, or skips it where the gradient is not finite."""
 
     def ensure_finite(self) -> None:
-        """Raises NonFiniteUpdates after too many updates in a row that were not applied."""
+        """Raises LearnerDiverged after too many updates in a row that were not applied."""
 
     frozen: frozenset[str]
     """The parameters that never change, by their names in the model folder."""
@@ -67,7 +67,7 @@ class TrainingEngine(Protocol):
         """Writes this rank's share of weights and optimizer state."""
 
     def load(self, folder: str | Path) -> None:
-        """Reads what `save` has written. Raises StateError for a state that does not fit."""
+        """Reads what `save` has written. Raises LearnerStateMismatch for a state that does not fit."""
 
 
 class RankActor:

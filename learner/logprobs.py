@@ -35,26 +35,28 @@ def selected_log_probs(
     since with ZeRO-3 each call is a collective. `visit(piece, logits)` gets each chunk's logits [n, V], divided by the
     temperatures; there is no gradient then.
     """
-    size = max(-(-len(hidden) // chunks), 1)
-    held, parts = _held(head), []
-    selected = (
-        _selected_in_place if held else _selected
-    )  # the same in every pass, so that equal weights give equal bits
-    for index in range(chunks):
-        piece = slice(index * size, (index + 1) * size)
+    held = _held(head)
+    if held and visit is None and torch.is_grad_enabled():
+        return _LogProbs.apply(head, head.weight, hidden, ids, temperatures, chunks)  # type: ignore[no-untyped-call]  # torch
+    selected = _selected_in_place if held else _selected  # as with a gradient: equal weights then give equal bits
+    parts = []
+    for piece in _pieces(len(hidden), chunks):
         arguments = (head, hidden[piece], ids[piece], temperatures[piece])
         if visit is not None:
             with torch.no_grad():
                 logits = _logits(head, hidden[piece], temperatures[piece])
                 visit(piece, logits)
                 parts.append(selected(logits, ids[piece]))
-        elif torch.is_grad_enabled() and held:
-            parts.append(_LogProbs.apply(head, head.weight, *arguments[1:]))  # type: ignore[no-untyped-call]  # torch
         elif torch.is_grad_enabled():
             parts.append(checkpoint(_chunk, *arguments, use_reentrant=False))
         else:
             parts.append(selected(_logits(head, hidden[piece], temperatures[piece]), ids[piece]))
     return torch.cat(parts)
+
+
+def _pieces(count: int, chunks: int) -> list[slice]:
+    size = max(-(-count // chunks), 1)
+    return [slice(index * size, (index + 1) * size) for index in range(chunks)]
 
 
 def _chunk(head: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
@@ -74,11 +76,12 @@ def _held(head: nn.Module) -> bool:
 
 
 class _LogProbs(torch.autograd.Function):
-    """Log-probs of a chunk, of whose logits nothing is kept and at most one copy exists.
+    """The log-probs of all chunks, of whose logits nothing is kept and at most one copy exists.
 
     Under a frozen layer the gradient needs no logits: d log p[i] / d hidden = (W[i] - sum_v p[v] W[v]) / temperature.
-    The sum, a row of the layer as the policy expects it, is computed with the log-probs: [n, D] float32. A layer that
-    is trained computes its logits again, and the gradient takes their place.
+    The sum, a row of the layer as the policy expects it, is computed with the log-probs: [N, D] float32. A layer that
+    is trained computes its logits again, the gradient takes their place, and that of the weights is added up in
+    float32.
     """
 
     @staticmethod
@@ -89,27 +92,35 @@ class _LogProbs(torch.autograd.Function):
         hidden: torch.Tensor,
         ids: torch.Tensor,
         temperatures: torch.Tensor,
+        chunks: int,
     ) -> torch.Tensor:
-        logits = _logits(head, hidden, temperatures)
-        selected, normaliser, total = _normalised(logits, ids)
-        ctx.head, ctx.trained = head, weight.requires_grad
-        kept = normaliser if ctx.trained else head.times_rows(logits).div_(total)
-        ctx.save_for_backward(hidden, ids, temperatures, kept)
-        return selected
+        ctx.head, ctx.chunks, ctx.trained = head, chunks, weight.requires_grad
+        states, parts, kept = hidden.detach(), [], []
+        for piece in _pieces(len(hidden), chunks):
+            logits = _logits(head, states[piece], temperatures[piece])
+            selected, normaliser, total = _normalised(logits, ids[piece])
+            parts.append(selected)
+            kept.append(normaliser if ctx.trained else head.times_rows(logits).div_(total))
+        ctx.save_for_backward(hidden, ids, temperatures, torch.cat(kept))
+        return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, torch.Tensor, None, None, None]:
         hidden, ids, temperatures, kept = ctx.saved_tensors
         head, total = ctx.head, gradient.sum(-1, keepdim=True).neg()
-        if ctx.trained:
-            of_logits = _logits(head, hidden, temperatures).sub_(kept).exp_().mul_(total)
-            of_logits.scatter_add_(-1, ids, gradient).div_(temperatures.unsqueeze(-1))
-            of_hidden = head.times_rows(of_logits).to(hidden.dtype)
-            return None, head.weight_gradient(of_logits, hidden), of_hidden, None, None
-        of_hidden = total * kept
-        for column, weights in zip(ids.unbind(-1), gradient.unbind(-1), strict=True):
-            of_hidden.addcmul_(weights.unsqueeze(-1), head.weight[column].float())
-        return None, None, of_hidden.div_(temperatures.unsqueeze(-1)).to(hidden.dtype), None, None
+        if not ctx.trained:
+            of_hidden = total * kept
+            for column, weights in zip(ids.unbind(-1), gradient.unbind(-1), strict=True):
+                of_hidden.addcmul_(weights.unsqueeze(-1), head.weight[column].float())
+            return None, None, of_hidden.div_(temperatures.unsqueeze(-1)).to(hidden.dtype), None, None, None
+        of_hidden = torch.empty_like(hidden)
+        of_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=hidden.device)
+        for piece in _pieces(len(hidden), ctx.chunks):
+            of_logits = _logits(head, hidden[piece], temperatures[piece]).sub_(kept[piece]).exp_().mul_(total[piece])
+            of_logits.scatter_add_(-1, ids[piece], gradient[piece]).div_(temperatures[piece].unsqueeze(-1))
+            of_hidden[piece] = head.times_rows(of_logits).to(hidden.dtype)
+            head.add_weight_gradient(of_weight, of_logits, hidden[piece])
+        return None, of_weight.to(head.weight.dtype), of_hidden, None, None, None
 
 
 def _normalised(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -54,7 +54,7 @@ def add_lora(
     from peft.tuners.lora import LoraLayer
 
     freeze_lower_layers(model, trained_layers)  # refuses more layers than there are
-    targets = _targets(model, settings, trained_layers)
+    targets = linear_targets(model, settings, trained_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(
@@ -75,8 +75,11 @@ def add_lora(
     }
 
 
-def _targets(model: PreTrainedModel, settings: LoRAConfig, trained_layers: int | None) -> dict[str, bool]:
-    """Returns the names of the linear layers that get factors, and whether their weights are [in, out]."""
+def linear_targets(model: PreTrainedModel, settings: LoRAConfig, trained_layers: int | None) -> dict[str, bool]:
+    """Returns the names of the linear layers that get factors, and whether their weights are [in, out].
+
+    The model may lie on the device `meta`. Raises ConfigError for targets that it does not have.
+    """
     from transformers.pytorch_utils import Conv1D
 
     layers = transformer_layers(model)[-(trained_layers or 0) :]

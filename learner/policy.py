@@ -91,11 +91,12 @@ class PolicyModule(nn.Module):
 
 
 def checkpoint_layers(module: nn.Module, which: bool | int) -> None:
-    """Turns checkpointing on, in all layers or in so many of the lowest ones.
+    """Turns checkpointing on, in all layers or in so many of the lowest ones that are trained; others save nothing.
 
     Layers do it only in training mode, so only they get that flag, and dropout stays off.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
     for layer in layers if which is True else layers[:which]:
         layer.training = True
 

@@ -111,7 +111,8 @@ def _moments(flat: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, 
     state: dict[str, torch.Tensor] = optimizer.state[flat]
     if not state:
         zeros = {kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in KINDS[1:]}
-        state |= {"step": torch.tensor(0.0)} | {kind: tensor.detach() for kind, tensor in zeros.items()}
+        step = torch.zeros((), device=flat.device if optimizer.defaults.get("fused") else "cpu")
+        state |= {"step": step} | {kind: tensor.detach() for kind, tensor in zeros.items()}
     return state
 
 

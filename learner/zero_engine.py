@@ -150,7 +150,7 @@ class ZeroEngine:
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
-            fused=self.device.type == "cpu" or FUSED_PROVEN_ON_CUDA,
+            fused=self.device.type == "cpu" or learner.offload != "none" or FUSED_PROVEN_ON_CUDA,
         )
         if self.stage == 0:
             self._optimizer.max_norm = optimizer.grad_clip

@@ -112,7 +112,7 @@ class LoRAConfig(Section):
     """Rank of the additions. The reference trains with 64 (METHOD §7)."""
     alpha: Annotated[float, Field(gt=0)] = 128.0
     """Factor of the additions, which are scaled by alpha / rank."""
-    targets: list[str] | None = None
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
     """Names of the linear layers that get additions, such as `q_proj`; null: all of them, but for the output layer."""
 
 

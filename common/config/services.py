@@ -119,7 +119,7 @@ class LearnerConfig(Section):
     """Number of positions whose float32 logits [.., V] exist at once; fewer need less memory."""
     gradient_checkpointing: Annotated[bool | PositiveInt, Rule.MAY_CHANGE, Rule.LAST_BIT] = False
     """Whether activations are recomputed in the backward pass, which takes less memory and more time: of all layers
-    (`true`), of so many of the lowest ones (a number), or of none."""
+    (`true`), of so many of the lowest ones that are trained (a number), or of none."""
     offload: Annotated[Literal["none", "optimizer", "parameters"], Rule.MAY_CHANGE, Rule.LAST_BIT] = "none"
     """What a rank keeps in the machine's memory instead of its GPU's, which takes time: nothing (`none`), float32
     weights and the optimizer's state (`optimizer`), or the parameters as well (`parameters`). It is DeepSpeed's

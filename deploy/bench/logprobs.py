@@ -110,7 +110,7 @@ def _computed(
 
 def _gap(sizes: Sizes) -> float:
     torch.set_num_threads(1)
-    few, largest = Sizes(positions=64, vocabulary=sizes.vocabulary, hidden=sizes.hidden), 0.0
+    few, largest = replace(sizes, positions=64), 0.0
     for trained in (True, False):
         exact = _computed(few, trained, PLAIN, torch.float64)()
         for found, expected in zip(_computed(few, trained, 24)(), exact, strict=True):

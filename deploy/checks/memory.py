@@ -5,7 +5,8 @@
   + activations of one micro-batch         saved for the backward pass
   + float32 logits of one chunk
 
-It needs the model's shape alone and is right to about a fifth, which tells a run that fits from one that does not.
+It needs the model's shape alone. It was within 13 % of seven ranks that were measured (`bench memory`), and tells a run
+that fits from one that does not.
 """
 
 from __future__ import annotations
@@ -141,13 +142,14 @@ class ModelShape:
     def saved_bytes(self, dtype: str, *, checkpointing: bool | int, layers: int | None = None) -> int:
         """Bytes that one token's forward pass saves for the backward pass, in all trained layers together.
 
-        `checkpointing`: those of all layers, or of so many of the lowest ones, are computed again.
+        `checkpointing`: those of all trained layers, or of so many of the lowest, are computed again, one layer at a
+        time and after the others have been used.
         """
         size, count = 4 if dtype == "float32" else 2, min(layers or self.layers, self.layers)
         layer = size * (SAVED_MLP_WIDTHS * self.mlp_width + SAVED_WIDTHS[dtype] * self.width)
-        lowest = self.layers if checkpointing is True else min(checkpointing, self.layers)
-        kept = min(self.layers - lowest, count)  # frozen layers lie lowest, and save nothing
-        return kept * layer + ((count - kept) * size * self.width + layer if kept < count else 0)
+        again = count if checkpointing is True else min(checkpointing, count)
+        kept = (count - again) * layer
+        return again * size * self.width + max(kept, layer) if again else kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,11 @@ def rank_memory(
     for name, stage in (("optimizer", 1), ("gradients", 2), ("parameters", 3)):
         if learner.zero_stage >= stage:
             parts[name] //= learner.ranks
-    away = {"none": (), "optimizer": ("optimizer",), "parameters": ("optimizer", "parameters")}[learner.offload]
+    away = {
+        "none": (),
+        "optimizer": ("optimizer", "gradients"),
+        "parameters": ("optimizer", "gradients", "parameters"),
+    }[learner.offload]
     host = 0
     for name in away if learner.resources.num_gpus else ():
         host, parts[name] = host + parts[name], 0

@@ -166,7 +166,7 @@ def show(report: GoldReport, console: Console, title: str, limit: int) -> None:
             table.add_row(name, "0")
         for position, issue in enumerate(found[:limit]):
             head = (name, f"{len(found):,}") if position == 0 else ("", "")
-            table.add_row(*head, str(issue.row), Text(visible(issue.gold)), Text(visible(issue.finding)))
+            table.add_row(*head, str(issue.row), Text(visible(spelled(issue.gold))), Text(visible(issue.finding)))
         table.add_section()
     table.add_row("repeated", f"{report.repeated:,}", "", "", "problems that occur again with the same answer")
     console.print(table)

@@ -124,6 +124,7 @@ class PlainEngine:
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            fused=True,  # as the ranks' on a CPU
         )
 
     def forward(self, *inputs: Any) -> Any:
@@ -172,6 +173,11 @@ class _OneRank:
     """A single rank in this process, with the interface of `learner.group.RankGroup` that the loops use."""
 
     def __init__(self, rank: RankActor, config: RunConfig, model: str | Path):
+        if config.model.dtype != "float32":
+            raise ConfigError(
+                f"runner in_process trains in float32, got model.dtype {config.model.dtype}; set it to float32, or "
+                "take the runner pipeline"
+            )
         rank.config, rank.rank, rank.world, rank.model_folder, rank.device = config, 0, 1, str(model), "cpu"
         rank.engine = PlainEngine(*rank.build(load_policy_model(str(model))))
         self._only = rank

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.config import ConfigError, LoRAConfig, RunConfig
 from latent_grpo.common.encoding import TextEncoder
 from latent_grpo.common.files import save_whole
 from latent_grpo.common.model_chain import CHAIN_FILE, ChainSettings, check_chain, read_chain
-from latent_grpo.common.model_check import check_model, read_settings
+from latent_grpo.common.model_check import check_model, empty_model, read_settings
 from latent_grpo.common.model_limits import Window, window_of
 from latent_grpo.common.models import extended_limit, make_model, make_tokenizer, position_limit, save_model
 from latent_grpo.common.prompts import (
@@ -39,7 +39,7 @@ from latent_grpo.deploy.run.machine import check_machine
 from latent_grpo.deploy.run.problems import PreparedTask, Problems, Sources, is_read
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.sft_data import SFTData, has_chain, prepare_sft
-from latent_grpo.learner.lora import missing_package
+from latent_grpo.learner.lora import linear_targets, missing_package
 from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.verifiers import check_verifiers
 from latent_grpo.rollout_workers.vllm_plugin import support
@@ -152,6 +152,8 @@ def check(
     trained_by_lora = config.lora is not None or (due and config.latent_sft.lora is not None)
     if not elsewhere and trained_by_lora:
         check_lora()
+    if source is not None and Path(source).is_dir():
+        check_targets(config, source)
     engine = check_engine(config, elsewhere=elsewhere)
     spare = folder is not None  # 0.1.0 started runs with verifiers that no task uses
     verifiers = check_verifiers(config, spare=spare, left_out=left_out)
@@ -314,6 +316,13 @@ def check_lora(problem: Callable[[], str | None] = missing_package) -> None:
     """Raises ConfigError where LoRA's package is not installed."""
     if (sentence := problem()) is not None:
         raise ConfigError(sentence)
+
+
+def check_targets(config: RunConfig, source: str | Path) -> None:
+    """Raises ConfigError where LoRA is to train layers that the model, a folder, does not have."""
+    for lora in (config.lora, config.warm_start and config.warm_start.lora):
+        if isinstance(lora, LoRAConfig) and lora.targets is not None:
+            linear_targets(empty_model(read_settings(source), source), lora, config.model.train_layers)
 
 
 def file_faults(config: RunConfig) -> list[str]:

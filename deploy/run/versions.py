@@ -18,7 +18,7 @@ from latent_grpo.deploy.run.program import DISTRIBUTION, OUR_PACKAGES, ROOT, ins
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
 ARITHMETIC = 3
 """Rises when the same draws and steps may differ in their last bits. 2: the lean decode step, shared
-prompts. 3: log-probs of the learner."""
+prompts. 3: log-probs of the learner, AdamW."""
 SUBMITTED = "LATENT_GRPO_SUBMITTED"
 """Environment variable of a job: the submitter's :func:`versions`, as JSON."""
 

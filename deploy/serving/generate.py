@@ -170,27 +170,39 @@ def rows_writer(output: Path | None) -> Iterator[Callable[[dict[str, Any]], None
     if output is None:
         yield lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
         return
-    if output.exists():
-        raise ConfigError(f"--output {output} exists already; give another name, or remove it")
+    for there in (output, output.with_name(f"{output.name}.part")):
+        if there.exists():
+            raise ConfigError(f"--output {output}: {there} exists already; give another name, or remove it")
     unfinished, written = output.with_name(f"{output.name}.part"), 0
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
 
-            def write(row: dict[str, Any]) -> None:
-                nonlocal written
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                written += 1
-
-            yield write
-        unfinished.rename(output)
-    except OSError as error:
+    def refused(error: OSError) -> ConfigError:
         error.filename = str(output)
         kept = f"; the first {written:,} responses are in {unfinished}" if written else ""
         if not written:
             with suppress(OSError):
                 unfinished.unlink()
-        raise ConfigError(f"--output {output} {unwritable(error)}; choose a file that is writable{kept}") from error
+        return ConfigError(f"--output {output} {unwritable(error)}; choose a file that is writable{kept}")
+
+    try:
+        file = unfinished.open("w", encoding="utf-8")
+    except OSError as error:
+        raise refused(error) from error
+
+    def write(row: dict[str, Any]) -> None:
+        nonlocal written
+        try:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+        except OSError as error:
+            raise refused(error) from error
+        written += 1
+
+    with file:
+        yield write
+    try:
+        unfinished.rename(output)
+    except OSError as error:
+        raise refused(error) from error
 
 
 def thought_line(number: int, step: LatentStep) -> Text:

@@ -145,6 +145,8 @@ def _check_options(options: Sequence[str]) -> None:
 
 def _check_port(options: Sequence[str], can_listen: Callable[[str, int], str | None]) -> None:
     """Raises ConfigError for a port that the server could not have, before its minutes of loading."""
+    if any(option.partition("=")[0] in ("--uds", "--config") for option in options):
+        return  # it listens elsewhere, or a file says where
     given = {"host": "0.0.0.0", "port": "8000"}  # vLLM's own defaults
     for option, following in itertools.pairwise([*options, ""]):
         name, equals, value = option.removeprefix("--").partition("=")

@@ -26,7 +26,18 @@ def test_what_is_no_port_is_refused_for_every_command(port):
 
 @pytest.mark.parametrize(
     "address",
-    ["auto", "head", "http://head", "http://head:8265", "https://head:8265/x:y", "[::1]:6379", "ray://h:10001"],
+    [
+        "auto",
+        "head",
+        "http://head",
+        "http://head:8265",
+        "https://head:8265/x:y",
+        "[::1]:6379",
+        "ray://h:10001",
+        "http://user:secret@head:8265",
+        "http://head:8265?x=1",
+        "head:1#a",
+    ],
 )
 def test_other_addresses_have_no_fault(address):
     assert address_port_fault(address) is None

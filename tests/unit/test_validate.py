@@ -81,6 +81,15 @@ def test_the_memory_of_the_papers_model_is_said_where_it_is_not_here(given):
     ]
 
 
+@pytest.mark.parametrize("section", ["lora", "warm_start.lora"])
+def test_layers_that_the_model_does_not_have_are_refused_before_a_run_begins(given, section):
+    check(config_of(given, f"{section}.targets=[q_proj]"))
+    with pytest.raises(ConfigError, match=r"no linear layers q_porj; it has down_proj, .*, v_proj"):
+        check(config_of(given, f"{section}.targets=[q_porj, v_proj]"))
+    with pytest.raises(ConfigError, match=rf"{section}\.targets"):
+        config_of(given, f"{section}.targets=[]")
+
+
 def test_a_rank_that_does_not_fit_this_machine_is_a_warning(given):
     config = config_of(given, "learner.ranks=1000000")
     (warning,) = [value for name, value in memory_rows(config, check(config).model) if name == "warning"]
