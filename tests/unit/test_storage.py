@@ -444,6 +444,89 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
+class Ambiguous(Store):
+    """A store of which the writes of an index fail: one that it made first, and then those that it did not."""
+
+    failures: tuple[bool, ...] = ()
+
+    def write(self, name, source, size):
+        if name != INDEX or not self.failures:
+            return super().write(name, source, size)
+        made, *self.failures = self.failures
+        if made:
+            super().write(name, source, size)
+        raise StorageError("the answer did not come")
+
+
+def test_an_index_whose_write_failed_though_the_store_has_it_is_still_this_folders(lives, tmp_path):
+    run, store = tmp_path / "run", Ambiguous(f"file://{tmp_path}/store/run")
+    becomes(run, lives[0])
+    upload = Upload(run, store)
+    upload.attach()
+    upload.run()
+    for state, made in ((lives[1], True), (lives[2], False), (lives[3], False)):
+        becomes(run, state)
+        store.failures = (made,)
+        with pytest.raises(StorageError, match="did not come"):
+            upload.run()
+    upload.detach()
+    assert there(store.url, tmp_path / "b") == contents(lives[1])
+    assert live(run, lives[3:], Store(store.url)) == 2, "nobody else has continued it"
+
+
+def test_shards_that_a_new_export_does_not_have_are_removed_in_the_same_pass(lives, tmp_path):
+    run, store = tmp_path / "run", Store(f"file://{tmp_path}/store/run")
+    becomes(run, lives[3])
+    (run / "model" / "model-2.safetensors").write_bytes(b"a" * 100)
+    upload = Upload(run, store)
+    upload.attach()
+    upload.run()
+    becomes(run, lives[4])
+    upload.run()
+    upload.detach()
+    assert {name for name in store.listed() if not name.startswith(f"{OWN}/")} == contents(lives[4]).keys()
+
+
+def test_what_a_failed_pass_has_sent_is_removed_if_the_run_has_dropped_it_by_the_next(lives, tmp_path):
+    run, store = tmp_path / "run", Ambiguous(f"file://{tmp_path}/store/run")
+    becomes(run, lives[0])
+    upload = Upload(run, store)
+    upload.attach()
+    upload.run()
+    becomes(run, lives[1])
+    store.failures = (False,)
+    with pytest.raises(StorageError):
+        upload.run()
+    becomes(run, lives[2])  # without the checkpoint that was sent
+    upload.run()
+    upload.detach()
+    assert {name for name in store.listed() if not name.startswith(f"{OWN}/")} == contents(lives[2]).keys()
+
+
+class Broken(Failing):
+    """A store with a fault of its library."""
+
+    def write(self, name, source, size):
+        if self.why is not None:
+            raise RuntimeError(self.why)
+        return super().write(name, source, size)
+
+
+def test_an_unexpected_error_is_told_and_tried_again(lives, tmp_path):
+    run, lines, store = tmp_path / "run", [], Broken(f"file://{tmp_path}/store/run")
+    becomes(run, lives[0])
+    upload = Upload(run, store)
+    upload.attach()
+    store.why = "a fault"
+    uploader = Uploader(upload, store.url, run, lines.append, every_s=0.01, first_retry_s=0.01)
+    uploader.begin()
+    wait_for(lambda: lines)
+    assert "the upload failed and is tried again, while the run goes on: RuntimeError('a fault')" in lines[0]
+    store.why = None
+    assert uploader.end(30.0) is None
+    assert there(store.url, tmp_path / "b") == contents(lives[0])
+
+
 # --- a run's own block -----------------------------------------------------------------------------------------------
 
 

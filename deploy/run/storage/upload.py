@@ -14,9 +14,9 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from latent_grpo.common.config import RunConfig
@@ -40,7 +40,8 @@ TOLD_EVERY_S = 600.0  # a failure that goes on
 class Twin:
     """What a run's folder knows of its copy: the URL, and the snapshots of which one is there if nobody else wrote.
 
-    They are the last one that was written or brought here, and the one that was being written when a kill came.
+    They are the last one that was written or brought here, and those that were begun since: a kill or a failure may
+    have come after the store had one.
     `brought`: the folder was made of the copy, so its settings are of whoever can write there.
     """
 
@@ -75,7 +76,7 @@ class Upload:
         self._same: dict[str, tuple[int, int]] = {}  # (inode, mtime) of files that were found to be as in the copy
         self._shown: dict[str, str] = {}  # the small files that lie beside the index
         self._twin = Twin(store.url, ())
-        self._begun = self._swept = self._detached = False
+        self._begun = self._swept = self._unsure = self._detached = False
 
     def attach(self) -> None:
         """Takes the copy's lease and learns what is there. Raises WrittenElsewhere and StorageError."""
@@ -127,6 +128,9 @@ class Upload:
             if self._lease.lost or self._detached:
                 raise WrittenElsewhere(f"{self._store.url} was taken over by another machine")
             self.attach()  # the store could not be reached for long
+        if self._unsure:  # a write of the index failed, and the store may have made it
+            self._index, self._unsure = read_index(self._store) or Index(), False
+        before, swept, self._swept = self._index, self._swept, False
         with snapshot(self._folder, everything=everything) as taken:
             kept, lines = self._unchanged(taken), self._lines(taken)
             gone = {_top(name) for name in taken.files.keys() & self._index.files.keys() if name not in kept}
@@ -141,11 +145,11 @@ class Upload:
                 if self._index.lines.get(name) != stored:
                     self._send(taken, name, stored.size)
             now = Index(files, lines, taken.texts)
-            before = self._index
-            if not now.same_as(before):
+            if not now.same_as(self._index):
                 self._commit(now)
             self._show(taken.texts)
-            self._remove(before)
+            self._remove({*before.files, *before.lines} if swept else set(self._store.listed()))
+        self._swept = True
 
     def _unchanged(self, taken: Taken) -> dict[str, Stored]:
         """Returns the files of the folder that are in the copy as they are."""
@@ -194,9 +198,12 @@ class Upload:
             raise StorageError(
                 f"{self._store.url}: the lease has run out while files were sent; the next try takes it anew"
             )
-        write_twin(self._folder, Twin(self._twin.url, (self._index.snapshot, index.snapshot), self._twin.brought))
+        self._twin = replace(self._twin, snapshots=(*self._twin.snapshots, index.snapshot))
+        write_twin(self._folder, self._twin)
+        self._unsure = True
         write_index(self._store, index)
-        self._index = index
+        self._index, self._unsure = index, False
+        self._twin = replace(self._twin, snapshots=(index.snapshot,))
 
     def _show(self, texts: Mapping[str, str]) -> None:
         """Writes the small files beside the index, for other tools that copy the folder."""
@@ -206,11 +213,12 @@ class Upload:
                 self._store.write(name, io.BytesIO(content), len(content))
                 self._shown[name] = text
 
-    def _remove(self, before: Index) -> None:
-        """Removes what the index no longer names; the first time, and after a failure, all that no index names."""
+    def _remove(self, there: Set[str]) -> None:
+        """Removes what the index does not name of what is there.
+
+        That is what the pass began with, and all objects in the first pass and after one that failed.
+        """
         now = {*self._index.files, *self._index.lines, *self._index.texts}
-        there = {*before.files, *before.lines} if self._swept else set(self._store.listed())
-        self._swept = False
         kept = {str(folder) for name in now for folder in PurePosixPath(name).parents}
         gone = [PurePosixPath(name) for name in there - now if not name.startswith(f"{OWN}/")]
         folders = {next((str(f) for f in reversed(path.parents) if str(f) not in kept), "") for path in gone}
@@ -219,7 +227,6 @@ class Upload:
         for path in gone:
             if str(path.parent) in kept:
                 self._store.remove(str(path))
-        self._swept = True
 
 
 def _top(name: str) -> str:
@@ -252,7 +259,7 @@ class Uploader:
         self._wake, self._ending, self._done = threading.Event(), threading.Event(), threading.Event()
         self._given_up = False
         self._thread: threading.Thread | None = None
-        self._failure: StorageError | OSError | None = None
+        self._failure: str | None = None
 
     def begin(self) -> None:
         """Begins to upload."""
@@ -269,7 +276,7 @@ class Uploader:
         self._wake.set()
         self._given_up = not self._done.wait(seconds)
         self._upload.detach()  # a thread that is given up writes no index without a lease
-        why = str(self._failure) if self._failure is not None else f"it did not end within {seconds:.0f} s"
+        why = self._failure if self._failure is not None else f"it did not end within {seconds:.0f} s"
         if not self._given_up and self._failure is None:
             return None
         return (
@@ -278,6 +285,12 @@ class Uploader:
         )
 
     def _work(self) -> None:
+        try:
+            self._make_passes()
+        finally:
+            self._done.set()
+
+    def _make_passes(self) -> None:
         retry_s, told_at = self._first_retry_s, -float("inf")
         while True:
             last = self._ending.is_set()
@@ -286,14 +299,17 @@ class Uploader:
             except WrittenElsewhere as error:
                 if self._given_up:
                     break
-                self._failure = error
+                self._failure = str(error)
                 self._say(f"[red]nothing more is uploaded: {error}[/]")
                 break
-            except (StorageError, OSError) as error:
+            except Exception as error:  # whatever it is, a run must not train on without its upload and without a word
+                why = str(error) if isinstance(error, StorageError | OSError) else repr(error)
+                if self._given_up:
+                    break
                 if self._failure is None or time.monotonic() - told_at > TOLD_EVERY_S:
                     told_at = time.monotonic()
-                    self._say(f"[yellow]the upload failed and is tried again, while the run goes on: {error}[/]")
-                self._failure, wait_s = error, retry_s
+                    self._say(f"[yellow]the upload failed and is tried again, while the run goes on: {why}[/]")
+                self._failure, wait_s = why, retry_s
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
             else:
                 if self._failure is not None:
@@ -307,7 +323,6 @@ class Uploader:
                 wait_s = 0.0 if self._failure is None else min(wait_s, FIRST_RETRY_S)
                 self._wake.clear()
             self._wake.wait(wait_s)
-        self._done.set()
 
 
 @contextlib.contextmanager
