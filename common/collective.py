@@ -16,13 +16,13 @@ like that of every transport.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,6 +44,7 @@ dist: Any = torch.distributed  # whose types lack stores, groups and their metho
 PAUSES_S = (1.0, 2.0, 4.0)  # before another group is tried for a bucket; Ray learns of a death meanwhile
 IDLE_S = 3600.0  # after which rank 0 ends a group that asks for nothing; the worker then makes another
 GONE = -1  # instead of a bucket's size
+FIRST, NEXT = "first", "next"  # questions of a group
 
 
 class LinkLost(RunError):
@@ -80,6 +81,7 @@ class CollectiveTransport:
         with self._lock:
             if self.sender is None:
                 self.sender = Sender(self._settings)
+                weakref.finalize(self, self.sender.close)
         return self.sender.offer(bucket)
 
     def keep(self, handles: Collection[CollectiveBucket]) -> None:
@@ -138,7 +140,7 @@ class Asking:
     def begin(self, number: int) -> Pair:
         """Asks for a bucket; what the group carries next are its size or GONE, and its bytes."""
         handle = self._handle
-        self._store.queue_push(handle.token, f"{self._name} {number}")
+        self._store.queue_push(handle.token, f"{self._name} {number} {NEXT if self._pair else FIRST}")
         if self._pair is None:
             own = address_of(handle.interface) if handle.interface else own_address(handle.address, handle.port)
             self._pair = Pair(self._store, self._name, 1, own or handle.address, handle.backend, self._timeout)
@@ -167,14 +169,13 @@ class Sender:
         self._address = address_of(settings.interface) if settings.interface else _node_address()
         self._timeout, self._token = timedelta(seconds=settings.timeout_s), secrets.token_hex(8)
         self._store = serve_store(self._address, 0, self._timeout)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may call `close` in a thread that holds it
         self.offered: dict[int, torch.Tensor] = {}
         self._free: list[torch.Tensor] = []
         self._numbers = 0
-        self._asked: dict[str, SimpleQueue[int]] = {}  # numbers of buckets, by the group's name
+        self.serving: dict[str, tuple[SimpleQueue[int | None], threading.Thread]] = {}  # by the group's name
         self._listener = threading.Thread(target=self._listen, name="weights", daemon=True)
         self._listener.start()
-        atexit.register(self.close)  # a thread that waits in torch when Python ends makes it abort
 
     def offer(self, bucket: Sequence[NamedTensor]) -> tuple[list[str], CollectiveBucket]:
         starts, size = layout([tensor.nbytes for _, tensor in bucket])
@@ -208,42 +209,62 @@ class Sender:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def close(self) -> None:
-        """Ends the thread that waits for questions."""
+        """Ends all threads, at the latest at the exit of Python, which aborts if one still waits in torch.
+
+        A thread that sends to a worker that stands still ends with its deadline: torch has no other way to end it.
+        """
         self._store.queue_push(self._token, "")
-        self._listener.join(self._timeout.total_seconds())
+        with self._lock:
+            threads = [self._listener, *(thread for _, thread in self.serving.values())]
+            for questions, _ in self.serving.values():
+                questions.put(None)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(2 * self._timeout.total_seconds())  # it ends a little after its deadline
 
     def _listen(self) -> None:
         """Hands each question, a group's name and a bucket's number, to the thread of that group."""
-        questions = dist.TCPStore(self._address, self._store.port, timeout=timedelta(days=7))
+        store = dist.TCPStore(self._address, self._store.port, timeout=timedelta(days=7))
         while True:
             try:
-                question = questions.queue_pop(self._token).decode()
+                question = store.queue_pop(self._token).decode()
             except dist.DistStoreError:  # nobody has asked for so long
                 continue
             if not question:
                 return
-            name, number = question.split()
-            if name not in self._asked:
-                self._asked[name] = SimpleQueue()
-                threading.Thread(target=self._serve, args=(name,), name=f"weights to {name}", daemon=True).start()
-            self._asked[name].put(int(number))
+            name, number, which = question.split()
+            with self._lock:
+                if which == FIRST:
+                    questions = SimpleQueue[int | None]()
+                    thread = threading.Thread(
+                        target=self._serve, args=(name, questions), name=f"weights to {name}", daemon=True
+                    )
+                    self.serving[name] = questions, thread
+                    thread.start()
+                if name in self.serving:  # else the group has been given up, which its worker sees by itself
+                    self.serving[name][0].put(int(number))
 
-    def _serve(self, name: str) -> None:
+    def _serve(self, name: str, questions: SimpleQueue[int | None]) -> None:
         """Sends to one worker what it asks for, until it asks no more or something fails."""
         try:
             store = dist.TCPStore(self._address, self._store.port, timeout=self._timeout)
             pair = Pair(store, name, 0, self._address, self._settings.backend, self._timeout)
-            while True:
-                number = self._asked[name].get(timeout=IDLE_S)
-                with self._lock:
-                    data = self.offered.get(number)
-                pair.tell(GONE if data is None else len(data))
-                if data is not None:
-                    pair.send(data)
+            while (number := questions.get(timeout=IDLE_S)) is not None:
+                self._answer(pair, number)
         except Empty:
             log.debug("weights: worker %s has asked for nothing for %g s", name, IDLE_S)
         except RuntimeError as error:  # torch's, for a worker that is dead, late or not to be reached
             log.warning("weights: the group with worker %s is given up: %s", name, _first_line(error))
+        finally:
+            with self._lock:
+                del self.serving[name]
+
+    def _answer(self, pair: Pair, number: int) -> None:
+        with self._lock:
+            data = self.offered.get(number)
+        pair.tell(GONE if data is None else len(data))
+        if data is not None:
+            pair.send(data)
 
 
 class Pair:

@@ -36,7 +36,7 @@ class WeightTransport(Protocol):
     def send(self, bucket: Sequence[NamedTensor]) -> tuple[list[str], Any]:
         """Copies a bucket's tensors, and returns their fingerprints and a handle, which pickles. Any thread may call.
 
-        The tensors may change afterwards.
+        The tensors may change afterwards. A handle is of use as long as this object lives.
         """
 
     def receive(self, handle: Any, bucket: BucketManifest) -> list[TensorBytes]:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,7 @@ def test_a_worker_that_is_killed_in_mid_bucket_breaks_its_own_group_alone(elsewh
     process.kill()
     wait_until(lambda: not serving(process))  # long before the deadline
     assert f"-{process.pid}-" in caplog.text
+    assert len(sender.sender.serving) == 1, "nothing of it is kept"
     assert fetched(well, handle, found) == found
 
 
@@ -120,6 +122,21 @@ def test_a_learner_that_is_dead_is_said_with_what_to_do(elsewhere):
     process.join()
     with pytest.raises(LinkLost, match=r"did not send .* bytes in 4 attempts.*weights.interface"):
         fetched(worker, replace(handle, timeout_s=0.5), found)
+
+
+def test_a_sender_that_nobody_holds_ends_its_threads_though_one_is_in_mid_bucket_and_frees_its_memory():
+    others = set(threading.enumerate())
+    transport = CollectiveTransport(WeightsConfig(timeout_s=1))
+    found, handle = transport.send(BUCKET)
+    well, still = CollectiveTransport(), Asking(handle)
+    assert fetched(well, handle, found) == found
+    still.begin(handle.number).word()  # the bytes are on their way
+    threads = set(threading.enumerate()) - others
+    buffer = weakref.ref(transport.sender.offered[handle.number])
+    assert len(threads) == 3
+    del transport
+    assert not threads & set(threading.enumerate())
+    assert buffer() is None
 
 
 def test_a_bucket_that_was_damaged_on_its_way_has_another_checksum():
@@ -174,6 +191,7 @@ def test_several_threads_of_a_worker_fetch_several_publications():
 def test_an_interface_that_the_node_does_not_have_is_refused_at_either_end():
     with pytest.raises(ConfigError, match=r"weights\.interface eth77"):
         CollectiveTransport(WeightsConfig(interface="eth77")).send(BUCKET)
-    found, handle = CollectiveTransport(WeightsConfig(interface="lo")).send(BUCKET)
+    sender = CollectiveTransport(WeightsConfig(interface="lo"))
+    found, handle = sender.send(BUCKET)
     assert handle.address == "127.0.0.1"
     assert fetched(CollectiveTransport(), handle, found) == found
