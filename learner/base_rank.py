@@ -18,7 +18,7 @@ from torch import nn
 from latent_grpo.common.config import LoRAConfig, ModelConfig, OptimizerConfig, RunConfig
 from latent_grpo.common.models import extend_positions
 from latent_grpo.common.stacks import ProcessAddress, serve_stacks
-from latent_grpo.common.transport import TRANSPORTS
+from latent_grpo.common.transport import TRANSPORTS, WeightTransport
 from latent_grpo.common.weights import Publication
 from latent_grpo.learner.lora import Addition, add_lora, plain_name, plain_parameters
 from latent_grpo.learner.policy import freeze_lower_layers, load_policy_model
@@ -82,6 +82,7 @@ class RankActor:
     copy: StateShare | None = None
     published = False  # frozen weights are with the workers
     publisher: Publisher  # of rank 0, from the first publication on
+    transport: WeightTransport | None = None  # the publisher's, which a loaded state leaves as it is
     additions: Mapping[str, Addition] = MappingProxyType({})  # of LoRA, by the layer's name
 
     def build(self, model: PreTrainedModel) -> tuple[nn.Module, OptimizerConfig]:
@@ -162,8 +163,8 @@ class RankActor:
                 pass
             return None
         if first:
-            bucket_bytes = self.config.learner.weight_bucket_bytes
-            self.publisher = Publisher(TRANSPORTS[transport](self.config.weights), bucket_bytes, self.frozen)
+            self.transport = self.transport or TRANSPORTS[transport](self.config.weights)
+            self.publisher = Publisher(self.transport, self.config.learner.weight_bucket_bytes, self.frozen)
         return self.publisher.publish(parameters, version, kept)
 
     def save(self, folder: str) -> None:
