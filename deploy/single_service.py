@@ -20,7 +20,7 @@ from latent_grpo.common.weights import Publication
 from latent_grpo.deploy.controller import Controller, StepResult
 from latent_grpo.deploy.replay.recorded import RecordedRun, Start
 from latent_grpo.deploy.replay.replay import recorded_learner
-from latent_grpo.deploy.run.folder import RunFolder, create_run
+from latent_grpo.deploy.run.folder import RunFolder, create_run, run_lock
 from latent_grpo.deploy.run.foreign_code import announced, check_origin
 from latent_grpo.deploy.run.manifest import record_model, write_manifest
 from latent_grpo.deploy.run.manifest_schema import DataFacts
@@ -119,6 +119,7 @@ def train_only(
     source_facts = DataFacts(task="dumps", use="training", source=str(origin.path), steps=step_ranges(dumped))
     write_manifest(folder, config, 0, recorded.base, [source_facts])
     with (
+        run_lock(folder.path),
         uploading(folder, config, reporter.say) as begin_upload,
         MetricsWriter(folder.path, config.metrics.sinks) as metrics,
         recorded_learner(config, recorded.base, Start(step=0, checkpoint=None), reporter) as learner,

@@ -17,7 +17,7 @@ from latent_grpo.common.config import ConfigError
 from latent_grpo.common.interrupts import Interrupted
 from latent_grpo.deploy.run.folder import FolderInUse, RunFolder, run_lock, write_identity
 from latent_grpo.deploy.run.foreign_code import check_origin
-from latent_grpo.deploy.run.storage.copy import local_copy, model_copy, remote_runs, working_copy
+from latent_grpo.deploy.run.storage.copy import brought_up_to_date, local_copy, model_copy, remote_runs, working_copy
 from latent_grpo.deploy.run.storage.index import BEGUN, INDEX, OWN, checksum, read_index
 from latent_grpo.deploy.run.storage.lease import Lease, held_by
 from latent_grpo.deploy.run.storage.store import StorageError, Store, WrittenElsewhere
@@ -216,6 +216,19 @@ def test_a_folder_of_other_files_is_not_made_a_copy(lives, tmp_path):
     with pytest.raises(ConfigError, match=f"{notes.parent} holds something else than {url}"):
         working_copy(url, [f"work_folder={tmp_path / 'b'}"], print)
     assert notes.read_text() == "mine"
+
+
+def test_of_two_that_bring_a_run_to_one_folder_the_second_changes_nothing(lives, tmp_path):
+    url, here, lines = f"file://{tmp_path}/store/run", tmp_path / "b" / "run", []
+    live(tmp_path / "run", lives[:1], Store(url))
+    here.mkdir(parents=True)
+    with run_lock(here), pytest.raises(FolderInUse, match="locked by process"):
+        working_copy(url, [f"work_folder={tmp_path / 'b'}"], lines.append)
+    brought_up_to_date(Store(url), here, lines.append)
+    (here / "trajectories" / "new.parquet").write_bytes(b"of the run that has begun since")
+    brought_up_to_date(Store(url), here, lines.append)  # it had looked before the first one was done
+    assert (here / "trajectories" / "new.parquet").is_file()
+    assert len(lines) == 1
 
 
 def test_objects_of_others_are_left_alone_and_those_of_an_upload_that_was_killed_are_not(lives, tmp_path):

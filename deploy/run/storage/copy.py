@@ -21,7 +21,7 @@ from filelock import FileLock
 from latent_grpo.common.config import ConfigError, RunConfig, load_config, parse_config
 from latent_grpo.common.files import file_hash, write_atomically
 from latent_grpo.common.remote_url import checked_url, is_url, joined
-from latent_grpo.deploy.run.folder import FolderInUse, check_changes, in_use, local_root, stored_settings
+from latent_grpo.deploy.run.folder import check_changes, local_root, run_lock, stored_settings
 from latent_grpo.deploy.run.foreign_code import check_code
 from latent_grpo.deploy.run.start_folder import placed
 from latent_grpo.deploy.run.storage.index import Index, read_index
@@ -91,7 +91,7 @@ def working_copy(
     folder = local_root(config) / store.name
     if not _is_in_step(store, index, folder):
         check_code(f"{store.url} may be written by others", config, overrides, allowed)
-        brought_up_to_date(store, index, folder, say)
+        brought_up_to_date(store, folder, say)
     return folder, overrides
 
 
@@ -102,23 +102,28 @@ def named_copy(config: RunConfig, folder: Path, say: Callable[[str], None]) -> N
     store = Store(joined(config.runs_folder, folder.name))
     index = read_index(store)
     if index is not None and not _is_in_step(store, index, folder):
-        brought_up_to_date(store, index, folder, say)
+        brought_up_to_date(store, folder, say)
 
 
-def brought_up_to_date(store: Store, index: Index, folder: Path, say: Callable[[str], None]) -> None:
-    """Makes a folder that is not there, or is behind, the run's remote state."""
-    twin = read_twin(folder)
-    if twin is not None and (holder := in_use(folder)) is not None:
-        raise FolderInUse(holder)
-    if twin is not None and twin.snapshots:
-        say(f"[yellow]{folder} is behind {store.url}, which another machine has continued: it becomes a copy of it[/]")
-    else:
-        size = sum(stored.size for stored in index.files.values())
-        say(f"copying {store.url} to {folder} ({size / 2**20:,.1f} MiB)")
+def brought_up_to_date(store: Store, folder: Path, say: Callable[[str], None]) -> None:
+    """Makes a folder that is not there, or is behind, the run's remote state. Raises FolderInUse where one is locked.
+
+    What is there is looked at again under the folder's lock: another process may have brought the run meanwhile.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_twin(folder, Twin(store.url, (), brought=True))  # until it is whole it is behind
-    whole = _bring(store, index, folder, lambda name: True)
-    write_twin(folder, Twin(store.url, (whole.snapshot,), brought=True))
+    with run_lock(folder):
+        index = _index_of(store)
+        if _is_in_step(store, index, folder):
+            return
+        twin = read_twin(folder)
+        if twin is not None and twin.snapshots:
+            say(f"[yellow]{folder} is behind {store.url}, which another machine has continued: it becomes its copy[/]")
+        else:
+            size = sum(stored.size for stored in index.files.values())
+            say(f"copying {store.url} to {folder} ({size / 2**20:,.1f} MiB)")
+        write_twin(folder, Twin(store.url, (), brought=True))  # until it is whole it is behind
+        whole = _bring(store, index, folder, lambda name: True)
+        write_twin(folder, Twin(store.url, (whole.snapshot,), brought=True))
 
 
 def _is_in_step(store: Store, index: Index, folder: Path) -> bool:
