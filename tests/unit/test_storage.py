@@ -389,6 +389,74 @@ def test_whoever_could_not_look_for_others_has_no_lease(tmp_path):
     assert not lease.valid
 
 
+class Watched(Store):
+    """A store that calls `before` with the name of what is done, and the object, before it does it."""
+
+    before = staticmethod(lambda operation, name: None)
+
+    def write(self, name, source, size):
+        self.before("write", name)
+        return super().write(name, source, size)
+
+    def listed(self, folder=""):
+        self.before("list", folder)
+        return super().listed(folder)
+
+
+@pytest.mark.parametrize("moment", ["checkpoints/00001-step-000002/MANIFEST.json", INDEX])
+def test_nothing_is_sent_or_removed_after_the_lease_has_run_out(lives, tmp_path, moment):
+    run, store = tmp_path / "run", Watched(f"file://{tmp_path}/store/run")
+    lease = Lease(store, run)
+    becomes(run, lives[1])
+    upload = Upload(run, store, lease, threads=1)
+    upload.attach()
+    upload.run()
+    becomes(run, lives[2])  # the checkpoint before is removed
+    after = []
+
+    def runs_out(operation: str, name: str) -> None:
+        if after or (operation, name) == ("write", moment):  # what has begun is not broken off
+            after.append(name)
+            lease.release()
+
+    store.before = runs_out
+    with pytest.raises(StorageError, match="the lease has run out"):
+        upload.run()
+    assert after == [moment]
+    assert any(name.startswith("checkpoints/00000-step-000001/") for name in store.listed()), "nothing is removed"
+
+
+def test_an_upload_that_is_given_up_while_it_takes_the_lease_does_not_have_it(lives, tmp_path):
+    run, store = tmp_path / "run", Watched(f"file://{tmp_path}/store/run")
+    becomes(run, lives[0])
+    upload = Upload(run, store)
+    store.before = lambda operation, name: upload.detach() if operation == "list" else None
+    with pytest.raises(StorageError, match="the upload was given up"):
+        upload.attach()
+    store.before = lambda operation, name: None
+    assert held_by(store) is None
+
+
+def test_a_lease_is_given_back_without_waiting_for_a_store_that_does_not_answer(tmp_path):
+    store, asked, answers = Watched(f"file://{tmp_path}/run"), threading.Event(), threading.Event()
+    lease = Lease(store, tmp_path / "a", seconds=2.0)
+    lease.take()
+
+    def waits(operation: str, name: str) -> None:
+        if operation == "write":
+            asked.set()
+            answers.wait(60)
+
+    store.before = waits
+    assert asked.wait(60)
+    lease.release(wait_s=0.01)
+    assert not lease.valid
+    answers.set()
+    lease.release(wait_s=60.0)
+    assert not lease.valid, "a renewal that ended later gives no right"
+    assert held_by(store) is None
+
+
 # --- the thread ------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,10 @@ Each writer has an object of its own below `.latent-grpo/writers/`, which it wri
 has no conditional write, and none is needed: whoever begins writes its object first and then lists. A store's list
 shows what was written before it, so of two that begin at once, one at least sees the other, and whoever sees another
 withdraws. Both may then be refused, but never both go on. Times are the store's own: its clock says when an object was
-written. A holder writes nothing once its lease may have run out, by its own clock, which has to run as fast.
+written. A holder begins no write and no removal once its lease may have run out, by its own clock, which has to run as
+fast. What remains is a request that was begun in time and arrives too late: one may take a minute and the library's own
+tries, more than `MARGIN_S`. A file that arrives so shows in its hash, and an index as a run that another machine has
+continued.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from latent_grpo.deploy.run.storage.index import WRITERS
 from latent_grpo.deploy.run.storage.store import NotThere, StorageError, Store, WrittenElsewhere
 
 log = logging.getLogger(__name__)
-MARGIN_S = 15.0  # before a lease runs out its holder writes nothing more
+MARGIN_S = 15.0  # before a lease runs out its holder begins to write nothing more
+RELEASE_S = 5.0  # for a renewal that is under way when the lease is given back
 
 
 class Lease:
@@ -44,8 +48,8 @@ class Lease:
     @property
     def valid(self) -> bool:
         """Whether nobody else can have it: it was renewed, and there is time left."""
-        margin = min(MARGIN_S, self._seconds / 4)
-        return not self.lost and time.monotonic() - self._renewed_at < self._seconds - margin
+        left = self._renewed_at + self._seconds - time.monotonic()
+        return not self.lost and not self._over.is_set() and left > min(MARGIN_S, self._seconds / 4)
 
     def take(self) -> None:
         """Takes the lease, also one that ran out, and renews it from then on.
@@ -73,12 +77,14 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
-    def release(self) -> None:
-        """Gives the lease back, if the store can be reached; else it runs out."""
+    def release(self, *, wait_s: float = RELEASE_S) -> None:
+        """Gives the lease back, if the store can be reached; else it runs out. From then on it is not valid."""
         self._over.set()
         if self._thread is not None:
-            self._thread.join()
-        self._renewed_at = -float("inf")
+            self._thread.join(wait_s)
+            if self._thread.is_alive():  # its renewal would come after the removal
+                log.warning("the lease was not given back, since the store does not answer, and runs out by itself")
+                return
         try:
             self._store.remove(self._name)
         except StorageError as error:

@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -197,7 +198,7 @@ def _filesystem(scheme: str, path: str) -> fs.FileSystem:
     if scheme == "file":
         return fs.LocalFileSystem()
     if scheme == "gs":
-        return fs.GcsFileSystem()
+        return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=REQUEST_S))  # by default it tries for 15 minutes
     options: dict[str, Any] = {"connect_timeout": CONNECT_S, "request_timeout": REQUEST_S}
     options["background_writes"] = False  # they would read a file into memory faster than the network takes it
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

@@ -82,6 +82,8 @@ class Upload:
         """Takes the copy's lease and learns what is there. Raises WrittenElsewhere and StorageError."""
         self._lease.take()
         try:
+            if self._detached:  # while it was taken
+                raise StorageError(f"{self._store.url}: the upload was given up")
             index, twin = read_index(self._store), read_twin(self._folder)
             if index is not None and (twin is None or twin.url != self._store.url):
                 raise WrittenElsewhere(
@@ -136,6 +138,7 @@ class Upload:
             gone = {_top(name) for name in taken.files.keys() & self._index.files.keys() if name not in kept}
             gone |= {name for name, stored in self._index.lines.items() if not _continues(taken, name, stored)}
             if not self._begun:
+                self._check_lease()
                 self._store.write(BEGUN, io.BytesIO(), 0)
                 self._begun = True
             if gone:
@@ -188,16 +191,21 @@ class Upload:
             file = taken.open(name)
         except FileNotFoundError:
             return None
+        self._check_lease()
         stored = self._store.write(name, file, size)
         if name not in taken.handles:
             file.close()
         return stored
 
-    def _commit(self, index: Index) -> None:
+    def _check_lease(self) -> None:
+        """Comes before every write and removal. Raises StorageError where another machine may have the run by now."""
         if not self._lease.valid:
             raise StorageError(
                 f"{self._store.url}: the lease has run out while files were sent; the next try takes it anew"
             )
+
+    def _commit(self, index: Index) -> None:
+        self._check_lease()
         self._twin = replace(self._twin, snapshots=(*self._twin.snapshots, index.snapshot))
         write_twin(self._folder, self._twin)
         self._unsure = True
@@ -210,6 +218,7 @@ class Upload:
         for name, text in texts.items():
             if self._shown.get(name) != text:
                 content = text.encode()
+                self._check_lease()
                 self._store.write(name, io.BytesIO(content), len(content))
                 self._shown[name] = text
 
@@ -223,9 +232,11 @@ class Upload:
         gone = [PurePosixPath(name) for name in there - now if not name.startswith(f"{OWN}/")]
         folders = {next((str(f) for f in reversed(path.parents) if str(f) not in kept), "") for path in gone}
         for folder in sorted(folders - {""}):
+            self._check_lease()
             self._store.remove_folder(folder)
         for path in gone:
             if str(path.parent) in kept:
+                self._check_lease()
                 self._store.remove(str(path))
 
 
