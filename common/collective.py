@@ -23,7 +23,8 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from queue import Empty, SimpleQueue
@@ -282,14 +283,12 @@ class Pair:
         """Returns the bytes [size] that the other end sends."""
         data = torch.empty(size, dtype=torch.uint8, device="cpu" if self._nccl is None else "cuda")
         if size:
-            group = self._nccl or self._words
-            self._wait(group.recv([data], self._peer, 0))
+            self._carry((self._nccl or self._words).recv, data)
         return data
 
     def send(self, data: torch.Tensor) -> None:
         if len(data):
-            group = self._nccl or self._words
-            self._wait(group.send([data], self._peer, 0))
+            self._carry((self._nccl or self._words).send, data)
 
     def tell(self, number: int) -> None:
         self._words.send([torch.tensor([number])], self._peer, 1).wait(self._timeout)
@@ -300,16 +299,39 @@ class Pair:
         self._words.recv([number], self._peer, 1).wait(self._timeout)
         return int(number)
 
-    def _wait(self, work: Any) -> None:
+    def _carry(self, method: Callable[[list[torch.Tensor], int, int], Any], data: torch.Tensor) -> None:
         if self._nccl is None:
-            work.wait(self._timeout)
+            method([data], self._peer, 0).wait(self._timeout)
             return
-        end = time.monotonic() + self._timeout.total_seconds()
-        while not work.is_completed():  # its own wait would only make a stream wait
-            if time.monotonic() > end:
-                self._nccl.abort()
-                raise RuntimeError(f"NCCL did not carry a bucket within {self._timeout.total_seconds():g} s")
-            time.sleep(0.001)
+
+        def carried() -> None:
+            work = method([data], self._peer, 0)
+            while not work.is_completed():  # its own wait would only make a stream wait
+                time.sleep(0.001)
+
+        try:
+            finish_within(self._timeout.total_seconds(), carried)
+        except TimeoutError:
+            self._nccl.abort()
+            raise RuntimeError(f"NCCL did not carry a bucket within {self._timeout.total_seconds():g} s") from None
+
+
+def finish_within(seconds: float, call: Callable[[], None]) -> None:
+    """Makes a call in a thread of its own, since NCCL connects in its first one, which may wait for a peer for ever.
+
+    Raises what `call` raises, and TimeoutError for one that goes on, which is left to itself.
+    """
+    done = Future[None]()
+
+    def make() -> None:
+        try:
+            call()
+            done.set_result(None)
+        except BaseException as error:  # raised again below, in the thread that asked
+            done.set_exception(error)
+
+    threading.Thread(target=make, name="nccl", daemon=True).start()
+    done.result(seconds)
 
 
 def unavailable(settings: WeightsConfig) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latent_grpo.common.collective import Asking, CollectiveTransport, LinkLost
+from latent_grpo.common.collective import Asking, CollectiveTransport, LinkLost, finish_within
 from latent_grpo.common.config import ConfigError, WeightsConfig
 from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.shared_memory import BucketGone
@@ -170,6 +170,16 @@ def test_a_bucket_of_another_size_than_its_manifest_says_is_refused_and_the_next
     with pytest.raises(LinkLost, match="bucket 0 has 12000064 bytes, expected 64"):
         worker.receive(handle, describe(wrong, ["?"]))
     assert fetched(worker, handle, found) == found
+
+
+def test_a_call_that_never_returns_has_a_deadline_and_errors_are_those_of_the_call():
+    over = threading.Event()
+    with pytest.raises(TimeoutError):
+        finish_within(0.01, over.wait)
+    over.set()
+    with pytest.raises(ZeroDivisionError):
+        finish_within(LIMIT_S, lambda: 1 / 0)
+    finish_within(LIMIT_S, lambda: None)
 
 
 def test_several_threads_of_a_worker_fetch_several_publications():
