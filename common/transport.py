@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from latent_grpo.common import collective, shared_memory
 from latent_grpo.common.config import WeightsConfig
 from latent_grpo.common.errors import ConfigError
@@ -122,7 +124,10 @@ def choose_transport(weights: WeightsConfig, nodes: int, *, may_grow: bool | Non
 
 
 class WeightReceiver:
-    """A worker's end: it fetches the buckets of publications, and keeps the frozen ones, which come once."""
+    """A worker's end: it fetches the buckets of publications, and keeps the frozen ones, which come once, on the host.
+
+    An engine reads them again after a failure, and vLLM's compares with them what its layers hold.
+    """
 
     def __init__(self) -> None:
         self._transports: dict[str, WeightTransport] = {}
@@ -138,6 +143,8 @@ class WeightReceiver:
         for bucket, handle in zip(manifest.buckets, handles, strict=True):
             found = held.get(bucket.fingerprint) if bucket.frozen else None
             data = transport.receive(handle, bucket) if found is None else found
+            if bucket.frozen and found is None:  # a GPU holds them once, in the engine, which compares them each time
+                data = [part.cpu() if isinstance(part, torch.Tensor) else part for part in data]
             if bucket.frozen:
                 frozen[bucket.fingerprint] = data
             buckets.append(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 from latent_grpo.common.collective import CollectiveTransport
 from latent_grpo.common.config import WeightsConfig
 from latent_grpo.common.fingerprint import fingerprint
-from latent_grpo.common.weights import describe, unpack
+from latent_grpo.common.transport import WeightReceiver
+from latent_grpo.common.types import PolicyVersion
+from latent_grpo.common.weights import WeightManifest, describe, unpack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
 VERSIONS = 3
@@ -26,6 +29,11 @@ def work(pipe, device):
         handle, manifest = pipe.recv()
         tensors = unpack(manifest, transport.receive(handle, manifest))
         pipe.send([(tensor.device.type, fingerprint(name, tensor)) for name, tensor in tensors])
+    frozen = replace(manifest, frozen=True)
+    policy = PolicyVersion(version=0, checksum="")
+    publication = WeightManifest(version=policy, buckets=(frozen,), transport="collective")
+    (kept,) = WeightReceiver().receive(publication, [handle])
+    pipe.send([(tensor.device.type, fingerprint(name, tensor)) for name, tensor in unpack(frozen, kept)])
 
 
 def test_what_reaches_a_worker_is_what_was_sent_and_stays_on_the_device():
@@ -46,7 +54,9 @@ def test_what_reaches_a_worker_is_what_was_sent_and_stays_on_the_device():
             here.send((handle, describe(bucket, found)))
             assert here.poll(LIMIT_S)
             assert here.recv() == [(device, mark) for mark in found]
-            sender.keep([])
+            sender.keep([handle])
+        assert here.poll(LIMIT_S)
+        assert here.recv() == [("cpu", mark) for mark in found], "frozen weights are kept on the host"
     finally:
         worker.kill()
         worker.join()
