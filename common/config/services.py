@@ -137,8 +137,9 @@ class WeightsConfig(Section):
     transport: Annotated[Literal["auto", "object_store", "shared_memory", "collective"], Rule.MAY_CHANGE] = "auto"
     """What carries the weights: Ray's object store (`object_store`), to any node; memory that learner and workers
     map (`shared_memory`), on one machine with Linux; or process groups of torch.distributed, one for each worker
-    (`collective`), to any node, for networks and GPUs that gloo or NCCL use better. `auto`: shared memory on a Ray that
-    this machine has alone, else the object store; the run says which and why."""
+    (`collective`), to any node, for networks and GPUs that gloo or NCCL use better; rank 0 then holds copies of two
+    versions, more with `max_staleness`, in host memory, or with `backend: nccl` on its GPU. `auto`: shared memory on a
+    Ray that this machine has alone, else the object store; the run says which and why."""
     backend: Annotated[Literal["gloo", "nccl"], Rule.MAY_CHANGE] = "gloo"
     """Backend of `transport: collective`: `gloo` from host memory to host memory, or `nccl` from GPU to GPU, which no
     GPU has run yet (docs/gpu.md)."""

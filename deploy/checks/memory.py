@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from latent_grpo.common.config import ConfigError, LoRAConfig, RunConfig
 from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import make_model
+from latent_grpo.deploy.run.object_store import held_versions
 from latent_grpo.learner.policy import transformer_layers
 
 if TYPE_CHECKING:
@@ -266,6 +267,17 @@ def worker_memory(config: RunConfig, shape: ModelShape) -> WorkerMemory:
     longest = max(t.max_prompt_tokens + t.max_response_tokens for t in (*config.tasks, *config.evaluation.tasks))
     kept = config.rollout.max_rows * longest * shape.kept * size
     return WorkerMemory(size * shape.parameters, kept, config.rollout.max_rows, longest)
+
+
+def staged_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """Returns the bytes of published weights that learner rank 0 holds at most for `weights.transport: collective`.
+
+    It copies each version that workers may ask for: to its GPU with `weights.backend: nccl`, else to its machine's
+    memory. Frozen weights are copied once, though they are counted with each version. Other transports need none.
+    """
+    if config.weights.transport != "collective":
+        return 0
+    return held_versions(config) * BYTES[config.model.dtype] * shape.parameters
 
 
 def _plain(name: str) -> str:

@@ -16,7 +16,7 @@ from latent_grpo.common.tasks.sources import TaskSource
 from latent_grpo.common.types import Problem
 from latent_grpo.deploy.checks.bfloat16 import bfloat16_slowdown, slowdown_sentence
 from latent_grpo.deploy.checks.evaluation_size import size_rows
-from latent_grpo.deploy.checks.memory import GIB, ModelShape, machine_bytes, rank_memory, worker_memory
+from latent_grpo.deploy.checks.memory import GIB, ModelShape, machine_bytes, rank_memory, staged_bytes, worker_memory
 from latent_grpo.deploy.checks.rates import time_rows
 from latent_grpo.deploy.run.foreign_code import left_out_sentence, without_code
 from latent_grpo.deploy.run.preparation import Checked, InitialModel, check, file_faults
@@ -171,11 +171,15 @@ def memory_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
         rows.append(("warning", sentence))
     rows += [(f"memory of a learner rank, {name}", str(memory)) for name, memory in stages.items()]
     largest = max(memory.total for memory in stages.values())
+    on_gpu, staged = config.weights.backend == "nccl", staged_bytes(config, shape)
+    if staged:
+        place = "GPU" if on_gpu else "machine"
+        rows.append(("memory of published weights", f"at most {staged / GIB:.1f} GiB of rank 0's {place} besides"))
     worker, rollout = worker_memory(config, shape), config.rollout
     rows.append(("memory of a rollout worker", str(worker)))
     if learner.resources.num_gpus and rollout.resources.num_gpus:
         parts = {
-            "learner": (largest, learner.resources.num_gpus),
+            "learner": (largest + (staged if on_gpu else 0), learner.resources.num_gpus),
             "rollouts": (worker.total // rollout.vllm.tensor_parallel, rollout.resources.num_gpus),
         }
         texts = [
@@ -184,7 +188,7 @@ def memory_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
         ]
         rows.append(("memory per GPU", "; ".join(texts)))
     have = machine_bytes()
-    if not learner.resources.num_gpus and largest * learner.ranks > have:
+    if not learner.resources.num_gpus and largest * learner.ranks + staged > have:
         sentence = (
             f"{learner.ranks} learner rank(s) of {largest / GIB:.0f} GiB do not fit into the {have / GIB:.0f} GiB of "
             f"this machine; lower learner.tokens_per_microbatch ({learner.tokens_per_microbatch:,}), or set "

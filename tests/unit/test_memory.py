@@ -8,7 +8,7 @@ import torch
 from latent_grpo.common.config import ConfigError, LoRAConfig, load_config
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
-from latent_grpo.deploy.checks.memory import ModelShape, machine_bytes, rank_memory, worker_memory
+from latent_grpo.deploy.checks.memory import ModelShape, machine_bytes, rank_memory, staged_bytes, worker_memory
 from latent_grpo.learner.lora import add_lora
 
 TOKENIZER = make_arithmetic_tokenizer()
@@ -74,6 +74,18 @@ def test_states_are_partitioned_by_stage():
     assert states(3, 4) == 5 * n
     assert states(3, 4, "bfloat16") == 4 * n + n // 2
     assert states(2, 1, "bfloat16", frozen=True) == 2 * n + 16 * (n - e)
+
+
+def test_the_collective_holds_copies_of_each_version_that_may_be_asked_for():
+    shape = ModelShape.of(load_config("quickstart", NEW), None, TOKENIZER)
+
+    def staged(*changes: str) -> int:
+        return staged_bytes(load_config("quickstart", [*NEW, *changes]), shape)
+
+    assert staged() == staged("weights.transport=shared_memory") == 0
+    assert staged("weights.transport=collective") == 2 * 4 * shape.parameters
+    assert staged("weights.transport=collective", "model.dtype=bfloat16") == 2 * 2 * shape.parameters
+    assert staged("weights.transport=collective", "max_staleness=2") > 2 * 4 * shape.parameters
 
 
 def test_what_is_offloaded_counts_for_the_machine_and_not_for_its_gpu():

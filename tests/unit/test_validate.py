@@ -76,6 +76,12 @@ def test_the_memory_of_the_papers_model_is_said_where_it_is_not_here(given):
     assert [float(rows[name].split()[1]) for rows in (whole, lora)] == pytest.approx([129.2, 18.4], rel=0.02)
     assert lora["trained in Latent-SFT"] == "161,480,704 parameters of LoRA, of rank 64"
     assert lora["memory per GPU"].startswith("learner ")
+    assert "memory of published weights" not in whole
+    large += ["weights.transport=collective", "weights.backend=nccl"]
+    staged = dict(memory_rows(config_of(given, *large), None))
+    assert staged["memory of published weights"] == "at most 28.4 GiB of rank 0's GPU besides"
+    rank, with_copies = (float(rows["memory per GPU"].split()[1]) for rows in (whole, staged))
+    assert with_copies - rank == pytest.approx(28.4, abs=0.1)
     assert memory_rows(config_of(given, "model.path=some/model"), None) == [
         ("memory", "not estimated: some/model is not a folder on this machine")
     ]
