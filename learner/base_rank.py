@@ -60,8 +60,13 @@ class TrainingEngine(Protocol):
     frozen: frozenset[str]
     """The parameters that never change, by their names in the model folder."""
 
-    def full_parameters(self, bucket_bytes: int, without: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (name in the model folder, whole tensor), gathered in buckets of `bucket_bytes`; all ranks call it."""
+    def full_parameters(
+        self, bucket_bytes: int, without: Collection[str] = (), device: str = "cpu"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (name in the model folder, whole tensor), gathered in buckets of `bucket_bytes`; all ranks call it.
+
+        `device` is where copies lie, if it must make any.
+        """
 
     def save(self, folder: str | Path) -> None:
         """Writes this rank's share of weights and optimizer state."""
@@ -135,13 +140,16 @@ class RankActor:
         module, optimizer = self.build(load_policy_model(model_folder, self.loaded_dtype))
         self.engine = ZeroEngine(module, optimizer, learner, self.config.model.dtype, self.device)
 
-    def policy_parameters(self, without: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    def policy_parameters(
+        self, without: Collection[str] = (), device: str = "cpu"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the policy's weights, by their names in its model folder; every rank must iterate, rank 0 gets them.
 
         Those in `without`, some of :attr:`frozen`, are left out. They are a plain model's, whatever is trained.
+        `device` is where ZeRO-3's copies lie.
         """
         left_out = {name for name in self.engine.frozen if plain_name(name) in without}
-        own = self.engine.full_parameters(self.config.learner.weight_bucket_bytes, left_out)
+        own = self.engine.full_parameters(self.config.learner.weight_bucket_bytes, left_out, device)
         return plain_parameters(own, self.additions)
 
     @property
@@ -157,7 +165,8 @@ class RankActor:
         the first publication.
         """
         first, self.published = not self.published, True
-        parameters = self.policy_parameters(() if first else self.frozen)
+        by_nccl = transport == "collective" and self.config.weights.backend == "nccl"
+        parameters = self.policy_parameters(() if first else self.frozen, self.device if by_nccl else "cpu")
         if self.rank:
             for _ in parameters:
                 pass

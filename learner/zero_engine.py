@@ -214,11 +214,13 @@ class ZeroEngine:
 
     # -- full weights
 
-    def full_parameters(self, bucket_bytes: int, without: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_parameters(
+        self, bucket_bytes: int, without: Collection[str] = (), device: str = "cpu"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (name, tensor) for every parameter of `module.model`, tied ones once, in the model's dtype.
 
         Those named in `without` are left out. Tensors are the rank's own, where they lie, except with ZeRO-3: then all
-        ranks gather, bucket by bucket, and must iterate; only rank 0 gets copies, on the CPU.
+        ranks gather, bucket by bucket, and must iterate; only rank 0 gets copies, on `device`.
         """
         named = [(name.removeprefix("model."), p) for name, p in self.module.named_parameters()]
         named = [(name, p) for name, p in named if name not in without]
@@ -231,7 +233,7 @@ class ZeroEngine:
         sized = ((item, getattr(item[1], "ds_numel") * item[1].element_size()) for item in named)  # noqa: B009
         for bucket in in_buckets(sized, bucket_bytes):
             with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
-                copies = [(name, p.detach().to("cpu", copy=True)) for name, p in bucket] if self.rank == 0 else []
+                copies = [(name, p.detach().to(device, copy=True)) for name, p in bucket] if self.rank == 0 else []
             yield from copies
 
     # -- state

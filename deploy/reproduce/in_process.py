@@ -158,7 +158,7 @@ class PlainEngine:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def full_parameters(
-        self, bucket_bytes: int = 0, without: Collection[str] = ()
+        self, bucket_bytes: int = 0, without: Collection[str] = (), device: str = "cpu"
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.module.named_parameters():
             if name.removeprefix("model.") not in without:
