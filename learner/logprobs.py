@@ -47,6 +47,7 @@ def selected_log_probs(
                 logits = _logits(head, hidden[piece], temperatures[piece])
                 visit(piece, logits)
                 parts.append(selected(logits, ids[piece]))
+                del logits  # before the next chunk's are made
         elif torch.is_grad_enabled():
             parts.append(checkpoint(_chunk, *arguments, use_reentrant=False))
         else:
@@ -101,6 +102,7 @@ class _LogProbs(torch.autograd.Function):
             selected, normaliser, total = _normalised(logits, ids[piece])
             parts.append(selected)
             kept.append(normaliser if ctx.trained else head.times_rows(logits).div_(total))
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(hidden, ids, temperatures, torch.cat(kept))
         return torch.cat(parts)
 
@@ -120,6 +122,7 @@ class _LogProbs(torch.autograd.Function):
             of_logits.scatter_add_(-1, ids[piece], gradient[piece]).div_(temperatures[piece].unsqueeze(-1))
             of_hidden[piece] = head.times_rows(of_logits).to(hidden.dtype)
             head.add_weight_gradient(of_weight, of_logits, hidden[piece])
+            del of_logits
         return None, of_weight.to(head.weight.dtype), of_hidden, None, None, None
 
 
