@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ STATUS = Path("/proc/self/status")
 
 
 def alone(function: Callable[..., Any], *arguments: object) -> Any:
-    """Calls a function of a module in a new process, which ends with it, and returns its result."""
+    """Calls a function of a module in a new process on the CPU, which ends with it, and returns its result."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says in each that it has found no GPU
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
