@@ -38,7 +38,7 @@ def test_a_publication_holds_a_few_buckets_of_tensors_that_are_made_as_it_goes(f
 
     publication = Publisher(Nowhere(), BUCKET, {str(i) for i in frozen}).publish(made(), 1)
     buckets = publication.manifest.buckets
-    assert most <= (2 * IN_FLIGHT + 4) * BUCKET  # sent, just sent by a thread that still has it, and those that are open
+    assert most <= (2 * IN_FLIGHT + 4) * BUCKET  # on their way, just sent and still held, open
     assert all(bucket.nbytes <= BUCKET for bucket in buckets)
     assert {slot.name for bucket in buckets if bucket.frozen for slot in bucket.tensors} == set(map(str, frozen))
     assert sorted(int(slot.name) for bucket in buckets for slot in bucket.tensors) == list(range(COUNT))
