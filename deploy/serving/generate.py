@@ -197,9 +197,14 @@ def rows_writer(output: Path | None) -> Iterator[Callable[[dict[str, Any]], None
             raise refused(error) from error
         written += 1
 
-    with file:
-        yield write
     try:
+        yield write
+    except BaseException:
+        with suppress(OSError):  # what could not be written is written once more, in vain
+            file.close()
+        raise
+    try:
+        file.close()
         unfinished.rename(output)
     except OSError as error:
         raise refused(error) from error
