@@ -125,9 +125,8 @@ class _Float32Product(torch.autograd.Function):
         if for_hidden:
             states_gradient = _times_rows(gradient, weight, ctx.native).to(hidden.dtype)
         if for_weight:
-            total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            _add_weight_gradient(total, gradient, hidden, ctx.native)
-            rows_gradient = total.to(weight.dtype)
+            rows_gradient = torch.zeros_like(weight)
+            _add_weight_gradient(rows_gradient, gradient, hidden, ctx.native)
         return states_gradient, rows_gradient, None
 
 
@@ -144,11 +143,15 @@ def _times_rows(factors: torch.Tensor, weight: torch.Tensor, native: bool) -> to
 
 
 def _add_weight_gradient(total: torch.Tensor, of_logits: torch.Tensor, hidden: torch.Tensor, native: bool) -> None:
-    """Adds of_logits^T hidden to `total` [V, D] float32."""
+    """Adds of_logits^T hidden, a float32 product, to `total` [V, D] of any dtype."""
     if native:
         total.add_(torch.mm(of_logits.to(hidden.dtype).t(), hidden, out_dtype=torch.float32))
-    else:
+    elif total.dtype == torch.float32:
         total.addmm_(of_logits.t(), hidden.float())
+    else:
+        states = hidden.float()
+        for rows in _pieces(total):
+            total[rows].add_(torch.mm(of_logits[:, rows].t(), states))
 
 
 def _pieces(weight: torch.Tensor) -> list[slice]:

@@ -5,8 +5,9 @@ A benchmark prints what it measured on this machine and does not judge it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -16,6 +17,19 @@ from latent_grpo.deploy.cli.arguments import overrides
 
 bench = typer.Typer(no_args_is_help=True, help="Measures a part of the pipeline on this machine.")
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Found = TypeVar("Found")
+
+
+def _give(
+    found: Found,
+    show: Callable[[Found], None],
+    json_file: Path | None,
+    write: Callable[[Found, Path], None] = write_json,
+) -> None:
+    """Shows the figures, and writes them where a file is wanted."""
+    show(found)
+    if json_file is not None:
+        write(found, json_file)
 
 
 @bench.command("reward")
@@ -29,9 +43,7 @@ def bench_reward(
     from latent_grpo.deploy.bench.reward import measure, show
 
     results = measure(cases, processes, seed)
-    show(results)
-    if json_file is not None:
-        write_json(results, json_file)
+    _give(results, show, json_file)
 
 
 @bench.command("loop", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -48,9 +60,7 @@ def bench_loop(
 
     config = load_config(profile, [*overrides(context.args), *(of_model(model) if model else [])])
     found = compare(config, steps)
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file, write_json)
 
 
 @bench.command("report")
@@ -68,9 +78,7 @@ def bench_report(
     from latent_grpo.deploy.bench.report import measure, show
 
     result = measure(trajectories, latent_steps, k, openings, seed)
-    show(result)
-    if json_file is not None:
-        write_json(result, json_file)
+    _give(result, show, json_file)
 
 
 @bench.command("rollout")
@@ -86,9 +94,7 @@ def bench_rollout(
     from latent_grpo.deploy.bench.rollout import measure, show
 
     found = measure(vocabulary=vocabulary, hidden=hidden, layers=layers, k=k, repeats=repeats)
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file)
 
 
 @bench.command("replay")
@@ -102,9 +108,7 @@ def bench_replay(
     from latent_grpo.deploy.bench.replay import measure, show
 
     found = measure(hidden=hidden, layers=layers, repeats=repeats)
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file)
 
 
 @bench.command("logprobs")
@@ -119,9 +123,7 @@ def bench_logprobs(
     from latent_grpo.deploy.bench.logprobs import Sizes, measure, show
 
     found = measure(Sizes(positions=positions, vocabulary=vocabulary, hidden=hidden), turns)
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file)
 
 
 @bench.command("memory")
@@ -130,9 +132,7 @@ def bench_memory(json_file: JsonFile = None) -> None:
     from latent_grpo.deploy.bench.memory import measure, show
 
     found = measure()
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file)
 
 
 @bench.command("scale")
@@ -144,9 +144,7 @@ def bench_scale(
     from latent_grpo.deploy.bench.scale import measure, show
 
     found = measure(steps=steps)
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file)
 
 
 @bench.command("trl")
@@ -159,9 +157,7 @@ def bench_trl(
     from latent_grpo.deploy.bench.trl import measure, show
 
     found = measure(steps, turns)
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file)
 
 
 @bench.command("agreement", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -176,9 +172,7 @@ def bench_agreement(
     from latent_grpo.deploy.bench.agreement import measure, show, write_json
 
     found = measure(load_config(profile, overrides(context.args)), groups)
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file, write_json)
 
 
 @bench.command("gpu")
@@ -205,9 +199,7 @@ def bench_staleness(
     from latent_grpo.deploy.bench.staleness import measure, show
 
     found = measure(workers, steps)
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file)
 
 
 @bench.command("publish")
@@ -223,9 +215,7 @@ def bench_publish(
     from latent_grpo.deploy.bench.publish import measure, show, write_json
 
     found = measure(size or ("135M", "1B"), workers, rounds)
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file, write_json)
 
 
 @bench.command("soak")
@@ -241,9 +231,7 @@ def bench_soak(
     from latent_grpo.deploy.bench.soak import measure, show
 
     found = measure(kills, seed, steps, folder)
-    show(found)
-    if json_file is not None:
-        write_json(found, json_file)
+    _give(found, show, json_file)
     if len(found.kills) < kills:
         raise RunError(f"the run ended after {len(found.kills)} of {kills} kills; give it more --steps")
     if found.lost or found.duplicated or found.different or not found.same_weights:
