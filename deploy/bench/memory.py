@@ -1,7 +1,7 @@
 """The benchmark `latent-grpo bench memory`: a learner rank's memory beside what `validate` and `plan` predict.
 
 Each case is a rank in a process of its own that loads a random model of 135 M parameters, of SmolLM2's shape, and
-makes one step on random trajectories, through DeepSpeed. The measured figure is its largest resident memory less what
+makes two steps on random trajectories, through DeepSpeed. The measured figure is its largest resident memory less what
 the process has once torch, transformers and DeepSpeed are loaded. The C library returns what is freed (`RETURNING`), so
 that tensors are measured and not what its heap keeps, which is as much again with its defaults (docs/measured.md).
 """
@@ -108,7 +108,8 @@ def _rank(folder: str, keys: list[str]) -> dict[str, float]:
     torch.ones(64, 64, requires_grad=True).mm(torch.ones(64, 64)).sum().backward()  # its threads and libraries
     before = peak_mib()
     rank.setup(0, 1, *_address(), config.model_dump_json(), folder)
-    rank.train_step(batch, 0)
+    for step in range(2):  # AdamW's moments exist from the end of the first on
+        rank.train_step(batch, step)
     return {"predicted_mib": predicted.total / 2**20, "measured_mib": peak_mib() - before}
 
 

@@ -5,7 +5,7 @@
   + activations of one micro-batch         saved for the backward pass
   + float32 logits of one chunk
 
-It needs the model's shape alone. It was within 13 % of seven ranks that were measured (`bench memory`), and tells a run
+It needs the model's shape alone. How close it comes is measured by `bench memory` (docs/measured.md); it tells a run
 that fits from one that does not.
 """
 
