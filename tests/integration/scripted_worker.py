@@ -55,15 +55,16 @@ class ScriptedEngine:
 
 @dataclass(frozen=True)
 class Script:
-    """A factory of workers. `folder` holds the files: `hold` stops all engines; `delay-NAME` and `fault-NAME` are how
-    many seconds the worker of that name needs to start, and what it raises instead."""
+    """A factory of workers. `folder` holds the files: `hold` stops all engines; the worker of a name does not start
+    while `hold-NAME` is there, and then makes `held-NAME`; `fault-NAME` is what it raises instead."""
 
     folder: Path
     step_s: float = 0.02
 
     def __call__(self, name):
-        if (delay := self.folder / f"delay-{name}").exists():
-            time.sleep(float(delay.read_text()))
+        while (self.folder / f"hold-{name}").exists():
+            (self.folder / f"held-{name}").touch()
+            time.sleep(0.02)
         if (fault := self.folder / f"fault-{name}").exists():
             raise OSError(fault.read_text())
         engine = ScriptedEngine(self.folder / "hold", self.step_s)

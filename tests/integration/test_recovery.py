@@ -113,10 +113,15 @@ def test_two_runs_never_hold_halves_of_what_each_needs(ray_session):
     config = tiny("learner.ranks=2", "learner.resources.num_cpus=1", "rollout.resources.num_cpus=1")
     first = contextlib.ExitStack()
     first.enter_context(session(config, Reporter(console)))
-    threading.Timer(5.0, first.close).start()
-    began = time.monotonic()
+    given_back = threading.Event()
+
+    def end_first():
+        given_back.set()
+        first.close()
+
+    threading.Timer(5.0, end_first).start()  # after the second has said that it waits
     with session(config, Reporter(console)) as places:
-        assert time.monotonic() - began > 4.0
+        assert given_back.is_set()
         assert (len(places.ranks), len(places.workers)) == (2, 1)
     said = console.export_text()
     assert "waiting for room in the cluster: 2 learner rank(s) and 1 rollout worker(s) need 3 CPU (1 free of 4)" in said
