@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Protocol
 
+from latent_grpo.common import main_loop
+
 LEAVE_S = 30.0  # until every process is gone, from the end of the wait for the running step or from a second signal
 POLL_S = 0.02  # nothing wakes a wait when the learner is done, so it polls often
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -99,6 +101,7 @@ def interrupt_left() -> Interrupted | None:
 
 def check_interrupt() -> None:
     """Raises :class:`Interrupted` once for a deferred signal."""
+    main_loop.passed()
     if _innermost is not None:
         _innermost.take()
 
@@ -141,5 +144,6 @@ def finish_within(learner: Stepping, seconds: float) -> dict[str, float] | None:
     while not learner.finished():
         if time.monotonic() > deadline:
             return None
+        main_loop.passed()
         time.sleep(POLL_S)
     return learner.finish_step()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from latent_grpo.common import main_loop
+
 GRACE_S = 1.0  # a wait that was asked for takes a little longer
 
 
@@ -24,6 +26,7 @@ class SeenTime:
 
         `waited_s` is how long the caller has asked to wait since then.
         """
+        main_loop.passed()
         now = self._monotonic()
         self.seconds += min(now - self._last, waited_s + GRACE_S)
         self._last = now

@@ -3,11 +3,12 @@
     latent-grpo train ──► supervisor ──► controller (the same command; Ray's driver)
                               ▲  │
                               │  └ train --resume RUN, once the controller has crashed
-                              └── pipe: the run's folder, a sign of life every two seconds, "ended"
+                              └── pipe: the run's folder, a sign of life every two seconds, "stuck", "ended"
 
 A controller that ends by itself, with success, an error or after a signal, says so, and its exit code is the command's.
-One that is killed, that Ray ends because its head or raylet is gone, or that gives no sign of life for
-`deadlines.driver_s` is started again from the run's last checkpoint, at most `max_recoveries` times within an hour.
+One that is killed, that Ray ends because its head or raylet is gone, that gives no sign of life for
+`deadlines.driver_s`, or whose main thread stands still for `deadlines.loop_s`, is started again from the run's last
+checkpoint, at most `max_recoveries` times within an hour.
 The supervisor imports neither torch nor Ray.
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import LEAVE_S
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.deploy.run import recoveries
@@ -134,10 +136,13 @@ def supervise(arguments: list[str], say: Callable[[str], None]) -> int:
 
 
 def _recovery(folder: Path, cause: str) -> Recovery:
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    lineage = int(json.loads((folder / "run.json").read_text(encoding="utf-8"))["lineage"]) + 1
-    warm = stored.get("warm_start") is not None and not (folder / "base" / "config.json").is_file()
-    limit, kind = stored.get("max_recoveries", 3), "sft" if warm else "train"
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        lineage = int(json.loads((folder / "run.json").read_text(encoding="utf-8"))["lineage"]) + 1
+        due, limit = stored.get("warm_start") is not None, int(stored.get("max_recoveries", 3))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{cause}, and its folder {folder} is damaged: {type(error).__name__}: {error}") from error
+    kind = "sft" if due and not (folder / "base" / "config.json").is_file() else "train"
     return recoveries.begin(folder, cause, lineage=lineage, limit=limit, kind=kind)
 
 
@@ -151,9 +156,12 @@ def _watched(child: _Child) -> str | None:
             told_at = child.clock.seconds
         late = told_at is not None and child.clock.seconds - told_at > LEAVE_S
         silent = told_at is None and child.silent_s > limit
-        if silent or late:  # Python and Ray may need for ever to leave
+        stuck = told_at is None and "stuck" in child.facts
+        if silent or stuck or late:  # Python and Ray may need for ever to leave
             child.process.kill()
             child.process.wait()
+        if stuck:
+            return str(child.facts["stuck"])
         if silent:
             return f"gave no sign of life for {child.silent_s:.0f} s (deadlines.driver_s = {limit:g})"
     code = child.process.wait()

@@ -95,6 +95,7 @@ def resume(
 
 def _run(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, prepared: Prepared) -> RunFolder:
     link.tell(run=str(folder.path.resolve()), driver_s=config.deadlines.driver_s)
+    link.expect_progress(config.deadlines.loop_s)
     with run_session(folder, config, lineage, reporter, prepared) as run, timed(run):
         base, run.recovery = run.initial, link.recovery_here(folder.path)
         if config.warm_start is not None:

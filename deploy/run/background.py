@@ -6,6 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from latent_grpo.common import main_loop
+
 LOOK_EVERY_S = 0.2  # so that a signal is not kept waiting
 
 log = logging.getLogger(__name__)
@@ -51,4 +53,5 @@ class BackgroundWork:
 
     def _join(self) -> None:
         while self._thread is not None and self._thread.is_alive():
+            main_loop.passed()
             self._thread.join(LOOK_EVERY_S)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from latent_grpo.common import main_loop
 from latent_grpo.common.config import DumpConfig
 from latent_grpo.common.learner_record import filtered_records
 from latent_grpo.common.schema import CORRECT, TrajectoryBatch, concat, take_rows
@@ -113,6 +114,7 @@ class DumpWriter:
                     "or is too slow",
                     str(self.trajectories.folder),
                 )
+            main_loop.passed()
             time.sleep(POLL_S / 50)
 
     def _end(self, seconds: float) -> None:

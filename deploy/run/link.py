@@ -1,12 +1,14 @@
 """The link between a supervised run and its supervisor (`deploy.supervisor`): two pipes, named in the environment.
 
-The run tells where its folder is, that it lives, and that it ended by itself. When the supervisor is gone, the run
-ends as after SIGTERM: it saves its state, and nothing goes on unseen. Without a supervisor every function does nothing.
+The run tells where its folder is, that it lives, that its main thread stands still, and that it ended by itself. When
+the supervisor is gone, the run ends as after SIGTERM: it saves its state, and nothing goes on unseen. Without a
+supervisor every function does nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -15,7 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from latent_grpo.common import interrupts
+from latent_grpo.common import interrupts, main_loop
+from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.deploy.run.recoveries import Recovery
 
 PIPES = "LATENT_GRPO_SUPERVISOR"  # "READ,WRITE": file descriptors of the run
@@ -25,6 +28,7 @@ SAME_SIGNAL_S = 1.0  # one signal to a whole process group reaches the run twice
 
 _write: int | None = None
 _recovery: dict[str, Any] | None = None
+_limit_s: float | None = None
 
 
 def supervised() -> bool:
@@ -54,6 +58,26 @@ def tell(**facts: Any) -> None:
             os.write(_write, (json.dumps(facts) + "\n").encode())
 
 
+def expect_progress(seconds: float) -> None:
+    """From now on a main thread that passes none of its waits for so long stands still, and the supervisor is told."""
+    global _limit_s
+    _limit_s = seconds
+
+
+class Standstill:
+    """Measures for how long nothing was counted, by a clock that stands still with this process."""
+
+    def __init__(self, clock: SeenTime | None = None):
+        self._clock, self._count, self._moved_at = clock or SeenTime(), -1, 0.0
+
+    def look(self, count: int, waited_s: float) -> float:
+        """Returns for how many seconds `count` has been the same; `waited_s` is how long was waited since last time."""
+        now = self._clock.look(waited_s)
+        if count != self._count:
+            self._count, self._moved_at = count, now
+        return now - self._moved_at
+
+
 def recovery_here(folder: Path) -> Recovery | None:
     """Returns the recovery that has started this run again, or None."""
     given = _recovery
@@ -67,7 +91,13 @@ def environment(read: int, write: int, recovery: Recovery | None, run: str | Non
 
 
 def _beat() -> None:
+    still = Standstill()
     while True:
+        seconds = still.look(main_loop.count(), BEAT_S)
+        if _limit_s is not None and seconds > _limit_s:
+            faulthandler.dump_traceback()  # all threads: the first line of the main one is the cause
+            tell(stuck=f"did nothing but one thing for {seconds:.0f} s (deadlines.loop_s = {_limit_s:g}; its stacks)")
+            return
         tell(lives=True)
         threading.Event().wait(BEAT_S)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from latent_grpo.common import main_loop
 from latent_grpo.common.secrets import redacted
 from latent_grpo.common.terminal_text import visible
 
@@ -161,6 +162,7 @@ class Reporter:
 
         Whatever data they quote is text: neither markup nor a control sequence for the terminal. Secrets are redacted.
         """
+        main_loop.passed()
         whole = WHOLE_LINE.fullmatch(text)
         style, shown = (whole[1], redacted(whole[2])) if whole else ("", redacted(text))
         self.console.print(Text("\n".join(map(visible, shown.split("\n"))), style))
@@ -186,6 +188,7 @@ class Reporter:
             task = progress.add_task(name, total=pace.total, note="")
 
             def advance(completed: float, note: str = "") -> None:
+                main_loop.passed()
                 pace.advance(completed, note)
                 progress.update(task, completed=completed, note=note)
 
@@ -198,6 +201,7 @@ class Reporter:
 
         def advance(completed: float, note: str = "") -> None:
             nonlocal shown
+            main_loop.passed()
             pace.advance(completed, note)
             now = self._now()
             if now - shown < LOG_EVERY_S and completed < pace.total:

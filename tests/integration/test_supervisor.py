@@ -82,6 +82,13 @@ def test_a_stopped_controller_and_a_lost_ray_are_recovered_from(whole, environme
     assert_ended_as(whole, process, folder, log, cause)
 
 
+@pytest.mark.slow  # tests/unit/test_standstill.py has the same with a controller that does nothing else
+def test_a_loop_that_hangs_in_a_sink_is_started_again_though_its_process_beats(whole, environment, tmp_path):
+    process, folder, log = begun(environment, tmp_path, "metrics.sinks=[training:HangingSink]", "deadlines.loop_s=20")
+    assert_ended_as(whole, process, folder, log, "did nothing but one thing")
+    assert "training.py" in log.read_text(), "its stacks name the place"
+
+
 @pytest.mark.slow
 def test_a_run_whose_supervisor_is_killed_saves_its_state_and_ends(environment, tmp_path):
     endless = ("steps=100000", "checkpoint.every=0", "dynamic_sampling=drop")

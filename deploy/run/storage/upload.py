@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from latent_grpo.common import main_loop
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.files import write_atomically
 from latent_grpo.common.interrupts import Interrupted
@@ -33,6 +34,7 @@ TWIN_FILE = ".remote.json"  # in the run's folder: what it has in common with it
 THREADS = 4  # uploads at the same time
 EVERY_S = 15.0
 FIRST_RETRY_S, LAST_RETRY_S = 5.0, 300.0
+LOOK_EVERY_S = 1.0
 TOLD_EVERY_S = 600.0  # a failure that goes on
 
 
@@ -285,7 +287,11 @@ class Uploader:
         self._say(f"uploading what is left to {self.url}")
         self._ending.set()
         self._wake.set()
-        self._given_up = not self._done.wait(seconds)
+        end = time.monotonic() + seconds
+        while not self._done.is_set() and (left := end - time.monotonic()) > 0:
+            main_loop.passed()
+            self._done.wait(min(left, LOOK_EVERY_S))
+        self._given_up = not self._done.is_set()
         self._upload.detach()  # a thread that is given up writes no index without a lease
         why = self._failure if self._failure is not None else f"it did not end within {seconds:.0f} s"
         if not self._given_up and self._failure is None:
