@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, overload
 
+import numpy as np
 import torch
 
 from latent_grpo.common.noise import gumbel_noise
@@ -16,6 +17,8 @@ from latent_grpo.common.noise import gumbel_noise
 TOP_M = 128  # ids that the keyed forms consider first: few distributions need more, and noise costs per id
 WIDEN = 2  # the least factor by which they consider more ids where those were too few
 ROUNDING = 2e-6  # more than three float32 operations lose
+ON_HOST = 8192  # ids up to which NumPy finds the likeliest on a CPU several times faster than torch; far above, hardly
+SPARE = 16  # ids that are not allowed, up to which so many more are looked at instead of rows being drawn again
 
 Setting = float | torch.Tensor
 Count = int | torch.Tensor
@@ -33,21 +36,71 @@ class Candidates(NamedTuple):
     ids: torch.Tensor  # [N, M] int64
     logits: torch.Tensor  # [N, M] float32, descending; -inf where not allowed
     floor: torch.Tensor | None  # [N]: no id outside of the table has a larger logit. None: all V ids are here
+    ask: bool = False  # whether the host may ask the device, which on a CPU costs nothing
+
+    def first(self, width: int) -> Candidates:
+        """Returns the `width` most likely ids of each row."""
+        return self._replace(ids=self.ids[:, :width], logits=self.logits[:, :width])
+
+    def narrowed(self, keep: torch.Tensor, at_least: int) -> tuple[Candidates, torch.Tensor]:
+        """Returns the table and the prefix `keep` [N, M] no wider than the widest row's, where the host may ask."""
+        if not self.ask or not len(keep):
+            return self, keep
+        width = max(int(keep.sum(-1).max()), at_least)
+        return self.first(width), keep[:, :width]
 
 
-def likeliest(logits: torch.Tensor, allowed: torch.Tensor | None, top_m: int) -> Candidates:
-    """Returns the `top_m` most likely ids of `logits` [N, V]; those that are not `allowed` have a logit of -inf."""
+def likeliest(logits: torch.Tensor, allowed: torch.Tensor | None, top_m: int, ask: bool = True) -> Candidates:
+    """Returns the `top_m` most likely ids of `logits` [N, V]; those that are not `allowed` have a logit of -inf.
+
+    `ask`: whether the host may wait for the device. On a CPU it then may take a few more, so that `top_m` are allowed.
+    """
     rows, vocabulary = logits.shape
-    ids, floor = torch.arange(vocabulary, device=logits.device).expand(rows, -1), None
+    on_host = ask and logits.device.type == "cpu"
+    if on_host and allowed is not None and allowed.ndim == 1:
+        top_m += min(vocabulary - int(allowed.sum()), SPARE)
+    floor = None
     if vocabulary > top_m:
-        logits, ids = logits.topk(top_m, dim=-1)
-        floor = logits[:, -1]
+        ids = _selected_on_host(logits, top_m) if on_host and vocabulary <= ON_HOST else None
+        if ids is None:
+            logits, ids = logits.topk(top_m, dim=-1)
+            floor = logits[:, -1]
+        else:
+            logits = logits.gather(-1, ids)
+            floor = logits.amin(-1)
         if allowed is not None:
             allowed = allowed[ids] if allowed.ndim == 1 else allowed.gather(-1, ids)
+    else:
+        ids = torch.arange(vocabulary, device=logits.device).expand(rows, -1)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
+    if on_host:
+        return Candidates(*_ordered_on_host(logits, ids), floor, ask)
     order = order_key(logits, ids).sort(dim=-1, descending=True).indices
-    return Candidates(order if floor is None else ids.gather(-1, order), logits.gather(-1, order), floor)
+    return Candidates(order if floor is None else ids.gather(-1, order), logits.gather(-1, order), floor, ask)
+
+
+def _selected_on_host(logits: torch.Tensor, top_m: int) -> torch.Tensor | None:
+    """Returns the `top_m` most likely ids of each row [N, top_m], in no order; None where ties or NaN leave it open."""
+    values = logits.numpy()
+    edge = values.shape[-1] - top_m
+    least = np.partition(values, edge, axis=-1)[:, edge : edge + 1]
+    places = np.flatnonzero(values >= least)
+    if len(places) != len(values) * top_m:  # a row has at least so many, unless it holds NaN
+        return None
+    ids = torch.from_numpy(places).view(len(values), top_m)
+    return ids - torch.arange(len(values)).unsqueeze(-1) * values.shape[-1]
+
+
+def _ordered_on_host(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ids and float32 logits [N, M], most likely first, ties to the lower id, as :func:`order_key` has them."""
+    bits = (logits.numpy() + np.float32(0)).view(np.int32)
+    bits = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    keys = (bits.astype(np.int64) << 32) | ids.numpy()  # ascending: NumPy sorts integers with vector instructions
+    keys.sort(axis=-1)
+    bits = ~(keys >> 32).astype(np.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32)
+    return torch.from_numpy(keys & 0x7FFFFFFF), torch.from_numpy(ordered)
 
 
 def order_key(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -132,7 +185,7 @@ def draw_keyed(
     `table` holds those ids if the caller has them. Returns the draws, and [N] bool: which rows are exact, which is all
     of them unless `widen` is False.
     """
-    table = likeliest(logits, allowed, top_m) if table is None else table
+    table = likeliest(logits, allowed, top_m, widen) if table is None else table
     drawn, usable, reach = draw(table, normaliser, lambda ids: gumbel_noise(keys, steps, ids), *settings)
     exact = usable if table.floor is None else usable & (reach > table.floor)
     if not widen or bool(exact.all()):

@@ -74,12 +74,15 @@ def _mixture(
     if noisy is False:
         ids, scores = table.ids[:, :k], log_p[:, :k]
         drawn = (ids, scores, scores, table.ids[:, 0])
-        keep = torch.ones_like(ids, dtype=torch.bool)
+        reach = table.logits[:, k - 1]
     else:
         pick = broadcast(noisy, torch.bool) if isinstance(noisy, torch.Tensor) else None  # None: noise in all rows
         # without noise only the k most likely can be selected, so the nucleus is empty
         keep = nucleus(log_p.double().exp(), top_p if pick is None else _per_row(pick, top_p, 0.0))
         keep[:, :k] = True
+        reach = last_kept(table, keep)
+        table, keep = table.narrowed(keep, k)
+        log_p = log_p[:, : keep.shape[-1]]
         shift, scale = broadcast(one_sided, torch.float32) * -GUMBEL_LOW, broadcast(noise_scale, torch.float32)
         noise = gumbel(table.ids).clamp(GUMBEL_LOW, GUMBEL_HIGH) + shift
         score = log_p + noise * scale
@@ -91,7 +94,6 @@ def _mixture(
         best = order_key(by, table.ids).topk(k, dim=-1).indices
         drawn = (table.ids.gather(-1, best), score.gather(-1, best), log_p.gather(-1, best), table.ids[:, 0])
     usable = drawn[1].isfinite().all(-1)
-    reach = last_kept(table, keep)
     if noisy is not False:
         # inside the nucleus or not, noise lifts no id below this logit above the last selected one
         taken, lift = drawn[1][:, -1:], (GUMBEL_HIGH + shift) * scale
@@ -286,32 +288,38 @@ def _visible(
 
     `mass` [N] is the logsumexp of all allowed logits, which the nucleus is a part of where `top_k` is 0.
     """
-    width = table.ids.shape[-1]
-    position = torch.arange(width, device=table.ids.device)
-    free: Switch
-    if isinstance(top_k, torch.Tensor):
-        top_k = broadcast(top_k, torch.int64)
-        free = top_k == 0
-        within = ((position < top_k) | free).expand(table.ids.shape)
-    else:
-        free = top_k == 0
-        within = (position < (top_k or width)).expand(table.ids.shape)
-    p = (table.logits - table.logits[:, :1]).double().exp() * within
-    total = p.sum(-1, keepdim=True)
-    if free is not False:
-        whole = (broadcast(mass, torch.float32) - table.logits[:, :1]).double().exp()
-        total = whole if free is True else torch.where(free, whole, total)
-    keep = within & nucleus(p, top_p, total)
-    keep[:, 0] = True
+    table, keep, reach = _kept(table, top_p, top_k, mass)
+    table, keep = table.narrowed(keep, 1)
     log_p = table.logits - normaliser
     scores = (log_p + gumbel(table.ids)).masked_fill(~keep, float("-inf"))
     best = order_key(scores, table.ids).argmax(-1, keepdim=True)
     log_probs = log_p.gather(-1, best).squeeze(-1)
-    drawn = (table.ids.gather(-1, best).squeeze(-1), log_probs)
-    reach = last_kept(table, keep if free is True else within)
-    if isinstance(free, torch.Tensor):  # with no top_k only the nucleus bounds what can be drawn
-        reach = torch.where(free.squeeze(-1), last_kept(table, keep), reach)
-    return drawn, log_probs.isfinite(), reach
+    return (table.ids.gather(-1, best).squeeze(-1), log_probs), log_probs.isfinite(), reach
+
+
+def _kept(
+    table: Candidates, top_p: Setting, top_k: Count, mass: Setting
+) -> tuple[Candidates, torch.Tensor, torch.Tensor]:
+    """Returns candidates, which of them a hard step may draw [N, M], and a logit below which no other could be [N]."""
+    if not isinstance(top_k, torch.Tensor) and top_k:
+        table = table.first(top_k)
+        p = (table.logits - table.logits[:, :1]).double().exp()
+        keep = nucleus(p, top_p, p.sum(-1, keepdim=True))
+        keep[:, 0] = True
+        return table, keep, table.logits[:, -1]
+    p = (table.logits - table.logits[:, :1]).double().exp()
+    whole = (broadcast(mass, torch.float32) - table.logits[:, :1]).double().exp()
+    if not isinstance(top_k, torch.Tensor):  # only the nucleus bounds what can be drawn
+        keep = nucleus(p, top_p, whole)
+        keep[:, 0] = True
+        return table, keep, last_kept(table, keep)
+    top_k = broadcast(top_k, torch.int64)
+    free = top_k == 0
+    within = (torch.arange(p.shape[-1], device=p.device) < top_k) | free
+    p = p * within
+    keep = within & nucleus(p, top_p, torch.where(free, whole, p.sum(-1, keepdim=True)))
+    keep[:, 0] = True
+    return table, keep, last_kept(table, torch.where(free, keep, within))
 
 
 def _mass(scaled: torch.Tensor, allowed: torch.Tensor | None, top_k: Count) -> Setting:

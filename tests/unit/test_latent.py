@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from latent_grpo.common.candidates import likeliest
 from latent_grpo.common.latent import (
     latent_draws,
     latent_step,
@@ -88,6 +89,31 @@ def test_the_engines_fast_path_equals_the_full_one_exactly(vocabulary, top_m):
         settings["top_k"] = top_k
         for a, b in zip(sample_visible(logits, noise, **settings), visible_step(logits, keys, steps, **settings)):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("special", [None, "ties", "flat", "zeros of both signs", "inf"])
+@pytest.mark.parametrize(("vocabulary", "top_m"), [(23, 32), (900, 32), (900, 128)])
+def test_candidates_found_by_the_host_are_those_of_all_ids_in_order(vocabulary, top_m, special):
+    """NumPy selects and sorts where the host may ask, torch where it may not; what the floor leaves open may differ."""
+    logits = draws(16, vocabulary, seed=6)[0]
+    if special == "ties":
+        logits[8] = torch.round(logits[8] * 2) / 2
+    elif special == "flat":
+        logits[8] = 0.0
+    elif special == "zeros of both signs":
+        logits[8] = torch.where(torch.arange(vocabulary) % 3 == 0, -0.0, logits[8].clamp(max=0))
+    elif special:
+        logits[8, 3] = math.inf
+    for allowed in (None, torch.arange(vocabulary) % 100 != 3):
+        exact = likeliest(logits, allowed, vocabulary, ask=False)
+        for ask in (True, False):
+            table = likeliest(logits, allowed, top_m, ask)
+            floor = torch.full((16,), -math.inf) if table.floor is None else table.floor
+            certain = table.logits > floor.unsqueeze(-1)
+            assert (certain.sum(-1) >= min(top_m, vocabulary) - 12)[torch.arange(16) != 8].all()
+            for name in ("ids", "logits"):
+                found, expected = getattr(table, name), getattr(exact, name)[:, : table.ids.shape[-1]]
+                assert torch.equal(found[certain], expected[certain])
 
 
 @pytest.mark.parametrize("one_sided", [True, False])
