@@ -179,7 +179,10 @@ def _start_local(store: Store, folder: str, reporter: Reporter) -> None:
                 object_store_memory=store.size,
                 logging_level=logging.WARNING,
                 _temp_dir=folder,
-                _system_config={"gcs_rpc_server_reconnect_timeout_s": GCS_GONE_S},
+                _system_config={
+                    "gcs_rpc_server_reconnect_timeout_s": GCS_GONE_S,
+                    "worker_niceness": 0,  # with Ray's own 15 any other program takes the cores from a run
+                },
             )
         except ValueError as error:  # more than the machine's memory, or than it has shared memory
             raise ConfigError(f"{store.sentence}: {error}; lower ray.object_store_bytes") from error

@@ -56,11 +56,12 @@ def test_a_local_run_listens_on_the_loopback_interface_alone_and_only_where_the_
     command = [sys.executable, "-m", "latent_grpo.deploy", "train", "--profile", str(profile)]
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-    seen, deadline = set(), time.monotonic() + RUN_S
+    seen, niceness, deadline = set(), set(), time.monotonic() + RUN_S
     try:
         while run.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(psutil.Error):
                 seen |= listening(psutil.Process(run.pid))
+                niceness |= niceness_of_services(psutil.Process(run.pid))
             time.sleep(0.2)
     finally:
         run.terminate()
@@ -72,6 +73,17 @@ def test_a_local_run_listens_on_the_loopback_interface_alone_and_only_where_the_
     assert not strangers
     token = home / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o077 == 0
+    assert niceness == {psutil.Process().nice()}  # beside other programs a run has its share of the cores
+
+
+def niceness_of_services(process):
+    """Returns the niceness of each actor of a run that has begun its work."""
+    found = set()
+    for one in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if one.name().startswith(("ray::LearnerRank", "ray::WorkerActor")):
+                found.add(one.nice())
+    return found
 
 
 def is_loopback(address):
