@@ -47,6 +47,7 @@ from latent_grpo.deploy.sft.loop import warm_start
 from latent_grpo.deploy.view.report.build import report_note
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.learner import LearnerGroup
+from latent_grpo.learner.state import read_facts
 
 STEP_PARTS = {"rollout": "rollout_wait", "learner": "learner", "publish": "publish"}  # name -> metric of its seconds
 
@@ -160,6 +161,11 @@ def _train(run: Run, learner: LearnerGroup, background: BackgroundWork) -> None:
         learner.load(checkpoint.path / "learner")
         position = {key: checkpoint.state[key] for key in position} | {"ahead": checkpoint.state.get("ahead", ())}
         run.reporter.say(f"resuming from {checkpoint.path.name}, lineage {run.lineage}")
+        if (before := read_facts(checkpoint.path / "learner").dtype) != config.model.dtype:
+            run.reporter.say(
+                f"[yellow]forward passes are in {config.model.dtype} from here on; the steps before this checkpoint "
+                f"were taken in {before}. Master weights and moments are float32 in both[/]"
+            )
         if config.deterministic and (line := bits_may_differ(run.folder.read_json("run.json")["arithmetic"])):
             run.reporter.say(f"[yellow]{line}[/]")
     controller = Controller(config, run.pool, learner, run.problems.request, **position)

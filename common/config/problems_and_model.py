@@ -162,8 +162,9 @@ class ModelConfig(Section):
     path: LocalPath | None = None
     """Folder or hub id of a Hugging Face causal language model with its tokenizer."""
     new: NewModelConfig | None = None
-    dtype: Dtype = "float32"
-    """Data type of forward passes; master weights and logits are always float32 (METHOD §5)."""
+    dtype: Annotated[Dtype, Rule.MAY_CHANGE, Rule.LAST_BIT] = "float32"
+    """Data type of forward passes; master weights and logits are always float32 (METHOD §5), so they are kept where a
+    resumed run has another one."""
     max_positions: PositiveInt | None = None
     """Number of positions, prompt and response together, where it is to exceed that of the checkpoint: rotary positions
     extrapolate (METHOD §5: 12,000 for Qwen2.5-Math-7B, which states 4,096). Engines serve so many, and the trained

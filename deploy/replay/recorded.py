@@ -20,7 +20,7 @@ from latent_grpo.common.learner_record import LearnerBatch, join
 from latent_grpo.common.metrics import read_metrics
 from latent_grpo.common.schema import TrajectoryBatch, take_rows
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore, step_ranges
-from latent_grpo.deploy.run.folder import RunFolder
+from latent_grpo.deploy.run.folder import RunFolder, has_begun
 from latent_grpo.learner.advantages import drop_reason
 from latent_grpo.learner.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 
@@ -60,6 +60,7 @@ class RecordedRun:
             lines = []
         self._metrics = {row["step"]: row["metrics"] for row in lines}
         self._live = {(row["step"], row["lineage"]) for row in lines}
+        self._lineages = dict(self._live)
 
     @property
     def base(self) -> str | Path:
@@ -75,6 +76,12 @@ class RecordedRun:
     def dumped(self) -> list[int]:
         """Returns the steps whose trajectories were dumped, ascending."""
         return self.trajectories.steps()
+
+    def dtype(self, step: int) -> str:
+        """The `model.dtype` that the step was taken in; a resumed run may have another one."""
+        identity = self.folder.read_json("run.json") if has_begun(self.folder.path) else {}
+        dtypes, lineage = identity.get("dtypes", []), self._lineages.get(step, 0)
+        return next((dtype for dtype in dtypes[lineage:] if dtype is not None), self.config.model.dtype)
 
     def step(self, step: int) -> RecordedStep:
         """Reads a step. Raises :class:`RecordedError` if its dump is missing, unreadable or incomplete."""
@@ -144,22 +151,25 @@ class RecordedRun:
                 "by the section dump of the run's settings"
             )
         for start in sorted((s for s in starts if s < step), reverse=True):
-            if all(between in dumped for between in range(start + 1, step)):
+            way = range(start + 1, step)
+            if all(between in dumped and self.dtype(between) == self.dtype(step) for between in way):
                 return Start(step=start, checkpoint=starts[start])
         checkpoints = step_ranges([s for s in starts if s]) or "none"
         raise RecordedError(
             f"step {step} needs the learner's state after step {step - 1}, or an earlier one and the dumps of all "
-            f"steps between. Existing checkpoints: {checkpoints} (and the initial model, 0); dumped steps: "
-            f"{step_ranges(sorted(dumped))}. Steps of this run that can be replayed: "
+            f"steps between, taken in its own dtype ({self.dtype(step)}). Existing checkpoints: "
+            f"{checkpoints} (and the initial model, 0); dumped steps: {step_ranges(sorted(dumped))}. Steps of this run "
+            "that can be replayed: "
             f"{step_ranges(self.replayable()) or 'none'}. Keep more in the next run with checkpoint.every, "
             "checkpoint.keep and dump.every: 1"
         )
 
     def replayable(self) -> list[int]:
         """Returns the steps that a state and the dumps in between lead to."""
-        dumped, found, reach = self.dumped, [], set(self.starts())
+        dumped, found, states = self.dumped, [], set(self.starts())
+        reach = set(states)
         for step in dumped:
-            if step - 1 in reach:
+            if step - 1 in states or (step - 1 in reach and self.dtype(step - 1) == self.dtype(step)):
                 found.append(step)
                 reach.add(step)
         return found

@@ -136,8 +136,12 @@ def _without_nan(node: Any) -> Any:
 def replay(path: str | Path, step: int, overrides: list[str], reporter: Reporter | None = None) -> Replay:
     """Replays a step. Raises RecordedError or ResumeError, each with one sentence, if that is not possible."""
     reporter = reporter or Reporter()
-    folder, config = open_run(local_copy(path), overrides, "replay")
+    folder, config = open_run(path := local_copy(path), overrides, "replay")
     run = RecordedRun(folder, config)
+    if (dtype := run.dtype(step)) != config.model.dtype and not any(o.startswith("model.dtype=") for o in overrides):
+        reporter.say(f"step {step} was taken in {dtype}, and so is its replay")
+        folder, config = open_run(path, [*overrides, f"model.dtype={dtype}"], "replay")
+        run = RecordedRun(folder, config)
     start = run.start_for(step)
     run.step(step)  # a dump that cannot be replayed is found before anything is started
     origin = "the initial model" if start.checkpoint is None else start.checkpoint.name

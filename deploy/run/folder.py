@@ -314,12 +314,14 @@ def write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: Run
     """Writes what the run does from now on: its kind, lineage, settings and the program's versions."""
     before = folder.read_json("run.json") if has_begun(folder.path) else {}
     begun = before.get("arithmetic", [1] * lineage) if before else []
+    dtypes = before.get("dtypes", [None] * lineage)  # None: that of the next one that says it
     identity = {
         "kind": kind,
         "lineage": lineage,
         "started": time.strftime("%FT%T%z"),
         "versions": versions(),
         "arithmetic": [*begun, ARITHMETIC],
+        "dtypes": [*dtypes, config.model.dtype],
         STARTED_IN: start_folder(before),
     }
     folder.write_json("run.json", identity)

@@ -29,6 +29,7 @@ from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore
 from latent_grpo.deploy.controller import Controller
 from latent_grpo.deploy.evaluation.evaluate import evaluate_model, evaluation_config
 from latent_grpo.deploy.export.export import export
+from latent_grpo.deploy.replay.recorded import RecordedError
 from latent_grpo.deploy.replay.replay import replay
 from latent_grpo.deploy.reproduce.in_process import train_in_process
 from latent_grpo.deploy.run.folder import ResumeError, RunFolder, create_run
@@ -108,6 +109,28 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(ray_session, tmp_path)
     assert [(row["step"], row["lineage"]) for row in read_metrics(resumed.path)] == [(1, 0), (2, 0), (3, 1)]
     # the step of two ranks is also that of one, from the state that another stage left
     assert replay(folder, 3, ["learner.ranks=1", "learner.zero_stage=0"]).reproduced
+
+
+@pytest.mark.slow  # test_learner.py takes a state through bfloat16 and back, without a run
+def test_a_run_goes_on_in_bfloat16_and_comes_back(ray_session, tmp_path):
+    quiet = ("evaluation.at_start=false", "evaluation.at_end=false", "health.max_log_prob_gap=auto")
+    folder = train(tiny(*quiet, f"runs_folder={tmp_path}", "steps=2"), "half").path
+    for steps, dtype, before in ((4, "bfloat16", "float32"), (6, "float32", "bfloat16")):
+        reporter = Reporter(Console(file=io.StringIO(), width=300, record=True))
+        resume(folder, [f"steps={steps}", f"model.dtype={dtype}"], reporter)
+        said = reporter.console.export_text()
+        assert (
+            f"forward passes are in {dtype} from here on; the steps before this checkpoint were taken in {before}"
+            in said
+        )
+        assert "self-test: learner and engine agree" in said
+    assert [(row["step"], row["lineage"]) for row in read_metrics(folder)] == [
+        (1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2)
+    ]  # fmt: skip
+    assert json.loads((folder / "run.json").read_text())["dtypes"] == ["float32", "bfloat16", "float32"]
+    assert replay(folder, 6, []).reproduced
+    with pytest.raises(RecordedError, match=r"dumps of all steps between, taken in its own dtype .float32."):
+        replay(folder, 5, [])  # the state after step 4 is gone, and step 4 was taken in bfloat16
 
 
 @pytest.mark.slow  # tests/unit/test_lora.py has a step beside plain torch, without Ray

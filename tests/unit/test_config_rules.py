@@ -18,6 +18,7 @@ MAY_CHANGE = {
     "rollout.verifier.processes",
     "rollout.verifier.max_ungraded_share",
     "tasks.N.max_dropped_share",
+    "model.dtype",
     "learner.ranks",
     "learner.zero_stage",
     "learner.resources",
@@ -45,6 +46,7 @@ MAY_CHANGE = {
     "stop_on",
 }
 LAST_BIT = {
+    "model.dtype",
     "rollout.resources.threads",
     "learner.resources.threads",
     "learner.ranks",
@@ -111,11 +113,18 @@ def _changed(*overrides, **given):
 
 
 @pytest.mark.parametrize(
-    "key", ["learner.tokens_per_microbatch", "learner.ranks", "learner.zero_stage", "rollout.resources.threads"]
+    ("key", "value"),
+    [
+        ("learner.tokens_per_microbatch", 3),
+        ("learner.ranks", 3),
+        ("learner.zero_stage", 3),
+        ("rollout.resources.threads", 3),
+        ("model.dtype", "bfloat16"),
+    ],
 )
-def test_a_deterministic_run_keeps_what_decides_the_last_bit(key):
-    assert refused_changes(*_changed(f"{key}=3")) == []
-    (refused,) = refused_changes(*_changed(f"{key}=3", deterministic=True))
+def test_a_deterministic_run_keeps_what_decides_the_last_bit(key, value):
+    assert refused_changes(*_changed(f"{key}={value}")) == []
+    (refused,) = refused_changes(*_changed(f"{key}={value}", deterministic=True))
     assert refused.startswith(f"{key}: ")
 
 
@@ -125,7 +134,7 @@ def test_a_deterministic_run_keeps_what_decides_the_last_bit(key):
         ("temperature=0.7", "temperature: 0.6 -> 0.7"),
         ("tasks.0.path=b.jsonl", "tasks.0.path: 'a.jsonl' -> 'b.jsonl'"),
         ("rollout.verifier.time_limit_s=7", "rollout.verifier.time_limit_s: 5.0 -> 7.0"),
-        ("model.dtype=bfloat16", "model.dtype: 'float32' -> 'bfloat16'"),
+        ("model.dtype=bfloat16", None),
         ("steps=7", None),
         ("evaluation.tasks=[{name: b, path: b.jsonl}]", None),
         ("rollout.resources.custom={tpu: 1}", None),

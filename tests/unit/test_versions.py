@@ -84,3 +84,4 @@ def test_each_lineage_says_with_which_arithmetic_it_began(tmp_path):
     folder.write_json("run.json", {"kind": "train", "lineage": 1})  # of a version that did not say it
     write_identity(folder, config, 2, "train")
     assert folder.read_json("run.json")["arithmetic"] == [1, 1, ARITHMETIC]
+    assert folder.read_json("run.json")["dtypes"] == [None, None, "float32"]
