@@ -168,6 +168,7 @@ def _train(run: Run, learner: LearnerGroup, background: BackgroundWork) -> None:
             )
         if config.deterministic and (line := bits_may_differ(run.folder.read_json("run.json")["arithmetic"])):
             run.reporter.say(f"[yellow]{line}[/]")
+    run.await_workers()
     controller = Controller(config, run.pool, learner, run.problems.request, **position)
     milestones = Milestones(run.folder, config, controller.step, run.reporter)
     if controller.step < config.steps and milestones.stopped is None:

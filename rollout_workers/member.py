@@ -67,18 +67,21 @@ class WorkerActor:
 class Starting:
     """A worker that has no place yet, or has one and is making its engine.
 
-    `place` is its number among the reserved places, None if it has none of them.
+    It makes its engine as soon as it has a place, also while nobody looks. `place` is its number among the reserved
+    places, None if it has none of them.
     """
 
     name: str
     actor: ActorHandle[Any]
     place: int | None
     answer: ray.ObjectRef[Any] = field(init=False)  # of the call that it has to answer next
+    made: ray.ObjectRef[Any] = field(init=False)  # of the call that makes its engine
     process: ProcessAddress | None = None  # once it has a place
     placed_at: float = 0.0  # by the pool's clock
 
     def __post_init__(self) -> None:
         self.answer = self.actor.whereabouts.remote()
+        self.made = self.actor.start.remote()
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,8 @@ class RolloutPool:
     """A pool of workers made by `factory(name)`, which runs inside the actor. Use it as a context manager.
 
     `places` are Ray scheduling strategies of reserved places, which workers take first. The pool begins once
-    `rollout.min_workers` serve; the others join later. `on_poll` is called with every poll and may resize the pool.
+    `rollout.min_workers` serve; the others join later. With `wait` false it returns while all of them start, and
+    :meth:`begin` waits. `on_poll` is called with every poll and may resize the pool.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class RolloutPool:
         heartbeat_s: float = 2.0,
         clock: SeenTime | None = None,
         on_poll: Callable[[RolloutPool], None] = lambda pool: None,
+        wait: bool = True,
     ):
         resources = config.resources
         self._actor_class: Any = ray.remote(WorkerActor)  # Ray's own types lose it here
@@ -105,7 +107,9 @@ class RolloutPool:
         self._nodes_lost: set[str] = set()  # whose first worker's loss was counted
         self.restarts = 0
         try:
-            self.wait_for(min(config.min_workers, config.workers))
+            self._start_missing()
+            if wait:
+                self.begin()
         except BaseException:  # also for an interrupt: no half-started worker may remain
             self.close()
             raise
@@ -225,6 +229,10 @@ class RolloutPool:
             self._hand_on(member)
         self._release_leavers()
         self._start_missing()
+
+    def begin(self) -> None:
+        """Waits until `rollout.min_workers` serve, or all where there are fewer. Raises what `wait_for` raises."""
+        self.wait_for(min(self._config.min_workers, self._wanted))
 
     def wait_for(self, workers: int) -> None:
         """Waits until so many workers serve. Raises what `poll` raises, and RolloutPoolError after its deadlines."""
@@ -416,7 +424,7 @@ class RolloutPool:
             self._fail(starting, why, final=not self._served and hopeless)
             return
         if starting.process is None:
-            starting.process, starting.placed_at, starting.answer = answer, now, starting.actor.start.remote()
+            starting.process, starting.placed_at, starting.answer = answer, now, starting.made
             return
         del self._starting[starting.name]
         self._failed_starts, self._start_again_at = 0, 0.0

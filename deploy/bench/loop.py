@@ -81,6 +81,7 @@ def compare(config: RunConfig, steps: int, reporter: Reporter | None = None) -> 
         with run_session(folder, config, 0, reporter, prepare(config, reporter, folder)) as run:
             learner = LearnerGroup(config, run.initial, run.reservation.ranks)
             try:
+                run.await_workers()
                 pipeline = timed_steps(run, _controller(run, learner), steps)
             finally:
                 learner.close()

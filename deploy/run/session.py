@@ -78,6 +78,14 @@ class Run:
 
         save_whole(target, all_of_it)
 
+    def await_workers(self) -> None:
+        """Waits until `rollout.min_workers` serve; they have been starting since the session began.
+
+        Raises what `RolloutPool.begin` raises.
+        """
+        if self.workers is not None:
+            self.workers.begin()
+
     def next_lineage(self) -> None:
         """Ends the run's lineage, as a resume does: what follows goes on from an earlier state."""
         self.lineage += 1
@@ -119,7 +127,8 @@ def run_session(
 ) -> Iterator[Run]:
     """Starts Ray and the workers of a run, and ends them with the block.
 
-    `services` says which of the two the cluster must have room for.
+    `services` says which of the two the cluster must have room for. With both, the block begins while the workers
+    start, so that the learner starts beside them (:meth:`Run.await_workers`).
     """
     folder = RunFolder(folder.path.resolve())
     reporter.say(f"run folder {folder.path}")
@@ -151,6 +160,7 @@ def run_session(
                 places=reservation.workers,
                 env_vars=config.weights.environment,
                 on_poll=control.serve,
+                wait=services != "both",  # a learner starts beside them
             )
         )
         run = Run(folder, config, lineage, reporter, metrics, prepared, pool, reservation, workers=pool)

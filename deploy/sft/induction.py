@@ -34,6 +34,7 @@ def induce(run: Run, data: SFTData) -> Path:
         if not (folder / DECODER / "config.json").is_file():
             learner = InductionLearner(run.config, model, phase, run.reservation.ranks)
             try:
+                run.await_workers()
                 _learn(run, data, learner, phase, number)
                 with deferred_interrupts():  # the trained model is saved before an interrupt ends the run
                     _judge(run, data, learner, phase)

@@ -255,6 +255,7 @@ def warm_start(run: Run, make_learner: Callable[[RunConfig, str | Path], SFTRank
     run.reporter.say(f"starting {config.learner.ranks} learner rank(s) for Latent-SFT")
     learner = make_learner(config, initial)
     try:
+        run.await_workers()
         outcome = run_latent_sft(
             config,
             data,
