@@ -7,6 +7,7 @@ device holds the same bytes as int64 [rows, columns], so one upload carries ever
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,20 +172,52 @@ def _refusal(
     return None
 
 
-class Draw:
-    """The samplers' view of some rows: logits [n, V], and columns as tensors or, where all values agree, as scalars."""
+class Download:
+    """A tensor on its way to the host; on a GPU nothing waits until the values are read."""
 
-    def __init__(
-        self, rows: np.ndarray, table: torch.Tensor, logits: torch.Tensor, index: np.ndarray | None = None
-    ) -> None:
-        self.logits, self._rows, self._table = logits, rows, table
-        if index is not None:
-            which = upload(index, logits.device)
-            self.logits, self._rows, self._table = logits[which], rows[index], table[which]
+    def __init__(self, values: torch.Tensor) -> None:
+        self._event = None
+        if values.device.type == "cpu":
+            self._values = values
+            return
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def numpy(self) -> np.ndarray:
+        """Returns the values, once they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.numpy()
+
+
+class Rows:
+    """The settings of a step's rows as samplers take them: plain where all rows agree (the usual case, and cheaper).
+
+    `host` [n] has `SETTINGS` and what an engine adds, `table` [n, columns] the same on the device, and `slot` [n] is
+    where the rows' state lies on the device.
+    """
+
+    def __init__(self, host: np.ndarray, table: torch.Tensor, slot: torch.Tensor) -> None:
+        self.host, self.slot = host, slot
+        self.careful, self.begin_latent = bool(host["careful"].any()), bool(host["latent"].any())
+        self._table = table
+        self._agreed: dict[str, np.generic | None] = {}
+        self._part: tuple[np.ndarray, Rows] | None = None  # the last one, mostly that of the next step too
+
+    def part(self, index: np.ndarray | None) -> Rows:
+        """Returns the rows at `index`; None: all of them."""
+        if index is None:
+            return self
+        if self._part is None or not np.array_equal(self._part[0], index):
+            which = upload(index, self.slot.device)
+            self._part = (index, Rows(self.host[index], self._table[which], self.slot[which]))
+        return self._part[1]
 
     def column(self, name: str) -> torch.Tensor:
         """Returns an integer column [n] int64."""
-        names = self._rows.dtype.names or ()
+        names = self.host.dtype.names or ()
         return self._table[:, names.index(name)]
 
     def real(self, name: str) -> torch.Tensor:
@@ -192,20 +225,27 @@ class Draw:
         return self.column(name).view(torch.float64)
 
     def switch(self, name: str) -> bool | torch.Tensor:
-        """Returns a column of flags: a plain boolean where all rows agree (samplers then skip work), else [n]."""
-        values = self._rows[name]
-        return bool(values[0]) if (values == values[0]).all() else self.column(name).bool()
+        """Returns a column of flags: a plain boolean, or [n] bool."""
+        agreed = self._value(name)
+        return self.column(name).bool() if agreed is None else bool(agreed)
+
+    def count(self, name: str) -> int | torch.Tensor:
+        """Returns an integer column: a number, or [n] int64."""
+        agreed = self._value(name)
+        return self.column(name) if agreed is None else int(agreed)
+
+    def setting(self, name: str) -> float | torch.Tensor:
+        """Returns a real column: a number, or [n] float64."""
+        agreed = self._value(name)
+        return self.real(name) if agreed is None else float(agreed)
 
     def largest(self, name: str) -> int:
         """Returns the largest value of an integer column."""
-        return int(self._rows[name].max())
+        return int(self.host[name].max())
 
-    def count(self, name: str) -> int | torch.Tensor:
-        """Returns an integer column: a number where all rows agree (the usual case, and cheaper), else [n]."""
-        values = self._rows[name]
-        return int(values[0]) if (values == values[0]).all() else self.column(name)
-
-    def setting(self, name: str) -> float | torch.Tensor:
-        """Returns a real column: a number where all rows agree, else [n]."""
-        values = self._rows[name]
-        return float(values[0]) if (values == values[0]).all() else self.real(name)
+    def _value(self, name: str) -> Any:
+        """Returns the value of which all rows agree, None where they do not."""
+        if name not in self._agreed:
+            values = self.host[name]
+            self._agreed[name] = values[0] if (values == values[0]).all() else None
+        return self._agreed[name]

@@ -3,43 +3,103 @@
 Each `step` of the engine::
 
     running rows --one forward, [n, D] embeddings in--> logits [n, V] ----\
-                                                                            +-> sample -> record -> finished rows leave
+                                                                            +-> Decoder.draw -> finished rows leave
     queued groups that fit --one prefill per prompt, shared by G samples--/
 
-Latent and visible samples run side by side; every row carries its own settings. The state of the rows is one
-structured array on the host (`ROW`), uploaded in one piece per step; records stay on the device until a sample ends.
+Latent and visible samples run side by side; every row carries its own settings. What a step is, its draws and its
+records are the decoder's (`decoding.py`), on the device; the host knows which row of the cache is whose (`ROW`).
+
+Where the device computes asynchronously (CUDA) a step never waits for it: the host looks at what ended in the step
+before (`run_ahead`). A finished row then takes a step too many, which is thrown away, and records arrive a step later.
+On a CPU asking costs nothing, so rows end at once.
+
 A group's samples are alike until they draw: with the noise off they take their latent steps as one row, which becomes
 one for each sample where it leaves latent mode.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from latent_grpo.common.density import hard_log_prob
 from latent_grpo.common.fingerprint import copy_with_fingerprint
 from latent_grpo.common.head import float32_logits, install_float32_head
-from latent_grpo.common.latent import latent_step, mix_embeddings, mixture_weights, visible_step
 from latent_grpo.common.model_limits import longest_exact, refusal
 from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import combine_checksums
+from latent_grpo.rollout_workers.decoding import Decoder, Fetch
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.kv_cache import SlotCache
 from latent_grpo.rollout_workers.lean_forward import lean_forward
-from latent_grpo.rollout_workers.records import Records
-from latent_grpo.rollout_workers.requests import SETTINGS, Draw, RunningGroup, SampleRecord, admit, on_device
+from latent_grpo.rollout_workers.requests import Download, RunningGroup, SampleRecord, admit, upload
 from latent_grpo.rollout_workers.weight_checks import TensorShape, check_checksum, checked_tensors
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass; it bounds memory, not admission
 
-ROW = np.dtype([(name, np.int64) for name in ("slot", "length", "step")] + SETTINGS)
-"""A running sample: `slot` is the place of its record, `length` its columns of the KV cache, `step` its steps done."""
+ROW = np.dtype([(name, np.int64) for name in ("uid", "slot", "prompt_len", "budget", "length", "latent")])
+"""A running sample: its name and slot in the decoder, its columns of the KV cache (`length`), and whether it is in
+latent mode as far as the host knows. Between two steps it has taken length - prompt_len + 1 steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued:
+    """Samples of a group that wait for rows, by their positions in it; `careful` as in `decoding.ROW`."""
+
+    group: RunningGroup
+    places: list[int]
+    careful: bool
+
+    @property
+    def first_rows(self) -> int:
+        """How many rows they begin with: one if they take the same latent steps, else one each."""
+        settings = self.group.settings
+        alike = (settings["latent"] == 1) & (settings["noisy"] == 0)
+        return 1 if alike.all() else len(self.places)
+
+    @property
+    def columns(self) -> int:
+        """The number of KV columns that a sample can need."""
+        return len(self.group.request.prompt_ids) + self.group.request.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a step did to its rows, on its way to the host: codes [n], 1 for an end of text plus 2 for a latent step."""
+
+    rows: np.ndarray  # [n] ROW, when the step was drawn
+    codes: Download
+    version: int  # of the weights that drew it
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The steps that the rows had taken with this one: [n]."""
+        return self.rows["length"] - self.rows["prompt_len"] + 1
+
+    @property
+    def over(self) -> np.ndarray:
+        """Which rows ended: [n] bool."""
+        return (self.codes.numpy() & 1 == 1) | (self.steps >= self.rows["budget"])
+
+    @property
+    def left(self) -> np.ndarray:
+        """Which rows left latent mode: [n] bool."""
+        return (self.rows["latent"] == 1) & (self.codes.numpy() & 2 == 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """Finished samples whose records are on their way to the host."""
+
+    fetch: Fetch
+    samples: list[tuple[RunningGroup, list[int], FinishReason]]
+    version: int
 
 
 class TransformersEngine:
@@ -48,7 +108,9 @@ class TransformersEngine:
     At most `max_rows` samples are decoded side by side; more wait in a queue, by whole groups. A `deterministic` engine
     takes one group at a time, in memory of its own, so that its arithmetic depends on it alone and repeats bit for bit.
     With `in_flight_updates`, `load_weights` does not wait for pending samples; their keys and values are recomputed
-    under the new weights, and their trajectories name the first and the last version that sampled them.
+    under the new weights, and their trajectories name the first and the last version that sampled them. `run_ahead`
+    never waits for the device within a step (None: on CUDA); a sample whose draws then turn out to need more ids than
+    were considered is decoded again.
     """
 
     name = "transformers"
@@ -62,6 +124,7 @@ class TransformersEngine:
         deterministic: bool = False,
         in_flight_updates: bool = False,
         device: torch.device | str = "cpu",
+        run_ahead: bool | None = None,
     ) -> None:
         _check_model(model, facts, max_rows)
         self._device = torch.device(device)
@@ -72,24 +135,38 @@ class TransformersEngine:
         self._lean = lean_forward(self._model) if self._device.type == "cpu" else None
         self._embed, self._head = model.get_input_embeddings(), install_float32_head(model)
         self._additive_mask = model.config._attn_implementation == "eager"
-        allowed = torch.as_tensor(np.asarray(facts.allowed, dtype=bool))
-        self._allowed = None if bool(allowed.all()) else allowed.to(self._device)
-        self._eos = np.asarray(facts.eos_ids, dtype=np.int64)
+        self._run_ahead = self._device.type == "cuda" if run_ahead is None else run_ahead
+        self._eos = torch.tensor(facts.eos_ids, dtype=torch.int64, device=self._device)
         self._version: PolicyVersion | None = None
         self._fingerprints: dict[str, str] = {}  # of the parameters, by their names; empty after a load that failed
         with torch.inference_mode():
             self._cache = SlotCache.of(self._model)
-            self._records = Records(max_rows, self._device)
         self._reset()
 
     def _reset(self) -> None:
-        self._queue: deque[RunningGroup] = deque()
+        self._queue: deque[Queued] = deque()
         self._rows = np.zeros(self._max_rows, dtype=ROW)  # the first `_running` are in use
         self._running = self._queued = 0
         self._unborn = 0  # samples that another one's row stands for; they need rows of their own later
         self._inputs = torch.empty(0, device=self._device)  # [running, D]: what the next forward pass reads
-        self._free_slots = list(range(self._max_rows))
-        self._owner: dict[int, tuple[RunningGroup, list[int]]] = {}  # slot -> group, and the positions it stands for
+        self._uids = itertools.count()
+        self._owner: dict[int, tuple[RunningGroup, list[int]]] = {}  # uid -> group, and the positions it stands for
+        self._unseen: Outcome | None = None  # of the step before, with `run_ahead`
+        self._ended: list[Ended] = []
+        self._decoder = self._new_decoder(self._max_rows)
+
+    @torch.inference_mode()
+    def _new_decoder(self, slots: int) -> Decoder:
+        allowed = np.asarray(self._facts.allowed, dtype=bool)
+        return Decoder(
+            self._device,
+            slots=slots,
+            steps=1,  # it grows with the requests
+            width=1,
+            allowed=None if allowed.all() else allowed,
+            end_id=self._facts.latent_end_id,
+            placeholder=self._facts.pad_id,
+        )
 
     @property
     def version(self) -> PolicyVersion | None:
@@ -106,7 +183,8 @@ class TransformersEngine:
     @property
     def pending(self) -> int:
         """The number of samples that are not finished."""
-        return self._running + self._unborn + self._queued
+        leaving = sum(len(places) for ended in self._ended for _, places, _ in ended.samples)
+        return self._running + self._unborn + self._queued + leaving
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -115,8 +193,11 @@ class TransformersEngine:
         group = admit(
             request, self._facts, self._version, max_rows=self._max_rows, max_length=longest_exact(self._model.config)
         )
-        self._queue.append(group)
-        self._queued += group.size
+        self._enqueue(Queued(group=group, places=list(range(group.size)), careful=not self._run_ahead))
+
+    def _enqueue(self, queued: Queued) -> None:
+        self._queue.append(queued)
+        self._queued += len(queued.places)
 
     def abort(self) -> None:
         """Drops all pending samples."""
@@ -124,20 +205,22 @@ class TransformersEngine:
 
     def partial(self, group_uid: str, position: int) -> SampleRecord | None:
         """Returns a running sample's record so far; see :meth:`LatentEngine.partial`."""
-        rows = self._rows[: self._running]
-        for slot, (group, places) in self._owner.items():
+        for uid, (group, places) in self._owner.items():
             if group.request.group_uid == group_uid and position in places:
-                (row,) = rows[rows["slot"] == slot]
-                return self._records.take(slot, int(row["step"]), int(row["k"]))
+                (row,) = self._rows[: self._running][self._rows["uid"][: self._running] == uid]
+                if self._unseen is not None and bool(self._unseen.over[self._unseen.rows["uid"] == uid].any()):
+                    return None  # it has ended, which the next step will see
+                steps = int(row["length"] - row["prompt_len"]) + 1
+                return self._decoder.look([uid], [steps]).records()[0]
         return None
 
     def close(self) -> None:
         """Frees the cache and the records; the engine then holds no version."""
         self._reset()
         self._version = None
+        self._decoder = self._new_decoder(0)
         with torch.inference_mode():
             self._cache.fit(0, 0)
-            self._records = Records(self._max_rows, self._device)
 
     # --- weights -------------------------------------------------------------------------------------------------
 
@@ -197,15 +280,9 @@ class TransformersEngine:
 
     def _history(self, row: np.void) -> torch.Tensor:
         """Embeds a running sample's prompt, its mixtures and its hard tokens so far: [length + 1, D]."""
-        slot, steps, k = int(row["slot"]), int(row["step"]), int(row["k"])
-        latent = int(self._records.latent_until[slot])
-        prompt = torch.as_tensor(np.asarray(self._owner[slot][0].request.prompt_ids), dtype=torch.int64)
-        parts = [self._embed(prompt.to(self._device))]
-        if latent:
-            weights = mixture_weights(self._records.scores[slot, :latent, :k], float(row["tau"]))
-            parts.append(mix_embeddings(self._embed(self._records.latent_ids[slot, :latent, :k].long()), weights))
-        parts.append(self._embed(self._records.hard_ids[slot, latent:steps].long()))
-        return torch.cat(parts)
+        uid, steps = int(row["uid"]), int(row["length"] - row["prompt_len"]) + 1
+        prompt = torch.as_tensor(np.asarray(self._owner[uid][0].request.prompt_ids), dtype=torch.int64)
+        return torch.cat([self._embed(prompt.to(self._device)), self._decoder.history(uid, steps, self._embed)])
 
     # --- the decode loop -----------------------------------------------------------------------------------------
 
@@ -217,21 +294,24 @@ class TransformersEngine:
                 f"the engine holds no verified weights and {self.pending} samples are pending; abort the pending "
                 "samples and load_weights again, or load weights that are whole"
             )
+        completed = self._complete()
         logits = [self._decode()] if self._running else []
         logits += self._admit()
-        if not logits:
-            return []
-        hard = self._sample(logits[0] if len(logits) == 1 else torch.cat(logits))
-        completed = self._retire(hard)
-        if self._unborn:
-            self._fork()
-        return completed
+        outcome = self._draw(logits[0] if len(logits) == 1 else torch.cat(logits)) if logits else None
+        if self._run_ahead:
+            outcome, self._unseen = self._unseen, outcome
+        if outcome is not None:
+            if outcome.over.any():
+                self._retire(outcome)
+            if outcome.left.any():
+                self._leave_latent_mode(outcome)
+        return completed if self._run_ahead else self._complete()
 
     def _decode(self) -> torch.Tensor:
         """Runs one forward pass of the running rows: logits [n, V]."""
         rows = self._rows[: self._running]
         extent = int(rows["length"].max()) + 1
-        positions = torch.from_numpy(rows["length"].copy()).to(self._device)
+        positions = upload(rows["length"], self._device)
         mask = (torch.arange(extent, device=self._device) <= positions.unsqueeze(-1))[:, None, None]
         self._cache.begin_step(positions, extent)
         if self._lean is not None:
@@ -253,218 +333,151 @@ class TransformersEngine:
 
     def _admit(self) -> list[torch.Tensor]:
         """Admits queued groups that fit, in order of arrival; returns the logits of their prompts, [rows, V] each."""
-        admitted: list[RunningGroup] = []
+        admitted: list[Queued] = []
         room = self._max_rows - self._running - self._unborn
         if self._deterministic and self._running:
             return []
-        while self._queue and self._queue[0].size <= room and not (self._deterministic and admitted):
+        while self._queue and len(self._queue[0].places) <= room and not (self._deterministic and admitted):
             admitted.append(self._queue.popleft())
-            room -= admitted[-1].size
+            room -= len(admitted[-1].places)
         if not admitted:
             return []
-        rows, length = sum(g.size for g in admitted), max(_columns(g.request) for g in admitted)
+        rows, length = sum(len(q.places) for q in admitted), max(q.columns for q in admitted)
+        self._queued -= rows
         if self._deterministic:
             self._cache.fit(rows, length)
         else:
             self._cache.reserve(self._running + self._unborn + rows, length, keep=self._running)
-        sampling = [g.request.sampling for g in admitted]
-        self._records.reserve(max(s.max_tokens for s in sampling), max(s.k for s in sampling))
-        admitted.sort(key=lambda g: len(g.request.prompt_ids))  # neighbours in length: little padding in a prefill
+        admitted.sort(
+            key=lambda q: len(q.group.request.prompt_ids)
+        )  # neighbours in length: little padding in a prefill
+        prompts = [len(q.group.request.prompt_ids) for q in admitted]
         logits, first = [], 0
-        for i, group in enumerate(admitted):
-            following = len(admitted[i + 1].request.prompt_ids) if i + 1 < len(admitted) else PREFILL_TOKENS + 1
+        for i, following in enumerate([*prompts[1:], PREFILL_TOKENS + 1]):
             if (i + 2 - first) * following > PREFILL_TOKENS:
                 logits.append(self._prefill(admitted[first : i + 1]))
                 first = i + 1
-            self._queued -= group.size
         return logits
 
-    def _prefill(self, groups: list[RunningGroup]) -> torch.Tensor:
+    def _prefill(self, groups: list[Queued]) -> torch.Tensor:
         """Runs one pass over the groups' prompts, right-padded (a causal model's padding reaches no earlier position).
 
         Writes each prompt's keys and values into its rows (one for each sample, or one for all of them) and returns
         their next-step logits [rows, V].
         """
-        lengths = np.array([len(g.request.prompt_ids) for g in groups])
+        lengths = np.array([len(q.group.request.prompt_ids) for q in groups])
         ids = np.full((len(groups), lengths.max()), self._facts.pad_id, dtype=np.int64)
-        for line, group in zip(ids, groups):
-            line[: len(group.request.prompt_ids)] = group.request.prompt_ids
-        embedded = self._embed(torch.from_numpy(ids).to(self._device))
+        for line, queued, length in zip(ids, groups, lengths):
+            line[:length] = queued.group.request.prompt_ids
+        embedded = self._embed(upload(ids, self._device))
         output = self._model.base_model(inputs_embeds=embedded, use_cache=True)
-        last = torch.from_numpy(lengths - 1).to(self._device)
+        last = upload(lengths - 1, self._device)
         hidden = output.last_hidden_state[torch.arange(len(groups), device=self._device), last]
-        owners = torch.from_numpy(np.repeat(np.arange(len(groups)), [_first_rows(g) for g in groups])).to(self._device)
+        owners = upload(np.repeat(np.arange(len(groups)), [queued.first_rows for queued in groups]), self._device)
         self._cache.insert(output.past_key_values, owners, self._running)
-        for group in groups:
-            self._start(group)
+        for queued in groups:
+            self._start(queued)
         return float32_logits(self._head, hidden)[owners]
 
-    def _start(self, group: RunningGroup) -> None:
-        """Fills the rows of a group whose prompt is in the cache."""
-        count = _first_rows(group)
-        rows = self._rows[self._running : self._running + count]
-        rows["length"], rows["step"] = len(group.request.prompt_ids), 0
-        for name in group.settings.dtype.names or ():
-            rows[name] = group.settings[name][:count]
-        for position in range(count):
-            slot = self._free_slots.pop()
-            self._owner[slot] = (group, list(range(group.size)) if count == 1 else [position])
-            self._records.latent_until[slot] = 0
-            rows["slot"][position] = slot
-        group.started = time.perf_counter()
-        self._running += count
-        self._unborn += group.size - count
+    def _start(self, queued: Queued) -> None:
+        """Fills the rows of samples whose prompt is in the cache."""
+        group, count = queued.group, queued.first_rows
+        group.started = group.started or time.perf_counter()
+        prompt_len, names = len(group.request.prompt_ids), group.settings.dtype.names or ()
+        for place in queued.places[:count]:
+            uid, settings = next(self._uids), dict(zip(names, group.settings[place].item(), strict=True))
+            slot = self._decoder.add(uid, prompt_len, settings | {"careful": int(queued.careful)})
+            self._rows[self._running] = (uid, slot, prompt_len, settings["budget"], prompt_len, settings["latent"])
+            self._owner[uid] = (group, queued.places if count == 1 else [place])
+            self._running += 1
+        self._unborn += len(queued.places) - count
 
-    def _fork(self) -> None:
+    def _draw(self, logits: torch.Tensor) -> Outcome:
+        """Draws one step of every row from `logits` [n, V]; leaves the next inputs in `_inputs`."""
+        rows, complete = self._rows[: self._running].copy(), None
+        within = rows["length"] - rows["prompt_len"] < rows["budget"]
+        if not within.all():  # ended in the step before, which is not seen yet
+            complete = upload(within, self._device).bool()
+        drawn = self._decoder.draw(
+            logits, rows["slot"], upload(rows["length"] - 1, self._device), complete, self._embed
+        )
+        self._inputs = drawn.inputs
+        stopped = (drawn.tokens.unsqueeze(-1) == self._eos).any(-1) & drawn.visible
+        return Outcome(rows=rows, codes=Download(stopped + 2 * drawn.latent), version=self._weights.version)
+
+    def _leave_latent_mode(self, outcome: Outcome) -> None:
         """Gives samples rows of their own where the row that stands for them has left latent mode."""
-        for row in np.nonzero(self._rows["latent"][: self._running] == 0)[0]:
-            source = int(self._rows["slot"][row])
-            group, places = self._owner[source]
-            if len(places) == 1:
+        for uid, steps in zip(outcome.rows["uid"][outcome.left].tolist(), outcome.steps[outcome.left].tolist()):
+            if uid not in self._owner:
                 continue
-            self._owner[source] = (group, places[:1])
-            slots = [self._free_slots.pop() for _ in places[1:]]
-            new = slice(self._running, self._running + len(slots))
-            self._rows[new] = self._rows[row]
-            self._rows["slot"][new], self._rows["key"][new] = slots, group.settings["key"][places[1:]]
-            self._owner |= {slot: (group, [place]) for slot, place in zip(slots, places[1:], strict=True)}
-            self._records.copy(source, slots, int(self._rows["step"][row]))
-            targets = torch.arange(new.start, new.stop, device=self._device)
-            self._cache.move(torch.full_like(targets, int(row)), targets, int(self._rows["length"][row]))
-            self._inputs = torch.cat([self._inputs, self._inputs[row].expand(len(slots), -1)])
-            self._running += len(slots)
-            self._unborn -= len(slots)
+            (row,) = np.nonzero(self._rows["uid"][: self._running] == uid)[0]
+            self._rows["latent"][row] = 0
+            self._decoder.left_latent_mode([uid])
+            group, places = self._owner[uid]
+            if len(places) > 1:
+                self._fork(int(row), group, places, steps)
 
-    # --- sampling ------------------------------------------------------------------------------------------------
-
-    def _sample(self, logits: torch.Tensor) -> np.ndarray:
-        """Draws one step of every row from `logits` [n, V] and records it; leaves the next inputs in `_inputs`.
-
-        Returns the sampled visible ids [n] int64, -1 for rows that took a latent step or left latent mode.
-        """
-        rows = self._rows[: self._running]
-        table = on_device(rows, self._device)
-        sampled = np.full(len(rows), -1, dtype=np.int64)
-        widths = np.where(rows["latent"] == 1, rows["k"], 0)  # 0: visible
-        kinds = np.unique(widths)
-        parts = []
-        for kind in kinds:
-            index = np.nonzero(widths == kind)[0]
-            draw = Draw(rows, table, logits) if len(kinds) == 1 else Draw(rows, table, logits, index)
-            if kind:
-                parts.append((index, self._latent_rows(draw, int(kind), index)))
-            else:
-                inputs, sampled[index] = self._visible_rows(draw)
-                parts.append((index, inputs))
-        if len(parts) == 1:
-            self._inputs = parts[0][1]
-        else:
-            self._inputs = parts[0][1].new_empty(len(rows), parts[0][1].shape[-1])
-            for index, inputs in parts:
-                self._inputs[torch.from_numpy(index).to(self._device)] = inputs
-        return sampled
-
-    def _latent_rows(self, draw: Draw, k: int, index: np.ndarray) -> torch.Tensor:
-        """Takes a step of rows in latent mode (METHOD §2.1-§2.3); returns their next inputs [n, D]."""
-        end_id, slots, steps = self._facts.latent_end, draw.column("slot"), draw.column("step")
-        taken = latent_step(
-            draw.logits,
-            draw.column("key"),
-            steps,
-            k=k,
-            top_p=draw.setting("top_p"),
-            noise_scale=draw.setting("noise_scale"),
-            tau=draw.setting("tau"),
-            noisy=draw.switch("noisy"),
-            one_sided=draw.switch("one_sided"),
-            argmax_exits=draw.switch("argmax_exits"),
-            end_id=end_id,
-            allowed=self._allowed,
-        )
-        self._records.latent_ids[slots, steps, :k] = taken.ids.int()
-        self._records.scores[slots, steps, :k] = taken.scores
-        self._records.log_probs[slots, steps, :k] = taken.log_probs
-        inputs = mix_embeddings(self._embed(taken.ids), taken.weights)
-        leaving = np.nonzero(taken.leaves.cpu().numpy())[0]
-        if len(leaving):
-            which = torch.from_numpy(leaving).to(self._device)
-            ids = torch.full_like(which, end_id)
-            self._records.hard_ids[slots[which], steps[which]] = end_id
-            self._records.hard_log_probs[slots[which], steps[which]] = hard_log_prob(
-                draw.logits[which], ids, draw.real("temperature")[which]
-            )
-            inputs[which] = self._embed(torch.tensor(end_id, device=self._device))
-            self._rows["latent"][index[leaving]] = 0
-        staying = self._rows[: self._running][index]
-        staying = staying[staying["latent"] == 1]
-        self._records.latent_until[staying["slot"]] = staying["step"] + 1
-        return inputs
-
-    def _visible_rows(self, draw: Draw) -> tuple[torch.Tensor, np.ndarray]:
-        """Takes a step of rows in visible mode (METHOD §2.4); returns their next inputs [n, D] and the ids [n]."""
-        slots, steps = draw.column("slot"), draw.column("step")
-        ids, log_probs, _ = visible_step(
-            draw.logits,
-            draw.column("key"),
-            steps,
-            temperature=draw.setting("temperature"),
-            top_p=draw.setting("top_p"),
-            top_k=draw.count("top_k"),
-            largest_top_k=draw.largest("top_k"),
-            allowed=self._allowed,
-        )
-        self._records.hard_ids[slots, steps] = ids.int()
-        self._records.hard_log_probs[slots, steps] = log_probs
-        return self._embed(ids), ids.cpu().numpy()
+    def _fork(self, row: int, group: RunningGroup, places: list[int], steps: int) -> None:
+        """Gives all samples of a row but the first rows of their own, whose last of so many steps was the end token."""
+        uid, count = int(self._rows["uid"][row]), len(places) - 1
+        others = dict(zip(itertools.islice(self._uids, count), group.settings["key"][places[1:]].tolist()))
+        self._decoder.fork(uid, others, steps)
+        self._owner |= {other: (group, [place]) for other, place in zip(others, places[1:], strict=True)}
+        self._owner[uid] = (group, places[:1])
+        new = slice(self._running, self._running + count)
+        self._rows[new] = self._rows[row]
+        self._rows["uid"][new], self._rows["slot"][new] = list(others), [self._decoder.slots[u] for u in others]
+        self._rows["length"][new] = length = int(self._rows["prompt_len"][row]) + steps - 1
+        targets = torch.arange(new.start, new.stop, device=self._device)
+        self._cache.move(torch.full_like(targets, row), targets, length)
+        end = torch.full_like(targets, self._facts.latent_end_id or 0)
+        self._inputs = torch.cat([self._inputs, self._embed(end)])
+        self._running += count
+        self._unborn -= count
 
     # --- finishing -----------------------------------------------------------------------------------------------
 
-    def _retire(self, sampled: np.ndarray) -> list[tuple[Trajectory, ...]]:
-        """Removes finished samples (METHOD §2.6) from the rows; returns the groups that this completes."""
+    def _retire(self, outcome: Outcome) -> None:
+        """Removes the samples that a step finished (METHOD §2.6) from the rows and fetches their records."""
+        over = [i for i in np.nonzero(outcome.over)[0].tolist() if int(outcome.rows["uid"][i]) in self._owner]
+        if not over:
+            return
+        uids, stopped = outcome.rows["uid"][over].tolist(), (outcome.codes.numpy()[over] & 1).tolist()
+        samples: list[tuple[RunningGroup, list[int], FinishReason]] = []
+        for uid, stop in zip(uids, stopped):
+            group, places = self._owner.pop(uid)
+            samples.append((group, places, "stop" if stop else "length"))
+            self._unborn -= len(places) - 1
+        fetch = self._decoder.take(uids, outcome.steps[over].tolist())
+        self._ended.append(Ended(fetch=fetch, samples=samples, version=outcome.version))
         rows = self._rows[: self._running]
-        rows["step"] += 1
-        stopped = np.isin(sampled, self._eos) & (sampled >= 0)
-        over = stopped | (rows["step"] >= rows["budget"])
-        finished = np.nonzero(over)[0]
-        if not len(finished):
-            return []
-        completed = [
-            group for row in finished for group in self._close_row(rows[row], "stop" if stopped[row] else "length")
-        ]
-        remaining = len(rows) - len(finished)
-        holes, tails = finished[finished < remaining], remaining + np.nonzero(~over[remaining:])[0]
+        gone = np.isin(rows["uid"], uids)
+        remaining = len(rows) - len(over)
+        holes, tails = np.nonzero(gone[:remaining])[0], remaining + np.nonzero(~gone[remaining:])[0]
         if len(holes):
-            sources, targets = (torch.from_numpy(i).to(self._device) for i in (tails, holes))
+            sources, targets = (upload(i, self._device) for i in (tails, holes))
             self._cache.move(sources, targets, int(rows["length"][tails].max()))
             self._inputs[targets] = self._inputs[sources]
             rows[holes] = rows[tails]
         self._inputs = self._inputs[:remaining]
         self._running = remaining
+
+    def _complete(self) -> list[tuple[Trajectory, ...]]:
+        """Makes trajectories of the records that have arrived; returns the groups that this completes.
+
+        Samples whose draws may depend on ids that were not considered are decoded again, carefully.
+        """
+        arrived, self._ended = self._ended, []
+        completed, now = [], time.perf_counter()
+        for ended in arrived:
+            for record, (group, places, reason) in zip(ended.fetch.records(), ended.samples, strict=True):
+                if not record.exact:
+                    self._enqueue(Queued(group=group, places=places, careful=True))
+                    continue
+                for place in places:
+                    done = group.finish(place, record, reason, engine=self.name, version=ended.version, now=now)
+                    completed += [] if done is None else [done]
         return completed
-
-    def _close_row(self, row: np.void, reason: FinishReason) -> Iterator[tuple[Trajectory, ...]]:
-        """Frees a row's slot; yields its group if the row's samples were its last."""
-        slot = int(row["slot"])
-        group, places = self._owner.pop(slot)
-        self._free_slots.append(slot)
-        self._unborn -= len(places) - 1
-        version, now = self._weights.version, time.perf_counter()
-        for place in places:
-            record = self._records.take(slot, int(row["step"]), int(row["k"]))
-            done = group.finish(place, record, reason, engine=self.name, version=version, now=now)
-            if done is not None:
-                yield done
-
-
-def _first_rows(group: RunningGroup) -> int:
-    """Returns how many rows a group begins with: one if its samples take the same latent steps, else one each."""
-    alike = (group.settings["latent"] == 1) & (group.settings["noisy"] == 0)
-    return 1 if alike.all() else group.size
-
-
-def _columns(request: GroupRequest) -> int:
-    """Returns the number of KV columns that a sample can need."""
-    return len(request.prompt_ids) + request.sampling.max_tokens
 
 
 def _check_model(model: PreTrainedModel, facts: TokenFacts, max_rows: int) -> None:

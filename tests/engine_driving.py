@@ -46,7 +46,7 @@ def update_in_flight(engine: LatentEngine, requests: list[GroupRequest], steps: 
 
 
 def core_of(engine: LatentEngine):
-    """The `LatentCore` of a vLLM engine of one process."""
+    """The `Decoder` of a vLLM engine of one process."""
     return worker_of(engine).latent_core
 
 

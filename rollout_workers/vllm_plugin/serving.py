@@ -3,7 +3,7 @@
     client ──HTTP──► vLLM's server ── admission.py: status 400 for what latent draws do not know
                           │
                           ▼
-                     vLLM's engine ── worker: Served.settings_of(request) ──► LatentCore
+                     vLLM's engine ── worker: Served.settings_of(request) ──► Decoder
 
 A request's settings are vLLM's own fields (`temperature`, `top_p`, `top_k`, `max_tokens`, `seed`, `n`, `stop`) and, in
 `vllm_xargs`, `noise`. K, tau and the rule of the exit are the model's (`latent_chain.json`): other values would be new

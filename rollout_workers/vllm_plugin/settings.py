@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from latent_grpo.common.errors import ConfigError
+from latent_grpo.rollout_workers.decoding import Decoder
 from latent_grpo.rollout_workers.requests import SETTINGS
 from latent_grpo.rollout_workers.trained_model import read_trained_model
-from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
 from latent_grpo.rollout_workers.vllm_plugin.serving import SERVING, Served, core_settings
 
 KEY = "latent_rollout"
@@ -32,7 +32,7 @@ def served(vllm_config: Any) -> Served | None:
     return Served(read_trained_model(model))
 
 
-def new_core(vllm_config: Any, device: torch.device, served: Served | None = None) -> LatentCore:
+def new_core(vllm_config: Any, device: torch.device, served: Served | None = None) -> Decoder:
     """Makes the core that the engine described in `additional_config`, or that of a server."""
     described = vllm_config.additional_config[KEY]
     if served is not None:
@@ -42,7 +42,7 @@ def new_core(vllm_config: Any, device: torch.device, served: Served | None = Non
     if allowed:
         flags = np.ones(described["vocab_size"], dtype=bool)
         flags[allowed] = False
-    return LatentCore(
+    return Decoder(
         device,
         slots=vllm_config.scheduler_config.max_num_seqs,
         steps=described["max_tokens"],

@@ -2,7 +2,7 @@
 
 _update_states   samples start and finish        ──► slots
 _preprocess      embeddings of the batch's tokens ──► mixtures written over those of latent steps
-_sample          logits of the batch's requests   ──► `LatentCore.draw` instead of vLLM's own sampler
+_sample          logits of the batch's requests   ──► `Decoder.draw` instead of vLLM's own sampler
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
 
-from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
+from latent_grpo.rollout_workers.decoding import Decoder
 from latent_grpo.rollout_workers.vllm_plugin.serving import Served
 from latent_grpo.rollout_workers.vllm_plugin.settings import request_settings
 
@@ -27,7 +27,7 @@ else:
 class LatentRunner(GPUModelRunner):
     """A mixin for the runner's own class; the worker that mixes it in sets its attributes."""
 
-    latent: LatentCore
+    latent: Decoder
     served: Served | None  # behind vLLM's server
     slot_of: dict[str, int]  # by vLLM's request id, until the request is finished; preempted ones stay
 
@@ -59,5 +59,5 @@ class LatentRunner(GPUModelRunner):
         n = self.input_batch.num_reqs
         last = self.query_start_loc.gpu[1 : n + 1].long() - 1
         complete = ~self.discard_request_mask.gpu[:n]
-        tokens = self.latent.draw(logits, self._slots(), self.positions[last], complete)
+        tokens = self.latent.draw(logits, self._slots(), self.positions[last], complete).tokens
         return SamplerOutput(sampled_token_ids=tokens.to(torch.int32).unsqueeze(-1), logprobs_tensors=None)

@@ -2,7 +2,7 @@
 
     ModelState.prepare_inputs_embeds   ──► mixtures written over the embeddings of latent steps, in the persistent
                                            buffer that captured CUDA graphs read
-    ModelState.custom_sampler          ──► `LatentCore.draw` instead of vLLM's own sampler, outside of the graphs
+    ModelState.custom_sampler          ──► `Decoder.draw` instead of vLLM's own sampler, outside of the graphs
 
 Nothing here waits for the device: the host knows which rows come after their prompt, and only the device knows which of
 them are latent.
@@ -18,7 +18,7 @@ from torch import nn
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from latent_grpo.rollout_workers.vllm_plugin.core import SCRATCH
+from latent_grpo.rollout_workers.decoding import SCRATCH
 from latent_grpo.rollout_workers.vllm_plugin.settings import new_core, request_settings, served
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class LatentSampler:
             self._state.slot_of[input_batch.idx_mapping_np],
             input_batch.positions[input_batch.logits_indices],
             complete,
-        )
+        ).tokens
         return SamplerOutput(
             sampled_token_ids=tokens.view(-1, 1),
             logprobs_tensors=None,

@@ -12,8 +12,8 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
+from latent_grpo.rollout_workers.decoding import Decoder, Record
 from latent_grpo.rollout_workers.vllm_plugin import weights
-from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore, Record
 from latent_grpo.rollout_workers.vllm_plugin.serving import Served
 from latent_grpo.rollout_workers.vllm_plugin.settings import new_core, served
 
@@ -57,13 +57,13 @@ class LatentWorker(WorkerBase):
     def take_records(self, uids: Sequence[int], steps: Sequence[int]) -> list[Record] | None:
         """Returns records of finished samples and frees their state. The first rank answers, the others only free."""
         if self.rank == 0:
-            return self.latent_core.take(uids, steps)
+            return self.latent_core.take(uids, steps).records()
         self.latent_core.forget(uids)
         return None
 
     def look_at_record(self, uid: int, steps: int) -> Record | None:
         """Returns the first response steps of a running sample. The first rank answers."""
-        return self.latent_core.look([uid], [steps])[0] if self.rank == 0 else None
+        return self.latent_core.look([uid], [steps]).records()[0] if self.rank == 0 else None
 
     def forget(self, uids: Sequence[int]) -> int:
         """Frees the state of aborted samples; returns the number of samples left."""
@@ -77,8 +77,8 @@ class LatentWorker(WorkerBase):
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     @property
-    def latent_core(self) -> LatentCore:
-        core: LatentCore = self.model_runner.latent
+    def latent_core(self) -> Decoder:
+        core: Decoder = self.model_runner.latent
         return core
 
     def init_device(self) -> None:

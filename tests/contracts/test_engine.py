@@ -16,11 +16,13 @@ from engine_driving import Check, collect, collect_pending, published, weights_i
 from redraw import Redraw, redraw
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from waiting import WAITING, Without
 
 from latent_grpo.common.latent import sample_mixture, sample_visible
 from latent_grpo.common.models import extend_positions
 from latent_grpo.common.noise import gumbel_noise, noise_version, trajectory_key
 from latent_grpo.common.types import GroupRequest, SamplingSettings, TokenFacts, Trajectory
+from latent_grpo.rollout_workers import decoding
 from latent_grpo.rollout_workers.engine import EngineError, LatentEngine
 from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
@@ -29,8 +31,9 @@ ALLOWED = np.arange(VOCAB) < 45
 FACTS = TokenFacts(vocab_size=VOCAB, allowed=ALLOWED, latent_end_id=END, eos_ids=EOS, pad_id=0)
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 VLLM = pytest.mark.vllm
-KINDS = ("transformers", pytest.param("vllm", marks=VLLM))
-CASES = [("transformers", a) for a in ARCHITECTURES] + [
+EMBEDDED = ("transformers", "run_ahead")  # the second looks at what ended in the step before, as on CUDA
+KINDS = (*EMBEDDED, pytest.param("vllm", marks=VLLM))
+CASES = [("run_ahead", "llama")] + [
     pytest.param("vllm", a, marks=VLLM) for a in ("llama", "qwen2", "qwen3", "llama-tied")
 ]
 NEAR = 1e-4  # scores closer than this may change places between engines: their sums have another order
@@ -60,10 +63,10 @@ def make_model(architecture: str, seed: int = 0, attention: str = "sdpa", positi
 
 def bare_engine(kind: str, architecture: str = "llama", facts: TokenFacts = FACTS, **options: object) -> LatentEngine:
     """An engine without a version."""
-    if kind == "transformers":
+    if kind in EMBEDDED:
         model = make_model(architecture)
         extend_positions(model.config, options.pop("max_positions", None))
-        return TransformersEngine(model, facts, **options)
+        return TransformersEngine(model, facts, run_ahead=kind == "run_ahead", **options)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from latent_grpo.common.config import VLLMConfig
     from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
@@ -224,9 +227,9 @@ def test_a_damaged_record_is_not_redrawn(damage, message):
             assert_redrawn(make_model("llama"), request, dataclasses.replace(sample, **changes))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_samples_equal_the_plain_loop(architecture: str) -> None:
-    engine, requests = make_engine(architecture), mixed_requests()
+@pytest.mark.parametrize(("kind", "architecture"), [*zip(("transformers",) * 4, ARCHITECTURES), ("run_ahead", "gpt2")])
+def test_samples_equal_the_plain_loop(kind: str, architecture: str) -> None:
+    engine, requests = make_engine(architecture, kind), mixed_requests()
     groups, model = collect(engine, requests), make_model(architecture)
     for request in requests:
         for index, sample in zip(request.sample_indices, groups[request.group_uid], strict=True):
@@ -244,12 +247,16 @@ def assert_every_end(groups: dict[str, tuple[Trajectory, ...]]) -> None:
     assert ("stop", "visible", True) in ends, f"no visible sample stopped: {ends}"
 
 
-@pytest.mark.parametrize("options", [{"max_rows": 7}, {"deterministic": True}], ids=str)
-def test_without_noise_a_group_takes_its_latent_steps_once(options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("transformers", {"max_rows": 7}), ("transformers", {"deterministic": True}), ("run_ahead", {"max_rows": 7})],
+    ids=str,
+)
+def test_without_noise_a_group_takes_its_latent_steps_once(kind: str, options: dict[str, object]) -> None:
     """GPT-2 is decoded by its own forward pass, in which the rows of each step can be counted."""
     requests = [make_request(uid, 5 + uid, samples=5, noise_mode="off", max_tokens=25) for uid in range(5)]
     requests.append(make_request(9, 4, samples=2, max_tokens=9))
-    engine, model = make_engine("gpt2", **options), make_model("gpt2")
+    engine, model = make_engine("gpt2", kind, **options), make_model("gpt2")
     rows: list[int] = []
     running = engine._model.base_model  # private: the module whose passes are counted
     running.register_forward_hook(lambda module, arguments, output: rows.append(len(output.last_hidden_state)))
@@ -264,17 +271,19 @@ def test_without_noise_a_group_takes_its_latent_steps_once(options: dict[str, ob
     passes = len(requests)  # each prompt's own pass gives the first step of all its samples
     passes += sum(shared - 1 + sum(t.num_steps - shared for t in group) for shared, group in zip(together, alike))
     passes += sum(t.num_steps - 1 for t in noisy)
+    if kind == "run_ahead":  # a step too many of each row at its end
+        passes += sum(1 if shared == 25 else len(group) for shared, group in zip(together, alike)) + len(noisy)
     assert sum(rows) == passes
     assert engine.pending == 0
 
 
-@pytest.mark.parametrize(("kind", "architecture"), CASES[len(ARCHITECTURES) :])
+@pytest.mark.parametrize(("kind", "architecture"), CASES)
 def test_every_engine_records_what_the_transformers_engine_does(kind: str, architecture: str) -> None:
     engine, requests, model = make_engine(architecture, kind), mixed_requests(), make_model(architecture)
     groups, reference = collect(engine, requests), collect(make_engine(architecture), requests)
     for request in requests:
         for sample, same in zip(groups[request.group_uid], reference[request.group_uid], strict=True):
-            assert (sample.sample_index, sample.engine) == (same.sample_index, kind)
+            assert (sample.sample_index, sample.engine) == (same.sample_index, engine.name)
             again = assert_redrawn(model, request, sample)
             if again.alike < again.steps:  # from a near-tie on it is another sample, compared on its own history
                 warnings.warn(f"{architecture} {request.group_uid} #{sample.sample_index}: {again}", stacklevel=1)
@@ -283,6 +292,28 @@ def test_every_engine_records_what_the_transformers_engine_does(kind: str, archi
     if architecture != "llama-tied":  # a random tied model repeats its input
         assert_every_end(groups)
     assert engine.pending == 0
+
+
+def test_a_step_that_runs_ahead_waits_for_nothing() -> None:
+    """Prompts aside, whose pass is Transformers' own: mixed settings, leaving latent mode, rows that end."""
+    engine = make_engine(kind="run_ahead")
+    for request in mixed_requests():
+        engine.add(request)
+    engine.step()
+    with Without(WAITING - {"numpy"}):  # of values that a step before has sent
+        while engine.pending:
+            engine.step()
+
+
+def test_what_was_drawn_from_too_few_ids_is_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, step = [], decoding.latent_step
+    monkeypatch.setattr(decoding, "latent_step", lambda *a, **s: asked.append(s["widen"]) or step(*a, **s, top_m=8))
+    groups = collect(make_engine(kind="run_ahead"), mixed_requests())
+    assert True in asked, "nothing was drawn again"
+    assert False in asked, "everything waits"
+    for uid, group in collect(make_engine(), mixed_requests()).items():
+        for a, b in zip(groups[uid], group, strict=True):
+            assert_same(a, b)
 
 
 def test_eager_attention_gives_the_same_samples() -> None:
@@ -297,7 +328,7 @@ def test_eager_attention_gives_the_same_samples() -> None:
 @pytest.mark.parametrize(
     ("kind", "architecture", "max_rows"),
     [("transformers", a, rows) for a in ("llama", "gpt2") for rows in (4, 7, 64)]
-    + [pytest.param("vllm", "llama", 5, marks=VLLM)],
+    + [("run_ahead", "llama", 7), pytest.param("vllm", "llama", 5, marks=VLLM)],
 )
 def test_company_and_queueing_do_not_change_a_sample(kind: str, architecture: str, max_rows: int) -> None:
     requests = mixed_requests()
@@ -323,10 +354,11 @@ def test_groups_join_while_others_run(kind: str) -> None:
             assert_same(a, b)
 
 
-def test_deterministic_engine_is_bit_equal_in_any_company() -> None:
+@pytest.mark.parametrize("kind", EMBEDDED)
+def test_deterministic_engine_is_bit_equal_in_any_company(kind: str) -> None:
     requests = mixed_requests()
-    forward = collect(make_engine(deterministic=True), requests)
-    backward = collect(make_engine(deterministic=True), requests[::-1])
+    forward = collect(make_engine(kind=kind, deterministic=True), requests)
+    backward = collect(make_engine(kind=kind, deterministic=True), requests[::-1])
     for uid, group in forward.items():
         for a, b in zip(group, backward[uid], strict=True):
             assert_same(a, b, tolerance=0.0)
@@ -479,8 +511,9 @@ def test_weights_of_which_some_are_unchanged_give_the_samples_of_all(kind: str, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_in_flight_recompute_what_running_samples_have(kind: str) -> None:
     def start(model: torch.nn.Module, version: int = 3, **options: object) -> LatentEngine:
-        if kind == "transformers":
-            engine: LatentEngine = TransformersEngine(copy.deepcopy(model), FACTS, **options)
+        if kind in EMBEDDED:
+            ahead = kind == "run_ahead"
+            engine: LatentEngine = TransformersEngine(copy.deepcopy(model), FACTS, run_ahead=ahead, **options)
         else:
             blocks = {"engine_args": {"block_size": 32}}  # so that samples share a prompt, and all begin at once
             engine = bare_engine(kind, positions=256, max_length=160, vllm=blocks, **options)
@@ -495,10 +528,12 @@ def test_weights_in_flight_recompute_what_running_samples_have(kind: str) -> Non
 
 @pytest.mark.parametrize("steps", [1, 6, 12])
 @pytest.mark.parametrize("max_rows", [9, 64])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_same_weights_in_flight_change_no_sample(architecture: str, max_rows: int, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "architecture"), [("transformers", "llama"), ("transformers", "gpt2"), ("run_ahead", "llama")]
+)
+def test_the_same_weights_in_flight_change_no_sample(kind: str, architecture: str, max_rows: int, steps: int) -> None:
     """Whatever a row's mode, length and place are, and although others have ended: its past is computed as it was."""
-    engine, found = make_engine(architecture, max_rows=max_rows, in_flight_updates=True), {}
+    engine, found = make_engine(architecture, kind, max_rows=max_rows, in_flight_updates=True), {}
     for request in mixed_requests():
         engine.add(request)
     for _ in range(steps):

@@ -30,9 +30,8 @@ from test_engine import (
     mixed_requests,
 )
 
-from latent_grpo.rollout_workers import vllm_engine
+from latent_grpo.rollout_workers import decoding, vllm_engine
 from latent_grpo.rollout_workers.engine import EngineError
-from latent_grpo.rollout_workers.vllm_plugin import core
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY
 
 pytestmark = pytest.mark.vllm
@@ -266,8 +265,8 @@ def test_samples_that_looked_too_narrowly_are_drawn_again(monkeypatch):
     """On a GPU a draw never waits; what then is not sure to be exact is decoded again, with draws that may wait."""
     engine = make_engine(kind="vllm")
     engine.careful = False
-    step = core.latent_step
-    monkeypatch.setattr(core, "latent_step", lambda *args, **settings: step(*args, **settings, top_m=8))
+    step = decoding.latent_step
+    monkeypatch.setattr(decoding, "latent_step", lambda *args, **settings: step(*args, **settings, top_m=8))
     with watched(engine) as params:
         groups = collect(engine, mixed_requests())
     sent = [p.extra_args[KEY]["careful"] for p in params]

@@ -25,8 +25,8 @@ from engine_driving import (
 
 from latent_grpo.common.latent import sample_mixture
 from latent_grpo.common.types import GroupRequest, SamplingSettings, TokenFacts
+from latent_grpo.rollout_workers.decoding import Decoder
 from latent_grpo.rollout_workers.requests import sample_settings
-from latent_grpo.rollout_workers.vllm_plugin.core import LatentCore
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
 
 pytestmark = [
@@ -149,7 +149,7 @@ def test_tokens_per_second(batch):
 
 
 def running_core(batch, vocabulary, **sampling):
-    core = LatentCore(torch.device("cuda"), slots=batch, steps=96, width=K, allowed=None, end_id=END, placeholder=END)
+    core = Decoder(torch.device("cuda"), slots=batch, steps=96, width=K, allowed=None, end_id=END, placeholder=END)
     group = request(0, samples=batch, **sampling)
     for uid, row in enumerate(sample_settings(group, 1)):
         settings = dict(extra_args(uid, row, False)[KEY])

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from waiting import COPYING, WAITING, Without
 
 from latent_grpo.common.latent import mix_embeddings
 from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings, TokenFacts
+from latent_grpo.rollout_workers.decoding import SCRATCH, Decoder
 from latent_grpo.rollout_workers.engine import RequestRefused
 from latent_grpo.rollout_workers.requests import admit, sample_settings
-from latent_grpo.rollout_workers.vllm_plugin.core import SCRATCH, LatentCore
 from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
 from latent_grpo.rollout_workers.vllm_plugin.settings import KEY, extra_args
 
@@ -41,7 +40,7 @@ def settings_of(request, careful):
 
 
 def new_core(slots=8, steps=1, width=1):
-    return LatentCore(
+    return Decoder(
         torch.device("cpu"), slots=slots, steps=steps, width=width, allowed=None, end_id=END, placeholder=END
     )
 
@@ -67,7 +66,7 @@ def decode(core, requests, careful=True, scale=3.0):
         logits = torch.stack([logits_at(uid, step, scale) for uid in uids])
         positions = torch.full((len(uids),), PROMPT - 1 + step)
         core.draw(logits, slots, positions, torch.ones(len(uids), dtype=torch.bool))
-    return core.take(uids, [12] * len(uids))
+    return core.take(uids, [12] * len(uids)).records()
 
 
 def assert_equal(a, b):
@@ -103,7 +102,7 @@ def test_settings_are_each_samples_own():
             slot = np.array([core.slots[uid]])
             for step in range(12):
                 core.draw(logits_at(uid, step)[None], slot, torch.tensor([PROMPT - 1 + step]), torch.tensor([True]))
-            assert_equal(core.take([uid], [12])[0], together[uid])
+            assert_equal(core.take([uid], [12]).records()[0], together[uid])
 
 
 def test_what_cannot_be_known_from_the_likeliest_ids_is_marked():
@@ -111,27 +110,6 @@ def test_what_cannot_be_known_from_the_likeliest_ids_is_marked():
     careful, swift = decode(new_core(), MIXED, scale=0.0), decode(new_core(), MIXED, careful=False, scale=0.0)
     assert all(r.exact for r in careful)
     assert not any(r.exact for r in swift)
-
-
-WAITING = frozenset(("item", "tolist", "cpu", "nonzero", "__bool__", "numpy", "__int__", "__float__"))
-"""On a GPU each of these stops the host until the device has caught up."""
-COPYING = frozenset(("tensor", "as_tensor", "asarray", "scalar_tensor"))
-"""Of a number or a list, each of these copies to the device and waits for it too; arrays go there by `upload` alone."""
-
-
-class Without(TorchFunctionMode):
-    """Refuses these functions of torch and of its tensors; counts the calls of others by name."""
-
-    def __init__(self, refused):
-        super().__init__()
-        self.refused, self.calls = refused, Counter()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        waits = name in self.refused and not (name in COPYING and isinstance(args[0], np.ndarray))
-        assert not waits, f"the host would wait for the device: {name}"
-        self.calls[name] += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("wait", [lambda t: t[0].item(), lambda t: bool(t[0] > 0), lambda t: t.cpu(), torch.nonzero])
@@ -180,7 +158,7 @@ def test_a_step_that_is_drawn_again_replaces_the_one_that_was_thrown_away():
     for step in order:
         logits = torch.stack([logits_at(uid, step) for uid in range(4)])
         core.draw(logits, slots, torch.full((4,), PROMPT - 1 + step), torch.ones(4, dtype=torch.bool))
-    for a, b in zip(core.take(range(4), [12] * 4), reference, strict=True):
+    for a, b in zip(core.take(range(4), [12] * 4).records(), reference, strict=True):
         assert_equal(a, b)
 
 
@@ -199,7 +177,7 @@ def test_a_step_that_leaves_latent_mode_only_when_drawn_again_ends_the_latent_st
     draw(2, leave=True)
     for step in (3, 4, 5):
         draw(step)
-    record = core.take([0], [6])[0]
+    record = core.take([0], [6]).records()[0]
     assert len(record.latent_ids) == 2
     assert record.hard_ids[0] == END
     assert len(record.hard_ids) == 4
@@ -212,7 +190,7 @@ def test_a_sample_that_comes_back_after_preemption_keeps_its_history():
         if step == 2:
             assert core.add(2, PROMPT, settings) == slot[0]
         core.draw(logits_at(2, step)[None], slot, torch.tensor([PROMPT - 1 + step]), torch.tensor([True]))
-    assert_equal(core.take([2], [12])[0], decode(new_core(), [group()])[2])
+    assert_equal(core.take([2], [12]).records()[0], decode(new_core(), [group()])[2])
 
 
 def test_incomplete_prompts_draw_nothing():
@@ -224,7 +202,7 @@ def test_incomplete_prompts_draw_nothing():
             core.draw(logits_at(0, 0)[None], slot, torch.tensor([PROMPT - 1]), torch.tensor([True]))
             if disturbed:
                 core.draw(logits_at(0, 9)[None], slot, torch.tensor([1]), torch.tensor([False]))
-            records += core.take([0], [1])
+            records += core.take([0], [1]).records()
         assert len(records[0].latent_ids) == 1
         assert_equal(*records)
 
@@ -247,7 +225,7 @@ def test_mixtures_are_fed_where_a_step_was_latent_and_nowhere_else():
     places, owners = core.generated_rows(slots, computed, query_start)
     assert places.tolist() == [1, 2, 5, 6]
     core.feed(inputs, places, owners, positions, lambda ids: embedding[ids])
-    record = core.take([1], [2])[0]
+    record = core.take([1], [2]).records()[0]
     assert len(record.latent_ids) == 2
     for place, step in ((1, 0), (2, 1)):
         weights = torch.softmax(torch.tensor(record.latent_scores[step]) / 0.5, -1)
@@ -290,10 +268,11 @@ def test_records_come_in_one_copy_from_the_device():
     for step in range(12):
         logits = torch.stack([logits_at(uid, step) for uid in range(4)])
         core.draw(logits, slots, torch.full((4,), PROMPT - 1 + step), torch.ones(4, dtype=torch.bool))
-    with Without(WAITING - {"cpu", "numpy"}) as seen:
-        records = core.take(range(4), [12] * 4)
-    assert len(records) == 4
-    assert seen.calls["cpu"] == 1
+    with Without(WAITING):
+        fetch = core.take(range(4), [12] * 4)
+    with Without(WAITING - {"numpy"}) as seen:
+        assert len(fetch.records()) == 4
+    assert seen.calls["numpy"] == 1
 
 
 def test_a_warm_up_of_requests_that_nobody_added_is_harmless():
