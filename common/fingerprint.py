@@ -25,6 +25,8 @@ import numpy.typing as npt
 import torch
 import xxhash
 
+from latent_grpo.common.pinned_copy import copy_between
+
 WORDS = 1024  # of a row, 8 bytes each
 ROW_BYTES = 8 * WORDS
 CPU_ROWS = 64  # at a time: 512 KiB stay in a core's cache between the copy and both lanes
@@ -45,7 +47,7 @@ def copy_with_fingerprint(name: str, source: torch.Tensor, target: torch.Tensor)
     """
     together = source.device.type == target.device.type == "cpu" and target.is_contiguous() and source.is_contiguous()
     if not together:
-        target.copy_(source)
+        copy_between(source, target)
     return _named(name, target, lanes(target, source if together else None))
 
 

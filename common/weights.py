@@ -18,6 +18,7 @@ import xxhash
 
 from latent_grpo.common.errors import LatentGRPOError
 from latent_grpo.common.fingerprint import fingerprint
+from latent_grpo.common.pinned_copy import copy_between
 from latent_grpo.common.types import PolicyVersion
 
 NamedTensor = tuple[str, torch.Tensor]
@@ -102,6 +103,10 @@ def combine_checksums(parts: Iterable[str]) -> str:
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
     """Returns the tensor's bytes as a flat uint8 array, a view where it lies contiguous in host memory."""
+    if tensor.is_cuda:
+        on_host = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copy_between(tensor.detach().contiguous(), on_host)
+        tensor = on_host
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy() if len(flat) else np.empty(0, np.uint8)
 

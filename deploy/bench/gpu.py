@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.head import Float32Head, float32_product_is_native
 from latent_grpo.common.latent import latent_step, sample_mixture
+from latent_grpo.common.pinned_copy import copy_between
 from latent_grpo.common.schema import TrajectoryBatch, encode
 from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import combine_checksums
@@ -299,7 +300,15 @@ def publish(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> 
     def sums() -> list[str]:
         return [fingerprint(n, p.detach()) for n, p in model.named_parameters()]
 
+    def pinned() -> None:
+        for (_, parameter), (_, host) in zip(model.named_parameters(), kept, strict=True):
+            copy_between(parameter.detach(), host, proven=True)
+
     packing, hashing = once.seconds(out), once.seconds(sums)
+    through_pinned = once.seconds(pinned)
+    exact = all(
+        torch.equal(p.detach().cpu(), host) for (_, p), (_, host) in zip(model.named_parameters(), kept, strict=True)
+    )
     version = PolicyVersion(version=1, checksum=combine_checksums(sums()))
 
     def back() -> None:
@@ -310,6 +319,8 @@ def publish(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> 
     return {
         "GiB": size / 2**30,
         "copy s": packing,
+        "copy through pinned memory s": through_pinned,
+        "exact through pinned memory": exact,
         "fingerprint s": hashing,
         "verify and load s": loading,
         "GiB/s out": size / 2**30 / packing,

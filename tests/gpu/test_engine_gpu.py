@@ -17,6 +17,7 @@ from latent_grpo.common.agreement import TOLERANCES, Gap
 from latent_grpo.common.head import Float32Head, float32_product_is_native
 from latent_grpo.common.latent import latent_step, sample_mixture
 from latent_grpo.common.noise import gumbel_noise
+from latent_grpo.common.pinned_copy import PinnedCopies
 from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
 pytestmark = pytest.mark.gpu
@@ -104,6 +105,18 @@ def test_bfloat16_logits_are_float32_and_so_are_their_gradients_sums(device, nat
 def test_cuda_multiplies_without_float32_copies(cuda):
     weight = torch.zeros(64, 64, device=cuda, dtype=torch.bfloat16)
     assert float32_product_is_native(weight, weight), "this torch or card has no bfloat16 product with float32 output"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_copies_through_pinned_memory_bring_every_byte(cuda, dtype):
+    copies = PinnedCopies(cuda, piece_bytes=2**20)
+    for size in (1, 2**18 + 3, 2**21 + 5):  # less than a piece, and several that are not full
+        source = torch.randint(0, 100, (size,)).to(dtype)
+        there, back = torch.zeros_like(source, device=cuda), torch.zeros_like(source)
+        copies.copy(source, there)
+        copies.copy(there, back)
+        assert torch.equal(there.cpu(), source)
+        assert torch.equal(back, source)
 
 
 def test_memory_returns_when_an_engine_is_closed_and_dropped(cuda):
