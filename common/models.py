@@ -161,7 +161,7 @@ def check_logits(model: PreTrainedModel, name: str) -> None:
     The output layer is made to give float32 logits first (`common.head`).
 
     Engine and learner compute the latter, and agree with each other, so no self-test would see the difference. The
-    check takes two passes over a few tokens, on whole weights: a rank loads the whole model, and ZeRO shards it later.
+    check takes two passes over a few tokens, on whole weights, before ZeRO-3 shards them.
     """
     architecture = type(model).__name__
     if model.get_output_embeddings() is None:

@@ -24,6 +24,7 @@ from latent_grpo.learner.lora import Addition, add_lora, plain_name, plain_param
 from latent_grpo.learner.policy import freeze_lower_layers, load_policy_model
 from latent_grpo.learner.publication import Publisher
 from latent_grpo.learner.state import StateShare
+from latent_grpo.learner.stored_weights import StoredWeights
 from latent_grpo.learner.zero_engine import UpdateResult, ZeroEngine, init_distributed
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class RankActor:
     model_folder: str
     device: str
     engine: TrainingEngine
+    stored: StoredWeights | None = None  # with ZeRO-3, until the module is sharded
     copy: StateShare | None = None
     published = False  # frozen weights are with the workers
     publisher: Publisher  # of rank 0, from the first publication on
@@ -137,8 +139,18 @@ class RankActor:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(learner.resources.threads)
         init_distributed(rank=rank, world=world, address=address, port=port, device=self.device)
-        module, optimizer = self.build(load_policy_model(model_folder, self.loaded_dtype))
-        self.engine = ZeroEngine(module, optimizer, learner, self.config.model.dtype, self.device)
+        self.make_engine()
+
+    def make_engine(self) -> None:
+        """Loads the model and puts the module around it under ZeRO."""
+        learner = self.config.learner
+        self.stored = StoredWeights() if learner.zero_stage == 3 else None
+        module, optimizer = self.build(self.load_model(self.model_folder, self.loaded_dtype))
+        self.engine = ZeroEngine(module, optimizer, learner, self.config.model.dtype, self.device, self.stored)
+
+    def load_model(self, folder: str, dtype: str = "float32") -> PreTrainedModel:
+        """Loads a model for a module under ZeRO; with ZeRO-3 its weights stay in their files until it is sharded."""
+        return load_policy_model(folder, dtype) if self.stored is None else self.stored.load(folder, dtype)
 
     def policy_parameters(
         self, without: Collection[str] = (), device: str = "cpu"
@@ -211,9 +223,11 @@ def write_model_folder(parameters: dict[str, torch.Tensor], source: str, folder:
     """Writes a model folder like `source` (a folder or hub id) with these parameters, in the run's dtype."""
     model = load_policy_model(source, config.dtype)
     names = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in parameters.items():
-            names[name].copy_(tensor)
+    for name, tensor in parameters.items():
+        if tensor.untyped_storage().nbytes() == tensor.nbytes:  # ZeRO-3's copies: one model in memory is enough
+            names[name].data = tensor.to(names[name])
+        else:  # a part of a buffer of all parameters, which safetensors would take for tied weights
+            names[name].data.copy_(tensor)
     extend_positions(model.config, config.max_positions)
     model.save_pretrained(folder)
     if Path(source).is_dir():

@@ -35,9 +35,9 @@ from latent_grpo.learner.gaps import RankGaps, compare, joined
 from latent_grpo.learner.logprobs import step_log_probs
 from latent_grpo.learner.lora import without_additions
 from latent_grpo.learner.objective import clip_codes, importance_weights, k3_kl, policy_loss
-from latent_grpo.learner.policy import PolicyModule, load_policy_model
+from latent_grpo.learner.policy import PolicyModule
 from latent_grpo.learner.recorder import StepCollector, flip_shares
-from latent_grpo.learner.zero_engine import learning_rate
+from latent_grpo.learner.zero_engine import ShardedModule, learning_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,7 +107,7 @@ class _Replayed:
 class LearnerRank(RankActor):
     """A rank that trains the policy with the method's objective."""
 
-    reference: PolicyModule | None  # the initial model, where its own copy is needed
+    reference: PolicyModule | ShardedModule | None  # the initial model, where its own copy is needed
 
     @property
     def lora(self) -> LoRAConfig | None:
@@ -117,9 +117,7 @@ class LearnerRank(RankActor):
         config = self.config
         self.reference = None
         if config.kl_coefficient > 0 and self.lora is None:
-            dtype = getattr(torch, config.model.dtype)
-            frozen = PolicyModule(load_policy_model(self.model_folder))
-            self.reference = frozen.to(self.device, dtype).requires_grad_(False)
+            self.reference = self._initial_model()
         self.facts = read_tokens(config, self.model_folder)[1] if config.centering_draws else None
         share = config.learner.share_prompts
         self.sharing = None
@@ -134,6 +132,13 @@ class LearnerRank(RankActor):
         )
         self.flops, self.module = ModelFlops.of(model), module
         return module, config.optimizer
+
+    def _initial_model(self) -> PolicyModule | ShardedModule:
+        """The initial model for the KL term: whole on each rank, and with ZeRO-3 shared among them."""
+        frozen, dtype = PolicyModule(self.load_model(self.model_folder)), self.config.model.dtype
+        if self.stored is None:
+            return frozen.to(self.device, getattr(torch, dtype)).requires_grad_(False)
+        return ShardedModule(frozen, self.config.learner, dtype, self.device, self.stored)
 
     # -- the step
 

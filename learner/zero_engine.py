@@ -35,6 +35,7 @@ from latent_grpo.learner.state import (
     share_of,
     weights_only,
 )
+from latent_grpo.learner.stored_weights import StoredWeights
 
 FUSED_PROVEN_ON_CUDA = False
 """Whether AdamW's fused step was run on a GPU (docs/gpu.md). It makes no copies of the parameters' size."""
@@ -129,8 +130,15 @@ class ZeroEngine:
     """`module` under ZeRO. All methods are collective: every rank calls them in the same order."""
 
     def __init__(
-        self, module: nn.Module, optimizer: OptimizerConfig, learner: LearnerConfig, dtype: str, device: str = "cpu"
+        self,
+        module: nn.Module,
+        optimizer: OptimizerConfig,
+        learner: LearnerConfig,
+        dtype: str,
+        device: str = "cpu",
+        stored: StoredWeights | None = None,
     ):
+        """Takes the module's weights from where they are, or with ZeRO-3 from `stored`, if it was made without them."""
         import deepspeed
 
         if dtype == "bfloat16" and learner.zero_stage == 0:
@@ -154,11 +162,11 @@ class ZeroEngine:
         )
         if self.stage == 0:
             self._optimizer.max_norm = optimizer.grad_clip
+        config = _deepspeed_config(learner, dtype, self.device, optimizer.grad_clip)
+        if stored is not None:
+            stored.shard(module, dtype=getattr(torch, dtype), device=self.device, config=config)
         self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=self._optimizer,
-            model_parameters=trainable,
-            config=_deepspeed_config(learner, dtype, optimizer.grad_clip, self.device),
+            model=module, optimizer=self._optimizer, model_parameters=trainable, config=config
         )
         module.train(False)
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -292,7 +300,27 @@ class ZeroEngine:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
 
-def _deepspeed_config(learner: LearnerConfig, dtype: str, grad_clip: float, device: torch.device) -> dict[str, Any]:
+class ShardedModule:
+    """A frozen module under ZeRO-3, of whose parameters a rank holds a share; all ranks call it equally often."""
+
+    def __init__(self, module: nn.Module, learner: LearnerConfig, dtype: str, device: str, stored: StoredWeights):
+        import deepspeed
+
+        on = torch.device(device)
+        config = _deepspeed_config(learner, dtype, on)
+        stored.shard(module.requires_grad_(False), dtype=getattr(torch, dtype), device=on, config=config)
+        self._engine, *_ = deepspeed.initialize(model=module, config=config)
+        module.train(False)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Returns what the module returns, without a gradient."""
+        with torch.no_grad():
+            return self._engine(*inputs)
+
+
+def _deepspeed_config(
+    learner: LearnerConfig, dtype: str, device: torch.device, grad_clip: float = 0.0
+) -> dict[str, Any]:
     stage = learner.zero_stage
     zero: dict[str, Any] = {
         "stage": stage,

@@ -202,7 +202,7 @@ def rank_memory(
 
     `tokens` is the size of a step on one rank, `longest` that of its longest row, which is never split;
     `frozen_embeddings` says whether the input embeddings are left as they are. With `lora` only its factors are
-    trained. `reference`: the rank holds the initial model besides, whole.
+    trained. `reference`: the rank holds the initial model besides, with ZeRO-3 its share of it.
     """
     learner, dtype = config.learner, config.model.dtype
     layers = config.model.train_layers
@@ -232,7 +232,7 @@ def rank_memory(
         **parts,
         activations=at_once * shape.saved_bytes(dtype, checkpointing=learner.gradient_checkpointing, layers=layers),
         logits=copies * 4 * shape.rows * min(learner.logprob_chunk_tokens, at_once),
-        reference=own * shape.parameters if reference else 0,
+        reference=own * shape.parameters // (learner.ranks if learner.zero_stage == 3 else 1) if reference else 0,
         host=host,
     )
 

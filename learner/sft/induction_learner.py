@@ -15,7 +15,6 @@ from torch import nn
 from latent_grpo.common.config import OptimizerConfig, RunConfig
 from latent_grpo.learner.base_rank import RankActor
 from latent_grpo.learner.group import RankGroup
-from latent_grpo.learner.policy import load_policy_model
 from latent_grpo.learner.sft.induction import (
     DECODER,
     ENCODER,
@@ -76,7 +75,7 @@ class InductionRank(RankActor):
         _, facts = read_tokens(config, self.model_folder)
         self.pad_id, self.slot_id = facts.pad_id, facts.latent_end
         module = InductionModule(
-            load_policy_model(encoder_beside(self.model_folder)),
+            self.load_model(encoder_beside(self.model_folder)),
             model,
             k=config.k,
             phase=self.phase,

@@ -6,10 +6,8 @@ from pathlib import Path
 
 from latent_grpo.learner.group import RankGroup
 from latent_grpo.learner.learner import LearnerGroup
-from latent_grpo.learner.policy import load_policy_model
 from latent_grpo.learner.rank import LearnerRank
 from latent_grpo.learner.state import FACTS, OLD_TAG, OldFacts
-from latent_grpo.learner.zero_engine import ZeroEngine
 
 
 class RemadeRank(LearnerRank):
@@ -17,8 +15,7 @@ class RemadeRank(LearnerRank):
         learner = self.config.learner.model_copy(update={"zero_stage": stage})
         model = self.config.model.model_copy(update={"dtype": dtype})
         self.config = self.config.model_copy(update={"learner": learner, "model": model})
-        module, optimizer = self.build(load_policy_model(self.model_folder))
-        self.engine = ZeroEngine(module, optimizer, learner, dtype, self.device)
+        self.make_engine()
 
     def save_as_before(self, folder):
         """Writes a state as versions before 0.3 did."""

@@ -168,6 +168,14 @@ def test_the_initial_model_is_counted_with_a_kl_term_and_a_long_row_is_never_spl
     with_kl = rank_memory(config, shape, 4000, frozen_embeddings=True, reference=True)
     without = rank_memory(config, shape, 4000, frozen_embeddings=True)
     assert with_kl.total - without.total == 4 * shape.parameters
+
+    def initial(stage: int) -> int:
+        keys = ["learner.ranks=2", f"learner.zero_stage={stage}"]
+        return rank_memory(
+            load_config("quickstart", [*NEW, *keys]), shape, 4000, frozen_embeddings=True, reference=True
+        ).reference
+
+    assert (initial(2), initial(3)) == (4 * shape.parameters, 2 * shape.parameters), "ZeRO-3 shares it too"
     long = rank_memory(config, shape, 4000, frozen_embeddings=True, longest=300)
     assert long.activations == 3 * without.activations
 
