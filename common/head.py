@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,10 +77,20 @@ class Float32Head(nn.Linear):
         self.native = native
         self.train(layer.training)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns float32 logits [..., V] of hidden states [..., D] of any dtype."""
+    def forward(
+        self, hidden: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Returns float32 logits [..., V] of hidden states [..., D] of any dtype, or what `compute` makes of them.
+
+        `compute` may use the layer's weights and :meth:`logits`: with ZeRO-3 they are whole within a call, and again
+        while its gradient is computed, and nowhere else.
+        """
+        return self.logits(hidden) if compute is None else compute(hidden)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns float32 logits [..., V] of hidden states [..., D] of any dtype. The weights must be at hand."""
         if hidden.dtype == torch.float32 and self.weight.dtype == torch.float32:
-            return super().forward(hidden)
+            return nn.functional.linear(hidden, self.weight, self.bias)
         states = hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])
         native = self.native and float32_product_is_native(states, self.weight)
         logits: torch.Tensor = _Float32Product.apply(states, self.weight, native)  # type: ignore[no-untyped-call]  # torch

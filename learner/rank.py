@@ -32,7 +32,7 @@ from latent_grpo.learner.batching import MiniBatch, ReplayInputs, Sharing, colla
 from latent_grpo.learner.centering import OtherDraws, Redraw, draw_keys
 from latent_grpo.learner.cost import ModelFlops, StepCost, peak_flops
 from latent_grpo.learner.gaps import RankGaps, compare, joined
-from latent_grpo.learner.logprobs import step_log_probs
+from latent_grpo.learner.logprobs import chunk_size, step_log_probs
 from latent_grpo.learner.lora import without_additions
 from latent_grpo.learner.objective import clip_codes, importance_weights, k3_kl, policy_loss
 from latent_grpo.learner.policy import PolicyModule
@@ -131,6 +131,7 @@ class LearnerRank(RankActor):
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         self.flops, self.module = ModelFlops.of(model), module
+        self.chunk_tokens = chunk_size(config.learner, model.config.get_text_config().vocab_size)
         return module, config.optimizer
 
     def _initial_model(self) -> PolicyModule | ShardedModule:
@@ -339,7 +340,7 @@ class LearnerRank(RankActor):
             minibatch_prompts=minibatch_prompts,
             ranks=self.world,
             tokens_per_microbatch=self.config.learner.tokens_per_microbatch,
-            chunk_tokens=self.config.learner.logprob_chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
             sharing=self.sharing,
         )
 

@@ -115,8 +115,9 @@ class LearnerConfig(Section):
     """Torch device of the learner ranks; `auto`: cuda if the actor has a GPU, else cpu."""
     tokens_per_microbatch: Annotated[PositiveInt, Rule.MAY_CHANGE, Rule.LAST_BIT] = 16384
     """Maximum number of tokens per forward pass of a rank: prompts and responses, padding included."""
-    logprob_chunk_tokens: Annotated[PositiveInt, Rule.MAY_CHANGE, Rule.LAST_BIT] = 2048
-    """Number of positions whose float32 logits [.., V] exist at once; fewer need less memory."""
+    logprob_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule.MAY_CHANGE, Rule.LAST_BIT] = "auto"
+    """Number of positions whose float32 logits [.., V] exist at once; fewer need less memory. `auto`: as many as take
+    128 MiB, from 16 to 2,048."""
     gradient_checkpointing: Annotated[bool | PositiveInt, Rule.MAY_CHANGE, Rule.LAST_BIT] = False
     """Whether activations are recomputed in the backward pass, which takes less memory and more time: of all layers
     (`true`), of so many of the lowest ones that are trained (a number), or of none."""

@@ -29,7 +29,7 @@ from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.learner.batching import ReplayInputs, collate, group_indices, plan
 from latent_grpo.learner.gaps import LogitSizes, compare, joined, summarize_gaps
-from latent_grpo.learner.logprobs import step_log_probs
+from latent_grpo.learner.logprobs import chunk_size, step_log_probs
 from latent_grpo.learner.policy import PolicyModule
 from latent_grpo.rollout_workers.engine import generate
 from latent_grpo.rollout_workers.factory import make_engine
@@ -101,7 +101,7 @@ def measure(config: RunConfig, groups: int, reporter: Reporter | None = None) ->
         minibatch_prompts=int(numbers.max(initial=0)) + 1,
         ranks=1,
         tokens_per_microbatch=config.learner.tokens_per_microbatch,
-        chunk_tokens=config.learner.logprob_chunk_tokens,
+        chunk_tokens=chunk_size(config.learner, facts.vocab_size),
     )
     found = compare(
         forward, (collate(view, m.sequences, m.chunks).to(device) for mini in minibatches for m in mini.ranks[0])

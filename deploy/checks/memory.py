@@ -22,6 +22,7 @@ from latent_grpo.common.config import ConfigError, LoRAConfig, RunConfig
 from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import make_model
 from latent_grpo.deploy.run.object_store import held_versions
+from latent_grpo.learner.logprobs import chunk_size
 from latent_grpo.learner.policy import transformer_layers
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 SAVED_WIDTHS = {"float32": 10, "bfloat16": 13}  # values of width D that a layer saves for a token; norms are float32
 SAVED_MLP_WIDTHS = 4  # of the MLP's width: gate, its activation, up, their product
-LOGIT_COPIES, LOGIT_COPIES_ZERO3 = 1, 3  # of a chunk's logits (`learner.logprobs`)
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2.5-Math-7B": (
         "qwen2",
@@ -226,12 +226,11 @@ def rank_memory(
     host = 0
     for name in away if learner.resources.num_gpus else ():
         host, parts[name] = host + parts[name], 0
-    copies = LOGIT_COPIES if learner.zero_stage < 3 else LOGIT_COPIES_ZERO3
     at_once = min(max(learner.tokens_per_microbatch, longest), tokens)
     return RankMemory(
         **parts,
         activations=at_once * shape.saved_bytes(dtype, checkpointing=learner.gradient_checkpointing, layers=layers),
-        logits=copies * 4 * shape.rows * min(learner.logprob_chunk_tokens, at_once),
+        logits=4 * shape.rows * min(chunk_size(learner, shape.rows), at_once),
         reference=own * shape.parameters // (learner.ranks if learner.zero_stage == 3 else 1) if reference else 0,
         host=host,
     )

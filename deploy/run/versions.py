@@ -18,7 +18,7 @@ from latent_grpo.deploy.run.program import DISTRIBUTION, OUR_PACKAGES, ROOT, ins
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
 ARITHMETIC = 4
 """Rises when the same draws and steps may differ in their last bits. 2: the lean decode step, shared
-prompts. 3: log-probs of the learner, AdamW. 4: the KL term's initial model with ZeRO-3."""
+prompts. 3: log-probs of the learner, AdamW. 4: log-probs of a large vocabulary, and all with ZeRO-3."""
 SUBMITTED = "LATENT_GRPO_SUBMITTED"
 """Environment variable of a job: the submitter's :func:`versions`, as JSON."""
 

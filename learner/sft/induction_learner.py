@@ -15,6 +15,7 @@ from torch import nn
 from latent_grpo.common.config import OptimizerConfig, RunConfig
 from latent_grpo.learner.base_rank import RankActor
 from latent_grpo.learner.group import RankGroup
+from latent_grpo.learner.logprobs import calls_size
 from latent_grpo.learner.sft.induction import (
     DECODER,
     ENCODER,
@@ -74,13 +75,14 @@ class InductionRank(RankActor):
         config = self.config
         _, facts = read_tokens(config, self.model_folder)
         self.pad_id, self.slot_id = facts.pad_id, facts.latent_end
+        self.chunk_tokens = calls_size(config.learner, facts.vocab_size)
         module = InductionModule(
             self.load_model(encoder_beside(self.model_folder)),
             model,
             k=config.k,
             phase=self.phase,
             allowed=label_ids(np.asarray(facts.allowed), facts.latent_end),
-            chunk_tokens=config.learner.logprob_chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         return module, config.latent_sft.induction.optimizer
@@ -121,7 +123,7 @@ class InductionRank(RankActor):
         for column in zip(*plan, strict=True):
             piece: SFTPiece = column[self.rank]
             each = [counts_of([rows[i] for i in p.rows], c) for p in column]
-            chunk = learner.logprob_chunk_tokens
+            chunk = self.chunk_tokens
             text, answer, slots = (
                 max(-(-getattr(n, name) // chunk) for n in each) for name in ("text", "answer", "slots")
             )

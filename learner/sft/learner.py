@@ -15,6 +15,7 @@ from latent_grpo.common.config import LatentSFTConfig, LoRAConfig, OptimizerConf
 from latent_grpo.common.types import TokenFacts
 from latent_grpo.learner.base_rank import RankActor
 from latent_grpo.learner.group import RankGroup
+from latent_grpo.learner.logprobs import calls_size
 from latent_grpo.learner.policy import load_policy_model
 from latent_grpo.learner.sft.induction import InducedChains, encoder_beside
 from latent_grpo.learner.sft.module import Calls, LatentSFTModule, collate, means, row_key
@@ -100,13 +101,14 @@ class SFTRank(RankActor):
         self.pad_id = facts.pad_id
         self.labels = self._chain_source(facts)
         self.choose_trained(model)
+        self.chunk_tokens = calls_size(config.learner, facts.vocab_size)
         module = LatentSFTModule(
             model,
             k=config.k,
             tau=config.tau,
             perturb_scale=settings.perturb_scale,
             allowed=np.asarray(facts.allowed),
-            chunk_tokens=config.learner.logprob_chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         return module, settings.optimizer
@@ -142,7 +144,7 @@ class SFTRank(RankActor):
         hard = sum(len(r.hard_ids) for r in rows)
         self_feeding = self_feeding_share(settings, step)
         feed = latent > 0 and self_feeding > 0
-        calls = least_calls(plan, rows, config.learner.logprob_chunk_tokens, feed)
+        calls = least_calls(plan, rows, self.chunk_tokens, feed)
         kl = cross_entropy = 0.0
         for piece, least in zip(plan[self.rank], calls, strict=True):
             batch = collate(

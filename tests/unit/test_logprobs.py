@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from latent_grpo.common.config import LearnerConfig
 from latent_grpo.common.head import Float32Head
-from latent_grpo.learner.logprobs import selected_log_probs
+from latent_grpo.learner.logprobs import calls_size, chunk_size, selected_log_probs
 
 N, D, V, W = 11, 6, 40, 3
 
@@ -64,13 +65,17 @@ def test_nothing_selected_still_reaches_every_parameter():
 
 
 class CountedHead(Float32Head):
-    """A float32 output layer that counts its calls."""
+    """A float32 output layer that counts its calls, and how often it computes logits."""
 
-    calls = 0
+    calls = products = 0
 
-    def forward(self, hidden):
+    def forward(self, *inputs):
         self.calls += 1
-        return super().forward(hidden)
+        return super().forward(*inputs)
+
+    def logits(self, hidden):
+        self.products += 1
+        return super().logits(hidden)
 
 
 def float32_head(dtype, trained, bias=True):
@@ -92,7 +97,8 @@ def test_gradients_are_those_of_float64_and_a_frozen_head_computes_logits_once(d
     direction = torch.randn(N, W)
     found = torch.autograd.grad((value * direction).sum(), (hidden, head.weight) if trained else (hidden,))
     assert {tensor.dtype for tensor in found} == {dtype}
-    assert head.calls == (2 * chunks if trained else chunks)
+    assert head.products == (2 * chunks if trained else chunks)
+    assert head.calls == 1, "with ZeRO-3 each call gathers the layer"
 
     exact, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, head.weight))
     logits = torch.nn.functional.linear(exact, weight, head.bias.double())
@@ -102,6 +108,23 @@ def test_gradients_are_those_of_float64_and_a_frozen_head_computes_logits_once(d
     rough = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for one, other in zip(found, gradients, strict=False):
         torch.testing.assert_close(one.double(), other, rtol=rough, atol=rough)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens", "stage", "inside", "calls"),
+    [
+        (48, "auto", 2, 2048, 2048),
+        (16_384, "auto", 3, 2048, 2048),
+        (49_152, "auto", 2, 682, 682),
+        (151_936, "auto", 2, 220, 220),
+        (151_936, "auto", 3, 220, 2048),  # Latent-SFT calls the layer once a chunk, and each call gathers it
+        (10_000_000, "auto", 2, 16, 16),
+        (151_936, 512, 3, 512, 512),
+    ],
+)
+def test_by_default_so_many_logits_exist_at_once_as_take_128_mib(vocabulary, tokens, stage, inside, calls):
+    learner = LearnerConfig(logprob_chunk_tokens=tokens, zero_stage=stage)
+    assert (chunk_size(learner, vocabulary), calls_size(learner, vocabulary)) == (inside, calls)
 
 
 def test_a_head_whose_bias_is_trained_has_its_gradient():
