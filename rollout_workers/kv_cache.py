@@ -90,12 +90,14 @@ class SlotCache(Cache):
 
         Prompts are right-padded to the longest; the padding's keys land beyond the row's length and are overwritten.
         """
-        last = first + owners.shape[0]
         prompts: list[Any] = prefill.layers  # their type has room for layers without keys, which full attention has not
-        for layer, prompt in zip(self._kv, prompts):
-            length = prompt.keys.shape[2]
-            layer[0, first:last, :, :length] = prompt.keys[owners]
-            layer[1, first:last, :, :length] = prompt.values[owners]
+        for layer, prompt in enumerate(prompts):
+            self.fill(layer, prompt.keys, prompt.values, owners, first)
+
+    def fill(self, layer: int, keys: torch.Tensor, values: torch.Tensor, owners: torch.Tensor, first: int) -> None:
+        """Does so for one layer: `keys` and `values` [prompts, heads, T, head_dim]."""
+        for part, prompts in zip(self._kv[layer], (keys, values)):
+            part[first : first + owners.shape[0], :, : prompts.shape[2]] = prompts[owners]
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Copies row sources[i] to row targets[i], up to column `length`."""

@@ -1,4 +1,4 @@
-"""One decode step of the architectures that people train, as few tensor operations as the arithmetic needs.
+"""Decode steps and prompts of the architectures that people train, in as few tensor operations as they need.
 
 Transformers' modules cost much beside their arithmetic where a step is small (docs/measured.md). Here a layer is one
 product for queries, keys and values, one for gate and up, rotary positions of queries and keys together, and residuals
@@ -68,13 +68,14 @@ class _Layer:
 
 
 class LeanForward:
-    """The decode step of a supported model; made by :func:`lean_forward`."""
+    """The decode step and the pass over prompts of a supported model; made by :func:`lean_forward`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config, base = model.config, model.base_model
         self._heads = config.num_attention_heads
         self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._grouped = self._heads != self._kv_heads
         layers: Any = base.layers
         self._layers = [self._layer(layer) for layer in layers]
         self._norm = _norm(base.norm)
@@ -88,24 +89,66 @@ class LeanForward:
 
         `cache` has begun the step, and `mask` [n, 1, 1, extent] bool says which of its columns a row sees.
         """
-        cos, sin = self._rotation(positions, cache.extent, inputs)
-        rows, heads, keys = len(inputs), self._heads, self._kv_heads
-        x = inputs
+        rotation = self._rotation(positions, cache.extent, inputs)
+        x, heads = inputs, self._heads
+        # the kernel adds its mask to the scores; made once here, instead of in every layer
+        added = torch.zeros_like(mask, dtype=inputs.dtype).masked_fill(~mask, -torch.inf)
         for index, layer in enumerate(self._layers):
-            states = layer.qkv(layer.before_attention(x)).view(rows, heads + 2 * keys, self._head_dim)
-            turned = states[:, : heads + keys]
-            if layer.head_norms is not None:
-                of_queries, of_keys = layer.head_norms
-                turned = torch.cat([of_queries(turned[:, :heads]), of_keys(turned[:, heads:])], 1)
-            turned = torch.addcmul(turned * cos, _half_swapped(turned), sin)
-            past_keys, past_values = cache.write(index, turned[:, heads:], states[:, heads + keys :])
+            turned, values = self._projected(layer, x, rotation)
+            past_keys, past_values = cache.write(index, turned[:, heads:], values)
             attended = F.scaled_dot_product_attention(
-                turned[:, :heads].unsqueeze(2), past_keys, past_values, attn_mask=mask, enable_gqa=heads != keys
+                turned[:, :heads].unsqueeze(2), past_keys, past_values, attn_mask=added, enable_gqa=self._grouped
             )
-            x = layer.out.added_to(x, attended.reshape(rows, heads * self._head_dim))
-            gate, up = layer.gate_up(layer.before_mlp(x)).chunk(2, -1)
-            x = layer.down.added_to(x, F.silu(gate).mul_(up))
+            x = self._finished(layer, x, attended)
         return self._norm(x)
+
+    def prompts(
+        self, inputs: torch.Tensor, last: torch.Tensor, cache: SlotCache, owners: torch.Tensor, first: int
+    ) -> torch.Tensor:
+        """Runs a pass over prompts: `inputs` [g, T, D] embeddings -> final hidden states at `last` [g], [g, D].
+
+        Prompts are padded on the right, where no earlier position sees it. Row first + i of `cache` gets the keys and
+        values of prompt `owners[i]`. Of the last layer only what those positions need is computed.
+        """
+        count, length, width = inputs.shape
+        at = torch.arange(length, device=inputs.device)
+        rotation = self._rotation(at.repeat(count), length, inputs)
+        x, heads, which = inputs.reshape(-1, width), self._heads, torch.arange(count, device=inputs.device)
+        for index, layer in enumerate(self._layers):
+            turned, values = self._projected(layer, x, rotation)
+            queries, keys = turned.view(count, length, -1, self._head_dim).split([heads, self._kv_heads], 2)
+            keys, values = (part.transpose(1, 2) for part in (keys, values.view(keys.shape)))
+            cache.fill(index, keys, values, owners, first)
+            if index < len(self._layers) - 1:
+                attended = F.scaled_dot_product_attention(
+                    queries.transpose(1, 2), keys, values, is_causal=True, enable_gqa=self._grouped
+                )
+                x = self._finished(layer, x, attended.transpose(1, 2))
+            else:
+                mask = (at <= last.unsqueeze(-1))[:, None, None]
+                attended = F.scaled_dot_product_attention(
+                    queries[which, last].unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=self._grouped
+                )
+                x = self._finished(layer, x.view(count, length, width)[which, last], attended)
+        return self._norm(x)
+
+    def _projected(
+        self, layer: _Layer, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns queries and keys with their positions in one tensor [m, H + kv, d], and values [m, kv, d]."""
+        (cos, sin), heads, both = rotation, self._heads, self._heads + self._kv_heads
+        states = layer.qkv(layer.before_attention(x)).view(len(x), both + self._kv_heads, self._head_dim)
+        turned = states[:, :both]
+        if layer.head_norms is not None:
+            of_queries, of_keys = layer.head_norms
+            turned = torch.cat([of_queries(turned[:, :heads]), of_keys(turned[:, heads:])], 1)
+        return torch.addcmul(turned * cos, _half_swapped(turned), sin), states[:, both:]
+
+    def _finished(self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Returns a layer's output [m, D], from its input and what attention found for each head."""
+        x = layer.out.added_to(x, attended.reshape(len(x), self._heads * self._head_dim))
+        gate, up = layer.gate_up(layer.before_mlp(x)).chunk(2, -1)
+        return layer.down.added_to(x, F.silu(gate).mul_(up))
 
     def _rotation(self, positions: torch.Tensor, extent: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns cosines and signed sines [n, 1, head_dim] of the positions, from a table that grows with `extent`."""

@@ -23,7 +23,6 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,72 +33,15 @@ from latent_grpo.common.head import float32_logits, install_float32_head
 from latent_grpo.common.model_limits import longest_exact, refusal
 from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import combine_checksums
-from latent_grpo.rollout_workers.decoding import Decoder, Fetch
+from latent_grpo.rollout_workers.decoding import Decoder
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.kv_cache import SlotCache
 from latent_grpo.rollout_workers.lean_forward import lean_forward
 from latent_grpo.rollout_workers.requests import Download, RunningGroup, SampleRecord, admit, upload
+from latent_grpo.rollout_workers.samples import ROW, Ended, Outcome, Queued
 from latent_grpo.rollout_workers.weight_checks import TensorShape, check_checksum, checked_tensors
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass; it bounds memory, not admission
-
-ROW = np.dtype([(name, np.int64) for name in ("uid", "slot", "prompt_len", "budget", "length", "latent")])
-"""A running sample: its name and slot in the decoder, its columns of the KV cache (`length`), and whether it is in
-latent mode as far as the host knows. Between two steps it has taken length - prompt_len + 1 steps."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Queued:
-    """Samples of a group that wait for rows, by their positions in it; `careful` as in `decoding.ROW`."""
-
-    group: RunningGroup
-    places: list[int]
-    careful: bool
-
-    @property
-    def first_rows(self) -> int:
-        """How many rows they begin with: one if they take the same latent steps, else one each."""
-        settings = self.group.settings
-        alike = (settings["latent"] == 1) & (settings["noisy"] == 0)
-        return 1 if alike.all() else len(self.places)
-
-    @property
-    def columns(self) -> int:
-        """The number of KV columns that a sample can need."""
-        return len(self.group.request.prompt_ids) + self.group.request.sampling.max_tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a step did to its rows, on its way to the host: codes [n], 1 for an end of text plus 2 for a latent step."""
-
-    rows: np.ndarray  # [n] ROW, when the step was drawn
-    codes: Download
-    version: int  # of the weights that drew it
-
-    @property
-    def steps(self) -> np.ndarray:
-        """The steps that the rows had taken with this one: [n]."""
-        return self.rows["length"] - self.rows["prompt_len"] + 1
-
-    @property
-    def over(self) -> np.ndarray:
-        """Which rows ended: [n] bool."""
-        return (self.codes.numpy() & 1 == 1) | (self.steps >= self.rows["budget"])
-
-    @property
-    def left(self) -> np.ndarray:
-        """Which rows left latent mode: [n] bool."""
-        return (self.rows["latent"] == 1) & (self.codes.numpy() & 2 == 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """Finished samples whose records are on their way to the host."""
-
-    fetch: Fetch
-    samples: list[tuple[RunningGroup, list[int], FinishReason]]
-    version: int
 
 
 class TransformersEngine:
@@ -275,8 +217,8 @@ class TransformersEngine:
     def _refill(self, histories: list[torch.Tensor], first: int) -> None:
         """Runs one pass over the histories of rows `first`..., right-padded, all but the last input of each."""
         padded = torch.nn.utils.rnn.pad_sequence([history[:-1] for history in histories], batch_first=True)
-        output = self._model.base_model(inputs_embeds=padded, use_cache=True)
-        self._cache.insert(output.past_key_values, torch.arange(len(histories), device=self._device), first)
+        owners = torch.arange(len(histories), device=self._device)
+        self._read(padded, torch.zeros_like(owners), owners, first)
 
     def _history(self, row: np.void) -> torch.Tensor:
         """Embeds a running sample's prompt, its mixtures and its hard tokens so far: [length + 1, D]."""
@@ -369,15 +311,25 @@ class TransformersEngine:
         ids = np.full((len(groups), lengths.max()), self._facts.pad_id, dtype=np.int64)
         for line, queued, length in zip(ids, groups, lengths):
             line[:length] = queued.group.request.prompt_ids
-        embedded = self._embed(upload(ids, self._device))
-        output = self._model.base_model(inputs_embeds=embedded, use_cache=True)
-        last = upload(lengths - 1, self._device)
-        hidden = output.last_hidden_state[torch.arange(len(groups), device=self._device), last]
         owners = upload(np.repeat(np.arange(len(groups)), [queued.first_rows for queued in groups]), self._device)
-        self._cache.insert(output.past_key_values, owners, self._running)
+        hidden = self._read(
+            self._embed(upload(ids, self._device)), upload(lengths - 1, self._device), owners, self._running
+        )
         for queued in groups:
             self._start(queued)
         return float32_logits(self._head, hidden)[owners]
+
+    def _read(self, inputs: torch.Tensor, last: torch.Tensor, owners: torch.Tensor, first: int) -> torch.Tensor:
+        """Runs a pass over right-padded `inputs` [g, T, D]; returns the hidden states at `last` [g], [g, D].
+
+        Row first + i of the cache gets the keys and values of line `owners[i]`.
+        """
+        if self._lean is not None:
+            return self._lean.prompts(inputs, last, self._cache, owners, first)
+        output = self._model.base_model(inputs_embeds=inputs, use_cache=True)
+        self._cache.insert(output.past_key_values, owners, first)
+        states: torch.Tensor = output.last_hidden_state
+        return states[torch.arange(len(inputs), device=self._device), last]
 
     def _start(self, queued: Queued) -> None:
         """Fills the rows of samples whose prompt is in the cache."""

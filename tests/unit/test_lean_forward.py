@@ -76,9 +76,11 @@ class Step:
         self.mask = (torch.arange(EXTENT) <= self.positions.unsqueeze(-1))[:, None, None]
         self.cache = SlotCache.of(model)
         self.cache.reserve(rows, EXTENT, 0)
-        prompt = torch.randn(2, EXTENT, model.config.hidden_size).to(model.dtype)
-        prefill = model.base_model(inputs_embeds=prompt, use_cache=True).past_key_values
-        self.cache.insert(prefill, torch.tensor([0, 1, 0, 1, 0, 1]), 0)
+        self.prompts = torch.randn(2, EXTENT, model.config.hidden_size).to(model.dtype)
+        self.owners = torch.tensor([0, 1, 0, 1, 0, 1])
+        prefill = model.base_model(inputs_embeds=self.prompts, use_cache=True)
+        self.hidden = prefill.last_hidden_state
+        self.cache.insert(prefill.past_key_values, self.owners, 0)
 
     def of_transformers(self) -> torch.Tensor:
         self.cache.begin_step(self.positions, EXTENT)
@@ -110,6 +112,20 @@ def test_it_equals_the_models_own_forward_pass(name: str) -> None:
     found = step.lean(served(model))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(step.of_transformers(), expected, atol=1e-5, rtol=1e-5)  # joining changed no weight
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_prompts_of_different_length_equal_the_models_own_pass(name: str) -> None:
+    """Their hidden states, and the step that follows on the keys and values that they leave."""
+    model = made(name)
+    step = Step(model)
+    expected, forward = step.of_transformers(), served(model)
+    last = torch.tensor([EXTENT - 1, 8])
+    step.cache.clear()
+    found = forward.prompts(step.prompts, last, step.cache, step.owners, 0)
+    torch.testing.assert_close(found, step.hidden[torch.arange(2), last], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step.of_transformers(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
