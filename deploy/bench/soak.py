@@ -1,15 +1,20 @@
 """A soak: processes of a training run are killed at random, and its end is compared with an undisturbed run.
 
 The run is tiny, deterministic and started as the command that a user starts, with its own Ray. Its processes are killed
-in turns of a seeded order: rollout workers, their graders, the learner's rank, the controller, and the raylet
-and GCS of the run's Ray. Afterwards every group must have been trained on exactly once in the surviving lineage, and
-the weights must be those of the undisturbed run, bit for bit.
+in turns of a seeded order, spread over the run's steps: rollout workers, their graders, the learner's rank, the
+controller, and the raylet and GCS of the run's Ray. The next kill comes once the run has recovered. Afterwards every
+group must have been trained on exactly once in the surviving lineage, and the weights must be those of the undisturbed
+run, bit for bit.
+
+What was done is kept in `soak.json` of its folder after every kill, so a soak that was interrupted goes on.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -18,7 +23,8 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +33,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from latent_grpo.common.errors import RunError
-from latent_grpo.common.files import file_hash
-from latent_grpo.common.metrics import read_metrics
+from latent_grpo.common.errors import ConfigError, RunError
+from latent_grpo.common.files import file_hash, write_atomically
+from latent_grpo.common.metrics import FILE as METRICS
 from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.deploy.run.recoveries import FILE as RECOVERIES
 from latent_grpo.reward.verifier import Grade
 
 KINDS = {
@@ -42,9 +49,17 @@ KINDS = {
     "GCS": "gcs_server",
 }
 """What is killed, and what its command line holds; the controller is the supervisor's child."""
+FOR_EVERYTHING = ("learner rank", "controller", "raylet", "GCS")  # from whose loss a run goes back to a checkpoint
 STEPS_A_KILL = 10
+SPREAD = 0.9  # of the steps: what is left after the last kill shows that the run goes on
 PAUSE_S = 0.5  # at most, from a step's end to the next kill: it falls anywhere in a step
+POLL_S = 0.1
 STUCK_S = 600.0
+TAIL_BYTES = 2**16  # of the metrics, which hold the last step whole
+LOST = re.compile(rb"rollout worker-\d+ lost ")
+FILE, REPORT = "soak.json", "report.md"
+UNDISTURBED, DISTURBED = "undisturbed", "disturbed"  # names of the runs
+WORKERS = 2
 TASK = {
     "name": "chains", "path": "builtin:chain_arithmetic", "verifier": f"{__name__}:Coin", "max_prompt_tokens": 10,
     "max_response_tokens": 22, "options": {"operations": 2},
@@ -56,7 +71,7 @@ PROFILE: dict[str, Any] = {
     "model": {
         "new": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 32}
     },
-    "tasks": [TASK], "rollout": {"workers": 2, "max_restarts": 10_000, "resources": {"num_cpus": 0.25}},
+    "tasks": [TASK], "rollout": {"workers": WORKERS, "max_restarts": 10_000, "resources": {"num_cpus": 0.25}},
     "learner": {"resources": {"num_cpus": 0.25}}, "evaluation": {"tasks": []}, "checkpoint": {"every": 5},
     "dump": {"every": 1}, "metrics": {"sinks": []}, "max_recoveries": 10_000, "self_test_groups": 0,
 }  # fmt: skip
@@ -72,10 +87,15 @@ class Coin:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """A kill: `recovered_s` is the time in seconds until the next step ended, `step` the last one before it."""
+    """A kill after step `step`.
+
+    `noticed_s` is the time in seconds until the run knew of it; None for a grader, whose worker does not tell.
+    `recovered_s` is that until a step ended in which all was as before: in a new lineage, or with all workers.
+    """
 
     kind: str
     step: int
+    noticed_s: float | None
     recovered_s: float
 
 
@@ -90,72 +110,118 @@ class Soak:
     duplicated: int = 0
     different: int = 0  # steps whose samples are not those of the undisturbed run
     same_weights: bool = False
-    undisturbed_s: float = 0.0
-    disturbed_s: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)  # by the name of the run, all its sessions together
     memory_mib: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the undisturbed run, early and late
     descriptors: dict[str, tuple[int, int]] = field(default_factory=dict)
+    running: tuple[int, float] | None = None  # process id and time of creation of the command that goes on
+
+    def keep(self, root: Path) -> None:
+        """Writes what was done so far."""
+        write_atomically(root / FILE, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def begun(root: Path, seed: int, steps: int) -> Soak:
+    """Returns the soak that has begun in a folder, or a new one. Raises ConfigError where it is another one."""
+    if not (root / FILE).is_file():
+        return Soak(seed, steps)
+    try:
+        stored = json.loads((root / FILE).read_text(encoding="utf-8"))
+        soak = Soak(**{**stored, "kills": [Kill(**kill) for kill in stored["kills"]]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{root / FILE} is damaged ({error}); give the soak another folder") from error
+    if (soak.seed, soak.steps) != (seed, steps):
+        raise ConfigError(
+            f"{root} has a soak of seed {soak.seed} over {soak.steps} steps, not of seed {seed} over {steps}; go on "
+            "with it, or give another folder"
+        )
+    return soak
 
 
 def measure(kills: int, seed: int, steps: int | None, folder: Path | None, say: Callable[[str], None] = print) -> Soak:
-    """Runs both runs in `folder`. Raises RunError where one of them fails or stands still."""
-    with tempfile.TemporaryDirectory(prefix="lgk-") as private:
-        root = folder or Path(private)
+    """Runs both runs in `folder`, or what is left of them. Raises RunError where one of them fails or stands still."""
+    with tempfile.TemporaryDirectory(prefix="lgk-") as private, tempfile.TemporaryDirectory(prefix="lgh-") as home:
+        root = (folder or Path(private)).resolve()
         root.mkdir(parents=True, exist_ok=True)
-        soak = Soak(seed, steps or max(kills * STEPS_A_KILL, 20))
-        profile = root / "soak.yaml"
-        profile.write_text(yaml.safe_dump({**PROFILE, "steps": soak.steps, "runs_folder": str(root)}))
-        with tempfile.TemporaryDirectory(prefix="lgh-") as home:
-            began = time.monotonic()
-            with _Command(root, "undisturbed", profile, home) as undisturbed:
-                undisturbed.watch(soak)
-            soak.undisturbed_s = time.monotonic() - began
-            say(f"undisturbed: {soak.steps} steps within {soak.undisturbed_s:.0f} s")
-            began = time.monotonic()
-            with _Command(root, "disturbed", profile, home) as disturbed:
-                disturbed.disturb(kills, random.Random(seed), soak, say)
-            soak.disturbed_s = time.monotonic() - began
-        compare(soak, undisturbed.run, disturbed.run)
+        soak = begun(root, seed, steps or max(kills * STEPS_A_KILL, 20))
+        (root / "soak.yaml").write_text(yaml.safe_dump({**PROFILE, "steps": soak.steps, "runs_folder": str(root)}))
+        if not (root / UNDISTURBED / "model").is_dir():
+            with _Command(root, UNDISTURBED, soak, home) as command:
+                command.watch()
+        say(f"undisturbed: {soak.steps} steps within {soak.seconds.get(UNDISTURBED, 0.0):.0f} s")
+        if not (root / DISTURBED / "model").is_dir():
+            with _Command(root, DISTURBED, soak, home) as command:
+                command.disturb(kills, say)
+        compare(soak, root / UNDISTURBED, root / DISTURBED)
+        soak.keep(root)
+        write_atomically(root / REPORT, report(soak))
         return soak
 
 
-class _Command:
-    """`latent-grpo train` as a process, with a home of its own and no Ray of anybody else."""
+def planned(seed: int, number: int) -> tuple[str, random.Random]:
+    """Returns what the kill of a number (from 0) hits, and the random numbers of its moment: kinds come in turns."""
+    turn, place = divmod(number, len(KINDS))
+    return random.Random(f"{seed}/{turn}").sample(list(KINDS), len(KINDS))[place], random.Random(f"{seed}/at {number}")
 
-    def __init__(self, root: Path, name: str, profile: Path, home: str):
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """The last step that has ended."""
+
+    step: int = 0
+    lineage: int = 0
+    workers: int = 0
+
+
+class _Command:
+    """`latent-grpo train` as a process, with a home of its own and no Ray of anybody else. One that ended goes on."""
+
+    def __init__(self, root: Path, name: str, soak: Soak, home: str):
         self.run, self.log = root / name, root / f"{name}.log"
+        self._root, self._soak = root, soak
+        _end(soak.running)
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        profile = str(root / "soak.yaml")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "latent_grpo.deploy", "train", "--profile", str(profile), f"run_name={name}"],
+            [sys.executable, "-m", "latent_grpo.deploy", "train", "--profile", profile, f"run_name={name}"],
             env=kept | {"HOME": home, "OMP_NUM_THREADS": "1"},
-            stdout=self.log.open("wb"),
+            stdout=self.log.open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        soak.running = self._process.pid, psutil.Process(self._process.pid).create_time()
+        soak.keep(root)
 
     def __enter__(self) -> _Command:
+        self._began = time.monotonic()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._process.poll() is None:  # an interrupt, or a run that stands still
             self._process.terminate()
             self._process.wait()
+        seconds = self._soak.seconds.get(self.run.name, 0.0) + time.monotonic() - self._began
+        self._soak.seconds[self.run.name], self._soak.running = seconds, None
+        self._soak.keep(self._root)
 
-    def steps(self) -> int:
-        """The last step of the live lineage."""
-        if not (self.run / "metrics.jsonl").is_file():
-            return 0
-        return max((row["step"] for row in read_metrics(self.run)), default=0)
+    def last(self) -> _Last:
+        """Reads the last step of the live lineage."""
+        path = self.run / METRICS
+        if not path.is_file():
+            return _Last()
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - TAIL_BYTES, 0))
+            whole = [line for line in file.read().split(b"\n")[:-1] if b'"kind": "train"' in line]
+        if not whole or not whole[-1].startswith(b"{"):
+            return _Last()
+        row = json.loads(whole[-1])
+        return _Last(row["step"], row["lineage"], int(row["metrics"].get("rollout/workers", 0)))
 
-    def lines(self) -> int:
-        """Steps that have ended, of all lineages."""
-        path = self.run / "metrics.jsonl"
-        return path.read_bytes().count(b'"kind": "train"') if path.is_file() else 0
-
-    def watch(self, soak: Soak) -> None:
+    def watch(self) -> None:
         """Waits for the end; notes memory and descriptors at a fifth of the steps and near the end."""
         early: dict[str, tuple[float, int]] = {}
+        soak = self._soak
         while self._process.poll() is None:
-            done = self.steps()
+            done = self.last().step
             if not early and done >= soak.steps // 5:
                 early = self._use()
             if early and done < soak.steps - 2:
@@ -166,38 +232,73 @@ class _Command:
             time.sleep(1.0)
         self._ensure_success()
 
-    def disturb(self, kills: int, order: random.Random, soak: Soak, say: Callable[[str], None]) -> None:
+    def disturb(self, kills: int, say: Callable[[str], None]) -> None:
         """Kills processes until there were so many kills, or the run has ended."""
-        kinds: list[str] = []
-        while len(soak.kills) < kills:
-            self._await_lines(self.lines() + order.randint(1, STEPS_A_KILL // 2))
-            time.sleep(order.uniform(0.0, PAUSE_S))
-            if not kinds:
-                kinds = order.sample(list(KINDS), len(KINDS))
-            kind = kinds.pop()
-            found = self._processes(kind)
-            if self._process.poll() is not None or not found:
+        soak = self._soak
+        while (number := len(soak.kills)) < kills:
+            kind, moment = planned(soak.seed, number)
+            due = soak.steps * SPREAD * (number + moment.random()) / kills
+            if not self._await(partial(self._beyond, due)):
                 break
-            step, lines, at = self.steps(), self.lines(), time.monotonic()
-            order.choice(found).send_signal(signal.SIGKILL)
-            if not self._await_lines(lines + 1):
+            time.sleep(moment.uniform(0.0, PAUSE_S))
+            kill = self._kill(kind, moment)
+            if kill is None:
                 break
-            soak.kills.append(Kill(kind, step, time.monotonic() - at))
-            said = f"kill {len(soak.kills)} of {kills}: {kind} after step {step}"
-            say(f"{said}; the next step ended {soak.kills[-1].recovered_s:.1f} s later")
+            soak.kills.append(kill)
+            soak.keep(self._root)
+            noticed = "" if kill.noticed_s is None else f"noticed within {kill.noticed_s:.1f} s, "
+            over = f"{noticed}over {kill.recovered_s:.1f} s later"
+            say(f"kill {number + 1} of {kills}: {kind} after step {kill.step}; {over}")
         while self._process.poll() is None:
             time.sleep(1.0)
         self._ensure_success()
 
-    def _await_lines(self, lines: int) -> bool:
-        """Waits for a step to end; False: the run has ended before. Raises RunError where the run stands still."""
+    def _beyond(self, steps: float) -> bool:
+        return self.last().step > steps
+
+    def _kill(self, kind: str, moment: random.Random) -> Kill | None:
+        """Kills a process of the kind and waits until all is as before; None: the run has ended."""
+        found: list[psutil.Process] = []
+
+        def present() -> bool:
+            found[:] = self._processes(kind)
+            return bool(found)
+
+        if not self._await(present):  # in a run that is being started again there is none for a while
+            return None
+        before, known, at = self.last(), self._noticed(kind), time.monotonic()
+        moment.choice(found).send_signal(signal.SIGKILL)
+        if kind != "grader" and not self._await(lambda: self._noticed(kind) > known):
+            return None
+        noticed = None if kind == "grader" else time.monotonic() - at
+
+        def over() -> bool:
+            now = self.last()
+            if kind in FOR_EVERYTHING:
+                return now.lineage > before.lineage
+            return now.step > before.step and (kind == "grader" or now.workers == WORKERS)
+
+        return Kill(kind, before.step, noticed, time.monotonic() - at) if self._await(over) else None
+
+    def _noticed(self, kind: str) -> int:
+        """How many losses the run knows of: in its log those of workers, in its record those of everything else."""
+        if kind not in FOR_EVERYTHING:
+            return len(LOST.findall(self.log.read_bytes()))
+        record = self.run / RECOVERIES
+        return record.read_bytes().count(b"\n") if record.is_file() else 0
+
+    def _await(self, done: Callable[[], bool]) -> bool:
+        """Waits until `done`; False: the run has ended before. Raises RunError where the run stands still."""
         end = time.monotonic() + STUCK_S
-        while self.lines() < lines:
+        shown = self.last()
+        while not done():
             if self._process.poll() is not None:
                 return False
+            if (now := self.last()) != shown:
+                shown, end = now, time.monotonic() + STUCK_S
             if time.monotonic() > end:
                 raise RunError(f"the run stands still for {STUCK_S:g} s; its log is {self.log}")
-            time.sleep(0.05)
+            time.sleep(POLL_S)
         return True
 
     def _processes(self, kind: str) -> list[psutil.Process]:
@@ -225,6 +326,19 @@ class _Command:
             raise RunError(f"the run {self.run.name} ended with {self._process.returncode}; its log is {self.log}")
 
 
+def _end(running: tuple[int, float] | None) -> None:
+    """Ends the command of a soak that was killed, which may go on without it."""
+    if running is None:
+        return
+    try:
+        process = psutil.Process(running[0])
+        if process.create_time() == running[1]:
+            process.terminate()
+            process.wait()
+    except psutil.NoSuchProcess:
+        pass
+
+
 def _command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
@@ -247,21 +361,63 @@ def compare(soak: Soak, undisturbed: Path, disturbed: Path) -> None:
     soak.same_weights = models[0] == models[1]
 
 
-def show(soak: Soak) -> None:
-    """Prints the result as tables."""
-    console = Console(highlight=False)
-    table = Table(title=f"{len(soak.kills)} kills in {soak.steps} steps, seed {soak.seed}")
-    for name in ("killed", "times", "next step after, s", "at most, s"):
-        table.add_column(name, justify="left" if name == "killed" else "right")
+def rows(soak: Soak) -> list[tuple[str, ...]]:
+    """Returns a row for each kind that was killed: times, median and largest seconds until noticed and until over."""
+    found: list[tuple[str, ...]] = []
     for kind in KINDS:
-        if seconds := [kill.recovered_s for kill in soak.kills if kill.kind == kind]:
-            table.add_row(kind, str(len(seconds)), f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}")
-    console.print(table)
-    console.print(
+        kills = [kill for kill in soak.kills if kill.kind == kind]
+        noticed = [kill.noticed_s for kill in kills if kill.noticed_s is not None]
+        over = [kill.recovered_s for kill in kills]
+        if kills:
+            found.append((kind, str(len(kills)), *_middle_and_most(noticed), *_middle_and_most(over)))
+    return found
+
+
+COLUMNS = ("killed", "times", "noticed after, s", "at most, s", "over after, s", "at most, s")
+
+
+def verdict(soak: Soak) -> str:
+    """Returns what was lost, and how long both runs took, in a sentence."""
+    return (
         f"samples lost {soak.lost}, duplicated {soak.duplicated}; steps with other samples {soak.different}; weights "
-        f"{'equal bit for bit' if soak.same_weights else 'DIFFERENT'}; {soak.disturbed_s:.0f} s, undisturbed "
-        f"{soak.undisturbed_s:.0f} s"
+        f"{'equal bit for bit' if soak.same_weights else 'DIFFERENT'}; "
+        f"{soak.seconds.get(DISTURBED, 0.0):.0f} s, undisturbed {soak.seconds.get(UNDISTURBED, 0.0):.0f} s"
     )
-    for name, (early, late) in soak.memory_mib.items():
-        files = soak.descriptors[name]
-        console.print(f"{name}: {early:.0f} -> {late:.0f} MiB, {files[0]} -> {files[1]} descriptors (undisturbed run)")
+
+
+def use(soak: Soak) -> list[str]:
+    """Returns a sentence for each kind of process about its memory and descriptors in the undisturbed run."""
+    return [
+        f"{name}: {early:.0f} -> {late:.0f} MiB, {soak.descriptors[name][0]} -> {soak.descriptors[name][1]} descriptors"
+        for name, (early, late) in soak.memory_mib.items()
+    ]
+
+
+def show(soak: Soak) -> None:
+    """Prints the result as a table and sentences."""
+    console = Console(highlight=False)
+    table = Table(title=_title(soak))
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "killed" else "right")
+    for row in rows(soak):
+        table.add_row(*row)
+    console.print(table)
+    console.print(verdict(soak))
+    for line in use(soak):
+        console.print(f"{line} (undisturbed run, from a fifth of its steps to the end)")
+
+
+def report(soak: Soak) -> str:
+    """Returns the result as Markdown."""
+    lines = [f"**{_title(soak)}**", "", *(f"| {' | '.join(row)} |" for row in (COLUMNS, ("---",) * len(COLUMNS)))]
+    lines += [f"| {' | '.join(row)} |" for row in rows(soak)]
+    lines += ["", f"{verdict(soak)}.", "", "From a fifth of the undisturbed run's steps to its end:", ""]
+    return "\n".join([*lines, *(f"* {line}" for line in use(soak))]) + "\n"
+
+
+def _title(soak: Soak) -> str:
+    return f"{len(soak.kills)} kills in {soak.steps} steps, seed {soak.seed}"
+
+
+def _middle_and_most(seconds: list[float]) -> tuple[str, str]:
+    return (f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}") if seconds else ("-", "-")

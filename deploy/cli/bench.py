@@ -223,7 +223,10 @@ def bench_soak(
     kills: Annotated[int, typer.Option(min=0, help="How many processes are killed.")] = 100,
     seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of what is killed, and when.")] = 0,
     steps: Annotated[int | None, typer.Option(min=10, help="Steps of the run; default: ten a kill.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Keep both runs and their logs here.")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Keep both runs, their logs and a report here; a soak that was interrupted goes on in it."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Kills processes of a tiny run at random and compares its end with that of an undisturbed one."""
