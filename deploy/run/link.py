@@ -84,6 +84,11 @@ def recovery_here(folder: Path) -> Recovery | None:
     return Recovery(**given["recovery"]) if given and Path(given["run"]) == folder.resolve() else None
 
 
+def recovering() -> bool:
+    """Whether the supervisor has started this process in the place of one that it lost."""
+    return _recovery is not None
+
+
 def environment(read: int, write: int, recovery: Recovery | None, run: str | None) -> dict[str, str]:
     """Returns the environment of a supervised run."""
     named = {PIPES: f"{read},{write}"}

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from latent_grpo.common.config import ConfigError, RunConfig
+from latent_grpo.common.errors import RayLost
 from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.machine import check_machine, private_token
 from latent_grpo.deploy.run.object_store import ON_A_CLUSTER, Store, local_store, running_store, spill_watch
@@ -153,16 +154,20 @@ def alarm(limit_s: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def start_errors(where: str) -> Iterator[None]:
-    """Turns what Ray raises where it cannot start into one line. `where` is the variable that decides it."""
+    """Turns what Ray raises where it cannot start into one line. `where` is the variable that decides it.
+
+    That is a ConfigError, but RayLost in a run that recovers: it had a Ray before, so another attempt may have one.
+    """
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # sockets, gRPC, authentication and versions each have errors of their own
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(
-            f"Ray cannot start ({where}): {type(error).__name__}: {first}; `latent-grpo doctor` looks for the cause"
-        ) from error
+        said = f"Ray cannot start ({where}): {type(error).__name__}: {first}"
+        if link.recovering():
+            raise RayLost(said) from error
+        raise ConfigError(f"{said}; `latent-grpo doctor` looks for the cause") from error
 
 
 def _start_local(store: Store, folder: str, reporter: Reporter) -> None:

@@ -82,7 +82,7 @@ def test_a_stopped_controller_and_a_lost_ray_are_recovered_from(whole, environme
     assert_ended_as(whole, process, folder, log, cause)
 
 
-@pytest.mark.slow  # tests/unit/test_standstill.py has the same with a controller that does nothing else
+@pytest.mark.slow  # tests/unit/test_started_again.py has the same with a controller that does nothing else
 def test_a_loop_that_hangs_in_a_sink_is_started_again_though_its_process_beats(whole, environment, tmp_path):
     process, folder, log = begun(environment, tmp_path, "metrics.sinks=[training:HangingSink]", "deadlines.loop_s=20")
     assert_ended_as(whole, process, folder, log, "did nothing but one thing")

@@ -1,4 +1,4 @@
-"""A controller whose main thread stands still is noticed, although another of its threads beats."""
+"""A controller whose main thread stands still, or whose Ray does not start in a recovery, is started again."""
 
 import subprocess
 import sys
@@ -38,6 +38,47 @@ def test_a_main_thread_that_hangs_is_started_again_with_its_stacks_in_the_log(tm
     assert "the run's controller did nothing but one thing for " in done.stdout
     assert "it starts again from the last checkpoint" in done.stdout
     assert f'File "{program}", line 14 in <module>' in done.stderr
+
+
+AGAIN = """
+import os, signal, sys
+from pathlib import Path
+from latent_grpo.common.errors import RayLost
+from latent_grpo.deploy.run import link
+from latent_grpo.deploy.run.ray_session import start_errors
+from latent_grpo.deploy.supervisor import supervise
+
+folder = Path(__file__).parent
+if not link.supervised():
+    sys.exit(supervise([], print))
+link.connect()
+link.tell(run=str(folder))
+attempt = folder / "attempts"
+with attempt.open("a") as file:
+    file.write(".")
+if attempt.stat().st_size == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    with start_errors("its folder"):
+        if attempt.stat().st_size == 2:
+            raise TimeoutError("the machine is too busy")
+except RayLost as error:
+    link.tell(crashed=f"has lost its Ray: {error}")
+    sys.exit(1)
+link.tell(ended=0)
+"""
+
+
+def test_a_recovery_whose_ray_does_not_start_is_tried_again(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"lineage": 0}')
+    program = tmp_path / "program.py"
+    program.write_text(AGAIN)
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert "was killed by SIGKILL; it starts again" in first
+    assert "Ray cannot start (its folder): TimeoutError: the machine is too busy; it starts again" in second
 
 
 class Hand:
