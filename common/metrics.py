@@ -93,7 +93,7 @@ def read_metrics(
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
-    rows = [row for row in read_lines(path) if kind is None or row["kind"] == kind]
+    rows = [row for row in _rows(path) if kind is None or row["kind"] == kind]
     if lineage is not None:
         yield from (row for row in rows if row["lineage"] == lineage)
         return
@@ -106,9 +106,16 @@ def read_metrics(
             yield row
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a :class:`LineFile`; a torn last line is left out. Raises :class:`MetricsError`."""
-    return (parsed_line(path, number, line) for number, line in whole_lines(path))
+_FORM: dict[str, type] = {"kind": str, "step": int, "lineage": int, "metrics": dict}
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a record; a torn last line is left out. Raises :class:`MetricsError`."""
+    for number, line in whole_lines(path):
+        row = parsed_line(path, number, line)
+        if not isinstance(row, dict) or any(type(row.get(name)) is not form for name, form in _FORM.items()):
+            raise MetricsError(f"{path}, line {number}: not a line of metrics: {row!r:.60}; remove that line")
+        yield row
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:

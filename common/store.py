@@ -254,9 +254,10 @@ def _read_table(path: Path, names: Sequence[str] | None, kind: type[DumpStore]) 
         raise DumpError(f"{path}: no such dump") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name is damaged
         size = path.stat().st_size if path.exists() else 0
+        said = next(iter(str(error).splitlines()), type(error).__name__)  # Arrow adds what it calls its context
         raise DumpError(
             f"{path}: not a readable Parquet file ({size} bytes): it is truncated, damaged or foreign; delete it, or "
-            f"copy it again from the run's machine ({error})"
+            f"copy it again from the run's machine ({said})"
         ) from error
 
 

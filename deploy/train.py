@@ -166,7 +166,7 @@ def _train(run: Run, learner: LearnerGroup, background: BackgroundWork) -> None:
                 f"[yellow]forward passes are in {config.model.dtype} from here on; the steps before this checkpoint "
                 f"were taken in {before}. Master weights and moments are float32 in both[/]"
             )
-        if config.deterministic and (line := bits_may_differ(run.folder.read_json("run.json")["arithmetic"])):
+        if config.deterministic and (line := bits_may_differ(run.folder.identity()["arithmetic"])):
             run.reporter.say(f"[yellow]{line}[/]")
     run.await_workers()
     controller = Controller(config, run.pool, learner, run.problems.request, **position)

@@ -55,6 +55,7 @@ console = Console()
 STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 ERROR = "[bold red]error[/]"
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a place that the user has chosen
+MISPLACED = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # something else is in the place of a file or a folder
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
 Allowed = Annotated[
@@ -417,6 +418,9 @@ def run_command(arguments: list[str]) -> int:
         if error.errno in DISK:
             where = error.filename or "the output, or a file,"
             code = _failed(error, f"{where} {unwritable(error)}; make room there, or choose another folder", 1)
+        elif error.errno in MISPLACED and error.filename:
+            said = f"{error.filename}: {error.strerror}; move away what is there, or bring the file back from a copy"
+            code = _failed(error, said, ConfigError.exit_code)
         else:
             code = _failed(error, unexpected(error, arguments), exit_code_of(error))
     except SystemExit as error:  # by which every command ends

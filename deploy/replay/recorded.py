@@ -20,7 +20,7 @@ from latent_grpo.common.learner_record import LearnerBatch, join
 from latent_grpo.common.metrics import read_metrics
 from latent_grpo.common.schema import TrajectoryBatch, take_rows
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore, step_ranges
-from latent_grpo.deploy.run.folder import RunFolder, has_begun
+from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.learner.advantages import drop_reason
 from latent_grpo.learner.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 
@@ -79,8 +79,7 @@ class RecordedRun:
 
     def dtype(self, step: int) -> str:
         """The `model.dtype` that the step was taken in; a resumed run may have another one."""
-        identity = self.folder.read_json("run.json") if has_begun(self.folder.path) else {}
-        dtypes, lineage = identity.get("dtypes", []), self._lineages.get(step, 0)
+        dtypes, lineage = self.folder.identity().get("dtypes", []), self._lineages.get(step, 0)
         return next((dtype for dtype in dtypes[lineage:] if dtype is not None), self.config.model.dtype)
 
     def step(self, step: int) -> RecordedStep:

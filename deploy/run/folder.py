@@ -56,6 +56,7 @@ from latent_grpo.common.config.resume import refused_changes
 from latent_grpo.common.files import unwritable, write_atomically
 from latent_grpo.common.remote_url import is_url
 from latent_grpo.deploy.run.start_folder import STARTED_IN, placed, start_folder
+from latent_grpo.deploy.run.stored import IDENTITY, stored_identity, stored_object
 from latent_grpo.deploy.run.versions import ARITHMETIC, versions
 
 EVALUATION_FILE = "evaluation.json"  # the results of an evaluation run
@@ -128,19 +129,23 @@ class RunFolder:
 
     def placed_settings(self) -> dict[str, Any]:
         """The stored settings as they are meant from any folder."""
-        return placed(self.settings(), self.read_json("run.json") if has_begun(self.path) else {})
+        return placed(self.settings(), self.identity())
 
     def settings(self) -> dict[str, Any]:
         """The stored settings, as this version means them."""
-        return stored_settings((self.path / "config.json").read_text(encoding="utf-8"))
+        return _of_today(self.read_json("config.json"))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes a file of the folder, which appears whole or not at all."""
         write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Reads a file of the folder. Raises OSError and ValueError."""
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        """Reads a file of the folder. Raises ConfigError where it is missing or damaged."""
+        return stored_object(self.path / name)
+
+    def identity(self) -> dict[str, Any]:
+        """Reads `run.json`; it is empty before a run has begun. Raises ConfigError where it is damaged."""
+        return stored_identity(self.path / IDENTITY) if has_begun(self.path) else {}
 
 
 def stored_settings(text: str) -> dict[str, Any]:
@@ -235,12 +240,13 @@ def reopen_run(
         check(folder.path, config)
     else:
         folder, config = RunFolder(Path(path)), settings
-        identity = folder.read_json("run.json")
-        asked = parse_config(placed(config.model_dump(mode="json"), identity))  # the same files, however they are named
+        asked = parse_config(
+            placed(config.model_dump(mode="json"), folder.identity())
+        )  # the same files, however they are named
         check_changes(folder.path, folder.placed_config(), asked)
         config = with_scaled_workers(folder, config)
     with run_lock(folder.path):
-        lineage = int(folder.read_json("run.json")["lineage"]) + 1
+        lineage = int(stored_identity(folder.path / IDENTITY)["lineage"]) + 1
         write_identity(folder, config, lineage, kind)
     return folder, config, lineage
 
@@ -312,7 +318,7 @@ def _without_default_prompts(node: Any) -> Any:
 
 def write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: RunKind) -> None:
     """Writes what the run does from now on: its kind, lineage, settings and the program's versions."""
-    before = folder.read_json("run.json") if has_begun(folder.path) else {}
+    before = folder.identity()
     begun = before.get("arithmetic", [1] * lineage) if before else []
     dtypes = before.get("dtypes", [None] * lineage)  # None: that of the next one that says it
     identity = {
@@ -324,7 +330,7 @@ def write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: Run
         "dtypes": [*dtypes, config.model.dtype],
         STARTED_IN: start_folder(before),
     }
-    folder.write_json("run.json", identity)
+    folder.write_json(IDENTITY, identity)
     write_atomically(folder.path / "config.json", config_as_json(config))
 
 
@@ -462,9 +468,12 @@ def with_scaled_workers(folder: RunFolder, config: RunConfig) -> RunConfig:
     if not (folder.path / SCALED_FILE).is_file():
         return config
     scaled = folder.read_json(SCALED_FILE)
-    if config.rollout.workers != scaled["from"]:
+    to = scaled.get("to")
+    if not isinstance(to, int) or to < 1:
+        raise ResumeError(f"{folder.path / SCALED_FILE} is damaged (it scales to {to!r:.60}); remove it")
+    if config.rollout.workers != scaled.get("from"):
         return config
-    rollout = config.rollout.model_copy(update={"workers": int(scaled["to"])})
+    rollout = config.rollout.model_copy(update={"workers": to})
     return config.model_copy(update={"rollout": rollout})
 
 

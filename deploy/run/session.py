@@ -152,6 +152,7 @@ def run_session(
         control = Control(folder, config, reporter.say, room=partial(room_for_workers, config, services), grows=grows())
         begins()
         begin_upload()
+        summary = folder.read_json("summary.json") if lineage and (folder.path / "summary.json").exists() else {}
         pool = stack.enter_context(
             RolloutPool(
                 factory,
@@ -163,7 +164,4 @@ def run_session(
                 wait=services != "both",  # a learner starts beside them
             )
         )
-        run = Run(folder, config, lineage, reporter, metrics, prepared, pool, reservation, workers=pool)
-        if lineage and (folder.path / "summary.json").is_file():
-            run.summary = folder.read_json("summary.json")
-        yield run
+        yield Run(folder, config, lineage, reporter, metrics, prepared, pool, reservation, summary, workers=pool)

@@ -2,7 +2,7 @@
 
 Hypothesis makes configuration files, problem files, model folders and run folders that are wrong somewhere, and the
 commands read them through their own entry point. The same examples each time in `make test`; others, and many more,
-in the slow tests.
+in the slow tests. A run's folder with one damaged file is in `test_damaged_runs.py`, too.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def answer_in_one_line(folder: Path, *arguments: str, codes: tuple[int, ...] = (
         code = run_command(list(arguments))
     said = [line for line in err.getvalue().splitlines() if line.strip()]
     assert code in codes, (code, said)
-    assert not any("Traceback" in line or ("unexpected" in line and " log" in line) for line in said), said
+    assert not any("traceback" in line.lower() for line in said), said  # nor a file with one, of an unexpected fault
     if code == 2:
         first = next((place for place, line in enumerate(said) if line.startswith("error ")), None)
         assert first is not None, said  # after what was said while it went well
@@ -284,12 +284,6 @@ def test_a_trained_model(tmp_path, trained_folder, seed, value):
 @given(problem_files())
 def test_the_problems_of_a_run(tmp_path, trained_folder, file):
     of_problems_of_a_run(tmp_path, trained_folder, file)
-
-
-@SAMPLE
-@given(SEEDS, VALUES)
-def test_a_run(tmp_path, runs, seed, value):
-    of_a_run(tmp_path, runs, seed, value)
 
 
 @pytest.mark.slow
