@@ -298,6 +298,9 @@ def _optional_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InspectionError(f"{path}: not readable JSON ({error}); delete it to continue without it") from error
+    if not isinstance(found, dict):
+        raise InspectionError(f"{path}: it holds no mapping, but {found!r:.60}; delete it to continue without it")
+    return found
