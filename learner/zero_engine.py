@@ -39,7 +39,10 @@ from latent_grpo.learner.stored_weights import StoredWeights
 
 FUSED_PROVEN_ON_CUDA = False
 """Whether AdamW's fused step was run on a GPU (docs/gpu.md). It makes no copies of the parameters' size."""
-COMMUNICATION_BUCKET = 5_000_000  # elements
+OVERLAP_PROVEN_ON_CUDA = False
+"""Whether ranks on several GPUs have trained with communication beside the backward pass (docs/gpu.md)."""
+SMALL_BUCKET, LARGE_BUCKET = 5_000_000, 50_000_000  # elements; the larger one for several GPUs
+LIVE_PARAMETERS = 100_000_000  # whole ones, that a rank of ZeRO-3 keeps at most
 RANKS_TIMEOUT = timedelta(minutes=30)  # for a rank to join, and for a collective
 log = logging.getLogger(__name__)
 
@@ -318,22 +321,32 @@ class ShardedModule:
             return self._engine(*inputs)
 
 
+def communication(learner: LearnerConfig, on_gpus: bool) -> tuple[int, bool]:
+    """Returns how many elements ranks exchange at once, and whether they do while the backward pass goes on."""
+    proven = on_gpus and learner.ranks > 1 and OVERLAP_PROVEN_ON_CUDA
+    bucket, overlap = learner.bucket_elements, learner.overlap_communication
+    return (LARGE_BUCKET if proven else SMALL_BUCKET) if bucket == "auto" else bucket, (
+        proven if overlap == "auto" else overlap
+    )
+
+
 def _deepspeed_config(
     learner: LearnerConfig, dtype: str, device: torch.device, grad_clip: float = 0.0
 ) -> dict[str, Any]:
     stage = learner.zero_stage
+    bucket, overlap = communication(learner, device.type == "cuda")
     zero: dict[str, Any] = {
         "stage": stage,
-        "overlap_comm": False,
+        "overlap_comm": overlap,
         "contiguous_gradients": True,
-        "reduce_bucket_size": COMMUNICATION_BUCKET,
-        "allgather_bucket_size": COMMUNICATION_BUCKET,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
     if stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": 0,
-            "stage3_prefetch_bucket_size": COMMUNICATION_BUCKET,
-            "stage3_max_live_parameters": 100_000_000,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
     host = {"device": "cpu", "pin_memory": device.type == "cuda"}

@@ -177,6 +177,11 @@ def _objective_problems(config: RunConfig) -> list[str]:
         problems.append(  # below, DeepSpeed adds up offloaded gradients in the parameters' dtype, not in float32
             f"learner.offload {config.learner.offload} needs learner.zero_stage 3, got {config.learner.zero_stage}"
         )
+    if config.learner.overlap_communication is True and not config.learner.resources.num_gpus:
+        problems.append(
+            "learner.overlap_communication true needs GPUs (learner.resources.num_gpus, got 0): a CPU does one thing "
+            "after the other; set it to auto"
+        )
     optimizers = {"optimizer": config.optimizer}
     if config.warm_start is not None:
         optimizers["warm_start.optimizer"] = config.warm_start.optimizer

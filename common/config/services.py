@@ -125,6 +125,12 @@ class LearnerConfig(Section):
     """What a rank keeps in the machine's memory instead of its GPU's, which takes time: nothing (`none`), float32
     weights and the optimizer's state (`optimizer`), or the parameters as well (`parameters`). It is DeepSpeed's
     offload, needs `zero_stage` 3, and has not been run on a GPU yet (docs/gpu.md); on a CPU it changes nothing."""
+    bucket_elements: Annotated[PositiveInt | Literal["auto"], Rule.MAY_CHANGE, Rule.LAST_BIT] = "auto"
+    """Number of gradients or weights that ranks exchange at once; larger buckets need more memory and fewer calls.
+    `auto`: 5,000,000, and 50,000,000 with ranks on several GPUs once that was run (docs/gpu.md)."""
+    overlap_communication: Annotated[bool | Literal["auto"], Rule.MAY_CHANGE, Rule.LAST_BIT] = "auto"
+    """Whether ranks exchange gradients while the backward pass goes on, which takes GPUs. `auto`: with ranks on several
+    GPUs, once that was run (docs/gpu.md)."""
     share_prompts: Annotated[bool | Literal["auto"], Rule.MAY_CHANGE, Rule.LAST_BIT] = "auto"
     """Whether a group's prompt is computed once for several of its samples, wherever that takes less arithmetic;
     `auto`: on a CPU. On a GPU this has not been run yet (docs/gpu.md)."""

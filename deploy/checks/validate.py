@@ -24,6 +24,7 @@ from latent_grpo.deploy.run.problems import describe, renderer_of
 from latent_grpo.deploy.run.ray_session import check_resources, needed_resources
 from latent_grpo.deploy.run.sft_data import SFTData
 from latent_grpo.learner.lora import missing_package
+from latent_grpo.learner.zero_engine import communication
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -263,7 +264,18 @@ def arithmetic(config: RunConfig) -> list[tuple[str, str]]:
             f"{config.steps * samples * (longest + prompt):,} tokens",
         ),
         ("actors", f"{rollout.workers} rollout worker(s), {learner.ranks} learner rank(s): {cpus:g} CPU, {gpus:g} GPU"),
+        *communication_rows(config),
     ]
+
+
+def communication_rows(config: RunConfig) -> list[Row]:
+    """A row on what several learner ranks exchange at once."""
+    learner = config.learner
+    if learner.ranks == 1:
+        return []
+    elements, overlap = communication(learner, learner.resources.num_gpus > 0)
+    when = "while the backward pass goes on" if overlap else "between computations"
+    return [("communication of learner ranks", f"{elements:,} gradients or weights at once, {when}")]
 
 
 def evaluation_rows(config: RunConfig) -> list[Row]:

@@ -27,6 +27,8 @@ MAY_CHANGE = {
     "learner.logprob_chunk_tokens",
     "learner.gradient_checkpointing",
     "learner.offload",
+    "learner.bucket_elements",
+    "learner.overlap_communication",
     "learner.share_prompts",
     "learner.weight_bucket_bytes",
     "weights",
@@ -55,6 +57,8 @@ LAST_BIT = {
     "learner.logprob_chunk_tokens",
     "learner.gradient_checkpointing",
     "learner.offload",
+    "learner.bucket_elements",
+    "learner.overlap_communication",
     "learner.share_prompts",
 }
 OBJECTIVE = {"noise.mode", "component_weighting", "flip", "first_token", "masking", "centering_draws"}
