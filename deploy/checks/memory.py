@@ -2,8 +2,11 @@
 
     weights, gradients, optimizer states   by ZeRO stage and ranks; with LoRA those of the factors alone
   + the initial model                      with a KL term
-  + activations of one micro-batch         saved for the backward pass
-  + float32 logits of one chunk
+  + a copy of the state                    while a checkpoint is written beside the steps
+  + the larger of
+      a micro-batch's                      activations saved for the backward pass, float32 logits of one chunk, and
+                                           with ZeRO-3 weights that are gathered
+      the optimizer's step                 with ZeRO-1 and 2 the gradients in a row
 
 It needs the model's shape alone. How close it comes is measured by `bench memory` (docs/measured.md); it tells a run
 that fits from one that does not.
@@ -24,6 +27,7 @@ from latent_grpo.common.models import make_model
 from latent_grpo.deploy.run.object_store import held_versions
 from latent_grpo.learner.logprobs import chunk_size
 from latent_grpo.learner.policy import transformer_layers
+from latent_grpo.learner.zero_engine import LIVE_PARAMETERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,8 +166,11 @@ class RankMemory:
     optimizer: int
     activations: int
     logits: int
+    gathered: int = 0  # weights of other ranks, with ZeRO-3
+    update: int = 0  # what the optimizer's step takes, when a micro-batch's memory is free again
     reference: int = 0  # the initial model, for the KL term
-    host: int = 0  # of the machine's memory instead of the GPU's (learner.offload)
+    checkpoint: int = 0  # a copy of the trained parameters' state, while it is written beside the steps
+    host: int = 0  # of the machine's memory instead of the GPU's (learner.offload, checkpoint.background)
 
     @property
     def states(self) -> int:
@@ -173,7 +180,8 @@ class RankMemory:
     @property
     def total(self) -> int:
         """All of it, in bytes."""
-        return self.states + self.activations + self.logits + self.reference
+        passing = max(self.activations + self.logits + self.gathered, self.update)
+        return self.states + passing + self.reference + self.checkpoint
 
     def __str__(self) -> str:
         parts = [
@@ -184,7 +192,11 @@ class RankMemory:
         ]
         if self.reference:
             parts.append(f"{self.reference / GIB:.1f} initial model (kl_coefficient)")
-        offloaded = f"; {self.host / GIB:.1f} GiB of the machine's memory besides (offload)" if self.host else ""
+        if self.checkpoint:
+            parts.append(f"{self.checkpoint / GIB:.1f} copy of the state (checkpoint.background)")
+        if self.gathered:
+            parts.append(f"{self.gathered / GIB:.1f} gathered weights (ZeRO-3)")
+        offloaded = f"; {self.host / GIB:.1f} GiB of the machine's memory besides" if self.host else ""
         return f"about {self.total / GIB:.1f} GiB: {', '.join(parts)}, {self.logits / GIB:.1f} logits{offloaded}"
 
 
@@ -226,11 +238,18 @@ def rank_memory(
     host = 0
     for name in away if learner.resources.num_gpus else ():
         host, parts[name] = host + parts[name], 0
+    ranks = learner.ranks if learner.zero_stage else 1
+    copy = 12 * trained // learner.ranks if config.checkpoint.background else 0
+    if learner.resources.num_gpus:  # in the machine's memory
+        host, copy = host + copy, 0
     at_once = min(max(learner.tokens_per_microbatch, longest), tokens)
     return RankMemory(
         **parts,
         activations=at_once * shape.saved_bytes(dtype, checkpointing=learner.gradient_checkpointing, layers=layers),
         logits=4 * shape.rows * min(chunk_size(learner, shape.rows), at_once),
+        gathered=own * min(LIVE_PARAMETERS, shape.parameters) if learner.zero_stage == 3 and learner.ranks > 1 else 0,
+        update=4 * trained // ranks if learner.zero_stage in (1, 2) else 0,
+        checkpoint=copy,
         reference=own * shape.parameters // (learner.ranks if learner.zero_stage == 3 else 1) if reference else 0,
         host=host,
     )

@@ -94,14 +94,17 @@ def test_what_is_offloaded_counts_for_the_machine_and_not_for_its_gpu():
     def memory(offload: str, gpus: int):
         keys = [f"learner.offload={offload}", f"learner.resources.num_gpus={gpus}", "learner.zero_stage=3"]
         return rank_memory(
-            load_config("quickstart", [*NEW, *keys, "deterministic=false"]), shape, 900, frozen_embeddings=False
+            load_config("quickstart", [*NEW, *keys, "deterministic=false", "checkpoint.background=false"]),
+            shape,
+            900,
+            frozen_embeddings=False,
         )
 
     n, whole = shape.parameters, memory("none", 1)
     assert (whole.host, memory("optimizer", 0)) == (0, memory("none", 0))
     assert (memory("optimizer", 1).host, memory("optimizer", 1).states) == (16 * n, whole.states - 16 * n)
     assert (memory("parameters", 1).host, memory("parameters", 1).states) == (20 * n, 0)
-    assert "of the machine's memory besides (offload)" in str(memory("optimizer", 1))
+    assert "of the machine's memory besides" in str(memory("optimizer", 1))
     with pytest.raises(ConfigError, match=r"offload parameters needs learner\.zero_stage 3, got 2"):
         load_config("quickstart", [*NEW, "learner.offload=parameters", "learner.zero_stage=2"])
 
@@ -201,3 +204,23 @@ def test_a_worker_holds_weights_and_the_keys_and_values_of_its_samples():
 def test_the_papers_models_are_known_by_name(path, parameters):
     found = ModelShape.published(path)
     assert (None if found is None else found[1].parameters) == parameters
+
+
+def test_the_peak_is_a_micro_batch_or_the_optimizers_step_and_a_checkpoint_comes_on_top():
+    keys = [*NEW, "learner.tokens_per_microbatch=8", "learner.ranks=2"]
+    shape = ModelShape.of(load_config("quickstart", NEW), None, TOKENIZER)
+
+    def memory(*changes: str):
+        config = load_config("quickstart", [*keys, "checkpoint.background=false", *changes])
+        return rank_memory(config, shape, 8, frozen_embeddings=False)
+
+    n = shape.parameters
+    for stage, gradients in ((0, 0), (1, 2 * n), (2, 2 * n), (3, 0)):
+        found = memory(f"learner.zero_stage={stage}")
+        assert found.update == gradients, "ZeRO-1 and 2 put the gradients of a rank's share in a row"
+        assert found.gathered == (4 * n if stage == 3 else 0), "ZeRO-3 keeps what it has gathered, up to a limit"
+        assert found.total == found.states + max(found.activations + found.logits + found.gathered, found.update)
+    assert memory("checkpoint.background=true").total - memory().total == 12 * n // 2
+    assert "copy of the state (checkpoint.background)" in str(memory("checkpoint.background=true"))
+    on_gpus = memory("checkpoint.background=true", "learner.resources.num_gpus=1", "deterministic=false")
+    assert (on_gpus.checkpoint, on_gpus.host) == (0, 12 * n // 2), "it is in the machine's memory"
