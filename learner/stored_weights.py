@@ -145,6 +145,7 @@ def _without_memory(stored: PreTrainedModel, dtype: torch.dtype, path: str) -> P
         dtype=dtype,
         attn_implementation="sdpa",
         output_loading_info=True,
+        trust_remote_code=False,
     )
     check_loading(loaded[1], path)
     model: PreTrainedModel = loaded[0]
