@@ -24,6 +24,7 @@ from typing import Any
 
 import xxhash
 
+from latent_grpo.common import main_loop
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.files import file_hash, fsync, is_full
 
@@ -158,6 +159,7 @@ def verify_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     files = _read_manifest(path)
     for name, (size, checksum) in files.items():
+        main_loop.passed()  # the bytes of all files may take longer than deadlines.loop_s
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{name} is missing")
@@ -192,6 +194,7 @@ def _seal(folder: Path, step: int) -> None:
     files: dict[str, list[int | str]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
+            main_loop.passed()
             fsync(path)
             files[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_hash(path)]
     body = {"format": FORMAT, "step": step, "files": files}

@@ -4,12 +4,14 @@
 
 A model is made with all of its modules, buffers and ties, and with no memory for its parameters. The files are mapped,
 so the ranks of a machine read the same pages of its page cache, and no rank's own memory ever holds the whole model.
-Only weights that transformers puts together while it reads them (experts of a mixture, stored one by one) are copies.
+Copies are the weights that transformers puts together while it reads them (experts of a mixture, stored one by one),
+and all weights of files in more than one data type, which a warning names.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ import torch
 from torch import nn
 
 from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.fingerprint import fingerprint
 from latent_grpo.common.head import install_float32_head
 from latent_grpo.common.hub import hub_errors
 from latent_grpo.common.model_check import check_loading, check_model, quiet_loading, snapshot
@@ -28,9 +31,9 @@ from latent_grpo.common.models import DTYPES, check_logits
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Data types in which tensors can be mapped as they are stored."""
-SAMPLED = 16  # values of each parameter that ranks compare
 
 
 class StoredWeights:
@@ -110,7 +113,14 @@ def _mapped(path: str) -> PreTrainedModel:
     if folder is None:
         raise ConfigError(f"model {path}: its files were read, and are not in the hub's cache; give its folder")
     kinds = {t.dtype for t in stored_tensors(folder, found.config.to_dict()).values()} & (STORED.keys() | {"F64"})
-    dtype = STORED.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+    dtype = STORED.get(min(kinds), torch.float32) if len(kinds) == 1 else torch.float32
+    if len(kinds) > 1 or "F64" in kinds:
+        log.warning(
+            "model %s: its files hold weights of %s, so each learner rank copies all of them to float32 as it loads; "
+            "save the model in one data type to have them mapped",
+            path,
+            " and ".join(sorted(kinds)),
+        )
     return found if found.dtype == dtype else _loaded(path, dtype)
 
 
@@ -164,19 +174,15 @@ def _nothing(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((1,), torch.nan, dtype=dtype).expand(shape)
 
 
-def sampled(tensors: Iterable[torch.Tensor]) -> int:
-    """Returns a checksum of a few values of each tensor and of its shape."""
-    code = 0
-    for tensor in tensors:
-        flat = tensor.reshape(-1)
-        values = flat[:: max(len(flat) // SAMPLED, 1)].float().numpy()
-        code = zlib.crc32(values.tobytes(), zlib.crc32(str(tuple(tensor.shape)).encode(), code))
-    return code
+def checksum_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Returns a checksum, 32 bits, of all bytes of tensors in this order, their shapes and data types."""
+    found = [fingerprint(str(number), tensor) for number, tensor in enumerate(tensors)]
+    return zlib.crc32("".join(found).encode())
 
 
 def _check_equal(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-    """Raises ConfigError unless all ranks have the same weights, by samples of each tensor."""
-    code = sampled(tensors)
+    """Raises ConfigError unless all ranks have read the same weights: nobody sends them to the others."""
+    code = checksum_of(tensors)
     ends = torch.tensor([code, -code], device=device)
     torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
     if int(ends[0]) != -int(ends[1]):

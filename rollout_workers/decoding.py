@@ -35,6 +35,7 @@ ROW = np.dtype(COLUMNS)
 number."""
 PLACE = {name: place for place, (name, _) in enumerate(COLUMNS)}
 """The column of each setting on the device, where a row is int64 [columns]."""
+NEVER = 2**31 - 1  # a step after all others
 SCRATCH = 0  # a slot without an owner, for rows that do not count
 PARTS = 3  # of a record's component: id, score and log-prob
 MINUS_INFINITY = int(np.float32(-np.inf).view(np.int32))
@@ -68,7 +69,8 @@ class Fetch:
     def records(self) -> list[Record]:
         """Returns the records, in the order in which they were requested."""
         packed, count = self._packed.numpy(), len(self._steps)
-        latent, inexact = np.minimum(packed[:count], self._steps).tolist(), packed[count : 2 * count].tolist()
+        latent = np.minimum(packed[:count], self._steps).tolist()
+        exact = (packed[count : 2 * count] >= self._steps).tolist()  # a step too many was thrown away
         body = packed[2 * count :].reshape(-1, self._width, PARTS)
         ids, scores, log_probs = body[..., 0], body[..., 1].view(np.float32), body[..., 2].view(np.float32)
         records, start = [], 0
@@ -81,7 +83,7 @@ class Fetch:
                     latent_log_probs=_mixtures(log_probs[start:middle], k),
                     hard_ids=ids[middle:end, 0].copy(),
                     hard_log_probs=log_probs[middle:end, 0].copy(),
-                    exact=not inexact[i],
+                    exact=exact[i],
                     started=self._started[i],
                 )
             )
@@ -105,7 +107,7 @@ class Decoder:
     _records: torch.Tensor  # [slots, steps, width, PARTS] int32: ids, and the bits of float32 scores and log-probs
     _table: torch.Tensor  # [slots, columns] int64: ROW
     _latent_steps: torch.Tensor  # [slots] int64
-    _inexact: torch.Tensor  # [slots] bool
+    _inexact_from: torch.Tensor  # [slots] int64: the first step drawn from too few ids, NEVER
 
     def __init__(
         self,
@@ -166,8 +168,10 @@ class Decoder:
         slots = [self.add(other, prompt_len, settings | {"key": key}) for other, key in others.items()]
         self._settle()  # which empties histories
         index = upload(np.array(slots), self.device)
-        for state in (self._records[:, :steps], self._latent_steps, self._inexact):
+        for state in (self._records[:, :steps], self._latent_steps):
             state[index] = state[source].clone()
+        inexact_from = self._inexact_from[source]  # a later step is the source's own
+        self._inexact_from[index] = torch.where(inexact_from < steps, inexact_from, NEVER)
 
     def left_latent_mode(self, uids: Sequence[int]) -> None:
         """Tells the host what the device knows: these samples take hard steps alone from here on."""
@@ -190,7 +194,7 @@ class Decoder:
         slots = [self.slots[uid] for uid in uids]
         index = upload(np.array(slots), self.device)
         # everything in one copy, since each copy would wait until the device has caught up
-        parts = [self._latent_steps[index].int(), self._inexact[index].int()]
+        parts = [self._latent_steps[index].int(), self._inexact_from[index].int()]
         parts += [self._records[slot, :count].flatten() for slot, count in zip(slots, steps, strict=True)]
         ks = self._host["k"][slots].tolist()
         return Fetch(torch.cat(parts), [self._started[slot] for slot in slots], steps, ks, self._width)
@@ -213,7 +217,7 @@ class Decoder:
         self._records[:, :, old_width:, 1] = MINUS_INFINITY  # beyond a sample's K: weight 0
         grown("_table", (slots, len(COLUMNS)), torch.int64)
         grown("_latent_steps", (slots,), torch.int64)
-        grown("_inexact", (slots,), torch.bool)
+        grown("_inexact_from", (slots,), torch.int64)
         self._host = np.concatenate([self._host, np.zeros(slots - old_slots, dtype=ROW)])
         self._started += [0.0] * (slots - old_slots)
         self._free += range(slots - 1, max(old_slots, SCRATCH + 1) - 1, -1)
@@ -227,7 +231,7 @@ class Decoder:
         index = upload(slots, self.device)
         self._table[index] = on_device(self._host[slots], self.device)
         self._latent_steps[index] = 0
-        self._inexact[index] = False
+        self._inexact_from[index] = NEVER
         self._records[index, :, :, 1] = MINUS_INFINITY
         self._fresh.clear()
         self._batch = None
@@ -341,7 +345,7 @@ class Decoder:
         log_probs = drawn.log_probs.view(torch.int32)
         self._records[target, step, 0] = torch.stack([drawn.ids.int(), log_probs, log_probs], -1)
         if not turn.careful:
-            self._inexact[target] |= ~drawn.exact
+            self._note_inexact(target, step, drawn.exact)
         turn.tokens[at] = drawn.ids
 
     def _draw_latent(
@@ -381,11 +385,14 @@ class Decoder:
         self._records[target, step, :k] = packed
         self._latent_steps[target] = torch.where(taken.leaves, step, step + 1)
         if not turn.careful:
-            self._inexact[target] |= ~taken.exact
+            self._note_inexact(target, step, taken.exact)
         proxy = torch.where(taken.leaves, self._end_id, self._placeholder)
         turn.tokens[at] = torch.where(latent, proxy, turn.tokens[at])
         turn.stays[at] = latent & ~taken.leaves
         return [] if embed is None else [(at, mix_embeddings(embed(taken.ids), taken.weights))]
+
+    def _note_inexact(self, target: torch.Tensor, step: torch.Tensor, exact: torch.Tensor) -> None:
+        self._inexact_from[target] = torch.minimum(self._inexact_from[target], torch.where(exact, NEVER, step))
 
     def _at(self, index: np.ndarray | None) -> Any:
         """The places of some rows, as a tensor is indexed; None: of all."""

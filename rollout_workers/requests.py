@@ -183,7 +183,7 @@ class Download:
         self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         self._values.copy_(values, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(values.device))  # the copy's, whatever device is the current one
 
     def numpy(self) -> np.ndarray:
         """Returns the values, once they have arrived."""

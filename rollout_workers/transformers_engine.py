@@ -9,9 +9,9 @@ Each `step` of the engine::
 Latent and visible samples run side by side; every row carries its own settings. What a step is, its draws and its
 records are the decoder's (`decoding.py`), on the device; the host knows which row of the cache is whose (`ROW`).
 
-Where the device computes asynchronously (CUDA) a step never waits for it: the host looks at what ended in the step
-before (`run_ahead`). A finished row then takes a step too many, which is thrown away, and records arrive a step later.
-On a CPU asking costs nothing, so rows end at once.
+With `run_ahead`, for devices that compute asynchronously (CUDA), the host looks at what ended in the step before. A
+finished row then takes a step too many, which is thrown away, and records arrive a step later, when the device already
+has the next one. Without it rows end at once: on a CPU asking costs nothing.
 
 A group's samples are alike until they draw: with the noise off they take their latent steps as one row, which becomes
 one for each sample where it leaves latent mode.
@@ -41,6 +41,8 @@ from latent_grpo.rollout_workers.requests import Download, RunningGroup, SampleR
 from latent_grpo.rollout_workers.samples import ROW, Ended, Outcome, Queued
 from latent_grpo.rollout_workers.weight_checks import TensorShape, check_checksum, checked_tensors
 
+RUN_AHEAD_PROVEN_ON_CUDA = False
+"""Whether `run_ahead` was run on a GPU (docs/gpu.md)."""
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass; it bounds memory, not admission
 
 
@@ -50,9 +52,9 @@ class TransformersEngine:
     At most `max_rows` samples are decoded side by side; more wait in a queue, by whole groups. A `deterministic` engine
     takes one group at a time, in memory of its own, so that its arithmetic depends on it alone and repeats bit for bit.
     With `in_flight_updates`, `load_weights` does not wait for pending samples; their keys and values are recomputed
-    under the new weights, and their trajectories name the first and the last version that sampled them. `run_ahead`
-    never waits for the device within a step (None: on CUDA); a sample whose draws then turn out to need more ids than
-    were considered is decoded again.
+    under the new weights, and their trajectories name the version whose key they have and the last that sampled them.
+    `run_ahead` waits for nothing but records that the step before has asked for (None: on CUDA, once proven); a sample
+    whose draws then turn out to need more ids than were considered is decoded again.
     """
 
     name = "transformers"
@@ -77,7 +79,8 @@ class TransformersEngine:
         self._lean = lean_forward(self._model) if self._device.type == "cpu" else None
         self._embed, self._head = model.get_input_embeddings(), install_float32_head(model)
         self._additive_mask = model.config._attn_implementation == "eager"
-        self._run_ahead = self._device.type == "cuda" if run_ahead is None else run_ahead
+        ahead = RUN_AHEAD_PROVEN_ON_CUDA and self._device.type == "cuda"
+        self._run_ahead = ahead if run_ahead is None else run_ahead
         self._eos = torch.tensor(facts.eos_ids, dtype=torch.int64, device=self._device)
         self._version: PolicyVersion | None = None
         self._fingerprints: dict[str, str] = {}  # of the parameters, by their names; empty after a load that failed
@@ -153,7 +156,8 @@ class TransformersEngine:
                 if self._unseen is not None and bool(self._unseen.over[self._unseen.rows["uid"] == uid].any()):
                     return None  # it has ended, which the next step will see
                 steps = int(row["length"] - row["prompt_len"]) + 1
-                return self._decoder.look([uid], [steps]).records()[0]
+                record = self._decoder.look([uid], [steps]).records()[0]
+                return record if record.exact else None  # it will be decoded again
         return None
 
     def close(self) -> None:
@@ -236,12 +240,13 @@ class TransformersEngine:
                 f"the engine holds no verified weights and {self.pending} samples are pending; abort the pending "
                 "samples and load_weights again, or load weights that are whole"
             )
-        completed = self._complete()
+        completed: list[tuple[Trajectory, ...]] = []
         logits = [self._decode()] if self._running else []
         logits += self._admit()
         outcome = self._draw(logits[0] if len(logits) == 1 else torch.cat(logits)) if logits else None
         if self._run_ahead:
             outcome, self._unseen = self._unseen, outcome
+            completed = self._complete()  # the device works at the next step while the host waits for records
         if outcome is not None:
             if outcome.over.any():
                 self._retire(outcome)

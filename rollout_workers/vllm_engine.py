@@ -26,6 +26,7 @@ from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import DTYPES, extend_positions
 from latent_grpo.common.types import GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import combine_checksums, in_buckets
+from latent_grpo.rollout_workers.decoding import Record
 from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.requests import RunningGroup, SampleRecord, admit
 from latent_grpo.rollout_workers.vllm_plugin.prefix_cache import keep_histories_apart
@@ -169,8 +170,8 @@ class VLLMEngine:
         """Returns a running sample's record so far, of an engine made for `streaming`; None of another one."""
         for uid, (group, place) in self._owner.items():
             if (group.request.group_uid, place) == (group_uid, position) and uid in self._steps:
-                record: SampleRecord = self._call_workers("look_at_record", uid, self._steps[uid])[0]
-                return record
+                record: Record = self._call_workers("look_at_record", uid, self._steps[uid])[0]
+                return record if record.exact else None  # it will be sampled again
         return None
 
     def abort(self) -> None:

@@ -118,5 +118,6 @@ def _make_start(folder: RunFolder, config: RunConfig, lineage: int, reporter: Re
 
     with run_session(folder, config, lineage, reporter, prepare(config, reporter, folder)) as run:
         base = run.initial if config.warm_start is None else warm_start(run)
+        run.await_workers()
         run.pool.publish(publish_model(base, 10**6, config))
         evaluate(run, partial(gather, run.pool), 0, "after")

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latent_grpo.common.config import ConfigError
+from latent_grpo.common.errors import RayLost
 from latent_grpo.common.ports import address_port_fault
+from latent_grpo.deploy.run import link
 
 LONGEST_SOCKET = 107 if sys.platform == "linux" else 103  # bytes of a Unix socket's path
 HEAD_S = 20.0  # for a head to answer that is only just starting
@@ -31,6 +33,7 @@ class Fault:
     variable: str
     found: str
     fix: str
+    passing: bool = False  # it may pass by itself
 
     def __str__(self) -> str:
         return f"Ray cannot start: {self.found}; {self.fix}"
@@ -39,13 +42,17 @@ class Fault:
 def check_machine(limit_s: float) -> None:
     """Raises ConfigError with a line for each fault; a Ray that runs in this process already has none.
 
-    `limit_s` bounds the wait for a cluster's head (`deadlines.start_s`).
+    `limit_s` bounds the wait for a cluster's head (`deadlines.start_s`). Raises RayLost where a run that recovers finds
+    no head: it had one before, so another attempt may find it.
     """
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return
     if found := ray_faults(os.environ, limit_s):
-        raise ConfigError("\n".join(map(str, found)))
+        said = "\n".join(map(str, found))
+        if link.recovering() and all(fault.passing for fault in found):
+            raise RayLost(said)
+        raise ConfigError(said)
 
 
 def ray_faults(
@@ -62,6 +69,7 @@ def ray_faults(
                     f"no Ray head answers at {ADDRESS}={address}",
                     f"set {ADDRESS} to HOST:PORT of `ray start --head` (port 6379), or unset it for a Ray of this "
                     "machine alone",
+                    passing=True,
                 )
             ]
     else:

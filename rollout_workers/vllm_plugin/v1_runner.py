@@ -1,4 +1,4 @@
-"""The latent core in vLLM's V1 model runner (the CPU build's; tested on 0.32), which wraps three of its methods.
+"""The decoder in vLLM's V1 model runner (the CPU build's; tested on 0.32), which wraps three of its methods.
 
 _update_states   samples start and finish        ──► slots
 _preprocess      embeddings of the batch's tokens ──► mixtures written over those of latent steps

@@ -1,4 +1,4 @@
-"""The latent core in vLLM's V2 model runner (the default on CUDA; written for 0.33), through its two hooks.
+"""The decoder in vLLM's V2 model runner (the default on CUDA; written for 0.33), through its two hooks.
 
     ModelState.prepare_inputs_embeds   ──► mixtures written over the embeddings of latent steps, in the persistent
                                            buffer that captured CUDA graphs read

@@ -1,4 +1,4 @@
-"""vLLM's workers with the latent core in their model runner, and the methods that the engine calls on them.
+"""vLLM's workers with the decoder in their model runner, and the methods that the engine calls on them.
 
 vLLM gets them as `worker_cls` and imports them in its own processes, so this package must be installed there.
 """

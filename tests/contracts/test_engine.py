@@ -545,8 +545,9 @@ def test_the_same_weights_in_flight_change_no_sample(kind: str, architecture: st
             assert_same(a, b)
 
 
-def test_weights_that_fail_in_flight_stop_the_samples_until_others_are_whole() -> None:
-    engine, request = make_engine(in_flight_updates=True), make_request(6, 4, max_tokens=40, k=3)
+@pytest.mark.parametrize("kind", EMBEDDED)
+def test_weights_that_fail_in_flight_stop_the_samples_until_others_are_whole(kind: str) -> None:
+    engine, request = make_engine(kind=kind, in_flight_updates=True), make_request(6, 4, max_tokens=40, k=3)
     undisturbed = collect(engine, [request])["g6"]
     engine.add(request)
     for _ in range(3):

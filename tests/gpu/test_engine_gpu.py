@@ -32,10 +32,11 @@ def asked():
     return [request(i, **settings) for i, settings in enumerate([*modes, *visible])]
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_records_are_drawn_again_teacher_forced(device, dtype):
+def test_records_are_drawn_again_teacher_forced(device, dtype, run_ahead):
     model = large_logits(DTYPES[dtype]).to(device)
-    engine = TransformersEngine(model, FACTS, max_rows=32, device=device)
+    engine = TransformersEngine(model, FACTS, max_rows=32, device=device, run_ahead=run_ahead)
     engine.load_weights(*published(model))
     requests = asked()
     groups = collect(engine, requests)

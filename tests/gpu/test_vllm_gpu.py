@@ -1,6 +1,6 @@
 """The vLLM engine on CUDA (`make test-gpu`): correctness first, then the numbers of docs/vllm.md, printed.
 
-Nothing here has been run yet: no GPU was at hand. The latent core is the one that the CPU tests cover, and so are the
+Nothing here has been run yet: no GPU was at hand. The decoder is the one that the CPU tests cover, and so are the
 scenarios of `engine_driving`; what is new on a GPU is vLLM's V2 runner, CUDA graphs, bfloat16 and draws that never wait
 for the device.
 """

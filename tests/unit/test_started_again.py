@@ -45,6 +45,7 @@ import os, signal, sys
 from pathlib import Path
 from latent_grpo.common.errors import RayLost
 from latent_grpo.deploy.run import link
+from latent_grpo.deploy.run.machine import check_machine
 from latent_grpo.deploy.run.ray_session import start_errors
 from latent_grpo.deploy.supervisor import supervise
 
@@ -62,6 +63,9 @@ try:
     with start_errors("its folder"):
         if attempt.stat().st_size == 2:
             raise TimeoutError("the machine is too busy")
+    if attempt.stat().st_size == 3:
+        os.environ["RAY_ADDRESS"] = "127.0.0.1:9"
+        check_machine(0.5)
 except RayLost as error:
     link.tell(crashed=f"has lost its Ray: {error}")
     sys.exit(1)
@@ -76,9 +80,10 @@ def test_a_recovery_whose_ray_does_not_start_is_tried_again(tmp_path):
     program.write_text(AGAIN)
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    first, second, third = done.stdout.splitlines()
     assert "was killed by SIGKILL; it starts again" in first
     assert "Ray cannot start (its folder): TimeoutError: the machine is too busy; it starts again" in second
+    assert "no Ray head answers at RAY_ADDRESS=127.0.0.1:9" in third
 
 
 class Hand:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from latent_grpo.common.errors import ConfigError
 from latent_grpo.common.models import load_model
-from latent_grpo.learner.stored_weights import StoredWeights, sampled
+from latent_grpo.learner.stored_weights import StoredWeights, checksum_of
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDER = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
@@ -45,13 +45,14 @@ def test_it_is_the_loaded_model_but_for_the_memory(tmp_path, name, kept, dtype):
     assert all(p.isnan().all() for p in model.parameters()), "computing with what is not there is noticed"
 
 
-def test_files_of_several_data_types_lose_nothing(tmp_path):
+def test_files_of_several_data_types_lose_nothing_and_are_named(tmp_path, caplog):
     folder = saved(tmp_path, MODELS["untied"], torch.bfloat16)
     state = load_file(tmp_path / "model.safetensors")
     state["lm_head.weight"] = state["lm_head.weight"].float() + 2.0**-20
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     weights, ids = StoredWeights(), torch.arange(6).unsqueeze(0)
     model, whole = weights.load(folder, "float32"), load_model(folder)
+    assert "its files hold weights of BF16 and F32, so each learner rank copies all of them" in caplog.text
     with torch.no_grad(), weights.lent(model):
         assert torch.equal(model(ids).logits, whole(ids).logits)
 
@@ -70,10 +71,10 @@ def test_what_load_model_refuses_is_refused(tmp_path):
 
 def test_ranks_compare_every_tensor():
     tensors = [torch.arange(100.0).view(10, 10), torch.ones(3)]
-    code = sampled(tensors)
-    assert code == sampled([t.clone() for t in tensors])
+    code = checksum_of(tensors)
+    assert code == checksum_of([t.clone() for t in tensors])
     for index in range(2):
         other = [t.clone() for t in tensors]
-        other[index][0] += 1
-        assert sampled(other) != code
-    assert sampled([tensors[0].view(4, 25), tensors[1]]) != code
+        other[index].view(-1)[-2] += 1
+        assert checksum_of(other) != code
+    assert checksum_of([tensors[0].view(4, 25), tensors[1]]) != code

@@ -1,4 +1,4 @@
-"""The latent core without vLLM: prefill, preemption and discarded steps, with draws that wait and that do not."""
+"""The decoder without vLLM: prefill, preemption and discarded steps, with draws that wait and that do not."""
 
 from __future__ import annotations
 
@@ -110,6 +110,23 @@ def test_what_cannot_be_known_from_the_likeliest_ids_is_marked():
     careful, swift = decode(new_core(), MIXED, scale=0.0), decode(new_core(), MIXED, careful=False, scale=0.0)
     assert all(r.exact for r in careful)
     assert not any(r.exact for r in swift)
+
+
+def test_a_step_too_many_that_is_not_exact_leaves_the_record_exact():
+    core, request = new_core(), group(1, mode="visible", top_p=1.0)
+    (settings,) = settings_of(request, careful=False)
+    core.add(0, PROMPT, settings)
+    core.add(1, PROMPT, settings)
+    slots = np.array([core.slots[0], core.slots[1]])
+    for step, scale in enumerate((30.0, 30.0, 0.0)):  # the last one is flat: any id may be drawn
+        core.draw(torch.stack([logits_at(0, step, scale)] * 2), slots, torch.full((2,), PROMPT - 1 + step))
+    before, after = core.look([0, 1], [2, 3]).records()
+    assert before.exact
+    assert not after.exact
+    core.fork(0, {2: 5, 3: 6}, 2)
+    assert all(record.exact for record in core.look([2, 3], [2, 2]).records())
+    core.fork(1, {4: 7}, 3)
+    assert not core.look([4], [3]).records()[0].exact
 
 
 @pytest.mark.parametrize("wait", [lambda t: t[0].item(), lambda t: bool(t[0] > 0), lambda t: t.cpu(), torch.nonzero])
