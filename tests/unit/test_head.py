@@ -140,10 +140,12 @@ def test_the_recorded_log_probs_are_those_of_float32_logits():
     model = large_logits()
     engine = TransformersEngine(model, FACTS, max_rows=4)
     engine.load_weights(*published(model))
-    asked = request(0)
-    (group,) = generate(engine, [asked])
+    states: list[torch.Tensor] = []  # that the output layer was given, the prompt's first
+    model.get_output_embeddings().register_forward_pre_hook(lambda layer, inputs: states.append(inputs[0].clone()))
+    (group,) = generate(engine, [request(0)])
+    hidden = states[0]
+    assert hidden.dtype == torch.bfloat16
     with torch.no_grad():
-        hidden = model.base_model(input_ids=torch.from_numpy(asked.prompt_ids).long()[None]).last_hidden_state[:, -1]
         exact = nn.functional.linear(hidden.float(), model.get_output_embeddings().weight.float()).log_softmax(-1)
     first = group[0]
     ids = torch.from_numpy(first.latent_ids[0]).long()
