@@ -2,10 +2,12 @@
 
     weights, gradients, optimizer states   by ZeRO stage and ranks; with LoRA those of the factors alone
   + the initial model                      with a KL term
+  + the encoder                            in Latent-SFT with induced labels
   + a copy of the state                    while a checkpoint is written beside the steps
   + the larger of
-      a micro-batch's                      activations saved for the backward pass, float32 logits of one chunk, and
-                                           with ZeRO-3 weights that are gathered
+      a micro-batch's                      activations saved for the backward pass, float32 logits of one chunk, the
+                                           gradient of a trained output layer, DeepSpeed's bucket of gradients, and with
+                                           ZeRO-3 weights that are gathered
       the optimizer's step                 with ZeRO-1 and 2 the gradients in a row
 
 It needs the model's shape alone. How close it comes is measured by `bench memory` (docs/measured.md); it tells a run
@@ -21,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_grpo.common.config import ConfigError, LoRAConfig, RunConfig
+from latent_grpo.common.config import ConfigError, LearnerConfig, LoRAConfig, RunConfig
 from latent_grpo.common.model_check import empty_model, read_settings
 from latent_grpo.common.models import make_model
 from latent_grpo.deploy.run.object_store import held_versions
-from latent_grpo.learner.logprobs import chunk_size
+from latent_grpo.learner.logprobs import calls_size, chunk_size
 from latent_grpo.learner.policy import transformer_layers
-from latent_grpo.learner.zero_engine import LIVE_PARAMETERS
+from latent_grpo.learner.zero_engine import LIVE_PARAMETERS, communication
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +37,13 @@ if TYPE_CHECKING:
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 SAVED_WIDTHS = {"float32": 10, "bfloat16": 13}  # values of width D that a layer saves for a token; norms are float32
+SFT_COPIES = 3  # of a chunk's logits in Latent-SFT: their log_softmax, its gradient, and that of the logits
 SAVED_MLP_WIDTHS = 4  # of the MLP's width: gate, its activation, up, their product
+AWAY = {
+    "none": (),
+    "optimizer": ("optimizer", "gradients"),
+    "parameters": ("optimizer", "gradients", "parameters", "reference"),
+}  # what each `learner.offload` keeps in the machine's memory
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2.5-Math-7B": (
         "qwen2",
@@ -71,6 +79,7 @@ class ModelShape:
     """The sizes of a causal LM that decide its memory."""
 
     parameters: int
+    largest: int  # values of the largest single parameter
     embeddings: int  # values of the input embeddings
     tied: bool  # whether the output layer shares them
     layers: int
@@ -121,6 +130,7 @@ class ModelShape:
         key_heads = getattr(settings, "num_key_value_heads", None) or heads
         return cls(
             parameters=model.num_parameters(),
+            largest=max(parameter.numel() for parameter in model.parameters()),
             embeddings=embedding.numel(),
             tied=model.get_output_embeddings().weight is embedding,
             layers=settings.num_hidden_layers,
@@ -138,6 +148,10 @@ class ModelShape:
             return self.parameters - (self.embeddings if frozen_embeddings else 0)
         of_layers = self.parameters - self.embeddings - head
         return of_layers * min(layers, self.layers) // self.layers + head
+
+    def trains_output(self, layers: int | None, *, frozen_embeddings: bool) -> bool:
+        """Whether the output layer is trained, which with `layers` a tied one is not."""
+        return not self.tied or (layers is None and not frozen_embeddings)
 
     def factors(self, lora: LoRAConfig, layers: int | None) -> int:
         """Parameters of LoRA's factors, which are all that is then trained; with `layers`, of so many layers."""
@@ -166,9 +180,12 @@ class RankMemory:
     optimizer: int
     activations: int
     logits: int
+    output_gradient: int = 0  # of the output layer's weights, while it is computed
+    bucket: int = 0  # of gradients that ranks exchange at once, which DeepSpeed allocates whole
     gathered: int = 0  # weights of other ranks, with ZeRO-3
     update: int = 0  # what the optimizer's step takes, when a micro-batch's memory is free again
     reference: int = 0  # the initial model, for the KL term
+    encoder: int = 0  # which induces the labels of Latent-SFT
     checkpoint: int = 0  # a copy of the trained parameters' state, while it is written beside the steps
     host: int = 0  # of the machine's memory instead of the GPU's (learner.offload, checkpoint.background)
 
@@ -180,8 +197,8 @@ class RankMemory:
     @property
     def total(self) -> int:
         """All of it, in bytes."""
-        passing = max(self.activations + self.logits + self.gathered, self.update)
-        return self.states + passing + self.reference + self.checkpoint
+        batch = self.activations + self.logits + self.output_gradient + self.bucket + self.gathered
+        return self.states + max(batch, self.update) + self.reference + self.encoder + self.checkpoint
 
     def __str__(self) -> str:
         parts = [
@@ -192,8 +209,14 @@ class RankMemory:
         ]
         if self.reference:
             parts.append(f"{self.reference / GIB:.1f} initial model (kl_coefficient)")
+        if self.encoder:
+            parts.append(f"{self.encoder / GIB:.1f} encoder (warm_start.source)")
         if self.checkpoint:
             parts.append(f"{self.checkpoint / GIB:.1f} copy of the state (checkpoint.background)")
+        if self.output_gradient:
+            parts.append(f"{self.output_gradient / GIB:.1f} output layer's gradient")
+        if round(self.bucket / GIB, 1):
+            parts.append(f"{self.bucket / GIB:.1f} bucket (learner.bucket_elements)")
         if self.gathered:
             parts.append(f"{self.gathered / GIB:.1f} gathered weights (ZeRO-3)")
         offloaded = f"; {self.host / GIB:.1f} GiB of the machine's memory besides" if self.host else ""
@@ -209,50 +232,80 @@ def rank_memory(
     longest: int = 0,
     lora: LoRAConfig | None = None,
     reference: bool = False,
+    latent_sft: bool = False,
 ) -> RankMemory:
     """Estimates the memory of each learner rank.
 
     `tokens` is the size of a step on one rank, `longest` that of its longest row, which is never split;
     `frozen_embeddings` says whether the input embeddings are left as they are. With `lora` only its factors are
-    trained. `reference`: the rank holds the initial model besides, with ZeRO-3 its share of it.
+    trained. `reference`: the rank holds the initial model besides, with ZeRO-3 its share of it. `latent_sft`: it is a
+    rank of Latent-SFT, which writes no checkpoint beside its steps and holds a whole encoder with induced labels.
     """
-    learner, dtype = config.learner, config.model.dtype
-    layers = config.model.train_layers
-    own = BYTES[dtype]
+    learner, dtype, layers = config.learner, config.model.dtype, config.model.train_layers
+    own, on_gpus = BYTES[dtype], learner.resources.num_gpus > 0
     if lora is None:
         trained, held = shape.trained(layers, frozen_embeddings=frozen_embeddings), shape.parameters
     else:
         trained = shape.factors(lora, layers)
         held = shape.parameters + trained
-    parts = {"parameters": own * held, "gradients": 4 * trained, "optimizer": 12 * trained}
+    parts = _shares(learner, {"parameters": own * held, "gradients": 4 * trained, "optimizer": 12 * trained})
     if learner.zero_stage == 0:
         parts["optimizer"] = 8 * trained  # the weights themselves are the master weights
-    for name, stage in (("optimizer", 1), ("gradients", 2), ("parameters", 3)):
-        if learner.zero_stage >= stage:
-            parts[name] //= learner.ranks
-    away = {
-        "none": (),
-        "optimizer": ("optimizer", "gradients"),
-        "parameters": ("optimizer", "gradients", "parameters"),
-    }[learner.offload]
-    host = 0
-    for name in away if learner.resources.num_gpus else ():
-        host, parts[name] = host + parts[name], 0
-    ranks = learner.ranks if learner.zero_stage else 1
-    copy = 12 * trained // learner.ranks if config.checkpoint.background else 0
-    if learner.resources.num_gpus:  # in the machine's memory
-        host, copy = host + copy, 0
+    share = learner.ranks if learner.zero_stage == 3 else 1
+    parts["reference"] = own * shape.parameters // share if reference else 0
+    copied = config.checkpoint.background and not latent_sft
+    parts["checkpoint"] = 12 * trained // learner.ranks if copied else 0
+    away = (*AWAY[learner.offload], "checkpoint") if on_gpus else ()
+    host = sum(parts[name] for name in away)
     at_once = min(max(learner.tokens_per_microbatch, longest), tokens)
+    trains_output = lora is None and shape.trains_output(layers, frozen_embeddings=frozen_embeddings)
+    logits, output_gradient = _output_layer(learner, shape, dtype, at_once, trained=trains_output, sft=latent_sft)
+    whole = max(min(LIVE_PARAMETERS, shape.parameters), shape.largest)  # a single one is gathered whatever the limit
     return RankMemory(
-        **parts,
+        **parts | dict.fromkeys(away, 0),
         activations=at_once * shape.saved_bytes(dtype, checkpointing=learner.gradient_checkpointing, layers=layers),
-        logits=4 * shape.rows * min(chunk_size(learner, shape.rows), at_once),
-        gathered=own * min(LIVE_PARAMETERS, shape.parameters) if learner.zero_stage == 3 and learner.ranks > 1 else 0,
-        update=4 * trained // ranks if learner.zero_stage in (1, 2) else 0,
-        checkpoint=copy,
-        reference=own * shape.parameters // (learner.ranks if learner.zero_stage == 3 else 1) if reference else 0,
+        logits=logits,
+        output_gradient=output_gradient,
+        bucket=_bucket_bytes(learner, dtype, on_gpus),
+        gathered=own * whole if learner.zero_stage == 3 and learner.ranks > 1 else 0,
+        update=4 * trained // learner.ranks if learner.zero_stage in (1, 2) else 0,
+        encoder=4 * shape.parameters if latent_sft and config.latent_sft.source == "induced" else 0,
         host=host,
     )
+
+
+def _shares(learner: LearnerConfig, whole: dict[str, int]) -> dict[str, int]:
+    """Returns what a rank holds of the states, by the ZeRO stage from which each is partitioned."""
+    stages = {"optimizer": 1, "gradients": 2, "parameters": 3}
+    return {name: size // (learner.ranks if learner.zero_stage >= stages[name] else 1) for name, size in whole.items()}
+
+
+def _output_layer(
+    learner: LearnerConfig, shape: ModelShape, dtype: str, tokens: int, *, trained: bool, sft: bool
+) -> tuple[int, int]:
+    """Returns the bytes of logits at once, and of the gradient [V, D] of a `trained` layer.
+
+    RL adds that gradient up in float32 and then casts it (`learner.logprobs`). In Latent-SFT autograd adds up those of
+    the chunks: one is there beside a chunk's logits; once these are freed but for one copy, there are three.
+    """
+    positions = (calls_size if sft else chunk_size)(learner, shape.rows)
+    chunk, weights = 4 * shape.rows * min(positions, tokens), shape.rows * shape.width
+    if not sft:
+        return chunk, (4 + (2 if dtype == "bfloat16" else 0)) * weights if trained else 0
+    own = BYTES[dtype] * weights
+    return SFT_COPIES * chunk, own + 2 * max(own - chunk, 0) if trained else 0
+
+
+def _bucket_bytes(learner: LearnerConfig, dtype: str, on_gpus: bool) -> int:
+    """Returns the bytes of what DeepSpeed allocates for gradients on their way, whatever the number of ranks.
+
+    ZeRO-1 has them in float32, 2 and 3 in the model's dtype; 1 and 2 have a second buffer to overlap.
+    """
+    if learner.zero_stage == 0:
+        return 0
+    elements, overlap = communication(learner, on_gpus)
+    buffers = 2 if overlap and learner.zero_stage < 3 else 1
+    return buffers * elements * (4 if learner.zero_stage == 1 else BYTES[dtype])
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,9 @@ def memory_rows(config: RunConfig, model: InitialModel | None) -> list[Row]:
     by_lora = {"RL": config.lora, "Latent-SFT": None if config.warm_start is None else config.warm_start.lora}
     if (sft := config.warm_start) is not None:
         tokens = -(-_sft_tokens(config) // learner.ranks)
-        of_sft = rank_memory(config, shape, tokens, frozen_embeddings=False, longest=longest, lora=sft.lora)
+        of_sft = rank_memory(
+            config, shape, tokens, frozen_embeddings=False, longest=longest, lora=sft.lora, latent_sft=True
+        )
         stages = {"Latent-SFT": of_sft, **stages}
     for stage in stages:
         if (lora := by_lora[stage]) is not None:

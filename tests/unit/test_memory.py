@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from latent_grpo.common.config import ConfigError, LoRAConfig, load_config
+from latent_grpo.common.config import ConfigError, LearnerConfig, LoRAConfig, load_config
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.deploy.checks.memory import ModelShape, machine_bytes, rank_memory, staged_bytes, worker_memory
+from latent_grpo.learner.logprobs import chunk_size
 from latent_grpo.learner.lora import add_lora
 
 TOKENIZER = make_arithmetic_tokenizer()
@@ -219,8 +222,93 @@ def test_the_peak_is_a_micro_batch_or_the_optimizers_step_and_a_checkpoint_comes
         found = memory(f"learner.zero_stage={stage}")
         assert found.update == gradients, "ZeRO-1 and 2 put the gradients of a rank's share in a row"
         assert found.gathered == (4 * n if stage == 3 else 0), "ZeRO-3 keeps what it has gathered, up to a limit"
-        assert found.total == found.states + max(found.activations + found.logits + found.gathered, found.update)
+        batch = found.activations + found.logits + found.output_gradient + found.bucket + found.gathered
+        assert found.total == found.states + max(batch, found.update)
     assert memory("checkpoint.background=true").total - memory().total == 12 * n // 2
     assert "copy of the state (checkpoint.background)" in str(memory("checkpoint.background=true"))
     on_gpus = memory("checkpoint.background=true", "learner.resources.num_gpus=1", "deterministic=false")
     assert (on_gpus.checkpoint, on_gpus.host) == (0, 12 * n // 2), "it is in the machine's memory"
+
+
+def rank_of(*changes: str, shape: ModelShape | None = None, latent_sft: bool = False, **options):
+    config = load_config("quickstart", [*NEW, "deterministic=false", *changes])
+    shape = shape or ModelShape.of(config, None, TOKENIZER)
+    return rank_memory(config, shape, 8000, frozen_embeddings=False, latent_sft=latent_sft, **options)
+
+
+def test_latent_sft_writes_its_checkpoints_between_its_steps():
+    assert rank_of("checkpoint.background=true").checkpoint > 0
+    assert rank_of("checkpoint.background=true", latent_sft=True).checkpoint == 0
+    on_gpu = ["checkpoint.background=true", "learner.resources.num_gpus=1"]
+    assert rank_of(*on_gpu).host > 0
+    assert rank_of(*on_gpu, latent_sft=True).host == 0
+
+
+def test_latent_sft_has_three_copies_of_the_logits_of_a_call_and_the_encoder_of_induced_labels():
+    shape = ModelShape.of(load_config("quickstart", NEW), None, TOKENIZER)
+    row = 4 * shape.rows
+    assert rank_of("learner.logprob_chunk_tokens=100").logits == 100 * row
+    assert rank_of("learner.logprob_chunk_tokens=100", latent_sft=True).logits == 3 * 100 * row
+    large = replace(shape, rows=150_000)
+    assert rank_of("learner.zero_stage=3", shape=large).logits == 4 * 150_000 * chunk_size(LearnerConfig(), 150_000)
+    assert rank_of("learner.zero_stage=3", shape=large, latent_sft=True).logits == 3 * 4 * 150_000 * 2048
+
+    induced = ["warm_start.source=induced"]
+    with_encoder, without = rank_of(*induced, latent_sft=True), rank_of(latent_sft=True)
+    assert with_encoder.total - without.total == 4 * shape.parameters, "in float32, and whole"
+    assert rank_of(*induced, "learner.zero_stage=3", "learner.ranks=2", latent_sft=True).encoder == 4 * shape.parameters
+    assert rank_of(*induced).encoder == 0, "RL has no encoder"
+    assert "encoder (warm_start.source)" in str(with_encoder)
+
+
+def test_zero_3_gathers_a_parameter_whole_that_is_larger_than_its_limit():
+    small = ModelShape.of(load_config("quickstart", NEW), None, TOKENIZER)
+    assert small.largest == 256 * 640, "of a layer's MLP; the vocabulary is small"
+    large = replace(small, parameters=900_000_000, largest=500_000_000)
+    keys = ["learner.zero_stage=3", "learner.ranks=2", "model.dtype=bfloat16"]
+    assert rank_of(*keys, shape=large).gathered == 2 * 500_000_000
+    assert rank_of(*keys, shape=replace(large, largest=1)).gathered == 2 * 100_000_000
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 4), ("bfloat16", 6)])
+def test_a_trained_output_layer_has_a_gradient_in_float32_that_is_cast(dtype, bytes_each):
+    keys = [f"model.dtype={dtype}", "learner.logprob_chunk_tokens=1"]
+    shape = ModelShape.of(load_config("quickstart", NEW), None, TOKENIZER)
+    weights = shape.rows * shape.width
+    assert not shape.tied
+    assert rank_of(*keys).output_gradient == bytes_each * weights
+    assert rank_of(*keys, shape=replace(shape, tied=True)).output_gradient == bytes_each * weights
+    assert rank_of(*keys, lora=LoRAConfig(rank=4)).output_gradient == 0
+    assert rank_of(*keys, "model.train_layers=1", shape=replace(shape, tied=True)).output_gradient == 0
+    sft, own = rank_of(*keys, latent_sft=True), 4 if dtype == "float32" else 2
+    chunk = 4 * shape.rows
+    assert sft.logits + sft.output_gradient == chunk + 3 * own * weights, "autograd's sum over the chunks"
+    frozen = rank_memory(load_config("quickstart", keys), replace(shape, tied=True), 8000, frozen_embeddings=True)
+    assert frozen.output_gradient == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "buffers", "size"),
+    [
+        (0, "float32", 0, 4),
+        (1, "float32", 2, 4),
+        (1, "bfloat16", 2, 4),
+        (2, "bfloat16", 2, 2),
+        (3, "float32", 1, 4),
+        (3, "bfloat16", 1, 2),
+    ],
+)
+def test_the_bucket_of_gradients_is_there_twice_to_overlap_but_with_zero_3(stage, dtype, buffers, size):
+    keys = [f"learner.zero_stage={stage}", f"model.dtype={dtype}", "learner.bucket_elements=1000", "learner.ranks=2"]
+    keys.append("learner.resources.num_gpus=1")
+    assert rank_of(*keys, "learner.overlap_communication=true").bucket == buffers * 1000 * size
+    assert rank_of(*keys, "learner.overlap_communication=false").bucket == min(buffers, 1) * 1000 * size
+
+
+def test_the_initial_model_goes_where_the_parameters_go():
+    keys = ["learner.zero_stage=3", "learner.resources.num_gpus=1", "checkpoint.background=false"]
+    for offload, on_host in (("optimizer", 0), ("parameters", 1)):
+        without, with_kl = (rank_of(*keys, f"learner.offload={offload}", reference=kl) for kl in (False, True))
+        size = 4 * ModelShape.of(load_config("quickstart", NEW), None, TOKENIZER).parameters
+        assert with_kl.reference == size * (1 - on_host)
+        assert with_kl.host - without.host == size * on_host
