@@ -9,13 +9,10 @@ its heap keeps, which is as much again with its defaults (docs/measured.md).
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from latent_grpo.common.errors import RunError
-from latent_grpo.deploy.bench.own_process import PrivatePeak, alone
+from latent_grpo.deploy.bench.own_process import PrivatePeak, alone, side_by_side
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,50 +77,6 @@ def _ranks(folder: str, keys: list[str]) -> dict[str, float]:
     ranks, address = settings(folder, keys).learner.ranks, _address()
     found = side_by_side(_rank, [(index, address, folder, keys) for index in range(ranks)])
     return max(found, key=lambda one: one["measured_mib"])
-
-
-def side_by_side(function: Callable[..., Any], calls: Sequence[tuple[object, ...]]) -> list[Any]:
-    """Calls a function once in a new process for each tuple of arguments, all at once, and returns the results.
-
-    The first failure ends the other processes, which may wait for the one that failed, and is raised: RunError where a
-    process was killed, else what the function raised.
-    """
-    context = multiprocessing.get_context("spawn")
-    processes: list[BaseProcess] = []
-    answers: dict[Any, int] = {}  # the pipes of the processes that have not ended
-    results: dict[int, Any] = {}
-    try:
-        for index, arguments in enumerate(calls):
-            answer, own_end = context.Pipe(duplex=False)
-            processes.append(context.Process(target=_answer, args=(own_end, function, arguments)))
-            processes[-1].start()
-            own_end.close()  # the process alone holds it now: its end is the pipe's
-            answers[answer] = index
-        while answers:
-            for ready in wait(list(answers)):
-                results[answers.pop(ready)] = _received(ready)
-    finally:
-        for process in processes:
-            process.kill()  # a rank may wait for ever for one that failed
-            process.join()
-    return [results[index] for index in range(len(calls))]
-
-
-def _answer(answers: Connection, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
-    try:
-        answers.send((function(*arguments), None))
-    except Exception as error:  # raised again by the process that waits
-        answers.send((None, error))
-
-
-def _received(answer: Any) -> Any:
-    try:
-        result, error = answer.recv()
-    except EOFError:
-        raise RunError("a measured process was killed; the machine may have too little memory for it") from None
-    if error is not None:
-        raise error
-    return result
 
 
 def _make_model(folder: str, shape: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from latent_grpo.common.errors import RunError
-from latent_grpo.deploy.bench.memory import CASES, Case, measure, settings, show, side_by_side
+from latent_grpo.deploy.bench.memory import CASES, Case, measure, settings, show
+from latent_grpo.deploy.bench.own_process import side_by_side
 
 
 def test_every_case_is_a_run_that_can_be(tmp_path):
