@@ -219,7 +219,9 @@ def resolve_tokens(
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ConfigError("the tokenizer has no end-of-sequence token: a response could never finish; set eos_token")
-    eos_ids = tuple(dict.fromkeys((int(eos), *(int(i) for i in extra_eos_ids))))
+    if strangers := [i for i in extra_eos_ids if not isinstance(i, int) or isinstance(i, bool)]:
+        raise ConfigError(f"eos_token_id of the model's configuration holds {strangers[0]!r}; expected whole numbers")
+    eos_ids = tuple(dict.fromkeys((int(eos), *extra_eos_ids)))
     if any(not 0 <= i < vocab_size for i in eos_ids):
         raise ConfigError(f"end-of-sequence ids {eos_ids} are not all below the model's vocabulary of {vocab_size}")
     pad = tokenizer.pad_token_id

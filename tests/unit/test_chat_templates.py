@@ -142,3 +142,5 @@ def test_a_tokenizer_that_may_be_another_models_is_said():
     (line,) = foreign_sentences(own, resolve_tokens(own, 320, True, extra_eos_ids=[72]))
     assert re.match(r"the model's configuration ends a text with 72 \('.'\), which are no special tokens of the", line)
     assert foreign_sentences(own, resolve_tokens(own, 320, True, extra_eos_ids=[4, 72])) == []
+    with pytest.raises(ConfigError, match="holds None; expected whole numbers"):
+        resolve_tokens(own, 320, True, extra_eos_ids=[4, None])
