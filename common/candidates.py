@@ -85,10 +85,10 @@ def _selected_on_host(logits: torch.Tensor, top_m: int) -> torch.Tensor | None:
     values = logits.numpy()
     edge = values.shape[-1] - top_m
     least = np.partition(values, edge, axis=-1)[:, edge : edge + 1]
-    places = np.flatnonzero(values >= least)
-    if len(places) != len(values) * top_m or np.isnan(least).any():  # a row has at least so many, unless it holds NaN
+    chosen = values >= least
+    if (np.count_nonzero(chosen, axis=-1) != top_m).any():  # more with ties at the edge, fewer with NaN
         return None
-    ids = torch.from_numpy(places).view(len(values), top_m)
+    ids = torch.from_numpy(np.flatnonzero(chosen)).view(len(values), top_m)
     return ids - torch.arange(len(values)).unsqueeze(-1) * values.shape[-1]
 
 

@@ -197,6 +197,13 @@ def test_unusable_logits_are_marked_where_nothing_may_wait():
         latent_step(logits, keys, keys, **settings)
 
 
+def test_a_tie_in_one_row_does_not_hide_nan_in_another():
+    """The tied row has one candidate too many and the other one too few: their number alone looks right."""
+    ids = likeliest(torch.tensor([[5.0, 4.0, 3.0, 3.0, 1.0, 0.0], [math.nan, 4.0, 3.0, 2.0, 1.0, 0.0]]), None, 3).ids
+    assert ids[0, :2].tolist() == [0, 1]
+    assert ((ids >= 0) & (ids < 6)).all()
+
+
 @pytest.mark.parametrize("top_m", [8, 32, 64])
 def test_candidates_that_bounded_noise_cannot_lift_need_not_be_drawn(top_m):
     """Nuclei far wider than the table, of every spread: the table grows no further than noise reaches."""
