@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from latent_grpo.common.pinned_copy import copy_between
+from latent_grpo.common.pinned_copy import copy_between, flat_bytes
 
 WORDS = 1024  # of a row, 8 bytes each
 ROW_BYTES = 8 * WORDS
@@ -60,8 +60,8 @@ def lanes(
     With `source`, of the same shape and dtype, each piece is first copied from there. A tensor that is not contiguous
     is copied whole; every other one is read piece by piece, of `piece_rows`, which do not change the result.
     """
-    raw, device = _bytes(tensor), tensor.device
-    given = None if source is None else _bytes(source)
+    raw, device = flat_bytes(tensor), tensor.device
+    given = None if source is None else flat_bytes(source)
     whole, count = len(raw) // ROW_BYTES, -(-len(raw) // ROW_BYTES)
     rows = torch.empty(count, dtype=torch.int64, device=device)
     columns = torch.zeros(WORDS, dtype=torch.int64, device=device)
@@ -85,12 +85,6 @@ def _lane(sums: torch.Tensor, odd: UInt64) -> int:
 def _named(name: str, tensor: torch.Tensor, found: tuple[int, int]) -> str:
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     return xxhash.xxh3_128_hexdigest(f"{name}|{dtype}|{shape}|{found[0]:016x}{found[1]:016x}".encode())
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor's bytes [nbytes], a view where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8) if len(flat) else torch.empty(0, dtype=torch.uint8, device=flat.device)
 
 
 def _words(piece: torch.Tensor) -> torch.Tensor:

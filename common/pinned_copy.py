@@ -51,7 +51,7 @@ class PinnedCopies:
     @torch.no_grad()
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies all bytes of a contiguous tensor into another one of its size; returns when they have arrived."""
-        raw, into = _bytes(source), _bytes(target)
+        raw, into = flat_bytes(source), flat_bytes(target)
         to_host = not target.is_cuda
         pieces = list(zip(raw.split(len(self._pieces[0])), into.split(len(self._pieces[0])), strict=True))
         with self._beside():
@@ -104,5 +104,7 @@ class PinnedCopies:
             yield
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor's bytes [nbytes], a view where it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8) if len(flat) else torch.empty(0, dtype=torch.uint8, device=flat.device)

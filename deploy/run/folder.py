@@ -240,9 +240,8 @@ def reopen_run(
         check(folder.path, config)
     else:
         folder, config = RunFolder(Path(path)), settings
-        asked = parse_config(
-            placed(config.model_dump(mode="json"), folder.identity())
-        )  # the same files, however they are named
+        # the same files, however they are named
+        asked = parse_config(placed(config.model_dump(mode="json"), folder.identity()))
         check_changes(folder.path, folder.placed_config(), asked)
         config = with_scaled_workers(folder, config)
     with run_lock(folder.path):
