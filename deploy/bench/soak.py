@@ -54,6 +54,7 @@ STEPS_A_KILL = 10
 SPREAD = 0.9  # of the steps: what is left after the last kill shows that the run goes on
 PAUSE_S = 0.5  # at most, from a step's end to the next kill: it falls anywhere in a step
 POLL_S = 0.1
+GRADING_S = 0.04  # a response; a step is then about 0.35 s
 STUCK_S = 600.0
 TAIL_BYTES = 2**16  # of the metrics, which hold the last step whole
 LOST = re.compile(rb"rollout worker-\d+ lost ")
@@ -78,9 +79,14 @@ PROFILE: dict[str, Any] = {
 
 
 class Coin:
-    """Reward 1 for half of all texts, so that every step has signal, whatever the model says."""
+    """Reward 1 for half of all texts, so that every step has signal, whatever the model says.
+
+    It takes its time: a step must not be so short that the run ends before all kills were made, since the others go on
+    while a worker is replaced.
+    """
 
     def grade(self, response_text: str, gold: str) -> Grade:
+        time.sleep(GRADING_S)
         good = zlib.crc32(response_text.encode()) % 2
         return Grade(reward=float(good), reason="correct" if good else "wrong", parsed=response_text[:10])
 
