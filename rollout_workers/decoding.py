@@ -132,6 +132,7 @@ class Decoder:
         self._started: list[float] = []
         self._fresh: list[int] = []  # slots whose settings the device does not have yet
         self._batch: tuple[np.ndarray, Rows] | None = None  # the slots of the step before, and their settings
+        self.layout: object = None  # another one whenever the state on the device has moved
         self._grow(1 + slots, steps, width)
         for name, value in (("k", 1), ("top_k", 1), ("temperature", 1.0), ("top_p", 1.0), ("tau", 1.0)):
             self._host[SCRATCH][name] = value  # for the draws of vLLM's warm-up requests
@@ -222,6 +223,7 @@ class Decoder:
         self._started += [0.0] * (slots - old_slots)
         self._free += range(slots - 1, max(old_slots, SCRATCH + 1) - 1, -1)
         self._steps, self._width = steps, width
+        self.layout = object()
 
     def _settle(self) -> None:
         """Copies the settings of new samples to the device in one piece and empties their histories."""
@@ -236,8 +238,8 @@ class Decoder:
         self._fresh.clear()
         self._batch = None
 
-    def _rows_of(self, slots: np.ndarray) -> Rows:
-        """The settings of a step's rows, which are mostly those of the step before."""
+    def rows(self, slots: np.ndarray) -> Rows:
+        """Returns the settings of a step's rows: mostly those of the step before, and then the same object."""
         self._settle()
         if self._batch is None or not np.array_equal(self._batch[0], slots):
             index = upload(slots, self.device)
@@ -305,7 +307,17 @@ class Decoder:
         is False for a row that draws nothing, such as a request whose prompt (or recomputed history) is not all in the
         cache yet; None: all draw. `embed` maps ids to embeddings, where the caller wants the next inputs.
         """
-        rows = self._rows_of(slots)
+        return self.draw_rows(logits, self.rows(slots), positions, complete, embed)
+
+    def draw_rows(
+        self,
+        logits: torch.Tensor,
+        rows: Rows,
+        positions: torch.Tensor,
+        complete: torch.Tensor | None = None,
+        embed: Embed | None = None,
+    ) -> Step:
+        """Draws as :meth:`draw` does, for the `rows` of the slots (:meth:`rows`)."""
         step, target = positions.long() + 1 - rows.column("prompt_len"), rows.slot
         latent = torch.zeros_like(step, dtype=torch.bool)
         if rows.begin_latent:
@@ -431,7 +443,7 @@ def _samplers(
         widths = rows.host["k"]
         parts += [(in_latent & (widths == k), int(k)) for k in np.unique(widths[in_latent])]
     for chosen, k in parts:
-        if chosen.all():
+        if chosen.all() or rows.every_row:
             yield None, k
         elif chosen.any():
             yield np.nonzero(chosen)[0], k

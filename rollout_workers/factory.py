@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.types import FinishReason, TokenFacts
-from latent_grpo.rollout_workers.engine import LatentEngine
+from latent_grpo.rollout_workers.engine import EngineError, LatentEngine
 from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.verifiers import verifier_pool
 from latent_grpo.rollout_workers.worker import RolloutWorker
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from latent_grpo.rollout_workers.step_graphs import Capture
 
 GPU_SHARE = 0.9  # share of a worker's part of a GPU that vLLM may use for weights, keys and values
 
@@ -81,14 +84,37 @@ def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngin
     device = rollout.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_model(model, config.model.dtype, config.model.max_positions)
     return TransformersEngine(
-        load_model(model, config.model.dtype, config.model.max_positions),
+        loaded,
         facts,
         max_rows=rollout.max_rows,
         deterministic=config.deterministic,
         in_flight_updates=rollout.in_flight_updates,
         device=device,
+        capture=_capture(rollout.compile, loaded, torch.device(device)),
     )
+
+
+def _capture(choice: Literal["auto", "on", "off"], model: PreTrainedModel, device: torch.device) -> Capture | None:
+    """Returns how decode steps are captured (`rollout.compile`); None: they are not.
+
+    Raises EngineError for `on` where it cannot be had.
+    """
+    from latent_grpo.rollout_workers.lean_forward import has_static_positions
+    from latent_grpo.rollout_workers.step_graphs import PROVEN_ON_CUDA, capture_on_cuda
+
+    problem = None
+    if device.type != "cuda":
+        problem = f"the engine's device is {device}"
+    elif not has_static_positions(model):
+        problem = (
+            f"the rotary positions of this {type(model).__name__} depend on the longest sample, so each step waits"
+        )
+    if choice == "on" and problem is not None:
+        raise EngineError(f"rollout.compile=on cannot capture CUDA graphs: {problem}; set it to auto or off")
+    wanted = choice == "on" or (choice == "auto" and PROVEN_ON_CUDA)
+    return capture_on_cuda(device) if wanted and problem is None else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,10 @@ class SlotCache(Cache):
     def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
         self._kv = torch.zeros(layers, 2, 0, heads, 0, head_dim, dtype=dtype, device=device)
-        self._heads_at = torch.empty(0, heads, dtype=torch.int64, device=device)  # [n, heads]: column 0 of each
+        self._heads_at = torch.empty(0, heads, dtype=torch.int64, device=device)  # [rows, heads]: column 0 of each
         self._places = torch.empty(0, dtype=torch.int64, device=device)  # [n * heads]: of this step's column in each
-        self._capacity = self._rows = self._extent = 0
+        self._rows = self._extent = 0
+        self.layout = object()  # another one whenever the memory has moved
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> SlotCache:
@@ -80,6 +81,9 @@ class SlotCache(Cache):
         self._kv = old.new_zeros(shape)
         if keep:
             self._kv[:, :, :keep, :, : old.shape[4]] = old[:, :, :keep]
+        heads = shape[3]
+        self._heads_at = torch.arange(rows * heads, device=self._kv.device).view(rows, heads) * length
+        self.layout = object()
 
     def clear(self) -> None:
         """Zeroes everything, so that NaNs of a diverged model cannot reach the next one through masked columns."""
@@ -105,12 +109,13 @@ class SlotCache(Cache):
 
     def begin_step(self, positions: torch.Tensor, extent: int) -> None:
         """Makes the next forward pass write row r (0 .. n - 1) at column positions[r] [n] and see `extent` columns."""
-        heads, capacity = self._kv.shape[3:5]
-        if self._heads_at.shape[:1] != positions.shape or self._capacity != capacity:
-            self._heads_at = torch.arange(len(positions) * heads, device=positions.device).view(-1, heads) * capacity
-            self._capacity = capacity
-        self._places = (self._heads_at + positions.unsqueeze(-1)).flatten()
+        self._places = (self._heads_at[: len(positions)] + positions.unsqueeze(-1)).flatten()
         self._rows, self._extent = len(positions), extent
+
+    @property
+    def capacity(self) -> int:
+        """Number of columns that there is memory for."""
+        return self._kv.shape[4]
 
     @property
     def extent(self) -> int:

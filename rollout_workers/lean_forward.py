@@ -81,6 +81,7 @@ class LeanForward:
         self._norm = _norm(base.norm)
         self._rotary: Any = base.rotary_emb
         self._angles = torch.empty(0)
+        self._outgrown: list[torch.Tensor] = []  # tables of before, which captured steps still read
 
     def __call__(
         self, inputs: torch.Tensor, positions: torch.Tensor, cache: SlotCache, mask: torch.Tensor
@@ -157,6 +158,7 @@ class LeanForward:
             cos, sin = self._rotary(like, torch.arange(length, device=like.device).unsqueeze(0))
             half = self._head_dim // 2
             sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+            self._outgrown.append(self._angles)
             self._angles = torch.stack([cos[0], sin[0]])
         cos, sin = self._angles[:, positions].unsqueeze(2)
         return cos, sin
@@ -212,5 +214,11 @@ def lean_forward(model: PreTrainedModel) -> LeanForward | None:
     config = model.config
     if config.model_type not in FAMILIES or config.hidden_act != "silu":
         return None
-    static = getattr(model.base_model.rotary_emb, "rope_type", "default") in STATIC_ROPE
-    return LeanForward(model) if static else None
+    return LeanForward(model) if has_static_positions(model) else None
+
+
+def has_static_positions(model: PreTrainedModel) -> bool:
+    """Whether a position's angle, where the model has such, depends on the position alone, so that nothing asks for
+    the longest."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    return getattr(rotary, "rope_type", "default") in STATIC_ROPE

@@ -6,6 +6,7 @@ device holds the same bytes as int64 [rows, columns], so one upload carries ever
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,13 +197,12 @@ class Rows:
     """The settings of a step's rows as samplers take them: plain where all rows agree (the usual case, and cheaper).
 
     `host` [n] has `SETTINGS` and what an engine adds, `table` [n, columns] the same on the device, and `slot` [n] is
-    where the rows' state lies on the device.
+    where the rows' state lies on the device. With `every_row` a sampler draws for all rows, whoever needs it.
     """
 
-    def __init__(self, host: np.ndarray, table: torch.Tensor, slot: torch.Tensor) -> None:
-        self.host, self.slot = host, slot
+    def __init__(self, host: np.ndarray, table: torch.Tensor, slot: torch.Tensor, every_row: bool = False) -> None:
+        self.host, self.table, self.slot, self.every_row = host, table, slot, every_row
         self.careful, self.begin_latent = bool(host["careful"].any()), bool(host["latent"].any())
-        self._table = table
         self._agreed: dict[str, np.generic | None] = {}
         self._part: tuple[np.ndarray, Rows] | None = None  # the last one, mostly that of the next step too
 
@@ -212,13 +212,13 @@ class Rows:
             return self
         if self._part is None or not np.array_equal(self._part[0], index):
             which = upload(index, self.slot.device)
-            self._part = (index, Rows(self.host[index], self._table[which], self.slot[which]))
+            self._part = (index, Rows(self.host[index], self.table[which], self.slot[which]))
         return self._part[1]
 
     def column(self, name: str) -> torch.Tensor:
         """Returns an integer column [n] int64."""
         names = self.host.dtype.names or ()
-        return self._table[:, names.index(name)]
+        return self.table[:, names.index(name)]
 
     def real(self, name: str) -> torch.Tensor:
         """Returns a real column [n] float64, so that a setting has the same value as a scalar and in a tensor."""
@@ -242,6 +242,17 @@ class Rows:
     def largest(self, name: str) -> int:
         """Returns the largest value of an integer column."""
         return int(self.host[name].max())
+
+    @functools.cached_property
+    def latent_widths(self) -> tuple[int, ...]:
+        """The values of k of the rows in latent mode, each once."""
+        return tuple(np.unique(self.host["k"][self.host["latent"] == 1]).tolist())
+
+    @functools.cached_property
+    def decisions(self) -> tuple[object, ...]:
+        """All that a step's code decides by these rows: steps of rows with the same have the same tensor operations."""
+        plain = [self._value(name) for name in (*REALS, "noisy", "one_sided", "argmax_exits", "top_k")]
+        return (len(self.host), self.careful, self.latent_widths, self.largest("top_k"), *plain)
 
     def _value(self, name: str) -> Any:
         """Returns the value of which all rows agree, None where they do not."""

@@ -11,7 +11,8 @@ records are the decoder's (`decoding.py`), on the device; the host knows which r
 
 With `run_ahead`, for devices that compute asynchronously (CUDA), the host looks at what ended in the step before. A
 finished row then takes a step too many, which is thrown away, and records arrive a step later, when the device already
-has the next one. Without it rows end at once: on a CPU asking costs nothing.
+has the next one. Without it rows end at once: on a CPU asking costs nothing. A step that runs ahead and admits nobody
+can be a graph (`step_graphs.py`).
 
 A group's samples are alike until they draw: with the noise off they take their latent steps as one row, which becomes
 one for each sample where it leaves latent mode.
@@ -29,16 +30,15 @@ import torch
 from transformers import PreTrainedModel
 
 from latent_grpo.common.fingerprint import copy_with_fingerprint
-from latent_grpo.common.head import float32_logits, install_float32_head
-from latent_grpo.common.model_limits import longest_exact, refusal
+from latent_grpo.common.model_limits import longest_exact
 from latent_grpo.common.types import FinishReason, GroupRequest, PolicyVersion, TokenFacts, Trajectory
 from latent_grpo.common.weights import combine_checksums
-from latent_grpo.rollout_workers.decoding import Decoder
+from latent_grpo.rollout_workers.decoding import Decoder, Step
 from latent_grpo.rollout_workers.engine import EngineError
-from latent_grpo.rollout_workers.kv_cache import SlotCache
-from latent_grpo.rollout_workers.lean_forward import lean_forward
-from latent_grpo.rollout_workers.requests import Download, RunningGroup, SampleRecord, admit, upload
+from latent_grpo.rollout_workers.forward_pass import ForwardPass, check_model
+from latent_grpo.rollout_workers.requests import Download, Rows, RunningGroup, SampleRecord, admit, upload
 from latent_grpo.rollout_workers.samples import ROW, Ended, Outcome, Queued
+from latent_grpo.rollout_workers.step_graphs import Capture, StepGraphs
 from latent_grpo.rollout_workers.weight_checks import TensorShape, check_checksum, checked_tensors
 
 RUN_AHEAD_PROVEN_ON_CUDA = False
@@ -54,7 +54,8 @@ class TransformersEngine:
     With `in_flight_updates`, `load_weights` does not wait for pending samples; their keys and values are recomputed
     under the new weights, and their trajectories name the version whose key they have and the last that sampled them.
     `run_ahead` waits for nothing but records that the step before has asked for (None: on CUDA, once proven); a sample
-    whose draws then turn out to need more ids than were considered is decoded again.
+    whose draws then turn out to need more ids than were considered is decoded again. `capture` records steps, which
+    needs `run_ahead`; None: they are not.
     """
 
     name = "transformers"
@@ -69,23 +70,21 @@ class TransformersEngine:
         in_flight_updates: bool = False,
         device: torch.device | str = "cpu",
         run_ahead: bool | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        _check_model(model, facts, max_rows)
+        check_model(model, facts, max_rows)
         self._device = torch.device(device)
         self._model = model.to(self._device).eval()  # type: ignore[arg-type]  # transformers' `to` loses its self
         self._facts, self._max_rows, self._deterministic = facts, max_rows, deterministic
         self._in_flight_updates = in_flight_updates
-        # on CUDA no GPU has run it yet (docs/gpu.md)
-        self._lean = lean_forward(self._model) if self._device.type == "cpu" else None
-        self._embed, self._head = model.get_input_embeddings(), install_float32_head(model)
-        self._additive_mask = model.config._attn_implementation == "eager"
+        self._forward = ForwardPass(self._model)
+        self._embed, self._cache = self._forward.embed, self._forward.cache
         ahead = RUN_AHEAD_PROVEN_ON_CUDA and self._device.type == "cuda"
-        self._run_ahead = ahead if run_ahead is None else run_ahead
+        self._run_ahead = (ahead if run_ahead is None else run_ahead) or capture is not None
         self._eos = torch.tensor(facts.eos_ids, dtype=torch.int64, device=self._device)
         self._version: PolicyVersion | None = None
         self._fingerprints: dict[str, str] = {}  # of the parameters, by their names; empty after a load that failed
-        with torch.inference_mode():
-            self._cache = SlotCache.of(self._model)
+        self._graphs = None if capture is None else StepGraphs(self._take_step, capture, max_rows=max_rows)
         self._reset()
 
     def _reset(self) -> None:
@@ -165,6 +164,8 @@ class TransformersEngine:
         self._reset()
         self._version = None
         self._decoder = self._new_decoder(0)
+        if self._graphs is not None:
+            self._graphs.clear()
         with torch.inference_mode():
             self._cache.fit(0, 0)
 
@@ -222,7 +223,7 @@ class TransformersEngine:
         """Runs one pass over the histories of rows `first`..., right-padded, all but the last input of each."""
         padded = torch.nn.utils.rnn.pad_sequence([history[:-1] for history in histories], batch_first=True)
         owners = torch.arange(len(histories), device=self._device)
-        self._read(padded, torch.zeros_like(owners), owners, first)
+        self._forward.read(padded, torch.zeros_like(owners), owners, first)
 
     def _history(self, row: np.void) -> torch.Tensor:
         """Embeds a running sample's prompt, its mixtures and its hard tokens so far: [length + 1, D]."""
@@ -241,9 +242,11 @@ class TransformersEngine:
                 "samples and load_weights again, or load weights that are whole"
             )
         completed: list[tuple[Trajectory, ...]] = []
-        logits = [self._decode()] if self._running else []
-        logits += self._admit()
-        outcome = self._draw(logits[0] if len(logits) == 1 else torch.cat(logits)) if logits else None
+        outcome = None if self._graphs is None else self._take_graph(self._graphs)
+        if outcome is None:
+            logits = [self._decode()] if self._running else []
+            logits += self._admit()
+            outcome = self._draw(logits[0] if len(logits) == 1 else torch.cat(logits)) if logits else None
         if self._run_ahead:
             outcome, self._unseen = self._unseen, outcome
             completed = self._complete()  # the device works at the next step while the host waits for records
@@ -259,34 +262,42 @@ class TransformersEngine:
         rows = self._rows[: self._running]
         extent = int(rows["length"].max()) + 1
         positions = upload(rows["length"], self._device)
-        mask = (torch.arange(extent, device=self._device) <= positions.unsqueeze(-1))[:, None, None]
-        self._cache.begin_step(positions, extent)
-        if self._lean is not None:
-            rows["length"] += 1
-            return float32_logits(self._head, self._lean(self._inputs, positions, self._cache, mask))
-        if self._additive_mask:
-            mask = torch.zeros_like(mask, dtype=self._model.dtype).masked_fill(
-                ~mask, torch.finfo(self._model.dtype).min
-            )
-        hidden = self._model.base_model(
-            inputs_embeds=self._inputs.unsqueeze(1),
-            position_ids=positions.unsqueeze(-1),
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
         rows["length"] += 1
-        return float32_logits(self._head, hidden[:, -1])
+        return self._forward.logits(self._inputs, positions, extent)
+
+    def _take_graph(self, graphs: StepGraphs) -> Outcome | None:
+        """Takes a step of the running rows as a graph; None if there are none, others join them, or their k differ."""
+        if not self._running or self._next_fits():
+            return None
+        rows, size = self._rows[: self._running], graphs.rows(self._running)
+        padded = np.pad(rows, (0, size - len(rows)), mode="edge")  # draws of the last row again, which do not count
+        settings = self._decoder.rows(padded["slot"])
+        if len(settings.latent_widths) > 1:
+            return None
+        self._cache.reserve(size, 0, keep=len(rows))
+        padded["length"][len(rows) :] = 0
+        complete = padded["length"] + 1 - padded["prompt_len"] < padded["budget"]
+        complete[len(rows) :] = False
+        layouts = (self._cache.layout, self._decoder.layout)
+        self._inputs, codes = graphs.take(
+            self._inputs, padded["length"], complete, settings, self._cache.capacity, layouts
+        )
+        rows["length"] += 1
+        return Outcome(rows=rows.copy(), codes=Download(codes), version=self._weights.version)
+
+    def _take_step(
+        self, inputs: torch.Tensor, positions: torch.Tensor, complete: torch.Tensor, rows: Rows, columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Implements :class:`~rollout_workers.step_graphs.TakeStep`."""
+        logits = self._forward.logits(inputs, positions, columns)
+        drawn = self._decoder.draw_rows(logits, rows, positions, complete, self._embed)
+        return drawn.inputs, self._codes(drawn)
 
     def _admit(self) -> list[torch.Tensor]:
         """Admits queued groups that fit, in order of arrival; returns the logits of their prompts, [rows, V] each."""
         admitted: list[Queued] = []
-        room = self._max_rows - self._running - self._unborn
-        if self._deterministic and self._running:
-            return []
-        while self._queue and len(self._queue[0].places) <= room and not (self._deterministic and admitted):
+        while self._next_fits(sum(len(q.places) for q in admitted)):
             admitted.append(self._queue.popleft())
-            room -= len(admitted[-1].places)
         if not admitted:
             return []
         rows, length = sum(len(q.places) for q in admitted), max(q.columns for q in admitted)
@@ -306,6 +317,13 @@ class TransformersEngine:
                 first = i + 1
         return logits
 
+    def _next_fits(self, admitted: int = 0) -> bool:
+        """Whether the next group in the queue has room beside so many that are admitted; if deterministic, alone."""
+        taken = self._running + self._unborn + admitted
+        if not self._queue or (self._deterministic and taken):
+            return False
+        return taken + len(self._queue[0].places) <= self._max_rows
+
     def _prefill(self, groups: list[Queued]) -> torch.Tensor:
         """Runs one pass over the groups' prompts, right-padded (a causal model's padding reaches no earlier position).
 
@@ -317,24 +335,12 @@ class TransformersEngine:
         for line, queued, length in zip(ids, groups, lengths):
             line[:length] = queued.group.request.prompt_ids
         owners = upload(np.repeat(np.arange(len(groups)), [queued.first_rows for queued in groups]), self._device)
-        hidden = self._read(
+        hidden = self._forward.read(
             self._embed(upload(ids, self._device)), upload(lengths - 1, self._device), owners, self._running
         )
         for queued in groups:
             self._start(queued)
-        return float32_logits(self._head, hidden)[owners]
-
-    def _read(self, inputs: torch.Tensor, last: torch.Tensor, owners: torch.Tensor, first: int) -> torch.Tensor:
-        """Runs a pass over right-padded `inputs` [g, T, D]; returns the hidden states at `last` [g], [g, D].
-
-        Row first + i of the cache gets the keys and values of line `owners[i]`.
-        """
-        if self._lean is not None:
-            return self._lean.prompts(inputs, last, self._cache, owners, first)
-        output = self._model.base_model(inputs_embeds=inputs, use_cache=True)
-        self._cache.insert(output.past_key_values, owners, first)
-        states: torch.Tensor = output.last_hidden_state
-        return states[torch.arange(len(inputs), device=self._device), last]
+        return self._forward.head(hidden)[owners]
 
     def _start(self, queued: Queued) -> None:
         """Fills the rows of samples whose prompt is in the cache."""
@@ -359,8 +365,12 @@ class TransformersEngine:
             logits, rows["slot"], upload(rows["length"] - 1, self._device), complete, self._embed
         )
         self._inputs = drawn.inputs
+        return Outcome(rows=rows, codes=Download(self._codes(drawn)), version=self._weights.version)
+
+    def _codes(self, drawn: Step) -> torch.Tensor:
+        """Returns what the host needs to know of a step: the codes of :class:`Outcome`, [n] int64."""
         stopped = (drawn.tokens.unsqueeze(-1) == self._eos).any(-1) & drawn.visible
-        return Outcome(rows=rows, codes=Download(stopped + 2 * drawn.latent), version=self._weights.version)
+        return stopped + 2 * drawn.latent
 
     def _leave_latent_mode(self, outcome: Outcome) -> None:
         """Gives samples rows of their own where the row that stands for them has left latent mode."""
@@ -435,23 +445,3 @@ class TransformersEngine:
                     done = group.finish(place, record, reason, engine=self.name, version=ended.version, now=now)
                     completed += [] if done is None else [done]
         return completed
-
-
-def _check_model(model: PreTrainedModel, facts: TokenFacts, max_rows: int) -> None:
-    """Raises EngineError for a model that the decode loop cannot serve exactly."""
-    head = model.get_output_embeddings()
-    if head is None or head.weight.shape[0] != facts.vocab_size or len(facts.allowed) != facts.vocab_size:
-        rows = None if head is None else head.weight.shape[0]
-        raise EngineError(
-            f"the model's output has {rows} rows, but the token facts have {facts.vocab_size} rows and "
-            f"{len(facts.allowed)} flags; load both from the same model"
-        )
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        raise EngineError(
-            f"expected attention 'sdpa' or 'eager' (rows of different length need a mask), got "
-            f"{model.config._attn_implementation!r}; load the model with attn_implementation='sdpa'"
-        )
-    if (reason := refusal(model.config)) is not None:
-        raise EngineError(f"this {type(model).__name__} cannot be served: {reason}")
-    if max_rows < 1:
-        raise EngineError(f"max_rows must be >= 1, got {max_rows}")

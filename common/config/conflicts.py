@@ -138,7 +138,16 @@ def _engine_problems(config: RunConfig) -> list[str]:
         "max_staleness of 1 or more, got 0": config.max_staleness == 0,
         "deterministic: false, since it is time that decides which weights draw a step": config.deterministic,
     }
-    return [f"rollout.in_flight_updates needs {need}" for need, lacking in needs.items() if in_flight and lacking] + [
+    graphs = {
+        "a GPU for each rollout worker; set rollout.resources.num_gpus": not config.rollout.resources.num_gpus,
+        "deterministic: false, since graphs have padded shapes": config.deterministic,
+        "rollout.engine transformers; vLLM captures its own (rollout.vllm.eager)": config.rollout.engine == "vllm",
+    }
+    problems = [
+        f"rollout.compile=on needs {need}" for need, no in graphs.items() if config.rollout.compile == "on" and no
+    ]
+    problems += [f"rollout.in_flight_updates needs {need}" for need, lacking in needs.items() if in_flight and lacking]
+    return problems + [
         f"rollout.max_rows ({rows}) is smaller than {key} ({samples}), and a group is decoded as a whole; raise it"
         for key, samples in largest.items()
         if samples > rows

@@ -83,6 +83,10 @@ class RolloutConfig(Section):
     """Each rollout worker is one actor."""
     device: Annotated[str, Rule.MAY_CHANGE] = "auto"
     """Torch device of the engine `transformers`; `auto`: cuda if the actor has a GPU, else cpu."""
+    compile: Annotated[Literal["auto", "on", "off"], Rule.MAY_CHANGE, Rule.LAST_BIT] = "auto"
+    """Whether the engine `transformers` takes decode steps as CUDA graphs: a forward pass, a draw and the mixture of
+    a step in one launch. `auto`: on a GPU, once that was run on one (docs/gpu.md), for models whose steps can be
+    captured; `on`: always, which needs a GPU."""
     max_rows: Annotated[PositiveInt, Rule.MAY_CHANGE] = 256
     """Maximum number of samples that a worker decodes side by side; a group must fit."""
     max_restarts: Annotated[int, Field(ge=0), Rule.MAY_CHANGE] = 10

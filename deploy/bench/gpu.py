@@ -34,6 +34,7 @@ from latent_grpo.common.pinned_copy import copy_between
 from latent_grpo.common.schema import TrajectoryBatch, encode
 from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import combine_checksums
+from latent_grpo.deploy.bench.rollout import run_generate
 from latent_grpo.deploy.bench.workload import (
     Workload,
     facts_of,
@@ -46,6 +47,7 @@ from latent_grpo.learner.batching import ReplayInputs, collate
 from latent_grpo.learner.cost import peak_flops
 from latent_grpo.learner.logprobs import step_log_probs
 from latent_grpo.learner.policy import PolicyModule
+from latent_grpo.rollout_workers.step_graphs import capture_on_cuda
 from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
 K = 10
@@ -242,19 +244,28 @@ def sampler(device: torch.device, sizes: Sizes, clock: _Clock) -> Found:
 
 
 def decode(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> Found:
-    """Times the Transformers engine: response steps per second, latent and visible, bfloat16."""
+    """Times the Transformers engine, bfloat16: response steps per second, latent and visible, by each of its ways.
+
+    Beside it stands `generate` with a static cache. Where the project has proven one way, that is a run's.
+    """
     model = shape.model(device)
+    ways: dict[str, dict[str, Any]] = {"asking": {"run_ahead": False}, "ahead": {"run_ahead": True}}
+    if device.type == "cuda":
+        ways["graphs"] = {"capture": capture_on_cuda(device)}
     found: Found = {}
     for rows in sizes.rows:
-        engine = TransformersEngine(model, facts_of(model), max_rows=rows, device=device)
-        load_own_weights(engine, model)
         work = _work(shape, sizes, rows)
         kinds = {"latent": requests_of(work, "latent", K), "visible": requests_of(work, "visible", K)}
-        for mode, requests in kinds.items():
-            seconds = clock.at_most(2).seconds(partial(run_engine, engine, requests))
-            found[f"{mode} {rows} rows steps/s"] = work.tokens / seconds
-            found[f"{mode} {rows} rows ms/step"] = 1e3 * seconds / sizes.response
-        engine.close()
+        for way, options in ways.items():
+            engine = TransformersEngine(model, facts_of(model), max_rows=rows, device=device, **options)
+            load_own_weights(engine, model)
+            for mode, requests in kinds.items():
+                seconds = clock.at_most(2).seconds(partial(run_engine, engine, requests))
+                found[f"{mode} {way} {rows} rows steps/s"] = work.tokens / seconds
+                found[f"{mode} {way} {rows} rows ms/step"] = 1e3 * seconds / sizes.response
+            engine.close()
+        seconds = clock.at_most(2).seconds(partial(run_generate, model, work, cache="static"))
+        found[f"generate {rows} rows ms/step"] = 1e3 * seconds / sizes.response
     return found
 
 

@@ -47,11 +47,12 @@ class _OwnLength(StoppingCriteria):
         self._until = torch.from_numpy(prompt + lengths)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return input_ids.shape[1] >= self._until
+        return (input_ids.shape[1] >= self._until).to(input_ids.device)
 
 
-def run_generate(model: PreTrainedModel, work: Workload) -> float:
-    prompt_ids = torch.from_numpy(work.prompts).long()
+def run_generate(model: PreTrainedModel, work: Workload, cache: str | None = None) -> float:
+    """Samples with `generate`, by a kind of cache (None: Transformers' default); returns the tokens asked for."""
+    prompt_ids = torch.from_numpy(work.prompts).long().to(model.device)
     lengths = np.repeat(work.lengths, work.samples)
     generate: Any = model.generate  # a mixin's, which PreTrainedModel does not name
     generate(
@@ -64,6 +65,7 @@ def run_generate(model: PreTrainedModel, work: Workload) -> float:
         num_return_sequences=work.samples,
         max_new_tokens=int(work.lengths.max()),
         stopping_criteria=[_OwnLength(prompt_ids.shape[1], lengths)],
+        cache_implementation=cache,
     )
     return work.tokens
 

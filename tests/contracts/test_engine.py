@@ -14,6 +14,7 @@ import pytest
 import torch
 from engine_driving import Check, collect, collect_pending, published, weights_in_flight
 from redraw import Redraw, redraw
+from step_recorder import StepRecorder
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from waiting import WAITING, Without
@@ -31,9 +32,9 @@ ALLOWED = np.arange(VOCAB) < 45
 FACTS = TokenFacts(vocab_size=VOCAB, allowed=ALLOWED, latent_end_id=END, eos_ids=EOS, pad_id=0)
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 VLLM = pytest.mark.vllm
-EMBEDDED = ("transformers", "run_ahead")  # the second looks at what ended in the step before, as on CUDA
+EMBEDDED = ("transformers", "run_ahead", "graphs")  # as on a CPU; two ways for CUDA: see `embedded`
 KINDS = (*EMBEDDED, pytest.param("vllm", marks=VLLM))
-CASES = [("run_ahead", "llama")] + [
+CASES = [("run_ahead", "llama"), ("graphs", "llama"), ("graphs", "gpt2")] + [
     pytest.param("vllm", a, marks=VLLM) for a in ("llama", "qwen2", "qwen3", "llama-tied")
 ]
 NEAR = 1e-4  # scores closer than this may change places between engines: their sums have another order
@@ -61,12 +62,17 @@ def make_model(architecture: str, seed: int = 0, attention: str = "sdpa", positi
     return model
 
 
+def embedded(kind: str) -> dict[str, object]:
+    """The options of an engine that looks at what ended in the step before, and of one that repeats recorded steps."""
+    return {"run_ahead": kind == "run_ahead", "capture": StepRecorder() if kind == "graphs" else None}
+
+
 def bare_engine(kind: str, architecture: str = "llama", facts: TokenFacts = FACTS, **options: object) -> LatentEngine:
     """An engine without a version."""
     if kind in EMBEDDED:
         model = make_model(architecture)
         extend_positions(model.config, options.pop("max_positions", None))
-        return TransformersEngine(model, facts, run_ahead=kind == "run_ahead", **options)
+        return TransformersEngine(model, facts, **embedded(kind), **options)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from latent_grpo.common.config import VLLMConfig
     from latent_grpo.rollout_workers.vllm_engine import VLLMEngine
@@ -227,7 +233,10 @@ def test_a_damaged_record_is_not_redrawn(damage, message):
             assert_redrawn(make_model("llama"), request, dataclasses.replace(sample, **changes))
 
 
-@pytest.mark.parametrize(("kind", "architecture"), [*zip(("transformers",) * 4, ARCHITECTURES), ("run_ahead", "gpt2")])
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [*zip(("transformers",) * 4, ARCHITECTURES), ("run_ahead", "gpt2"), ("graphs", "qwen3")],
+)
 def test_samples_equal_the_plain_loop(kind: str, architecture: str) -> None:
     engine, requests = make_engine(architecture, kind), mixed_requests()
     groups, model = collect(engine, requests), make_model(architecture)
@@ -305,6 +314,21 @@ def test_a_step_that_runs_ahead_waits_for_nothing() -> None:
             engine.step()
 
 
+def test_steps_are_recorded_once_and_then_repeated() -> None:
+    recorder = StepRecorder()
+    engine = TransformersEngine(make_model("llama"), FACTS, capture=recorder)
+    engine.load_weights(*published(make_model("llama")))
+    for _ in range(2):  # the second time everything is known
+        before = recorder.captured, recorder.replayed
+        found = collect(engine, [make_request(0, 5, max_tokens=40), make_request(1, 9, max_tokens=40)])
+    assert recorder.captured == before[0] <= 4, "two row counts; with rows in latent mode and without"
+    assert recorder.replayed - before[1] >= max(t.num_steps for g in found.values() for t in g) - 1
+    again = collect(make_engine(), [make_request(0, 5, max_tokens=40), make_request(1, 9, max_tokens=40)])
+    for uid, group in found.items():
+        for a, b in zip(again[uid], group, strict=True):
+            assert_same(a, b)
+
+
 def test_what_was_drawn_from_too_few_ids_is_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, step = [], decoding.latent_step
     monkeypatch.setattr(decoding, "latent_step", lambda *a, **s: asked.append(s["widen"]) or step(*a, **s, top_m=8))
@@ -328,7 +352,12 @@ def test_eager_attention_gives_the_same_samples() -> None:
 @pytest.mark.parametrize(
     ("kind", "architecture", "max_rows"),
     [("transformers", a, rows) for a in ("llama", "gpt2") for rows in (4, 7, 64)]
-    + [("run_ahead", "llama", 7), pytest.param("vllm", "llama", 5, marks=VLLM)],
+    + [
+        ("run_ahead", "llama", 7),
+        ("graphs", "llama", 7),
+        ("graphs", "gpt2", 20),
+        pytest.param("vllm", "llama", 5, marks=VLLM),
+    ],
 )
 def test_company_and_queueing_do_not_change_a_sample(kind: str, architecture: str, max_rows: int) -> None:
     requests = mixed_requests()
@@ -512,8 +541,7 @@ def test_weights_of_which_some_are_unchanged_give_the_samples_of_all(kind: str, 
 def test_weights_in_flight_recompute_what_running_samples_have(kind: str) -> None:
     def start(model: torch.nn.Module, version: int = 3, **options: object) -> LatentEngine:
         if kind in EMBEDDED:
-            ahead = kind == "run_ahead"
-            engine: LatentEngine = TransformersEngine(copy.deepcopy(model), FACTS, run_ahead=ahead, **options)
+            engine: LatentEngine = TransformersEngine(copy.deepcopy(model), FACTS, **embedded(kind), **options)
         else:
             blocks = {"engine_args": {"block_size": 32}}  # so that samples share a prompt, and all begin at once
             engine = bare_engine(kind, positions=256, max_length=160, vllm=blocks, **options)
@@ -529,7 +557,8 @@ def test_weights_in_flight_recompute_what_running_samples_have(kind: str) -> Non
 @pytest.mark.parametrize("steps", [1, 6, 12])
 @pytest.mark.parametrize("max_rows", [9, 64])
 @pytest.mark.parametrize(
-    ("kind", "architecture"), [("transformers", "llama"), ("transformers", "gpt2"), ("run_ahead", "llama")]
+    ("kind", "architecture"),
+    [("transformers", "llama"), ("transformers", "gpt2"), ("run_ahead", "llama"), ("graphs", "llama")],
 )
 def test_the_same_weights_in_flight_change_no_sample(kind: str, architecture: str, max_rows: int, steps: int) -> None:
     """Whatever a row's mode, length and place are, and although others have ended: its past is computed as it was."""

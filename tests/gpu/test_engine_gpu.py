@@ -12,12 +12,14 @@ import pytest
 import torch
 from engine_driving import Check, collect, published
 from large_logits import FACTS, K, component_gaps, large_logits, make_model, request
+from step_recorder import StepRecorder
 
 from latent_grpo.common.agreement import TOLERANCES, Gap
 from latent_grpo.common.head import Float32Head, float32_product_is_native
 from latent_grpo.common.latent import latent_step, sample_mixture
 from latent_grpo.common.noise import gumbel_noise
 from latent_grpo.common.pinned_copy import PinnedCopies
+from latent_grpo.rollout_workers.step_graphs import capture_on_cuda
 from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
 pytestmark = pytest.mark.gpu
@@ -32,11 +34,14 @@ def asked():
     return [request(i, **settings) for i, settings in enumerate([*modes, *visible])]
 
 
-@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("way", ["asking", "run_ahead", "graphs"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_records_are_drawn_again_teacher_forced(device, dtype, run_ahead):
+def test_records_are_drawn_again_teacher_forced(device, dtype, way):
     model = large_logits(DTYPES[dtype]).to(device)
-    engine = TransformersEngine(model, FACTS, max_rows=32, device=device, run_ahead=run_ahead)
+    options = {"run_ahead": way != "asking"}
+    if way == "graphs":
+        options["capture"] = capture_on_cuda(device) if device.type == "cuda" else StepRecorder()
+    engine = TransformersEngine(model, FACTS, max_rows=32, device=device, **options)
     engine.load_weights(*published(model))
     requests = asked()
     groups = collect(engine, requests)

@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "rollout.max_rows",
     "rollout.max_restarts",
     "rollout.device",
+    "rollout.compile",
     "rollout.verifier.processes",
     "rollout.verifier.max_ungraded_share",
     "tasks.N.max_dropped_share",
@@ -49,6 +50,7 @@ MAY_CHANGE = {
 }
 LAST_BIT = {
     "model.dtype",
+    "rollout.compile",
     "rollout.resources.threads",
     "learner.resources.threads",
     "learner.ranks",
