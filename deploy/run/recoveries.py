@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from latent_grpo.common.errors import MetricsError, RunError
+from latent_grpo.common.metrics import FILE as METRICS
 from latent_grpo.common.metrics import read_metrics
 
 FILE = "recoveries.jsonl"
@@ -28,12 +29,16 @@ class Recovery:
     began: float
     cause: str
     lineage: int  # that it makes
-    reached: int  # the last step of the lineage that ended
+    reached: int | None  # the last step of the lineage that ended; None: its metrics are damaged
 
     def over(self, step: int) -> str:
         """Says what it has cost, now that the run goes on after step `step`."""
-        lost, seconds = max(self.reached - step, 0), time.time() - self.began
-        again = f"{lost} step(s) are done again" if lost else "no finished step is lost"
+        seconds = time.time() - self.began
+        lost = None if self.reached is None else max(self.reached - step, 0)
+        if lost is None:
+            again = "how many steps are done again is unknown, since the metrics are damaged"
+        else:
+            again = f"{lost} step(s) are done again" if lost else "no finished step is lost"
         return f"recovered within {seconds:.0f} s: the run goes on after step {step}; {again}"
 
 
@@ -49,9 +54,12 @@ def begin(folder: Path, cause: str, *, lineage: int, limit: int, kind: str = "tr
             f"{cause}. The run has recovered {recent} time(s) within an hour, and max_recoveries allows {limit}; "
             f"`latent-grpo train --resume {folder}` continues from the last checkpoint"
         )
-    reached = 0
-    with contextlib.suppress(MetricsError):  # it has no metrics yet
-        reached = max((int(row["step"]) for row in read_metrics(folder, kind=kind)), default=0)
+    reached: int | None = 0
+    if (folder / METRICS).exists():  # else no step has ended yet
+        try:
+            reached = max((int(row["step"]) for row in read_metrics(folder, kind=kind)), default=0)
+        except MetricsError:  # damage that the resume will name, or put up with
+            reached = None
     recovery = Recovery(now, cause, lineage, reached)
     try:
         with file.open("a", encoding="utf-8") as stream:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from latent_grpo.common.errors import RunError
+from latent_grpo.common.metrics import FILE as METRICS
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.deploy.run import recoveries as recovery
 
@@ -29,6 +30,15 @@ def test_recoveries_of_the_last_hour_count_and_older_ones_do_not(tmp_path):
 def test_a_run_without_metrics_and_a_torn_line_do_not_stop_a_recovery(tmp_path):
     (tmp_path / recovery.FILE).write_text('{"began": 17')  # the disk was full
     assert recovery.begin(tmp_path, "the controller was killed", lineage=1, limit=1).reached == 0
+
+
+def test_what_damaged_metrics_hide_is_not_said_to_be_nothing(tmp_path):
+    with MetricsWriter(tmp_path, []) as metrics:
+        metrics.write(7, {"rollout/reward": 0.5})
+    with (tmp_path / METRICS).open("a") as file:
+        file.write("{\n")
+    found = recovery.begin(tmp_path, "rank 0 died", lineage=1, limit=2)
+    assert "how many steps are done again is unknown, since the metrics are damaged" in found.over(5)
 
 
 def test_the_steps_of_latent_sft_are_not_those_of_rl(tmp_path):
