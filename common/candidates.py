@@ -164,7 +164,7 @@ def draw_plain(
     normaliser = logits.logsumexp(-1, keepdim=True)
     drawn, usable, _ = draw(table, normaliser, lambda ids: gumbel.float().gather(-1, ids), *settings)
     if not bool(usable.all()):
-        raise _unusable(usable)
+        raise unusable(usable)
     return drawn
 
 
@@ -191,7 +191,7 @@ def draw_keyed(
     if not widen or bool(exact.all()):
         return drawn, exact
     if table.floor is None:
-        raise _unusable(exact)
+        raise unusable(exact)
     rows = (~exact).nonzero().squeeze(-1)
     wider = logits[rows]
     reached = (wider >= reach[rows].unsqueeze(-1)).sum(-1)
@@ -209,7 +209,8 @@ def draw_keyed(
     return drawn, torch.ones_like(exact)
 
 
-def _unusable(usable: torch.Tensor) -> ValueError:
+def unusable(usable: torch.Tensor) -> ValueError:
+    """Returns what to raise where some rows are not `usable` [N]."""
     return ValueError(
         f"nothing can be selected from the logits of {int((~usable).sum())} rows: they have fewer allowed ids with a "
         "finite logit than requested, or logits or settings hold NaN or +inf. Check the model's output, `allowed` (the "

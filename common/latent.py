@@ -37,6 +37,7 @@ from latent_grpo.common.candidates import (
     likeliest,
     nucleus,
     order_key,
+    unusable,
 )
 from latent_grpo.common.noise import GUMBEL_HIGH, GUMBEL_LOW, gumbel_noise, trajectory_key
 
@@ -55,6 +56,8 @@ __all__ = [
     "trajectory_key",
     "visible_step",
 ]
+
+NOISE_AT_ONCE = 2**21  # ids of a draw that nothing bounds: 16 MiB of integers
 
 # --- latent steps (METHOD §2.1, §2.2) ----------------------------------------------------------------------------
 
@@ -371,13 +374,16 @@ def visible_step(
 ) -> VisibleStep:
     """Takes the step of :func:`sample_visible` with :func:`gumbel_noise`: `keys` and `steps` [N] int64.
 
-    It considers little more than the `top_k` likeliest ids, and with `top_k` 0 little more than the nucleus.
+    It considers little more than the `top_k` likeliest ids, and with `top_k` 0 little more than the nucleus; only where
+    neither bounds the draw, all ids.
     `largest_top_k` is that of the rows, where `top_k` is [N] and the caller knows it without asking the device; without
     it all ids are considered. `widen` has the meaning of :func:`latent_step`.
     """
     vocabulary = logits.shape[-1]
     check_draw(1, vocabulary, temperature=temperature)
     scaled = logits.float() / broadcast(temperature, torch.float32)
+    if not isinstance(top_k, torch.Tensor) and not isinstance(top_p, torch.Tensor) and top_k == 0 and top_p >= 1.0:
+        return _unbounded_visible_step(scaled, keys, steps, allowed, widen)
     if isinstance(top_k, torch.Tensor):
         reach = max(largest_top_k or vocabulary, TOP_M)  # the nucleus of a row without top_k is seldom wider
     else:
@@ -389,3 +395,28 @@ def visible_step(
     drawn, exact = draw_keyed(_visible, scaled, normaliser, keys, steps, allowed, top_m, settings, widen)
     ids, log_probs = drawn
     return VisibleStep(ids, log_probs, exact)
+
+
+def _unbounded_visible_step(
+    scaled: torch.Tensor, keys: torch.Tensor, steps: torch.Tensor, allowed: torch.Tensor | None, widen: bool
+) -> VisibleStep:
+    """Draws from all ids of `scaled` [N, V], so that their order does not matter; some rows at a time.
+
+    Every id needs noise, whose integers take several times the logits' memory.
+    """
+    ids, log_probs = [], []
+    rows = max(NOISE_AT_ONCE // scaled.shape[-1], 1)
+    every = torch.arange(scaled.shape[-1], device=scaled.device)
+    for logits, key, step in zip(scaled.split(rows), keys.split(rows), steps.split(rows), strict=True):
+        log_p = logits - logits.logsumexp(-1, keepdim=True)
+        if allowed is not None:
+            log_p = log_p.masked_fill(~allowed, float("-inf"))
+        scores = log_p + gumbel_noise(key, step, every.expand(len(logits), -1))
+        best = order_key(scores, every).argmax(-1, keepdim=True)
+        ids.append(best.squeeze(-1))
+        log_probs.append(log_p.gather(-1, best).squeeze(-1))
+    found = torch.cat(log_probs)
+    usable = found.isfinite()
+    if widen and not bool(usable.all()):
+        raise unusable(usable)
+    return VisibleStep(torch.cat(ids), found, usable)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from latent_grpo.common import latent
 from latent_grpo.common.candidates import likeliest
 from latent_grpo.common.latent import (
     latent_draws,
@@ -85,8 +86,8 @@ def test_the_engines_fast_path_equals_the_full_one_exactly(vocabulary, top_m):
         assert torch.equal(a, b)
     assert (full[0] < vocabulary - 4).all()
     settings = {"temperature": 0.6, "top_p": 0.95, "top_k": 30, "allowed": allowed}
-    for top_k in (30, 0):  # 0: no bound but the nucleus
-        settings["top_k"] = top_k
+    for bounds in ({}, {"top_k": 0}, {"top_k": 0, "top_p": 1.0}):  # by top_k, by the nucleus alone, by nothing
+        settings |= bounds
         for a, b in zip(sample_visible(logits, noise, **settings), visible_step(logits, keys, steps, **settings)):
             assert torch.equal(a, b)
 
@@ -160,6 +161,33 @@ def test_a_top_k_beyond_the_first_look_is_exact_without_waiting(most):
     assert torch.equal(unknown.ids, ids)
     one = visible_step(logits, keys, steps, **(settings | {"top_k": most}), widen=False)
     assert torch.equal(one.ids[one.exact], sample_visible(logits, noise, **(settings | {"top_k": most}))[0][one.exact])
+
+
+@pytest.mark.parametrize("widen", [True, False])
+def test_a_draw_that_nothing_bounds_is_that_of_all_ids_in_pieces(monkeypatch, widen):
+    vocabulary, rows = 900, 21
+    monkeypatch.setattr(latent, "NOISE_AT_ONCE", 4 * vocabulary)
+    logits, _ = draws(rows, vocabulary, seed=7)
+    keys, steps = torch.arange(rows) * 31 + 2**50, torch.arange(rows)
+    noise = gumbel_noise(keys, steps, torch.arange(vocabulary).expand(rows, -1))
+    settings = {"temperature": torch.linspace(0.5, 3.0, rows), "top_p": 1.0, "top_k": 0}
+    for allowed in (None, torch.arange(vocabulary) % 3 != 0):
+        ids, log_probs = sample_visible(logits, noise, allowed=allowed, **settings)
+        step = visible_step(logits, keys, steps, allowed=allowed, widen=widen, **settings)
+        assert step.exact.all()
+        assert torch.equal(step.ids, ids)
+        assert torch.equal(step.log_probs, log_probs)
+    ranks = (logits > logits.gather(-1, ids[:, None])).sum(-1)
+    assert ranks.max() > 128, "the test needs a draw from beyond what another step looks at"
+    for bad, forbidden in ((math.nan, None), (0.0, torch.zeros(vocabulary, dtype=torch.bool))):
+        broken = logits.clone()
+        broken[3, 5] = bad
+        if widen:
+            with pytest.raises(ValueError, match="nothing can be selected from the logits of"):
+                visible_step(broken, keys, steps, allowed=forbidden, **settings)
+        else:
+            step = visible_step(broken, keys, steps, allowed=forbidden, widen=False, **settings)
+            assert (~step.exact).sum() == (1 if forbidden is None else rows)
 
 
 def test_rows_with_and_without_top_k_are_exact_side_by_side():
