@@ -54,7 +54,7 @@ STEPS_A_KILL = 10
 SPREAD = 0.9  # of the steps: what is left after the last kill shows that the run goes on
 PAUSE_S = 0.5  # at most, from a step's end to the next kill: it falls anywhere in a step
 POLL_S = 0.1
-GRADING_S = 0.04  # a response; a step is then about 0.35 s
+GRADING_S = 0.02  # a response
 STUCK_S = 600.0
 TAIL_BYTES = 2**16  # of the metrics, which hold the last step whole
 LOST = re.compile(rb"rollout worker-\d+ lost ")
@@ -68,7 +68,7 @@ TASK = {
 PROFILE: dict[str, Any] = {
     "deterministic": True, "k": 3, "group_size": 4, "prompts_per_step": 4, "minibatch_prompts": 2,
     "dynamic_sampling": "drop", "noise": {"scale": 1.0}, "temperature": 1.0, "masking": "off",
-    "optimizer": {"lr": 1e-3},
+    "optimizer": {"lr": 2e-5},
     "model": {
         "new": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 32}
     },
@@ -79,15 +79,16 @@ PROFILE: dict[str, Any] = {
 
 
 class Coin:
-    """Reward 1 for half of all texts, so that every step has signal, whatever the model says.
+    """Reward 1 for half of all texts, and for other texts with each answer, so that nothing can be learned for long.
 
-    It takes its time: a step must not be so short that the run ends before all kills were made, since the others go on
+    A policy that has collapsed would have no signal, and a run without updates ends with the same weights whatever was
+    killed. A verdict takes its time: with shorter steps the run would end before all kills were made, since it goes on
     while a worker is replaced.
     """
 
     def grade(self, response_text: str, gold: str) -> Grade:
         time.sleep(GRADING_S)
-        good = zlib.crc32(response_text.encode()) % 2
+        good = zlib.crc32(f"{gold}: {response_text}".encode()) % 2
         return Grade(reward=float(good), reason="correct" if good else "wrong", parsed=response_text[:10])
 
 
