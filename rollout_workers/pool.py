@@ -31,6 +31,7 @@ from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayEr
 from latent_grpo.common.config import ConfigError, DeadlineConfig, RolloutConfig
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import check_interrupt
+from latent_grpo.common.ray_calls import ensure_own_node
 from latent_grpo.common.ray_errors import NO_PROCESS, NODE_GONE, in_short, made_badly
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.shared_memory import BucketGone
@@ -102,6 +103,7 @@ class RolloutPool:
         self._busy_before = 0.0  # seconds that workers have worked that are gone
         self._weights_s = 0.0
         self._enough_at = 0.0  # when the pool last had `min_workers`, by its clock
+        self._node_seen_at = 0.0  # when this process' node was last asked for, by the pool's clock
         self._wanted = config.workers
         self._served = False  # a worker has served: others can
         self._nodes_lost: set[str] = set()  # whose first worker's loss was counted
@@ -247,7 +249,8 @@ class RolloutPool:
 
         Raises :class:`RolloutPoolError` when more workers were lost than `rollout.max_restarts` allows, when fewer than
         `rollout.min_workers` are left and there is no room for others within `deadlines.place_s`, or when new weights
-        are refused; ConfigError when a worker finds a setting wrong.
+        are refused; RayLost when there is no room because this process' own node is dead; ConfigError when a worker
+        finds a setting wrong.
         """
         arrived = self._poll(timeout_s)
         self._on_poll(self)
@@ -340,7 +343,11 @@ class RolloutPool:
         placed = self.size + sum(1 for s in self._starting.values() if s.process)
         if placed >= min(self._config.min_workers, self._wanted):
             self._enough_at = now
-        elif now - self._enough_at > self._deadlines.place_s:
+            return
+        if now - self._node_seen_at >= self._heartbeat_s:  # it is not always this process that a dead raylet ends
+            self._node_seen_at = now
+            ensure_own_node()
+        if now - self._enough_at > self._deadlines.place_s:
             raise RolloutPoolError(
                 f"{placed} rollout worker(s) have a place in the cluster for {now - self._enough_at:.0f} s "
                 f"(deadlines.place_s = {self._deadlines.place_s:g}), and rollout.min_workers is "
