@@ -93,10 +93,10 @@ class _Memory:
 
 
 class StepGraphs:
-    """The graphs of an engine with at most `max_rows` rows, whose step is `take_step`."""
+    """The graphs of an engine with at most `max_rows` rows, whose step is `take_step`; at most so many graphs."""
 
-    def __init__(self, take_step: TakeStep, capture: Capture, *, max_rows: int) -> None:
-        self._take_step, self._capture, self._max_rows = take_step, capture, max_rows
+    def __init__(self, take_step: TakeStep, capture: Capture, *, max_rows: int, most: int = MOST_GRAPHS) -> None:
+        self._take_step, self._capture, self._max_rows, self._most = take_step, capture, max_rows, most
         self.clear()
 
     def clear(self) -> None:
@@ -138,7 +138,7 @@ class StepGraphs:
             replay()
         else:
             self._graphs[key] = self._captured(memory, rows, columns)
-            for oldest in list(itertools.islice(self._graphs, max(len(self._graphs) - MOST_GRAPHS, 0))):
+            for oldest in list(itertools.islice(self._graphs, max(len(self._graphs) - self._most, 0))):
                 del self._graphs[oldest]
         return memory.next_inputs[:count], memory.codes[:count].clone()  # which the host reads after the next step
 

@@ -7,8 +7,7 @@ are written where they were. What a capture forbids, which is to wait for the de
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public name for it
 from waiting import COPYING, WAITING, Without
 
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero")
@@ -55,7 +54,11 @@ class _Recording(TorchDispatchMode):
         """Does them again; a result is written into the memory of the first one."""
         for function, args, kwargs, result in self.operations:
             again = function(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+            for old, new in zip(_tensors(result), _tensors(again), strict=True):
+                if old.data_ptr() != new.data_ptr():
                     assert old.shape == new.shape
                     old.copy_(new)
+
+
+def _tensors(result):
+    return [part for part in (result if isinstance(result, tuple | list) else [result]) if torch.is_tensor(part)]

@@ -9,10 +9,9 @@ from step_recorder import StepRecorder
 
 from latent_grpo.common.config import load_config
 from latent_grpo.common.errors import ConfigError
-from latent_grpo.rollout_workers import step_graphs
 from latent_grpo.rollout_workers.decoding import COLUMNS, ROW
 from latent_grpo.rollout_workers.requests import Rows, on_device
-from latent_grpo.rollout_workers.step_graphs import StepGraphs
+from latent_grpo.rollout_workers.step_graphs import MOST_GRAPHS, StepGraphs
 
 D = 3
 LAYOUTS = (object(), object())
@@ -29,9 +28,9 @@ def rows_of(size: int, **settings: float) -> Rows:
 class Engine:
     """A step that adds up all that it is given, and says how often its Python ran."""
 
-    def __init__(self, max_rows: int = 64):
+    def __init__(self, max_rows: int = 64, most: int = MOST_GRAPHS):
         self.recorder, self.calls, self.columns = StepRecorder(), 0, []
-        self.graphs = StepGraphs(self.step, self.recorder, max_rows=max_rows)
+        self.graphs = StepGraphs(self.step, self.recorder, max_rows=max_rows, most=most)
 
     def step(self, inputs, positions, complete, rows, columns):
         self.calls += 1
@@ -98,9 +97,8 @@ def test_memory_that_has_moved_is_captured_again() -> None:
     assert (engine.recorder.captured, engine.recorder.replayed) == (3, 0)
 
 
-def test_there_is_a_limit_to_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 2)
-    engine = Engine()
+def test_there_is_a_limit_to_graphs() -> None:
+    engine = Engine(most=2)
     for top_k in (1, 2, 3, 3, 2, 1):  # the first was dropped
         engine.take(8, rows_of(8, top_k=top_k))
     assert (engine.recorder.captured, engine.recorder.replayed) == (4, 2)
