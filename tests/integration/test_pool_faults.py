@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import dead_node
 import pytest
 import ray
 import scripted_worker
@@ -146,6 +149,14 @@ class Holder:
 def test_without_room_for_the_workers_that_it_needs_the_pool_says_what_is_missing(pool_of):
     with pytest.raises(RolloutPoolError, match=r"deadlines.place_s = 1.*each needs 64 CPU \(\S+ free\)"):
         pool_of(1, needs=64, place_s=1.0)
+
+
+@pytest.mark.slow  # Ray takes its time to call a stopped node dead
+def test_a_pool_whose_own_node_is_dead_says_so_instead_of_waiting_for_room(environment, tmp_path):
+    """In a process of its own, which Ray may also end."""
+    program = [sys.executable, dead_node.__file__, str(tmp_path)]
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert "RayLost: Ray's node of this process is dead" in ended.stdout, ended.stdout + ended.stderr
 
 
 def test_groups_of_a_lost_lineage_never_arrive_and_leavers_hand_over_their_groups(pool_of, tmp_path):
