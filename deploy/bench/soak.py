@@ -278,12 +278,13 @@ class _Command:
         if kind != "grader" and not self._await(lambda: self._noticed(kind) > known):
             return None
         noticed = None if kind == "grader" else time.monotonic() - at
+        known_at = self.last()  # a step that had ended by then counted the worker that was killed
 
         def over() -> bool:
             now = self.last()
             if kind in FOR_EVERYTHING:
                 return now.lineage > before.lineage
-            return now.step > before.step and (kind == "grader" or now.workers == WORKERS)
+            return now.step > known_at.step and (kind == "grader" or now.workers == WORKERS)
 
         return Kill(kind, before.step, noticed, time.monotonic() - at) if self._await(over) else None
 
