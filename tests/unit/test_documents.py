@@ -158,6 +158,12 @@ def test_commands_options_and_their_keys_exist(page):
     assert found == []
 
 
+def test_the_readme_names_every_command():
+    (table,) = re.findall(r"## Commands\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    rows = " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    assert set(typer.main.get_command(app).commands) <= set(SPAN.findall(rows))
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in MADE], ids=lambda page: page.name)
 def test_keys_in_code_spans_exist(page):
     found = []
