@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GIB = 2**30
+MIB = 2**20
 BYTES = {"float32": 4, "bfloat16": 2}
 SAVED_WIDTHS = {"float32": 10, "bfloat16": 13}  # values of width D that a layer saves for a token; norms are float32
 SFT_COPIES = 3  # of a chunk's logits in Latent-SFT: their log_softmax, its gradient, and that of the logits
@@ -201,26 +202,29 @@ class RankMemory:
         return self.states + max(batch, self.update) + self.reference + self.encoder + self.checkpoint
 
     def __str__(self) -> str:
-        parts = [
-            f"{self.parameters / GIB:.1f} weights",
-            f"{self.gradients / GIB:.1f} gradients",
-            f"{self.optimizer / GIB:.1f} optimizer",
-            f"{self.activations / GIB:.1f} activations",
-        ]
-        if self.reference:
-            parts.append(f"{self.reference / GIB:.1f} initial model (kl_coefficient)")
-        if self.encoder:
-            parts.append(f"{self.encoder / GIB:.1f} encoder (warm_start.source)")
-        if self.checkpoint:
-            parts.append(f"{self.checkpoint / GIB:.1f} copy of the state (checkpoint.background)")
-        if self.output_gradient:
-            parts.append(f"{self.output_gradient / GIB:.1f} output layer's gradient")
-        if round(self.bucket / GIB, 1):
-            parts.append(f"{self.bucket / GIB:.1f} bucket (learner.bucket_elements)")
-        if self.gathered:
-            parts.append(f"{self.gathered / GIB:.1f} gathered weights (ZeRO-3)")
+        parts = {
+            "weights": self.parameters,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "initial model (kl_coefficient)": self.reference,
+            "encoder (warm_start.source)": self.encoder,
+            "copy of the state (checkpoint.background)": self.checkpoint,
+            "output layer's gradient": self.output_gradient,
+            "bucket (learner.bucket_elements)": self.bucket,
+            "gathered weights (ZeRO-3)": self.gathered,
+            "logits": self.logits,
+        }
         offloaded = f"; {self.host / GIB:.1f} GiB of the machine's memory besides" if self.host else ""
-        return f"about {self.total / GIB:.1f} GiB: {', '.join(parts)}, {self.logits / GIB:.1f} logits{offloaded}"
+        return in_parts(self.total, parts) + offloaded
+
+
+def in_parts(total: int, parts: dict[str, int]) -> str:
+    """Says what a total of bytes is made of, in GiB, or in MiB below one; parts that round to nothing are left out."""
+    size, name, digits = (GIB, "GiB", 1) if total >= GIB else (MIB, "MiB", 0)
+    said = {what: f"{part / size:,.{digits}f}" for what, part in parts.items()}
+    shown = [f"{number} {what}" for what, number in said.items() if float(number.replace(",", ""))]
+    return f"about {total / size:,.{digits}f} {name}: {', '.join(shown)}"
 
 
 def rank_memory(
@@ -323,10 +327,8 @@ class WorkerMemory:
         return self.weights + self.kept
 
     def __str__(self) -> str:
-        return (
-            f"about {self.total / GIB:.1f} GiB: {self.weights / GIB:.1f} weights, {self.kept / GIB:.1f} keys and "
-            f"values of {self.samples:,} samples of {self.longest:,} tokens"
-        )
+        kept = f"keys and values of {self.samples:,} samples of {self.longest:,} tokens"
+        return in_parts(self.total, {"weights": self.weights, kept: self.kept})
 
 
 def worker_memory(config: RunConfig, shape: ModelShape) -> WorkerMemory:

@@ -10,7 +10,14 @@ import torch
 from latent_grpo.common.config import ConfigError, LearnerConfig, LoRAConfig, load_config
 from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
-from latent_grpo.deploy.checks.memory import ModelShape, machine_bytes, rank_memory, staged_bytes, worker_memory
+from latent_grpo.deploy.checks.memory import (
+    ModelShape,
+    in_parts,
+    machine_bytes,
+    rank_memory,
+    staged_bytes,
+    worker_memory,
+)
 from latent_grpo.learner.logprobs import chunk_size
 from latent_grpo.learner.lora import add_lora
 
@@ -140,7 +147,8 @@ def test_a_micro_batch_is_no_larger_than_the_step():
     small, full = (rank_memory(config, shape, tokens, frozen_embeddings=False) for tokens in (500, 50_000))
     assert full.activations == 2 * small.activations
     assert small.logits == full.logits == 4 * shape.rows * 300
-    assert str(full).startswith(f"about {full.total / 2**30:.1f} GiB: ")
+    assert str(full).startswith(f"about {full.total / 2**20:.0f} MiB: 9 weights, 9 gradients, 26 optimizer, ")
+    assert in_parts(3 * 2**30, {"weights": 2 * 2**30, "logits": 2**20}) == "about 3.0 GiB: 2.0 weights"
     assert machine_bytes() > 2**28
 
 

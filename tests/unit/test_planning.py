@@ -59,7 +59,7 @@ def test_no_time_is_said_for_a_device_on_which_no_run_was_measured():
     assert "--rates RUN" in rows["times"]
     assert "hours" not in rows
     assert "samples of 18 tokens fit" in rows["KV-cache slots"]
-    assert "0.0 gradients, 0.0 optimizer" in rows["memory of a learner rank, RL"]
+    assert "2 gradients, 5 optimizer" in rows["memory of a learner rank, RL"]
 
 
 def test_on_the_cpu_a_plan_has_stages_balance_and_hours():

@@ -59,8 +59,8 @@ def test_memory_frozen_weights_and_the_end_of_thinking_are_said(given):
     assert found["frozen in RL"] == (
         "the input embeddings, and the output layer, which is tied to them (freeze_embeddings)"
     )
-    for stage in ("Latent-SFT", "RL"):
-        assert found[f"memory of a learner rank, {stage}"].startswith("about 0.")
+    for stage, size in (("Latent-SFT", 61), ("RL", 98)):
+        assert found[f"memory of a learner rank, {stage}"].startswith(f"about {size} MiB: 2 weights, ")
     assert found["latent-end token"] == "20 ('</think>')"
     assert not [value for name, value in rows if name == "warning" and "do not fit" in value]
 
