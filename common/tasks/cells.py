@@ -18,9 +18,12 @@ from latent_grpo.common.golds import any_of, spelled
 
 _MISSING = frozenset({"nan", "NaN", "NaT", "<NA>"})  # of float and NumPy, of Decimal, of pandas
 _TEXTS = (str, bytes, list, tuple, dict)
-_PYTHON = re.compile(r"""\s*[\[(]?\s*\{\s*'(role|content|type|text)'\s*:""")  # a chat that str() has spelled
-_JSON = re.compile(r"""\s*\[\s*\{\s*"(role|content|type|text)"\s*:""")
-_LISTED = re.compile(r"""\s*[\[(]\s*(['"])(?P<inside>[^'"]*)\1\s*,?\s*[\])]\s*""")  # one text in a list, as text
+_KEYS = "(role|content|type|text|from|value)"
+_PYTHON = re.compile(rf"""\s*(array\()?[\[(]?\s*\{{\s*'{_KEYS}'\s*:""")  # a chat that str() has spelled
+_JSON = re.compile(rf"""\s*\[?\s*\{{\s*"{_KEYS}"\s*:""")
+_SPELLED = re.compile(r"""\s*(([A-Za-z_][\w.]*)?[\[({].*[\])}]|b?(['"])[^'"]*\3)\s*""", re.DOTALL)
+_HELD = re.compile(r"""(?<![\w'")}\]\\])b?(['"])(?P<text>[^'"]*)\1(?!\s*:)|:\s*(?P<number>-?\d[\d.]*)""")
+_SENTENCE = re.compile(r"""\s*(\w+\s+)+(is|are|equals|answer)[\s:=$]*(?P<number>-?\d+([.,/]\d+)*)\$?\.?\s*""")
 SHOWN = 60  # characters of a cell in a message
 
 Messages = tuple[tuple[str, str], ...]
@@ -74,10 +77,17 @@ def gold_text(value: Any) -> str:
     return any_of(text for part in value if (text := cell_text(part)).strip())
 
 
-def bare(gold: str) -> str:
-    """Returns the text inside a list of one text that was spelled as a text (`['7']`); any other text as it is."""
-    found = _LISTED.fullmatch(gold)
-    return gold if found is None else found["inside"]
+def held(gold: str) -> tuple[str, ...]:
+    """Returns what a right response to a gold might be where the gold is no value by itself; empty where it is one.
+
+    These are the texts of a structure that was spelled as a text (`['7']`, `{"value": 7}`, `Decimal('7')`), and the
+    number at the end of a sentence.
+    """
+    if (sentence := _SENTENCE.fullmatch(gold)) is not None:
+        return (sentence["number"],)
+    if not {"'", '"'} & set(gold) or _SPELLED.fullmatch(gold) is None:
+        return ()
+    return tuple(found["text"] or found["number"] or "" for found in _HELD.finditer(gold))
 
 
 def chat(value: Any) -> tuple[Messages, bool]:

@@ -118,7 +118,7 @@ def run_audit(
         Console(stderr=True).print(Text(sentence, style="yellow"), soft_wrap=True)
     with reward_errors(), _pool(profile, limits) as pool:
         if golds:
-            findings = gold_check.check_golds(rows, kind, pool)
+            findings = gold_check.check_golds(rows, kind, pool, _readable(profile, limits, kind))
             if machine:
                 print(gold_check.as_json(findings))
             else:

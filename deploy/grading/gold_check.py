@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from latent_grpo.common.golds import alternatives, spelled
-from latent_grpo.common.tasks.cells import bare
+from latent_grpo.common.tasks.cells import held
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.terminal_text import visible
 from latent_grpo.deploy.grading.answer_file import Row
@@ -49,8 +49,13 @@ class GoldReport:
     repeated: int  # rows whose problem occurred before, with the same answer
 
 
-def check_golds(rows: list[Row], kind: str, pool: VerifierPool) -> GoldReport:
-    """Grades every distinct gold against its own spellings, and finds rows that cannot be right."""
+def check_golds(
+    rows: list[Row], kind: str, pool: VerifierPool, readable: Callable[[str], bool] = lambda gold: True
+) -> GoldReport:
+    """Grades every distinct gold against its own spellings, and finds rows that cannot be right.
+
+    `readable` says whether a run would take a row with this gold.
+    """
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row.gold, row)
@@ -64,7 +69,9 @@ def check_golds(rows: list[Row], kind: str, pool: VerifierPool) -> GoldReport:
     unreadable: dict[str, GoldIssue] = {}
     refused = []
     for (row, gold, spelling), grade in zip(cases, grades, strict=True):
-        if grade.reason == "ungraded":
+        if gold in unreadable:
+            continue
+        if grade.reason == "ungraded" or not readable(gold):
             unreadable[gold] = GoldIssue(row.number, gold, f"the verifier {kind!r} cannot read it")
         elif grade.reason != "correct":
             refused.append(GoldIssue(row.number, gold, f"{spelling!r} is graded {grade.reason}"))
@@ -110,8 +117,7 @@ def _repetitions(rows: list[Row], kind: str, pool: VerifierPool) -> tuple[list[G
 def usual_spellings(kind: str, gold: str) -> Iterator[str]:
     """Yields how a correct response may write this gold in its box: as it is, with spaces, a unit, or as a fraction."""
     yield gold
-    if (inside := bare(gold)) != gold:
-        yield inside  # of a list that was spelled as a text
+    yield from held(gold)
     if kind == "choice":
         letter = gold.strip(" ().")
         yield from (f"({letter})", rf"\text{{{letter}}}", f"{letter}.", rf"\textbf{{({letter})}}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from latent_grpo.common.golds import OR, alternatives, spelled
-from latent_grpo.common.tasks.cells import bare, shown
+from latent_grpo.common.tasks.cells import held, shown
 from latent_grpo.common.tasks.known_faults import fingerprint, known_fault
 from latent_grpo.common.tasks.sources import StoredTask, TaskSource
 from latent_grpo.common.types import Problem
@@ -76,9 +76,9 @@ def _accepts(verifier: Verifier, response: str, gold: str) -> bool | None:
     if quick is None:
         return None
     found: list[Grade | None] = []
-    for one in alternatives(response):
+    for one in [part for each in alternatives(response) for part in held(each) or (each,)]:
         try:
-            found.append(judged(partial(quick, rf"\boxed{{{bare(one)}}}"), gold))
+            found.append(judged(partial(quick, rf"\boxed{{{one}}}"), gold))
         except UnreadableGoldError:
             return None
     if any(grade is not None and grade.reason == "correct" for grade in found):

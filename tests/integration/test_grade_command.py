@@ -101,6 +101,15 @@ def test_the_gold_check_lists_unreadable_mislabelled_and_contradictory_rows(fold
     assert "GSM8K test: the right answer is 2180" in " ".join(grade(file, "--kind", "number", "--golds").split())
 
 
+def test_the_gold_check_reports_what_a_run_would_drop_and_what_no_response_would_match(tmp_path):
+    golds = ["7", "#### 7", "<answer>7</answer>", "['7', '8']", "{'value': 7}", "The answer is 7", "[7]"]
+    file = tmp_path / "golds.jsonl"
+    file.write_text("\n".join(json.dumps({"problem": f"{i}?", "answer": gold}) for i, gold in enumerate(golds)))
+    report = json.loads(grade(file, "--kind", "math", "--golds", "--json"))
+    assert [issue["gold"] for issue in report["unreadable"]] == golds[1:3]
+    assert {issue["gold"] for issue in report["refused"]} == set(golds[3:6])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from latent_grpo.common.config import ConfigError, TaskConfig, load_config
 from latent_grpo.common.golds import alternatives, any_of, spelled
-from latent_grpo.common.tasks.cells import CellError, bare, cell_text, chat, gold_text, joined_text
+from latent_grpo.common.tasks.cells import CellError, cell_text, chat, gold_text, held, joined_text
 from latent_grpo.common.tasks.sources import EMPTY_ANSWER, EMPTY_PROBLEM, TaskError, load_task
 from latent_grpo.deploy.cli.app import app
 from latent_grpo.deploy.data.layouts import UnknownLayout, product_row
@@ -118,6 +118,10 @@ REFUSED = [
     ([USER, {"role": "assistant", "content": "2"}], "last message is the assistant's"),
     (str([USER]), "a chat as Python spells it"),
     (str([{"role": "user", "content": PARTS}]), "a chat as Python spells it"),
+    (f"array([{USER}], dtype=object)", "a chat as Python spells it"),
+    (str([{"from": "human", "value": "1+1?"}]), "a chat as Python spells it"),
+    (json.dumps([{"from": "human", "value": "1+1?"}]), "a list .*role and content"),
+    (json.dumps(USER), "an object"),
 ]
 
 
@@ -224,10 +228,29 @@ def test_a_list_of_steps_is_a_chain_and_a_solution():
 
 
 @pytest.mark.parametrize(
-    ("gold", "inside"), [("['7']", "7"), ('["x y"]', "x y"), ("('7',)", "7"), ("[1, 2]", "[1, 2]"), ("7", "7")]
+    ("gold", "inside"),
+    [
+        ("['7']", ("7",)),
+        ('["x y"]', ("x y",)),
+        ("('7',)", ("7",)),
+        ("['7', \"8\"]", ("7", "8")),
+        ("{'value': 7.5, 'unit': 'm'}", ("7.5", "m")),
+        ("Decimal('7')", ("7",)),
+        ("array(['7'], dtype=object)", ("7",)),
+        ("b'7'", ("7",)),
+        ('"7"', ("7",)),
+        ("The answer is 7.", ("7",)),
+        ("So the answer: $1,000$", ("1,000",)),
+        ("[1, 2]", ()),
+        ("(f'(x), g''(x))", ()),
+        ("5'6\"", ()),
+        (r"\text{the answer is 7}", ()),
+        ("x is 7", ("7",)),
+        ("7", ()),
+    ],
 )
-def test_a_gold_that_was_spelled_as_a_list_is_recognised(gold, inside):
-    assert bare(gold) == inside
+def test_what_a_gold_holds_that_is_no_value_itself_is_recognised(gold, inside):
+    assert held(gold) == inside
 
 
 @pytest.mark.parametrize(
