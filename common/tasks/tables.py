@@ -17,8 +17,7 @@ import io
 import itertools
 import json
 import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,8 @@ KNOWN = "a .parquet, .arrow, .jsonl, .json, .csv or .tsv file, a folder of one s
 FIRST_ROWS = 100  # in which all columns of a text file occur
 BATCH_ROWS = 1024
 READ_BYTES = 2**20
+OF = re.compile(r"\d-of-(\d+)\.")  # in a shard's name
+LONGEST_CELL = 2**27  # characters of a CSV file's cell; more are zeros of a damaged disk, or a quote without its end
 DISK, DISKS = "state.json", "dataset_dict.json"  # files of `save_to_disk`: of a set, and of several splits
 MARK = "\ufeff"  # byte order mark; files that were put together have it within
 
@@ -78,10 +79,16 @@ def source_files(path: str) -> list[Path]:
     if given.is_dir():
         return _files_of_folder(given)
     if glob.has_magic(path):
-        found = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]
+        once: dict[Path, Path] = {}  # a link may lead in a circle
+        for name in sorted(glob.glob(path, recursive=True), key=len):
+            if (file := Path(name)).is_file():
+                once.setdefault(file.resolve(), file)
+        found = sorted(once.values(), key=str)
         if not found:
             raise TableError(f"no file matches {path} (looked from {Path.cwd()})")
         return found
+    if given.exists():
+        raise TableError(f"{path} is a pipe or a device, and a table is read more than once; write it to a file first")
     raise TableError(f"no file {path} (looked in {Path.cwd()})")
 
 
@@ -145,6 +152,11 @@ def _files_of_folder(folder: Path) -> list[Path]:
     if len(sets) > 1:
         named = ", ".join(f"{folder / name}" for name in list(sets)[:6])
         raise TableError(f"{folder} holds the files of several sets; give one of them: {named}")
+    if (stated := OF.search(files[0].name)) is not None and int(stated[1]) != len(files):
+        raise TableError(
+            f"{folder} holds {len(files)} of {int(stated[1])} shards that {files[0].name} counts; fetch the others, "
+            f"or give a glob of those that are there, {folder / '*'}{files[0].suffix}"
+        )
     return files
 
 
@@ -178,7 +190,18 @@ def _columnar(path: str, files: list[Path], columns: Callable[[Path], list[str]]
         rows = BATCH_ROWS if limit is None else min(limit, BATCH_ROWS)
         return itertools.islice((row for batch in all_batches(wanted, rows) for row in batch.to_pylist()), limit)
 
-    return Table(path, tuple(guarded(files[0], partial(columns, files[0]))), read)
+    return Table(path, _once(files[0], guarded(files[0], partial(columns, files[0]))), read)
+
+
+def _once(file: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of columns. Raises :class:`TableError` for one that is given twice.
+
+    Readers would take the last one.
+    """
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise TableError(f"{file} has two columns of the name {twice!r}; rename or remove one")
+    return tuple(names)
 
 
 def _parquet_columns(file: Path) -> list[str]:
@@ -333,7 +356,9 @@ def _json_list(file: Path, text: str) -> Iterator[Row]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except TwiceError as error:
+        raise TableError(f"{where} has an object with {error}; keep one of them") from None
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or lists in lists without end
         hint = "is the file complete?"
         if text.strip() == "{":
@@ -341,12 +366,26 @@ def _json(text: str, where: str) -> Any:
         raise TableError(f"{where} is not valid JSON ({error}); {hint}") from error
 
 
+class TwiceError(ValueError):
+    """A key of a JSON object that is given twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise TwiceError(f"the key {next(name for name in found if names.count(name) > 1)!r} twice")
+    return found
+
+
 def _csv_rows(file: Path, separator: str = ",") -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a chain of thought may be longer than the default
+    csv.field_size_limit(LONGEST_CELL)  # a chain of thought may be longer than the default
     encoding = _encoding(file)
     with _opened(file) as found, io.TextIOWrapper(found, encoding=encoding, newline="") as text:
         try:
-            for number, row in enumerate(csv.DictReader(_without_mark(text), delimiter=separator)):
+            rows = csv.DictReader(_without_mark(text), delimiter=separator)
+            _once(file, rows.fieldnames or ())
+            for number, row in enumerate(rows):
                 if None in row or None in row.values():
                     raise TableError(
                         f"{file}, row {number} has more or fewer cells than the header; is it a CSV file with a comma "

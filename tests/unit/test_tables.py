@@ -115,6 +115,12 @@ def test_a_glob_takes_its_files_in_order_and_their_hash_is_of_all(tmp_path):
     assert [file.name for file in source_files(str(tmp_path / "*" / "*4.parquet"))] == ["b4.parquet"]
 
 
+def test_a_glob_takes_a_file_once_where_links_lead_in_a_circle(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(LINES)
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert source_files(str(tmp_path / "**" / "*.jsonl")) == [tmp_path / "rows.jsonl"]
+
+
 def other_sets(folder):
     shards(folder)
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "test-00000-of-00001.parquet")
@@ -122,7 +128,7 @@ def other_sets(folder):
 
 def other_columns(folder):
     shards(folder)
-    pq.write_table(pa.table({"question": ["?"]}), folder / "train-00009-of-00005.parquet")
+    pq.write_table(pa.table({"question": ["?"]}), folder / "train-00004-of-00005.parquet")
 
 
 def other_formats(folder):
@@ -138,8 +144,17 @@ def other_formats(folder):
         ("empty", lambda path: path.mkdir(), "a folder without a file of rows. Give a .parquet"),
         ("nested", lambda path: (path / "data").mkdir(parents=True), "it has the folders data"),
         ("two", other_sets, r"files of several sets; give one of them: .*test-\*-of-\*\.parquet.*train-"),
-        ("columns", other_columns, "train-00009-of-00005.parquet has no column 'answer', which the first file has"),
+        ("columns", other_columns, "train-00004-of-00005.parquet has no column 'answer', which the first file has"),
         ("formats", other_formats, "files of several sets"),
+        ("fewer", lambda path: (shards(path), (path / "train-00003-of-00005.parquet").unlink()),
+         r"holds 4 of 5 shards that train-00000-of-00005.parquet counts; fetch .*\*\.parquet"),
+        ("pipe.jsonl", os.mkfifo, "pipe.jsonl is a pipe or a device, and a table is read more than once"),
+        ("twice.csv", lambda path: path.write_text("problem,answer,answer\n1,2,3\n"), "two columns .* 'answer'"),
+        ("twice.parquet", lambda path: pq.write_table(pa.table([["?"], ["1"], ["2"]], ["problem", "answer", "answer"]),
+                                                      path), "two columns of the name 'answer'"),
+        ("twice.jsonl", lambda path: path.write_text('{"problem": "?", "answer": "1", "answer": "2"}\n'),
+         "line 1 has an object with the key 'answer' twice; keep one"),
+        ("twice.json", lambda path: path.write_text('[{"problem": "?", "answer": {"a": 1, "a": 2}}]'), "key 'a' twice"),
         ("splits", lambda path: saved(path, ["train", "test"]), "has the splits train, test; give one of them"),
         ("rows.txt", lambda path: path.write_text("a"), "expected a .parquet"),
         ("rows", lambda path: path.write_text("a"), "expected a .parquet"),
