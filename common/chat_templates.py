@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Chat = Sequence[Mapping[str, str]]
-MARK = f"first-mark {'what is 1 + 1? ' * 200}last-mark"
-"""A problem that every template must print whole; it is as long as long problems are."""
+MARK = f'first-mark\n\n{"what is 1 + 1? " * 200}is \\frac{{1}}{{2}} <b> & "last"-mark'
+"""A problem that every template must print whole, as long as long ones, with all that it may take for markup."""
 SYSTEM_MARK = "system-mark"
 RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 NOW = re.compile(r"\bstrftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")

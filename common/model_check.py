@@ -188,6 +188,9 @@ def check_tokenizer(folder: Path, *, cached: bool = False) -> None:
             f"its tokenizer ({name}) is code of its own folder (auto_map in tokenizer_config.json), which is never "
             "run; give a model with a tokenizer.json of a class that transformers has",
         )
+    template = settings.get("chat_template")
+    if not isinstance(template, str | list | None):
+        raise refused(folder, f"its tokenizer_config.json has the chat_template {template!r:.40}, expected a text")
     if not cached:
         check_tokenizer_files(folder)
 
@@ -300,7 +303,7 @@ def _advice(missing: list[str], unexpected: list[str]) -> str:
         return f"Its names carry the prefix {prefix}{wrapped}; save the model without it"
     if missing == ["lm_head.weight"] and not unexpected:
         return "If its output layer is the embeddings, set tie_word_embeddings to true in its config.json"
-    if any(".lora_" in name or name.startswith("base_model.") for name in unexpected):
+    if any(".lora_" in name or ".base_layer." in name or name.startswith("base_model.") for name in unexpected):
         return "They are an adapter's; merge it into its base model first (`merge_and_unload`)"
     return "Give the config.json that belongs to these weights, or download both again"
 

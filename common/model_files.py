@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from latent_grpo.common.errors import ConfigError
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,6 +44,7 @@ STARTS = {
     b"GGUF": "a GGUF file under another name; give the Hugging Face folder of the model",
     b"\x80\x02": "a pickled file of PyTorch under another name; download the model again",
     b"PK\x03\x04": "a pickled file of PyTorch under another name; download the model again",
+    b"\xef\xbb\xbf": "a text with a byte order mark, which transformers cannot read; save it as UTF-8 without one",
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 LARGEST_HEADER = 100 * 2**20  # bytes, safetensors' own limit
@@ -117,7 +120,7 @@ def check_settings(folder: Path) -> dict[str, Any]:
     """
     settings = read_json(folder / "config.json", folder)
     for key in ("quantization_config", "compression_config"):
-        if settings.get(key):
+        if settings.get(key) is not None:
             method = settings[key].get("quant_method") if isinstance(settings[key], dict) else None
             raise refused(folder, _quantised(f"its config.json has a {key}{f' ({method})' if method else ''}"))
     kind = settings.get("model_type")
@@ -156,7 +159,7 @@ def read_json(file: Path, model: str | Path) -> dict[str, Any]:
     """Reads a file of one JSON object. Raises ConfigError, which names the file and what it is instead."""
     check_bytes(file, model)
     try:
-        found = json.loads(file.read_bytes().decode("utf-8-sig"))
+        found = json.loads(file.read_bytes().decode())
     except UnicodeDecodeError as error:
         raise refused(model, f"{file.name} is not UTF-8 ({error.reason}); copy it again from the original") from error
     except (ValueError, RecursionError) as error:
@@ -168,6 +171,8 @@ def read_json(file: Path, model: str | Path) -> dict[str, Any]:
 
 def check_bytes(file: Path, model: str | Path) -> bytes:
     """Returns the first bytes of a file. Raises ConfigError for one that is missing, empty, a pointer or a web page."""
+    if file.exists() and not (file.is_file() or file.is_dir()):  # to open a pipe is to wait for its writer
+        raise refused(model, f"{file.name} is a pipe or a device; download the model again")
     try:
         with file.open("rb") as opened:
             start = opened.read(64)
@@ -286,6 +291,11 @@ def _safetensors(file: Path, folder: Path) -> dict[str, StoredTensor]:
         )
     if not found:
         raise refused(folder, f"{file.name} holds no tensors; {again}")
+    try:
+        with safe_open(file, framework="np"):  # which reads the header alone, and refuses gaps and bytes at the end
+            pass
+    except SafetensorError as error:
+        raise refused(folder, f"{file.name} is no whole safetensors file ({words(error)}); {again}") from error
     return found
 
 

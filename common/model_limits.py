@@ -153,7 +153,7 @@ def window_of(settings: PretrainedConfig) -> Window | None:
     keys.append(("window_size", "local" in (getattr(settings, "attention_layers", None) or ())))  # GPT-Neo
     for key, applies in keys:
         size = getattr(settings, key, None)
-        if applies and isinstance(size, int) and size > 0:
+        if applies and isinstance(size, int):  # of 0 or less, Hugging Face's own mask leaves nothing to attend to
             found.append(Window(size, f"{key} in its config.json is {size:,}"))
     rotary = getattr(settings, "rope_parameters", None) or {}
     # these compute positions from the longest sequence of a batch, so a longer one would change its neighbours

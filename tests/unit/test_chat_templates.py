@@ -29,6 +29,10 @@ DROPPED = {
     "truncated by a filter": "{% for m in messages %}{{ m['content'] | truncate(100) }}{% endfor %}",
     "capitals": "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
     "another key": "{% for m in messages %}{{ m['text'] }}{% endfor %}",
+    "its first line": "{{ messages[-1]['content'].split('\\n')[0] }}",
+    "escaped": "{% for m in messages %}{{ m['content'] | e }}{% endfor %}",
+    "without tags": "{% for m in messages %}{{ m['content'] | striptags }}{% endfor %}",
+    "as JSON": "{% for m in messages %}{{ m['content'] | tojson }}{% endfor %}",
     "its length": "{% for m in messages %}{{ m['content'] | length }}{% endfor %}",
 }
 RAISING = {

@@ -72,10 +72,11 @@ def test_the_numbers_decide_and_not_the_name(tmp_path):
     load_model(saved(tmp_path, "granite", logits_scaling=1.0))
 
 
-def test_weights_that_are_not_numbers_are_said(tmp_path):
+@pytest.mark.parametrize(("value", "said"), [(torch.nan, "not finite"), (0.0, "all zero")])
+def test_weights_that_are_not_numbers_or_were_never_written_are_said(tmp_path, value, said):
     model = make_model(NewModelConfig(hidden_size=16, intermediate_size=32, num_heads=2), TOKENIZER, seed=0)
     with torch.no_grad():
-        model.get_output_embeddings().weight[3, 2] = torch.nan
+        model.get_output_embeddings().weight[...] = value
     save_model(tmp_path, model, TOKENIZER)
-    with pytest.raises(ConfigError, match="logits are not finite"):
+    with pytest.raises(ConfigError, match=f"logits are {said}"):
         load_model(tmp_path)

@@ -45,6 +45,15 @@ ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/base"})
 
 
+def pipe(file):
+    return both(without(file), lambda folder: os.mkfifo(folder / file))
+
+
+def marked(file):
+    """A file that begins with a byte order mark."""
+    return lambda folder: (folder / file).write_bytes(b"\xef\xbb\xbf" + (folder / file).read_bytes())
+
+
 class RunsCode:
     def __reduce__(self):
         return (print, ("code of a checkpoint ran",))
@@ -110,6 +119,13 @@ REFUSED = {
         pickled(lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"}),
         r"1 missing \(lm_head\.weight\)",
     ),
+    "longer": (
+        lambda f: os.truncate(f / "model.safetensors", 10**9),  # zeros that take no room
+        r"model\.safetensors is no whole safetensors file \(.*not fully covered\)",
+    ),
+    "weights pipe": (pipe("model.safetensors"), r"model\.safetensors is a pipe or a device"),
+    "config pipe": (pipe("config.json"), r"config\.json is a pipe or a device"),
+    "tokenizer pipe": (pipe("tokenizer.json"), r"tokenizer\.json is a pipe or a device"),
     # what is no whole model
     "nothing": (without("*"), r"the folder is empty: it has no config\.json"),
     "adapter beside": (text("adapter_config.json", ADAPTER), r"PEFT adapter.*base model \(some/base\) first"),
@@ -153,7 +169,14 @@ REFUSED = {
         settings("tokenizer_config.json", tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.Mine", None]}),
         r"its tokenizer \(Mine\) is code of its own folder",
     ),
+    "no quantisation": (settings(quantization_config={}), r"has a quantization_config, so its weights"),
+    "config marked": (marked("config.json"), r"config\.json is a text with a byte order mark.*without one"),
     # its tokenizer
+    "tokenizer marked": (marked("tokenizer.json"), r"tokenizer\.json is a text with a byte order mark"),
+    "its settings marked": (marked("tokenizer_config.json"), r"_config\.json is a text with a byte order mark"),
+    "ends marked": (marked("generation_config.json"), r"generation_config\.json is a text with a byte order mark"),
+    "template marked": (marked("chat_template.jinja"), r"chat_template\.jinja is a text with a byte order mark"),
+    "template a number": (settings("tokenizer_config.json", chat_template=5), r"the chat_template 5, expected a text"),
     "no tokenizer": (without("tokenizer*"), r"it has no tokenizer \(tokenizer\.json"),
     "tokenizer's settings alone": (without("tokenizer.json"), r"it has no tokenizer"),
     "tokenizer pointer": (text("tokenizer.json", POINTER), r"tokenizer\.json is a Git LFS pointer"),
@@ -307,11 +330,13 @@ def test_a_window_is_compared_with_the_longest_prompt_and_response(tmp_path, ope
     model("qwen2", **WINDOWED).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     OPENED_BY[opened_by](tmp_path)  # 96 tokens and 16 steps fit
-    settings(sliding_window=111)(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"task t: its longest prompt .* exceed the window .*sliding_window in its con"
-    ):
-        OPENED_BY[opened_by](tmp_path)
+    for shorter in (111, 0):  # with 0 Hugging Face's own mask leaves nothing to attend to
+        settings(sliding_window=shorter)(tmp_path)
+        with pytest.raises(
+            ConfigError,
+            match=rf"task t: its longest prompt .* exceed the window .*sliding_window in its.* is {shorter},",
+        ):
+            OPENED_BY[opened_by](tmp_path)
 
 
 def test_code_of_a_known_architecture_is_not_run_and_said(folders, tmp_path):
