@@ -200,16 +200,24 @@ def _begun(folder: RunFolder, config: RunConfig, kind: RunKind) -> RunFolder:
 
 
 def discard(folder: RunFolder) -> None:
-    """Removes the folder of a run that could not begin: what stands there before its first worker starts.
+    """Removes the folder of a run that could not begin: what stands there before its first step.
 
     A folder with anything else in it stays.
     """
-    for name in ("config.json", "run.json", "metrics.jsonl", LOCK_FILE, LEASE_FILE):
-        (folder.path / name).unlink(missing_ok=True)
-    for made in (folder.base_model, folder.path / "initial"):
-        shutil.rmtree(made, ignore_errors=True)
+    for name in (*MADE_FIRST, LOCK_FILE, LEASE_FILE):
+        if (place := folder.path / name).is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty
         folder.path.rmdir()
+
+
+def is_unused(folder: RunFolder) -> bool:
+    """Whether a run has done nothing yet: no step, no checkpoint, no copy elsewhere."""
+    metrics = folder.path / "metrics.jsonl"
+    written = metrics.is_file() and metrics.stat().st_size > 0
+    return not written and {path.name for path in folder.path.iterdir()} <= {*MADE_FIRST, LOCK_FILE, LEASE_FILE}
 
 
 def named_run(config: RunConfig) -> Path | None:
@@ -335,6 +343,8 @@ def write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: Run
 
 LOCK_FILE = ".lock"
 LEASE_FILE = ".lease"
+MADE_FIRST = {"config.json", "run.json", "manifest.json", "summary.json", "metrics.jsonl", "control", "base", "initial"}
+"""What is in a run's folder before its first step."""
 LEASE_S = 60.0  # an older lease is that of a process that is gone
 RENEW_S = 10.0
 

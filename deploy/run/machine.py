@@ -62,7 +62,7 @@ def ray_faults(
     address = environment.get(ADDRESS, "")
     if address:
         found = [address_fault(address), _token_fault(environment, cluster=True)]
-        if found[0] is None and ":" in address and not (answers or head_answers)(address, min(limit_s, HEAD_S)):
+        if found[0] is None and address != "local" and not (answers or head_answers)(address, min(limit_s, HEAD_S)):
             return [
                 Fault(
                     ADDRESS,
@@ -94,12 +94,25 @@ def address_fault(address: str) -> Fault | None:
     )
 
 
-def head_answers(address: str, limit_s: float) -> bool:
-    """Whether a gRPC server answers at HOST:PORT within `limit_s`."""
+def found_head() -> str | None:
+    """Returns the head that Ray takes for `auto`, perhaps another run's that only that run reaches; None: none runs."""
+    from ray._private import services  # what ray.init does; it has no public name
+
+    try:
+        return str(services.get_ray_address_from_environment("auto", None))
+    except ConnectionError:
+        return None
+
+
+def head_answers(address: str, limit_s: float, auto: Callable[[], str | None] = found_head) -> bool:
+    """Whether a gRPC server answers at HOST:PORT within `limit_s`; for `auto` at what that function says."""
     import grpc  # type: ignore[import-untyped]  # it has no types
 
+    found = auto() if address == "auto" else address.removeprefix("ray://")
+    if found is None:
+        return False
     direct = [("grpc.enable_http_proxy", 0)]  # as Ray does
-    with grpc.insecure_channel(address.removeprefix("ray://"), options=direct) as channel:
+    with grpc.insecure_channel(found, options=direct) as channel:
         if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
             return True  # only Ray has its certificates
         try:

@@ -90,6 +90,8 @@ def ray_session(
     address = os.environ.get("RAY_ADDRESS")
     private_token(make=not address)  # a cluster's own token is its to give
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # a worker's error is not asked for where a rank's has ended the run, and Ray would print its traceback
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     temporary = None
     if address:
         limit = min(CONNECT_S, config.deadlines.start_s)

@@ -21,7 +21,7 @@ from latent_grpo.common.transport import choose_transport
 from latent_grpo.deploy.controller import Pool
 from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.control import Control
-from latent_grpo.deploy.run.folder import FolderInUse, RunFolder, discard, run_lock, write_identity
+from latent_grpo.deploy.run.folder import FolderInUse, RunFolder, discard, is_unused, run_lock, write_identity
 from latent_grpo.deploy.run.manifest import data_facts, write_manifest
 from latent_grpo.deploy.run.preparation import Prepared
 from latent_grpo.deploy.run.problems import Problems
@@ -101,7 +101,10 @@ class Run:
 
 @contextlib.contextmanager
 def nothing_left(folder: RunFolder, lineage: int) -> Iterator[Callable[[], None]]:
-    """Removes the folder of a new run that cannot begin; the run calls what this yields once it does."""
+    """Removes the folder of a new run that cannot begin; the run calls what this yields once it does.
+
+    A worker or a rank that refuses what it was given before the first step, such as damaged weights, counts too.
+    """
     begun = lineage > 0
 
     def begins() -> None:
@@ -111,7 +114,8 @@ def nothing_left(folder: RunFolder, lineage: int) -> Iterator[Callable[[], None]
     try:
         yield begins
     except (ConfigError, MetricsError, StorageError, OSError) as error:
-        if not begun and not isinstance(error, FolderInUse):  # whose folder is another process's
+        refused = lineage == 0 and isinstance(error, ConfigError) and is_unused(folder)
+        if (not begun or refused) and not isinstance(error, FolderInUse):  # whose folder is another process's
             discard(folder)
         raise
 

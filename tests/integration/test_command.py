@@ -9,11 +9,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from training import PROFILE
 
+from latent_grpo.common.config import NewModelConfig
 from latent_grpo.common.metrics import read_metrics
+from latent_grpo.common.models import make_model, save_model
 from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.common.tasks.arithmetic import make_arithmetic_tokenizer
 from latent_grpo.learner.checkpoint import latest_checkpoint
 
 pytestmark = pytest.mark.integration
@@ -64,6 +68,20 @@ def left_of(processes, timeout):
 def steps_done(folder):
     path = folder / "metrics.jsonl"
     return len([line for line in path.read_text().splitlines() if '"train"' in line]) if path.exists() else 0
+
+
+def test_damaged_weights_are_one_line_and_leave_no_run(environment, tmp_path):
+    model = make_model(NewModelConfig(**PROFILE["model"]["new"]), make_arithmetic_tokenizer(), seed=0)
+    model.get_output_embeddings().weight.data.fill_(torch.nan)
+    save_model(tmp_path / "m", model, make_arithmetic_tokenizer())
+    profile, runs = tmp_path / "p.yaml", tmp_path / "runs"
+    profile.write_text(yaml.safe_dump(PROFILE | {"model": {"path": str(tmp_path / "m")}, "runs_folder": str(runs)}))
+    command = [sys.executable, "-m", "deploy", "train", "--profile", str(profile)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert "its logits are not finite, so its weights are damaged" in line
+    assert list(runs.iterdir()) == []
 
 
 def test_a_killed_learner_is_named_and_an_interrupt_keeps_its_checkpoint(environment, tmp_path):

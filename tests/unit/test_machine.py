@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from latent_grpo.common.config import ConfigError, load_config
@@ -53,6 +55,7 @@ def places(tmp_path):
         ({"RAY_ADDRESS": "head"}, "RAY_ADDRESS", "RAY_ADDRESS=head is no address.*HOST:PORT"),
         ({"RAY_ADDRESS": "head:port"}, "RAY_ADDRESS", "is none: ports are"),
         ({"RAY_ADDRESS": "10.0.0.1:6379"}, "RAY_ADDRESS", "no Ray head answers at RAY_ADDRESS=10.0.0.1:6379.*unset it"),
+        ({"RAY_ADDRESS": "auto"}, "RAY_ADDRESS", "no Ray head answers at RAY_ADDRESS=auto"),
         ({"RAY_ADDRESS": "ray://head:10001"}, "RAY_ADDRESS", "no Ray head answers"),
         ({"TMPDIR": "{deep}"}, "TMPDIR", r"the path of TMPDIR=.* has \d+ bytes, and Ray's sockets in it allow \d+"),
         ({"TMPDIR": "/does/not/exist"}, "TMPDIR", "no folder that this user can write; make it, or set TMPDIR"),
@@ -79,6 +82,7 @@ def test_each_fault_of_the_environment_names_its_variable_and_what_to_set(enviro
         {"RAY_ADDRESS": "10.0.0.1:6379"},
         {"RAY_ADDRESS": "[::1]:6379"},
         {"RAY_ADDRESS": "auto"},
+        {"RAY_ADDRESS": "local"},
         {"RAY_ADDRESS": "head.example:6379", "TMPDIR": "/does/not/exist"},  # Ray's folders are on its own nodes
         {"HOME": "{file}", "RAY_AUTH_TOKEN": "a" * 64},
         {"HOME": "{file}", "RAY_AUTH_TOKEN_PATH": "{token}"},
@@ -96,6 +100,17 @@ def test_an_address_where_nothing_speaks_grpc_is_no_head():
     with socket.create_server(("127.0.0.1", 0)) as server:  # it accepts, and says nothing
         assert not head_answers(f"127.0.0.1:{server.getsockname()[1]}", 0.5)
     assert not head_answers("127.0.0.1:9", 0.2)
+
+
+def test_auto_is_reached_where_ray_would_look_for_it():
+    """Ray takes any head that it finds, also one that only its own run can reach, and tries it for minutes."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    assert head_answers("auto", 10, lambda: address)
+    server.stop(None).wait()
+    assert not head_answers("auto", 0.5, lambda: address)
+    assert not head_answers("auto", 10, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +133,12 @@ def test_the_attempt_to_reach_a_head_ends_at_its_limit():
     assert not any(thread.name == "alarm" for thread in threading.enumerate())
 
 
-def fails(folder, lineage, error, *, begins):
+def fails(folder, lineage, error, *, begins, steps):
     with nothing_left(folder, lineage) as begin, run_lock(folder.path):
         if begins:
             begin()
+        (folder.path / "metrics.jsonl").write_text("{}\n" * steps)
+        (folder.path / "summary.json").write_text("{}")
         raise error
 
 
@@ -129,10 +146,12 @@ def fails(folder, lineage, error, *, begins):
 @pytest.mark.parametrize("named", [False, True])
 def test_a_run_that_cannot_begin_leaves_no_folder_and_one_that_has_begun_keeps_it(error, named, tmp_path):
     config = load_config({**BASE, "runs_folder": str(tmp_path / "runs")})
-    for lineage, begins, stays in ((0, False, False), (1, False, True), (0, True, True)):
-        folder = create_run(config, "x", tmp_path / "runs" / f"own{lineage}{begins}" if named else None)
+    refused = isinstance(error, ConfigError)  # by a worker or a rank that was given damaged weights, for example
+    cases = ((0, False, 0, False), (1, False, 0, True), (0, True, 0, not refused), (0, True, 1, True))
+    for lineage, begins, steps, stays in cases:
+        folder = create_run(config, "x", tmp_path / "runs" / f"own{lineage}{begins}{steps}" if named else None)
         with pytest.raises(type(error)):
-            fails(folder, lineage, error, begins=begins)
+            fails(folder, lineage, error, begins=begins, steps=steps)
         assert folder.path.exists() is stays
     kept = create_run(config, "kept")
     (kept.path / "notes.txt").write_text("mine")
