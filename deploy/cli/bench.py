@@ -86,6 +86,7 @@ def bench_rollout(
     vocabulary: Annotated[int, typer.Option(min=64, help="Vocabulary size of the model.")] = 2048,
     hidden: Annotated[int, typer.Option(min=32, help="Hidden size, a multiple of 32.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 2,
+    rows: Annotated[int, typer.Option(min=1, help="Samples decoded side by side.")] = 64,
     k: Annotated[int, typer.Option(min=1, help="Mixture width of latent steps.")] = 10,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case; medians are shown.")] = 5,
     json_file: JsonFile = None,
@@ -93,7 +94,7 @@ def bench_rollout(
     """Compares the Transformers engine with `model.generate`, and latent with hard steps, there and in vLLM, on CPU."""
     from latent_grpo.deploy.bench.rollout import measure, show
 
-    found = measure(vocabulary=vocabulary, hidden=hidden, layers=layers, k=k, repeats=repeats)
+    found = measure(vocabulary=vocabulary, hidden=hidden, layers=layers, k=k, repeats=repeats, batch=rows)
     _give(found, show, json_file)
 
 
