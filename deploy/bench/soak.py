@@ -2,9 +2,10 @@
 
 The run is tiny, deterministic and started as the command that a user starts, with its own Ray. Its processes are killed
 in turns of a seeded order, spread over the run's steps: rollout workers, their graders, the learner's rank, the
-controller, and the raylet and GCS of the run's Ray. The next kill comes once the run has recovered. Afterwards every
-group must have been trained on exactly once in the surviving lineage, and the weights must be those of the undisturbed
-run, bit for bit.
+controller, the supervisor, and the raylet and GCS of the run's Ray; some are stopped (SIGSTOP) instead. The next kill
+comes once the run has recovered, which it does by itself; without its supervisor it saves its state and ends, and is
+resumed. Afterwards every group must have been trained on exactly once in the surviving lineage, and the weights must be
+those of the undisturbed run, bit for bit.
 
 What was done is kept in `soak.json` of its folder after every kill, so a soak that was interrupted goes on.
 """
@@ -40,16 +41,23 @@ from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.run.recoveries import FILE as RECOVERIES
 from latent_grpo.reward.verifier import Grade
 
-KINDS = {
+CONTROLLER, SUPERVISOR, GRADER = "controller", "supervisor", "grader"
+COMMANDS = {
     "rollout worker": "WorkerActor",
-    "grader": "grader_process",
+    GRADER: "grader_process",
     "learner rank": "LearnerRank",
-    "controller": "",
+    CONTROLLER: "",
+    SUPERVISOR: "",
     "raylet": "raylet/raylet",
     "GCS": "gcs_server",
 }
-"""What is killed, and what its command line holds; the controller is the supervisor's child."""
-FOR_EVERYTHING = ("learner rank", "controller", "raylet", "GCS")  # from whose loss a run goes back to a checkpoint
+"""Kinds of processes, and what their command lines hold; the controller is the supervisor's child."""
+STOPPED = "stopped "
+KINDS = (*COMMANDS, *(STOPPED + kind for kind in ("rollout worker", "learner rank", CONTROLLER)))
+"""What is killed; what is called stopped gets SIGSTOP, which nothing but its silence shows."""
+OF_WORKERS = ("rollout worker", STOPPED + "rollout worker")
+GOES_ON = (*OF_WORKERS, GRADER)  # the run takes no step back
+SILENCE_S = 20.0  # deadlines of the run
 STEPS_A_KILL = 10
 SPREAD = 0.9  # of the steps: what is left after the last kill shows that the run goes on
 PAUSE_S = 0.5  # at most, from a step's end to the next kill: it falls anywhere in a step
@@ -75,6 +83,7 @@ PROFILE: dict[str, Any] = {
     "tasks": [TASK], "rollout": {"workers": WORKERS, "max_restarts": 10_000, "resources": {"num_cpus": 0.25}},
     "learner": {"resources": {"num_cpus": 0.25}}, "evaluation": {"tasks": []}, "checkpoint": {"every": 5},
     "dump": {"every": 1}, "metrics": {"sinks": []}, "max_recoveries": 10_000, "self_test_groups": 0,
+    "deadlines": dict.fromkeys(("driver_s", "learner_s", "rollout_s", "weights_s"), SILENCE_S),
 }  # fmt: skip
 
 
@@ -96,7 +105,8 @@ class Coin:
 class Kill:
     """A kill after step `step`.
 
-    `noticed_s` is the time in seconds until the run knew of it; None for a grader, whose worker does not tell.
+    `noticed_s` is the time in seconds until the run knew of it; None for a grader, whose worker does not tell, and for
+    a supervisor, without which the run ends.
     `recovered_s` is that until a step ended in which all was as before: in a new lineage, or with all workers.
     """
 
@@ -184,19 +194,23 @@ class _Command:
 
     def __init__(self, root: Path, name: str, soak: Soak, home: str):
         self.run, self.log = root / name, root / f"{name}.log"
-        self._root, self._soak = root, soak
+        self._root, self._soak, self._home = root, soak, home
         _end(soak.running)
+        self._start()
+
+    def _start(self) -> None:
+        """Starts the run, or resumes the one of this name."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        profile = str(root / "soak.yaml")
+        profile = str(self._root / "soak.yaml")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "latent_grpo.deploy", "train", "--profile", profile, f"run_name={name}"],
-            env=kept | {"HOME": home, "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", "latent_grpo.deploy", "train", "--profile", profile, f"run_name={self.run.name}"],
+            env=kept | {"HOME": self._home, "OMP_NUM_THREADS": "1"},
             stdout=self.log.open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        soak.running = self._process.pid, psutil.Process(self._process.pid).create_time()
-        soak.keep(root)
+        self._soak.running = self._process.pid, psutil.Process(self._process.pid).create_time()
+        self._soak.keep(self._root)
 
     def __enter__(self) -> _Command:
         self._began = time.monotonic()
@@ -274,26 +288,41 @@ class _Command:
         if not self._await(present):  # in a run that is being started again there is none for a while
             return None
         before, known, at = self.last(), self._noticed(kind), time.monotonic()
-        moment.choice(found).send_signal(signal.SIGKILL)
-        if kind != "grader" and not self._await(lambda: self._noticed(kind) > known):
-            return None
-        noticed = None if kind == "grader" else time.monotonic() - at
+        family = found[0].children(recursive=True) if kind == SUPERVISOR else []
+        moment.choice(found).send_signal(signal.SIGSTOP if kind.startswith(STOPPED) else signal.SIGKILL)
+        noticed = None
+        if kind == SUPERVISOR:
+            self._resume(family)
+        elif kind != GRADER:
+            if not self._await(lambda: self._noticed(kind) > known):
+                return None
+            noticed = time.monotonic() - at
         known_at = self.last()  # a step that had ended by then counted the worker that was killed
 
         def over() -> bool:
             now = self.last()
-            if kind in FOR_EVERYTHING:
+            if kind not in GOES_ON:
                 return now.lineage > before.lineage
-            return now.step > known_at.step and (kind == "grader" or now.workers == WORKERS)
+            return now.step > known_at.step and (kind == GRADER or now.workers == WORKERS)
 
         return Kill(kind, before.step, noticed, time.monotonic() - at) if self._await(over) else None
 
     def _noticed(self, kind: str) -> int:
         """How many losses the run knows of: in its log those of workers, in its record those of everything else."""
-        if kind not in FOR_EVERYTHING:
+        if kind in GOES_ON:
             return len(LOST.findall(self.log.read_bytes()))
         record = self.run / RECOVERIES
         return record.read_bytes().count(b"\n") if record.is_file() else 0
+
+    def _resume(self, family: list[psutil.Process]) -> None:
+        """Starts the run again once the family of its killed supervisor has ended."""
+        self._process.wait()
+        end = time.monotonic() + STUCK_S
+        while any(map(_runs, family)):
+            if time.monotonic() > end:
+                raise RunError(f"the run did not end within {STUCK_S:g} s of its supervisor; its log is {self.log}")
+            time.sleep(POLL_S)
+        self._start()
 
     def _await(self, done: Callable[[], bool]) -> bool:
         """Waits until `done`; False: the run has ended before. Raises RunError where the run stands still."""
@@ -311,17 +340,19 @@ class _Command:
 
     def _processes(self, kind: str) -> list[psutil.Process]:
         try:
-            supervisor = psutil.Process(self._process.pid)
-            if kind == "controller":
+            supervisor, kind = psutil.Process(self._process.pid), kind.removeprefix(STOPPED)
+            if kind == SUPERVISOR:
+                return [supervisor] if supervisor.children() else []
+            if kind == CONTROLLER:
                 return supervisor.children()
-            return [p for p in supervisor.children(recursive=True) if KINDS[kind] in " ".join(_command_line(p))]
+            return [p for p in supervisor.children(recursive=True) if COMMANDS[kind] in " ".join(_command_line(p))]
         except psutil.NoSuchProcess:
             return []
 
     def _use(self) -> dict[str, tuple[float, int]]:
         """Memory in MiB and open files of one process of each kind."""
         used = {}
-        for kind in KINDS:
+        for kind in COMMANDS:
             for process in self._processes(kind)[:1]:
                 try:
                     used[kind] = process.memory_info().rss / 2**20, process.num_fds()
@@ -345,6 +376,13 @@ def _end(running: tuple[int, float] | None) -> None:
             process.wait()
     except psutil.NoSuchProcess:
         pass
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _command_line(process: psutil.Process) -> list[str]:
