@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -72,24 +72,38 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explained(error))) from error
-    if faults := list(_unusable_numbers(data, ())):
+    if faults := list(_unusable_numbers(data, (), RunConfig)):
         raise ConfigError("\n".join(faults))
     return config
 
 
-def _unusable_numbers(node: Any, above: tuple[str, ...]) -> Iterator[str]:
-    """Yields a line for each number that no column and no generator could hold, in free options too."""
+def _unusable_numbers(node: Any, above: tuple[str, ...], model: type[Section] | None) -> Iterator[str]:
+    """Yields a line for each number that no column and no generator could hold, in free options too, and for each
+    boolean in a number's place, which pydantic reads as 0 or 1. `model` is the section of a node's keys."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield from _unusable_numbers(value, (*above, str(key)))
+            info = None if model is None else model.model_fields.get(str(key))
+            kinds = set() if info is None else _kinds(info.annotation)
+            if isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, Any}:
+                yield f"{'.'.join((*above, str(key)))}: expected a number, got {str(value).lower()}"
+            below = None if info is None else section_in(info.annotation)
+            yield from _unusable_numbers(value, (*above, str(key)), below[1] if below else None)
     elif isinstance(node, list):
         for place, value in enumerate(node):
-            yield from _unusable_numbers(value, (*above, str(place)))
+            yield from _unusable_numbers(value, (*above, str(place)), model)
     elif isinstance(node, float) and not math.isfinite(node):
         yield f"{'.'.join(above)}: expected a finite number, got {node}"
     elif isinstance(node, int) and not -(2**63) <= node < 2**63:
         shown = str(node) if abs(node) < 10**40 else f"{str(node)[:40]}..."
         yield f"{'.'.join(above)}: expected a whole number from -2**63 to 2**63 - 1, got {shown}"
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Returns the types that an annotation is made of; of a Literal those of its values."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in parts}
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
 
 
 def profiles_folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -44,8 +45,12 @@ def with_home(path: str) -> str:
     """Returns a path with `~` and `~user` at its beginning, or after `hf:`, written out.
 
     A shell does that only at the beginning of a word, and nobody does it in a file. Raises ValueError for a user
-    without a home folder.
+    without a home folder, and for a variable of the environment, which nobody writes out either.
     """
+    if (variable := re.search(r"\$(\w+|\{\w+\})", path)) is not None:
+        raise ValueError(
+            f"{variable[0]} is not written out here; write the path in full, got {path!r}"
+        )
     prefix, rest = ("hf:", path[3:]) if path.startswith("hf:~") else ("", path)
     if not rest.startswith("~"):
         return path

@@ -85,7 +85,7 @@ def _layers(source: str | Path, folder: Path, what: str) -> list[tuple[Path, dic
 
 def _place(source: str | Path, folder: Path, beside: Path | None) -> Path:
     """Returns where a file is, or would be if it is nowhere; `beside`: the folder of the file that extends it."""
-    path = Path(source)
+    path = Path(source).expanduser() if str(source).startswith("~/") else Path(source)
     if is_path(source):
         near = path if beside is None else beside / path
         return near if near.is_file() else path
@@ -149,7 +149,7 @@ def _checked_size(node: yaml.Node, known: dict[int, int], above: frozenset[int])
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+            if isinstance(key, yaml.ScalarNode):
                 line = key.start_mark.line + 1
                 if key.value in lines:
                     where = f"in lines {lines[key.value]} and {line}" if lines[key.value] != line else f"in line {line}"
@@ -199,8 +199,11 @@ def _override_value(value: str) -> Any:
     if node is None:  # nothing, or a comment alone
         return value.strip() or None
     rest = value[node.end_mark.index :].strip()
-    if isinstance(node, yaml.ScalarNode) and node.style is None and (rest or "\n" in node_text(value, node)):
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    if plain and (rest or "\n" in node_text(value, node) or value.lstrip().startswith("&")):
         return value
+    if isinstance(node, yaml.ScalarNode) and value.strip() in ("|", ">"):  # a block of no lines
+        return value.strip()
     if rest:
         raise ConfigError(f"YAML would drop {rest!r} as a comment; put the whole value into quotes of its own")
     return _constructed(value)

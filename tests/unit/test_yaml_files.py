@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,7 @@ TWICE = {
     "in one line": ("rollout: {workers: 1, workers: 3}\n", "'workers' is given twice, in line 1"),
     "in a list": ("tasks:\n- name: a\n  name: b\n", "'name' is given twice, in lines 2 and 3"),
     "with quotes": ("steps: 2\n'steps': 3\n", "'steps' is given twice, in lines 1 and 2"),
+    "a merge": ("a: {<<: {b: 1}, <<: {b: 2}}\n", "'<<' is given twice, in line 1"),
     "in JSON": ('{"steps": 2,\n "steps": 3}', "'steps' is given twice, in lines 1 and 2"),
 }  # fmt: skip
 
@@ -126,6 +128,24 @@ def test_texts_of_yaml_1_1_reach_settings_as_written():
     assert "steps: Input should be a valid integer" in fault_of(load_config, PROFILE, ["steps=1:30"])
 
 
+@pytest.mark.parametrize("given", ["steps=true", "temperature=true", "tasks.0.limit=true", "rollout.workers=true"])
+def test_a_boolean_is_no_number(given):
+    key, _, value = given.partition("=")
+    assert fault_of(load_config, PROFILE, [given]) == f"{key}: expected a number, got {value}"
+    assert load_config(PROFILE, ["deterministic=true"]).deterministic
+
+
+def test_a_parent_by_way_of_the_home_folder_is_found(tmp_path):
+    base = written(tmp_path, "steps: 7\n", "base.yaml")
+    way = f"~/{os.path.relpath(base, Path.home())}"
+    assert read_profile(written(tmp_path, f"extends: {way}\n")) == {"steps": 7}
+
+
+@pytest.mark.parametrize("path", ["$HOME/runs", "${HOME}/runs", "/data/$USER"])
+def test_a_variable_in_a_path_is_refused(path):
+    assert "is not written out here" in fault_of(load_config, PROFILE, [f"runs_folder={path}"])
+
+
 OVERRIDES = {
     "model.prompt.system=Solve task #1 with care": "Solve task #1 with care",
     "model.prompt.system=#1": "#1",
@@ -134,6 +154,8 @@ OVERRIDES = {
     "model.prompt.system=a#b": "a#b",
     "model.prompt.system=5 # five": "5 # five",
     "model.prompt.system=a=b": "a=b",
+    "model.prompt.system=&a b": "&a b",
+    "model.prompt.system=|": "|",
 }
 
 
