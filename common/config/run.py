@@ -172,8 +172,8 @@ class RunConfig(Section):
     weights: Annotated[WeightsConfig, Rule.MAY_CHANGE] = WeightsConfig()
     ray: Annotated[RayConfig, Rule.MAY_CHANGE] = RayConfig()
     run_name: Annotated[str | None, Field(pattern=r"^\w[\w.-]*$"), Rule.MAY_CHANGE] = None
-    """Name of the run's folder below `runs_folder`; null: it is made of the profile's name and the time. `train` goes
-    on with a named run that has begun, so that a job that a cluster starts again does."""
+    """Name of the run's folder below `runs_folder`; null: it is made of the profile's name and the time. `train`
+    and `sft` go on with a named run that has begun, so that a job that a cluster starts again does."""
     runs_folder: Annotated[StoragePlace, Rule.MAY_CHANGE] = "runs"
     """Folder in which run folders are made; on a cluster it must be on shared storage. Or the URL of one in an object
     store, `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX` or `file:///FOLDER`: the run works in `work_folder` and is

@@ -48,9 +48,7 @@ def with_home(path: str) -> str:
     without a home folder, and for a variable of the environment, which nobody writes out either.
     """
     if (variable := re.search(r"\$(\w+|\{\w+\})", path)) is not None:
-        raise ValueError(
-            f"{variable[0]} is not written out here; write the path in full, got {path!r}"
-        )
+        raise ValueError(f"{variable[0]} is not written out here; write the path in full, got {path!r}")
     prefix, rest = ("hf:", path[3:]) if path.startswith("hf:~") else ("", path)
     if not rest.startswith("~"):
         return path

@@ -26,7 +26,7 @@ from latent_grpo.common.remote_url import is_url
 from latent_grpo.common.schema import concat
 from latent_grpo.deploy.controller import Pool, gather
 from latent_grpo.deploy.evaluation.scores import TaskResult, failure_shares, results
-from latent_grpo.deploy.run.folder import FAILED, SFT_PURPOSE, RunFolder, create_run, reopen_run
+from latent_grpo.deploy.run.folder import FAILED, SFT_PURPOSE, RunFolder, create_run, has_begun, named_run, reopen_run
 from latent_grpo.deploy.run.foreign_code import check_origin
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.problems import group_request
@@ -35,7 +35,7 @@ from latent_grpo.deploy.run.recovery import recovered, recovering
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.sft_data import SFTData
 from latent_grpo.deploy.run.stepping import LearnerSteps, StateKeeper, StepLearner
-from latent_grpo.deploy.run.storage.copy import working_copy
+from latent_grpo.deploy.run.storage.copy import named_copy, working_copy
 from latent_grpo.deploy.sft.induction import induce
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.sft.learner import SFTLearner
@@ -197,12 +197,23 @@ def _held_out(
 
 
 def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> RunFolder:
-    """Runs Latent-SFT alone (METHOD §7). Its model is in the run's `base/`, for `model.path` of later runs."""
+    """Runs Latent-SFT alone (METHOD §7). Its model is in the run's `base/`, for `model.path` of later runs.
+
+    One of the name `run_name` that has begun goes on, and one that has ended is left as it is.
+    """
     if config.warm_start is None:
         raise ConfigError(f"profile {profile} has no section warm_start; add it (an empty section uses the defaults)")
     reporter = reporter or Reporter()
+    named = named_run(config)
+    if named is not None:
+        named_copy(config, named, reporter.say)
+    if named is not None and has_begun(named):
+        if (ended := _ended(named, reporter)) is not None:
+            return ended
+        folder, config, lineage = reopen_run(named, [], "sft", config)
+        return _alone(folder, config, lineage, reporter, prepare(config, reporter, folder))
     prepared = prepare(config, reporter)
-    return _alone(create_run(config, profile, kind="sft"), config, 0, reporter, prepared)
+    return _alone(create_run(config, profile, named, kind="sft"), config, 0, reporter, prepared)
 
 
 def resume_sft(
@@ -215,10 +226,8 @@ def resume_sft(
     reporter = reporter or Reporter()
     if is_url(str(path)):
         path, overrides = working_copy(str(path), overrides, reporter.say, allowed)
-    folder = RunFolder(Path(path))
-    if (folder.base_model / "config.json").is_file() and (folder.path / "config.json").is_file():
-        reporter.say(f"{folder.path} is finished: model {folder.base_model}")
-        return folder
+    if (ended := _ended(Path(path), reporter)) is not None:
+        return ended
     check = partial(check_origin, overrides=overrides, allowed=allowed)
     folder, config, lineage = reopen_run(path, overrides, "sft", check=check)
     if config.warm_start is None:
@@ -226,6 +235,15 @@ def resume_sft(
             f"{folder.path} has no warm_start, so it is not a Latent-SFT; resume it with `latent-grpo train --resume`"
         )
     return _alone(folder, config, lineage, reporter, prepare(config, reporter, folder))
+
+
+def _ended(path: Path, reporter: Reporter) -> RunFolder | None:
+    """Returns a Latent-SFT that has ended, and says so; None: it has not."""
+    folder = RunFolder(path)
+    if not ((folder.base_model / "config.json").is_file() and (folder.path / "config.json").is_file()):
+        return None
+    reporter.say(f"{folder.path} is finished: model {folder.base_model}")
+    return folder
 
 
 def _alone(folder: RunFolder, config: RunConfig, lineage: int, reporter: Reporter, prepared: Prepared) -> RunFolder:

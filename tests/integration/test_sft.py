@@ -65,10 +65,11 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(ray_session, tmp_path)
     common = (f"runs_folder={tmp_path}", *SFT)
     whole = sft(tiny(*common), "whole")
     with pytest.raises(KeyboardInterrupt):
-        sft(tiny(*common), "half", InterruptedAt(3))
-    (half,) = tmp_path.glob("half-*")
+        sft(tiny(*common, "run_name=half"), "half", InterruptedAt(3))
+    half = tmp_path / "half"
     assert not (half / "base").exists()
-    resumed = resume_sft(half, ["rollout.max_rows=64"])
+    again = tiny(*common, "run_name=half", "rollout.max_rows=64")  # by its name, as a cluster starts a job again
+    resumed = sft(again, "half")
 
     expected, found = weights(whole), weights(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -78,7 +79,8 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(ray_session, tmp_path)
     evaluated = [row["step"] for row in read_metrics(whole.path, kind="sft_evaluation")]
     assert evaluated == [4, 6]
     assert not resumed.sft.exists(), "a finished Latent-SFT keeps no states"
-    assert resume_sft(half, []).base_model.is_dir()  # finished: nothing to do, and no second base
+    for finished in (resume_sft(half, []), sft(again, "half")):  # nothing to do, and no second base
+        assert finished.path == half
 
     chain = read_chain(whole.base_model)
     assert (chain.chain, chain.source, chain.k, chain.compression) == ("latent", "uniform", 3, 3)
