@@ -372,7 +372,7 @@ def command_of_job(arguments: list[str]) -> list[str]:
     first = arguments[0] if arguments else ""
     if not first or first.startswith("-") or "=" in first:
         return ["train", *arguments]
-    known = sorted(c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands)
+    known = sorted(getattr(typer.main.get_command(app), "commands", ()))
     if first not in known:
         raise ConfigError(f"submit: {first!r} is not a command; give one of {', '.join(known)}, or only settings")
     return arguments
@@ -405,10 +405,12 @@ def run_command(arguments: list[str]) -> int:
     """
     try:
         try:
-            app(args=[argument_with_home(argument) for argument in arguments])
+            given = [argument_with_home(argument) for argument in arguments]
+            ended = app(args=given, prog_name="latent-grpo", standalone_mode=False)
         finally:
             _flush()
-        code = 0
+        code = ended if isinstance(ended, int) else 0  # of typer.Exit
+        link.tell(ended=code)
     except LatentGRPOError as error:
         code = _failed(error, str(error), error.exit_code)
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -423,15 +425,33 @@ def run_command(arguments: list[str]) -> int:
             code = _failed(error, said, ConfigError.exit_code)
         else:
             code = _failed(error, unexpected(error, arguments), exit_code_of(error))
-    except SystemExit as error:  # by which every command ends
+    except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         link.tell(ended=code)
     except Exception as error:
-        code = _failed(error, unexpected(error, arguments), exit_code_of(error))
+        if (usage := misused(error)) is not None:
+            code = _failed(error, usage, ConfigError.exit_code)
+        else:
+            code = _failed(error, unexpected(error, arguments), exit_code_of(error))
     except BaseException:
         link.tell(ended=1)
         raise
     return code
+
+
+def misused(error: Exception) -> str | None:
+    """Returns the line for arguments that a command does not take, or a path whose links lead in a circle; else None.
+
+    A group of commands without one shows its help.
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve
+        return f"{error}; remove the link, or give another path"
+    if not hasattr(error, "format_message"):  # typer's errors, whose class is another one in each of its versions
+        return None
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return "give one of the commands above"
+    command = getattr(getattr(error, "ctx", None), "command_path", "latent-grpo")
+    return f"{' '.join(error.format_message().split()).rstrip('.')}; `{command} --help` says what it takes"
 
 
 def _flush() -> None:

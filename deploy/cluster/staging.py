@@ -36,7 +36,7 @@ def stage_profile(path: Path, folder: Path, *, suite: bool = False) -> str:
     root = Path(os.path.commonpath([file.parent for file in files]))
     for file in files:
         data = read_yaml(file)
-        if isinstance(parent := data.get("extends"), str) and Path(parent).is_absolute():
+        if isinstance(parent := data.get("extends"), str) and parent.startswith(("/", "~")):
             raise SubmitError(
                 f"{file} extends {parent}, which is no path on the cluster; write it relative to the file"
             )

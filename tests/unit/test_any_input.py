@@ -327,6 +327,26 @@ class TestManyMore:
         of_a_run(tmp_path, runs, seed, value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["grade"], "Missing argument 'file'; `latent-grpo grade --help` says what it takes"),
+        (["status", "--nothing"], "No such option: --nothing; `latent-grpo status --help` says what it takes"),
+        (["statsu"], "No such command 'statsu'"),
+        (["generate", "--model", "m", "--seed", "x"], "Invalid value for '--seed'"),
+        (["bench"], "give one of the commands above"),
+        (["push", "loop"], "Symlink loop"),
+    ],
+)
+def test_arguments_that_a_command_does_not_take_are_one_line(tmp_path, capsys, arguments, line):
+    (tmp_path / "loop").symlink_to("loop")
+    with inside(tmp_path):
+        assert run_command(arguments) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error ")
+    assert line in said
+
+
 # --- faults that nobody expected -----------------------------------------------------------------------------------
 
 

@@ -736,7 +736,9 @@ def test_every_snapshot_of_a_run_that_goes_on_has_its_last_checkpoint_whole(tmp_
 
 def test_a_run_without_a_copy_is_pushed_where_the_command_says(tmp_path):
     run = fake_run(tmp_path / "run", steps=1, groups=1)
-    with pytest.raises(StorageError, match="the run has no copy in an object store; say where to: --to s3://BUCKET"):
+    with pytest.raises(ConfigError, match=r"push .*none: it has no config\.json; give a run folder"):
+        push(tmp_path / "none", print)
+    with pytest.raises(ConfigError, match="the run has no copy in an object store; say where to: --to s3://BUCKET"):
         push(run.path, print)
     url = push(run.path, print, f"file://{tmp_path}/store")
     assert url == f"file://{tmp_path}/store/run"

@@ -60,6 +60,8 @@ def test_a_job_without_a_command_trains():
     assert command_of_job(["--profile", "svamp"]) == ["train", "--profile", "svamp"]
     assert command_of_job(["steps=3"]) == ["train", "steps=3"]
     assert command_of_job([]) == ["train"]
+    for arguments in (["report", "runs/a"], ["data", "fetch", "svamp"], ["reproduce", "study"]):
+        assert command_of_job(arguments) == arguments
     assert command_of_job(["validate", "--profile", "svamp"]) == ["validate", "--profile", "svamp"]
     with pytest.raises(ConfigError, match="'trian' is not a command; give one of"):
         command_of_job(["trian", "--profile", "svamp"])

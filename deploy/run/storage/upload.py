@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from latent_grpo.common import main_loop
-from latent_grpo.common.config import RunConfig
+from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.files import write_atomically
 from latent_grpo.common.interrupts import Interrupted
 from latent_grpo.common.remote_url import checked_url, is_url, joined
@@ -389,17 +389,17 @@ AFTER_S = 15.0  # of the 30 s that a machine waits longer than deadlines.termina
 def push(folder: str | Path, say: Callable[[str], None], url: str | None = None) -> str:
     """Uploads what the copy of a run lacks, for a run that does not go on; returns the copy's URL.
 
-    `url`: the folder of an object store to upload to, for a run that has no copy yet. Raises StorageError, and
-    FolderInUse for a run that goes on.
+    `url`: the folder of an object store to upload to, for a run that has no copy yet. Raises ConfigError where there
+    is no run or no place for it, StorageError, and FolderInUse for a run that goes on.
     """
     run = RunFolder(Path(folder).resolve())
     if not (run.path / "config.json").is_file():
-        raise StorageError(f"push {folder}: it has no config.json; give a run folder such as runs/quickstart-...")
+        raise ConfigError(f"push {folder}: it has no config.json; give a run folder such as runs/quickstart-...")
     twin = read_twin(run.path)
     if url is None and twin is None and is_url(given := run.config().runs_folder):
         url = given
     if url is None and twin is None:
-        raise StorageError(
+        raise ConfigError(
             f"push {folder}: the run has no copy in an object store; say where to: --to s3://BUCKET/PREFIX"
         )
     store = Store(twin.url if url is None and twin is not None else joined(checked_url(url or ""), run.name))
