@@ -81,9 +81,9 @@ class ConsoleSink:
     FIRST = ("reward", "pass_at_1", "loss", "grad_norm", "steps", "latent_steps", "invalid_share", "step_s")
 
     def __init__(self, run_folder: Path):
-        from rich.console import Console
+        from latent_grpo.common.terminal_text import TextConsole
 
-        self._console = Console(soft_wrap=False, highlight=False)
+        self._console = TextConsole(soft_wrap=False, highlight=False)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Prints a line with the metrics that fit its width, the most important first."""
@@ -94,7 +94,7 @@ class ConsoleSink:
             if len(line) + len(figure) > width:
                 break
             line += figure
-        self._console.print(line, markup=False, overflow="crop", no_wrap=True)
+        self._console.print(line, overflow="crop", no_wrap=True)
 
     def close(self) -> None:
         """Does nothing: each line is written at once."""

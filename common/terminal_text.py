@@ -3,6 +3,28 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+
+class TextConsole(Console):
+    """The console of every command: what it prints is text, whoever wrote it.
+
+    Strings hold no markup unless a call says `markup=True`, and no control character reaches the terminal.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, **options})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yields rich's segments; those that move its own cursor stay as they are."""
+        for text, style, control in super().render(renderable, options):
+            if not (control or text.isprintable()):
+                text = "\n".join(map(visible, text.split("\n")))
+            yield Segment(text, style, control)
 
 
 def visible(text: str) -> str:

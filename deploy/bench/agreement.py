@@ -21,6 +21,7 @@ from latent_grpo.common.agreement import Gap, spacing
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.models import load_model
 from latent_grpo.common.schema import TrajectoryBatch, encode
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import checksum
 from latent_grpo.deploy.bench import figures
@@ -136,7 +137,7 @@ def show(found: Agreement, console: Console | None = None) -> None:
     table = Table("|learner - engine|", "count", "mean", "p99", "max", title=title)
     for name, gap in (("latent", found.latent), ("hard", found.hard), ("log pi of steps", found.drift)):
         table.add_row(name, f"{gap.count:,}", *(f"{value:.2g}" for value in (gap.mean, gap.p99, gap.max)))
-    console = console or Console()
+    console = console or TextConsole()
     console.print(table)
     console.print(
         f"latent gap of the worst self-test of {SELF_TEST_GROUPS} groups: mean {found.worst_mean:.2g}, p99 "

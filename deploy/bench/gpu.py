@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.text import Text
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from latent_grpo.common.fingerprint import fingerprint
@@ -32,6 +33,7 @@ from latent_grpo.common.head import Float32Head, float32_product_is_native
 from latent_grpo.common.latent import latent_step, sample_mixture
 from latent_grpo.common.pinned_copy import copy_between
 from latent_grpo.common.schema import TrajectoryBatch, encode
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.common.types import PolicyVersion
 from latent_grpo.common.weights import combine_checksums
 from latent_grpo.deploy.bench.rollout import run_generate
@@ -161,7 +163,7 @@ def measure(
 
     With `folder`, each finished part is written there as `NAME.json`, beside the facts of the machine.
     """
-    console = console or Console()
+    console = console or TextConsole()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place, deadline = torch.device(device), time.monotonic() + 60 * minutes
@@ -171,12 +173,12 @@ def measure(
     results: dict[str, Found] = {}
     for name, part in parts(place, sizes):
         if time.monotonic() > deadline:
-            console.print(f"[yellow]{name}: not run, {minutes:g} minutes are over[/]")
+            console.print(Text(f"{name}: not run, {minutes:g} minutes are over", "yellow"))
             continue
         began = time.perf_counter()
         results[name] = part()
         took = time.perf_counter() - began
-        console.print(f"[bold]{name}[/] ({took:.0f} s)")
+        console.print(Text.assemble((name, "bold"), f" ({took:.0f} s)"))
         for key, value in results[name].items():
             console.print(f"  {key}: {_text(value)}", soft_wrap=True)
         if folder is not None:

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from latent_grpo.common.head import Float32Head
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.bench.own_process import alone, peak_mib
 from latent_grpo.learner.logprobs import selected_log_probs
 
@@ -137,6 +138,6 @@ def show(found: LogProbsBench, console: Console | None = None) -> None:
             f"{way.mib:,.0f}",
             f"{way.mib / plain.mib:.3f}",
         )
-    console = console or Console()
+    console = console or TextConsole()
     console.print(table)
     console.print(f"gradients differ from float64 by at most {found.gap:.1e} (L2, 64 positions)")

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.config import RunConfig
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.bench import figures
 from latent_grpo.deploy.controller import Controller, Learner
 from latent_grpo.deploy.reproduce.in_process import InProcessLearner, InProcessSFT, in_process_session
@@ -147,7 +148,7 @@ def show(found: Comparison, console: Console | None = None) -> None:
         figures = (cost.wall_s, cost.rollout_s, cost.learner_s, cost.cpu_s)
         table.add_row(name, *(f"{value:.3f}" for value in figures), str(cost.steps))
     table.add_row("pipeline / in one process", f"{found.wall_ratio:.2f}", "", "", f"{found.cpu_ratio:.2f}", "")
-    (console or Console()).print(table)
+    (console or TextConsole()).print(table)
 
 
 def write_json(found: Comparison, path: Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.bench.own_process import PrivatePeak, alone, side_by_side
 
 if TYPE_CHECKING:
@@ -170,4 +171,4 @@ def show(found: Sequence[Case], console: Console | None = None) -> None:
     table = Table("", "predicted MiB", "measured MiB", "predicted / measured", title=title)
     for case in found:
         table.add_row(case.name, f"{case.predicted_mib:,.0f}", f"{case.measured_mib:,.0f}", f"{case.ratio:.2f}")
-    (console or Console()).print(table)
+    (console or TextConsole()).print(table)

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from latent_grpo.common.config import WeightsConfig, load_config
 from latent_grpo.common.fingerprint import copy_with_fingerprint, fingerprint
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.common.transport import TRANSPORTS, WeightReceiver
 from latent_grpo.common.weights import Publication, in_buckets, tensor_bytes, unpack
 from latent_grpo.deploy.bench import figures
@@ -255,7 +256,7 @@ def show(found: Sequence[PublishCost], console: Console | None = None) -> None:
             f"{cost.ratio:.1f}x",
             f"{cost.fingerprint_s:.3f}",
         )
-    (console or Console()).print(table)
+    (console or TextConsole()).print(table)
 
 
 def write_json(found: Sequence[PublishCost], path: Path) -> None:

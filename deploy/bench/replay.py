@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.schema import TrajectoryBatch, encode
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.bench.timing import interleaved
 from latent_grpo.deploy.bench.workload import bench_model, random_trajectory
 from latent_grpo.learner.batching import ReplayInputs, Sharing, collate, group_indices, plan
@@ -121,4 +122,4 @@ def show(found: ReplayBench, console: Console | None = None) -> None:
     for row in found.rows:
         figures = (f"{row.samples_a_sequence:.1f}", f"1/{row.positions:.2f}", f"{row.ratio:.2f}")
         table.add_row(str(row.prompt), str(row.response), *figures)
-    (console or Console()).print(table)
+    (console or TextConsole()).print(table)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.config import config_as_json, load_config
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import encode
 from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.common.types import SamplingSettings, Trajectory
 from latent_grpo.deploy.bench.browser import chromium, open_report, wait_for
 from latent_grpo.deploy.run.folder import RunFolder
@@ -154,4 +154,4 @@ def show(result: ReportBenchmark) -> None:
     table.add_row("goal", f"{result.goal_open_s:g} s")
     table.add_row("first curve after", f"{result.first_curve_s:.2f} s")
     table.add_row("a search takes", f"{result.search_s:.3f} s")
-    Console().print(table)
+    TextConsole().print(table)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import psutil
-from rich.console import Console
 from rich.table import Table
 
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.reward.pool import VerifierPool
 
 Case = tuple[str, str, str]
@@ -201,4 +201,4 @@ def show(results: list[RewardBenchmark]) -> None:
         rates = (f"{rate:,.0f}" for rate in (r.per_core_second, r.goal_per_core_second, r.per_second))
         times = (f"{value:.2f}" for value in (r.p50_ms, r.p99_ms, r.worst_ms))
         table.add_row(r.workload, f"{r.cases:,}", *rates, *times)
-    Console().print(table)
+    TextConsole().print(table)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, StoppingCriteria
 
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.bench.rollout_vllm import measure_vllm, vllm_missing
 from latent_grpo.deploy.bench.timing import interleaved
 from latent_grpo.deploy.bench.workload import (
@@ -175,7 +176,7 @@ def show(found: RolloutBench, console: Console | None = None) -> None:
     table = Table("tokens per CPU second", "first", "second", "ratio", "goal", title=f"bench rollout: {found.model}")
     for row in found.rows:
         table.add_row(row.what, *(f"{rate:,.0f}" for rate in row.rates), f"{row.ratio:.2f}", row.goal)
-    console = console or Console()
+    console = console or TextConsole()
     console.print(table)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in found.forward_shares.items())
     console.print(f"share of the model's own forward passes: {shares}")

@@ -24,6 +24,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.bench.own_process import alone, peak_mib
 
 MIB = 2**20
@@ -174,7 +175,7 @@ def _memory(steps: Iterable[int]) -> dict[int, float]:
     with tempfile.TemporaryDirectory(prefix="lg-bench-") as scratch:
         settings = [f"steps={wanted[-1]}", f"runs_folder={scratch}/runs", "warm_start=null", "prompts_per_step=8"]
         settings += ["minibatch_prompts=8", "masking=off", f"tasks.0.verifier={Scattered.__module__}:Scattered"]
-        config, reporter = load_config("quickstart", settings), Reporter(Console(quiet=True))
+        config, reporter = load_config("quickstart", settings), Reporter(TextConsole(quiet=True))
         found = {}
         with in_process_session(create_run(config, "bench"), config, reporter) as run:
             controller = Controller(config, run.pool, InProcessLearner(config, run.initial), run.problems.request)
@@ -187,7 +188,7 @@ def _memory(steps: Iterable[int]) -> dict[int, float]:
 
 
 def show(found: ScaleBench, console: Console | None = None) -> None:
-    console = console or Console()
+    console = console or TextConsole()
     title = f"a step as one size grows (others: {asdict(BASE)}; D = {HIDDEN}, {LAYERS} layers, one thread)"
     table = Table("axis", "size", "rollout s", "learner s", "dump s", "dump MiB", "peak MiB", title=title)
     for axis, costs in found.axes.items():

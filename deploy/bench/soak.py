@@ -31,13 +31,13 @@ from typing import Any
 
 import psutil
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.errors import ConfigError, RunError
 from latent_grpo.common.files import file_hash, write_atomically
 from latent_grpo.common.metrics import FILE as METRICS
 from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.run.recoveries import FILE as RECOVERIES
 from latent_grpo.reward.verifier import Grade
 
@@ -441,7 +441,7 @@ def use(soak: Soak) -> list[str]:
 
 def show(soak: Soak) -> None:
     """Prints the result as a table and sentences."""
-    console = Console(highlight=False)
+    console = TextConsole(highlight=False)
     table = Table(title=_title(soak))
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "killed" else "right")

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.config import RunConfig, load_config
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.common.types import GroupRequest, PolicyVersion, SamplingSettings, Trajectory
 from latent_grpo.common.weights import Publication, WeightManifest
 from latent_grpo.deploy.controller import Controller, Pool
@@ -254,4 +255,4 @@ def show(found: Sequence[Measured], console: Console | None = None) -> None:
             "yes" if case.in_flight else "no",
             f"{one.step_s:.2f} s", f"{one.wait_share:.1%}", f"{one.staleness_mean:.2f}",
         )  # fmt: skip
-    (console or Console()).print(table)
+    (console or TextConsole()).print(table)

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.bench.own_process import alone, peak_mib
 from latent_grpo.reward.verifier import Grade
 
@@ -247,7 +248,7 @@ def _our_steps(model: str, name: str, steps: int, scratch: str) -> tuple[float, 
     from latent_grpo.deploy.run.folder import create_run
     from latent_grpo.deploy.run.progress import Reporter
 
-    config, reporter = our_config(model, name, WARM_UP + steps, scratch), Reporter(Console(quiet=True))
+    config, reporter = our_config(model, name, WARM_UP + steps, scratch), Reporter(TextConsole(quiet=True))
     with in_process_session(create_run(config, "bench"), config, reporter) as run:
         controller = Controller(config, run.pool, InProcessLearner(config, run.initial), run.problems.request)
         controller.begin()
@@ -358,7 +359,7 @@ def show(found: TrlBench, console: Console | None = None) -> None:
     for name, cost in found.costs.items():
         ratios = (f"{theirs.cpu_s / cost.cpu_s:.2f}", f"{cost.peak_mib:,.0f}", f"{cost.peak_mib / theirs.peak_mib:.2f}")
         table.add_row(name, f"{cost.cpu_s:.3f}", *ratios)
-    console = console or Console()
+    console = console or TextConsole()
     console.print(table)
     console.print(
         f"on the same rollouts: loss within {found.loss_gap:.1e}, gradient within {found.gradient_gap:.1e} (L2)"

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from latent_grpo.common.config import ConfigError, config_as_json
 from latent_grpo.common.errors import LatentGRPOError, RayLost
 from latent_grpo.common.files import FULL, unwritable
 from latent_grpo.common.secrets import redacted
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.cli.arguments import (
     argument_with_home,
     interruptible,
@@ -51,9 +51,9 @@ app.add_typer(data, name="data")
 app.add_typer(reading)
 app.add_typer(models)
 app.add_typer(planning)
-console = Console()
-STATUS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
-ERROR = "[bold red]error[/]"
+console = TextConsole()
+STATUS = {"ok": "green", "warn": "yellow", "fail": "red"}
+ERROR, SUPERVISOR = Text("error", "bold red"), Text("supervisor", "yellow")
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a place that the user has chosen
 MISPLACED = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # something else is in the place of a file or a folder
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -89,7 +89,7 @@ def validate(
     table.add_column()
     table.add_column(overflow="fold")  # a rendered prompt has long words, and its end matters
     for name, found in rows:
-        table.add_row(name, escape(found))
+        table.add_row(name, found)
     console.print(table)
 
 
@@ -163,7 +163,7 @@ def replay(
     from latent_grpo.deploy.run.progress import Reporter
 
     with interruptible():
-        reporter = Reporter(Console(stderr=True, highlight=False)) if as_json else None
+        reporter = Reporter(TextConsole(stderr=True, highlight=False)) if as_json else None
         result = replaying.replay(run, step, overrides(context.args), reporter)
     if as_json:
         typer.echo(json.dumps(result.as_json(), allow_nan=False))
@@ -259,7 +259,7 @@ def reproduce(
     )
     with interruptible():
         if check:
-            for line in suites.check(request, arms=listed(arms), say=partial(say, heading="[yellow]reproduce[/]")):
+            for line in suites.check(request, arms=listed(arms), say=partial(say, heading=Text("reproduce", "yellow"))):
                 console.print(line, soft_wrap=True, highlight=False)
         elif unit is not None:
             run_unit(request, unit)
@@ -332,8 +332,8 @@ def init(
     from latent_grpo.deploy.cli.project import make_project, next_steps
 
     for path in make_project(folder):
-        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
-    console.print(next_steps(folder), markup=False, highlight=False, soft_wrap=True)
+        console.print(str(path), highlight=False, soft_wrap=True)
+    console.print(next_steps(folder), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -344,7 +344,7 @@ def doctor() -> None:
     checks = run_doctor()
     table = Table("", "check", "found", "what to do", title="latent-grpo doctor")
     for check in checks:
-        table.add_row(STATUS[check.status], check.name, check.found, check.fix)
+        table.add_row(Text(check.status, STATUS[check.status]), check.name, check.found, check.fix)
     console.print(table)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
@@ -378,10 +378,9 @@ def command_of_job(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def say(message: str, heading: str = "[yellow]supervisor[/]") -> None:
+def say(message: str, heading: Text = SUPERVISOR) -> None:
     """Prints one line to standard error."""
-    text = escape(redacted(message))
-    Console(stderr=True, emoji=False).print(f"{heading} {text}", soft_wrap=True, highlight=False)
+    TextConsole(stderr=True).print(Text.assemble(heading, " ", redacted(message)), soft_wrap=True)
 
 
 def main() -> None:

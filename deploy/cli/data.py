@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from latent_grpo.common.terminal_text import TextConsole
 
 data = typer.Typer(no_args_is_help=True, help="Lists the benchmarks' and training sets, and fetches them.")
 
@@ -24,7 +25,7 @@ def list_sets() -> None:
         rows = "?" if found.rows is None else f"{found.rows:,}"
         origin = "your own copy" if found.refused else f"hub: {found.repository}"
         table.add_row(found.name, found.use, rows, found.written_as, origin, found.licence)
-    Console().print(table)
+    TextConsole().print(table)
 
 
 @data.command("fetch")

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from latent_grpo.common import __version__
 from latent_grpo.common.errors import ConfigError, LatentGRPOError
+from latent_grpo.common.secrets import redacted
 
 DEBUG = "LATENT_GRPO_DEBUG"
 READS_INPUT = (
@@ -62,7 +63,7 @@ def _kept(error: BaseException, arguments: Sequence[str]) -> str:
         with tempfile.NamedTemporaryFile(
             "w", prefix="latent-grpo-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as file:
-            file.write(f"{command}\nlatent-grpo {__version__}\n\n{text}")
+            file.write(redacted(f"{command}\nlatent-grpo {__version__}\n\n{text}"))  # people send it on
     except OSError as full:
         return f"the traceback could not be written ({full.strerror}): {DEBUG}=1 shows it"
     return f"the traceback is in {file.name}, and {DEBUG}=1 shows it; please report it if the input is in order"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from latent_grpo.common.config import ConfigError
 from latent_grpo.common.config.section import SEED_LIMIT
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.cli.arguments import interruptible
 
 models = typer.Typer()
@@ -20,7 +20,7 @@ Model = Annotated[str, typer.Option(help="Folder or hub id of a trained model, o
 
 def _say(sentence: str) -> None:
     """Prints a remark beside the responses, which have standard output for themselves."""
-    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"[yellow]{escape(sentence)}[/]")
+    TextConsole(stderr=True, highlight=False, soft_wrap=True).print(Text(sentence, "yellow"))
 
 
 @models.command()

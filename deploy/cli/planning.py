@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.cli.arguments import listed, overrides, settings
 
 planning = typer.Typer()
@@ -37,12 +36,12 @@ def plan(
 
     config = settings(profile, context, gpus or None, sized=bool(gpus))
     measured = None if rates is None else rates_of(rates)
-    console, table = Console(), Table(title=f"{profile}: plan", show_header=False)
+    console, table = TextConsole(), Table(title=f"{profile}: plan", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     rows = rows_of(config, gpus=gpus, gpu=gpu, rates=measured, grow=growth, allowed=listed(allow_plugins))
     for name, found in rows:
-        table.add_row(name, escape(found))
+        table.add_row(name, found)
     console.print(table)
 
 

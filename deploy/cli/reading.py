@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from latent_grpo.common.terminal_text import TextConsole
 
 reading = typer.Typer()
 MATCHES = 20  # listed without --limit
@@ -71,7 +72,7 @@ def inspect(
         group=group, problem=problem, sample_index=sample_index, min_length=min_length, max_length=max_length,
         sort=sort, lineage=lineage,
     )  # fmt: skip
-    view, console = open_run(run), Console()
+    view, console = open_run(run), TextConsole()
     if diff is not None:
         compare(view, *diff, filters, max_thoughts=thoughts, machine=json, console=console)
     else:
@@ -115,9 +116,7 @@ def report(
     if len(views) > 1 and filters.choosing:
         raise InspectionError(f"{filters}: filters choose trajectories, which a report of several runs does not have")
     path = write_report(views[0], out, filters, sample) if len(views) == 1 else write_comparison(views, out)
-    Console(highlight=False, soft_wrap=True).print(
-        f"report {path} ({path.stat().st_size / 2**20:.1f} MB)", markup=False
-    )
+    TextConsole(highlight=False, soft_wrap=True).print(f"report {path} ({path.stat().st_size / 2**20:.1f} MB)")
 
 
 Machine = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
@@ -137,9 +136,9 @@ def status(
 
     found = reading_status.status_of(open_run(run or reading_status.newest_run(Path("runs")), ()))
     if json:
-        print_json(Console(), found.as_json())
+        print_json(TextConsole(), found.as_json())
     else:
-        reading_status.show(found, Console(highlight=False))
+        reading_status.show(found, TextConsole(highlight=False))
 
 
 @reading.command()
@@ -153,6 +152,6 @@ def runs(
 
     found = reading_status.all_statuses(folder)
     if json:
-        print_json(Console(), {"runs": [one.as_json() for one in found]})
+        print_json(TextConsole(), {"runs": [one.as_json() for one in found]})
     else:
-        reading_status.show_all(found, Console(highlight=False))
+        reading_status.show_all(found, TextConsole(highlight=False))

@@ -23,7 +23,7 @@ from latent_grpo.common.files import unwritable, write_atomically
 from latent_grpo.common.golds import spelled
 from latent_grpo.common.plugins import is_import_path
 from latent_grpo.common.tasks.sources import describe_dropped
-from latent_grpo.common.terminal_text import visible
+from latent_grpo.common.terminal_text import TextConsole, visible
 from latent_grpo.deploy.grading import gold_check
 from latent_grpo.deploy.grading.answer_file import AuditError, Row, read_answers
 from latent_grpo.deploy.run.progress import Reporter
@@ -112,10 +112,10 @@ def run_audit(
     rows = found.rows
     code = {kind} if profile is None else code_of(load_config(profile), kind)
     if named := sorted(path for path in code if is_import_path(path)):
-        Console(stderr=True).print(Text(f"runs code that the command names: {', '.join(named)}"), soft_wrap=True)
+        TextConsole(stderr=True).print(Text(f"runs code that the command names: {', '.join(named)}"), soft_wrap=True)
     if found.dropped:
         sentence = f"{file}: {describe_dropped(found.dropped)}"
-        Console(stderr=True).print(Text(sentence, style="yellow"), soft_wrap=True)
+        TextConsole(stderr=True).print(Text(sentence, style="yellow"), soft_wrap=True)
     with reward_errors(), _pool(profile, limits) as pool:
         if golds:
             findings = gold_check.check_golds(rows, kind, pool, _readable(profile, limits, kind))
@@ -125,7 +125,7 @@ def run_audit(
                 gold_check.show(findings, console, f"golds of {file} as {kind}", examples)
             return
         total = len(rows) * (2 if compare else 1)
-        with Reporter(Console(stderr=True)).phase("grade", total, "rows") as advance:
+        with Reporter(TextConsole(stderr=True)).phase("grade", total, "rows") as advance:
             report = audit(
                 file, kind, pool, rows=rows, readable=_readable(profile, limits, kind), examples=examples,
                 compare=compare, on_progress=advance,

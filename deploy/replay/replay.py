@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.learner_record import LearnerBatch
@@ -247,12 +248,15 @@ def show(result: Replay, console: Console) -> None:
             _show_step(step, console)
     if result.reproduced:
         exact = all(f.difference in (None, 0.0) for f in result.asked.figures)
-        console.print(f"[green]step {result.asked.step} reproduced[/]" + (", to the last bit" if exact else ""))
+        console.print(Text.assemble((f"step {result.asked.step} reproduced", "green"), ", to the last bit" * exact))
         return
     first = next(step for step in (*result.before, result.asked) if not step.reproduced)
     console.print(
-        f"[red]not reproduced; the first step that deviates is {first.step}[/]. Only the same program, torch build, "
-        "ranks and hardware give the same numbers: compare the run's manifest.json with this machine"
+        Text.assemble(
+            (f"not reproduced; the first step that deviates is {first.step}", "red"),
+            ". Only the same program, torch build, ranks and hardware give the same numbers: compare the run's "
+            "manifest.json with this machine",
+        )
     )
 
 
@@ -261,16 +265,19 @@ def _show_step(step: StepReplay, console: Console) -> None:
     for column in ("", "recorded", "replayed", "difference"):
         table.add_column(column, justify="right" if column else "left")
     for figure in step.figures:
-        verdict = " [red]deviates[/]" if figure.deviates else ""
         recorded, difference = _or_dash(figure.recorded, ".9g"), _or_dash(figure.difference, ".2e")
-        table.add_row(figure.name, recorded, f"{figure.replayed:.9g}", difference + verdict)
+        table.add_row(
+            figure.name,
+            recorded,
+            f"{figure.replayed:.9g}",
+            Text.assemble(difference, (" deviates" * figure.deviates, "red")),
+        )
     if step.figures:
         console.print(table)
     for d in step.deviations:
         console.print(
             f"{d.column}: {d.steps:,} of {d.of:,} response steps deviate, most at {d.group_uid} #{d.sample_index}, "
-            f"response step {d.response_step}: recorded {d.recorded:.6g}, replayed {d.replayed:.6g}",
-            markup=False,
+            f"response step {d.response_step}: recorded {d.recorded:.6g}, replayed {d.replayed:.6g}"
         )
     if step.note:
         console.print(step.note)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from latent_grpo.common import main_loop
 from latent_grpo.common.secrets import redacted
-from latent_grpo.common.terminal_text import visible
+from latent_grpo.common.terminal_text import TextConsole, visible
 
 WHOLE_LINE = re.compile(r"\[(yellow|red|green)\](.*)\[/\]", re.DOTALL)
 LOG_EVERY_S = 15.0
@@ -26,7 +26,7 @@ Advance = Callable[..., None]
 """Called as `advance(completed, note="")`; a fraction is the share of the running step that is done."""
 
 
-class LastingConsole(Console):
+class LastingConsole(TextConsole):
     """A console that stops printing when its reader is gone (Ctrl-C also ends `| tee log`), so a run can still save."""
 
     def on_broken_pipe(self) -> None:

@@ -21,7 +21,7 @@ from latent_grpo.common.tasks.gpqa import COLUMNS as GPQA_COLUMNS
 from latent_grpo.common.tasks.gpqa import with_letters
 from latent_grpo.common.tasks.sources import open_rows
 from latent_grpo.common.tasks.tables import TableError, exists
-from latent_grpo.common.terminal_text import visible, visible_token
+from latent_grpo.common.terminal_text import TextConsole, visible, visible_token
 from latent_grpo.rollout_workers.latent_model import LatentModel, LatentStep, Response, Sampling
 from latent_grpo.rollout_workers.trained_model import Chat
 
@@ -152,7 +152,7 @@ def typed_problems(source: TextIO, console: Console) -> Iterator[str]:
     """Yields the lines of standard input that hold something; on a terminal it asks for each."""
     while True:
         if source.isatty():
-            console.print("[bold]problem>[/] ", end="")
+            console.print(Text("problem> ", "bold"), end="")
         line = source.readline()
         if not line:
             return
@@ -239,4 +239,4 @@ def _summary(response: Response) -> Text:
 
 def terminal() -> Console:
     """The console of responses: standard output, without highlighting."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    return TextConsole(file=sys.stdout, highlight=False, soft_wrap=True)

@@ -109,7 +109,7 @@ def overview(run: RunView) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     for name, value in facts(run):
         grid.add_row(Text(name, style="dim"), Text(visible(value)))
-    panel = Panel(grid, title=run.folder.name, title_align="left", border_style="cyan")
+    panel = Panel(grid, title=Text(run.folder.name), title_align="left", border_style="cyan")
     return Group(panel, *_alarm_lines(run), _steps_table(run))
 
 

@@ -67,7 +67,7 @@ def show_trajectory(
 ) -> RenderableType:
     """Returns a trajectory in full: verdict, prompt, thoughts, text, and its group's other samples."""
     t, row = thoughts.trajectory, thoughts.row
-    title = f"{row.purpose} step {row.step} · sample {row.sample_index} · policy version {row.version}"
+    title = Text(f"{row.purpose} step {row.step} · sample {row.sample_index} · policy version {row.version}")
     prompt = Text(visible(tokens.decode(t.prompt_ids)).replace("⏎", "⏎\n"))
     parts: list[RenderableType] = [
         Panel(prompt, title=title, subtitle=Text(visible(row.group_uid)), title_align="left", subtitle_align="right"),

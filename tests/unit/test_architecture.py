@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,3 +173,13 @@ def test_settings_and_records_are_read_without_the_heavy_packages(module):
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     assert json.loads(output.stdout) == []
+
+
+def test_every_console_prints_text_and_obeys_nobody():
+    makers = [
+        path.relative_to(ROOT).as_posix()
+        for package in MAY_IMPORT
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"(?<!\w)Console\(", path.read_text(encoding="utf-8"))
+    ]
+    assert not makers, "use TextConsole, which shows markup and control characters as text"

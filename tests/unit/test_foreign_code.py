@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import shutil
 import sys
+import unicodedata
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from fake_run import fake_run
+from fake_run import fake_run, fake_trajectory
 from foreign_state import Touch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from latent_grpo.common.config import ConfigError, load_config, read_profile
 from latent_grpo.common.config.loading import with_value
-from latent_grpo.deploy.cli.app import app
+from latent_grpo.common.schema import encode
+from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.deploy.cli.app import app, run_command
 from latent_grpo.deploy.cluster.submit import stage
 from latent_grpo.deploy.evaluation.evaluate import evaluation_config
 from latent_grpo.deploy.run.folder import RunFolder
@@ -194,6 +199,41 @@ def test_the_users_own_run_needs_no_flag_and_an_override_counts_as_the_users_wor
 def test_registered_names_and_this_programs_own_verifiers_are_no_foreign_code(tmp_path):
     own = {"verifiers": {"mine": {"kind": "latent_grpo.reward.answers:NumberVerifier"}}, "tasks.0.verifier": "mine"}
     assert named_code(load_config(profile(tmp_path / "p.yaml", own))) == []
+
+
+# --- what strangers wrote is text in a terminal
+
+HOSTILE = "x[/b]\x1b]0;title\x07\x9b31m\u202e"
+
+
+def is_plain(text):
+    return not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf")] and "x[/b]" in text
+
+
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_what_a_foreign_profile_says_is_neither_markup_nor_a_control_sequence(tmp_path, command):
+    name = profile(tmp_path / "x[b].yaml", {"tasks.0.name": HOSTILE, "model.path": HOSTILE, "model.new": None})
+    done = CliRunner().invoke(app, [command, "--profile", name], env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.exception
+    assert is_plain(done.output)
+
+
+@pytest.mark.parametrize("field", ["finish_reason", "engine", "task", "worker", "response_text"])
+def test_what_a_foreign_dump_says_is_neither_markup_nor_a_control_sequence(tmp_path, field):
+    run, rng = fake_run(tmp_path / "x[b]", steps=1), np.random.default_rng(0)
+    rows = [fake_trajectory(rng, step=2, group=9, index=index, reward=1.0) for index in range(2)]
+    TrajectoryStore(run.trajectories).write(
+        2, encode([dataclasses.replace(row, **{field: HOSTILE}) for row in rows], 3)
+    )
+    for more in ([], ["--show", "1"]):
+        done = CliRunner().invoke(app, ["inspect", str(run.path), "--step", "2", *more], env={"COLUMNS": "300"})
+        assert done.exit_code == 0, done.exception
+        assert is_plain(done.output + "x[/b]")
+
+
+def test_an_error_that_names_a_foreign_folder_sends_no_control_sequence(tmp_path, capsys):
+    assert run_command(["inspect", str(tmp_path / HOSTILE)]) == 2
+    assert is_plain(capsys.readouterr().err)
 
 
 # --- models, suites and files of answers
