@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,6 +120,7 @@ class LatentModel:
         vllm: VLLMConfig | None = None,
         say: Callable[[str], None] = log.warning,
     ) -> None:
+        path = os.path.expanduser(path)  # in Python no shell has done it
         self.model = read_trained_model(path, say)
         self._max_rows, self._requests = max_rows, 0
         self._decode = ResponseText(self.model.tokenizer, self.model.facts.eos_ids)

@@ -7,6 +7,7 @@ filters are fast on long runs; :mod:`deploy.view.thoughts` then loads the trajec
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -272,7 +273,7 @@ def open_run(path: str | Path, parts: Collection[str] = RECORDS) -> RunView:
         view = open_run(local_copy(url, parts))
         view.url = url
         return view
-    path = Path(path)
+    path = Path(os.path.expanduser(path))  # in Python no shell has done it
     if not path.is_dir():
         around = path.parent if path.parent.is_dir() else Path()
         raise InspectionError(f"{path}: no such run folder{_runs_in(around)}")

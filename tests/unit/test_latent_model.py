@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,3 +231,8 @@ def test_both_engines_give_the_same_responses(folder, model):
         *here, whole = model.stream(QUESTIONS[0], seed=3, noise=0.7)
         assert same(last, whole)
         assert [type(piece) for piece in pieces] == [type(piece) for piece in here]
+
+
+def test_a_model_is_found_below_the_home_folder(trained_folder):
+    with LatentModel(f"~/{os.path.relpath(trained_folder, Path.home())}") as model:
+        assert model.model.tokenizer is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fake_run import fake_run
@@ -94,3 +96,9 @@ def test_alarms_are_a_table(run):
 def test_reading_a_run_needs_no_torch():
     code = "import sys, latent_grpo; latent_grpo.open_run; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_is_found_below_the_home_folder(tmp_path):
+    run = fake_run(tmp_path / "run", steps=1, groups=1)
+    opened = latent_grpo.open_run(f"~/{os.path.relpath(run.path, Path.home())}")
+    assert opened.metrics().num_rows == latent_grpo.open_run(run.path).metrics().num_rows > 0
