@@ -261,8 +261,8 @@ def reopen_run(
 def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFolder, RunConfig]:
     """Reads a run's folder and its settings with allowed changes; writes nothing. Raises :class:`ResumeError`."""
     folder = RunFolder(Path(path))
-    if not (folder.path / "config.json").is_file():
-        raise ResumeError(f"{option} {path}: it has no config.json; give a run folder such as runs/quickstart-...")
+    if lacks := [name for name in ("config.json", IDENTITY) if not (folder.path / name).is_file()]:
+        raise ResumeError(f"{option} {path}: it has no {lacks[0]}; give a run folder such as runs/quickstart-...")
     stored = folder.placed_config()
     config = load_config(stored.model_dump(mode="json"), overrides)
     check_changes(folder.path, stored, config)

@@ -24,6 +24,7 @@ from latent_grpo.deploy.run.folder import (
     has_begun,
     in_use,
     named_run,
+    open_run,
     reopen_run,
     run_lock,
 )
@@ -161,3 +162,9 @@ def test_relative_paths_are_those_of_the_folder_in_which_the_run_was_started(tmp
         assert RunFolder(folder).read_json("run.json")["started_in"] == str(here)
         reopen_run(folder, [], "train")
         assert RunFolder(folder).read_json("run.json")["started_in"] == str(there)
+
+
+def test_a_models_folder_is_no_run_and_its_keys_are_no_settings(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 9}')
+    with pytest.raises(ResumeError, match=r"^--resume .*: it has no run\.json; give a run folder"):
+        open_run(tmp_path, [], "--resume")
