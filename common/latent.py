@@ -57,7 +57,7 @@ __all__ = [
     "visible_step",
 ]
 
-NOISE_AT_ONCE = 2**21  # ids of a draw that nothing bounds: 16 MiB of integers
+NOISE_AT_ONCE = 2**21  # ids of a draw that nothing bounds; each of its temporary tensors then has 16 MiB
 
 # --- latent steps (METHOD §2.1, §2.2) ----------------------------------------------------------------------------
 
@@ -369,6 +369,7 @@ def visible_step(
     top_p: Setting,
     top_k: Count,
     largest_top_k: int | None = None,
+    some_unbounded: bool = False,
     allowed: torch.Tensor | None = None,
     widen: bool = True,
 ) -> VisibleStep:
@@ -377,12 +378,14 @@ def visible_step(
     It considers little more than the `top_k` likeliest ids, and with `top_k` 0 little more than the nucleus; only where
     neither bounds the draw, all ids.
     `largest_top_k` is that of the rows, where `top_k` is [N] and the caller knows it without asking the device; without
-    it all ids are considered. `widen` has the meaning of :func:`latent_step`.
+    it all ids are considered. `some_unbounded` says that nothing bounds some of such rows. `widen` has the meaning of
+    :func:`latent_step`.
     """
     vocabulary = logits.shape[-1]
     check_draw(1, vocabulary, temperature=temperature)
     scaled = logits.float() / broadcast(temperature, torch.float32)
-    if not isinstance(top_k, torch.Tensor) and not isinstance(top_p, torch.Tensor) and top_k == 0 and top_p >= 1.0:
+    plain = not isinstance(top_k, torch.Tensor) and not isinstance(top_p, torch.Tensor)
+    if plain and top_k == 0 and top_p >= 1.0:
         return _unbounded_visible_step(scaled, keys, steps, allowed, widen)
     if isinstance(top_k, torch.Tensor):
         reach = max(largest_top_k or vocabulary, TOP_M)  # the nucleus of a row without top_k is seldom wider
@@ -394,6 +397,14 @@ def visible_step(
     settings = (top_p, top_k, _mass(scaled, allowed, top_k))
     drawn, exact = draw_keyed(_visible, scaled, normaliser, keys, steps, allowed, top_m, settings, widen)
     ids, log_probs = drawn
+    if some_unbounded and not widen:  # which a look at some of the ids cannot prove
+        every = _unbounded_visible_step(scaled, keys, steps, allowed, widen)
+        unbounded = torch.ones_like(exact)
+        for free in (top_k == 0, top_p >= 1.0):
+            if isinstance(free, torch.Tensor):  # a plain one is true of all rows
+                unbounded &= free
+        ids, log_probs = torch.where(unbounded, every.ids, ids), torch.where(unbounded, every.log_probs, log_probs)
+        exact = torch.where(unbounded, every.exact, exact)
     return VisibleStep(ids, log_probs, exact)
 
 

@@ -20,7 +20,7 @@ from latent_grpo.common.weights import Publication
 from latent_grpo.deploy.controller import Controller, StepResult
 from latent_grpo.deploy.replay.recorded import RecordedRun, Start
 from latent_grpo.deploy.replay.replay import recorded_learner
-from latent_grpo.deploy.run.folder import RunFolder, create_run, named_run, run_lock
+from latent_grpo.deploy.run.folder import RunFolder, create_run, run_lock
 from latent_grpo.deploy.run.foreign_code import announced, check_origin
 from latent_grpo.deploy.run.manifest import record_model, write_manifest
 from latent_grpo.deploy.run.manifest_schema import DataFacts
@@ -65,9 +65,14 @@ def rollout_only(config: RunConfig, profile: str, reporter: Reporter | None = No
         )
     if config.stop_on is not None:
         raise ConfigError("stop_on has no effect with --rollout-only, which takes all its steps; remove it")
+    if config.run_name is not None:
+        raise ConfigError(
+            "run_name has no effect with --rollout-only, which does not go on with a run; remove it: the folder is "
+            "called rollout-, then the profile and the time"
+        )
     reporter = reporter or Reporter()
     prepared = prepare(config, reporter)
-    folder = create_run(config, f"rollout-{Path(profile).stem}", named_run(config))
+    folder = create_run(config, f"rollout-{Path(profile).stem}")
     with run_session(folder, config, 0, reporter, prepared, "rollout") as run:
         learner = FrozenLearner(run.initial, config)
         controller = Controller(config, run.pool, learner, run.problems.request)

@@ -350,6 +350,7 @@ class Decoder:
             top_p=rows.setting("top_p"),
             top_k=rows.count("top_k"),
             largest_top_k=rows.largest("top_k"),
+            some_unbounded=rows.some_unbounded,
             allowed=self._allowed,
             widen=turn.careful,
         )

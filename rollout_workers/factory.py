@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from latent_grpo.common.config import RunConfig
+from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.types import FinishReason, TokenFacts
-from latent_grpo.rollout_workers.engine import EngineError, LatentEngine
+from latent_grpo.rollout_workers.engine import LatentEngine
 from latent_grpo.rollout_workers.engine_choice import choose_engine
 from latent_grpo.rollout_workers.verifiers import verifier_pool
 from latent_grpo.rollout_workers.worker import RolloutWorker
@@ -99,7 +99,7 @@ def make_engine(config: RunConfig, model: str, facts: TokenFacts) -> LatentEngin
 def _capture(choice: Literal["auto", "on", "off"], model: PreTrainedModel, device: torch.device) -> Capture | None:
     """Returns how decode steps are captured (`rollout.compile`); None: they are not.
 
-    Raises EngineError for `on` where it cannot be had.
+    Raises ConfigError for `on` where it cannot be had.
     """
     from latent_grpo.rollout_workers.lean_forward import has_static_positions
     from latent_grpo.rollout_workers.step_graphs import PROVEN_ON_CUDA, capture_on_cuda
@@ -112,7 +112,7 @@ def _capture(choice: Literal["auto", "on", "off"], model: PreTrainedModel, devic
             f"the rotary positions of this {type(model).__name__} depend on the longest sample, so each step waits"
         )
     if choice == "on" and problem is not None:
-        raise EngineError(f"rollout.compile=on cannot capture CUDA graphs: {problem}; set it to auto or off")
+        raise ConfigError(f"rollout.compile=on cannot capture CUDA graphs: {problem}; set it to auto or off")
     wanted = choice == "on" or (choice == "auto" and PROVEN_ON_CUDA)
     return capture_on_cuda(device) if wanted and problem is None else None
 

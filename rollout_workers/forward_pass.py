@@ -22,7 +22,7 @@ class ForwardPass:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        # on CUDA no GPU has run it yet (docs/gpu.md)
+        # on CUDA no GPU has run it yet (docs/gpu.md), and captured steps would need its table of angles to stay
         self._lean = lean_forward(model) if model.device.type == "cpu" else None
         self.embed = model.get_input_embeddings()
         self._head = install_float32_head(model)

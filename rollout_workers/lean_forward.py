@@ -81,7 +81,6 @@ class LeanForward:
         self._norm = _norm(base.norm)
         self._rotary: Any = base.rotary_emb
         self._angles = torch.empty(0)
-        self._outgrown: list[torch.Tensor] = []  # tables of before, which captured steps still read
 
     def __call__(
         self, inputs: torch.Tensor, positions: torch.Tensor, cache: SlotCache, mask: torch.Tensor
@@ -158,7 +157,6 @@ class LeanForward:
             cos, sin = self._rotary(like, torch.arange(length, device=like.device).unsqueeze(0))
             half = self._head_dim // 2
             sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-            self._outgrown.append(self._angles)
             self._angles = torch.stack([cos[0], sin[0]])
         cos, sin = self._angles[:, positions].unsqueeze(2)
         return cos, sin

@@ -244,15 +244,23 @@ class Rows:
         return int(self.host[name].max())
 
     @functools.cached_property
+    def some_unbounded(self) -> bool:
+        """Whether neither top_k nor top_p bounds the visible draw of some of the rows."""
+        return bool(((self.host["top_k"] == 0) & (self.host["top_p"] >= 1.0)).any())
+
+    @functools.cached_property
     def latent_widths(self) -> tuple[int, ...]:
         """The values of k of the rows in latent mode, each once."""
         return tuple(np.unique(self.host["k"][self.host["latent"] == 1]).tolist())
 
     @functools.cached_property
     def decisions(self) -> tuple[object, ...]:
-        """All that a step's code decides by these rows: steps of rows with the same have the same tensor operations."""
+        """What a step's code decides by these rows: steps of rows with the same have the same tensor operations.
+
+        `careful` rows are another matter: the code decides by what the device says.
+        """
         plain = [self._value(name) for name in (*REALS, "noisy", "one_sided", "argmax_exits", "top_k")]
-        return (len(self.host), self.careful, self.latent_widths, self.largest("top_k"), *plain)
+        return (len(self.host), self.latent_widths, self.largest("top_k"), self.some_unbounded, *plain)
 
     def _value(self, name: str) -> Any:
         """Returns the value of which all rows agree, None where they do not."""

@@ -8,13 +8,13 @@ either in that memory or part of the graph's key:
 * columns of the cache that attention reads: a power of two; those beyond a row's length are masked;
 * what the host decided of the rows' settings (`Rows.decisions`), such as whether any of them is in latent mode.
 
-A step with another key is captured while it is taken; a key that comes again is replayed. Graphs are dropped once the
-memory that they read has moved (a larger cache, longer records). Weights change in place, which no graph notices.
+Steps whose code asks the device are not taken so (`careful` rows, `decoding.py`). A step with another key is captured
+while it is taken; a key that comes again is replayed. Graphs are dropped once the memory that they read has moved (a
+larger cache, longer records). Weights change in place, which no graph notices.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,7 +29,7 @@ PROVEN_ON_CUDA = False
 """Whether steps were captured and replayed on a GPU (docs/gpu.md)."""
 FEWEST_ROWS = 8
 FEWEST_COLUMNS = 128
-MOST_GRAPHS = 64  # each has some MiB on the device; beyond this the oldest goes
+MOST_GRAPHS = 64  # each has some MiB on the device; beyond this the one goes that was not used for longest
 
 Replay = Callable[[], None]
 
@@ -56,11 +56,16 @@ class TakeStep(Protocol):
 
 
 def capture_on_cuda(device: torch.device) -> Capture:
-    """Returns the capture of CUDA graphs, which share one pool of memory: none of theirs outlives a step."""
-    pool = torch.cuda.graph_pool_handle()
+    """Returns the capture of CUDA graphs. They share a pool of memory, since nothing in it is read after its step."""
+    kept: list[torch.cuda.CUDAGraph] = []  # a graph of the pool, which would be gone with the last of them
 
     def capture(work: Callable[[], None]) -> Replay:
         with torch.cuda.device(device):
+            if not kept:
+                first = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(first, capture_error_mode="thread_local"):
+                    torch.zeros(1, device=device)
+                kept.append(first)
             side, main = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):  # the step itself; libraries make their handles and workspaces outside
@@ -68,8 +73,10 @@ def capture_on_cuda(device: torch.device) -> Capture:
             main.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             try:  # other threads of a worker may use the device meanwhile
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=kept[0].pool(), capture_error_mode="thread_local"):
                     work()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise EngineError(
                     f"this model's decode step cannot be captured as a CUDA graph ({error}); set rollout.compile=off"
@@ -134,12 +141,13 @@ class StepGraphs:
         memory.complete[:size] = upload(complete, inputs.device)
         columns = min(_power_of_two(int(positions.max()) + 1, FEWEST_COLUMNS), capacity)
         key = (size, columns, rows.decisions)
-        if (replay := self._graphs.get(key)) is not None:
+        if (replay := self._graphs.pop(key, None)) is not None:
             replay()
         else:
-            self._graphs[key] = self._captured(memory, rows, columns)
-            for oldest in list(itertools.islice(self._graphs, max(len(self._graphs) - self._most, 0))):
-                del self._graphs[oldest]
+            replay = self._captured(memory, rows, columns)
+            while len(self._graphs) >= self._most:
+                del self._graphs[next(iter(self._graphs))]
+        self._graphs[key] = replay  # the last one is the one that was used last
         return memory.next_inputs[:count], memory.codes[:count].clone()  # which the host reads after the next step
 
     def _at(self, like: torch.Tensor, rows: Rows) -> _Memory:

@@ -55,7 +55,7 @@ class TransformersEngine:
     under the new weights, and their trajectories name the version whose key they have and the last that sampled them.
     `run_ahead` waits for nothing but records that the step before has asked for (None: on CUDA, once proven); a sample
     whose draws then turn out to need more ids than were considered is decoded again. `capture` records steps, which
-    needs `run_ahead`; None: they are not.
+    then run ahead; None: they are not recorded.
     """
 
     name = "transformers"
@@ -80,7 +80,7 @@ class TransformersEngine:
         self._forward = ForwardPass(self._model)
         self._embed, self._cache = self._forward.embed, self._forward.cache
         ahead = RUN_AHEAD_PROVEN_ON_CUDA and self._device.type == "cuda"
-        self._run_ahead = (ahead if run_ahead is None else run_ahead) or capture is not None
+        self._run_ahead = capture is not None or (ahead if run_ahead is None else run_ahead)
         self._eos = torch.tensor(facts.eos_ids, dtype=torch.int64, device=self._device)
         self._version: PolicyVersion | None = None
         self._fingerprints: dict[str, str] = {}  # of the parameters, by their names; empty after a load that failed
@@ -266,13 +266,16 @@ class TransformersEngine:
         return self._forward.logits(self._inputs, positions, extent)
 
     def _take_graph(self, graphs: StepGraphs) -> Outcome | None:
-        """Takes a step of the running rows as a graph; None if there are none, others join them, or their k differ."""
+        """Takes a step of the running rows as a graph.
+
+        None if there are none, others join them, their k differ, or one is careful, whose draws wait for the device.
+        """
         if not self._running or self._next_fits():
             return None
         rows, size = self._rows[: self._running], graphs.rows(self._running)
         padded = np.pad(rows, (0, size - len(rows)), mode="edge")  # draws of the last row again, which do not count
         settings = self._decoder.rows(padded["slot"])
-        if len(settings.latent_widths) > 1:
+        if settings.careful or len(settings.latent_widths) > 1:
             return None
         self._cache.reserve(size, 0, keep=len(rows))
         padded["length"][len(rows) :] = 0

@@ -140,8 +140,10 @@ def _engine_problems(config: RunConfig) -> list[str]:
     }
     graphs = {
         "a GPU for each rollout worker; set rollout.resources.num_gpus": not config.rollout.resources.num_gpus,
+        f"rollout.device auto or cuda, got {config.rollout.device}": config.rollout.device.startswith("cpu"),
         "deterministic: false, since graphs have padded shapes": config.deterministic,
-        "rollout.engine transformers; vLLM captures its own (rollout.vllm.eager)": config.rollout.engine == "vllm",
+        "rollout.engine transformers; vLLM captures its own (rollout.vllm.eager)": config.rollout.engine
+        != "transformers",
     }
     problems = [
         f"rollout.compile=on needs {need}" for need, no in graphs.items() if config.rollout.compile == "on" and no

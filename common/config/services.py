@@ -83,7 +83,7 @@ class RolloutConfig(Section):
     """Each rollout worker is one actor."""
     device: Annotated[str, Rule.MAY_CHANGE] = "auto"
     """Torch device of the engine `transformers`; `auto`: cuda if the actor has a GPU, else cpu."""
-    compile: Annotated[Literal["auto", "on", "off"], Rule.MAY_CHANGE, Rule.LAST_BIT] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], Rule.MAY_CHANGE] = "auto"
     """Whether the engine `transformers` takes decode steps as CUDA graphs: a forward pass, a draw and the mixture of
     a step in one launch. `auto`: on a GPU, once that was run on one (docs/gpu.md), for models whose steps can be
     captured; `on`: always, which needs a GPU."""

@@ -49,6 +49,7 @@ from latent_grpo.learner.batching import ReplayInputs, collate
 from latent_grpo.learner.cost import peak_flops
 from latent_grpo.learner.logprobs import step_log_probs
 from latent_grpo.learner.policy import PolicyModule
+from latent_grpo.rollout_workers.engine import EngineError
 from latent_grpo.rollout_workers.step_graphs import capture_on_cuda
 from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 
@@ -248,7 +249,7 @@ def sampler(device: torch.device, sizes: Sizes, clock: _Clock) -> Found:
 def decode(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> Found:
     """Times the Transformers engine, bfloat16: response steps per second, latent and visible, by each of its ways.
 
-    Beside it stands `generate` with a static cache. Where the project has proven one way, that is a run's.
+    Beside it stands `generate` with a static cache, not compiled. A way that fails has its error in place of numbers.
     """
     model = shape.model(device)
     ways: dict[str, dict[str, Any]] = {"asking": {"run_ahead": False}, "ahead": {"run_ahead": True}}
@@ -261,10 +262,13 @@ def decode(device: torch.device, sizes: Sizes, shape: Shape, clock: _Clock) -> F
         for way, options in ways.items():
             engine = TransformersEngine(model, facts_of(model), max_rows=rows, device=device, **options)
             load_own_weights(engine, model)
-            for mode, requests in kinds.items():
-                seconds = clock.at_most(2).seconds(partial(run_engine, engine, requests))
-                found[f"{mode} {way} {rows} rows steps/s"] = work.tokens / seconds
-                found[f"{mode} {way} {rows} rows ms/step"] = 1e3 * seconds / sizes.response
+            try:
+                for mode, requests in kinds.items():
+                    seconds = clock.at_most(2).seconds(partial(run_engine, engine, requests))
+                    found[f"{mode} {way} {rows} rows steps/s"] = work.tokens / seconds
+                    found[f"{mode} {way} {rows} rows ms/step"] = 1e3 * seconds / sizes.response
+            except (EngineError, RuntimeError) as error:  # the other ways' numbers are not lost with it
+                found[f"{way} {rows} rows: {type(error).__name__}: {error}"] = False
             engine.close()
         seconds = clock.at_most(2).seconds(partial(run_generate, model, work, cache="static"))
         found[f"generate {rows} rows ms/step"] = 1e3 * seconds / sizes.response

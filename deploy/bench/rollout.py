@@ -44,11 +44,11 @@ from latent_grpo.rollout_workers.transformers_engine import TransformersEngine
 class _OwnLength(StoppingCriteria):
     """Stops each row of `generate` at its own length."""
 
-    def __init__(self, prompt: int, lengths: np.ndarray) -> None:
-        self._until = torch.from_numpy(prompt + lengths)
+    def __init__(self, prompt: int, lengths: np.ndarray, device: torch.device) -> None:
+        self._until = torch.from_numpy(prompt + lengths).to(device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return (input_ids.shape[1] >= self._until).to(input_ids.device)
+        return input_ids.shape[1] >= self._until
 
 
 def run_generate(model: PreTrainedModel, work: Workload, cache: str | None = None) -> float:
@@ -65,8 +65,9 @@ def run_generate(model: PreTrainedModel, work: Workload, cache: str | None = Non
         top_k=TOP_K,
         num_return_sequences=work.samples,
         max_new_tokens=int(work.lengths.max()),
-        stopping_criteria=[_OwnLength(prompt_ids.shape[1], lengths)],
+        stopping_criteria=[_OwnLength(prompt_ids.shape[1], lengths, model.device)],
         cache_implementation=cache,
+        disable_compile=True,
     )
     return work.tokens
 

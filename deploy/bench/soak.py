@@ -12,6 +12,7 @@ What was done is kept in `soak.json` of its folder after every kill, so a soak t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -118,7 +119,7 @@ class Kill:
 
 @dataclass(slots=True)
 class Soak:
-    """The result of a soak. Groups are counted over all steps of the surviving lineage."""
+    """The result of a soak. Samples are counted over all steps of the surviving lineage."""
 
     seed: int
     steps: int
@@ -218,8 +219,7 @@ class _Command:
 
     def __exit__(self, *error: object) -> None:
         if self._process.poll() is None:  # an interrupt, or a run that stands still
-            self._process.terminate()
-            self._process.wait()
+            _end_process(psutil.Process(self._process.pid))
         seconds = self._soak.seconds.get(self.run.name, 0.0) + time.monotonic() - self._began
         self._soak.seconds[self.run.name], self._soak.running = seconds, None
         self._soak.keep(self._root)
@@ -241,17 +241,25 @@ class _Command:
         """Waits for the end; notes memory and descriptors at a fifth of the steps and near the end."""
         early: dict[str, tuple[float, int]] = {}
         soak = self._soak
-        while self._process.poll() is None:
+
+        def look() -> bool:
             done = self.last().step
             if not early and done >= soak.steps // 5:
-                early = self._use()
+                early.update(self._use())
             if early and done < soak.steps - 2:
                 for name, (mib, files) in self._use().items():
                     if name in early:
                         soak.memory_mib[name] = early[name][0], mib
                         soak.descriptors[name] = early[name][1], files
-            time.sleep(1.0)
+            return False
+
+        self._await(look, every=1.0)
         self._ensure_success()
+        if lost := self._noticed("rollout worker") + self._noticed(CONTROLLER):
+            raise RunError(
+                f"the undisturbed run lost {lost} process(es) by itself, by its deadlines of {SILENCE_S:g} s on a busy "
+                f"machine; its log is {self.log}. Remove {self.run} and begin again"
+            )
 
     def disturb(self, kills: int, say: Callable[[str], None]) -> None:
         """Kills processes until there were so many kills, or the run has ended."""
@@ -270,8 +278,7 @@ class _Command:
             noticed = "" if kill.noticed_s is None else f"noticed within {kill.noticed_s:.1f} s, "
             over = f"{noticed}over {kill.recovered_s:.1f} s later"
             say(f"kill {number + 1} of {kills}: {kind} after step {kill.step}; {over}")
-        while self._process.poll() is None:
-            time.sleep(1.0)
+        self._await(lambda: False)
         self._ensure_success()
 
     def _beyond(self, steps: float) -> bool:
@@ -285,11 +292,16 @@ class _Command:
             found[:] = self._processes(kind)
             return bool(found)
 
-        if not self._await(present):  # in a run that is being started again there is none for a while
-            return None
-        before, known, at = self.last(), self._noticed(kind), time.monotonic()
-        family = found[0].children(recursive=True) if kind == SUPERVISOR else []
-        moment.choice(found).send_signal(signal.SIGSTOP if kind.startswith(STOPPED) else signal.SIGKILL)
+        family: list[psutil.Process] | None = None
+        while family is None:
+            if not self._await(present):  # in a run that is being started again there is none for a while
+                return None
+            before, known, at = self.last(), self._noticed(kind), time.monotonic()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                victim = moment.choice(found)
+                children = victim.children(recursive=True)
+                victim.send_signal(signal.SIGSTOP if kind.startswith(STOPPED) else signal.SIGKILL)
+                family = children
         noticed = None
         if kind == SUPERVISOR:
             self._resume(family)
@@ -324,7 +336,7 @@ class _Command:
             time.sleep(POLL_S)
         self._start()
 
-    def _await(self, done: Callable[[], bool]) -> bool:
+    def _await(self, done: Callable[[], bool], every: float = POLL_S) -> bool:
         """Waits until `done`; False: the run has ended before. Raises RunError where the run stands still."""
         end = time.monotonic() + STUCK_S
         shown = self.last()
@@ -335,7 +347,7 @@ class _Command:
                 shown, end = now, time.monotonic() + STUCK_S
             if time.monotonic() > end:
                 raise RunError(f"the run stands still for {STUCK_S:g} s; its log is {self.log}")
-            time.sleep(POLL_S)
+            time.sleep(every)
         return True
 
     def _processes(self, kind: str) -> list[psutil.Process]:
@@ -372,10 +384,18 @@ def _end(running: tuple[int, float] | None) -> None:
     try:
         process = psutil.Process(running[0])
         if process.create_time() == running[1]:
-            process.terminate()
-            process.wait()
+            _end_process(process)
     except psutil.NoSuchProcess:
         pass
+
+
+def _end_process(process: psutil.Process) -> None:
+    """Ends a command with what it has started, in time to save its state."""
+    family = process.children(recursive=True)
+    process.terminate()
+    _, left = psutil.wait_procs([process, *family], timeout=STUCK_S)
+    for survivor in left:
+        survivor.kill()
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -396,6 +416,7 @@ def compare(soak: Soak, undisturbed: Path, disturbed: Path) -> None:
     """Counts what the disturbed run has lost, repeated or made otherwise, step by step of its live lineage."""
     stores = TrajectoryStore(undisturbed / "trajectories"), TrajectoryStore(disturbed / "trajectories")
     columns = ["group_uid", "sample_index", "latent_ids", "hard_ids", "reward"]
+    soak.lost = soak.duplicated = soak.different = 0
     for step in range(1, soak.steps + 1):
         expected, found = (store.read(step).select(columns).to_pylist() for store in stores)
         wanted = {(row["group_uid"], row["sample_index"]) for row in expected}

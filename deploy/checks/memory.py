@@ -215,16 +215,26 @@ class RankMemory:
             "gathered weights (ZeRO-3)": self.gathered,
             "logits": self.logits,
         }
-        offloaded = f"; {self.host / GIB:.1f} GiB of the machine's memory besides" if self.host else ""
+        offloaded = f"; {size(self.host)} of the machine's memory besides" if self.host else ""
         return in_parts(self.total, parts) + offloaded
 
 
 def in_parts(total: int, parts: dict[str, int]) -> str:
-    """Says what a total of bytes is made of, in GiB, or in MiB below one; parts that round to nothing are left out."""
-    size, name, digits = (GIB, "GiB", 1) if total >= GIB else (MIB, "MiB", 0)
-    said = {what: f"{part / size:,.{digits}f}" for what, part in parts.items()}
+    """Says what a total of bytes is made of, in its unit (:func:`size`); parts that round to nothing are left out."""
+    unit, _, digits = _unit(total)
+    said = {what: f"{part / unit:,.{digits}f}" for what, part in parts.items()}
     shown = [f"{number} {what}" for what, number in said.items() if float(number.replace(",", ""))]
-    return f"about {total / size:,.{digits}f} {name}: {', '.join(shown)}"
+    return f"about {size(total)}: {', '.join(shown) or 'nothing that counts'}"
+
+
+def size(number: int) -> str:
+    """Says a number of bytes in GiB, or in MiB below one."""
+    unit, name, digits = _unit(number)
+    return f"{number / unit:,.{digits}f} {name}"
+
+
+def _unit(number: int) -> tuple[int, str, int]:
+    return (GIB, "GiB", 1) if number >= GIB else (MIB, "MiB", 0)
 
 
 def rank_memory(

@@ -42,19 +42,16 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from latent_grpo.common.config import (
-    Columns,
     ConfigError,
-    PromptConfig,
     RunConfig,
-    TaskConfig,
     config_as_json,
     load_config,
     parse_config,
 )
-from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
 from latent_grpo.common.config.resume import refused_changes
 from latent_grpo.common.files import unwritable, write_atomically
 from latent_grpo.common.remote_url import is_url
+from latent_grpo.deploy.run.older_settings import of_today
 from latent_grpo.deploy.run.start_folder import STARTED_IN, placed, start_folder
 from latent_grpo.deploy.run.stored import IDENTITY, stored_identity, stored_object
 from latent_grpo.deploy.run.versions import ARITHMETIC, versions
@@ -62,7 +59,6 @@ from latent_grpo.deploy.run.versions import ARITHMETIC, versions
 EVALUATION_FILE = "evaluation.json"  # the results of an evaluation run
 SFT_PURPOSE = "sft"  # of the dumps of Latent-SFT's held-out samples
 FAILED = "failed_"  # begins the metric of a failure's share of them; the verifier's reason follows
-GAP_OF_OLD_RUNS = 0.05  # the default of health.max_log_prob_gap up to version 0.2.0
 RunKind = Literal["train", "sft", "evaluate"]
 """What a run does: RL, with a Latent-SFT before it where one is due; Latent-SFT alone; an evaluation."""
 
@@ -133,7 +129,7 @@ class RunFolder:
 
     def settings(self) -> dict[str, Any]:
         """The stored settings, as this version means them."""
-        return _of_today(self.read_json("config.json"))
+        return of_today(self.read_json("config.json"))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes a file of the folder, which appears whole or not at all."""
@@ -150,7 +146,7 @@ class RunFolder:
 
 def stored_settings(text: str) -> dict[str, Any]:
     """Returns the settings of a `config.json`, as this version means them."""
-    return _of_today(json.loads(text))
+    return of_today(json.loads(text))
 
 
 def local_root(config: RunConfig) -> Path:
@@ -248,14 +244,19 @@ def reopen_run(
         check(folder.path, config)
     else:
         folder, config = RunFolder(Path(path)), settings
-        # the same files, however they are named
-        asked = parse_config(placed(config.model_dump(mode="json"), folder.identity()))
-        check_changes(folder.path, folder.placed_config(), asked)
+        check_settings(folder, config)
         config = with_scaled_workers(folder, config)
     with run_lock(folder.path):
         lineage = int(stored_identity(folder.path / IDENTITY)["lineage"]) + 1
         write_identity(folder, config, lineage, kind)
     return folder, config, lineage
+
+
+def check_settings(folder: RunFolder, config: RunConfig) -> None:
+    """Raises ResumeError where a run cannot go on with these settings in place of its own."""
+    # the same files, however they are named
+    asked = parse_config(placed(config.model_dump(mode="json"), folder.identity()))
+    check_changes(folder.path, folder.placed_config(), asked)
 
 
 def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFolder, RunConfig]:
@@ -277,50 +278,6 @@ def check_changes(run: Path | str, stored: RunConfig, config: RunConfig) -> None
             f"{run} cannot be resumed with other settings: {'; '.join(refused)}. They decide what is computed; "
             "leave them out, or start a new run with them"
         )
-
-
-def _of_today(stored: dict[str, Any]) -> dict[str, Any]:
-    """Returns stored settings as they are meant today.
-
-    Earlier versions wrote defaults into every file that nobody chose. Some of them would now be demands: for columns
-    that a file need not have, and for verifier and budgets of a task that is a benchmark. Those up to 0.2.0, which had
-    no section `ray`, wrote `health.max_log_prob_gap`, a bound on whole steps, and the keys of prompts besides.
-    """
-    stored = _without_default_tasks(stored)
-    if "ray" in stored:
-        return stored
-    health = stored.get("health", {})
-    if health.get("max_log_prob_gap") == GAP_OF_OLD_RUNS:
-        stored = {**stored, "health": {**health, "max_log_prob_gap": "auto"}}
-    return _without_default_prompts(stored)
-
-
-def _without_default_tasks(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_without_default_tasks(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    found = {key: _without_default_tasks(value) for key, value in node.items()}
-    columns, fields = found.get("columns"), Columns.model_fields
-    if isinstance(columns, dict) and {"problem", "answer", "cot"} <= columns.keys():  # written by a version before
-        found["columns"] = {key: v for key, v in columns.items() if key not in fields or v != fields[key].default}
-        for key in BENCHMARK_DEFAULTS.get(str(found.get("name")), ()):
-            if found.get(key) == TaskConfig.model_fields[key].default:
-                del found[key]
-    return found
-
-
-def _without_default_prompts(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_without_default_prompts(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    found = {key: _without_default_prompts(value) for key, value in node.items()}
-    if isinstance(prompt := found.get("prompt"), dict):
-        fields = PromptConfig.model_fields
-        chosen = {key: v for key, v in prompt.items() if key not in fields or v != fields[key].default}
-        found["prompt"] = chosen
-    return found
 
 
 def write_identity(folder: RunFolder, config: RunConfig, lineage: int, kind: RunKind) -> None:

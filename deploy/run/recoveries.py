@@ -34,11 +34,12 @@ class Recovery:
     def over(self, step: int) -> str:
         """Says what it has cost, now that the run goes on after step `step`."""
         seconds = time.time() - self.began
-        lost = None if self.reached is None else max(self.reached - step, 0)
-        if lost is None:
+        if self.reached is None:
             again = "how many steps are done again is unknown, since the metrics are damaged"
+        elif self.reached > step:
+            again = f"{self.reached - step} step(s) are done again"
         else:
-            again = f"{lost} step(s) are done again" if lost else "no finished step is lost"
+            again = "no finished step is lost"
         return f"recovered within {seconds:.0f} s: the run goes on after step {step}; {again}"
 
 

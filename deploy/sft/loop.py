@@ -26,7 +26,16 @@ from latent_grpo.common.remote_url import is_url
 from latent_grpo.common.schema import concat
 from latent_grpo.deploy.controller import Pool, gather
 from latent_grpo.deploy.evaluation.scores import TaskResult, failure_shares, results
-from latent_grpo.deploy.run.folder import FAILED, SFT_PURPOSE, RunFolder, create_run, has_begun, named_run, reopen_run
+from latent_grpo.deploy.run.folder import (
+    FAILED,
+    SFT_PURPOSE,
+    RunFolder,
+    check_settings,
+    create_run,
+    has_begun,
+    named_run,
+    reopen_run,
+)
 from latent_grpo.deploy.run.foreign_code import check_origin
 from latent_grpo.deploy.run.preparation import Prepared, prepare
 from latent_grpo.deploy.run.problems import group_request
@@ -36,6 +45,7 @@ from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.sft_data import SFTData
 from latent_grpo.deploy.run.stepping import LearnerSteps, StateKeeper, StepLearner
 from latent_grpo.deploy.run.storage.copy import named_copy, working_copy
+from latent_grpo.deploy.run.storage.upload import push
 from latent_grpo.deploy.sft.induction import induce
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 from latent_grpo.learner.sft.learner import SFTLearner
@@ -208,7 +218,12 @@ def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> Ru
     if named is not None:
         named_copy(config, named, reporter.say)
     if named is not None and has_begun(named):
+        if (kind := RunFolder(named).identity().get("kind", "sft")) != "sft":
+            raise ConfigError(f"run_name {config.run_name}: {named} is a run of `{kind}`; give another name")
+        check_settings(RunFolder(named), config)
         if (ended := _ended(named, reporter)) is not None:
+            if is_url(config.runs_folder):
+                push(named, reporter.say)
             return ended
         folder, config, lineage = reopen_run(named, [], "sft", config)
         return _alone(folder, config, lineage, reporter, prepare(config, reporter, folder))

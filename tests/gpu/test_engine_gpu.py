@@ -53,6 +53,24 @@ def test_records_are_drawn_again_teacher_forced(device, dtype, way):
     assert TOLERANCES[dtype].exceeded(gap) is None
 
 
+def test_graphs_are_captured_again_once_memory_has_moved(cuda):
+    """Longer samples, an abort and other weights: each drops or keeps the graphs of before."""
+    model = make_model().to(cuda)
+    engine = TransformersEngine(model, FACTS, max_rows=32, device=cuda, capture=capture_on_cuda(cuda))
+    plain = TransformersEngine(make_model().to(cuda), FACTS, max_rows=32, device=cuda)
+    for e in (engine, plain):
+        e.load_weights(*published(model))
+    for i in range(3):
+        asked_now = [request(i, max_tokens=20 * (i + 1)), request(i + 10, max_tokens=20 * (i + 1))]
+        found, expected = collect(engine, asked_now), collect(plain, asked_now)
+        for uid, group in expected.items():
+            alike = [np.array_equal(a.hard_ids, b.hard_ids) for a, b in zip(found[uid], group, strict=True)]
+            assert np.mean(alike) >= 0.5, "more than near-ties differ"
+        engine.add(request(100 + i))
+        engine.step()
+        engine.abort()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_engine_and_learner_agree_within_the_self_tests_bounds(device, dtype):
     sampling, training = (large_logits(DTYPES[dtype]).to(device) for _ in range(2))

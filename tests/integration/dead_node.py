@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,8 @@ def main(folder: Path) -> None:
                     pool.poll(0.2)
         except RayLost as error:
             print(f"RayLost: {error}", flush=True)
+        except BaseException:
+            traceback.print_exc()
         finally:
             raylet.kill()
             for process in psutil.Process().children(recursive=True):

@@ -18,7 +18,7 @@ from latent_grpo.common.models import load_model
 from latent_grpo.common.schema import decode
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy.reproduce.in_process import InProcessSFT, in_process_session
-from latent_grpo.deploy.run.folder import create_run
+from latent_grpo.deploy.run.folder import ResumeError, create_run, write_identity
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.sft.loop import resume_sft, sft, warm_start
 from latent_grpo.deploy.train import train
@@ -81,6 +81,11 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(ray_session, tmp_path)
     assert not resumed.sft.exists(), "a finished Latent-SFT keeps no states"
     for finished in (resume_sft(half, []), sft(again, "half")):  # nothing to do, and no second base
         assert finished.path == half
+    with pytest.raises(ResumeError, match="group_size"):
+        sft(tiny(*common, "run_name=half", "group_size=2"), "half")
+    write_identity(resumed, again, 1, "train")
+    with pytest.raises(ConfigError, match=r"run_name half: .* is a run of `train`; give another name"):
+        sft(again, "half")
 
     chain = read_chain(whole.base_model)
     assert (chain.chain, chain.source, chain.k, chain.compression) == ("latent", "uniform", 3, 3)

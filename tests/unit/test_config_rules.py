@@ -50,7 +50,6 @@ MAY_CHANGE = {
 }
 LAST_BIT = {
     "model.dtype",
-    "rollout.compile",
     "rollout.resources.threads",
     "learner.resources.threads",
     "learner.ranks",

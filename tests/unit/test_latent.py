@@ -208,6 +208,14 @@ def test_rows_with_and_without_top_k_are_exact_side_by_side():
         assert step.exact.all() if widen else step.exact.sum() > rows // 2
     alone = sample_visible(logits, noise, top_k=0, **settings)[0]
     assert torch.equal(alone[::2], ids[::2])
+    settings["top_p"] = torch.where(torch.arange(rows) % 4 == 0, 1.0, 0.95)  # every fourth row has no bound at all
+    ids = sample_visible(logits, noise, top_k=top_k, **settings)[0]
+    for widen in (True, False):
+        step = visible_step(
+            logits, keys, steps, top_k=top_k, largest_top_k=30, some_unbounded=True, widen=widen, **settings
+        )
+        assert step.exact[::4].all()
+        assert torch.equal(step.ids[step.exact], ids[step.exact])
     p = torch.softmax((logits / 0.6).masked_fill(~allowed, float("-inf")).double(), -1).sort(-1, descending=True).values
     before = p.cumsum(-1) - p
     rank = (logits.masked_fill(~allowed, float("-inf")) > logits.gather(-1, alone[:, None])).sum(-1)

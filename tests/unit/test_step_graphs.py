@@ -71,7 +71,7 @@ def test_other_decisions_are_another_graph(other: dict[str, float]) -> None:
 
 def test_every_setting_is_a_decision_or_read_on_the_device() -> None:
     """A new column of a row belongs to `Rows.decisions`, unless no code on the host decides by it."""
-    on_the_device = {"prompt_len", "key", "budget"}
+    on_the_device = {"prompt_len", "key", "budget", "careful"}  # the engine takes no careful step as a graph
     plain = rows_of(4)
     for name in {name for name, _ in COLUMNS} - on_the_device:
         other = rows_of(4, **{name: 1 - plain.host[name][0] or 3})
@@ -99,7 +99,7 @@ def test_memory_that_has_moved_is_captured_again() -> None:
 
 def test_there_is_a_limit_to_graphs() -> None:
     engine = Engine(most=2)
-    for top_k in (1, 2, 3, 3, 2, 1):  # the first was dropped
+    for top_k in (1, 2, 1, 3, 1, 2):  # the third takes the place of the second, which was not used for longer
         engine.take(8, rows_of(8, top_k=top_k))
     assert (engine.recorder.captured, engine.recorder.replayed) == (4, 2)
 
@@ -107,11 +107,13 @@ def test_there_is_a_limit_to_graphs() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.device=cpu", "a GPU for each rollout worker; set rollout.resources.num_gpus"),
+        ("rollout.resources.num_gpus=0", "a GPU for each rollout worker; set rollout.resources.num_gpus"),
+        ("rollout.device=cpu", "rollout.device auto or cuda, got cpu"),
         ("deterministic=true", "deterministic: false"),
         ("rollout.engine=vllm", "vLLM captures its own"),
+        ("rollout.engine=auto", "vLLM captures its own"),
     ],
 )
 def test_graphs_where_there_can_be_none_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config("quickstart", ["rollout.compile=on", override])
+        load_config("quickstart", ["rollout.compile=on", "rollout.resources.num_gpus=1", override])
