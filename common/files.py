@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ def write_atomically(path: Path, content: str | bytes | memoryview, *, temporary
     """
     unfinished = path.with_name(temporary or f".{path.name}.{os.getpid()}")
     try:
-        with unfinished.open("wb") as file:
+        unfinished.unlink(missing_ok=True)
+        with unfinished.open("xb") as file:  # never through a link that somebody else has put there
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -60,6 +61,20 @@ def unwritable(error: OSError) -> str:
             free = shutil.disk_usage(there).free
             why = f"{why} ({free / 1e6:,.1f} MB free)"
     return f"cannot be written: {why}"
+
+
+def linked_out(root: Path, paths: Iterable[Path]) -> str | None:
+    """Says of the first path that a symbolic link, or `..`, leads out of the folder `root`; None: all lie in it.
+
+    A folder of somebody else may link to what only its reader can read: such files are not copied on.
+    """
+    whole, inside = root.resolve(), dict[Path, bool]()
+    for path in paths:
+        if path.parent not in inside:
+            inside[path.parent] = path.parent.resolve().is_relative_to(whole)
+        if not inside[path.parent] or (path.is_symlink() and not path.resolve().is_relative_to(whole)):
+            return f"{path} leads out of {root}, to {path.resolve()}; put the file itself there, or remove the link"
+    return None
 
 
 def fsync(path: Path) -> None:

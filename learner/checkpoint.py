@@ -220,6 +220,8 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(f"{MANIFEST} is damaged: it does not match its own checksum")
     if version != FORMAT:
         raise CheckpointError(f"it has checkpoint format {version}, this program reads format {FORMAT}")
+    if outside := [name for name in files if name.startswith("/") or ".." in name.split("/")]:
+        raise CheckpointError(f"{MANIFEST} names {outside[0]!r:.100}, which is not in the checkpoint")
     return files
 
 

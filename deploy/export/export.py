@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from latent_grpo.common.config import ConfigError, RunConfig
-from latent_grpo.common.files import FULL, save_whole, unwritable
+from latent_grpo.common.files import FULL, linked_out, save_whole, unwritable
 from latent_grpo.common.model_chain import exported_chain, read_chain, write_chain
 from latent_grpo.common.model_check import check_model
 from latent_grpo.common.models import load_tokenizer
@@ -81,6 +81,9 @@ def export(
     config = folder.placed_config()
     client = None if repository is None else upload(repository, hub)  # refuses what cannot work before the weights
     chosen = choose(folder, config, step, best, say)
+    models = (file for place in (folder.model, folder.base_model, folder.path / "initial") for file in place.rglob("*"))
+    if (why := linked_out(folder.path, models)) is not None:
+        raise ConfigError(f"export {run}: {why}")
     say(f"exporting {chosen.name} of {folder.path}")
     fill = partial(_fill, folder, config, chosen)
     if client is None:

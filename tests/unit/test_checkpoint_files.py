@@ -1,6 +1,7 @@
 """Checkpoints on disk: a kill at any byte costs at most the checkpoint that was being written."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -8,10 +9,12 @@ import sys
 import time
 
 import pytest
+import xxhash
 
 from latent_grpo.learner.checkpoint import (
     MANIFEST,
     CheckpointError,
+    checkpoint_files,
     latest_checkpoint,
     list_checkpoints,
     verify_checkpoint,
@@ -155,3 +158,17 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint_that_is_complete(tmp_path):
         assert latest.step in (finished, finished + 1)  # killed between the rename and the message
         assert verify_checkpoint(latest.path) == {"step": latest.step}
         step = latest.step
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
+def test_a_manifest_that_names_a_file_elsewhere_is_damaged(tmp_path, name):
+    write_checkpoint(tmp_path, 1, fill(), {"step": 1}, 3)
+    ((_, path),) = list_checkpoints(tmp_path)
+    body = json.loads((path / MANIFEST).read_text())
+    body["files"][name] = [1, "0"]
+    del body["checksum"]
+    text = json.dumps(body, sort_keys=True)
+    (path / MANIFEST).write_text(json.dumps(body | {"checksum": xxhash.xxh3_128_hexdigest(text.encode())}))
+    assert checkpoint_files(path) == []
+    with pytest.raises(CheckpointError, match="not in the checkpoint"):
+        verify_checkpoint(path)

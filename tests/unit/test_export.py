@@ -357,3 +357,11 @@ def test_the_real_client_without_network_or_credentials_is_one_line(run):
         export(run.path, "hf:me/latent", hub=lambda: HfApi(endpoint=closed, token="hf_none"))
     with pytest.raises(ConfigError, match="there are no credentials for the hub; run `hf auth login`"):
         export(run.path, "hf:me/latent", hub=lambda: FakeHub({"whoami": LocalTokenNotFoundError("none")}))
+
+
+def test_what_a_model_links_to_elsewhere_is_not_exported(run, tmp_path):
+    (tmp_path / "key").write_text("secret")
+    (run.path / "model" / "notes.txt").symlink_to(tmp_path / "key")
+    with pytest.raises(ConfigError, match=r"notes.txt leads out of .*; put the file itself there"):
+        export(run.path, str(tmp_path / "out"), say=print)
+    assert not (tmp_path / "out").exists()

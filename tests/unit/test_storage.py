@@ -758,3 +758,23 @@ def test_what_a_run_refuses_is_refused_before_it_is_copied(tmp_path):
     assert working_copy(url, [work], print, ["foreign_trap"])[0] == tmp_path / "work" / "run"
     with pytest.raises(ConfigError, match=rf"was copied from {url}, where others may write"):
         check_origin(tmp_path / "work" / "run", RunFolder(tmp_path / "work" / "run").config())
+
+
+@pytest.mark.parametrize("name", ["model", "notes.txt", "extra.json", "extra.jsonl", "trajectories/x.parquet"])
+def test_what_a_runs_folder_links_to_elsewhere_is_not_uploaded(tmp_path, name):
+    run = fake_run(tmp_path / "run", steps=1).path
+    elsewhere = tmp_path / "private"
+    elsewhere.mkdir()
+    (elsewhere / "key").write_text("secret")
+    (run / name).symlink_to(elsewhere if name == "model" else elsewhere / "key")
+    with pytest.raises(StorageError, match=r"not uploaded: .* leads out of .*private") as refused:
+        push(run, lambda text: None, (tmp_path / "store").as_uri())
+    assert refused.value.exit_code == 2
+    assert b"secret" not in b"".join(p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file())
+
+
+def test_a_link_within_a_runs_folder_is_uploaded(tmp_path):
+    run = fake_run(tmp_path / "run", steps=1).path
+    (run / "notes.txt").symlink_to("config.json")
+    push(run, lambda text: None, (tmp_path / "store").as_uri())
+    assert (tmp_path / "store" / "run" / "notes.txt").read_bytes() == (run / "config.json").read_bytes()

@@ -23,6 +23,8 @@ from typing import BinaryIO
 
 import xxhash
 
+from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.files import linked_out
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.storage.store import CHUNK, StorageError, Stored
 from latent_grpo.learner.checkpoint import MANIFEST, checkpoint_files, is_checkpoint
@@ -31,6 +33,12 @@ SCORES = "checkpoints/scores.json"
 LEFT_OUT = ("control", "report.html")
 """What is of no use elsewhere, beside hidden files: requests to the running process, and a page made from the rest."""
 TRIES = 10  # at looking into a folder that changes meanwhile
+
+
+class LeadsOut(StorageError):
+    """A link in a run's folder to a file elsewhere, which nobody has asked to upload."""
+
+    exit_code = ConfigError.exit_code
 
 
 @dataclass(slots=True)
@@ -71,7 +79,7 @@ class Taken:
 def snapshot(run: Path, *, everything: bool = False) -> Iterator[Taken]:
     """Looks at a run's folder. `everything`: also at files that others keep there, of a run that does not go on.
 
-    Raises StorageError where there is no run.
+    Raises StorageError where there is no run, and LeadsOut.
     """
     folder, taken = RunFolder(run), Taken(folder=run)
     with contextlib.ExitStack() as stack:
@@ -92,7 +100,10 @@ def snapshot(run: Path, *, everything: bool = False) -> Iterator[Taken]:
             taken.lines[path.name] = _whole_lines(path)
         if everything:
             _add_others(taken)
-        for path in (run / SCORES, *sorted(run.glob("*.json"))):
+        texts = [run / SCORES, *sorted(run.glob("*.json"))]
+        if (why := linked_out(run, [*(run / name for name in (*taken.files, *taken.lines)), *texts])) is not None:
+            raise LeadsOut(f"not uploaded: {why}")
+        for path in texts:
             if path.is_file() and not path.name.startswith("."):
                 taken.texts[path.relative_to(run).as_posix()] = path.read_text(encoding="utf-8")
         if "run.json" not in taken.texts or "config.json" not in taken.texts:
