@@ -282,6 +282,8 @@ def open_run(path: str | Path, parts: Collection[str] = RECORDS) -> RunView:
         raise InspectionError(f"{path} is not a run folder: it has no config.json{_runs_in(path)}")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InspectionError(f"{config} cannot be read: {error.strerror}; ask its owner for the right to") from error
     except ValueError as error:
         raise InspectionError(f"{config}: not readable JSON ({error}); the run cannot be shown without it") from error
     if not isinstance(settings, dict):
@@ -300,6 +302,8 @@ def _optional_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InspectionError(f"{path} cannot be read: {error.strerror}; ask its owner for the right to") from error
     except ValueError as error:
         raise InspectionError(f"{path}: not readable JSON ({error}); delete it to continue without it") from error
     if not isinstance(found, dict):

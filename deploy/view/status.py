@@ -145,10 +145,9 @@ def all_statuses(root: str | Path, now: float | None = None) -> list[Status]:
 def _status_or_reason(path: str | Path, now: float | None) -> Status:
     try:
         return status_of(open_run(path, ()), now)
-    except LatentGRPOError as error:
-        return Status(
-            run=str(path).rpartition("/")[2], folder=str(path), kind="", state="unreadable", notes=(str(error),)
-        )
+    except Exception as error:  # whatever one run's files hold, the others are listed
+        why = str(error) if isinstance(error, LatentGRPOError | OSError) else f"damaged files: {error!r:.100}"
+        return Status(run=str(path).rpartition("/")[2], folder=str(path), kind="", state="unreadable", notes=(why,))
 
 
 def _runs(root: Path) -> list[Path]:

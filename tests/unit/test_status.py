@@ -109,3 +109,27 @@ def test_the_commands_print_for_people_and_for_programs(run, tmp_path):
     assert several == {"runs": [one | {"last_step_s": several["runs"][0]["last_step_s"]}]}
     assert "RL 2/6" in printed("status", str(run))
     assert "RL 2/6" in printed("runs", str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["lineage", "metrics", "settings"])
+def test_whatever_one_runs_files_hold_the_others_are_listed(run, tmp_path, damage):
+    other = fake_run(tmp_path / "other", steps=1).path
+    if damage == "lineage":
+        (other / "run.json").write_text(json.dumps({"lineage": "x"}))
+    elif damage == "metrics":
+        row = {"step": 1, "kind": "train", "lineage": 0, "metrics": {}, "time": "never"}
+        (other / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    else:
+        (other / "config.json").write_text(json.dumps({"steps": "many"}))
+    states = {status.run: status for status in all_statuses(tmp_path)}
+    assert states["other"].state == "unreadable"
+    assert "damaged files" in states["other"].notes[0]
+    assert states[run.name].state != "unreadable"
+
+
+def test_a_run_that_may_not_be_read_is_said_so(tmp_path):
+    other = fake_run(tmp_path / "other", steps=1).path
+    (other / "config.json").unlink()
+    (other / "config.json").symlink_to("/proc/self/mem")  # a file whose first byte nobody may read, not even root
+    with pytest.raises(InspectionError, match=r"config.json cannot be read: Input/output error; ask its owner"):
+        open_run(other)
