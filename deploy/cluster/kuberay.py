@@ -7,6 +7,7 @@ and go with Ray's autoscaler, up to `rollout.max_workers`.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.config.yaml_files import is_path
 from latent_grpo.common.interrupts import LEAVE_S
 from latent_grpo.common.remote_url import is_url
+from latent_grpo.deploy.run.preparation import check_secrets
 
 TEMPLATE = Path(__file__).parent / "rayjob.yaml"
 SHARED = "/shared"
+NAME = re.compile(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?")  # of a RayJob, which names services and pods after itself
 
 
 def kuberay_manifest(
@@ -44,7 +47,13 @@ def kuberay_manifest(
             "shipped profile and settings, or use `latent-grpo submit`, which takes files along"
         )
     pods, least, most = _pods(config, gpus, per_node)
+    check_secrets(config)  # the manifest shows every override
     name = config.run_name or profile.replace("_", "-").lower()
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"run_name {name!r:.80}: the job gets this name, and Kubernetes allows at most 47 lower-case letters, "
+            "digits and `-`, a letter first"
+        )
     grace = math.ceil(config.deadlines.terminate_s + LEAVE_S)
     job: dict[str, Any] = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
     job["metadata"]["name"] = name

@@ -21,6 +21,8 @@ from latent_grpo.deploy.run.foreign_code import left_out_sentence, without_code
 from latent_grpo.deploy.run.preparation import check
 
 Row = tuple[str, str]
+SIMULATED = 25  # steps of a simulation, about
+MOST_SIMULATED = 500_000  # groups of it: a minute on one core
 MOST_SCALED = 1.5  # times the parameters of the measured model
 FAR = (
     "the rates are of a model of another size; time is taken as proportional to parameters, which is far too long for "
@@ -56,6 +58,12 @@ def stages(config: RunConfig, parameters: int, rates: Rates) -> Stages:
     worker_seconds = samples * response / rates.worker_steps_per_s * scale
     rank_seconds = samples * rates.trained_share * (prompt + response) / rates.rank_tokens_per_s * scale
     workers, ranks = config.rollout.workers, config.learner.ranks
+    if max(config.prompts_per_step * (config.max_staleness + SIMULATED), config.group_size, workers) > MOST_SIMULATED:
+        raise ConfigError(
+            f"prompts_per_step {config.prompts_per_step:,}, max_staleness {config.max_staleness:,}, group_size "
+            f"{config.group_size:,}, rollout.workers {workers:,}: more than a plan simulates ({SIMULATED} steps of at "
+            f"most {MOST_SIMULATED:,} groups in all, as many samples in a group, as many workers); lower them"
+        )
     slots = (config.max_staleness + 1) * config.prompts_per_step
     side_by_side = max(min(config.rollout.max_rows // config.group_size, math.ceil(slots / workers)), 1)
     of_group = worker_seconds / config.prompts_per_step

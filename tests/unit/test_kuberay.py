@@ -84,3 +84,15 @@ def _closed(node):
             closed["additionalProperties"] = False
         return closed
     return [_closed(item) for item in node] if isinstance(node, list) else node
+
+
+@pytest.mark.parametrize("name", ["My_Run", "a.b", "a" * 48, "run-", "7b"])
+def test_a_name_that_kubernetes_does_not_take_is_refused(name):
+    with pytest.raises(ConfigError, match=r"run_name .*Kubernetes allows at most 47 lower-case letters"):
+        manifest(8, f"run_name={name}")
+
+
+def test_a_manifest_shows_no_secret():
+    with pytest.raises(ConfigError, match=r"tasks.0.path: a secret does not belong into settings") as refused:
+        manifest(8, "tasks.0.path=https://me:sesame@host/x")
+    assert "sesame" not in str(refused.value)

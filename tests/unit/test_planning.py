@@ -72,3 +72,11 @@ def test_bad_input_is_one_line(tmp_path):
         plan(settings(), gpus=1, gpu="h1000")
     with pytest.raises(ConfigError, match=r"--rates .*no metrics\.jsonl there"):
         rates_of(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["prompts_per_step", "max_staleness", "group_size"])
+def test_a_plan_of_absurd_numbers_is_refused_before_it_is_simulated(key):
+    with_it = {"prompts_per_step": {"minibatch_prompts": 10**9}, "group_size": {"rollout": {"max_rows": 10**9}}}
+    config = settings(**{key: 10**9, **with_it.get(key, {})})
+    with pytest.raises(ConfigError, match=f"{key} 1,000,000,000.*more than a plan simulates"):
+        stages(config, 10**6, DEVICES["cpu"])
