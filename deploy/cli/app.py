@@ -19,6 +19,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from latent_grpo.common import __version__
 from latent_grpo.common.config import ConfigError, config_as_json
 from latent_grpo.common.errors import LatentGRPOError, RayLost
 from latent_grpo.common.files import FULL, unwritable
@@ -52,6 +53,23 @@ app.add_typer(reading)
 app.add_typer(models)
 app.add_typer(planning)
 console = TextConsole()
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"latent-grpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 STATUS = {"ok": "green", "warn": "yellow", "fail": "red"}
 ERROR, SUPERVISOR = Text("error", "bold red"), Text("supervisor", "yellow")
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a place that the user has chosen

@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from model_folders import whole
 
+from latent_grpo.common import __version__
 from latent_grpo.common.config.reference import reference
 from latent_grpo.deploy.cli.app import run_command
 from latent_grpo.deploy.cli.faults import debugging, exit_code_of, unexpected
@@ -375,3 +376,8 @@ def test_a_fault_while_the_input_was_read_has_the_exit_code_of_wrong_input():
 def test_tracebacks_are_shown_on_demand(value, shown):
     assert debugging({"LATENT_GRPO_DEBUG": value}) is shown
     assert not debugging({})
+
+
+def test_the_version_is_said(capfd):
+    assert run_command(["--version"]) == 0
+    assert capfd.readouterr().out == f"latent-grpo {__version__}\n"
