@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -77,20 +77,23 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _unusable_numbers(node: Any, above: tuple[str, ...], model: type[Section] | None) -> Iterator[str]:
+def _unusable_numbers(
+    node: Any, above: tuple[str, ...], model: type[Section] | None, kinds: Collection[Any] = ()
+) -> Iterator[str]:
     """Yields a line for each number that no column and no generator could hold, in free options too, and for each
-    boolean in a number's place, which pydantic reads as 0 or 1. `model` is the section of a node's keys."""
+    boolean in a number's place, which pydantic reads as 0 or 1. `model` is the section of a node's keys, and `kinds`
+    are the types of what the key above it may hold."""
     if isinstance(node, dict):
         for key, value in node.items():
             info = None if model is None else model.model_fields.get(str(key))
-            kinds = set() if info is None else _kinds(info.annotation)
-            if isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, Any}:
-                yield f"{'.'.join((*above, str(key)))}: expected a number, got {str(value).lower()}"
             below = None if info is None else section_in(info.annotation)
-            yield from _unusable_numbers(value, (*above, str(key)), below[1] if below else None)
+            of_key = kinds if model is None else _kinds(info.annotation) if info else ()
+            yield from _unusable_numbers(value, (*above, str(key)), below[1] if below else None, of_key)
     elif isinstance(node, list):
         for place, value in enumerate(node):
-            yield from _unusable_numbers(value, (*above, str(place)), model)
+            yield from _unusable_numbers(value, (*above, str(place)), model, kinds)
+    elif isinstance(node, bool) and {int, float}.intersection(kinds) and not {bool, Any}.intersection(kinds):
+        yield f"{'.'.join(above)}: expected a number, got {str(node).lower()}"
     elif isinstance(node, float) and not math.isfinite(node):
         yield f"{'.'.join(above)}: expected a finite number, got {node}"
     elif isinstance(node, int) and not -(2**63) <= node < 2**63:

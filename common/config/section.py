@@ -45,10 +45,15 @@ def with_home(path: str) -> str:
     """Returns a path with `~` and `~user` at its beginning, or after `hf:`, written out.
 
     A shell does that only at the beginning of a word, and nobody does it in a file. Raises ValueError for a user
-    without a home folder, and for a variable of the environment, which nobody writes out either.
+    without a home folder, and for a variable of the environment, which nobody writes out either; a file or folder that
+    is there may have such a name.
     """
-    if (variable := re.search(r"\$(\w+|\{\w+\})", path)) is not None:
-        raise ValueError(f"{variable[0]} is not written out here; write the path in full, got {path!r}")
+    variable = re.search(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})[^/]*", path)
+    if variable is not None and not os.path.exists(named := path[: variable.end()]):
+        raise ValueError(
+            f"${variable[1]} is not written out here; write the path in full, got {path!r} (or make {named}, if that "
+            "is its name)"
+        )
     prefix, rest = ("hf:", path[3:]) if path.startswith("hf:~") else ("", path)
     if not rest.startswith("~"):
         return path

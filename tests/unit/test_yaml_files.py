@@ -128,11 +128,21 @@ def test_texts_of_yaml_1_1_reach_settings_as_written():
     assert "steps: Input should be a valid integer" in fault_of(load_config, PROFILE, ["steps=1:30"])
 
 
-@pytest.mark.parametrize("given", ["steps=true", "temperature=true", "tasks.0.limit=true", "rollout.workers=true"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "steps=true",
+        "temperature=true",
+        "tasks.0.limit=true",
+        "rollout.workers=true",
+        "rollout.resources.custom.x=true",
+    ],
+)
 def test_a_boolean_is_no_number(given):
     key, _, value = given.partition("=")
     assert fault_of(load_config, PROFILE, [given]) == f"{key}: expected a number, got {value}"
-    assert load_config(PROFILE, ["deterministic=true"]).deterministic
+    config = load_config(PROFILE, ["deterministic=true", "tasks.0.options={visible: true}"])
+    assert (config.deterministic, config.tasks[0].options) == (True, {"visible": True})
 
 
 def test_a_parent_by_way_of_the_home_folder_is_found(tmp_path):
@@ -141,9 +151,16 @@ def test_a_parent_by_way_of_the_home_folder_is_found(tmp_path):
     assert read_profile(written(tmp_path, f"extends: {way}\n")) == {"steps": 7}
 
 
-@pytest.mark.parametrize("path", ["$HOME/runs", "${HOME}/runs", "/data/$USER"])
+@pytest.mark.parametrize("path", ["$HOME/runs", "${HOME}/runs", "/data/$USER", "/data/a$b-$HOME"])
 def test_a_variable_in_a_path_is_refused(path):
     assert "is not written out here" in fault_of(load_config, PROFILE, [f"runs_folder={path}"])
+
+
+@pytest.mark.parametrize("name", ["us$1/x", "a$", "$/x", "a$b", "a$b/new/runs", "${HOME}/new"])
+def test_a_name_with_a_dollar_that_is_there_or_that_is_no_variable_is_a_path(name, tmp_path):
+    for there in ("a$b", "${HOME}"):
+        (tmp_path / there).mkdir()
+    assert load_config(PROFILE, [f"runs_folder={tmp_path}/{name}"]).runs_folder == f"{tmp_path}/{name}"
 
 
 OVERRIDES = {
