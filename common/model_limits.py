@@ -59,8 +59,10 @@ LOGIT_SCALES = (
     "logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier",
 )  # fmt: skip
 LOGIT_CAPS = ("final_logit_softcapping", "attn_logit_softcapping", "attention_logit_cap", "logit_cap")
-WHOLE_MODEL_WINDOWS = ("mistral", "mixtral", "starcoder2", "phi3", "phimoe", "minimax")
-"""Architectures whose layers all have `sliding_window`, whatever a `layer_types` says."""
+WHOLE_MODEL_WINDOWS = (
+    "mistral", "mixtral", "starcoder2", "phi3", "phimoe", "minimax", "qwen3_moe", "doge", "ministral3",
+)  # fmt: skip
+"""Architectures whose layers all have `sliding_window`, whatever `layer_types` or `use_sliding_window` say."""
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 ALIBI = ("bloom", "mpt")
 ANOTHER = "use a model of the Llama, Qwen2, Qwen3 or GPT-2 kind, or another of docs/models.md"
@@ -145,15 +147,18 @@ def window_of(settings: PretrainedConfig) -> Window | None:
     """
     found: list[Window] = []
     kinds = layer_kinds(settings)
-    if settings.model_type in WHOLE_MODEL_WINDOWS or not kinds:
-        sliding = getattr(settings, "use_sliding_window", True) is not False
-    else:
-        sliding = "sliding_attention" in kinds
-    keys = [("sliding_window", sliding), ("attention_chunk_size", "chunked_attention" in kinds or not kinds)]
-    keys.append(("window_size", "local" in (getattr(settings, "attention_layers", None) or ())))  # GPT-Neo
-    for key, applies in keys:
+    whole = settings.model_type in WHOLE_MODEL_WINDOWS
+    masks = {
+        "sliding_window": whole or "sliding_attention" in kinds,
+        "attention_chunk_size": "chunked_attention" in kinds,
+        "window_size": "local" in (getattr(settings, "attention_layers", None) or ()),  # GPT-Neo
+    }
+    unknown = not kinds and getattr(settings, "use_sliding_window", True) is not False
+    for key, applies in masks.items():
         size = getattr(settings, key, None)
-        if applies and isinstance(size, int):  # of 0 or less, Hugging Face's own mask leaves nothing to attend to
+        guessed = unknown and key != "window_size" and type(size) is int and size > 0
+        # a mask of 0 or less leaves nothing to attend to; where none is made (Llama), it only says that there is none
+        if isinstance(size, int) and (applies or guessed):
             found.append(Window(size, f"{key} in its config.json is {size:,}"))
     rotary = getattr(settings, "rope_parameters", None) or {}
     # these compute positions from the longest sequence of a batch, so a longer one would change its neighbours
