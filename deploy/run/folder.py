@@ -211,9 +211,10 @@ def discard(folder: RunFolder) -> None:
 
 def is_unused(folder: RunFolder) -> bool:
     """Whether a run has done nothing yet: no step, no checkpoint, no copy elsewhere."""
-    metrics = folder.path / "metrics.jsonl"
-    written = metrics.is_file() and metrics.stat().st_size > 0
-    return not written and {path.name for path in folder.path.iterdir()} <= {*MADE_FIRST, LOCK_FILE, LEASE_FILE}
+    with contextlib.suppress(OSError):  # of a folder that is gone
+        sizes = {path.name: path.stat().st_size for path in folder.path.iterdir()}
+        return not sizes.get("metrics.jsonl") and sizes.keys() <= {*MADE_FIRST, LOCK_FILE, LEASE_FILE}
+    return False
 
 
 def named_run(config: RunConfig) -> Path | None:

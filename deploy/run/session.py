@@ -114,7 +114,7 @@ def nothing_left(folder: RunFolder, lineage: int) -> Iterator[Callable[[], None]
     try:
         yield begins
     except (ConfigError, MetricsError, StorageError, OSError) as error:
-        refused = lineage == 0 and isinstance(error, ConfigError) and is_unused(folder)
+        refused = begun and lineage == 0 and isinstance(error, ConfigError) and is_unused(folder)
         if (not begun or refused) and not isinstance(error, FolderInUse):  # whose folder is another process's
             discard(folder)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -157,6 +158,19 @@ def test_a_run_that_cannot_begin_leaves_no_folder_and_one_that_has_begun_keeps_i
     (kept.path / "notes.txt").write_text("mine")
     discard(kept)
     assert [path.name for path in kept.path.iterdir()] == ["notes.txt"]
+
+
+def test_an_error_of_a_run_whose_folder_is_gone_stays_that_error(tmp_path):
+    folder = create_run(load_config({**BASE, "runs_folder": str(tmp_path)}), "gone")
+
+    def lost() -> None:
+        with nothing_left(folder, 0) as begin:
+            begin()
+            shutil.rmtree(folder.path)
+            raise ConfigError("damaged weights")
+
+    with pytest.raises(ConfigError, match=r"^damaged weights$"):
+        lost()
 
 
 # --- disks
