@@ -6,7 +6,7 @@ trained on and no answer equals.
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import json
 import math
 import re
@@ -18,12 +18,16 @@ from latent_grpo.common.golds import any_of, spelled
 
 _MISSING = frozenset({"nan", "NaN", "NaT", "<NA>"})  # of float and NumPy, of Decimal, of pandas
 _TEXTS = (str, bytes, list, tuple, dict)
-_KEYS = "(role|content|type|text|from|value)"
-_PYTHON = re.compile(rf"""\s*(array\()?[\[(]?\s*\{{\s*'{_KEYS}'\s*:""")  # a chat that str() has spelled
-_JSON = re.compile(rf"""\s*\[?\s*\{{\s*"{_KEYS}"\s*:""")
-_SPELLED = re.compile(r"""\s*(([A-Za-z_][\w.]*)?[\[({].*[\])}]|b?(['"])[^'"]*\3)\s*""", re.DOTALL)
-_HELD = re.compile(r"""(?<![\w'")}\]\\])b?(['"])(?P<text>[^'"]*)\1(?!\s*:)|:\s*(?P<number>-?\d[\d.]*)""")
-_SENTENCE = re.compile(r"""\s*(\w+\s+)+(is|are|equals|answer)[\s:=$]*(?P<number>-?\d+([.,/]\d+)*)\$?\.?\s*""")
+_LIKE_A_CHAT = re.compile(r"""(array\()?[\[(]?\s*\{\s*['"](role|content|type|text|from|value)['"]\s*:""")
+_ARRAY = re.compile(r"\barray(?=\()|,\s*dtype=object(?=\))")  # what NumPy writes around a list
+_NO_COMMA = re.compile(r"\}\s+\{")  # and between its objects
+_ONE = re.compile(
+    r"""(?:Decimal|(?:np\.)?(?:array|str_))? [\[({\s]*  # one value, in brackets or not
+        (?:(['"])[^'"]*\1\s*:\s* (?P<number>-?\d[\d.]*) | (?:(['"])[^'"]*\3\s*:\s*)? b?(['"])(?P<text>[^'"]+)\4)
+        [\])},\s]* (?:dtype=[\w'<]+\))?""",
+    re.VERBOSE,
+)
+_SENTENCE = re.compile(r"(\w+\s+)*answer(\s+is)?[\s:=$]*(?P<number>-?\d+([.,/]\d+)*)\$?\.?", re.IGNORECASE)
 SHOWN = 60  # characters of a cell in a message
 
 Messages = tuple[tuple[str, str], ...]
@@ -77,17 +81,18 @@ def gold_text(value: Any) -> str:
     return any_of(text for part in value if (text := cell_text(part)).strip())
 
 
-def held(gold: str) -> tuple[str, ...]:
-    """Returns what a right response to a gold might be where the gold is no value by itself; empty where it is one.
+def held(gold: str) -> str:
+    """Returns what a right response to a gold might be where the gold is no value by itself, otherwise the gold.
 
-    These are the texts of a structure that was spelled as a text (`['7']`, `{"value": 7}`, `Decimal('7')`), and the
-    number at the end of a sentence.
+    This is the one value of a structure that was spelled as a text (`['7']`, `{"value": 7}`, `Decimal('7')`), or the
+    number that a sentence calls the answer. Several values together may be an answer, as `("a", "b")` is.
     """
-    if (sentence := _SENTENCE.fullmatch(gold)) is not None:
-        return (sentence["number"],)
-    if not {"'", '"'} & set(gold) or _SPELLED.fullmatch(gold) is None:
-        return ()
-    return tuple(found["text"] or found["number"] or "" for found in _HELD.finditer(gold))
+    stripped = gold.strip()
+    if (found := _SENTENCE.fullmatch(stripped)) is not None:
+        return found["number"]
+    if (found := _ONE.fullmatch(stripped)) is not None:
+        return found["number"] or found["text"]
+    return gold
 
 
 def chat(value: Any) -> tuple[Messages, bool]:
@@ -97,11 +102,11 @@ def chat(value: Any) -> tuple[Messages, bool]:
     `content`, also one that is written as JSON in a text; the content is a text or again a list of parts. A missing
     value has no messages. Raises :class:`CellError` for anything else, and for a chat that the assistant ends.
     """
-    if isinstance(value, str) and _JSON.match(value):
-        with contextlib.suppress(ValueError):  # a text that only begins like a chat
-            value = json.loads(value)
-    if isinstance(value, str) and _PYTHON.match(value):
-        raise CellError(f"it holds a chat as Python spells it ({shown(value)}); write it as JSON, or as a list")
+    if isinstance(value, str) and _LIKE_A_CHAT.match(value.lstrip()):
+        if (found := _parsed_chat(value, json.loads)) is not None:
+            value = found
+        elif _parsed_chat(_NO_COMMA.sub("}, {", _ARRAY.sub("", value.strip())), ast.literal_eval) is not None:
+            raise CellError(f"it holds a chat as Python spells it ({shown(value)}); write it as JSON, or as a list")
     if not isinstance(value, list | tuple):
         if isinstance(value, dict) or is_missing(value) or isinstance(value, bool):
             return ((), False) if is_missing(value) else _refused(value)
@@ -167,6 +172,21 @@ def _refused(value: Any) -> Any:
     )
 
 
+def _parsed_chat(text: str, parse: Callable[[str], Any]) -> Any:
+    """Returns what a text spells as a whole if that is a chat, one of its messages, or a list of parts; None otherwise.
+
+    Any other text is a problem, also one that is an object by itself or begins with one.
+    """
+    try:
+        found = parse(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of a text that only begins like a chat
+        return None
+    entries = found if isinstance(found, list | tuple) else [found]
+    shapes = [{"role", "content"}, {"from", "value"}]
+    is_chat = all(isinstance(entry, Mapping) and any(entry.keys() >= keys for keys in shapes) for entry in entries)
+    return found if is_chat or (found is entries and all(map(_is_text, entries))) else None
+
+
 def _role(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise CellError(f"a message's role is {shown(value)}; expected a text such as user")
@@ -186,8 +206,12 @@ def _content(value: Any) -> str:
 
 def _parts(parts: Sequence[Mapping[str, Any]]) -> str:
     for part in parts:
-        if part["type"] not in ("text", "input_text") or not isinstance(part.get("text"), str):
+        if not _is_text(part):
             raise CellError(
                 f"it has a part of the type {part['type']!r} ({shown(part)}); a prompt is made of text alone"
             )
     return "".join(part["text"] for part in parts)
+
+
+def _is_text(part: Any) -> bool:
+    return _is_part(part) and part["type"] in ("text", "input_text") and isinstance(part.get("text"), str)

@@ -116,8 +116,7 @@ def _repetitions(rows: list[Row], kind: str, pool: VerifierPool) -> tuple[list[G
 
 def usual_spellings(kind: str, gold: str) -> Iterator[str]:
     """Yields how a correct response may write this gold in its box: as it is, with spaces, a unit, or as a fraction."""
-    yield gold
-    yield from held(gold)
+    yield from dict.fromkeys((gold, held(gold)))
     if kind == "choice":
         letter = gold.strip(" ().")
         yield from (f"({letter})", rf"\text{{{letter}}}", f"{letter}.", rf"\textbf{{({letter})}}")

@@ -76,7 +76,7 @@ def _accepts(verifier: Verifier, response: str, gold: str) -> bool | None:
     if quick is None:
         return None
     found: list[Grade | None] = []
-    for one in [part for each in alternatives(response) for part in held(each) or (each,)]:
+    for one in map(held, alternatives(response)):
         try:
             found.append(judged(partial(quick, rf"\boxed{{{one}}}"), gold))
         except UnreadableGoldError:

@@ -102,7 +102,7 @@ def test_the_gold_check_lists_unreadable_mislabelled_and_contradictory_rows(fold
 
 
 def test_the_gold_check_reports_what_a_run_would_drop_and_what_no_response_would_match(tmp_path):
-    golds = ["7", "#### 7", "<answer>7</answer>", "['7', '8']", "{'value': 7}", "The answer is 7", "[7]"]
+    golds = ["7", "#### 7", "<answer>7</answer>", "['7']", "{'value': 7}", "The answer is 7", "[7]", '("a", "b")']
     file = tmp_path / "golds.jsonl"
     file.write_text("\n".join(json.dumps({"problem": f"{i}?", "answer": gold}) for i, gold in enumerate(golds)))
     report = json.loads(grade(file, "--kind", "math", "--golds", "--json"))

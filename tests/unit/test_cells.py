@@ -82,6 +82,19 @@ def test_anything_else_is_refused_by_its_type(value, described):
         cell_text(value)
 
 
+NO_CHATS = [  # problems about JSON and Python
+    '{"type": "sum", "a": 1}',
+    '{"text": "Translate"}',
+    '[{"value": 1}, {"value": 2}]',
+    '[{"type": "text", "size": 1}]',
+    '{"role": "admin"}',
+    "{'value': 3, 'x': 4} is a Python dict d. What is d['x']?",
+    "[{'role': 'user', 'content': 'x'}][0]['role'] is?",
+    "{'role': 'admin', 'name': 'x'}",
+    "{'type': " * 5000,
+]
+
+
 @pytest.mark.parametrize(
     ("value", "messages"),
     [
@@ -94,6 +107,7 @@ def test_anything_else_is_refused_by_its_type(value, described):
         (json.dumps([USER]), [("user", "1+1?")]),
         (f" {json.dumps(PARTS)}", [("user", "1+1?")]),
         ('[{"role": is a text', [("user", '[{"role": is a text')]),
+        *((text, [("user", text)]) for text in NO_CHATS),
         ([USER, {"role": "assistant", "content": "2"}, USER], [("user", "1+1?"), ("assistant", "2"), ("user", "1+1?")]),
         ([], []),
         (None, []),
@@ -122,6 +136,12 @@ REFUSED = [
     (str([{"from": "human", "value": "1+1?"}]), "a chat as Python spells it"),
     (json.dumps([{"from": "human", "value": "1+1?"}]), "a list .*role and content"),
     (json.dumps(USER), "an object"),
+    (str(USER), "a chat as Python spells it"),
+    (f"[{USER}\n {USER}]", "a chat as Python spells it"),  # as NumPy and pandas do
+    (
+        str([{"role": "user", "content": PARTS}]).replace(str(PARTS), f"array({PARTS}, dtype=object)"),
+        "a chat as Python",
+    ),
 ]
 
 
@@ -230,27 +250,33 @@ def test_a_list_of_steps_is_a_chain_and_a_solution():
 @pytest.mark.parametrize(
     ("gold", "inside"),
     [
-        ("['7']", ("7",)),
-        ('["x y"]', ("x y",)),
-        ("('7',)", ("7",)),
-        ("['7', \"8\"]", ("7", "8")),
-        ("{'value': 7.5, 'unit': 'm'}", ("7.5", "m")),
-        ("Decimal('7')", ("7",)),
-        ("array(['7'], dtype=object)", ("7",)),
-        ("b'7'", ("7",)),
-        ('"7"', ("7",)),
-        ("The answer is 7.", ("7",)),
-        ("So the answer: $1,000$", ("1,000",)),
-        ("[1, 2]", ()),
-        ("(f'(x), g''(x))", ()),
-        ("5'6\"", ()),
-        (r"\text{the answer is 7}", ()),
-        ("x is 7", ("7",)),
-        ("7", ()),
+        ("['7']", "7"),
+        ('["x y"]', "x y"),
+        ("('7',)", "7"),
+        ("{'value': 7.5}", "7.5"),
+        ('{"name": "Ann"}', "Ann"),
+        ("Decimal('7')", "7"),
+        ("array(['7'], dtype=object)", "7"),
+        ("array(['7'], dtype='<U1')", "7"),
+        ("b'7'", "7"),
+        ('"7"', "7"),
+        ("The answer is 7.", "7"),
+        ("So the answer: $1,000$", "1,000"),
     ],
 )
 def test_what_a_gold_holds_that_is_no_value_itself_is_recognised(gold, inside):
     assert held(gold) == inside
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "7", "[1, 2]", "['7', \"8\"]", '("a", "b")', "{'value': 7, 'unit': 'm'}", "['a', 7]", 'f("x")', "x is 7",
+        "Area equals 3/4", "(f'(x), g''(x))", "5'6\"", r"\text{the answer is 7}", "''",
+    ],
+)  # fmt: skip
+def test_a_gold_that_is_a_value_itself_is_left_as_it_is(gold):
+    assert held(gold) == gold
 
 
 @pytest.mark.parametrize(

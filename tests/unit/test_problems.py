@@ -58,7 +58,7 @@ def test_a_task_that_is_evaluated_too_does_not_overlap_with_itself():
     ("kind", "golds", "refused"),
     [
         ("math", ["7", r"\frac{1}{2}", "east", "(1, 2)", "1.5"], []),
-        ("math", ["7", "['7']"], [1]),
+        ("math", ["7", "['7']", '("a", "b")', "x is 5"], [1]),
         ("number", ["7", "7 apples", "-0.5"], []),
         ("choice", ["A", "(B)"], []),
         ("latent_grpo.reward.plain_math_verify:PlainMathVerify", ["['7']"], []),  # a user's own is asked by `grade`
