@@ -39,6 +39,13 @@ class CellError(ValueError):
     """A cell that cannot be read; the message says what it holds and what was expected."""
 
 
+class GivenTwice:
+    """Stands for a cell, or a part of one, whose name is given twice. Whoever reads it refuses it, and not the row."""
+
+    def __str__(self) -> str:
+        return "two values under one name; keep one of them"
+
+
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: None, NaN, pandas' NA. A text is never missing, not even "nan"."""
     return value is None or (not isinstance(value, _TEXTS) and str(value) in _MISSING)
@@ -144,6 +151,8 @@ def read_cell(row: Mapping[str, Any], column: str | None, read: Callable[[Any], 
 
 def kind_of(value: Any) -> str:
     """Describes a value that is no text: `a list (["a", "b"])`, `a boolean (true)`, `bytes`."""
+    if isinstance(value, GivenTwice):
+        return str(value)
     for kinds, name in (
         (bool, "a boolean"),
         (Mapping, "an object"),

@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from latent_grpo.common.config import ConfigError
+from latent_grpo.common.tasks.cells import GivenTwice
 
 Row = dict[str, Any]  # the cell of each column
 Batches = Callable[[Path, list[str], int], Iterator[Any]]
@@ -179,8 +181,11 @@ def _columnar(path: str, files: list[Path], columns: Callable[[Path], list[str]]
 
     def all_batches(wanted: list[str], rows: int) -> Iterator[Any]:
         for file in files:
-            if lost := set(wanted).difference(guarded(file, partial(columns, file))):
+            names = guarded(file, partial(columns, file))
+            if lost := set(wanted).difference(names):
                 raise TableError(f"{file} has no column {min(lost)!r}, which the first file has")
+            if twice := [name for name in wanted if names.count(name) > 1]:  # the last one would be taken
+                raise TableError(f"{file} has two columns of the name {twice[0]!r}; rename or remove one")
             found = batches(file, wanted, rows)
             while (batch := guarded(file, partial(next, found, None))) is not None:
                 yield batch
@@ -190,18 +195,7 @@ def _columnar(path: str, files: list[Path], columns: Callable[[Path], list[str]]
         rows = BATCH_ROWS if limit is None else min(limit, BATCH_ROWS)
         return itertools.islice((row for batch in all_batches(wanted, rows) for row in batch.to_pylist()), limit)
 
-    return Table(path, _once(files[0], guarded(files[0], partial(columns, files[0]))), read)
-
-
-def _once(file: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of columns. Raises :class:`TableError` for one that is given twice.
-
-    Readers would take the last one.
-    """
-    if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise TableError(f"{file} has two columns of the name {twice!r}; rename or remove one")
-    return tuple(names)
+    return Table(path, tuple(dict.fromkeys(guarded(files[0], partial(columns, files[0])))), read)
 
 
 def _parquet_columns(file: Path) -> list[str]:
@@ -357,8 +351,6 @@ def _json_list(file: Path, text: str) -> Iterator[Row]:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
-    except TwiceError as error:
-        raise TableError(f"{where} has an object with {error}; keep one of them") from None
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or lists in lists without end
         hint = "is the file complete?"
         if text.strip() == "{":
@@ -366,15 +358,12 @@ def _json(text: str, where: str) -> Any:
         raise TableError(f"{where} is not valid JSON ({error}); {hint}") from error
 
 
-class TwiceError(ValueError):
-    """A key of a JSON object that is given twice."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object of names and values; a name that is given twice holds neither value."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise TwiceError(f"the key {next(name for name in found if names.count(name) > 1)!r} twice")
+        count = Counter(name for name, _ in pairs)
+        found.update((name, GivenTwice()) for name in found if count[name] > 1)
     return found
 
 
@@ -383,15 +372,15 @@ def _csv_rows(file: Path, separator: str = ",") -> Iterator[Row]:
     encoding = _encoding(file)
     with _opened(file) as found, io.TextIOWrapper(found, encoding=encoding, newline="") as text:
         try:
-            rows = csv.DictReader(_without_mark(text), delimiter=separator)
-            _once(file, rows.fieldnames or ())
-            for number, row in enumerate(rows):
-                if None in row or None in row.values():
+            rows = csv.reader(_without_mark(text), delimiter=separator)
+            header = next(rows, [])
+            for number, cells in enumerate(filter(None, rows)):
+                if len(cells) != len(header):
                     raise TableError(
                         f"{file}, row {number} has more or fewer cells than the header; is it a CSV file with a comma "
                         "between cells and quotes around texts with commas, and is it complete?"
                     )
-                yield dict(row)
+                yield _object(list(zip(header, cells, strict=True)))
         except (csv.Error, UnicodeDecodeError) as error:
             raise _failed(file, "CSV", error) from error
 

@@ -121,6 +121,29 @@ def test_a_glob_takes_a_file_once_where_links_lead_in_a_circle(tmp_path):
     assert source_files(str(tmp_path / "**" / "*.jsonl")) == [tmp_path / "rows.jsonl"]
 
 
+def repeated(*names):
+    return pa.Table.from_arrays([pa.array([name[:1]]) for name in names], names=list(names))
+
+
+SPARE = {
+    "a.csv": lambda path: path.write_text("problem,answer,,\np,a,,\n"),
+    "a.tsv": lambda path: path.write_text("x\tproblem\tx\tanswer\n1\tp\t2\ta\n"),
+    "a.parquet": lambda path: pq.write_table(repeated("x", "problem", "answer", "x"), path),
+    "a.arrow": lambda path: pa.feather.write_feather(repeated("x", "problem", "x", "answer"), path),
+    "a.jsonl": lambda path: path.write_text('{"problem": "p", "answer": "a", "x": {"y": 1, "y": 2}, "z": 1, "z": 2}\n'),
+    "a.json": lambda path: path.write_text(
+        '[{"problem": [{"role": "user", "id": 1, "id": 2, "content": "p"}], "answer": "a"}]'
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPARE)
+def test_columns_and_keys_that_nobody_reads_may_be_given_twice(name, tmp_path):
+    SPARE[name](tmp_path / name)
+    problem = load_task(TaskConfig(name="t", path=str(tmp_path / name)), 0).problem(0)
+    assert (problem.messages, problem.answer) == ((("user", "p"),), "a")
+
+
 def other_sets(folder):
     shards(folder)
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "test-00000-of-00001.parquet")
@@ -149,12 +172,13 @@ def other_formats(folder):
         ("fewer", lambda path: (shards(path), (path / "train-00003-of-00005.parquet").unlink()),
          r"holds 4 of 5 shards that train-00000-of-00005.parquet counts; fetch .*\*\.parquet"),
         ("pipe.jsonl", os.mkfifo, "pipe.jsonl is a pipe or a device, and a table is read more than once"),
-        ("twice.csv", lambda path: path.write_text("problem,answer,answer\n1,2,3\n"), "two columns .* 'answer'"),
+        ("twice.csv", lambda path: path.write_text("problem,answer,answer\n1,2,3\n"), "'answer' .* two values"),
         ("twice.parquet", lambda path: pq.write_table(pa.table([["?"], ["1"], ["2"]], ["problem", "answer", "answer"]),
                                                       path), "two columns of the name 'answer'"),
         ("twice.jsonl", lambda path: path.write_text('{"problem": "?", "answer": "1", "answer": "2"}\n'),
-         "line 1 has an object with the key 'answer' twice; keep one"),
-        ("twice.json", lambda path: path.write_text('[{"problem": "?", "answer": {"a": 1, "a": 2}}]'), "key 'a' twice"),
+         "row 0: column 'answer' cannot be read: it holds two values under one name; keep one"),
+        ("twice.json", lambda path: path.write_text('[{"problem": [{"role": "user", "content": 1, "content": 2}], '
+                                                    '"answer": 3}]'), "'problem' cannot be read: it holds two values"),
         ("splits", lambda path: saved(path, ["train", "test"]), "has the splits train, test; give one of them"),
         ("rows.txt", lambda path: path.write_text("a"), "expected a .parquet"),
         ("rows", lambda path: path.write_text("a"), "expected a .parquet"),
