@@ -151,3 +151,12 @@ def test_no_credentials_stand_in_what_a_run_leaves(bucket, tmp_path):
     objects = [Store(url).read(name) for name in Store(url).listed()]
     files = [path.read_bytes() for path in folder.path.rglob("*") if path.is_file()]
     assert not [content for content in (*objects, *files) if SECRET.encode() in content or b"AKIATESTS" in content]
+
+
+def test_a_bucket_that_is_gone_is_not_taken_for_an_empty_one(bucket):
+    for read in (remote_runs, local_copy):
+        with pytest.raises(StorageError, match="there is no such bucket; create it, or correct the URL"):
+            read("s3://another/runs")
+    assert remote_runs(f"{bucket}/empty") == []
+    with pytest.raises(ConfigError, match="no run has begun there"):
+        local_copy(f"{bucket}/empty")

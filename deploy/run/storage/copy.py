@@ -69,7 +69,9 @@ def model_copy(model: str) -> str:
 def remote_runs(url: str) -> list[str]:
     """Returns the URLs of the runs in a folder of an object store. Raises StorageError and ConfigError."""
     store = Store(checked_url(url))
-    return [joined(store.url, name) for name in store.folders() if read_index(store.below(name)) is not None]
+    if not (found := [name for name in store.folders() if read_index(store.below(name)) is not None]):
+        store.check_bucket()
+    return [joined(store.url, name) for name in found]
 
 
 def working_copy(
@@ -141,6 +143,7 @@ def _is_in_step(store: Store, index: Index, folder: Path) -> bool:
 
 def _index_of(store: Store) -> Index:
     if (index := read_index(store)) is None:
+        store.check_bucket()
         raise ConfigError(f"{store.url}: no run has begun there; `latent-grpo runs {store.url}` lists those below it")
     return index
 

@@ -163,6 +163,19 @@ class Store:
 
         return self._do("", do)
 
+    def check_bucket(self) -> None:
+        """Raises StorageError where there is no such bucket, which lists as one without objects."""
+
+        def do(files: Any, path: str) -> None:
+            found = None
+            with contextlib.suppress(OSError):  # whoever may read a prefix alone may not ask for the bucket
+                found = files.get_file_info(path.partition("/")[0]).type
+            if found == fs.FileType.NotFound:
+                raise OSError("NO_SUCH_BUCKET")
+
+        if self._scheme != "file":
+            self._do("", do)
+
     def remove(self, name: str) -> None:
         """Removes an object; one that is not there is no error."""
 
