@@ -27,7 +27,7 @@ from latent_grpo.common.config.yaml_files import is_path
 from latent_grpo.common.interrupts import LEAVE_S
 from latent_grpo.common.plugins import is_import_path
 from latent_grpo.common.ports import address_port_fault
-from latent_grpo.common.secrets import REDACTED
+from latent_grpo.common.secrets import REDACTED, literal_secrets
 from latent_grpo.deploy.cluster.staging import SubmitError, stage_modules, stage_profile
 from latent_grpo.deploy.run.manifest import commit_for_job
 from latent_grpo.deploy.run.versions import SUBMITTED, versions
@@ -68,6 +68,12 @@ def submit(
         raise SubmitError("no cluster address: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
     if (fault := address_port_fault(address)) is not None:
         raise SubmitError(f"address {address}: {fault}; a job server's is 8265 where nobody has changed it")
+    given = (argument.removeprefix("--").partition("=") for argument in arguments)
+    if secrets := literal_secrets({key: value for key, equals, value in given if equals}):
+        raise SubmitError(
+            f"{', '.join(secrets)}: a secret does not belong into a job's command line, which the job server shows; "
+            "keep it in an environment variable: submit --env NAME"
+        )
     stop_s = stop_seconds(arguments)
     with tempfile.TemporaryDirectory(prefix="lgs-") as folder:
         staged = stage(Path(folder), arguments)

@@ -12,7 +12,7 @@ from rich.console import Console
 from latent_grpo.common.config import ConfigError, load_config
 from latent_grpo.common.secrets import literal_secrets, redacted
 from latent_grpo.deploy.cluster.staging import SubmitError
-from latent_grpo.deploy.cluster.submit import passed_variables
+from latent_grpo.deploy.cluster.submit import passed_variables, submit
 from latent_grpo.deploy.run.machine import keep_local, private_token
 from latent_grpo.deploy.run.preparation import check
 from latent_grpo.deploy.run.progress import Reporter
@@ -61,6 +61,12 @@ def test_submit_takes_the_names_of_variables_and_never_shows_a_value():
         passed_variables(["OTHER"], ENVIRONMENT)
     with pytest.raises(SubmitError, match="takes the name of a variable alone, got 'MY_KEY' with more") as refused:
         passed_variables(["MY_KEY=sesame-open"], ENVIRONMENT)
+    assert "sesame" not in str(refused.value)
+
+
+def test_submit_refuses_a_secret_in_an_argument_before_it_asks_the_cluster():
+    with pytest.raises(SubmitError, match=r"tasks\.0\.path, judge\.api_key: a secret does not belong") as refused:
+        submit(["train", "tasks.0.path=https://me:sesame@h/x", "--judge.api_key=sesame"], "http://127.0.0.1:1")
     assert "sesame" not in str(refused.value)
 
 
