@@ -85,19 +85,27 @@ class Run:
         return pa.table(columns)
 
     def trajectories(
-        self, steps: Collection[int] | None = None, *, purpose: str | None = "training", columns: Sequence[str] = ()
+        self,
+        steps: int | Collection[int] | None = None,
+        *,
+        purpose: str | None = "training",
+        columns: str | Sequence[str] = (),
     ) -> pa.Table:
         """Returns the dumped trajectories of the live history: `step`, `lineage`, `purpose`, and those of the schema.
 
-        `steps` None: every step with a dump; `purpose` None: evaluations and others too. `columns` limits which are
-        read, which a long run needs: all of a step of 1,024 rollouts take some hundred MB. Raises DumpError for a
-        damaged file and for a column that does not exist.
+        `steps`: one, several, or (None) every step with a dump; `purpose` None: evaluations and others too. `columns`,
+        one or several, limits which are read, which a long run needs: all of a step of 1,024 rollouts take some hundred
+        MB. Raises DumpError for a damaged file and for a column that does not exist.
         """
         schema = trajectory_schema(int(self.settings.get("k") or 0))
         return self._dumps(TrajectoryStore(self._now().folder.trajectories), schema, steps, purpose, columns)
 
     def learner_records(
-        self, steps: Collection[int] | None = None, *, purpose: str | None = "training", columns: Sequence[str] = ()
+        self,
+        steps: int | Collection[int] | None = None,
+        *,
+        purpose: str | None = "training",
+        columns: str | Sequence[str] = (),
     ) -> pa.Table:
         """Returns what the learner made of the trajectories: advantage, outcome, log-probs and clips of each step.
 
@@ -122,10 +130,12 @@ class Run:
         self,
         store: DumpStore,
         schema: pa.Schema,
-        steps: Collection[int] | None,
+        steps: int | Collection[int] | None,
         purpose: str | None,
-        columns: Sequence[str],
+        columns: str | Sequence[str],
     ) -> pa.Table:
+        columns = [columns] if isinstance(columns, str) else columns
+        steps = [steps] if isinstance(steps, int) else steps
         if unknown := [name for name in columns if name not in schema.names]:
             raise DumpError(f"there is no column {', '.join(unknown)}; columns: {', '.join(schema.names)}")
         tables = [

@@ -43,6 +43,7 @@ def test_trajectories_are_the_rows_of_the_dumps_with_their_place(run):
     assert table.column_names == ["step", "lineage", "purpose", *trajectory_schema(3).names]
     assert table.num_rows == 3 * 16
     second = run.trajectories([2], columns=["group_uid", "reward"])
+    assert run.trajectories(2, columns="reward").equals(run.trajectories([2], columns=["reward"]))
     stored = TrajectoryStore(run.path / "trajectories").read(2)
     assert second.column_names == ["step", "lineage", "purpose", "group_uid", "reward"]
     assert second["reward"].to_pylist() == stored["reward"].to_pylist()
