@@ -46,7 +46,24 @@ def load_config(
             data["warm_start"] = {**data["warm_start"], "chain": "explicit"}
     for path, value in changed:
         data = with_value(data, path, value, ".".join(path))
-    return parse_config(data)
+    config = parse_config(data)
+    if not isinstance(source, dict):  # a run's own settings may name a folder that was moved
+        for key in ("runs_folder", "work_folder"):
+            _check_variables(key, getattr(config, key))
+    return config
+
+
+def _check_variables(key: str, folder: str) -> None:
+    """Raises ConfigError for a variable of the environment in a folder that would be made, as nobody writes it out.
+
+    A folder that is there may have such a name; any other path of the settings must be there anyway.
+    """
+    variable = re.search(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})[^/]*", folder)
+    if variable is not None and not Path(named := folder[: variable.end()]).exists():
+        raise ConfigError(
+            f"{key}: ${variable[1]} is not written out here; write the path in full, got {folder!r} (or make {named}, "
+            "if that is its name)"
+        )
 
 
 def _size(sizes: Any, gpus: float) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os.path
-import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -45,15 +44,8 @@ def with_home(path: str) -> str:
     """Returns a path with `~` and `~user` at its beginning, or after `hf:`, written out.
 
     A shell does that only at the beginning of a word, and nobody does it in a file. Raises ValueError for a user
-    without a home folder, and for a variable of the environment, which nobody writes out either; a file or folder that
-    is there may have such a name.
+    without a home folder.
     """
-    variable = re.search(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})[^/]*", path)
-    if variable is not None and not os.path.exists(named := path[: variable.end()]):
-        raise ValueError(
-            f"${variable[1]} is not written out here; write the path in full, got {path!r} (or make {named}, if that "
-            "is its name)"
-        )
     prefix, rest = ("hf:", path[3:]) if path.startswith("hf:~") else ("", path)
     if not rest.startswith("~"):
         return path

@@ -151,16 +151,21 @@ def test_a_parent_by_way_of_the_home_folder_is_found(tmp_path):
     assert read_profile(written(tmp_path, f"extends: {way}\n")) == {"steps": 7}
 
 
+@pytest.mark.parametrize("key", ["runs_folder", "work_folder"])
 @pytest.mark.parametrize("path", ["$HOME/runs", "${HOME}/runs", "/data/$USER", "/data/a$b-$HOME"])
-def test_a_variable_in_a_path_is_refused(path):
-    assert "is not written out here" in fault_of(load_config, PROFILE, [f"runs_folder={path}"])
+def test_a_variable_in_a_folder_that_would_be_made_is_refused(key, path):
+    assert "is not written out here" in fault_of(load_config, "quickstart", [f"{key}={path}"])
+    stored = load_config("quickstart").model_dump(mode="json") | {key: path}
+    assert getattr(load_config(stored), key) == path, "a run that was moved has no such folder, and is opened"
 
 
 @pytest.mark.parametrize("name", ["us$1/x", "a$", "$/x", "a$b", "a$b/new/runs", "${HOME}/new"])
 def test_a_name_with_a_dollar_that_is_there_or_that_is_no_variable_is_a_path(name, tmp_path):
     for there in ("a$b", "${HOME}"):
         (tmp_path / there).mkdir()
-    assert load_config(PROFILE, [f"runs_folder={tmp_path}/{name}"]).runs_folder == f"{tmp_path}/{name}"
+    given = [f"{key}={tmp_path}/{name}" for key in ("runs_folder", "tasks.0.path")]
+    config = load_config("quickstart", given)
+    assert config.runs_folder == config.tasks[0].path == f"{tmp_path}/{name}"
 
 
 OVERRIDES = {
