@@ -20,8 +20,8 @@ def of_today(stored: dict[str, Any]) -> dict[str, Any]:
     stored = _without_default_tasks(stored)
     if "ray" in stored:
         return stored
-    health = stored.get("health", {})
-    if health.get("max_log_prob_gap") == GAP_OF_OLD_RUNS:
+    health = stored.get("health")
+    if isinstance(health, dict) and health.get("max_log_prob_gap") == GAP_OF_OLD_RUNS:
         stored = {**stored, "health": {**health, "max_log_prob_gap": "auto"}}
     return _without_default_prompts(stored)
 

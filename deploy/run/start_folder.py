@@ -22,36 +22,31 @@ def start_folder(identity: dict[str, Any]) -> str:
 
 
 def placed(settings: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
-    """Returns stored settings in which paths that lie in the start's folder are absolute; those that are none stay."""
+    """Returns stored settings in which paths that lie in the start's folder are absolute; those that are none stay.
+
+    What has another form than settings have stays too: whoever reads the settings says what is wrong with it.
+    """
     start = identity.get(STARTED_IN)
     if not isinstance(start, str) or not Path(start).is_dir() or Path(start) == Path.cwd():
         return settings
-    found = dict(settings)
-    for section in ("model", "evaluation"):
-        found[section] = dict(settings.get(section) or {})
-    found["tasks"] = _tasks(settings.get("tasks"), start)
-    if "tasks" in found["evaluation"]:
-        found["evaluation"]["tasks"] = _tasks(found["evaluation"]["tasks"], start)
-    _place(found["model"], "path", start)
-    if isinstance(new := found["model"].get("new"), dict):
-        found["model"]["new"] = dict(new)
-        _place(found["model"]["new"], "tokenizer", start)
+    found = {**settings, "tasks": _tasks(settings.get("tasks"), start)}
+    if isinstance(evaluation := settings.get("evaluation"), dict) and "tasks" in evaluation:
+        found["evaluation"] = {**evaluation, "tasks": _tasks(evaluation["tasks"], start)}
+    if isinstance(model := settings.get("model"), dict):
+        found["model"] = _with_placed(
+            {**model, "new": _with_placed(model.get("new"), "tokenizer", start)}, "path", start
+        )
     return found
 
 
 def _tasks(tasks: Any, start: str) -> Any:
-    if not isinstance(tasks, list):
-        return tasks
-    copies = [dict(task) for task in tasks]
-    for task in copies:
-        _place(task, "path", start)
-    return copies
+    return [_with_placed(task, "path", start) for task in tasks] if isinstance(tasks, list) else tasks
 
 
-def _place(section: dict[str, Any], key: str, start: str) -> None:
-    path = section.get(key)
+def _with_placed(section: Any, key: str, start: str) -> Any:
+    """Returns a section in which the path at `key` is that of the start's folder, if it is there."""
+    path = section.get(key) if isinstance(section, dict) else None
     if not isinstance(path, str) or not path or path.startswith(SCHEMES) or Path(path).is_absolute():
-        return
+        return section
     there = Path(start, path)
-    if exists(str(there)):
-        section[key] = str(there)
+    return {**section, key: str(there)} if exists(str(there)) else section

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from latent_grpo.common.config import RunConfig, config_as_json, load_config, parse_config
+from latent_grpo.common.config import ConfigError, RunConfig, config_as_json, load_config, parse_config
 from latent_grpo.common.config.loading import profiles_folder
 from latent_grpo.common.config.problems_and_model import BENCHMARK_DEFAULTS
 from latent_grpo.common.config.rules import section_in
@@ -18,6 +18,8 @@ from latent_grpo.common.tasks.benchmarks import prompt_of, prompt_of_messages
 from latent_grpo.common.tasks.sources import load_task
 from latent_grpo.deploy.evaluation.evaluate import evaluation_config
 from latent_grpo.deploy.run.folder import RunFolder, create_run, open_run
+from latent_grpo.deploy.run.older_settings import of_today
+from latent_grpo.deploy.run.start_folder import placed
 
 PLAIN = {"model": {"path": "m"}, "tasks": [{"name": "t", "path": "rows.jsonl"}]}
 TASK = {"name": "t", "path": "rows.jsonl", "columns": {"problem": "q"}, "prompt": {"system": "Think."}}
@@ -134,3 +136,13 @@ def test_a_section_tells_a_key_that_is_set_from_its_default_only_if_it_is_writte
         PromptConfig,
         type(load_config(PLAIN).tasks[0].columns),
     }
+
+
+@pytest.mark.parametrize("wrong", ["x", 3, None, [], ["x"], {}], ids=repr)
+@pytest.mark.parametrize("section", ["model", "evaluation", "tasks", "health"])
+def test_settings_of_another_form_reach_the_check_that_says_so(tmp_path, section, wrong):
+    """A foreign or damaged config.json: what prepares stored settings does not fail by itself."""
+    stored = {"model": {"new": {}}, "evaluation": {"tasks": []}, "tasks": [], "health": {}, section: wrong}
+    assert placed(of_today(stored), {"started_in": str(tmp_path)})[section] in (wrong, {"new": None})
+    with pytest.raises(ConfigError):
+        parse_config(placed(of_today(stored), {"started_in": str(tmp_path)}))
