@@ -29,7 +29,7 @@ from latent_grpo.deploy.evaluation.scores import TaskResult
 from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.background import BackgroundWork
 from latent_grpo.deploy.run.control import Scaling
-from latent_grpo.deploy.run.folder import RunFolder, create_run, has_begun, named_run, reopen_run
+from latent_grpo.deploy.run.folder import RunFolder, check_named, create_run, has_begun, named_run, reopen_run
 from latent_grpo.deploy.run.foreign_code import check_origin
 from latent_grpo.deploy.run.manifest import record_model
 from latent_grpo.deploy.run.milestones import Milestones
@@ -62,6 +62,7 @@ def train(config: RunConfig, profile: str, reporter: Reporter | None = None, pat
     if named is not None:
         named_copy(config, named, reporter.say)
     if named is not None and has_begun(named):
+        check_named(named, config, ["train", "sft"])
         if RunFolder(named).model.is_dir():
             reporter.say(f"run {config.run_name} has ended: model {RunFolder(named).model}")
             if is_url(config.runs_folder):

@@ -58,12 +58,12 @@ def _check_variables(key: str, folder: str) -> None:
 
     A folder that is there may have such a name; any other path of the settings must be there anyway.
     """
-    variable = re.search(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})[^/]*", folder)
-    if variable is not None and not Path(named := folder[: variable.end()]).exists():
-        raise ConfigError(
-            f"{key}: ${variable[1]} is not written out here; write the path in full, got {folder!r} (or make {named}, "
-            "if that is its name)"
-        )
+    for variable in re.finditer(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})[^/]*", folder):
+        if not Path(named := folder[: variable.end()]).exists():
+            raise ConfigError(
+                f"{key}: ${variable[1]} is not written out here; write the path in full, got {folder!r} (or make "
+                f"{named}, if that is its name)"
+            )
 
 
 def _size(sizes: Any, gpus: float) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.deploy.checks.memory import BYTES, GIB, ModelShape
 from latent_grpo.deploy.checks.validate import arithmetic, memory_rows
 from latent_grpo.deploy.planning.rates import DEVICES, MEMORY_GIB, Rates
-from latent_grpo.deploy.planning.simulation import Simulated, Times, driver_speed, growth, simulate
+from latent_grpo.deploy.planning.simulation import WARM_UP, Simulated, Times, driver_speed, growth, simulate
 from latent_grpo.deploy.run.foreign_code import left_out_sentence, without_code
 from latent_grpo.deploy.run.preparation import check
 
 Row = tuple[str, str]
-SIMULATED = 25  # steps of a simulation, about
-MOST_SIMULATED = 500_000  # groups of it: a minute on one core
+SIMULATED = 20  # steps of a simulation that count; fewer of large ones, and at least two
+MOST_SIMULATED = 500_000  # groups of one: a minute on one core
 MOST_SCALED = 1.5  # times the parameters of the measured model
 FAR = (
     "the rates are of a model of another size; time is taken as proportional to parameters, which is far too long for "
@@ -48,8 +48,15 @@ class Stages:
         return config.steps * self.simulated.step_s / 3600
 
 
+class TooLarge(ConfigError):
+    """A loop that would take too long to simulate."""
+
+
 def stages(config: RunConfig, parameters: int, rates: Rates) -> Stages:
-    """Predicts the stages of a step of a model of so many `parameters`, whose time is taken as proportional to them."""
+    """Predicts the stages of a step of a model of so many `parameters`, whose time is taken as proportional to them.
+
+    Raises :class:`TooLarge`.
+    """
     weights = sum(task.weight for task in config.tasks)
     response = sum(t.weight * t.max_response_tokens for t in config.tasks) / weights * rates.response_share
     prompt = sum(t.weight * t.max_prompt_tokens for t in config.tasks) / weights * rates.prompt_share
@@ -58,11 +65,12 @@ def stages(config: RunConfig, parameters: int, rates: Rates) -> Stages:
     worker_seconds = samples * response / rates.worker_steps_per_s * scale
     rank_seconds = samples * rates.trained_share * (prompt + response) / rates.rank_tokens_per_s * scale
     workers, ranks = config.rollout.workers, config.learner.ranks
-    if max(config.prompts_per_step * (config.max_staleness + SIMULATED), config.group_size, workers) > MOST_SIMULATED:
-        raise ConfigError(
+    steps = min(MOST_SIMULATED // config.prompts_per_step - WARM_UP - config.max_staleness, SIMULATED)
+    if steps < 2 or max(config.group_size, workers) > MOST_SIMULATED:
+        raise TooLarge(
             f"prompts_per_step {config.prompts_per_step:,}, max_staleness {config.max_staleness:,}, group_size "
-            f"{config.group_size:,}, rollout.workers {workers:,}: more than a plan simulates ({SIMULATED} steps of at "
-            f"most {MOST_SIMULATED:,} groups in all, as many samples in a group, as many workers); lower them"
+            f"{config.group_size:,}, rollout.workers {workers:,}: more than a plan simulates ({MOST_SIMULATED:,} "
+            "groups, samples in a group, or workers); lower them"
         )
     slots = (config.max_staleness + 1) * config.prompts_per_step
     side_by_side = max(min(config.rollout.max_rows // config.group_size, math.ceil(slots / workers)), 1)
@@ -79,7 +87,7 @@ def stages(config: RunConfig, parameters: int, rates: Rates) -> Stages:
         learner_s=times.learner_s,
         publish_s=times.publish_s,
         times=times,
-        simulated=simulate(config.model_copy(update={"dynamic_sampling": "refill"}), times, workers),
+        simulated=simulate(config.model_copy(update={"dynamic_sampling": "refill"}), times, workers, steps),
         worker_seconds=worker_seconds,
         rank_seconds=rank_seconds,
     )
@@ -114,7 +122,10 @@ def plan(
     rows += slot_rows(config, shape, gpu)
     if rates is None and not gpus:
         rates = DEVICES["cpu"]
-    rows += time_rows(config, shape.parameters, rates, gpus)
+    try:
+        rows += time_rows(config, shape.parameters, rates, gpus)
+    except TooLarge as error:  # which memory and slots do not depend on
+        return [*rows, ("times", f"not predicted: {error}")]
     return rows + (growth_rows(config, shape.parameters, rates) if grow and rates is not None else [])
 
 

@@ -34,7 +34,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -237,27 +237,34 @@ def reopen_run(
     """Opens a stopped run to resume it: its folder, its settings with allowed changes, and its new lineage.
 
     `kind` says what it does from now on: `train` may go on with the run of an `sft`, and 0.2.0 stored no kind. With
-    `settings` the run goes on with these in place of its own with `overrides`; its own are given to `check` first,
-    which may raise. Raises :class:`ResumeError`, and :class:`FolderInUse` where the run has not stopped.
+    `settings` the run goes on with these in place of its own with `overrides`, after :func:`check_named`; its own are
+    given to `check` first, which may raise. Raises :class:`ResumeError`, and :class:`FolderInUse` where the run has not
+    stopped.
     """
     if settings is None:
         folder, config = open_run(path, overrides, "--resume")
         check(folder.path, config)
     else:
-        folder, config = RunFolder(Path(path)), settings
-        check_settings(folder, config)
-        config = with_scaled_workers(folder, config)
+        folder = RunFolder(Path(path))
+        config = with_scaled_workers(folder, settings)
     with run_lock(folder.path):
         lineage = int(stored_identity(folder.path / IDENTITY)["lineage"]) + 1
         write_identity(folder, config, lineage, kind)
     return folder, config, lineage
 
 
-def check_settings(folder: RunFolder, config: RunConfig) -> None:
-    """Raises ResumeError where a run cannot go on with these settings in place of its own."""
+def check_named(path: Path, config: RunConfig, kinds: Sequence[RunKind]) -> None:
+    """Raises where the run of a name cannot go on as `config` says, or is no run of these kinds.
+
+    That is ConfigError, and ResumeError for settings that it may not have in place of its own.
+    """
+    folder = RunFolder(path)
+    kind = folder.identity().get("kind", kinds[0])  # 0.2.0 stored none
+    if kind not in kinds:
+        raise ConfigError(f"run_name {config.run_name}: {path} is a run of `{kind}`; give another name")
     # the same files, however they are named
     asked = parse_config(placed(config.model_dump(mode="json"), folder.identity()))
-    check_changes(folder.path, folder.placed_config(), asked)
+    check_changes(path, folder.placed_config(), asked)
 
 
 def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFolder, RunConfig]:

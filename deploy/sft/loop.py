@@ -30,7 +30,7 @@ from latent_grpo.deploy.run.folder import (
     FAILED,
     SFT_PURPOSE,
     RunFolder,
-    check_settings,
+    check_named,
     create_run,
     has_begun,
     named_run,
@@ -218,9 +218,7 @@ def sft(config: RunConfig, profile: str, reporter: Reporter | None = None) -> Ru
     if named is not None:
         named_copy(config, named, reporter.say)
     if named is not None and has_begun(named):
-        if (kind := RunFolder(named).identity().get("kind", "sft")) != "sft":
-            raise ConfigError(f"run_name {config.run_name}: {named} is a run of `{kind}`; give another name")
-        check_settings(RunFolder(named), config)
+        check_named(named, config, ["sft"])
         if (ended := _ended(named, reporter)) is not None:
             if is_url(config.runs_folder):
                 push(named, reporter.say)

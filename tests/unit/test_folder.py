@@ -20,6 +20,7 @@ from latent_grpo.deploy.run.folder import (
     FolderInUse,
     ResumeError,
     RunFolder,
+    check_named,
     create_run,
     has_begun,
     in_use,
@@ -122,8 +123,11 @@ def test_a_named_run_that_has_begun_goes_on_and_one_that_has_not_is_made(tmp_pat
     again, taken, lineage = reopen_run(folder.path, [], "train", more)
     assert (again, taken.rollout.workers, lineage) == (folder, 2, 1)
     other = load_config("quickstart", [f"runs_folder={tmp_path}", "run_name=job-7", "group_size=4"])
-    with pytest.raises(ResumeError, match=r"cannot be resumed with other settings: group_size"):
-        reopen_run(folder.path, [], "train", other)
+    check_named(folder.path, more, ["train", "sft"])
+    with pytest.raises(ResumeError, match="group_size"):
+        check_named(folder.path, other, ["train"])
+    with pytest.raises(ConfigError, match=r"run_name job-7: .* is a run of `train`; give another name"):
+        check_named(folder.path, more, ["sft"])
     with pytest.raises(ConfigError, match="run_name"):
         load_config("quickstart", ["run_name=../elsewhere"])
 

@@ -80,3 +80,15 @@ def test_a_plan_of_absurd_numbers_is_refused_before_it_is_simulated(key):
     config = settings(**{key: 10**9, **with_it.get(key, {})})
     with pytest.raises(ConfigError, match=f"{key} 1,000,000,000.*more than a plan simulates"):
         stages(config, 10**6, DEVICES["cpu"])
+
+
+def test_what_cannot_be_simulated_has_its_memory_all_the_same():
+    large = settings(prompts_per_step=400_000, minibatch_prompts=400_000)
+    rows = dict(plan(large))
+    assert "more than a plan simulates" in rows["times"]
+    assert rows["memory of a rollout worker"].startswith("about ")
+
+
+def test_large_batches_are_simulated_in_fewer_steps():
+    found = stages(settings(prompts_per_step=10_000, minibatch_prompts=10_000), 10**6, DEVICES["cpu"])
+    assert found.simulated.step_s > 0

@@ -153,8 +153,10 @@ def test_a_parent_by_way_of_the_home_folder_is_found(tmp_path):
 
 @pytest.mark.parametrize("key", ["runs_folder", "work_folder"])
 @pytest.mark.parametrize("path", ["$HOME/runs", "${HOME}/runs", "/data/$USER", "/data/a$b-$HOME"])
-def test_a_variable_in_a_folder_that_would_be_made_is_refused(key, path):
+def test_a_variable_in_a_folder_that_would_be_made_is_refused(key, path, tmp_path):
     assert "is not written out here" in fault_of(load_config, "quickstart", [f"{key}={path}"])
+    (tmp_path / "a$b").mkdir()  # whose name is no fault, but hides none
+    assert "$HOME is not written out" in fault_of(load_config, "quickstart", [f"{key}={tmp_path}/a$b/$HOME/runs"])
     stored = load_config("quickstart").model_dump(mode="json") | {key: path}
     assert getattr(load_config(stored), key) == path, "a run that was moved has no such folder, and is opened"
 
