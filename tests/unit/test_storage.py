@@ -608,6 +608,21 @@ def test_an_unexpected_error_is_told_and_tried_again(lives, tmp_path):
     assert there(store.url, tmp_path / "b") == contents(lives[0])
 
 
+def test_a_link_out_of_the_runs_own_parts_ends_the_upload_at_once(lives, tmp_path):
+    run, lines, store = tmp_path / "run", [], Store(f"file://{tmp_path}/store/run")
+    becomes(run, lives[0])
+    (tmp_path / "key").write_text("secret")
+    (run / "extra.jsonl").symlink_to(tmp_path / "key")
+    upload = Upload(run, store)
+    upload.attach()
+    uploader = Uploader(upload, store.url, run, lines.append, first_retry_s=600.0)
+    uploader.begin()
+    wait_for(lambda: lines)
+    assert "nothing more is uploaded: not uploaded: " in lines[0]
+    assert "extra.jsonl leads out of" in uploader.end(600.0)
+    assert held_by(store) is None
+
+
 # --- a run's own block -----------------------------------------------------------------------------------------------
 
 
@@ -760,7 +775,7 @@ def test_what_a_run_refuses_is_refused_before_it_is_copied(tmp_path):
         check_origin(tmp_path / "work" / "run", RunFolder(tmp_path / "work" / "run").config())
 
 
-@pytest.mark.parametrize("name", ["model", "notes.txt", "extra.json", "extra.jsonl", "trajectories/x.parquet"])
+@pytest.mark.parametrize("name", ["model", "extra.json", "extra.jsonl", "trajectories/x.parquet"])
 def test_what_a_runs_folder_links_to_elsewhere_is_not_uploaded(tmp_path, name):
     run = fake_run(tmp_path / "run", steps=1).path
     elsewhere = tmp_path / "private"
@@ -771,6 +786,27 @@ def test_what_a_runs_folder_links_to_elsewhere_is_not_uploaded(tmp_path, name):
         push(run, lambda text: None, (tmp_path / "store").as_uri())
     assert refused.value.exit_code == 2
     assert b"secret" not in b"".join(p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file())
+
+
+def test_links_of_other_programs_to_elsewhere_are_left_out_and_said_once(tmp_path):
+    """wandb links its log in the user's cache (`wandb/run-*/logs/debug-core.log`)."""
+    folder, config, store = run_of(tmp_path)
+    (tmp_path / "core.log").write_text("secret")
+    logs = folder.path / "wandb" / "run-1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "core.log")
+    (folder.path / "wandb" / "other.log").symlink_to(tmp_path / "core.log")
+    (folder.path / "wandb" / "run-1" / "own.log").write_text("a line")
+    lines = []
+    with uploading(folder, config, lines.append) as begin:
+        begin()
+        folder.write_json("summary.json", {"minutes": 1.0})
+    assert lines[-1] == f"uploaded: {store.url}"
+    assert [line for line in lines if line.startswith("link")] == [
+        f"link out of the run's folder, not uploaded: {folder.path}/wandb/other.log and 1 more"
+    ]
+    assert push(folder.path, print) == store.url
+    assert {name for name in there(store.url, tmp_path / "b") if "/" in name} == {"wandb/run-1/own.log"}
 
 
 def test_a_link_within_a_runs_folder_is_uploaded(tmp_path):

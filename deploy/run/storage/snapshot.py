@@ -43,11 +43,15 @@ class LeadsOut(StorageError):
 
 @dataclass(slots=True)
 class Taken:
-    """The files of a snapshot. `files` and `lines` have their size; what is open is closed with :func:`snapshot`."""
+    """The files of a snapshot. `files` and `lines` have their size; what is open is closed with :func:`snapshot`.
+
+    `left_out`: links of others that lead out of the folder.
+    """
 
     files: dict[str, int] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    left_out: list[Path] = field(default_factory=list)
     handles: dict[str, BinaryIO] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
 
@@ -175,12 +179,20 @@ def _add_dumps(taken: Taken, top: Path) -> None:
 
 
 def _add_others(taken: Taken) -> None:
-    """Adds what sinks and others keep in the folder: only at rest are such files whole."""
+    """Adds what sinks and others keep in the folder: only at rest are such files whole.
+
+    Links out of it are left out: wandb links its log in the user's cache.
+    """
+    whole = taken.folder.resolve()
     known = re.compile(r"(model|checkpoints|sft|induction|base|initial|trajectories|learner_records)(/|$)")
     for path in _files_in(taken.folder):
         name = path.relative_to(taken.folder).as_posix()
         top = "/" not in name and name.endswith((".json", ".jsonl"))
-        if not known.match(name) and not top and name.split("/")[0] not in LEFT_OUT:
+        if known.match(name) or top or name.split("/")[0] in LEFT_OUT:
+            continue
+        if path.is_symlink() and not path.resolve().is_relative_to(whole):
+            taken.left_out.append(path)
+        else:
             taken.files[name] = path.stat().st_size
 
 

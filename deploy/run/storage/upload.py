@@ -27,7 +27,7 @@ from latent_grpo.common.remote_url import checked_url, is_url, joined
 from latent_grpo.deploy.run.folder import RunFolder, run_lock
 from latent_grpo.deploy.run.storage.index import BEGUN, OWN, Index, read_index, write_index
 from latent_grpo.deploy.run.storage.lease import Lease
-from latent_grpo.deploy.run.storage.snapshot import Taken, is_dump, is_state, snapshot, state_manifest
+from latent_grpo.deploy.run.storage.snapshot import LeadsOut, Taken, is_dump, is_state, snapshot, state_manifest
 from latent_grpo.deploy.run.storage.store import StorageError, Store, Stored, WrittenElsewhere
 
 TWIN_FILE = ".remote.json"  # in the run's folder: what it has in common with its copy
@@ -69,9 +69,20 @@ def write_twin(folder: Path, twin: Twin) -> None:
 
 
 class Upload:
-    """Brings the copy of a run's folder up to date, one pass at a time. The caller holds the folder's lock."""
+    """Brings the copy of a run's folder up to date, one pass at a time. The caller holds the folder's lock.
 
-    def __init__(self, folder: Path, store: Store, lease: Lease | None = None, threads: int = THREADS):
+    `say` gets a line, once, where a link of others is left out.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        lease: Lease | None = None,
+        threads: int = THREADS,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self._say, self._told = say, False
         self._folder, self._store, self._threads = folder, store, threads
         self._lease = lease or Lease(store, folder)
         self._index = Index()
@@ -136,6 +147,7 @@ class Upload:
             self._index, self._unsure = read_index(self._store) or Index(), False
         before, swept, self._swept = self._index, self._swept, False
         with snapshot(self._folder, everything=everything) as taken:
+            self._tell(taken.left_out)
             kept, lines = self._unchanged(taken), self._lines(taken)
             gone = {_top(name) for name in taken.files.keys() & self._index.files.keys() if name not in kept}
             gone |= {name for name, stored in self._index.lines.items() if not _continues(taken, name, stored)}
@@ -155,6 +167,12 @@ class Upload:
             self._show(taken.texts)
             self._remove({*before.files, *before.lines} if swept else set(self._store.listed()))
         self._swept = True
+
+    def _tell(self, left_out: Sequence[Path]) -> None:
+        if left_out and not self._told:
+            self._told = True
+            more = f" and {len(left_out) - 1} more" if left_out[1:] else ""
+            self._say(f"link out of the run's folder, not uploaded: {left_out[0]}{more}")
 
     def _unchanged(self, taken: Taken) -> dict[str, Stored]:
         """Returns the files of the folder that are in the copy as they are."""
@@ -313,7 +331,7 @@ class Uploader:
             last = self._ending.is_set()
             try:
                 self._upload.run(everything=last)
-            except WrittenElsewhere as error:
+            except (WrittenElsewhere, LeadsOut) as error:  # no later try would succeed
                 if self._given_up:
                     break
                 self._failure = str(error)
@@ -357,7 +375,7 @@ def uploading(
         yield lambda: None
         return
     store = Store(joined(config.runs_folder, folder.name))
-    upload = Upload(folder.path, store)
+    upload = Upload(folder.path, store, say=say)
     try:
         upload.attach()
     except WrittenElsewhere:
@@ -403,7 +421,7 @@ def push(folder: str | Path, say: Callable[[str], None], url: str | None = None)
             f"push {folder}: the run has no copy in an object store; say where to: --to s3://BUCKET/PREFIX"
         )
     store = Store(twin.url if url is None and twin is not None else joined(checked_url(url or ""), run.name))
-    upload = Upload(run.path, store)
+    upload = Upload(run.path, store, say=say)
     with run_lock(run.path):
         upload.attach()
         try:
