@@ -20,7 +20,8 @@ _SETTING = (
     r"(?:password|passwd|secret|credentials?|(?:api|access|private|secret)_?key|"
     r"(?:auth|access|api|bearer|hf|hub|refresh|session)_?token)"
 )
-_NAME = re.compile(rf"(?:.*[_.-])?{_SETTING}|(?:.*\.)?token", re.IGNORECASE)
+_NAME = re.compile(rf"(?:.*[_.-])?{_SETTING}|(?P<token>(?:.*\.)?token)", re.IGNORECASE)
+_SPECIAL_TOKEN = re.compile(r"<[^<>]*>|\d+")  # a tokenizer's: its text or its id
 _VARIABLE = re.compile(r".*_(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)|(?:HF|WANDB)_.*", re.IGNORECASE)
 _HARMLESS = re.compile(r"(?:HF|WANDB)_(?:HOME|HUB_\w*|DATASETS_\w*|ENDPOINT|MODE|DIR|PROJECT|ENTITY|BASE_URL)")
 _ASSIGNED = re.compile(
@@ -30,11 +31,6 @@ _ASSIGNED = re.compile(
 )
 _OPTION = re.compile(rf"(--(?:[\w.-]*[_.-])?(?:{_SETTING}|(?<![_-])token)\s+)(\S+)", re.IGNORECASE)
 _URL = re.compile(r"""(?<=://)[^/\s@'"]+(?=@)""")
-
-
-def is_secret_setting(name: str) -> bool:
-    """Whether a key of the settings, such as `api_key`, means a secret. `first_token` and `sort_key` do not."""
-    return _NAME.fullmatch(name) is not None
 
 
 def secret_variables(environment: Mapping[str, str]) -> set[str]:
@@ -54,7 +50,10 @@ def redacted(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def literal_secrets(node: Any, key: str = "") -> list[str]:
-    """Returns the keys whose value is a secret itself: a text under a secret's name, or a URL with a password.
+    """Returns the keys whose value is a secret itself: a text or number under a secret's name, a URL with a password.
+
+    `first_token` and `sort_key` are no such names, `token: <eos>` and `token: 9` are a tokenizer's, and a URL in a
+    prompt is the model's to read.
 
     >>> literal_secrets({"verifiers": {"judge": {"options": {"api_key": "abcd1234", "api_key_variable": "JUDGE"}}}})
     ['verifiers.judge.options.api_key']
@@ -63,7 +62,10 @@ def literal_secrets(node: Any, key: str = "") -> list[str]:
         return [found for name, value in node.items() for found in literal_secrets(value, f"{key}.{name}".lstrip("."))]
     if isinstance(node, list | tuple):
         return [found for number, value in enumerate(node) for found in literal_secrets(value, f"{key}.{number}")]
-    if not isinstance(node, str) or not node:
+    if node is None or isinstance(node, bool) or node == "":
         return []
-    password = re.search(r"""://[^/\s@'":]*:[^/\s@'"]+@""", node)
-    return [key] if password or is_secret_setting(key) else []
+    text, name = str(node), _NAME.fullmatch(key)
+    if name is not None:
+        return [] if name["token"] and _SPECIAL_TOKEN.fullmatch(text) else [key]
+    is_prompt = "prompt" in key.split(".")
+    return [key] if not is_prompt and re.search(r"""://[^/\s@'":]*:[^/\s@'"]+@""", text) else []

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 import latent_grpo
-from latent_grpo.common.config import DeadlineConfig, parse_override, read_profile, with_value
+from latent_grpo.common.config import ConfigError, DeadlineConfig, parse_override, read_profile, with_value
 from latent_grpo.common.config.yaml_files import is_path
 from latent_grpo.common.interrupts import LEAVE_S
 from latent_grpo.common.plugins import is_import_path
@@ -68,11 +68,12 @@ def submit(
         raise SubmitError("no cluster address: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
     if (fault := address_port_fault(address)) is not None:
         raise SubmitError(f"address {address}: {fault}; a job server's is 8265 where nobody has changed it")
-    given = (argument.removeprefix("--").partition("=") for argument in arguments)
-    if secrets := literal_secrets({key: value for key, equals, value in given if equals}):
+    secrets = [found for key, value in _given(arguments) for found in literal_secrets(_parsed(key, value), key)]
+    if secrets:
         raise SubmitError(
-            f"{', '.join(secrets)}: a secret does not belong into a job's command line, which the job server shows; "
-            "keep it in an environment variable: submit --env NAME"
+            f"{', '.join(dict.fromkeys(secrets))}: a secret does not belong into a job's command line, which the job "
+            "server shows; keep it in an environment variable of the nodes, or pass it with submit --env NAME: "
+            "docs/cluster.md, Secrets, says who can read it there"
         )
     stop_s = stop_seconds(arguments)
     with tempfile.TemporaryDirectory(prefix="lgs-") as folder:
@@ -130,11 +131,8 @@ def stop_seconds(arguments: Sequence[str]) -> float:
     suite's own files are not read, nor what lies on the cluster only, as a run there does: the key's default counts
     then, unless an argument gives it. Raises ConfigError for a value that the job would refuse.
     """
-    given = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        key, equals, value = argument.removeprefix("--").partition("=")
-        given.append((key, value if equals else following))
-    options, settings = dict(given), {"deadlines": _stored_deadlines(dict(given))}
+    options = dict(_given(arguments))
+    settings = {"deadlines": _stored_deadlines(options)}
     for key in options:
         if key.split(".")[0] == "deadlines":
             path, value = parse_override(f"{key}={options[key]}")
@@ -144,6 +142,32 @@ def stop_seconds(arguments: Sequence[str]) -> float:
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
         raise SubmitError(f"deadlines of the job: {found}") from error
+
+
+def _given(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the arguments as (key, value): `key=value`, `--key=value`, `--key value`; others by their number.
+
+    Whether an option takes a value is the command's to know, so what follows one counts as its value and for itself.
+    """
+    found = []
+    for number, (before, argument) in enumerate(zip(["", *arguments], arguments, strict=False), start=1):
+        key, equals, value = argument.removeprefix("--").partition("=")
+        is_value = before.startswith("--") and "=" not in before
+        if is_value:
+            found.append((before[2:], argument))
+        if equals and "://" not in key:
+            found.append((key, value))
+        elif not is_value:
+            found.append((f"argument {number}", argument))
+    return found
+
+
+def _parsed(key: str, value: str) -> Any:
+    """The value as a setting; a text that is no YAML, such as a prompt, is itself."""
+    try:
+        return parse_override(f"{key}={value}")[1]
+    except ConfigError:
+        return value
 
 
 def _stored_deadlines(options: dict[str, str]) -> dict[str, Any]:

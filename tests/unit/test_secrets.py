@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from latent_grpo.common.config import ConfigError, load_config
 from latent_grpo.common.secrets import literal_secrets, redacted
+from latent_grpo.deploy.cluster import submit as submission
 from latent_grpo.deploy.cluster.staging import SubmitError
 from latent_grpo.deploy.cluster.submit import passed_variables, submit
 from latent_grpo.deploy.run.machine import keep_local, private_token
@@ -53,6 +55,7 @@ def test_a_setting_that_holds_a_secret_is_refused_by_its_key_and_not_shown():
     assert "abcd1234" not in str(refused.value)
     assert literal_secrets({"tasks": [{"path": "https://me:pass@host/x"}]}) == ["tasks.0.path"]
     assert literal_secrets({"first_token": "a", "tokenizer": "b", "path": "https://host/x"}) == []
+    assert literal_secrets({"password": 12345678, "token": 9, "api_key": None, "secret": False}) == ["password"]
 
 
 def test_submit_takes_the_names_of_variables_and_never_shows_a_value():
@@ -64,10 +67,51 @@ def test_submit_takes_the_names_of_variables_and_never_shows_a_value():
     assert "sesame" not in str(refused.value)
 
 
-def test_submit_refuses_a_secret_in_an_argument_before_it_asks_the_cluster():
-    with pytest.raises(SubmitError, match=r"tasks\.0\.path, judge\.api_key: a secret does not belong") as refused:
-        submit(["train", "tasks.0.path=https://me:sesame@h/x", "--judge.api_key=sesame"], "http://127.0.0.1:1")
+JUDGE = "verifiers.judge.options.api_key"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "tasks.0.path=https://me:sesame@h/x", "--judge.api_key=sesame"], "tasks.0.path, judge.api_key"),
+        (["train", f"--{JUDGE}", "sesame99"], JUDGE),
+        (["train", f"{JUDGE}=12345678"], JUDGE),
+        (["train", "verifiers={judge: {options: {api_key: sesame99}}}"], JUDGE),
+        (["train", "judge.api_key=sesame", "judge.api_key=null"], "judge.api_key"),
+        (["train", "judge.token=sesame"], "judge.token"),
+        (["push", "r", "--to", "https://me:sesame@h/x"], "to"),
+        (["push", "r", "--to", "https://me:sesame@h/x?token=sesame"], "to"),
+        (["runs", "s3://AKIA:sesame@bucket/x"], "argument 2"),
+        (["runs", "--json", "s3://AKIA:sesame@bucket/x?a=b"], "json"),
+        (["runs", "s3://AKIA:sesame@bucket/x?a=b"], "argument 2"),
+        (["train", "--files", "judge.api_key=sesame"], "judge.api_key"),
+    ],
+)
+def test_submit_refuses_a_secret_in_any_form_of_an_argument_before_it_asks_the_cluster(arguments, named):
+    with pytest.raises(SubmitError, match=rf"^{re.escape(named)}: a secret does not .*docs/cluster.md") as refused:
+        submit(arguments, "http://127.0.0.1:1")
     assert "sesame" not in str(refused.value)
+    assert "12345678" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", f"{JUDGE}=null"],
+        ["train", "tasks.0.options.token=<eos>"],
+        ["train", "--tasks.0.options.token", "</s>"],
+        ["generate", "--prompt=What is ssh://x:y@z ?"],
+        ["generate", "--prompt", "What is ssh://x:y@z: {"],
+        ["inspect", "token", "run"],
+    ],
+)
+def test_submit_takes_what_is_no_secret(arguments, monkeypatch):
+    def reached(arguments):
+        raise SubmitError("past the check")
+
+    monkeypatch.setattr(submission, "stop_seconds", reached)
+    with pytest.raises(SubmitError, match="past the check"):
+        submit(arguments, "http://127.0.0.1:1")
 
 
 def mode(path):
