@@ -125,7 +125,7 @@ def train_only(
     write_manifest(folder, config, 0, recorded.base, [source_facts])
     with (
         run_lock(folder.path),
-        uploading(folder, config, reporter.say) as begin_upload,
+        uploading(folder, config, reporter.say, made=True) as begin_upload,
         MetricsWriter(folder.path, config.metrics.sinks) as metrics,
         recorded_learner(config, recorded.base, Start(step=0, checkpoint=None), reporter) as learner,
         StepObserver(folder, config, 0, metrics, reporter) as observer,

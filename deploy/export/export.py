@@ -24,6 +24,7 @@ from latent_grpo.deploy.export.card import write_card
 from latent_grpo.deploy.export.upload import Hub, upload
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.storage.copy import local_copy
+from latent_grpo.deploy.run.storage.twin import foreign
 from latent_grpo.learner.best_checkpoint import best_checkpoint
 from latent_grpo.learner.checkpoint import (
     CheckpointError,
@@ -81,9 +82,7 @@ def export(
     config = folder.placed_config()
     client = None if repository is None else upload(repository, hub)  # refuses what cannot work before the weights
     chosen = choose(folder, config, step, best, say)
-    models = (file for place in (folder.model, folder.base_model, folder.path / "initial") for file in place.rglob("*"))
-    if (why := linked_out(folder.path, models)) is not None:
-        raise ConfigError(f"export {run}: {why}")
+    _check_links(folder, config, chosen)
     say(f"exporting {chosen.name} of {folder.path}")
     fill = partial(_fill, folder, config, chosen)
     if client is None:
@@ -93,6 +92,16 @@ def export(
         whole = Path(temporary, "model")
         save_whole(whole, fill)
         return client(whole, f"{chosen.name} of {folder.name}", public)
+
+
+def _check_links(folder: RunFolder, config: RunConfig, chosen: Chosen) -> None:
+    """Raises ConfigError where what is copied leads out of a folder that is not the user's own."""
+    if (whose := foreign(folder.path)) is None:
+        return
+    copied = [chosen.model] if chosen.state is None else [chosen.state, start_of(folder, config, chosen)]
+    inside = [place for place in copied if isinstance(place, Path)]  # others are models of the settings
+    if (why := linked_out(folder.path, (file for place in inside for file in place.rglob("*")))) is not None:
+        raise ConfigError(f"export: {whose}, and {why}")
 
 
 def _write(target: Path, fill: Callable[[Path], None]) -> None:

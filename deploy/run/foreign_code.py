@@ -14,9 +14,7 @@ paths to `deploy.run.preparation.check` as those to leave out, and say so with :
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.plugins import is_import_path
 from latent_grpo.common.tasks.generator import PREFIX
-from latent_grpo.deploy.run.storage.upload import read_twin
+from latent_grpo.deploy.run.storage.twin import foreign
 from latent_grpo.rollout_workers.verifiers import OWN
 
 
@@ -90,31 +88,19 @@ def check_origin(
     `overrides` are the command's own, and `allowed` the modules or import paths that it names besides; what they name
     may run. `user` is the uid that the folder must belong to; None: the one that runs this process.
     """
-    twin = read_twin(folder)
-    if twin is not None and twin.brought:
-        check_code(f"{folder} was copied from {twin.url}, where others may write", config, overrides, allowed)
-    elif not _belongs_to(folder, os.geteuid() if user is None else user):
-        whose = f"{folder} is another user's, or may be written by everybody"
-        check_code(whose, config, overrides, allowed, ", or take the folder over (chown, chmod o-w)")
+    if (whose := foreign(folder, user)) is not None:
+        check_code(whose, config, overrides, allowed)
 
 
-def check_code(
-    whose: str, config: RunConfig, overrides: Sequence[str], allowed: Sequence[str], otherwise: str = ""
-) -> None:
+def check_code(whose: str, config: RunConfig, overrides: Sequence[str], allowed: Sequence[str]) -> None:
     """Raises ConfigError where settings of others, as `whose` says, name code that the command does not."""
     refused = [c for c in named_code(config) if not _is_allowed(c, allowed) and not _is_in(c.path, overrides)]
     if refused:
         modules = ",".join(dict.fromkeys(code.module for code in refused))
         raise ConfigError(
             f"{whose}, and its config.json names code that this command would run: "
-            f"{', '.join(map(str, refused))}; if you trust it, give --allow-plugins {modules}{otherwise}"
+            f"{', '.join(map(str, refused))}; if you trust it, give --allow-plugins {modules}"
         )
-
-
-def _belongs_to(folder: Path, user: int) -> bool:
-    """Whether folder and settings are the user's, and nobody but a user's group can have written them."""
-    found = [os.stat(folder), os.stat(folder / "config.json")]
-    return all(status.st_uid == user and not status.st_mode & stat.S_IWOTH for status in found)
 
 
 def _is_allowed(code: NamedCode, allowed: Iterable[str]) -> bool:

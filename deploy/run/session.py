@@ -141,7 +141,13 @@ def run_session(
     with nothing_left(folder, lineage) as begins, contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(folder.path))
         begin_upload = stack.enter_context(
-            uploading(folder, config, reporter.say, recovering=link.recovery_here(folder.path) is not None)
+            uploading(
+                folder,
+                config,
+                reporter.say,
+                made=lineage == 0,
+                recovering=link.recovery_here(folder.path) is not None,
+            )
         )
         prepared = prepared.placed(folder, config, reporter)
         metrics = stack.enter_context(MetricsWriter(folder.path, config.metrics.sinks))

@@ -359,9 +359,24 @@ def test_the_real_client_without_network_or_credentials_is_one_line(run):
         export(run.path, "hf:me/latent", hub=lambda: FakeHub({"whoami": LocalTokenNotFoundError("none")}))
 
 
-def test_what_a_model_links_to_elsewhere_is_not_exported(run, tmp_path):
+def test_what_somebody_elses_model_links_to_elsewhere_is_not_exported(run, tmp_path):
     (tmp_path / "key").write_text("secret")
+    run.path.chmod(0o777)
     (run.path / "model" / "notes.txt").symlink_to(tmp_path / "key")
     with pytest.raises(ConfigError, match=r"notes.txt leads out of .*; put the file itself there"):
         export(run.path, str(tmp_path / "out"), say=print)
     assert not (tmp_path / "out").exists()
+    assert export(run.path, str(tmp_path / "out"), step=10), "which copies nothing of model/"
+    (run.path / "base" / "notes.txt").symlink_to(tmp_path / "key")
+    with pytest.raises(ConfigError, match=r"base/notes.txt leads out of"):
+        export(run.path, str(tmp_path / "again"), step=10)
+
+
+def test_the_users_own_model_may_lie_on_another_disk(run, tmp_path):
+    run.model.rename(tmp_path / "disk")
+    run.model.symlink_to(tmp_path / "disk")
+    export(run.path, str(tmp_path / "out"))
+    assert not (tmp_path / "out").is_symlink()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "disk" / "model.safetensors"
+    ).read_bytes()

@@ -21,7 +21,8 @@ from latent_grpo.deploy.run.storage.copy import brought_up_to_date, local_copy, 
 from latent_grpo.deploy.run.storage.index import BEGUN, INDEX, OWN, checksum, read_index
 from latent_grpo.deploy.run.storage.lease import Lease, held_by
 from latent_grpo.deploy.run.storage.store import StorageError, Store, WrittenElsewhere
-from latent_grpo.deploy.run.storage.upload import Upload, Uploader, push, read_twin, uploading
+from latent_grpo.deploy.run.storage.twin import read_twin
+from latent_grpo.deploy.run.storage.upload import Upload, Uploader, push, uploading
 from latent_grpo.learner.checkpoint import latest_checkpoint, write_checkpoint
 
 
@@ -613,12 +614,12 @@ def test_a_link_out_of_the_runs_own_parts_ends_the_upload_at_once(lives, tmp_pat
     becomes(run, lives[0])
     (tmp_path / "key").write_text("secret")
     (run / "extra.jsonl").symlink_to(tmp_path / "key")
-    upload = Upload(run, store)
+    upload = Upload(run, store, whose="it is another user's")
     upload.attach()
     uploader = Uploader(upload, store.url, run, lines.append, first_retry_s=600.0)
     uploader.begin()
     wait_for(lambda: lines)
-    assert "nothing more is uploaded: not uploaded: " in lines[0]
+    assert "nothing more is uploaded: not uploaded: it is another user's, and " in lines[0]
     assert "extra.jsonl leads out of" in uploader.end(600.0)
     assert held_by(store) is None
 
@@ -636,7 +637,7 @@ def run_of(tmp_path, **changes):
 
 def test_a_run_on_a_disk_is_not_uploaded(tmp_path):
     lines = []
-    with uploading(RunFolder(tmp_path), fake_config(), lines.append) as begin:
+    with uploading(RunFolder(tmp_path), fake_config(), lines.append, made=True) as begin:
         begin()
     assert lines == []
     assert list(tmp_path.iterdir()) == []
@@ -645,7 +646,7 @@ def test_a_run_on_a_disk_is_not_uploaded(tmp_path):
 def test_a_run_is_whole_in_the_store_once_its_block_has_ended(tmp_path):
     folder, config, store = run_of(tmp_path)
     lines = []
-    with uploading(folder, config, lines.append) as begin:
+    with uploading(folder, config, lines.append, made=True) as begin:
         begin()
         folder.write_json("summary.json", {"minutes": 1.0})
     assert lines[-1] == f"uploaded: {store.url}"
@@ -655,7 +656,7 @@ def test_a_run_is_whole_in_the_store_once_its_block_has_ended(tmp_path):
 
 def test_of_a_run_that_cannot_begin_nothing_is_in_the_store(tmp_path):
     folder, config, store = run_of(tmp_path)
-    with pytest.raises(ConfigError, match="Ray cannot start"), uploading(folder, config, print):
+    with pytest.raises(ConfigError, match="Ray cannot start"), uploading(folder, config, print, made=True):
         raise ConfigError("Ray cannot start")
     assert store.listed() == {}
 
@@ -668,7 +669,7 @@ def test_a_run_that_ends_early_is_uploaded_too(tmp_path, error):
     folder, config, store = run_of(tmp_path)
 
     def run() -> None:
-        with uploading(folder, config, print) as begin:
+        with uploading(folder, config, print, made=True) as begin:
             begin()
             folder.write_json("summary.json", {"sessions": [1.0]})
             raise error
@@ -683,7 +684,7 @@ def test_a_run_that_is_not_whole_in_the_store_does_not_end_as_if_it_were(tmp_pat
     lines, place = [], tmp_path / "store" / "run"
 
     def run() -> None:
-        with uploading(folder, config, lines.append) as begin:
+        with uploading(folder, config, lines.append, made=True) as begin:
             place.rename(tmp_path / "elsewhere")
             place.write_text("no folder any more")
             begin()
@@ -700,10 +701,10 @@ def test_a_run_that_recovers_goes_on_though_its_store_is_gone_and_a_new_one_does
     folder, config, store = run_of(tmp_path)
     lines, place = [], tmp_path / "store"
     place.write_text("no folder yet")
-    with pytest.raises(StorageError), uploading(folder, config, lines.append):
+    with pytest.raises(StorageError), uploading(folder, config, lines.append, made=True):
         pytest.fail("it begins")
     assert lines == []
-    with uploading(folder, config, lines.append, recovering=True) as begin:
+    with uploading(folder, config, lines.append, made=True, recovering=True) as begin:
         place.unlink()
         begin()
     assert "the run goes on, and the upload with it when it can" in lines[0]
@@ -776,16 +777,63 @@ def test_what_a_run_refuses_is_refused_before_it_is_copied(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model", "extra.json", "extra.jsonl", "trajectories/x.parquet"])
-def test_what_a_runs_folder_links_to_elsewhere_is_not_uploaded(tmp_path, name):
+def test_what_somebody_elses_run_folder_links_to_elsewhere_is_not_uploaded(tmp_path, name):
     run = fake_run(tmp_path / "run", steps=1).path
+    run.chmod(0o777)
     elsewhere = tmp_path / "private"
     elsewhere.mkdir()
     (elsewhere / "key").write_text("secret")
     (run / name).symlink_to(elsewhere if name == "model" else elsewhere / "key")
-    with pytest.raises(StorageError, match=r"not uploaded: .* leads out of .*private") as refused:
+    with pytest.raises(StorageError, match=r"another user's, or may be .* leads out of .*private") as refused:
         push(run, lambda text: None, (tmp_path / "store").as_uri())
     assert refused.value.exit_code == 2
     assert b"secret" not in b"".join(p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "learner_records", "trajectories"])
+def test_a_linked_folder_of_somebody_elses_run_is_not_uploaded(lives, tmp_path, name):
+    run = tmp_path / "run"
+    becomes(run, lives[1])
+    run.chmod(0o777)
+    (tmp_path / "private").mkdir()
+    if (run / name).is_dir():
+        shutil.copytree(run / name, tmp_path / "private", dirs_exist_ok=True)
+        shutil.rmtree(run / name)
+    (run / name).symlink_to(tmp_path / "private")
+    with pytest.raises(StorageError, match=r"another user's, or may be .* leads out of .*private"):
+        push(run, print, (tmp_path / "store").as_uri())
+
+
+def test_the_users_own_parts_of_a_run_may_lie_on_another_disk(lives, tmp_path):
+    run, disk, store = tmp_path / "run", tmp_path / "disk", Store(f"file://{tmp_path}/store/run")
+    becomes(run, lives[1])
+    whole = contents(run)
+    disk.mkdir()
+    dump = min(run.glob("trajectories/**/*.parquet"))
+    dump.rename(disk / dump.name)
+    dump.symlink_to(disk / dump.name)
+    for name in ("checkpoints", "trajectories", "metrics.jsonl"):
+        (run / name).rename(disk / name)
+        (run / name).symlink_to(disk / name)
+    upload = Upload(run, store)
+    upload.attach()
+    upload.run()
+    upload.detach()
+    assert there(store.url, tmp_path / "b") == whole
+    assert push(run, print, (tmp_path / "store").as_uri()) == store.url
+
+
+def test_a_run_that_this_process_made_may_link_out_whatever_its_folders_rights_are(tmp_path):
+    folder, config, store = run_of(tmp_path)
+    folder.path.chmod(0o777)  # as with umask 0
+    (tmp_path / "disk").mkdir()
+    folder.model.symlink_to(tmp_path / "disk")
+    export(folder.model, b"a")
+    with uploading(folder, config, print, made=True) as begin:
+        begin()
+    assert "model/model.safetensors" in store.listed()
+    with pytest.raises(StorageError, match="leads out of"), uploading(folder, config, print, made=False) as begin:
+        begin()
 
 
 def test_links_of_other_programs_to_elsewhere_are_left_out_and_said_once(tmp_path):
@@ -798,7 +846,7 @@ def test_links_of_other_programs_to_elsewhere_are_left_out_and_said_once(tmp_pat
     (folder.path / "wandb" / "other.log").symlink_to(tmp_path / "core.log")
     (folder.path / "wandb" / "run-1" / "own.log").write_text("a line")
     lines = []
-    with uploading(folder, config, lines.append) as begin:
+    with uploading(folder, config, lines.append, made=True) as begin:
         begin()
         folder.write_json("summary.json", {"minutes": 1.0})
     assert lines[-1] == f"uploaded: {store.url}"

@@ -27,7 +27,7 @@ from latent_grpo.deploy.run.start_folder import placed
 from latent_grpo.deploy.run.storage.index import Index, read_index
 from latent_grpo.deploy.run.storage.snapshot import is_dump
 from latent_grpo.deploy.run.storage.store import NotThere, StorageError, Store, Stored
-from latent_grpo.deploy.run.storage.upload import Twin, read_twin, write_twin
+from latent_grpo.deploy.run.storage.twin import Twin, read_twin, write_twin
 
 THREADS = 8  # downloads at the same time
 TRIES = 5  # at a run that changes while it is copied

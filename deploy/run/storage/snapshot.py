@@ -16,6 +16,7 @@ import contextlib
 import io
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ TRIES = 10  # at looking into a folder that changes meanwhile
 
 
 class LeadsOut(StorageError):
-    """A link in a run's folder to a file elsewhere, which nobody has asked to upload."""
+    """A link in somebody else's run folder to a file elsewhere, which nobody has asked to upload."""
 
     exit_code = ConfigError.exit_code
 
@@ -80,10 +81,11 @@ class Taken:
 
 
 @contextlib.contextmanager
-def snapshot(run: Path, *, everything: bool = False) -> Iterator[Taken]:
+def snapshot(run: Path, *, everything: bool = False, whose: str | None = None) -> Iterator[Taken]:
     """Looks at a run's folder. `everything`: also at files that others keep there, of a run that does not go on.
 
-    Raises StorageError where there is no run, and LeadsOut.
+    `whose` says that the folder is not the user's own. Raises StorageError where there is no run, and LeadsOut where
+    such a folder links to what lies elsewhere.
     """
     folder, taken = RunFolder(run), Taken(folder=run)
     with contextlib.ExitStack() as stack:
@@ -98,15 +100,17 @@ def snapshot(run: Path, *, everything: bool = False) -> Iterator[Taken]:
             for path, handle in stack.enter_context(_opened(listing)).items():
                 name = path.relative_to(run).as_posix()
                 taken.handles[name], taken.files[name] = handle, _size(handle)
+        links = [run / name for name in taken.files]  # what may be one that leads out
         for top in (folder.trajectories, folder.learner_records):
-            _add_dumps(taken, top)
+            links += _add_dumps(taken, top)
         for path in sorted(run.glob("*.jsonl")):
             taken.lines[path.name] = _whole_lines(path)
+            links.append(path)
         if everything:
             _add_others(taken)
         texts = [run / SCORES, *sorted(run.glob("*.json"))]
-        if (why := linked_out(run, [*(run / name for name in (*taken.files, *taken.lines)), *texts])) is not None:
-            raise LeadsOut(f"not uploaded: {why}")
+        if whose is not None and (why := linked_out(run, [*links, *texts])) is not None:
+            raise LeadsOut(f"not uploaded: {whose}, and {why}")
         for path in texts:
             if path.is_file() and not path.name.startswith("."):
                 taken.texts[path.relative_to(run).as_posix()] = path.read_text(encoding="utf-8")
@@ -168,14 +172,20 @@ def _files_in(folder: Path) -> list[Path]:
     return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
-def _add_dumps(taken: Taken, top: Path) -> None:
-    above = len(str(taken.folder)) + 1
+def _add_dumps(taken: Taken, top: Path) -> list[Path]:
+    """Adds the dumps of a folder, which may be a link; returns it and those dumps that are links."""
+    above, links = len(str(taken.folder)) + 1, [top]
     for folder, _, names in os.walk(top):  # of tens of thousands of files, every few seconds: plain strings
         for name in names:
             if name.endswith(".parquet") and not name.startswith("."):
                 path = f"{folder}/{name}"
                 with contextlib.suppress(FileNotFoundError):  # dump.keep_bytes has removed it
-                    taken.files[path[above:]] = os.stat(path).st_size
+                    found = os.lstat(path)
+                    if stat.S_ISLNK(found.st_mode):
+                        links.append(Path(path))
+                        found = os.stat(path)
+                    taken.files[path[above:]] = found.st_size
+    return links
 
 
 def _add_others(taken: Taken) -> None:

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from latent_grpo.common import main_loop
 from latent_grpo.common.config import ConfigError, RunConfig
-from latent_grpo.common.files import write_atomically
 from latent_grpo.common.interrupts import Interrupted
 from latent_grpo.common.remote_url import checked_url, is_url, joined
 from latent_grpo.deploy.run.folder import RunFolder, run_lock
@@ -29,8 +27,8 @@ from latent_grpo.deploy.run.storage.index import BEGUN, OWN, Index, read_index, 
 from latent_grpo.deploy.run.storage.lease import Lease
 from latent_grpo.deploy.run.storage.snapshot import LeadsOut, Taken, is_dump, is_state, snapshot, state_manifest
 from latent_grpo.deploy.run.storage.store import StorageError, Store, Stored, WrittenElsewhere
+from latent_grpo.deploy.run.storage.twin import Twin, foreign, read_twin, write_twin
 
-TWIN_FILE = ".remote.json"  # in the run's folder: what it has in common with its copy
 THREADS = 4  # uploads at the same time
 EVERY_S = 15.0
 FIRST_RETRY_S, LAST_RETRY_S = 5.0, 300.0
@@ -38,40 +36,11 @@ LOOK_EVERY_S = 1.0
 TOLD_EVERY_S = 600.0  # a failure that goes on
 
 
-@dataclass(frozen=True, slots=True)
-class Twin:
-    """What a run's folder knows of its copy: the URL, and the snapshots of which one is there if nobody else wrote.
-
-    They are the last one that was written or brought here, and those that were begun since: a kill or a failure may
-    have come after the store had one.
-    `brought`: the folder was made of the copy, so its settings are of whoever can write there.
-    """
-
-    url: str
-    snapshots: tuple[str, ...]
-    brought: bool = False
-
-
-def read_twin(folder: Path) -> Twin | None:
-    """Returns what a folder knows of its copy; None for one that has none."""
-    try:
-        found = json.loads((folder / TWIN_FILE).read_text(encoding="utf-8"))
-        return Twin(str(found["url"]), tuple(map(str, found["snapshots"])), bool(found["brought"]))
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{folder / TWIN_FILE} is damaged ({error}); remove it to upload the run anew") from error
-
-
-def write_twin(folder: Path, twin: Twin) -> None:
-    content = {"url": twin.url, "snapshots": twin.snapshots, "brought": twin.brought}
-    write_atomically(folder / TWIN_FILE, json.dumps(content) + "\n")
-
-
 class Upload:
     """Brings the copy of a run's folder up to date, one pass at a time. The caller holds the folder's lock.
 
-    `say` gets a line, once, where a link of others is left out.
+    `say` gets a line, once, where a link of others is left out. `whose` says that the folder is not the user's own
+    (:func:`foreign`): then a link out of it is refused.
     """
 
     def __init__(
@@ -81,8 +50,9 @@ class Upload:
         lease: Lease | None = None,
         threads: int = THREADS,
         say: Callable[[str], None] = lambda text: None,
+        whose: str | None = None,
     ):
-        self._say, self._told = say, False
+        self._say, self._told, self._whose = say, False, whose
         self._folder, self._store, self._threads = folder, store, threads
         self._lease = lease or Lease(store, folder)
         self._index = Index()
@@ -146,7 +116,7 @@ class Upload:
         if self._unsure:  # a write of the index failed, and the store may have made it
             self._index, self._unsure = read_index(self._store) or Index(), False
         before, swept, self._swept = self._index, self._swept, False
-        with snapshot(self._folder, everything=everything) as taken:
+        with snapshot(self._folder, everything=everything, whose=self._whose) as taken:
             self._tell(taken.left_out)
             kept, lines = self._unchanged(taken), self._lines(taken)
             gone = {_top(name) for name in taken.files.keys() & self._index.files.keys() if name not in kept}
@@ -362,20 +332,20 @@ class Uploader:
 
 @contextlib.contextmanager
 def uploading(
-    folder: RunFolder, config: RunConfig, say: Callable[[str], None], *, recovering: bool = False
+    folder: RunFolder, config: RunConfig, say: Callable[[str], None], *, made: bool, recovering: bool = False
 ) -> Iterator[Callable[[], None]]:
     """Uploads a run while the block goes on, if its `runs_folder` is a URL; the run calls what this yields to begin.
 
     The caller holds the folder's lock. At the end of the block it waits `deadlines.upload_s` for the rest, after
     SIGTERM what is left of `deadlines.terminate_s`. Raises StorageError at the beginning, and at the end of a whole
-    block where something is not there. A run that is `recovering` begins though the store cannot be reached, as it
-    would have gone on.
+    block where something is not there. A folder that this process has `made` has no links of others in it. A run that
+    is `recovering` begins though the store cannot be reached, as it would have gone on.
     """
     if not is_url(config.runs_folder):
         yield lambda: None
         return
     store = Store(joined(config.runs_folder, folder.name))
-    upload = Upload(folder.path, store, say=say)
+    upload = Upload(folder.path, store, say=say, whose=None if made else foreign(folder.path))
     try:
         upload.attach()
     except WrittenElsewhere:
@@ -421,7 +391,7 @@ def push(folder: str | Path, say: Callable[[str], None], url: str | None = None)
             f"push {folder}: the run has no copy in an object store; say where to: --to s3://BUCKET/PREFIX"
         )
     store = Store(twin.url if url is None and twin is not None else joined(checked_url(url or ""), run.name))
-    upload = Upload(run.path, store, say=say)
+    upload = Upload(run.path, store, say=say, whose=foreign(run.path))
     with run_lock(run.path):
         upload.attach()
         try:
