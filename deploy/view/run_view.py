@@ -278,7 +278,11 @@ def open_run(path: str | Path, parts: Collection[str] = RECORDS) -> RunView:
         around = path.parent if path.parent.is_dir() else Path()
         raise InspectionError(f"{path}: no such run folder{_runs_in(around)}")
     config = path / "config.json"
-    if not config.is_file():
+    try:
+        is_run = config.is_file()
+    except OSError as error:
+        raise InspectionError(f"{path} cannot be entered: {error.strerror}; ask its owner for the right to") from error
+    if not is_run:
         raise InspectionError(f"{path} is not a run folder: it has no config.json{_runs_in(path)}")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))

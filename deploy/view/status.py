@@ -6,6 +6,7 @@ while the run goes on or long after it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -153,15 +154,30 @@ def _status_or_reason(path: str | Path, now: float | None) -> Status:
 def _runs(root: Path) -> list[Path]:
     if not root.is_dir():
         raise InspectionError(f"{root}: no such folder; give the folder that runs are in (setting runs_folder)")
-    found = [path.parent for path in root.glob("*/config.json") if (path.parent / "run.json").is_file()]
+    try:
+        found = [path for path in root.iterdir() if _has_run(path)]
+    except OSError as error:
+        raise InspectionError(f"{root} cannot be read: {error.strerror}; ask its owner for the right to") from error
     if not found:
         raise InspectionError(f"{root} has no run in it; `latent-grpo train` makes one, in the folder runs_folder")
     return sorted(found, key=_written, reverse=True)
 
 
+def _has_run(folder: Path) -> bool:
+    """Whether a folder has a run in it, or may have: one that this user may not enter is listed as unreadable."""
+    try:
+        return all((folder / name).is_file() for name in ("config.json", "run.json"))
+    except OSError:
+        return True
+
+
 def _written(run: Path) -> float:
-    files = [path for name in ("metrics.jsonl", "run.json") if (path := run / name).is_file()]
-    return max(path.stat().st_mtime for path in files)
+    """When a run was written to, in seconds since 1970; one that this user may not enter comes after all others."""
+    times = [0.0]
+    for name in ("metrics.jsonl", "run.json"):
+        with contextlib.suppress(OSError):
+            times.append((run / name).stat().st_mtime)
+    return max(times)
 
 
 # --- for people ----------------------------------------------------------------------------------------------------
