@@ -17,12 +17,15 @@ import yaml
 from fake_run import fake_run, fake_trajectory
 from foreign_state import Touch
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from typer.testing import CliRunner
 
 from latent_grpo.common.config import ConfigError, load_config, read_profile
 from latent_grpo.common.config.loading import with_value
 from latent_grpo.common.schema import encode
 from latent_grpo.common.store import TrajectoryStore
+from latent_grpo.common.terminal_text import TextConsole
 from latent_grpo.deploy.cli.app import app, run_command
 from latent_grpo.deploy.cluster.submit import stage
 from latent_grpo.deploy.evaluation.evaluate import evaluation_config
@@ -203,7 +206,8 @@ def test_registered_names_and_this_programs_own_verifiers_are_no_foreign_code(tm
 
 # --- what strangers wrote is text in a terminal
 
-HOSTILE = "x[/b]\x1b]0;title\x07\x9b31m\u202e"
+HOSTILE = "x[/b]\x1b]0;title\x07\x9b31m\u202eend"
+SHOWN = "x[/b]␛]0;title␇⟨009B⟩31m⟨202E⟩end"
 
 
 def is_plain(text):
@@ -216,19 +220,32 @@ def test_what_a_foreign_profile_says_is_neither_markup_nor_a_control_sequence(tm
     done = CliRunner().invoke(app, [command, "--profile", name], env={"COLUMNS": "300"})
     assert done.exit_code == 0, done.exception
     assert is_plain(done.output)
+    assert SHOWN in done.output
 
 
-@pytest.mark.parametrize("field", ["finish_reason", "engine", "task", "worker", "response_text"])
+def test_a_cell_of_a_table_is_shown_whole_whatever_its_characters():
+    shown, path = io.StringIO(), "/data/می\u200cخواهم/👩\u200d👧/rows.jsonl"
+    table = Table("path", "name")
+    table.add_row(path, HOSTILE)
+    table.add_row(Text(path), "a\tb")
+    TextConsole(file=shown, width=80).print(table)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.getvalue().split("\n") if "│" in line]
+    assert rows == [[path, SHOWN], [path, "a       b"]]
+
+
+@pytest.mark.parametrize("field", ["finish_reason", "engine", "problem_uid", "worker", "response_text"])
 def test_what_a_foreign_dump_says_is_neither_markup_nor_a_control_sequence(tmp_path, field):
     run, rng = fake_run(tmp_path / "x[b]", steps=1), np.random.default_rng(0)
     rows = [fake_trajectory(rng, step=2, group=9, index=index, reward=1.0) for index in range(2)]
     TrajectoryStore(run.trajectories).write(
         2, encode([dataclasses.replace(row, **{field: HOSTILE}) for row in rows], 3)
     )
+    shown = ""
     for more in ([], ["--show", "1"]):
         done = CliRunner().invoke(app, ["inspect", str(run.path), "--step", "2", *more], env={"COLUMNS": "300"})
         assert done.exit_code == 0, done.exception
-        assert is_plain(done.output + "x[/b]")
+        shown += done.output
+    assert is_plain(shown)
 
 
 def test_an_error_that_names_a_foreign_folder_sends_no_control_sequence(tmp_path, capsys):

@@ -285,6 +285,7 @@ def test_model_text_cannot_control_the_terminal(tmp_path):
 def test_tokens_show_their_spaces_and_control_characters():
     assert visible_token(" a\n") == "␣a⏎"
     assert visible("a\x00\u200b") == "a␀⟨200B⟩"
+    assert (visible("می\u200cخواهم"), visible_token("\u200c")) == ("می\u200cخواهم", "⟨200C⟩")
     assert TokenTexts(None, "why")[7] == "#7"
 
 
