@@ -19,6 +19,11 @@ from latent_grpo.common.golds import any_of, spelled
 _MISSING = frozenset({"nan", "NaN", "NaT", "<NA>"})  # of float and NumPy, of Decimal, of pandas
 _TEXTS = (str, bytes, list, tuple, dict)
 _LIKE_A_CHAT = re.compile(r"""(array\()?[\[(]?\s*\{\s*['"](role|content|type|text|from|value)['"]\s*:""")
+_ROLE = re.compile(  # in chats, and in ShareGPT messages
+    r"system|developer|user|human|prompter|assistant|gpt|chatgpt|bing|bard|bot|model|observation|ipython|"
+    r"(tool|function)(_call|_response)?",
+    re.IGNORECASE,
+)
 _ARRAY = re.compile(r"\barray(?=\()|,\s*dtype=object(?=\))")  # what NumPy writes around a list
 _NO_COMMA = re.compile(r"\}\s+\{")  # and between its objects
 _ONE = re.compile(
@@ -184,16 +189,22 @@ def _refused(value: Any) -> Any:
 def _parsed_chat(text: str, parse: Callable[[str], Any]) -> Any:
     """Returns what a text spells as a whole if that is a chat, one of its messages, or a list of parts; None otherwise.
 
-    Any other text is a problem, also one that is an object by itself or begins with one.
+    Any other text is a problem, also one that is an object by itself or begins with one, and a graph of edges with from
+    and value: somebody in a chat has one of the roles that chats know.
     """
     try:
         found = parse(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of a text that only begins like a chat
         return None
     entries = found if isinstance(found, list | tuple) else [found]
-    shapes = [{"role", "content"}, {"from", "value"}]
-    is_chat = all(isinstance(entry, Mapping) and any(entry.keys() >= keys for keys in shapes) for entry in entries)
+    is_chat = all(map(_is_message, entries)) and any(
+        _ROLE.fullmatch(str(entry.get("role", entry.get("from")))) for entry in entries
+    )
     return found if is_chat or (found is entries and all(map(_is_text, entries))) else None
+
+
+def _is_message(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and any(keys <= entry.keys() for keys in ({"role", "content"}, {"from", "value"}))
 
 
 def _role(value: Any) -> str:

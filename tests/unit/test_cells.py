@@ -87,6 +87,9 @@ NO_CHATS = [  # problems about JSON and Python
     '{"text": "Translate"}',
     '[{"value": 1}, {"value": 2}]',
     '[{"type": "text", "size": 1}]',
+    '[{"from": "a", "to": "b", "value": 2}, {"from": "b", "to": "c", "value": 1}]',
+    '{"from": "Paris", "to": "Rome", "value": 3}',
+    "{'from': 'A', 'value': 3}",
     '{"role": "admin"}',
     "{'value': 3, 'x': 4} is a Python dict d. What is d['x']?",
     "[{'role': 'user', 'content': 'x'}][0]['role'] is?",
@@ -135,6 +138,8 @@ REFUSED = [
     (f"array([{USER}], dtype=object)", "a chat as Python spells it"),
     (str([{"from": "human", "value": "1+1?"}]), "a chat as Python spells it"),
     (json.dumps([{"from": "human", "value": "1+1?"}]), "a list .*role and content"),
+    (json.dumps([{"from": "System", "value": "s"}, {"from": "me", "value": "1+1?"}]), "a list .*role and content"),
+    (json.dumps({"from": "human", "value": "1+1?"}), "an object"),
     (json.dumps(USER), "an object"),
     (str(USER), "a chat as Python spells it"),
     (f"[{USER}\n {USER}]", "a chat as Python spells it"),  # as NumPy and pandas do
