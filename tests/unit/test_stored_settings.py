@@ -138,11 +138,20 @@ def test_a_section_tells_a_key_that_is_set_from_its_default_only_if_it_is_writte
     }
 
 
-@pytest.mark.parametrize("wrong", ["x", 3, None, [], ["x"], {}], ids=repr)
-@pytest.mark.parametrize("section", ["model", "evaluation", "tasks", "health"])
+@pytest.mark.parametrize(
+    ("section", "wrong"),
+    [
+        (section, wrong)
+        for section, valid in {"model": [], "evaluation": [{}], "tasks": [], "health": [{}]}.items()
+        for wrong in ("x", 3, None, [], ["x"], {})
+        if wrong not in valid
+    ],
+)
 def test_settings_of_another_form_reach_the_check_that_says_so(tmp_path, section, wrong):
     """A foreign or damaged config.json: what prepares stored settings does not fail by itself."""
-    stored = {"model": {"new": {}}, "evaluation": {"tasks": []}, "tasks": [], "health": {}, section: wrong}
-    assert placed(of_today(stored), {"started_in": str(tmp_path)})[section] in (wrong, {"new": None})
-    with pytest.raises(ConfigError):
-        parse_config(placed(of_today(stored), {"started_in": str(tmp_path)}))
+    valid = load_config("quickstart").model_dump(mode="json")
+    parse_config(placed(of_today(valid), {"started_in": str(tmp_path)}))
+    found = placed(of_today({**valid, section: wrong}), {"started_in": str(tmp_path)})
+    assert found[section] in (wrong, {"new": None})
+    with pytest.raises(ConfigError, match=section):
+        parse_config(found)
