@@ -68,10 +68,9 @@ def submit(
         raise SubmitError("no cluster address: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
     if (fault := address_port_fault(address)) is not None:
         raise SubmitError(f"address {address}: {fault}; a job server's is 8265 where nobody has changed it")
-    secrets = [found for key, value in _given(arguments) for found in literal_secrets(_parsed(key, value), key)]
-    if secrets:
+    if secrets := secrets_in(arguments):
         raise SubmitError(
-            f"{', '.join(dict.fromkeys(secrets))}: a secret does not belong into a job's command line, which the job "
+            f"{', '.join(secrets)}: a secret does not belong into a job's command line, which the job "
             "server shows; keep it in an environment variable of the nodes, or pass it with submit --env NAME: "
             "docs/cluster.md, Secrets, says who can read it there"
         )
@@ -122,6 +121,12 @@ def passed_variables(names: Sequence[str], environment: Mapping[str, str]) -> di
         if name not in environment:
             raise SubmitError(f"--env {name}: there is no such variable here; export it first")
     return {name: environment[name] for name in names}
+
+
+def secrets_in(arguments: Sequence[str]) -> list[str]:
+    """Returns the names of the arguments that hold a secret in plain text, whatever their form."""
+    found = [name for key, value in _given(arguments) for name in literal_secrets(_parsed(key, value), key)]
+    return list(dict.fromkeys(found))
 
 
 def stop_seconds(arguments: Sequence[str]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -99,30 +100,31 @@ def test_runs_lists_the_newest_first_and_names_what_cannot_be_read(run, tmp_path
         all_statuses(tmp_path / "a")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def nobody():
     """Root, who may enter every folder, is the user nobody meanwhile."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
-    yield
-    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
-def test_a_run_that_this_user_may_not_enter_is_listed_last_as_unreadable(run, tmp_path, monkeypatch, request):
+def test_a_run_that_this_user_may_not_enter_is_listed_last_as_unreadable(run, tmp_path):
     closed = fake_run(tmp_path / "closed").path
     (tmp_path / "a-file").write_text("x")
     all_statuses(tmp_path)  # imports what the user nobody may not read
     closed.chmod(0)
     tmp_path.chmod(0o755)
-    monkeypatch.chdir(tmp_path)  # nobody may not enter the folders above it
-    request.getfixturevalue("nobody")
-    found = all_statuses(".")
-    assert [(one.run, one.state) for one in found] == [("a", "stopped"), ("closed", "unreadable")]
-    assert found[1].notes == ("closed cannot be entered: Permission denied; ask its owner for the right to",)
-    assert newest_run(Path()) == Path("a")
-    with pytest.raises(InspectionError, match="closed cannot be read: Permission denied; ask its owner"):
-        all_statuses("closed")
+    with contextlib.chdir(tmp_path), nobody():  # who may not enter the folders above it
+        found = all_statuses(".")
+        assert [(one.run, one.state) for one in found] == [("a", "stopped"), ("closed", "unreadable")]
+        assert found[1].notes == ("closed cannot be entered: Permission denied; ask its owner for the right to",)
+        assert newest_run(Path()) == Path("a")
+        with pytest.raises(InspectionError, match="closed cannot be read: Permission denied; ask its owner"):
+            all_statuses("closed")
 
 
 def test_the_commands_print_for_people_and_for_programs(run, tmp_path):
