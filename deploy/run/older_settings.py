@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from latent_grpo.common.config import Columns, PromptConfig, TaskConfig
@@ -17,38 +18,37 @@ def of_today(stored: dict[str, Any]) -> dict[str, Any]:
     that a file need not have, and for verifier and budgets of a task that is a benchmark. Those up to 0.2.0, which had
     no section `ray`, wrote `health.max_log_prob_gap`, a bound on whole steps, and the keys of prompts besides.
     """
-    stored = _without_default_tasks(stored)
+    stored = _rewritten(stored, _without_default_tasks)
     if "ray" in stored:
         return stored
     health = stored.get("health")
     if isinstance(health, dict) and health.get("max_log_prob_gap") == GAP_OF_OLD_RUNS:
         stored = {**stored, "health": {**health, "max_log_prob_gap": "auto"}}
-    return _without_default_prompts(stored)
+    found: dict[str, Any] = _rewritten(stored, _without_default_prompts)
+    return found
 
 
-def _without_default_tasks(node: Any) -> Any:
+def _rewritten(node: Any, change: Callable[[dict[str, Any]], None]) -> Any:
+    """Returns a copy of settings in which `change` has changed each mapping, the inner ones first."""
     if isinstance(node, list):
-        return [_without_default_tasks(item) for item in node]
+        return [_rewritten(item, change) for item in node]
     if not isinstance(node, dict):
         return node
-    found = {key: _without_default_tasks(value) for key, value in node.items()}
+    found = {key: _rewritten(value, change) for key, value in node.items()}
+    change(found)
+    return found
+
+
+def _without_default_tasks(found: dict[str, Any]) -> None:
     columns, fields = found.get("columns"), Columns.model_fields
     if isinstance(columns, dict) and {"problem", "answer", "cot"} <= columns.keys():  # written by a version before
         found["columns"] = {key: v for key, v in columns.items() if key not in fields or v != fields[key].default}
         for key in BENCHMARK_DEFAULTS.get(str(found.get("name")), ()):
             if found.get(key) == TaskConfig.model_fields[key].default:
                 del found[key]
-    return found
 
 
-def _without_default_prompts(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_without_default_prompts(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    found = {key: _without_default_prompts(value) for key, value in node.items()}
+def _without_default_prompts(found: dict[str, Any]) -> None:
     if isinstance(prompt := found.get("prompt"), dict):
         fields = PromptConfig.model_fields
-        chosen = {key: v for key, v in prompt.items() if key not in fields or v != fields[key].default}
-        found["prompt"] = chosen
-    return found
+        found["prompt"] = {key: v for key, v in prompt.items() if key not in fields or v != fields[key].default}
