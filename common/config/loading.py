@@ -88,9 +88,9 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explained(error))) from error
+        raise ConfigError(*_explained(error)) from error
     if faults := list(_unusable_numbers(data, (), RunConfig)):
-        raise ConfigError("\n".join(faults))
+        raise ConfigError(*faults)
     return config
 
 

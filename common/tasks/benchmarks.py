@@ -214,5 +214,5 @@ def benchmark_tasks(names: Sequence[str], folder: str | Path) -> list[TaskConfig
     if missing:
         place = Path(folder).resolve()
         lines = [f"no {' or '.join(BENCHMARKS[name].files)} in {place}{how_to_get(name)}" for name in missing]
-        raise ConfigError("\n".join([*fetch_commands((name, folder) for name in missing), *lines]))
+        raise ConfigError(*fetch_commands((name, folder) for name in missing), *lines)
     return tasks

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from latent_grpo.common import __version__
 from latent_grpo.common.config import ConfigError, config_as_json
-from latent_grpo.common.errors import LatentGRPOError, RayLost
+from latent_grpo.common.errors import LatentGRPOError, RayLost, one_line
 from latent_grpo.common.files import FULL, unwritable
 from latent_grpo.common.secrets import redacted
 from latent_grpo.common.terminal_text import TextConsole
@@ -73,7 +73,7 @@ def _program(
 STATUS = {"ok": "green", "warn": "yellow", "fail": "red"}
 ERROR, SUPERVISOR = Text("error", "bold red"), Text("supervisor", "yellow")
 DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a place that the user has chosen
-MISPLACED = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # something else is in the place of a file or a folder
+MISPLACED = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # something else than a file or folder is there
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[str, typer.Option(help="Name of a shipped profile, or the path of a YAML file.")]
 Allowed = Annotated[
@@ -484,7 +484,7 @@ def _failed(error: Exception, sentence: str, code: int) -> int:
     """Says what has ended the command, to the user and to the supervisor, and returns the exit code."""
     if debugging():
         traceback.print_exception(error)
-    say(sentence, ERROR)
+    say(sentence if isinstance(error, LatentGRPOError) else one_line(sentence), ERROR)
     if isinstance(error, (RayLost, *ray_is_gone())):
         lost = str(error) if isinstance(error, RayLost) else in_one_line(error)
         link.tell(crashed=f"has lost its Ray: {lost}")

@@ -70,7 +70,7 @@ def check_inputs(suite: Suite, units: Iterable[Unit], folder: Path) -> list[str]
             faults.setdefault(line, []).append(unit.key)
     if faults:
         lines = (f"{line} ({_shown(keys)})" for line, keys in faults.items())
-        raise SuiteError("\n".join([f"suite {suite.title} cannot start here:", *lines, *notes]))
+        raise SuiteError(f"suite {suite.title} cannot start here:", *lines, *notes)
     return list(notes)
 
 

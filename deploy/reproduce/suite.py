@@ -206,7 +206,7 @@ def load_suite(
     try:
         suite = Suite.model_validate(data)
     except ValidationError as error:
-        raise SuiteError("\n".join([f"suite {source}:", *map(_explain, error.errors())])) from error
+        raise SuiteError(f"suite {source}:", *map(_explain, error.errors())) from error
     if quick:
         suite = _quick(suite, source)
     if seeds:
@@ -300,7 +300,7 @@ def unit_config(suite: Suite, unit: Unit, folder: Path) -> RunConfig:
     try:
         return with_present_files(load_config(suite.profile, chosen))
     except ConfigError as error:
-        raise SuiteError(f"{unit.key}: {error}") from error
+        raise SuiteError(*(f"{unit.key}: {line}" for line in error.args)) from error
 
 
 def unit_folder(folder: Path, unit: Unit) -> Path:

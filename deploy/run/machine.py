@@ -49,10 +49,10 @@ def check_machine(limit_s: float) -> None:
     if ray is not None and ray.is_initialized():
         return
     if found := ray_faults(os.environ, limit_s):
-        said = "\n".join(map(str, found))
+        said = map(str, found)
         if link.recovering() and all(fault.passing for fault in found):
-            raise RayLost(said)
-        raise ConfigError(said)
+            raise RayLost(*said)
+        raise ConfigError(*said)
 
 
 def ray_faults(

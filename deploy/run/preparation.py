@@ -301,7 +301,7 @@ def check_secrets(config: RunConfig) -> None:
 def check_files(config: RunConfig) -> None:
     """Raises :class:`common.errors.ConfigError` with a line for every problem file that does not exist."""
     if faults := file_faults(config):
-        raise ConfigError("\n".join(faults))
+        raise ConfigError(*faults)
 
 
 def large_files(config: RunConfig) -> list[str]:

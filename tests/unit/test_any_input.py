@@ -140,10 +140,10 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def answer_in_one_line(folder: Path, *arguments: str, codes: tuple[int, ...] = (0, 2), made: str | None = None) -> None:
+def answer_in_one_line(folder: Path, *arguments: str, codes: tuple[int, ...] = (0, 2), made: str | None = None) -> str:
     """Runs a command in a folder, and holds that it ends as it should and leaves the folder as it was.
 
-    `made` is what it leaves where it succeeds, and is removed.
+    `made` is what it leaves where it succeeds, and is removed. Returns what it has said, in one line.
     """
     before = sorted(folder.rglob("*"))
     out, err = io.StringIO(), io.StringIO()
@@ -160,6 +160,7 @@ def answer_in_one_line(folder: Path, *arguments: str, codes: tuple[int, ...] = (
     if code == 0 and made is not None:
         shutil.rmtree(folder / made) if (folder / made).is_dir() else (folder / made).unlink()
     assert sorted(folder.rglob("*")) == before, "something was left behind"
+    return " ".join(f"{out.getvalue()} {err.getvalue()}".split())
 
 
 def of_a_profile(folder: Path, content: bytes) -> None:
@@ -346,6 +347,36 @@ def test_arguments_that_a_command_does_not_take_are_one_line(tmp_path, capsys, a
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error ")
     assert line in said
+
+
+def task(name: str, path: str) -> str:
+    return f"tasks=[{{name: {name}, path: {path}, max_prompt_tokens: 32, max_response_tokens: 18}}]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["status", "a\nb"], r"a\nb: no such run folder"),
+        (["report", "a\u2028b"], r"a\u2028b: no such run folder"),
+        (["validate", "--profile", "a\nb.yaml"], r"a\nb.yaml"),
+        (["validate", "--files", task("mine", r'"/no/a\nb.jsonl"')], r"/no/a\nb.jsonl"),
+        (["validate", "--files", task(r'"a\nb"', "/no/c.jsonl")], r"a\nb"),
+        (["validate", r'run_name="a\nb"'], "run_name: "),
+        (["grade", "a\rb.jsonl", "--kind", "number"], r"a\rb.jsonl"),
+    ],
+)
+def test_a_name_with_a_line_break_makes_no_second_line(tmp_path, capsys, arguments, shown):
+    with inside(tmp_path):
+        assert run_command(arguments) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error ")
+    assert shown in said
+
+
+def test_every_faulty_key_has_a_line_of_its_own(capsys):
+    assert run_command(["validate", "seed=x", "steps=0", "k=x"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.removeprefix("error ").partition(":")[0] for line in said] == ["seed", "steps", "k"]
 
 
 # --- faults that nobody expected -----------------------------------------------------------------------------------
