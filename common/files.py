@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and a file's hash."""
+"""Atomic writes of files and folders, reading what another process may have replaced, and a file's hash."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -33,6 +34,30 @@ def write_atomically(path: Path, content: str | bytes | memoryview, *, temporary
         error.filename = str(path)  # an error of writing names no file, and one of opening the unfinished one
         raise
     fsync(path.parent)
+
+
+SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def check_is_file(path: Path) -> None:
+    """Raises OSError for a pipe, a socket or a device in a file's place: whoever opens one may wait for ever.
+
+    A folder passes, as every way of reading refuses it. Raises FileNotFoundError, and what `stat` raises, too.
+    """
+    if (what := SPECIAL.get(stat.S_IFMT(path.stat().st_mode))) is not None:
+        raise OSError(errno.ENXIO, f"it is {what} and no file", str(path))
+
+
+def opened(path: Path) -> BinaryIO:
+    """Opens a file of a run's folder for reading. Raises what :func:`check_is_file` and `open` raise."""
+    check_is_file(path)
+    return path.open("rb")
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 file of a run's folder. Raises what :func:`opened` does, and UnicodeDecodeError."""
+    with opened(path) as file:
+        return file.read().decode()
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

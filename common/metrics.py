@@ -11,12 +11,14 @@ import logging
 import math
 import numbers
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latent_grpo.common.errors import MetricsError
+from latent_grpo.common.files import opened
 from latent_grpo.common.sinks import MetricSink, make_sink
 
 FILE = "metrics.jsonl"
@@ -84,16 +86,17 @@ def _as_number(name: str, value: Any) -> float:
 
 
 def read_metrics(
-    path: str | Path, *, kind: str | None = "train", lineage: int | None = None
+    path: str | Path, *, kind: str | None = "train", lineage: int | None = None, left_out: list[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Reads the lines of a record, oldest first; `path` is a run folder or the file.
 
     Without a `lineage` it reads the live history. A torn last line (the run was killed while writing it) is left out. A
-    step that a restart repeated counts once.
+    step that a restart repeated counts once. A damaged line raises :class:`MetricsError`, or is left out where there is
+    a list `left_out`, which gets a sentence for each.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
-    rows = [row for row in _rows(path) if kind is None or row["kind"] == kind]
+    rows = [row for row in _rows(path, left_out) if kind is None or row["kind"] == kind]
     if lineage is not None:
         yield from (row for row in rows if row["lineage"] == lineage)
         return
@@ -106,38 +109,80 @@ def read_metrics(
             yield row
 
 
-_FORM: dict[str, type] = {"kind": str, "step": int, "lineage": int, "metrics": dict}
+LARGEST = sys.float_info.max
+LATEST = 253402300800.0  # seconds since 1970 at the end of the year 9999
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def is_count(value: Any) -> bool:
+    """Whether a value of JSON is a whole number from 0 up, as a step, that a column of 64 bits holds."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number that a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+
+
+FITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kind": (lambda value: isinstance(value, str), "a text"),
+    "step": (is_count, "a whole number from 0 up"),
+    "lineage": (is_count, "a whole number from 0 up"),
+    "time": (lambda value: is_number(value) and 0 <= value < LATEST, "seconds since 1970"),
+    "metrics": (lambda value: isinstance(value, dict), "a mapping of numbers"),
+}
+
+
+def _fault(row: Any) -> str | None:
+    """Says what is wrong with a line of metrics; None: nothing."""
+    if not isinstance(row, dict):
+        return f"expected a mapping, got {row!r:.60}"
+    for name, (fits, what) in FITS.items():
+        if not fits(row.get(name)):
+            return f"{name}: expected {what}, got {repr(row[name])[:60] if name in row else 'nothing'}"
+    wrong = (name for name, value in row["metrics"].items() if not (value is None or is_number(value)))
+    if (first := next(wrong, None)) is not None:
+        return f"metrics.{first}: expected a finite number or null, got {row['metrics'][first]!r:.60}"
+    return None
+
+
+def _rows(path: Path, left_out: list[str] | None) -> Iterator[dict[str, Any]]:
     """Yields the rows of a record; a torn last line is left out. Raises :class:`MetricsError`."""
     for number, line in whole_lines(path):
-        row = parsed_line(path, number, line)
-        if not isinstance(row, dict) or any(type(row.get(name)) is not form for name, form in _FORM.items()):
-            raise MetricsError(f"{path}, line {number}: not a line of metrics: {row!r:.60}; remove that line")
-        yield row
+        try:
+            row = parsed_line(path, number, line)
+            if (fault := _fault(row)) is not None:
+                raise MetricsError(f"{path}, line {number}: not a line of metrics: {fault}; remove that line")
+        except MetricsError as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+        else:
+            yield row
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields (number from 1, line) of a :class:`LineFile`; a torn last line is left out. Raises MetricsError."""
     try:
-        file = path.open("rb")
+        with opened(path) as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    log.warning("%s: line %d is torn and left out", path, number)
+                    return
+                yield number, line
     except FileNotFoundError as error:
         raise MetricsError(f"{path}: no such file; is {path.parent} the folder of a run that has begun?") from error
-    with file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                log.warning("%s: line %d is torn and left out", path, number)
-                return
-            yield number, line
+    except OSError as error:
+        raise MetricsError(
+            f"{path} cannot be read: {error.strerror or error}; move away what is there, or bring it back from a copy"
+        ) from error
 
 
 def parsed_line(path: Path, number: int, line: bytes) -> Any:
     """Parses a line of :func:`whole_lines`. Raises :class:`MetricsError`, which names the line."""
     try:
         return json.loads(line.decode())
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise MetricsError(f"{path}, line {number}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        raise MetricsError(f"{path}, line {number}: not JSON: {error}; remove that line") from error
 
 
 class LineFile:

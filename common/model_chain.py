@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import PositiveInt, ValidationError, model_validator
 
 from latent_grpo.common.config import ConfigError, PromptConfig, RunConfig, Section
+from latent_grpo.common.files import read_text
 from latent_grpo.common.hub import check_folder, hub_errors
 from latent_grpo.common.tasks.benchmarks import prompt_of
 from latent_grpo.common.types import LatentExit
@@ -142,11 +143,11 @@ def read_chain(model: str | Path) -> ChainSettings | None:
                 _raise_exceptions_for_connection_errors=False,
             )
         path = Path(found) if found else path
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        return ChainSettings.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, ValidationError) as error:
+        return ChainSettings.model_validate(json.loads(read_text(path)))
+    except (OSError, ValueError, RecursionError) as error:  # a ValidationError is a ValueError
         why = str(error)
         if isinstance(error, ValidationError):  # whose text has several lines
             first = error.errors()[0]

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_grpo.common.errors import LatentGRPOError
-from latent_grpo.common.files import write_atomically
+from latent_grpo.common.files import check_is_file, write_atomically
 from latent_grpo.common.learner_record import LearnerBatch, check_version
 from latent_grpo.common.schema import SchemaError, TrajectoryBatch, current, schema_k
 
@@ -243,6 +243,7 @@ def count_rows(path: str | Path, kind: type[DumpStore] = TrajectoryStore) -> int
 def _read_table(path: Path, names: Sequence[str] | None, kind: type[DumpStore]) -> pa.Table:
     """Reads columns; without `names` every column, unchecked."""
     try:
+        check_is_file(path)
         # ParquetFile, not read_table: the latter adds columns for the `purpose=` and `step=` folders
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if names is not None:

@@ -37,6 +37,7 @@ from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.deploy.run import recoveries
 from latent_grpo.deploy.run.link import environment
 from latent_grpo.deploy.run.recoveries import Recovery
+from latent_grpo.deploy.run.stored import IDENTITY, StoredError, stored_object
 
 POLL_S = 1.0
 DRIVER_S = 120.0  # until the run's own deadlines.driver_s is known
@@ -137,11 +138,10 @@ def supervise(arguments: list[str], say: Callable[[str], None]) -> int:
 
 def _recovery(folder: Path, cause: str) -> Recovery:
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lineage = int(json.loads((folder / "run.json").read_text(encoding="utf-8"))["lineage"]) + 1
-        due, limit = stored.get("warm_start") is not None, int(stored.get("max_recoveries", 3))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{cause}, and its folder {folder} is damaged: {type(error).__name__}: {error}") from error
+        stored, lineage = stored_object(folder / "config.json"), stored_object(folder / IDENTITY)["lineage"] + 1
+    except StoredError as error:
+        raise RunError(f"{cause}, and {error}") from error
+    due, limit = stored.get("warm_start") is not None, stored.get("max_recoveries", 3)
     kind = "sft" if due and not (folder / "base" / "config.json").is_file() else "train"
     return recoveries.begin(folder, cause, lineage=lineage, limit=limit, kind=kind)
 

@@ -12,7 +12,7 @@ import json
 import math
 from pathlib import Path
 
-from latent_grpo.common.files import write_atomically
+from latent_grpo.common.files import read_text, write_atomically
 from latent_grpo.learner.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -98,12 +98,12 @@ def best_checkpoint(root: str | Path) -> tuple[Checkpoint, str, float] | None:
 def read_scores(root: Path) -> tuple[str, dict[str, float]] | None:
     """Returns (metric, scores by folder name), or None without a file. Raises :class:`CheckpointError`."""
     path = root / FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         return str(content["metric"]), {str(name): float(score) for name, score in content["scores"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); remove it, and the next evaluation begins the scores anew"
         ) from error

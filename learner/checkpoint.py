@@ -214,7 +214,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         checksum = body.pop("checksum")
         files = {name: (int(size), str(digest)) for name, (size, digest) in body["files"].items()}
         version = body["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} is truncated or damaged ({error})") from error
     if checksum != _body_checksum(body):
         raise CheckpointError(f"{MANIFEST} is damaged: it does not match its own checksum")

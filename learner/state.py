@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latent_grpo.common.errors import ConfigError
+from latent_grpo.common.files import check_is_file
 
 FACTS = "learner.json"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -247,6 +248,7 @@ def read_tensors(
     for file, parameters in groupby(facts.parameters.items(), lambda item: item[1].file):
         path = folder / file
         try:
+            check_is_file(path)
             with safe_open(path, framework="pt") as shard:
                 for name, saved in parameters:
                     tensors = {kind: shard.get_tensor(f"{kind}/{name}") for kind in kinds}

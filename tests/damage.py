@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def unreadable(path: Path) -> None:
     path.symlink_to(path.name)
 
 
+def pipe(path: Path) -> None:
+    """A named pipe without a writer, for which whoever opens it waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "removed": Path.unlink,
     "emptied": lambda path: path.write_bytes(b""),
@@ -33,4 +40,5 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a number": lambda path: path.write_text("7\n"),
     "a folder": folder_instead,
     "unreadable": unreadable,
+    "a pipe": pipe,
 }

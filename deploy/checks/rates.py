@@ -93,7 +93,7 @@ def _hours(seconds: float) -> str:
 
 
 def _given(path: Path) -> tuple[RunFolder, RunConfig]:
-    if not (path / FILE).is_file():
+    if not (path / FILE).exists():
         raise ConfigError(f"--measured {path}: no {FILE} there; give the folder of a run")
     folder = RunFolder(path)
     return folder, folder.config()

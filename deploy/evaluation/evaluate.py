@@ -36,13 +36,14 @@ from latent_grpo.deploy.controller import gather
 from latent_grpo.deploy.evaluation.report import protocol_line, report, show, table
 from latent_grpo.deploy.evaluation.rows import Row, SampleSet, interim_rows, planned, rows_of
 from latent_grpo.deploy.evaluation.scores import TaskResult
-from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, create_run
+from latent_grpo.deploy.run.folder import RunFolder, create_run
 from latent_grpo.deploy.run.foreign_code import check_origin
 from latent_grpo.deploy.run.preparation import prepare
 from latent_grpo.deploy.run.problems import PreparedTask
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.session import Run, run_session
 from latent_grpo.deploy.run.storage.copy import model_copy
+from latent_grpo.deploy.run.stored import EVALUATION_FILE
 from latent_grpo.learner.publication import publish_model
 from latent_grpo.rollout_workers.verifiers import used_definitions
 
@@ -262,7 +263,7 @@ def evaluation_config(
     if profile is not None:
         settings, name = read_profile(profile), Path(profile).stem
         noise = f"profile {name}"
-    elif (Path(model).parent / "run.json").is_file() and run_config.is_file():
+    elif (Path(model).parent / "run.json").exists() and run_config.exists():
         origin = run_config.parent
         settings, name = RunFolder(origin).placed_settings(), Path(model).resolve().parent.name
         noise = f"run {name}"

@@ -91,7 +91,7 @@ def _measured(run: RunFolder, step: int | None) -> Mapping[str, Any]:
     """Returns the evaluation of a step; None: that after the training."""
     if step is None:
         summary = run.path / "summary.json"
-        return run.read_json("summary.json").get("after", {}) if summary.is_file() else {}
+        return run.read_json("summary.json").get("after", {}) if summary.exists() else {}
     if not (run.path / METRICS_FILE).is_file():
         return {}
     rows = [row for row in read_metrics(run.path, kind="evaluation") if row["step"] == step]

@@ -65,7 +65,7 @@ def export(
     the client of the hub. Raises ConfigError, and CheckpointError for damaged checkpoints.
     """
     folder = RunFolder(local_copy(run, EXPORTED))
-    if not (folder.path / "config.json").is_file() or not (folder.path / "run.json").is_file():
+    if not all((folder.path / name).exists() for name in ("config.json", "run.json")):
         raise ConfigError(f"export {run}: it has no config.json and run.json; give a run folder: runs/quickstart-...")
     if folder.read_json("run.json").get("kind") == "evaluate":
         raise ConfigError(
@@ -127,7 +127,7 @@ def choose(folder: RunFolder, config: RunConfig, step: int | None, best: bool, s
         return _at_step(root, step)
     ended = folder.path / "summary.json"
     trained = folder.model if (folder.model / "config.json").is_file() else folder.base_model
-    over = ended.is_file() and "minutes" in folder.read_json("summary.json")
+    over = ended.exists() and "minutes" in folder.read_json("summary.json")
     if (trained / "config.json").is_file() and (over or (trained == folder.base_model and not _has(root))):
         return Chosen("the trained model", None, model=trained)
     checkpoint = latest_checkpoint(root)

@@ -13,6 +13,7 @@ from typing import Any
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.metrics import FILE, read_metrics
+from latent_grpo.common.model_files import stored_tensors
 from latent_grpo.deploy.run.folder import RunFolder
 
 LEAST_STEPS = 3  # after the first, which starts things up
@@ -59,7 +60,7 @@ MEMORY_GIB = {"a10g": 22.5, "a100": 79.3, "h100": 79.1, "h200": 139.8, "l40s": 4
 def rates_of(path: Path) -> Rates:
     """Returns the rates that a run has measured. `path` is its folder, or its metrics file. Raises ConfigError."""
     folder = RunFolder(path if path.is_dir() else path.parent)
-    if not (folder.path / FILE).is_file():
+    if not (folder.path / FILE).exists():
         raise ConfigError(f"--rates {path}: no {FILE} there; give the folder of a run that has trained a few steps")
     config = folder.config()
     rows = [row["metrics"] for row in list(read_metrics(folder.path, kind="train"))[1:]]
@@ -99,17 +100,9 @@ def _worker_rate(row: dict[str, Any], config: RunConfig) -> float:
 
 def parameters_of(folder: RunFolder) -> int:
     """The number of parameters of a run's model, from the header of its weights. Raises ConfigError."""
-    from safetensors import safe_open
-
     config = folder.config()
     given = [Path(config.model.path)] if config.model.path else []
     for place in (folder.model, folder.base_model, folder.path / "initial", *given):
-        files = sorted(place.glob("*.safetensors"))
-        if files:
-            count = 0
-            for file in files:
-                with safe_open(file, framework="numpy") as opened:
-                    shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118  # no mapping
-                count += sum(map(math.prod, shapes))
-            return count
+        if any(place.glob("*.safetensors")):
+            return sum(math.prod(tensor.shape) for tensor in stored_tensors(place).values())
     raise ConfigError(f"--rates {folder.path}: none of its model's weights are here, so its size is not known")

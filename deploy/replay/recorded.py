@@ -7,6 +7,7 @@ again, each on its recorded batch.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,16 @@ import numpy as np
 import pyarrow as pa
 
 from latent_grpo.common.config import ConfigError, RunConfig
-from latent_grpo.common.errors import MetricsError
 from latent_grpo.common.learner_record import LearnerBatch, join
+from latent_grpo.common.metrics import FILE as METRICS_FILE
 from latent_grpo.common.metrics import read_metrics
 from latent_grpo.common.schema import TrajectoryBatch, take_rows
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore, step_ranges
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.learner.advantages import drop_reason
 from latent_grpo.learner.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class RecordedError(ConfigError):
@@ -48,16 +51,17 @@ class Start:
 
 
 class RecordedRun:
-    """A run's folder, only read. `config` holds its settings."""
+    """A run's folder, only read. `config` holds its settings. Raises MetricsError where its metrics cannot be read."""
 
     def __init__(self, folder: RunFolder, config: RunConfig):
         self.folder, self.config = folder, config
         self.trajectories = TrajectoryStore(folder.trajectories)
         self.records = LearnerStore(folder.learner_records)
-        try:
-            lines = list(read_metrics(folder.path))
-        except MetricsError:  # killed before its first step
-            lines = []
+        left_out: list[str] = []
+        started = (folder.path / METRICS_FILE).exists()  # else it was killed before its first step
+        lines = list(read_metrics(folder.path, left_out=left_out)) if started else []
+        for sentence in left_out:
+            log.warning("%s: left out", sentence)
         self._metrics = {row["step"]: row["metrics"] for row in lines}
         self._live = {(row["step"], row["lineage"]) for row in lines}
         self._lineages = dict(self._live)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from latent_grpo.common.config import ConfigError, RunConfig
-from latent_grpo.common.files import write_atomically
+from latent_grpo.common.files import read_text, write_atomically
 from latent_grpo.deploy.run.autoscale import Autoscaler
 from latent_grpo.deploy.run.folder import RunFolder, in_use, keep_workers
 
@@ -98,7 +98,10 @@ def request_scale(run: str | Path, workers: int, at_once: bool = False, answer_s
     while time.monotonic() < end + (answer_s if taken else 0.0):
         taken = not request.exists()
         if reply.exists():
-            answer = Reply(**json.loads(reply.read_text(encoding="utf-8")))
+            try:
+                answer = Reply(**json.loads(read_text(reply)))
+            except (OSError, ValueError, TypeError) as error:
+                raise ConfigError(f"{reply}: not the answer of a run ({error}); see in its log what it did") from error
             reply.unlink()
             return answer
         if in_use(path) is None:
@@ -148,7 +151,7 @@ class Control:
             stem = str(path).removesuffix(REQUEST)
             try:
                 os.replace(path, f"{stem}{TAKEN}")  # from here on the asker waits for the answer
-                request = ScaleRequest(**json.loads(Path(f"{stem}{TAKEN}").read_text(encoding="utf-8")))
+                request = ScaleRequest(**json.loads(read_text(Path(f"{stem}{TAKEN}"))))
                 reply = self._scale(pool, request)
             except FileNotFoundError:  # it was taken back
                 continue

@@ -49,14 +49,13 @@ from latent_grpo.common.config import (
     parse_config,
 )
 from latent_grpo.common.config.resume import refused_changes
-from latent_grpo.common.files import unwritable, write_atomically
+from latent_grpo.common.files import read_text, unwritable, write_atomically
 from latent_grpo.common.remote_url import is_url
 from latent_grpo.deploy.run.older_settings import of_today
 from latent_grpo.deploy.run.start_folder import STARTED_IN, placed, start_folder
-from latent_grpo.deploy.run.stored import IDENTITY, stored_identity, stored_object
+from latent_grpo.deploy.run.stored import IDENTITY, StoredError, stored_object
 from latent_grpo.deploy.run.versions import ARITHMETIC, versions
 
-EVALUATION_FILE = "evaluation.json"  # the results of an evaluation run
 SFT_PURPOSE = "sft"  # of the dumps of Latent-SFT's held-out samples
 FAILED = "failed_"  # begins the metric of a failure's share of them; the verifier's reason follows
 RunKind = Literal["train", "sft", "evaluate"]
@@ -117,11 +116,17 @@ class RunFolder:
 
     def config(self) -> RunConfig:
         """Reads the run's settings. Raises ConfigError where they are damaged."""
-        return parse_config(self.settings())
+        return self._parsed(self.settings())
 
     def placed_config(self) -> RunConfig:
         """Reads the settings as they are meant from any folder (`deploy.run.start_folder`). Raises ConfigError."""
-        return parse_config(self.placed_settings())
+        return self._parsed(self.placed_settings())
+
+    def _parsed(self, settings: dict[str, Any]) -> RunConfig:
+        try:
+            return parse_config(settings)
+        except ConfigError as error:
+            raise StoredError(*(f"{self.path / 'config.json'}: {line}" for line in error.args)) from error
 
     def placed_settings(self) -> dict[str, Any]:
         """The stored settings as they are meant from any folder."""
@@ -141,7 +146,7 @@ class RunFolder:
 
     def identity(self) -> dict[str, Any]:
         """Reads `run.json`; it is empty before a run has begun. Raises ConfigError where it is damaged."""
-        return stored_identity(self.path / IDENTITY) if has_begun(self.path) else {}
+        return self.read_json(IDENTITY) if has_begun(self.path) else {}
 
 
 def stored_settings(text: str) -> dict[str, Any]:
@@ -224,7 +229,7 @@ def named_run(config: RunConfig) -> Path | None:
 
 def has_begun(path: Path) -> bool:
     """Whether there is a run in the folder."""
-    return (path / "run.json").is_file()
+    return (path / IDENTITY).exists()
 
 
 def reopen_run(
@@ -248,7 +253,7 @@ def reopen_run(
         folder = RunFolder(Path(path))
         config = with_scaled_workers(folder, settings)
     with run_lock(folder.path):
-        lineage = int(stored_identity(folder.path / IDENTITY)["lineage"]) + 1
+        lineage = int(folder.read_json(IDENTITY)["lineage"]) + 1
         write_identity(folder, config, lineage, kind)
     return folder, config, lineage
 
@@ -270,7 +275,7 @@ def check_named(path: Path, config: RunConfig, kinds: Sequence[RunKind]) -> None
 def open_run(path: str | Path, overrides: list[str], option: str) -> tuple[RunFolder, RunConfig]:
     """Reads a run's folder and its settings with allowed changes; writes nothing. Raises :class:`ResumeError`."""
     folder = RunFolder(Path(path))
-    if lacks := [name for name in ("config.json", IDENTITY) if not (folder.path / name).is_file()]:
+    if lacks := [name for name in ("config.json", IDENTITY) if not (folder.path / name).exists()]:
         raise ResumeError(f"{option} {path}: it has no {lacks[0]}; give a run folder such as runs/quickstart-...")
     stored = folder.placed_config()
     config = load_config(stored.model_dump(mode="json"), overrides)
@@ -333,7 +338,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise _in_use(folder, path.read_text(encoding="utf-8").strip() or "another process") from None
+        raise _in_use(folder, read_text(path).strip() or "another process") from None
     except OSError as error:
         raise ConfigError(
             f"{folder} {unwritable(error)}, and a run writes into its folder; copy it to a folder that is writable, or "
@@ -352,7 +357,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             over.set()
             renewing.join()
             with contextlib.suppress(OSError):
-                if lease.read_text(encoding="utf-8") == _lease_of_this_process():
+                if read_text(lease) == _lease_of_this_process():
                     lease.unlink()
     finally:
         lock.release()
@@ -381,17 +386,17 @@ def _other_machine(lease: Path) -> tuple[str, float] | None:
     Times are those of the file system's clock, which both machines see.
     """
     try:
-        holder, renewed = json.loads(lease.read_text(encoding="utf-8")), lease.stat().st_mtime
-    except (FileNotFoundError, ValueError):
+        holder, renewed = json.loads(read_text(lease)), lease.stat().st_mtime
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    if holder.get("machine") == this_machine():
+    if not isinstance(holder, dict) or holder.get("machine") == this_machine():
         return None  # flock has decided
     try:
         with tempfile.NamedTemporaryFile(dir=lease.parent, prefix=".now-") as now:
             age = os.fstat(now.fileno()).st_mtime - renewed
     except OSError:  # a reader may not write here, or the disk is full
         age = time.time() - renewed
-    return (f"process {holder['pid']} on {holder['host']}", renewed) if age < LEASE_S else None
+    return (f"process {holder.get('pid')} on {holder.get('host')}", renewed) if age < LEASE_S else None
 
 
 def this_machine() -> str:
@@ -416,7 +421,7 @@ def _renew(lease: Path, over: threading.Event) -> None:
     own = _lease_of_this_process()
     while not over.wait(RENEW_S):
         with contextlib.suppress(OSError):
-            if lease.read_text(encoding="utf-8") != own:
+            if read_text(lease) != own:
                 # this process stood still for so long that another one has taken the folder: it may write nothing more
                 log.error("%s belongs to another process now; this one ends at once", lease.parent)
                 os._exit(1)
@@ -439,11 +444,11 @@ def with_scaled_workers(folder: RunFolder, config: RunConfig) -> RunConfig:
 
     Another number than the one from which it was scaled has been set on purpose, and stays.
     """
-    if not (folder.path / SCALED_FILE).is_file():
+    if not (folder.path / SCALED_FILE).exists():
         return config
     scaled = folder.read_json(SCALED_FILE)
     to = scaled.get("to")
-    if not isinstance(to, int) or to < 1:
+    if isinstance(to, bool) or not isinstance(to, int) or to < 1:
         raise ResumeError(f"{folder.path / SCALED_FILE} is damaged (it scales to {to!r:.60}); remove it")
     if config.rollout.workers != scaled.get("from"):
         return config
@@ -462,4 +467,4 @@ def in_use(folder: Path) -> str | None:
         with lock.acquire(timeout=0):
             return None
     except Timeout:
-        return str(_in_use(folder, (folder / LOCK_FILE).read_text(encoding="utf-8").strip() or "another process"))
+        return str(_in_use(folder, read_text(folder / LOCK_FILE).strip() or "another process"))

@@ -20,7 +20,7 @@ from latent_grpo.common.agreement import TOLERANCES
 from latent_grpo.common.config import RunConfig
 from latent_grpo.common.errors import MetricsError
 from latent_grpo.common.metrics import FILE as METRICS_FILE
-from latent_grpo.common.metrics import LineFile, parsed_line, read_metrics, whole_lines
+from latent_grpo.common.metrics import FITS, LineFile, is_number, parsed_line, read_metrics, whole_lines
 
 FILE = "alarms.jsonl"
 State = Literal["raised", "lasting", "over"]
@@ -338,7 +338,7 @@ class HealthMonitor(Judge):
 
     def __init__(self, folder: Path, config: RunConfig, lineage: int):
         super().__init__(config, lineage)
-        if lineage and (folder / METRICS_FILE).is_file():  # the run's first steps, and not the resumed part's
+        if lineage and (folder / METRICS_FILE).exists():  # the run's first steps, and not the resumed part's
             rows = islice(read_metrics(folder), config.health.window)
             shares = (row["metrics"].get("rollout/latent_share") for row in rows)
             self._first_shares = [share for share in shares if share is not None]
@@ -374,9 +374,9 @@ def read_alarms(run_folder: str | Path) -> AlarmRecord:
     Raises :class:`MetricsError` where the run's metrics, which define its live history, cannot be read.
     """
     path = Path(run_folder) / FILE
-    if not path.is_file():
+    if not path.exists():
         return AlarmRecord((), ())
-    live = {(row["step"], row["lineage"]) for row in read_metrics(path.parent)}
+    live = {(row["step"], row["lineage"]) for row in read_metrics(path.parent, left_out=[])}  # named by who shows them
     alarms, left_out = [], []
     for number, line in whole_lines(path):
         try:
@@ -405,17 +405,9 @@ def _alarm(path: Path, number: int, row: Any) -> Alarm:
     return Alarm(**row)
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _finite(value: Any) -> bool:
-    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
 _FITS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("step", "lineage"), _whole),
-    **dict.fromkeys(("time", "value", "limit"), _finite),
+    **{name: FITS[name][0] for name in ("step", "lineage", "time")},
+    **dict.fromkeys(("value", "limit"), is_number),
     **dict.fromkeys(("name", "message", "cause", "remedy"), lambda value: isinstance(value, str)),
     "state": lambda value: value in ("raised", "lasting", "over"),
 }

@@ -29,7 +29,7 @@ from pydantic import ValidationError
 
 from latent_grpo.common import __version__
 from latent_grpo.common.config import ConfigError, RunConfig, TaskConfig
-from latent_grpo.common.files import file_hash
+from latent_grpo.common.files import file_hash, read_text
 from latent_grpo.common.secrets import redacted
 from latent_grpo.common.tasks.generator import PREFIX
 from latent_grpo.common.tasks.sources import GeneratedTask
@@ -76,7 +76,7 @@ def write_manifest(
 
     `data` comes from :func:`data_facts`.
     """
-    earlier = read_manifest(folder.path).lineages if (folder.path / FILE).is_file() else []
+    earlier = read_manifest(folder.path).lineages if (folder.path / FILE).exists() else []
     manifest = RunManifest(
         format=FORMAT,
         run=folder.name,
@@ -105,13 +105,15 @@ def read_manifest(run_folder: str | Path) -> RunManifest:
     """Reads a run's manifest. Raises :class:`ManifestError`, with one sentence, where that is not possible."""
     path = Path(run_folder) / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         version = content["format"]
     except FileNotFoundError as error:
         raise ManifestError(
             f"{path.parent}: no {FILE}; the run ended before it had its model and data, or an older program made it"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror or error}; move away what is there") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ManifestError(f"{path}: not a manifest of this program ({error})") from error
     if version != FORMAT:
         raise ManifestError(f"{path}: the manifest has format {version}, this program reads format {FORMAT}")

@@ -5,9 +5,9 @@ Hashes are xxh3-128 of bytes: they show whether two things are the same, and are
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT: Final = 1
 
@@ -113,4 +113,4 @@ class RunManifest(Facts):
     grader: GraderFacts
     seeds: SeedFacts
     engine: EngineFacts | None = None  # None: a program before 0.3 wrote it
-    lineages: list[LineageFacts]
+    lineages: Annotated[list[LineageFacts], Field(min_length=1)]

@@ -128,7 +128,7 @@ def means_and_figures(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, flo
 
 def _measured(run: Path, rule: StopConfig, step: int) -> dict[int, float]:
     """Returns step -> value of the rule's metric in the run's live history, up to `step`, without the start's."""
-    if not step or not (run / FILE).is_file():
+    if not step or not (run / FILE).exists():
         return {}
     kind = "evaluation" if rule.metric.startswith(EVALUATION) else "train"
     found = {}

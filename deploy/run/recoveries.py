@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from latent_grpo.common.errors import MetricsError, RunError
+from latent_grpo.common.files import read_text
 from latent_grpo.common.metrics import FILE as METRICS
 from latent_grpo.common.metrics import read_metrics
 
@@ -49,7 +50,10 @@ def begin(folder: Path, cause: str, *, lineage: int, limit: int, kind: str = "tr
     Raises RunError where `limit` (`max_recoveries`) recoveries have begun within the last hour.
     """
     now, file = time.time(), folder / FILE
-    recent = sum(1 for began in _begun(file) if began > now - WITHIN_S)  # also ahead of a clock that was put back
+    try:
+        recent = sum(1 for began in _begun(file) if began > now - WITHIN_S)  # also ahead of a clock that was put back
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{cause}, and {file} cannot be read ({error}): the run does not recover") from error
     if recent >= limit:
         raise RunError(
             f"{cause}. The run has recovered {recent} time(s) within an hour, and max_recoveries allows {limit}; "
@@ -72,6 +76,6 @@ def begin(folder: Path, cause: str, *, lineage: int, limit: int, kind: str = "tr
 
 def _begun(file: Path) -> Iterator[float]:
     """Yields when the recorded recoveries began; a torn line (the disk was full) is left out."""
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+    for line in read_text(file).splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             yield float(json.loads(line)["began"])

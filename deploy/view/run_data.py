@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from latent_grpo.common.errors import MetricsError
 from latent_grpo.common.learner_record import record_schema
 from latent_grpo.common.schema import trajectory_schema
 from latent_grpo.common.store import (
@@ -74,6 +75,8 @@ class Run:
         """
         view = self._now()
         rows = view.metrics if kind is None else view.metric_rows(kind)
+        if view.unreadable:
+            raise MetricsError(view.unreadable[0])
         columns: dict[str, pa.Array] = {
             "step": pa.array([row["step"] for row in rows], pa.int64()),
             "kind": pa.array([row["kind"] for row in rows], pa.string()),
@@ -81,7 +84,8 @@ class Run:
             "time": pa.array([round(row["time"] * 1000) for row in rows], pa.int64()).cast(TIME),
         }
         for name in dict.fromkeys(name for row in rows for name in row["metrics"]):
-            columns[name] = pa.array([row["metrics"].get(name) for row in rows], pa.float64())
+            found = (row["metrics"].get(name) for row in rows)
+            columns[name] = pa.array([None if value is None else float(value) for value in found], pa.float64())
         return pa.table(columns)
 
     def trajectories(

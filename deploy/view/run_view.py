@@ -6,7 +6,6 @@ filters are fast on long runs; :mod:`deploy.view.thoughts` then loads the trajec
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -28,11 +27,12 @@ from latent_grpo.common.store import (
     read_columns,
     step_ranges,
 )
-from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, RunKind
+from latent_grpo.deploy.run.folder import RunFolder, RunKind
 from latent_grpo.deploy.run.health import Alarm, read_alarms
 from latent_grpo.deploy.run.manifest import ManifestError, read_manifest
 from latent_grpo.deploy.run.manifest_schema import RunManifest
 from latent_grpo.deploy.run.storage.copy import RECORDS, local_copy
+from latent_grpo.deploy.run.stored import EVALUATION_FILE, IDENTITY, RESTORE, StoredError, stored_object
 from latent_grpo.deploy.view.selection import Filters, InspectionError, Row, exact_matches_first, no_match, ordered
 
 
@@ -52,23 +52,32 @@ class RunView:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`; empty where there is none."""
-        return _optional_json(self.folder.path / "summary.json")
+        return _optional(self.folder.path / "summary.json")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The content of `run.json`; empty where there is none."""
-        return _optional_json(self.folder.path / "run.json")
+        return _optional(self.folder.path / IDENTITY)
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """The results of an evaluation run; empty for other runs and before its end."""
-        return _optional_json(self.folder.path / EVALUATION_FILE)
+        return _optional(self.folder.path / EVALUATION_FILE)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of the live history, of every kind; empty where the run has recorded nothing yet."""
-        path = self.folder.path / METRICS_FILE
-        return list(read_metrics(path, kind=None)) if path.is_file() else []
+        """All lines of the live history, of every kind; empty where the run has recorded nothing yet.
+
+        Damaged ones are left out, counted and named in `unreadable`. Raises MetricsError where the file cannot be read.
+        """
+        if not (self.folder.path / METRICS_FILE).exists():
+            return []
+        left_out: list[str] = []
+        rows = list(read_metrics(self.folder.path, kind=None, left_out=left_out))
+        if left_out:
+            more = f"; {len(left_out) - 1:,} more of its lines are damaged, too" if left_out[1:] else ""
+            self.unreadable.append(left_out[0] + more)
+        return rows
 
     def metric_rows(self, kind: str) -> list[dict[str, Any]]:
         """Returns the rows of `metrics.jsonl` of a kind: train, evaluation, sft, ..."""
@@ -88,7 +97,7 @@ class RunView:
     def kind(self) -> RunKind:
         """What the run does. Runs of 0.2.0 and earlier do not say it: an evaluation is told by its results."""
         stated: RunKind | None = self.identity.get("kind")
-        return stated or ("evaluate" if (self.folder.path / EVALUATION_FILE).is_file() else "train")
+        return stated or ("evaluate" if (self.folder.path / EVALUATION_FILE).exists() else "train")
 
     @property
     def wanted_steps(self) -> int:
@@ -213,7 +222,7 @@ class RunView:
         hard = pc.list_value_length(table["hard_ids"]).to_pylist()
         columns = {ours: table[theirs].to_pylist() for theirs, ours in _COLUMNS.items()}
         records = self.records_path(file)
-        if records.is_file():
+        if records.exists():
             try:
                 columns |= _learner_columns(records, list(zip(columns["group_uid"], columns["sample_index"])))
             except DumpError as error:
@@ -279,20 +288,12 @@ def open_run(path: str | Path, parts: Collection[str] = RECORDS) -> RunView:
         raise InspectionError(f"{path}: no such run folder{_runs_in(around)}")
     config = path / "config.json"
     try:
-        is_run = config.is_file()
+        is_run = config.exists()
     except OSError as error:
         raise InspectionError(f"{path} cannot be entered: {error.strerror}; ask its owner for the right to") from error
     if not is_run:
         raise InspectionError(f"{path} is not a run folder: it has no config.json{_runs_in(path)}")
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InspectionError(f"{config} cannot be read: {error.strerror}; ask its owner for the right to") from error
-    except ValueError as error:
-        raise InspectionError(f"{config}: not readable JSON ({error}); the run cannot be shown without it") from error
-    if not isinstance(settings, dict):
-        raise InspectionError(f"{config}: expected a mapping of settings, got a {type(settings).__name__}")
-    return RunView(RunFolder(path), settings)
+    return RunView(RunFolder(path), _stored(config, RESTORE))
 
 
 def _runs_in(folder: Path) -> str:
@@ -300,16 +301,13 @@ def _runs_in(folder: Path) -> str:
     return f"; runs in {folder.resolve()}: {', '.join(p.name for p in found[:5])}" if found else ""
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
+def _optional(path: Path) -> dict[str, Any]:
     """Reads a file that a run writes late; empty if absent. Raises InspectionError if it is damaged."""
-    if not path.is_file():
-        return {}
+    return _stored(path, "delete it to continue without it") if path.exists() else {}
+
+
+def _stored(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InspectionError(f"{path} cannot be read: {error.strerror}; ask its owner for the right to") from error
-    except ValueError as error:
-        raise InspectionError(f"{path}: not readable JSON ({error}); delete it to continue without it") from error
-    if not isinstance(found, dict):
-        raise InspectionError(f"{path}: it holds no mapping, but {found!r:.60}; delete it to continue without it")
-    return found
+        return stored_object(path, remedy)
+    except StoredError as error:
+        raise InspectionError(str(error)) from error

@@ -166,7 +166,7 @@ def _runs(root: Path) -> list[Path]:
 def _has_run(folder: Path) -> bool:
     """Whether a folder has a run in it, or may have: one that this user may not enter is listed as unreadable."""
     try:
-        return all((folder / name).is_file() for name in ("config.json", "run.json"))
+        return all((folder / name).exists() for name in ("config.json", "run.json"))
     except OSError:
         return True
 

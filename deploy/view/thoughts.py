@@ -135,7 +135,7 @@ def load(run: RunView, rows: Sequence[Row]) -> list[Thoughts]:
 def _learner_records(run: RunView, row: Row) -> pa.RecordBatch | None:
     """Loads the learner records of the row's file; None if they cannot be read (then named in `unreadable`)."""
     path = run.records_path(row.file)
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         return _read(path, LearnerStore)

@@ -389,7 +389,7 @@ def test_a_missing_run_names_the_runs_beside_it(fake, tmp_path):
     with pytest.raises(InspectionError, match=r"is not a run folder: it has no config.json"):
         open_run(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InspectionError, match="not readable JSON"):
+    with pytest.raises(InspectionError, match=r"config.json is damaged \(Expecting"):
         open_run(tmp_path)
 
 

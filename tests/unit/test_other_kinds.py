@@ -15,8 +15,9 @@ from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.common.schema import encode
 from latent_grpo.common.store import TrajectoryStore
 from latent_grpo.deploy import train as training
-from latent_grpo.deploy.run.folder import EVALUATION_FILE, RunFolder, create_run
+from latent_grpo.deploy.run.folder import RunFolder, create_run
 from latent_grpo.deploy.run.progress import Reporter
+from latent_grpo.deploy.run.stored import EVALUATION_FILE
 from latent_grpo.deploy.sft.loop import resume_sft
 from latent_grpo.deploy.view.inspect import inspect, overview_json
 from latent_grpo.deploy.view.report.curves import charts

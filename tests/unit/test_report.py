@@ -270,7 +270,7 @@ def test_a_run_ends_with_its_report_or_with_the_command_for_it(tmp_path):
     assert str(folder.path / "report.html") in report_note(folder)
     assert (folder.path / "report.html").is_file()
     assert f"latent-grpo report {folder.path}" in report_note(folder, quick_bytes=10)
-    (folder.path / "metrics.jsonl").write_text("no json\n")
+    (folder.path / "summary.json").write_text("no json\n")
     assert "no report was written: " in report_note(folder)
 
 

@@ -92,7 +92,7 @@ def test_runs_lists_the_newest_first_and_names_what_cannot_be_read(run, tmp_path
             os.utime(tmp_path / name / file, (when, when))
     found = all_statuses(tmp_path)
     assert [(one.run, one.state) for one in found] == [("a", "stopped"), ("b", "finished"), ("broken", "unreadable")]
-    assert "not readable JSON" in found[2].notes[0]
+    assert "config.json is damaged (Expecting property name" in found[2].notes[0]
     assert newest_run(tmp_path) == tmp_path / "a"
     with pytest.raises(InspectionError, match="no such folder"):
         all_statuses(tmp_path / "none")
@@ -140,19 +140,25 @@ def test_the_commands_print_for_people_and_for_programs(run, tmp_path):
     assert "RL 2/6" in printed("runs", str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["lineage", "metrics", "settings"])
-def test_whatever_one_runs_files_hold_the_others_are_listed(run, tmp_path, damage):
+@pytest.mark.parametrize(
+    ("file", "content", "note", "state"),
+    [
+        ("run.json", {"lineage": "x"}, "run.json is damaged (lineage: input should be a valid integer", "unreadable"),
+        ("config.json", {"steps": "many"}, "config.json is damaged (steps: input should be a valid int", "unreadable"),
+        (
+            "metrics.jsonl",
+            {"step": 1, "kind": "train", "lineage": 0, "metrics": {}, "time": "never"},
+            "metrics.jsonl, line 1: not a line of metrics: time: expected seconds since 1970, got 'never'",
+            "stopped",
+        ),
+    ],
+)
+def test_whatever_one_runs_files_hold_the_others_are_listed(run, tmp_path, file, content, note, state):
     other = fake_run(tmp_path / "other", steps=1).path
-    if damage == "lineage":
-        (other / "run.json").write_text(json.dumps({"lineage": "x"}))
-    elif damage == "metrics":
-        row = {"step": 1, "kind": "train", "lineage": 0, "metrics": {}, "time": "never"}
-        (other / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    else:
-        (other / "config.json").write_text(json.dumps({"steps": "many"}))
+    (other / file).write_text(json.dumps(content) + "\n")
     states = {status.run: status for status in all_statuses(tmp_path)}
-    assert states["other"].state == "unreadable"
-    assert "damaged files" in states["other"].notes[0]
+    assert states["other"].state == state
+    assert note in states["other"].notes[0]
     assert states[run.name].state != "unreadable"
 
 
@@ -160,5 +166,5 @@ def test_a_run_that_may_not_be_read_is_said_so(tmp_path):
     other = fake_run(tmp_path / "other", steps=1).path
     (other / "config.json").unlink()
     (other / "config.json").symlink_to("/proc/self/mem")  # a file whose first byte nobody may read, not even root
-    with pytest.raises(InspectionError, match=r"config.json cannot be read: Input/output error; ask its owner"):
+    with pytest.raises(InspectionError, match=r"config.json cannot be read: Input/output error; bring it back"):
         open_run(other)

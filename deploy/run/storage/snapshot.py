@@ -25,7 +25,7 @@ from typing import BinaryIO
 import xxhash
 
 from latent_grpo.common.errors import ConfigError
-from latent_grpo.common.files import linked_out
+from latent_grpo.common.files import linked_out, opened
 from latent_grpo.deploy.run.folder import RunFolder
 from latent_grpo.deploy.run.storage.store import CHUNK, StorageError, Stored
 from latent_grpo.learner.checkpoint import MANIFEST, checkpoint_files, is_checkpoint
@@ -61,7 +61,7 @@ class Taken:
         if (handle := self.handles.get(name)) is not None:
             handle.seek(0)
             return handle
-        return (self.folder / name).open("rb")
+        return opened(self.folder / name)
 
     def stamp(self, name: str) -> tuple[int, int]:
         """Returns what tells this file from one that took its name: inode and time of change."""
@@ -142,7 +142,7 @@ def _opened(listing: Callable[[], list[Path]]) -> Iterator[dict[Path, BinaryIO]]
     for _ in range(TRIES):
         with contextlib.ExitStack() as stack:
             try:
-                found: dict[Path, BinaryIO] = {path: stack.enter_context(path.open("rb")) for path in listing()}
+                found: dict[Path, BinaryIO] = {path: stack.enter_context(opened(path)) for path in listing()}
             except FileNotFoundError:
                 continue
             yield found
@@ -208,7 +208,7 @@ def _add_others(taken: Taken) -> None:
 
 def _whole_lines(path: Path) -> int:
     """The size of a file up to its last line end."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         end = file.seek(0, io.SEEK_END)
         while end:
             begin = max(end - 65536, 0)

@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from latent_grpo.common.files import write_atomically
+from latent_grpo.common.files import read_text, write_atomically
 from latent_grpo.deploy.run.storage.store import StorageError
 
 TWIN_FILE = ".remote.json"  # in the run's folder
@@ -31,7 +31,7 @@ class Twin:
 def read_twin(folder: Path) -> Twin | None:
     """Returns what a folder knows of its copy; None for one that has none."""
     try:
-        found = json.loads((folder / TWIN_FILE).read_text(encoding="utf-8"))
+        found = json.loads(read_text(folder / TWIN_FILE))
         return Twin(str(found["url"]), tuple(map(str, found["snapshots"])), bool(found["brought"]))
     except FileNotFoundError:
         return None

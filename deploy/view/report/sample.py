@@ -217,12 +217,13 @@ def shorten_prompts(made: Sample) -> None:
 
 def write_out(made: Sample, settings: dict[str, Any]) -> None:
     """Sets `written`: the chain of thought in words, where the task can compute it (chain arithmetic can)."""
-    tasks = [*settings.get("tasks", []), *settings.get("evaluation", {}).get("tasks", [])]
+    tasks = [*settings.get("tasks", []), *(settings.get("evaluation") or {}).get("tasks", [])]
     modulus = {
         task["name"]: task.get("options", {}).get("modulus", MODULUS)
         for task in tasks
         if task.get("path") == "builtin:chain_arithmetic"
     }
+    modulus = {name: size for name, size in modulus.items() if isinstance(size, int) and size > 0}
     task_of = {entry["group"]: entry["task"] for entry in made.trajectories}
     for number, group in enumerate(made.groups):
         parts = re.findall(r"\d+|[-+*]", group["question"])
