@@ -18,30 +18,26 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
-
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import LEAVE_S
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.deploy.run import recoveries
+from latent_grpo.deploy.run.leftovers import clear
 from latent_grpo.deploy.run.link import environment
 from latent_grpo.deploy.run.recoveries import Recovery
 from latent_grpo.deploy.run.stored import IDENTITY, StoredError, stored_object
 
 POLL_S = 1.0
 DRIVER_S = 120.0  # until the run's own deadlines.driver_s is known
-LEFTOVERS_S = 5.0  # for a dead run's local Ray to end by itself
 
 
 @dataclass(slots=True)
@@ -122,7 +118,8 @@ def supervise(arguments: list[str], say: Callable[[str], None]) -> int:
                     child.process.send_signal(signals.received[-1])
                 cause = _watched(child)
                 signals.process = None
-            _clear(child.facts.get("ray"))
+            if (ray := child.facts.get("ray")) is not None:
+                clear(ray)
             if cause is None:
                 return int(child.facts["ended"])
             run = child.facts.get("run", run)
@@ -198,28 +195,6 @@ def _started(arguments: list[str], recovery: Recovery | None, run: str | None) -
 def _command() -> list[str]:
     """Returns how this program was started, up to its arguments: as a script, or with `python -m`."""
     return [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]]
-
-
-def _clear(folder: str | None) -> None:
-    """Ends what a dead run's local Ray has left on this machine, and removes its folder."""
-    if folder is None:
-        return
-    end = time.monotonic() + LEFTOVERS_S
-    while (left := _processes_of(folder)) and time.monotonic() < end:
-        time.sleep(0.5)
-    for process in left:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _processes_of(folder: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if any(folder in argument for argument in process.cmdline()):
-                found.append(process)
-    return found
 
 
 def _exit_code(code: int) -> int:

@@ -189,13 +189,15 @@ class DeadlineConfig(Section):
     """Time to wait for room in the cluster, in seconds: at the start for all ranks and `rollout.min_workers`, and later
     whenever fewer workers than that are left."""
     driver_s: Annotated[float, Field(gt=0)] = 120.0
-    """Time without a sign of life of the run's controller until its supervisor starts it again, in seconds."""
+    """Time without a sign of life of the run's controller, or of its Ray's head, until its supervisor starts it again,
+    in seconds."""
     loop_s: Annotated[float, Field(gt=0)] = 1800.0
     """Time that the run's controller may spend on one thing without a look at the others until its supervisor starts it
     again, in seconds. Its waits do not count: each looks again and again, and has a deadline of its own. What counts is
     for example a checkpoint's check, a report, or a metric sink that does not come back."""
     start_s: Annotated[float, Field(gt=0)] = 300.0
-    """Time for an actor that has a place in the cluster to load its model and answer, in seconds."""
+    """Time for an actor that has a place in the cluster to load its model and answer, and for a Ray of this machine
+    alone to start, in seconds."""
     rollout_s: Annotated[float, Field(gt=0)] = 600.0
     """Time that a worker with work may go without any progress, in seconds. Time in which the driver itself is stopped
     or busy does not count."""

@@ -111,7 +111,8 @@ def head_answers(address: str, limit_s: float, auto: Callable[[], str | None] = 
     found = auto() if address == "auto" else address.removeprefix("ray://")
     if found is None:
         return False
-    direct = [("grpc.enable_http_proxy", 0)]  # as Ray does
+    # without a proxy as Ray does, and with a connection of its own
+    direct = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(found, options=direct) as channel:
         if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
             return True  # only Ray has its certificates

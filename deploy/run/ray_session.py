@@ -14,14 +14,14 @@ from types import FrameType
 
 from latent_grpo.common.config import ConfigError, RunConfig
 from latent_grpo.common.errors import RayLost
-from latent_grpo.deploy.run import link
+from latent_grpo.deploy.run import link, local_ray
+from latent_grpo.deploy.run.head_watch import head_watch
 from latent_grpo.deploy.run.machine import check_machine, private_token
 from latent_grpo.deploy.run.object_store import ON_A_CLUSTER, Store, local_store, running_store, spill_watch
 from latent_grpo.deploy.run.progress import Reporter
 from latent_grpo.deploy.run.reservation import Reservation, Services, amounts, reserved
 
 CONNECT_S = 60.0  # for a head that answers to accept this program
-GCS_GONE_S = 10  # after which Ray's processes take their local head for dead; Ray's own 60 s suit a cluster's network
 
 
 def needed_resources(config: RunConfig, services: Services = "both") -> dict[str, float]:
@@ -103,20 +103,24 @@ def ray_session(
             temporary = tempfile.mkdtemp(prefix="lg-")  # short: Unix socket paths end at 107 bytes
         link.tell(ray=temporary)
         try:
-            _start_local(local_store(config, published_bytes), temporary, reporter)
+            store = local_store(config, published_bytes)
+            _report(store, reporter)
+            with start_errors(f"its folder {temporary}, below TMPDIR"):
+                local_ray.start(store, temporary, config.deadlines.start_s, reporter.say)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    try:
-        if not address:
-            check_resources(config, ray.cluster_resources(), "this machine", services)
-        remedy = ON_A_CLUSTER if address else "raise ray.object_store_bytes"
-        with spill_watch(reporter.say, remedy), reserved(config, services, reporter.say) as places:
-            yield places
-    finally:
-        ray.shutdown()
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with head_watch(ray.get_runtime_context().gcs_address, config.deadlines.driver_s, reporter.say):
+        try:
+            if not address:
+                check_resources(config, ray.cluster_resources(), "this machine", services)
+            remedy = ON_A_CLUSTER if address else "raise ray.object_store_bytes"
+            with spill_watch(reporter.say, remedy), reserved(config, services, reporter.say) as places:
+                yield places
+        finally:
+            ray.shutdown()
+            if temporary:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _running(config: RunConfig, published_bytes: int) -> Store:
@@ -170,26 +174,3 @@ def start_errors(where: str) -> Iterator[None]:
         if link.recovering():
             raise RayLost(said) from error
         raise ConfigError(f"{said}; `latent-grpo doctor` looks for the cause") from error
-
-
-def _start_local(store: Store, folder: str, reporter: Reporter) -> None:
-    import ray
-
-    _report(store, reporter)
-    # with every start it warns that authentication is on, as it should be
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    with start_errors(f"its folder {folder}, below TMPDIR"):
-        try:
-            ray.init(
-                address="local",  # never a Ray that another program has left on this machine
-                include_dashboard=False,
-                object_store_memory=store.size,
-                logging_level=logging.WARNING,
-                _temp_dir=folder,
-                _system_config={
-                    "gcs_rpc_server_reconnect_timeout_s": GCS_GONE_S,
-                    "worker_niceness": 0,  # with Ray's own 15 any other program takes the cores from a run
-                },
-            )
-        except ValueError as error:  # more than the machine's memory, or than it has shared memory
-            raise ConfigError(f"{store.sentence}: {error}; lower ray.object_store_bytes") from error
