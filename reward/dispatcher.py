@@ -318,6 +318,9 @@ class Dispatcher:
             if grader.loading is not None:
                 self._lost(grader, f"verifier {grader.loading!r} did not load within {self._start_limit_s:g} s")
                 continue
+            if grader.stopped:
+                self._lost(grader, f"it was stopped (SIGSTOP) and gave no verdict within {self._time_limit_s:g} s")
+                continue
             case = grader.cases.popleft()
             self._discard(grader)
             self._finish(case, Grade(0.0, "timeout"))

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+import psutil
+
 from latent_grpo.reward.framing import FrameReader, encode
 
 # The child takes over this process's import path, so that a user's verifier is found there too. An own program text
@@ -65,6 +67,11 @@ class Grader:
     def sending(self) -> bool:
         """Whether a request has not wholly left."""
         return bool(self._unsent)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was stopped from outside (SIGSTOP): that no verdict comes is then no fault of its case."""
+        return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
 
     def load(self, kind: str, import_path: str, options: dict[str, Any], deadline: float) -> None:
         """Ask for a verifier to be imported and built. Names known here are unknown there: the path travels."""

@@ -153,6 +153,16 @@ def test_killing_every_grader_from_outside_loses_no_verdict() -> None:
         killer.join()
 
 
+def test_a_case_whose_grader_is_stopped_is_graded_by_another_one_and_is_no_timeout() -> None:
+    with VerifierPool(processes=1, time_limit_s=2) as pool:
+        assert reasons(pool, "ok ") == ["correct"]
+        (pid,) = pool.process_ids()
+        os.kill(pid, signal.SIGSTOP)
+        assert reasons(pool, "ok2 ", "hang ") == ["correct", "timeout"]
+        assert pool.counts()["processes_lost"] == 1
+        assert wait_until(lambda: gone(pid))
+
+
 def test_killing_idle_graders_goes_unnoticed(pool: VerifierPool) -> None:
     assert reasons(pool, "ok ") == ["correct"]
     for pid in pool.process_ids():
