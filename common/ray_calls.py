@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
-from latent_grpo.common.errors import RayLost
+from latent_grpo.common.errors import RayLost, RunError
 from latent_grpo.common.seen_time import SeenTime
 
 T = TypeVar("T")
@@ -33,10 +34,16 @@ def alive_nodes() -> int:
 def put_within(value: object, seconds: float, key: str) -> ray.ObjectRef[Any]:
     """`ray.put` with a deadline: on a node whose raylet is stopped it would wait forever.
 
-    Raises RayLost, which names `key` as the setting of the deadline.
+    Raises RayLost, which names `key` as the setting of the deadline, and RunError where store and disk are full.
     """
     why = f"Ray on this node did not take an object within {seconds:g} s ({key}): its raylet is stopped or stuck"
-    return _within(seconds, partial(ray.put, value), why)
+    try:
+        return _within(seconds, partial(ray.put, value), why)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise RunError(
+            "Ray's object store on this node is full, and so is the disk that it spills to; make room below TMPDIR (on "
+            "a cluster: the node's --temp-dir), or raise ray.object_store_bytes (ray start --object-store-memory)"
+        ) from error
 
 
 def _within(seconds: float, call: Callable[[], T], why: str) -> T:
