@@ -2,10 +2,10 @@
 
 The run is tiny, deterministic and started as the command that a user starts, with its own Ray. Its processes are killed
 in turns of a seeded order, spread over the run's steps: rollout workers, their graders, the learner's rank, the
-controller, the supervisor, and the raylet and GCS of the run's Ray; some are stopped (SIGSTOP) instead. The next kill
-comes once the run has recovered, which it does by itself; without its supervisor it saves its state and ends, and is
-resumed. Afterwards every group must have been trained on exactly once in the surviving lineage, and the weights must be
-those of the undisturbed run, bit for bit.
+controller, the supervisor, and the raylet and GCS of the run's Ray; all but the supervisor are stopped (SIGSTOP), too.
+The next kill comes once the run has recovered, which it does by itself; without its supervisor it saves its state and
+ends, and is resumed. Afterwards every group must have been trained on exactly once in the surviving lineage, and the
+weights must be those of the undisturbed run, bit for bit.
 
 What was done is kept in `soak.json` of its folder after every kill, so a soak that was interrupted goes on.
 """
@@ -54,13 +54,17 @@ COMMANDS = {
 }
 """Kinds of processes, and what their command lines hold; the controller is the supervisor's child."""
 STOPPED = "stopped "
-KINDS = (*COMMANDS, *(STOPPED + kind for kind in ("rollout worker", "learner rank", CONTROLLER)))
-"""What is killed; what is called stopped gets SIGSTOP, which nothing but its silence shows."""
+KINDS = (*COMMANDS, *(STOPPED + kind for kind in COMMANDS if kind != SUPERVISOR))
+"""What is killed; what is called stopped gets SIGSTOP, which nothing but its silence shows.
+
+Of a stopped supervisor a run knows nothing: it goes on, and so does the supervisor after SIGCONT.
+"""
 OF_WORKERS = ("rollout worker", STOPPED + "rollout worker")
-GOES_ON = (*OF_WORKERS, GRADER)  # the run takes no step back
+OF_GRADERS = (GRADER, STOPPED + GRADER)
+GOES_ON = (*OF_WORKERS, *OF_GRADERS)  # the run takes no step back
 SILENCE_S = 20.0  # deadlines of the run
 STEPS_A_KILL = 10
-SPREAD = 0.9  # of the steps: what is left after the last kill shows that the run goes on
+LAST_STEPS = 80  # after the last kill they show that the run goes on, as it does for a while where its GCS is stopped
 PAUSE_S = 0.5  # at most, from a step's end to the next kill: it falls anywhere in a step
 POLL_S = 0.1
 GRADING_S = 0.02  # a response
@@ -160,7 +164,7 @@ def measure(kills: int, seed: int, steps: int | None, folder: Path | None, say: 
     with tempfile.TemporaryDirectory(prefix="lgk-") as private, tempfile.TemporaryDirectory(prefix="lgh-") as home:
         root = (folder or Path(private)).resolve()
         root.mkdir(parents=True, exist_ok=True)
-        soak = begun(root, seed, steps or max(kills * STEPS_A_KILL, 20))
+        soak = begun(root, seed, steps or kills * STEPS_A_KILL + LAST_STEPS)
         (root / "soak.yaml").write_text(yaml.safe_dump({**PROFILE, "steps": soak.steps, "runs_folder": str(root)}))
         if not (root / UNDISTURBED / "model").is_dir():
             with _Command(root, UNDISTURBED, soak, home) as command:
@@ -264,9 +268,10 @@ class _Command:
     def disturb(self, kills: int, say: Callable[[str], None]) -> None:
         """Kills processes until there were so many kills, or the run has ended."""
         soak = self._soak
+        until = max(soak.steps - LAST_STEPS, soak.steps / 2)
         while (number := len(soak.kills)) < kills:
             kind, moment = planned(soak.seed, number)
-            due = soak.steps * SPREAD * (number + moment.random()) / kills
+            due = until * (number + moment.random()) / kills
             if not self._await(partial(self._beyond, due)):
                 break
             time.sleep(moment.uniform(0.0, PAUSE_S))
@@ -305,7 +310,7 @@ class _Command:
         noticed = None
         if kind == SUPERVISOR:
             self._resume(family)
-        elif kind != GRADER:
+        elif kind not in OF_GRADERS:
             if not self._await(lambda: self._noticed(kind) > known):
                 return None
             noticed = time.monotonic() - at
@@ -315,7 +320,7 @@ class _Command:
             now = self.last()
             if kind not in GOES_ON:
                 return now.lineage > before.lineage
-            return now.step > known_at.step and (kind == GRADER or now.workers == WORKERS)
+            return now.step > known_at.step and (kind in OF_GRADERS or now.workers == WORKERS)
 
         return Kill(kind, before.step, noticed, time.monotonic() - at) if self._await(over) else None
 

@@ -223,7 +223,7 @@ def bench_publish(
 def bench_soak(
     kills: Annotated[int, typer.Option(min=0, help="How many processes are killed.")] = 100,
     seed: Annotated[int, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of what is killed, and when.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=10, help="Steps of the run; default: ten a kill.")] = None,
+    steps: Annotated[int | None, typer.Option(min=10, help="Steps of the run; default: ten a kill, and 80.")] = None,
     folder: Annotated[
         Path | None,
         typer.Option(help="Keep both runs, their logs and a report here; a soak that was interrupted goes on in it."),
