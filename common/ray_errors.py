@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ray.exceptions import (
+    ActorUnavailableError,
     ActorUnschedulableError,
     GetTimeoutError,
     NodeDiedError,
@@ -14,6 +15,7 @@ from ray.exceptions import (
 )
 
 NODE_GONE = "its node is gone"
+UNAVAILABLE = "its process or its node does not answer"
 NO_PROCESS = "if there is room, their processes end before they begin: Ray's logs (worker-*.err) say why"
 SHOWN = 300  # characters of a text that is not known
 
@@ -29,6 +31,8 @@ def in_short(error: BaseException) -> str:
         return "Ray ended its process because the node's memory was full"
     if isinstance(error, ActorUnschedulableError):
         return "the cluster has no room for it any more"
+    if isinstance(error, ActorUnavailableError):
+        return UNAVAILABLE
     if isinstance(error, RayActorError):
         if made_badly(error):
             return _last_line(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from latent_grpo.common.config import RunConfig, config_as_json
 from latent_grpo.common.errors import ConfigError, RunError
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 SHOWN = 4  # ranks whose stacks are shown; in a collective all late ranks look alike
 LOOKED_AT_EVERY_S = 1.0  # how often a wait looks, so that time in which the driver is stopped does not count
 BESIDE = "beside"  # the group of calls that run while a step goes on
+VERDICT_S, VERDICT_ANSWER_S = 30.0, 5.0  # for Ray to find out that a node is gone, and for one question
 PEER_DEATH_S = 15.0  # a survivor's broken collective is often reported before the death that caused it
 
 
@@ -230,9 +231,27 @@ class RankGroup:
             other = _failed(ready[0])
             if other is not None and not isinstance(other, RayTaskError):
                 rank, error = refs.index(ready[0]), other
+        error = self._verdict(rank, error)
         if not isinstance(error, RayTaskError):  # its process, its node or what it has returned is gone
             return RankLost(f"learner rank {rank} died while it had to {doing}: {in_short(error)}")
         return LearnerError(f"learner rank {rank} failed to {doing}: {in_short(error)}")
+
+    def _verdict(self, rank: int, error: Exception) -> Exception:
+        """Returns what Ray knows in the end of a rank that does not answer.
+
+        Until then it would give the next rank a place on a node that is gone.
+        """
+        end = time.monotonic() + VERDICT_S
+        while isinstance(error, ActorUnavailableError) and time.monotonic() < end:
+            time.sleep(LOOKED_AT_EVERY_S)
+            try:
+                ray.get(self._ranks[rank].whereabouts.remote(), timeout=VERDICT_ANSWER_S)
+                break  # it answers again, and has lost its step
+            except RayActorError as now:
+                error = now
+            except RayError as late:
+                log.debug("learner rank %d does not answer: %s", rank, late)
+        return error
 
 
 def _failed(ref: ray.ObjectRef[Any]) -> Exception | None:

@@ -32,7 +32,7 @@ from latent_grpo.common.config import ConfigError, DeadlineConfig, RolloutConfig
 from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import check_interrupt
 from latent_grpo.common.ray_calls import ensure_own_node
-from latent_grpo.common.ray_errors import NO_PROCESS, NODE_GONE, in_short, made_badly
+from latent_grpo.common.ray_errors import NO_PROCESS, NODE_GONE, UNAVAILABLE, in_short, made_badly
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.shared_memory import BucketGone
 from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
@@ -49,6 +49,7 @@ SHOWN = 4  # workers whose stacks are shown at once
 INTERRUPT_POLL_S = 0.5  # seconds between checks for an interrupt
 AHEAD = 1.25  # samples given to a worker, in multiples of those that it decodes side by side
 RESTARTS_WITHIN_S = 3600.0
+TOGETHER_S = 60.0  # within which the workers of a lost node are missed
 LONGEST_PAUSE_S = 30.0  # before another attempt to start a worker
 DEATHS_AT_START = 3  # of processes, one after another and before any worker served: the next one would die too
 ANSWER_S = 60.0  # for Ray to hand over what has arrived
@@ -106,7 +107,7 @@ class RolloutPool:
         self._node_seen_at = 0.0  # when this process' node was last asked for, by the pool's clock
         self._wanted = config.workers
         self._served = False  # a worker has served: others can
-        self._nodes_lost: set[str] = set()  # whose first worker's loss was counted
+        self._nodes_lost: dict[str, float] = {}  # when a first worker's loss was counted, by the pool's clock
         self.restarts = 0
         try:
             self._start_missing()
@@ -462,9 +463,11 @@ class RolloutPool:
         self._remove(member)
         self._hand_on(member)
         ray.kill(member.actor)
-        counted = why == NODE_GONE and member.process.node_id in self._nodes_lost
-        if why == NODE_GONE:
-            self._nodes_lost.add(member.process.node_id)  # it does not come back: a node that joins has another id
+        node, now = member.process.node_id, self._clock.seconds
+        with_others = now - self._nodes_lost.get(node, -TOGETHER_S) < TOGETHER_S  # Ray may not know yet that it is gone
+        counted = with_others and why in (NODE_GONE, UNAVAILABLE)
+        if not with_others and why in (NODE_GONE, UNAVAILABLE):
+            self._nodes_lost[node] = now
         what = f"rollout {member.name} was lost ({why}; last event: {member.last_event})"
         self._count_restart(what, counts=not counted)
 

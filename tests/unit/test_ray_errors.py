@@ -1,7 +1,7 @@
 """Ray's errors as one sentence."""
 
 import pytest
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from latent_grpo.common.ray_errors import in_short, made_badly
 
@@ -24,6 +24,10 @@ ImportError: libfoo.so: cannot open shared object file
     [
         (RayActorError(error_msg=KILLED), "its process ended: killed from outside (SIGKILL, out of memory) or crashed"),
         (RayActorError(error_msg="The actor died because its node has died. Node Id: ab"), "its node is gone"),
+        (
+            ActorUnavailableError("RpcError: Socket closed", b"a" * 16),
+            "its process or its node does not answer",
+        ),
         (RayActorError(error_msg=MADE), "ImportError: libfoo.so: cannot open shared object file"),
         (RayTaskError("start", "trace\nback", ValueError("no such file x")), "ValueError: no such file x"),
         (GetTimeoutError("Get timed out"), "an answer of Ray did not come in time"),
