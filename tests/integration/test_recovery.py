@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
+from test_command import command_line
 from test_train import rows_of, weights_of
 from training import COMMON, tiny
 
@@ -24,12 +25,20 @@ pytestmark = pytest.mark.integration
 QUIET = ("evaluation.at_start=false", "evaluation.at_end=false", "checkpoint.every=2", "steps=6")
 
 
+def actors(name):
+    return [p for p in psutil.Process().children(recursive=True) if name in command_line(p)]
+
+
 class Killing(Reporter):
-    """Sends a signal to the learner's rank once `after` steps are done; with `again` in every later lineage too."""
+    """Sends a signal to the learner's rank once `after` steps are done; with `again` in every later lineage too.
+
+    Notes the processes of the workers then, and those at the end.
+    """
 
     def __init__(self, after, number, again=False):
         super().__init__(Console(file=io.StringIO(), width=300, record=True))
         self.after, self.number, self.again, self.done = after, number, again, False
+        self.workers = []
 
     @contextlib.contextmanager
     def phase(self, name, total, unit="steps"):
@@ -39,9 +48,11 @@ class Killing(Reporter):
             nonlocal armed
             if name == "latent_grpo" and completed >= self.after and armed:
                 armed, self.done = False, True
-                every = psutil.Process().children(recursive=True)
-                (rank,) = [p for p in every if "LearnerRank" in " ".join(p.cmdline())]
+                self.workers.append(actors("WorkerActor"))
+                (rank,) = actors("LearnerRank")
                 rank.send_signal(self.number)
+            if name == "latent_grpo" and completed == total:
+                self.workers.append(actors("WorkerActor"))
 
         yield advance
 
@@ -62,6 +73,9 @@ def test_a_lost_rank_is_recovered_from_and_the_end_is_that_of_the_undisturbed_ru
     (recovery,) = [json.loads(line) for line in (run.path / "recoveries.jsonl").read_text().splitlines()]
     assert (recovery["lineage"], recovery["reached"]) == (1, 3)
     assert recovery["cause"].startswith("learner rank")
+    before, after = reporter.workers
+    assert len(before) == 1
+    assert after == before, "the worker keeps its process, and so its engine and its model"
 
 
 class KillingInWrites(Killing):
@@ -84,8 +98,7 @@ class KillingInWrites(Killing):
         while not any(path.name.startswith(".unfinished") for path in self.checkpoints().iterdir()):
             time.sleep(0.001)
         self.caught = True
-        every = psutil.Process().children(recursive=True)
-        (rank,) = [p for p in every if "LearnerRank" in " ".join(p.cmdline())]
+        (rank,) = actors("LearnerRank")
         rank.send_signal(self.number)
 
 
@@ -100,11 +113,71 @@ def test_a_rank_that_dies_while_its_state_is_written_beside_a_step_changes_nothi
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+class KillingWhileWeightsTravel(Killing):
+    """Stops an actor's process before a publication, and kills it half a second later: in the middle of it."""
+
+    def __init__(self, after, actor):
+        super().__init__(after, signal.SIGKILL)
+        self.actor, self.victim = actor, None
+
+    @contextlib.contextmanager
+    def phase(self, name, total, unit="steps"):
+        def advance(completed, note=""):
+            if name == "latent_grpo" and completed >= self.after and "publish" in note and not self.victim:
+                (self.victim,) = actors(self.actor)
+                self.victim.send_signal(signal.SIGSTOP)
+                threading.Timer(0.5, self.victim.kill).start()
+
+        yield advance
+
+
+@pytest.mark.slow  # test_pool_faults.py and the first test here have the same without a run, and at another moment
+@pytest.mark.parametrize("actor", ["LearnerRank", "WorkerActor"])
+def test_a_rank_or_a_worker_that_dies_while_weights_travel_changes_nothing(whole, tmp_path, caplog, actor):
+    reporter = KillingWhileWeightsTravel(3, actor)
+    run = train(tiny(*COMMON, *QUIET, f"runs_folder={tmp_path}"), "killed", reporter)
+    said = reporter.console.export_text()
+    if actor == "LearnerRank":
+        assert "learner rank 0 died while it had to publish" in said
+        assert "recovered within" in said
+    else:
+        assert f"lost (process {reporter.victim.pid}" in caplog.text
+        assert not (run.path / "recoveries.jsonl").exists()
+    assert rows_of(run, range(1, 7)) == rows_of(whole, range(1, 7))
+    expected, found = weights_of(whole), weights_of(run)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 @pytest.mark.slow  # tests/unit/test_recovery_limit.py counts recoveries without Ray
 def test_beyond_the_limit_the_run_ends_and_says_how_it_goes_on(ray_session, tmp_path):
     reporter = Killing(3, signal.SIGKILL, again=True)
     with pytest.raises(RunError, match=r"max_recoveries allows 1; `latent-grpo train --resume \S+` continues"):
         train(tiny(*COMMON, *QUIET, "max_recoveries=1", f"runs_folder={tmp_path}"), "killed", reporter)
+
+
+@pytest.mark.slow  # test_train.py has whole runs; this is the order in which their services start
+def test_the_learner_starts_while_a_worker_is_still_starting(ray_session, tmp_path):
+    before, beside = {p.pid for p in actors("WorkerActor") + actors("LearnerRank")}, threading.Event()
+
+    def first(name):
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            for process in actors(name):
+                if process.pid not in before:
+                    return process
+            time.sleep(0.02)
+        return None
+
+    def hold_worker():
+        worker = first("WorkerActor")
+        worker.send_signal(signal.SIGSTOP)  # it has a process, and makes its engine next
+        if first("LearnerRank"):
+            beside.set()
+        worker.send_signal(signal.SIGCONT)
+
+    threading.Thread(target=hold_worker, daemon=True).start()
+    train(tiny(*QUIET, "steps=1", f"runs_folder={tmp_path}"), "beside")
+    assert beside.is_set()
 
 
 def test_two_runs_never_hold_halves_of_what_each_needs(ray_session):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import psutil
 import pytest
@@ -72,6 +73,7 @@ def test_a_killed_controller_is_started_again_and_the_end_is_the_same(whole, env
         ("raylet/raylet", signal.SIGKILL, "the run's controller"),
         ("gcs_server", signal.SIGKILL, "the run's controller"),
         ("raylet/raylet", signal.SIGSTOP, "has lost its Ray"),
+        ("gcs_server", signal.SIGSTOP, "the run's controller"),
     ],
 )
 def test_a_stopped_controller_and_a_lost_ray_are_recovered_from(whole, environment, tmp_path, name, number, cause):
@@ -87,6 +89,23 @@ def test_a_loop_that_hangs_in_a_sink_is_started_again_though_its_process_beats(w
     process, folder, log = begun(environment, tmp_path, "metrics.sinks=[training:HangingSink]", "deadlines.loop_s=20")
     assert_ended_as(whole, process, folder, log, "did nothing but one thing")
     assert "training.py" in log.read_text(), "its stacks name the place"
+
+
+@pytest.mark.slow
+def test_a_supervisor_that_is_stopped_for_longer_than_its_deadline_is_no_fault_of_the_controller(
+    whole, environment, tmp_path
+):
+    process, folder, log = begun(environment, tmp_path, "deadlines.driver_s=5")
+    controller = controller_of(process)
+    process.send_signal(signal.SIGSTOP)
+    controller.send_signal(signal.SIGSTOP)  # else the run would be over before
+    time.sleep(8)
+    process.send_signal(signal.SIGCONT)
+    controller.send_signal(signal.SIGCONT)
+    assert process.wait(600) == 0, log.read_text()
+    assert not (folder / "recoveries.jsonl").exists(), log.read_text()
+    run = RunFolder(folder)
+    assert rows_of(run, range(1, 7)) == rows_of(whole, range(1, 7))
 
 
 @pytest.mark.slow
