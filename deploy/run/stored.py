@@ -1,24 +1,17 @@
 """JSON files of a run's folder: one that is damaged, or has another form than a run writes, is one sentence.
 
 The forms below are what programs read without :class:`RunConfig`, which only the version that wrote it need accept: a
-run of any version can be shown. Every key may be absent, and others may be there.
+run of any version can be shown. A key with a default may be absent, and others may be there.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    Required,  # pydantic takes only these before Python 3.12
-)
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
 from latent_grpo.common.config import ConfigError
 from latent_grpo.common.files import read_text
@@ -33,91 +26,97 @@ class StoredError(ConfigError):
     """A file of a run's folder that is missing, unreadable or damaged."""
 
 
-class _Noise(TypedDict, total=False):
-    mode: str | None
-    scale: FiniteFloat | None
+class _Form(BaseModel):
+    """What is read of a file: its defaults stand for keys that are absent, and nobody reads them."""
+
+    model_config = ConfigDict(strict=True)
 
 
-class _Task(TypedDict, total=False):
-    name: Required[str]
-    path: str | None
-    options: dict[str, Any]
+class _Noise(_Form):
+    mode: str | None = None
+    scale: FiniteFloat | None = None
 
 
-class _Evaluation(TypedDict, total=False):
-    tasks: list[_Task]
-    interim_problems: Count | None
+class _Task(_Form):
+    name: str
+    path: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
-class _Dump(TypedDict, total=False):
-    every: Count
+class _Evaluation(_Form):
+    tasks: list[_Task] = Field(default_factory=list)
+    interim_problems: Count | None = None
 
 
-class _WarmStart(TypedDict, total=False):
-    max_steps: Count
+class _Dump(_Form):
+    every: Count = 0
 
 
-class _Model(TypedDict, total=False):
-    path: str | None
+class _WarmStart(_Form):
+    max_steps: Count = 0
 
 
-class Settings(TypedDict, total=False):
+class _Model(_Form):
+    path: str | None = None
+
+
+class Settings(_Form):
     """What is read of `config.json`."""
 
-    algorithm: str | None
-    component_weighting: str | None
-    steps: Count
-    k: Count | None
-    tau: FiniteFloat | None
-    prompts_per_step: Count
-    group_size: Count
-    max_recoveries: Count
-    noise: _Noise
-    tasks: list[_Task]
-    evaluation: _Evaluation | None
-    dump: _Dump
-    warm_start: _WarmStart | None
-    model: _Model
-    checkpoint: dict[str, Any] | None
+    algorithm: str | None = None
+    component_weighting: str | None = None
+    steps: Count = 0
+    k: Count | None = None
+    tau: FiniteFloat | None = None
+    prompts_per_step: Count = 0
+    group_size: Count = 0
+    max_recoveries: Count = 0
+    noise: _Noise = _Noise()
+    tasks: list[_Task] = Field(default_factory=list)
+    evaluation: _Evaluation | None = None
+    dump: _Dump = _Dump()
+    warm_start: _WarmStart | None = None
+    model: _Model = _Model()
+    checkpoint: dict[str, Any] | None = None
 
 
-class Identity(TypedDict, total=False):
+class Identity(_Form):
     """What is read of `run.json`. The lists have an entry a lineage."""
 
-    kind: Literal["train", "sft", "evaluate"]
-    lineage: Required[Count]
-    started: str
-    started_in: str | None
-    versions: dict[str, str | None]
-    arithmetic: list[int]
-    dtypes: list[str | None]
+    kind: Literal["train", "sft", "evaluate"] = "train"
+    lineage: Count
+    started: str = ""
+    started_in: str | None = None
+    versions: dict[str, str | None] = Field(default_factory=dict)
+    arithmetic: list[int] = Field(default_factory=list)
+    dtypes: list[str | None] = Field(default_factory=list)
 
 
-class Summary(TypedDict, total=False):
+class Summary(_Form):
     """What is read of `summary.json`."""
 
-    minutes: FiniteFloat
-    sessions: list[FiniteFloat]
-    before: dict[str, FiniteFloat]
-    after: dict[str, FiniteFloat]
+    minutes: FiniteFloat = 0.0
+    sessions: list[FiniteFloat] = Field(default_factory=list)
+    before: dict[str, FiniteFloat] = Field(default_factory=dict)
+    after: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
-class _Result(TypedDict, total=False):
-    task: Required[str]
-    problems: Required[Count]
-    samples: Required[Count]
-    pass_at_1: Required[FiniteFloat]
-    chain_length: FiniteFloat | None
-    latent_length: FiniteFloat | None
-    invalid_rate: FiniteFloat | None
-    protocol: str
-    noise: str
+class _Result(_Form):
+    task: str
+    problems: Count
+    samples: Count
+    pass_at_1: FiniteFloat
+    chain_length: FiniteFloat | None = None
+    latent_length: FiniteFloat | None = None
+    invalid_rate: FiniteFloat | None = None
+    protocol: str = ""
+    noise: str = ""
 
 
-class Results(TypedDict, total=False):
+class Results(_Form):
     """What is read of an evaluation's results."""
 
-    tasks: list[_Result]
+    tasks: list[_Result] = Field(default_factory=list)
 
 
 def _finite(text: str) -> float:
@@ -126,12 +125,7 @@ def _finite(text: str) -> float:
     return value
 
 
-@functools.cache
-def _adapter(form: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(form)
-
-
-FORMS: dict[str, Any] = {
+FORMS: dict[str, type[_Form]] = {
     "config.json": Settings, IDENTITY: Identity, "summary.json": Summary, EVALUATION_FILE: Results,
 }  # fmt: skip
 
@@ -142,7 +136,8 @@ def stored_object(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
     Raises :class:`StoredError`.
     """
     try:
-        found = json.loads(read_text(path), parse_float=_finite, parse_constant=_finite)
+        text = read_text(path)
+        found = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError as error:
         raise StoredError(f"{path} is missing; {remedy}") from error
     except OSError as error:
@@ -153,10 +148,12 @@ def stored_object(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise StoredError(f"{path} is damaged (it holds no mapping, but {found!r:.60}); {remedy}")
     try:
-        _adapter(FORMS.get(path.name, dict[str, Any])).validate_python(found, strict=True)
+        if (form := FORMS.get(path.name)) is not None:
+            form.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         key, said = ".".join(map(str, first["loc"])), first["msg"][:1].lower() + first["msg"][1:]
-        got = "" if first["type"] == "missing" else f", got {first['input']!r:.60}"
-        raise StoredError(f"{path} is damaged ({key}: {said}{got}); {remedy}") from error
+        said = f"{key}: {said}" if key else said
+        got = "" if first["type"] in ("missing", "json_invalid") else f", got {first['input']!r:.60}"
+        raise StoredError(f"{path} is damaged ({said}{got}); {remedy}") from error
     return found

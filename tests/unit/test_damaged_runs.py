@@ -184,8 +184,8 @@ def test_what_is_no_file_is_never_opened(tmp_path):
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
-        ("config.json", {"noise": "x"}, "config.json is damaged (noise: input should be a valid dictionary, got 'x')"),
-        ("config.json", {"tasks": [7]}, "config.json is damaged (tasks.0: input should be a valid dictionary, got 7)"),
+        ("config.json", {"noise": "x"}, "config.json is damaged (noise: input should be an object, got 'x')"),
+        ("config.json", {"tasks": [7]}, "config.json is damaged (tasks.0: input should be an object, got 7)"),
         ("config.json", {"steps": 10**30}, "config.json is damaged (steps: input should be less than"),
         ("config.json", {"tau": math.nan}, "config.json is damaged (NaN is no finite number)"),
         ("run.json", {"lineage": None}, "run.json is damaged (lineage: input should be a valid integer, got None)"),
