@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from latent_grpo.common.config import DATE_FORMAT, ConfigError
@@ -63,15 +64,20 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(chosen.get("default", "")) if isinstance(chosen, dict) else chosen or ""
 
 
+@cache
+def _day(date: str) -> datetime:
+    return datetime.strptime(date, DATE_FORMAT)
+
+
 def pinned_template(template: str, date: str) -> str:
     """Returns a template whose `strftime_now("...")` is `date`, for a program that would take the day's."""
-    day = datetime.strptime(date, DATE_FORMAT)
+    day = _day(date)
     return NOW.sub(lambda found: repr(day.strftime(found["format"])), template)
 
 
 def _applied(tokenizer: PreTrainedTokenizerBase, chat: Chat, date: str) -> str:
     # the function is for formats that are no literals; transformers 5.24 hands none on, and such a template is refused
-    dates: dict[str, Any] = {"date_string": date, "strftime_now": datetime.strptime(date, DATE_FORMAT).strftime}
+    dates: dict[str, Any] = {"date_string": date, "strftime_now": _day(date).strftime}
     template = pinned_template(template_of(tokenizer), date) or None
     return str(
         tokenizer.apply_chat_template(

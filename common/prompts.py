@@ -101,11 +101,17 @@ class PromptRenderer:
 
         Raises ConfigError, which names the problem.
         """
-        (ids,) = self.encode_all([problem], TextEncoder(self.tokenizer, rows=self._rows)).values()
+        (ids,) = self.encode_all([problem]).values()
         return ids
 
-    def encode_all(self, problems: Sequence[Problem], encoder: TextEncoder, name: str = "prompts") -> EncodedPrompts:
-        """Returns the ids of all prompts by the problems' uid. `name` is what the progress calls them."""
+    def encode_all(
+        self, problems: Sequence[Problem], encoder: TextEncoder | None = None, name: str = "prompts"
+    ) -> EncodedPrompts:
+        """Returns the ids of all prompts by the problems' uid.
+
+        `encoder` may keep them on the disk, and shows its progress under `name`.
+        """
+        encoder = encoder or TextEncoder(self.tokenizer, rows=self._rows)
         texts = [self.render(problem) for problem in problems]
         # rows of one source are all plain problems or all whole messages
         plain = bool(problems) and self._config(problems[0]).format is not None

@@ -12,7 +12,8 @@ counts a malformed record, and never repairs it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -342,6 +343,15 @@ def take_rows(batch: pa.RecordBatch, rows: Sequence[int] | np.ndarray) -> pa.Rec
     return batch.take(pa.array(np.asarray(rows, dtype=np.int64)))
 
 
+def groups_of(batch: pa.RecordBatch) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """Yields (group's uid, its rows) of a batch of whole groups, which share the batch's memory."""
+    start = 0
+    for uid, rows in itertools.groupby(batch.column("group_uid").to_pylist()):
+        count = sum(1 for _ in rows)
+        yield uid, batch.slice(start, count)
+        start += count
+
+
 def concat(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    """Joins all rows, in order, into one record batch."""
-    return pa.concat_batches(list(batches)) if len(batches) > 1 else batches[0]
+    """Joins all rows, in order, into one self-contained record batch."""
+    return pa.concat_batches(list(batches)) if len(batches) > 1 else take_rows(batches[0], range(len(batches[0])))

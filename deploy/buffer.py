@@ -19,8 +19,9 @@ it. The price is a bias to what is quick, and that a group passed over is a vers
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -62,17 +63,14 @@ class _Entry:
 class GroupBuffer:
     """Holds the groups between dispatch and training.
 
-    `drop_reason` returns why a complete group teaches nothing, or None to keep it, as
-    :func:`learner.advantages.drop_reason` does. Without `refill` (`dynamic_sampling: drop`) a batch holds the groups
-    with signal among `prompts_per_step` prompts, and may be empty. `next_ordinal` and `ahead` are the state of a
-    :class:`ReadyBatch` that a run goes on from.
+    Without `refill` (`dynamic_sampling: drop`) a batch holds the groups with signal among `prompts_per_step` prompts,
+    and may be empty. `next_ordinal` and `ahead` are the state of a :class:`ReadyBatch` that a run goes on from.
     """
 
     prompts_per_step: int
     max_staleness: int
     refill: bool
     max_dispatch_factor: int
-    drop_reason: Callable[[pa.RecordBatch], str | None]
     window: int = 0
     next_ordinal: int = 0  # of the next prompt to dispatch
     ahead: Collection[int] = ()
@@ -99,6 +97,12 @@ class GroupBuffer:
     def free_slots(self) -> int:
         """The number of prompts that may be dispatched now."""
         return self.slots - self._held - self._training
+
+    @property
+    def next_ordinals(self) -> list[int]:
+        """The prompts that may be dispatched now, one for each free slot."""
+        later = (ordinal for ordinal in itertools.count(self.next_ordinal) if ordinal not in self._taken)
+        return list(itertools.islice(later, max(self.free_slots, 0)))
 
     @property
     def ready_share(self) -> float:
@@ -129,11 +133,12 @@ class GroupBuffer:
         while self.next_ordinal in self._taken:
             self.next_ordinal += 1
 
-    def arrived(self, group_uid: str, group: pa.RecordBatch) -> str | None:
-        """Takes a complete, graded group; returns why it was dropped, or None.
+    def arrived(self, group_uid: str, group: pa.RecordBatch | None, reason: str | None = None) -> str | None:
+        """Takes a complete, graded group, with the reason why it teaches nothing; returns why it was dropped, or None.
 
-        A group that is not expected is a duplicate (its worker was declared lost and came back, or it was generated
-        before a restart); it is counted and ignored.
+        `group` is None where its records cannot be used: no batch will hold it, nor a dump. A group that is not
+        expected is a duplicate (its worker was declared lost and came back, or it was generated before a restart); it
+        is counted and ignored.
         """
         ordinal = self._by_uid.get(group_uid)
         entry = self._entries.get(ordinal) if ordinal is not None else None
@@ -143,25 +148,13 @@ class GroupBuffer:
         self._settled_since_batch += 1
         entry.group = group
         self._ready += 1
-        reason = self.drop_reason(group)
         if reason is not None:
-            self._drop(entry, reason)
+            entry.dropped = reason
+            self._dropped[reason] += 1
+            if self.refill:  # another one takes its place
+                self._held -= 1
+                self._ready -= 1
         return reason
-
-    def drop(self, group_uid: str, reason: str) -> None:
-        """Drops an expected group that cannot be used (malformed records). No batch will hold it, nor a dump."""
-        entry = self._entries[self._by_uid[group_uid]]
-        self._drop(entry, reason)
-        entry.group = None
-
-    def _drop(self, entry: _Entry, reason: str) -> None:
-        if self.refill:  # another one takes its place
-            self._held -= 1
-            self._ready -= entry.settled
-        else:
-            self._ready += not entry.settled
-        entry.dropped = reason
-        self._dropped[reason] += 1
 
     def take_batch(self) -> ReadyBatch | None:
         """Returns the next batch once it is settled which groups it holds, else None.

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from latent_grpo.common.config import RunConfig
@@ -34,7 +35,7 @@ from latent_grpo.common.interrupts import check_interrupt, finish_within
 from latent_grpo.common.schema import SchemaError, TrajectoryBatch, concat
 from latent_grpo.common.types import GroupRequest
 from latent_grpo.deploy.buffer import GroupBuffer, ReadyBatch
-from latent_grpo.learner.advantages import drop_reason
+from latent_grpo.learner.advantages import keep_groups
 from latent_grpo.rollout_workers.metrics import rollout_metrics
 
 log = logging.getLogger(__name__)
@@ -95,9 +96,9 @@ class StepResult:
 class Controller:
     """Runs the steps of a run, without depending on Ray or DeepSpeed.
 
-    `request_of(ordinal)` returns the prompt at a place in the run's prompt order. The state is `step`, `next_ordinal`,
-    the first prompt that no batch has consumed, and `ahead`, later ones that batches have consumed (`batch_window`);
-    they decide the rest of the run (METHOD §2.5).
+    `requests_of(ordinals)` returns the prompts at places in the run's prompt order. The state is `step`,
+    `next_ordinal`, the first prompt that no batch has consumed, and `ahead`, later ones that batches have consumed
+    (`batch_window`); they decide the rest of the run (METHOD §2.5).
     """
 
     def __init__(
@@ -105,20 +106,19 @@ class Controller:
         config: RunConfig,
         pool: Pool,
         learner: Learner,
-        request_of: Callable[[int], GroupRequest],
+        requests_of: Callable[[Sequence[int]], list[GroupRequest]],
         *,
         step: int = 0,
         next_ordinal: int = 0,
         ahead: Collection[int] = (),
     ):
-        self.config, self.pool, self.learner, self.request_of = config, pool, learner, request_of
+        self.config, self.pool, self.learner, self.requests_of = config, pool, learner, requests_of
         self.step, self.next_ordinal, self.ahead = step, next_ordinal, tuple(ahead)
         self.buffer = GroupBuffer(
             prompts_per_step=config.prompts_per_step,
             max_staleness=config.max_staleness,
             refill=config.dynamic_sampling == "refill",
             max_dispatch_factor=config.max_dispatch_factor,
-            drop_reason=self._drop_reason,
             window=config.batch_window,
             next_ordinal=next_ordinal,
             ahead=ahead,
@@ -182,8 +182,7 @@ class Controller:
     def attend(self, done: Callable[[], bool]) -> None:
         """Takes what arrives until `done`, and dispatches nothing for training."""
         while not done():
-            for group in self.pool.poll(POLL_S):
-                self._take(group)
+            self._take(self.pool.poll(POLL_S))
             check_interrupt()
 
     def settle(self, timeout_s: float) -> StepResult | None:
@@ -220,30 +219,33 @@ class Controller:
 
     def _exchange(self, timeout_s: float = POLL_S) -> None:
         """Fills the free slots with work and takes the groups that have arrived."""
-        requests = []
-        while self.buffer.free_slots > 0:
-            request = self.request_of(self.buffer.next_ordinal)
+        requests = self.requests_of(self.buffer.next_ordinals) if self.buffer.free_slots > 0 else []
+        for request in requests:
             self.buffer.dispatched(request)
-            requests.append(request)
         if requests:
             self.pool.submit(requests)
-        for group in self.pool.poll(timeout_s):
-            self._take(group)
+        self._take(self.pool.poll(timeout_s))
         check_interrupt()
 
-    def _take(self, group: pa.RecordBatch) -> None:
-        uid = _group_uid(group)
-        if self.beside is not None and self.beside(uid, group):
-            return
-        try:
-            self.buffer.arrived(uid, group)
-        except SchemaError as error:  # from a worker with other code, for example; records are never repaired
-            log.warning("group %s dropped: malformed records: %s", uid, error)
-            self.buffer.drop(uid, MALFORMED)
+    def _take(self, groups: Sequence[pa.RecordBatch]) -> None:
+        own = [group for group in groups if self.beside is None or not self.beside(_group_uid(group), group)]
+        for group, reason in zip(own, self._drop_reasons(own), strict=True):
+            self.buffer.arrived(_group_uid(group), None if reason == MALFORMED else group, reason)
 
-    def _drop_reason(self, group: pa.RecordBatch) -> str | None:
-        view = TrajectoryBatch(group)
-        return drop_reason(view.rewards, view.valid, masking=self.config.objective.masking)
+    def _drop_reasons(self, groups: Sequence[pa.RecordBatch]) -> list[str | None]:
+        """Returns why each group is dropped, or None; the check of many takes hardly longer than that of one."""
+        if not groups:
+            return []
+        try:
+            view = TrajectoryBatch(concat(groups))
+        except (SchemaError, pa.ArrowInvalid) as error:  # from a worker with other code; records are never repaired
+            if len(groups) > 1:
+                return [reason for group in groups for reason in self._drop_reasons([group])]
+            log.warning("group %s dropped: malformed records: %s", _group_uid(groups[0]), error)
+            return [MALFORMED]
+        numbers = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+        kept = keep_groups(view.rewards, numbers, view.valid, masking=self.config.objective.masking)
+        return [reason or None for reason in kept.reasons]
 
     def _batch_metrics(self, batch: ReadyBatch, rows: pa.RecordBatch | None) -> dict[str, float]:
         """Returns metrics of the generated groups and of those trained on (`rows`). Raises :class:`TrainingStopped`."""
@@ -291,23 +293,20 @@ def gather(
     pool: Pool,
     requests: Iterable[GroupRequest],
     on_arrival: Callable[[int], None] = lambda done: None,
-    on_other: Callable[[pa.RecordBatch], None] = lambda group: None,
+    on_others: Callable[[Sequence[pa.RecordBatch]], None] = lambda groups: None,
 ) -> list[pa.RecordBatch]:
     """Generates groups with the pool's current weights and waits for all of them, in the order of `requests`.
 
-    `on_arrival` is called with the number of groups so far, `on_other` with every group that is not among `requests`.
+    `on_arrival` is called with the number of groups so far, `on_others` with groups that are not among `requests`.
     """
     wanted = list(requests)
     pool.submit(wanted)
     order = {request.group_uid: i for i, request in enumerate(wanted)}
     groups: dict[int, pa.RecordBatch] = {}
     while len(groups) < len(wanted):
-        for group in pool.poll(POLL_S):
-            place = order.get(_group_uid(group))
-            if place is None:
-                on_other(group)
-            else:
-                groups[place] = group
+        arrived = pool.poll(POLL_S)
+        groups |= {order[uid]: group for group in arrived if (uid := _group_uid(group)) in order}
+        on_others([group for group in arrived if _group_uid(group) not in order])
         on_arrival(len(groups))
         check_interrupt()
     return [groups[i] for i in range(len(wanted))]

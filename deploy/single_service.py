@@ -75,7 +75,7 @@ def rollout_only(config: RunConfig, profile: str, reporter: Reporter | None = No
     folder = create_run(config, f"rollout-{Path(profile).stem}")
     with run_session(folder, config, 0, reporter, prepared, "rollout") as run:
         learner = FrozenLearner(run.initial, config)
-        controller = Controller(config, run.pool, learner, run.problems.request)
+        controller = Controller(config, run.pool, learner, run.problems.requests)
         controller.begin()
         with (
             StepObserver(run.folder, config, 0, run.metrics, reporter) as observer,

@@ -170,7 +170,7 @@ def _train(run: Run, learner: LearnerGroup, background: BackgroundWork) -> None:
         if config.deterministic and (line := bits_may_differ(run.folder.identity()["arithmetic"])):
             run.reporter.say(f"[yellow]{line}[/]")
     run.await_workers()
-    controller = Controller(config, run.pool, learner, run.problems.request, **position)
+    controller = Controller(config, run.pool, learner, run.problems.requests, **position)
     milestones = Milestones(run.folder, config, controller.step, run.reporter)
     if controller.step < config.steps and milestones.stopped is None:
         run.record(after=None, stopped=None)  # of the model that goes on

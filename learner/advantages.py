@@ -168,12 +168,3 @@ def keep_groups(
     ]
     reasons = np.select(conditions, ["ungraded", "too_few_valid", "all_equal", "no_advantage"], default="")
     return GroupSelection(samples.ids, tuple(reasons.tolist()))
-
-
-def drop_reason(
-    rewards: Column, valid: Column, *, graded: Column | None = None, masking: str = "exclude"
-) -> str | None:
-    """Returns why :func:`keep_groups` would drop one group, or None if it is kept. `rewards` and `valid` are [G]."""
-    groups = np.zeros(len(rewards), dtype=np.int64)
-    selection = keep_groups(rewards, groups, valid, graded=graded, masking=masking)
-    return (selection.reasons[0] or None) if selection.reasons else "ungraded"

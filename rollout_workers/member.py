@@ -17,7 +17,7 @@ from latent_grpo.common.types import GroupRequest
 from latent_grpo.common.weights import Publication, WeightManifest
 from latent_grpo.rollout_workers.worker import RolloutWorker, WorkerStatus
 
-STREAM_BACKPRESSURE = 16  # groups a worker may be ahead of the driver: bounds what waits in the object store
+STREAM_BACKPRESSURE = 16  # batches a worker may be ahead of the driver: bounds what waits in the object store
 
 
 class WorkerActor:
@@ -55,7 +55,7 @@ class WorkerActor:
         return self._worker.status()
 
     def results(self) -> Iterator[pa.RecordBatch]:
-        """Yields a record batch per complete group, until it is stopped."""
+        """Yields record batches of complete groups, until it is stopped."""
         yield from self._worker.results()
 
     def stop(self) -> None:

@@ -33,6 +33,7 @@ from latent_grpo.common.errors import RunError
 from latent_grpo.common.interrupts import check_interrupt
 from latent_grpo.common.ray_calls import ensure_own_node
 from latent_grpo.common.ray_errors import NO_PROCESS, NODE_GONE, UNAVAILABLE, in_short, made_badly
+from latent_grpo.common.schema import groups_of
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.common.shared_memory import BucketGone
 from latent_grpo.common.stacks import ProcessAddress, ask_for_stacks
@@ -302,8 +303,9 @@ class RolloutPool:
                 if batch.num_rows == 0:  # the answer to `discard`
                     member.discards -= 1
                 elif not member.discards:
-                    member.groups.pop(batch.column("group_uid")[0].as_py(), None)
-                    arrived.append(batch)
+                    for uid, group in groups_of(batch):
+                        member.groups.pop(uid, None)
+                        arrived.append(group)
             elif member.heartbeat is not None and ref is member.heartbeat:
                 member.heard(ray.get(ref, timeout=ANSWER_S), now)
             else:

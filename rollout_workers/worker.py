@@ -1,7 +1,9 @@
 """The rollout worker: an engine, a verifier pool and a queue, as one Ray actor.
 
 Two loops meet in it. The controller calls `submit` and `update_weights`, which only append to the queue; the actor's
-one long-lived `results` generator processes the queue in order: generate -> grade -> yield a record batch.
+one long-lived `results` generator processes the queue in order: generate -> grade -> yield a record batch of what is
+graded by then. Groups that end together travel together: a batch costs the worker and the driver milliseconds, whatever
+it holds (docs/measured.md).
 
 A weight update is an item of the queue. Groups submitted before it finish with the old weights, groups after it start
 with the new ones: no trajectory ever mixes versions, and the order of the controller's calls, never timing, decides
@@ -153,15 +155,15 @@ class RolloutWorker:
     # --- the working loop ----------------------------------------------------------------------------------------
 
     def results(self) -> Iterator[pa.RecordBatch]:
-        """Yields one graded record batch per group, until `stop`. It is called once."""
-        graded: deque[Future[pa.RecordBatch]] = deque()
+        """Yields record batches of whole graded groups, one after another in each, until `stop`. It is called once."""
+        graded: deque[Future[list[Trajectory]]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="grading") as grader:
             try:
                 while not self._closing:
                     self._admit()
                     if self._engine.pending:
                         began = time.perf_counter()
-                        graded.extend(grader.submit(self._finish, group) for group in self._engine.step())
+                        graded.extend(grader.submit(self._graded, group) for group in self._engine.step())
                         self._busy_s += time.perf_counter() - began
                         self._event("decoded a step")
                     elif graded:
@@ -170,11 +172,12 @@ class RolloutWorker:
                         yield encode([], self.k)
                     else:
                         self._wait_for_work()
+                    rows: list[Trajectory] = []
                     while graded and graded[0].done():
-                        batch = graded.popleft().result()
-                        if not self._discards:
-                            yield batch
-                            self._event("delivered a group")
+                        rows += graded.popleft().result()
+                    if rows and not self._discards:
+                        yield encode(rows, self.k)
+                        self._event("delivered what was graded")
             finally:
                 self._engine.close()
                 self._verifiers.close()
@@ -226,7 +229,7 @@ class RolloutWorker:
             if not self._queue and not self._closing:
                 self._changed.wait(IDLE_WAIT_S)
 
-    def _finish(self, group: tuple[Trajectory, ...]) -> pa.RecordBatch:
+    def _graded(self, group: tuple[Trajectory, ...]) -> list[Trajectory]:
         """Decodes and grades a group's samples beside the decode loop. An aborted sample is never graded."""
         started = time.perf_counter()
         texts = [self._decode(t.hard_ids, t.finish_reason) for t in group]
@@ -238,7 +241,8 @@ class RolloutWorker:
         for i, grade in zip(whole, graded, strict=True):
             grades[i] = grade
         seconds = (time.perf_counter() - started) / len(group)
-        complete = [
+        self._event("graded a group")
+        return [
             dataclasses.replace(
                 trajectory,
                 run_id=self.run_id,
@@ -251,7 +255,6 @@ class RolloutWorker:
             )
             for trajectory, text, grade in zip(group, texts, grades, strict=True)
         ]
-        return encode(complete, self.k)
 
     def _event(self, text: str) -> None:
         self._progress += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import array
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -352,6 +352,12 @@ class PromptStream:
             return Draw(task, source.problem(position), 0)
         epoch, within = divmod(position, source.size)
         return Draw(task, source.problem(int(self._permutation(task, epoch, source.size)[within])), epoch)
+
+    def draws(self, ordinals: Iterable[int]) -> Iterator[tuple[int, dict[int, Draw]]]:
+        """Yields (task, its draws by their ordinals), so that what they share is done once."""
+        drawn = {ordinal: self[ordinal] for ordinal in ordinals}
+        for task in sorted({draw.task for draw in drawn.values()}):
+            yield task, {ordinal: draw for ordinal, draw in drawn.items() if draw.task == task}
 
     def _turn(self, ordinal: int) -> tuple[int, int]:
         if len(self.tasks) == 1:

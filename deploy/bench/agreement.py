@@ -77,7 +77,7 @@ def measure(config: RunConfig, groups: int, reporter: Reporter | None = None) ->
         engine = make_engine(config, model, facts)
         try:
             engine.load_weights(PolicyVersion(version=0, checksum=checksum(weights)), weights)
-            requests = [prepared.problems.request(i, "self_test") for i in range(groups)]
+            requests = prepared.problems.requests(range(groups), "self_test")
             samples = [sample for group in generate(engine, requests) for sample in group]
         finally:
             engine.close()

@@ -92,7 +92,7 @@ def compare(config: RunConfig, steps: int, reporter: Reporter | None = None) -> 
 
 
 def _controller(run: Run, learner: Learner) -> Controller:
-    return Controller(run.config, run.pool, learner, run.problems.request)
+    return Controller(run.config, run.pool, learner, run.problems.requests)
 
 
 def cpu_seconds() -> float:

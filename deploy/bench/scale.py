@@ -178,7 +178,7 @@ def _memory(steps: Iterable[int]) -> dict[int, float]:
         config, reporter = load_config("quickstart", settings), Reporter(TextConsole(quiet=True))
         found = {}
         with in_process_session(create_run(config, "bench"), config, reporter) as run:
-            controller = Controller(config, run.pool, InProcessLearner(config, run.initial), run.problems.request)
+            controller = Controller(config, run.pool, InProcessLearner(config, run.initial), run.problems.requests)
             controller.begin()
             for step in range(1, wanted[-1] + 1):
                 controller.run_step()

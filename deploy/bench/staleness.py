@@ -190,7 +190,9 @@ class SleepingLearner:
 def run_case(pool: Pool, case: Case, steps: int, learner: SleepingLearner | None = None) -> Measured:
     """Runs the loop on a pool of sleeping workers, which forgets what was asked of it before."""
     pool.discard()
-    controller = Controller(case.config(), pool, learner or SleepingLearner(), lambda at: _request(case, at))
+    controller = Controller(
+        case.config(), pool, learner or SleepingLearner(), lambda ordinals: [_request(case, at) for at in ordinals]
+    )
     controller.begin()
     for _ in range(WARM_UP + case.max_staleness):
         controller.run_step()

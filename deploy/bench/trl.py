@@ -250,7 +250,7 @@ def _our_steps(model: str, name: str, steps: int, scratch: str) -> tuple[float, 
 
     config, reporter = our_config(model, name, WARM_UP + steps, scratch), Reporter(TextConsole(quiet=True))
     with in_process_session(create_run(config, "bench"), config, reporter) as run:
-        controller = Controller(config, run.pool, InProcessLearner(config, run.initial), run.problems.request)
+        controller = Controller(config, run.pool, InProcessLearner(config, run.initial), run.problems.requests)
         controller.begin()
         for _ in range(WARM_UP):
             controller.run_step()

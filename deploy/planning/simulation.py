@@ -142,7 +142,7 @@ def simulate(config: RunConfig, times: Times, workers: int, steps: int = 20) -> 
     """Simulates a run of `workers` with the settings' batch, staleness and window; all groups have signal."""
     clock, template = Clock(), _template(config.group_size)
     pool, learner = SimulatedPool(workers, times, clock, template), SimulatedLearner(times.learner_s, clock)
-    controller = Controller(config, pool, learner, lambda ordinal: _request(config, ordinal))
+    controller = Controller(config, pool, learner, lambda ordinals: [_request(config, o) for o in ordinals])
     controller.begin()
     for _ in range(WARM_UP + config.max_staleness):
         controller.run_step()

@@ -22,7 +22,7 @@ from latent_grpo.common.metrics import read_metrics
 from latent_grpo.common.schema import TrajectoryBatch, take_rows
 from latent_grpo.common.store import DumpError, LearnerStore, TrajectoryStore, step_ranges
 from latent_grpo.deploy.run.folder import RunFolder
-from latent_grpo.learner.advantages import drop_reason
+from latent_grpo.learner.advantages import keep_groups
 from latent_grpo.learner.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 
 log = logging.getLogger(__name__)
@@ -122,11 +122,8 @@ class RecordedRun:
             return np.flatnonzero(LearnerBatch(records).taught[places])
         view = TrajectoryBatch(batch)
         _, group = np.unique(batch.column("group_uid").to_pylist(), return_inverse=True)
-        kept = [
-            drop_reason(view.rewards[group == g], view.valid[group == g], masking=self.config.objective.masking) is None
-            for g in range(group.max() + 1)
-        ]
-        return np.flatnonzero(np.array(kept, dtype=bool)[group])
+        kept = keep_groups(view.rewards, group, view.valid, masking=self.config.objective.masking).kept
+        return np.flatnonzero(kept[group])
 
     # --- the learner's states --------------------------------------------------------------------------------------
 

@@ -265,7 +265,7 @@ def train_in_process(folder: RunFolder, config: RunConfig, reporter: Reporter) -
     with in_process_session(folder, config, reporter) as run:
         base = run.initial if config.warm_start is None else warm_start(run, InProcessSFT)
         learner = InProcessLearner(config, base)
-        controller = Controller(config, run.pool, learner, run.problems.request)
+        controller = Controller(config, run.pool, learner, run.problems.requests)
         controller.begin()
         self_test(run, learner)
         if config.evaluation.at_start:

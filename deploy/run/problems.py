@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -92,14 +92,20 @@ class PreparedTask:
 
     def prompt_ids(self, problem: Problem) -> np.ndarray:
         """Returns the prompt's token ids, int32 [P]. Raises TaskError for a generated problem that is too long."""
-        ids = self.renderer.encode(problem) if self.prompts is None else self.prompts[problem.uid]
-        limit = self.source.config.max_prompt_tokens
-        if len(ids) > limit:
-            raise TaskError(
-                f"task {self.name}: the prompt of {problem.uid} has {len(ids)} tokens, max_prompt_tokens is {limit}; "
-                "raise max_prompt_tokens (a generated task cannot drop problems)"
-            )
+        (ids,) = self.all_prompt_ids([problem])
         return ids
+
+    def all_prompt_ids(self, problems: Sequence[Problem]) -> list[np.ndarray]:
+        """Returns :meth:`prompt_ids` of each problem; those of a generated task are encoded together."""
+        prompts = self.renderer.encode_all(problems) if self.prompts is None else self.prompts
+        found, limit = [prompts[problem.uid] for problem in problems], self.source.config.max_prompt_tokens
+        for problem, ids in zip(problems, found, strict=True):
+            if len(ids) > limit:
+                raise TaskError(
+                    f"task {self.name}: the prompt of {problem.uid} has {len(ids)} tokens, max_prompt_tokens is "
+                    f"{limit}; raise max_prompt_tokens (a generated task cannot drop problems)"
+                )
+        return found
 
 
 def renderer_of(
@@ -304,18 +310,23 @@ class Problems:
             found.setdefault((text, tuple(warnings)), []).append(task.name)
         return [(", ".join(dict.fromkeys(names)), text, list(warnings)) for (text, warnings), names in found.items()]
 
-    def request(self, ordinal: int, purpose: Purpose = "training") -> GroupRequest:
-        """Returns the group at a place of the training order."""
-        draw = self._stream[ordinal]
-        return group_request(
-            self.config,
-            self.training[draw.task],
-            draw.problem,
-            samples=self.config.group_size,
-            purpose=purpose,
-            uid=f"{purpose}/{ordinal}/{draw.problem.uid}",
-            epoch=draw.epoch,
-        )
+    def requests(self, ordinals: Sequence[int], purpose: Purpose = "training") -> list[GroupRequest]:
+        """Returns the groups at places of the training order."""
+        found: dict[int, GroupRequest] = {}
+        for task, drawn in self._stream.draws(ordinals):
+            prompts = self.training[task].all_prompt_ids([draw.problem for draw in drawn.values()])
+            for (ordinal, draw), prompt_ids in zip(drawn.items(), prompts, strict=True):
+                found[ordinal] = group_request(
+                    self.config,
+                    self.training[task],
+                    draw.problem,
+                    samples=self.config.group_size,
+                    purpose=purpose,
+                    uid=f"{purpose}/{ordinal}/{draw.problem.uid}",
+                    epoch=draw.epoch,
+                    prompt_ids=prompt_ids,
+                )
+        return [found[ordinal] for ordinal in ordinals]
 
 
 def group_request(
@@ -330,8 +341,9 @@ def group_request(
     noise: NoiseMode | None = None,
     sampling: SamplingSettings | None = None,
     verifier: str | None = None,
+    prompt_ids: np.ndarray | None = None,
 ) -> GroupRequest:
-    """Returns the request for a group of `samples` of one problem.
+    """Returns the request for a group of `samples` of one problem, whose prompt may be encoded already.
 
     Without `sampling` it is the run's, with `noise` instead of its own mode if given; without `verifier` the task's.
     """
@@ -339,7 +351,7 @@ def group_request(
         group_uid=uid,
         problem_uid=problem.uid,
         task=task.name,
-        prompt_ids=task.prompt_ids(problem),
+        prompt_ids=task.prompt_ids(problem) if prompt_ids is None else prompt_ids,
         sample_indices=tuple(range(samples)),
         sampling=sampling or sampling_settings(config, task.source.config.max_response_tokens, noise),
         purpose=purpose,

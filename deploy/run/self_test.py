@@ -28,7 +28,7 @@ def self_test(run: Run, learner: Replaying) -> None:
     """Replays a few rollouts in the learner. Raises :class:`SelfTestFailed` if log-probs differ (METHOD §6)."""
     if not run.config.self_test_groups:
         return
-    requests = [run.problems.request(i, "self_test") for i in range(run.config.self_test_groups)]
+    requests = run.problems.requests(range(run.config.self_test_groups), "self_test")
     report = learner.replay(concat(gather(run.pool, requests)))
     run.metrics.write(0, _metrics(report), kind="self_test", lineage=run.lineage)
     dtype = run.config.model.dtype

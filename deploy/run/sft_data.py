@@ -51,32 +51,32 @@ class Chains:
                 problem = source.problem(index)
                 chains.append(_chain_text(problem, self._think_end(task)))
                 problems.append(problem)
-        answers = [visible_text(problem.answer, self._think_end(task), problem.solution) for problem in problems]
+        answers = [self._visible(task, problem) for problem in problems]
         of_chains = self._encoded(f"the chains of {task.name}", problems, chains)
         of_answers = self._encoded(f"the visible texts of {task.name}", problems, answers)
         uids = (problem.uid for problem in problems)
         self._stored |= dict(zip(uids, zip(of_chains, of_answers, strict=True), strict=True))
 
-    def encoded(self, task: PreparedTask, problem: Problem) -> EncodedChain:
-        """Returns the problem's chain as token ids. Raises ConfigError, which names the problem."""
-        text = _chain_text(problem, self._think_end(task))
-        if problem.uid in self._stored:
-            cot, visible = self._stored[problem.uid]
-        else:
-            texts = [text, visible_text(problem.answer, self._think_end(task), problem.solution)]
-            cot, visible = self._encoded(f"the chain of {problem.uid}", [problem] * 2, texts)
-        try:
-            return chain_of_ids(
-                cot,
-                visible,
-                self._encoder.tokenizer.eos_token_id,
-                c=self._settings.compression,
-                latent_end_id=self._facts.latent_end_id,
-                think_end=self._think_end(task),
-                explicit=self._settings.chain == "explicit",
-            )
-        except ConfigError as error:
-            raise type(error)(f"problem {problem.uid}: chain {text[:80]!r}: {error}") from error
+    def encoded(self, task: PreparedTask, problems: Sequence[Problem]) -> Iterator[EncodedChain]:
+        """Yields the problems' chains as token ids. Raises ConfigError, which names the problem."""
+        chains = [_chain_text(problem, self._think_end(task)) for problem in problems]
+        new = [place for place, problem in enumerate(problems) if problem.uid not in self._stored]
+        parts = ([chains[place] for place in new], [self._visible(task, problems[place]) for place in new])
+        of_new = zip(*(self._encoded("chains", [problems[i] for i in new], texts) for texts in parts), strict=True)
+        for problem, text in zip(problems, chains, strict=True):
+            cot, visible = self._stored[problem.uid] if problem.uid in self._stored else next(of_new)
+            try:
+                yield chain_of_ids(
+                    cot,
+                    visible,
+                    self._encoder.tokenizer.eos_token_id,
+                    c=self._settings.compression,
+                    latent_end_id=self._facts.latent_end_id,
+                    think_end=self._think_end(task),
+                    explicit=self._settings.chain == "explicit",
+                )
+            except ConfigError as error:
+                raise type(error)(f"problem {problem.uid}: chain {text[:80]!r}: {error}") from error
 
     def _encoded(self, name: str, problems: Sequence[Problem], texts: Sequence[str]) -> Iterator[np.ndarray]:
         try:
@@ -91,10 +91,13 @@ class Chains:
     def _think_end(self, task: PreparedTask) -> str:
         return task.renderer.config.think_end
 
-    def row(self, task: PreparedTask, problem: Problem) -> SFTRow:
-        """Returns the problem's training row, with uniform labels."""
-        chain = self.encoded(task, problem)
-        return chain.row(task.prompt_ids(problem), c=self._settings.compression, k=self._config.k)
+    def _visible(self, task: PreparedTask, problem: Problem) -> str:
+        return visible_text(problem.answer, self._think_end(task), problem.solution)
+
+    def rows(self, task: PreparedTask, problems: Sequence[Problem]) -> list[SFTRow]:
+        """Returns the problems' training rows, with uniform labels; texts that are new are encoded together."""
+        pairs = zip(self.encoded(task, problems), task.all_prompt_ids(problems), strict=True)
+        return [chain.row(prompt, c=self._settings.compression, k=self._config.k) for chain, prompt in pairs]
 
     def fault(self, task: PreparedTask, problem: Problem) -> str | None:
         """Returns the reason why a stored problem cannot be used for training, or None if it can.
@@ -102,7 +105,7 @@ class Chains:
         A solution without a box would teach answers that no verifier reads.
         """
         try:
-            chain = self.encoded(task, problem)
+            (chain,) = self.encoded(task, [problem])
         except NoChain:
             return NO_CHAIN
         except ChainTooShort:
@@ -121,6 +124,7 @@ class SFTData:
     held_out: list[tuple[PreparedTask, Problem]]
     chains: Chains
     without_chain: list[PreparedTask]
+    held_out_prompts: list[np.ndarray]  # [P] int32 each: their prompts, which every evaluation asks
     _made: dict[tuple[int, int], list[SFTRow]] = field(default_factory=dict)  # by (step, count): checked, not used yet
 
     @property
@@ -143,15 +147,20 @@ class SFTData:
 
     def row(self, task: PreparedTask, problem: Problem) -> SFTRow:
         """Returns a problem's training row."""
-        return self.chains.row(task, problem)
+        (row,) = self.chains.rows(task, [problem])
+        return row
 
     def rows(self, step: int, count: int) -> list[SFTRow]:
         """Returns the `count` rows of step `step` (from 0), which depend on nothing else."""
         made = self._made.pop((step, count), None)
         if made is not None:
             return made
-        draws = [self.stream[step * count + i] for i in range(count)]
-        return [self.row(self.tasks[draw.task], draw.problem) for draw in draws]
+        ordinals = range(step * count, (step + 1) * count)
+        found: dict[int, SFTRow] = {}
+        for task, drawn in self.stream.draws(ordinals):
+            rows = self.chains.rows(self.tasks[task], [draw.problem for draw in drawn.values()])
+            found |= zip(drawn, rows, strict=True)
+        return [found[ordinal] for ordinal in ordinals]
 
     def check(self, count: int) -> None:
         """Makes the first rows now, since a generated task cannot drop problems later. Raises ConfigError."""
@@ -173,14 +182,16 @@ def prepare_sft(config: RunConfig, tasks: list[PreparedTask], encoder: TextEncod
     share = -(-settings.evaluation_problems // len(found))
     training: list[PreparedTask] = []
     held_out: list[tuple[PreparedTask, Problem]] = []
+    prompts: list[np.ndarray] = []
     for task in found:
         rest, problems = _split(task, share, config, chains)
         training.append(rest)
         held_out += [(task, problem) for problem in problems]
+        prompts += task.all_prompt_ids(problems)
     stream = PromptStream(
         [task.source for task in training], [task.source.config.weight for task in training], config.seed
     )
-    data = SFTData(stream, training, held_out, chains, without)
+    data = SFTData(stream, training, held_out, chains, without, prompts)
     data.check(settings.batch_size)
     return data
 

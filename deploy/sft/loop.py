@@ -196,7 +196,14 @@ def _held_out(
     pool.publish(learner.publish(step))
     requests = [
         group_request(
-            config, task, problem, samples=1, purpose="evaluation", uid=f"sft/{step}/{i}/{problem.uid}", noise="off"
+            config,
+            task,
+            problem,
+            samples=1,
+            purpose="evaluation",
+            uid=f"sft/{step}/{i}/{problem.uid}",
+            noise="off",
+            prompt_ids=data.held_out_prompts[i],
         )
         for i, (task, problem) in enumerate(data.held_out)
     ]

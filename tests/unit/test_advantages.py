@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from latent_grpo.learner.advantages import drop_reason, first_token_mask, group_advantages
+from latent_grpo.learner.advantages import first_token_mask, group_advantages, keep_groups
 
 
 def advantages(rewards, valid, **settings):
@@ -35,7 +35,7 @@ def test_a_group_without_signal_gets_exactly_zero(rewards):
 
 def test_one_valid_sample_has_no_statistics():
     assert (advantages([1, 0, 0], [1, 0, 0]) == 0).all()
-    assert drop_reason([1, 0, 0], [1, 0, 0]) == "too_few_valid"
+    assert keep_groups([1, 0, 0], [0, 0, 0], [1, 0, 0]).reasons == ("too_few_valid",)
 
 
 def test_ungraded_samples_are_excluded_in_every_mode():
@@ -67,8 +67,8 @@ def test_a_group_without_a_positive_sample_is_left_as_it_is():
 
 
 def test_drop_reasons_name_why_a_group_teaches_nothing():
-    assert drop_reason([1, 1], [1, 1]) == "all_equal"
-    assert drop_reason([np.nan, np.nan], [1, 1]) == "ungraded"
-    assert drop_reason([1, 0], [1, 1]) is None
-    assert drop_reason([1, 0, 0], [0, 0, 0], masking="include") == "no_advantage"
-    assert drop_reason([1, 0, 0], [0, 0, 0], masking="off") is None
+    found = keep_groups([1, 1, np.nan, np.nan, 1, 0], [7, 7, 8, 8, 9, 9], [1, 1, 1, 1, 1, 1])
+    assert (found.groups.tolist(), found.reasons) == ([7, 8, 9], ("all_equal", "ungraded", ""))
+    assert found.kept.tolist() == [False, False, True]
+    assert keep_groups([1, 0, 0], [0, 0, 0], [0, 0, 0], masking="include").reasons == ("no_advantage",)
+    assert keep_groups([1, 0, 0], [0, 0, 0], [0, 0, 0], masking="off").reasons == ("",)

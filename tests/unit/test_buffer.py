@@ -27,22 +27,23 @@ def request(ordinal):
     )
 
 
-def buffer(prompts=4, staleness=0, refill=True, keeps=lambda group: True, factor=50):
+def buffer(prompts=4, staleness=0, refill=True, factor=50):
     """Groups are plain ordinals here: the buffer never looks inside."""
     return GroupBuffer(
         prompts_per_step=prompts,
         max_staleness=staleness,
         refill=refill,
         max_dispatch_factor=factor,
-        drop_reason=lambda group: None if keeps(group) else "all_equal",
     )
 
 
 def fill(b):
-    return [b.dispatched(request(b.next_ordinal)) for _ in range(b.free_slots)]
+    ordinals = b.next_ordinals
+    assert [b.dispatched(request(ordinal)) for ordinal in ordinals] == ordinals
+    return ordinals
 
 
-def run(b, batches, order, late=lambda ordinal: False):
+def run(b, batches, order, late=lambda ordinal: False, keeps=lambda ordinal: True):
     """Dispatches while slots are free, lets groups arrive in an arbitrary order, trains each batch at once."""
     taken, waiting = [], []
     while len(taken) < batches:
@@ -54,7 +55,7 @@ def run(b, batches, order, late=lambda ordinal: False):
             continue
         ordinal = order.choice([o for o in waiting if not late(o)] or waiting)
         waiting.remove(ordinal)
-        b.arrived(f"g{ordinal}", ordinal)
+        b.arrived(f"g{ordinal}", ordinal, None if keeps(ordinal) else "all_equal")
     return taken
 
 
@@ -64,7 +65,7 @@ def test_batches_do_not_depend_on_arrival_order(staleness, refill):
     results = {
         tuple(
             (batch.ordinals, batch.next_ordinal)
-            for batch in run(buffer(4, staleness, refill, lambda g: g % 3 != 1), 5, random.Random(seed))
+            for batch in run(buffer(4, staleness, refill), 5, random.Random(seed), keeps=lambda g: g % 3 != 1)
         )
         for seed in range(5)
     }
@@ -72,14 +73,14 @@ def test_batches_do_not_depend_on_arrival_order(staleness, refill):
 
 
 def test_refill_takes_the_first_groups_with_signal_and_wastes_none():
-    batches = run(buffer(4, 0, True, lambda g: g % 2 == 0), 3, random.Random(0))
+    batches = run(buffer(4, 0, True), 3, random.Random(0), keeps=lambda g: g % 2 == 0)
     kept = list(itertools.chain.from_iterable(b.ordinals for b in batches))
     assert kept == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]
     assert batches[0].dropped == {"all_equal": 3}
 
 
 def test_drop_trains_on_what_has_signal_and_may_be_empty():
-    batches = run(buffer(4, 0, False, lambda g: g >= 4), 2, random.Random(0))
+    batches = run(buffer(4, 0, False), 2, random.Random(0), keeps=lambda g: g >= 4)
     assert batches[0].ordinals == ()
     assert batches[1].ordinals == (4, 5, 6, 7)
 
@@ -122,28 +123,29 @@ def test_a_duplicate_is_recognised_and_dropped():
     assert b.arrived("g0", 0) is None
     assert b.arrived("g0", 0) == "duplicate"
     assert b.arrived("unknown", 9) == "duplicate"
-    assert b.duplicates == 2
+    assert b.arrived("unknown", None, "malformed") == "duplicate"
+    assert b.duplicates == 3
 
 
 def test_a_task_without_signal_ends_in_a_clear_error():
-    b = buffer(2, keeps=lambda g: False, factor=3)
+    b = buffer(2, factor=3)
     with pytest.raises(TooManyDispatched, match=r"6 groups .*all_equal"):
-        run(b, 1, random.Random(0))
+        run(b, 1, random.Random(0), keeps=lambda g: False)
 
 
 # --- the window --------------------------------------------------------------------------------------------------
 
 
-def windowed(window, next_ordinal=0, ahead=(), keeps=lambda group: True, refill=True):
+def windowed(window, next_ordinal=0, ahead=(), refill=True):
     return GroupBuffer(
         prompts_per_step=4, max_staleness=2, refill=refill, max_dispatch_factor=50, window=window,
-        drop_reason=lambda group: None if keeps(group) else "all_equal", next_ordinal=next_ordinal, ahead=ahead,
+        next_ordinal=next_ordinal, ahead=ahead,
     )  # fmt: skip
 
 
-def run_late(b, batches, order):
+def run_late(b, batches, order, keeps=lambda ordinal: True):
     """As `run`, but every seventh group arrives only when nothing else is under way."""
-    return run(b, batches, order, late=lambda ordinal: ordinal % 7 == 0)
+    return run(b, batches, order, lambda ordinal: ordinal % 7 == 0, keeps)
 
 
 @pytest.mark.parametrize("refill", [True, False])
@@ -151,7 +153,7 @@ def run_late(b, batches, order):
 @pytest.mark.parametrize("seed", range(4))
 def test_no_group_is_lost_or_taken_twice_or_comes_more_than_the_window_early_or_a_batch_late(window, seed, refill):
     signal = lambda group: group % 3 != 1  # noqa: E731
-    batches = run_late(windowed(window, keeps=signal, refill=refill), 12, random.Random(seed))
+    batches = run_late(windowed(window, refill=refill), 12, random.Random(seed), signal)
     trained = [o for batch in batches for o in batch.ordinals]
     generated = [g for batch in batches for g in batch.generated]
     assert len(generated) == len(set(generated))
@@ -172,8 +174,8 @@ def test_no_group_is_lost_or_taken_twice_or_comes_more_than_the_window_early_or_
 
 
 def test_a_window_of_zero_is_the_strict_order():
-    strict = run(buffer(4, 2, True, lambda g: g % 3 != 1), 8, random.Random(1))
-    late = run_late(windowed(0, keeps=lambda g: g % 3 != 1), 8, random.Random(2))
+    strict = run(buffer(4, 2, True), 8, random.Random(1), keeps=lambda g: g % 3 != 1)
+    late = run_late(windowed(0), 8, random.Random(2), lambda g: g % 3 != 1)
     of = operator.attrgetter("ordinals", "generated", "reasons", "next_ordinal", "ahead")
     assert list(map(of, late)) == list(map(of, strict))
 

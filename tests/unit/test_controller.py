@@ -83,7 +83,7 @@ def request(ordinal, cfg):
 
 def run(cfg, steps, reward_of, seed=0, **state):
     pool, learner = SimulatedPool(reward_of, seed), SimulatedLearner()
-    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg), **state)
+    controller = Controller(cfg, pool, learner, lambda ordinals: [request(o, cfg) for o in ordinals], **state)
     controller.begin()
     results = [controller.run_step() for _ in range(steps)]
     return results, pool, learner, controller
@@ -166,7 +166,7 @@ def test_a_window_passes_over_what_is_late_shows_the_bias_and_a_resumed_run_take
 
     def steps(count, **state):
         pool, learner = LatePool(lambda problem, index: float(index)), SimulatedLearner()
-        controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg), **state)
+        controller = Controller(cfg, pool, learner, lambda ordinals: [request(o, cfg) for o in ordinals], **state)
         controller.begin()
         return [controller.run_step() for _ in range(count)], learner, controller
 
@@ -203,7 +203,7 @@ def test_gather_returns_groups_in_order_and_hands_on_what_was_not_asked_for():
     pool.publish(0)
     pool.submit([request(99, cfg)])
     others = []
-    groups = gather(pool, [request(i, cfg) for i in (5, 3, 8)], on_other=others.append)
+    groups = gather(pool, [request(i, cfg) for i in (5, 3, 8)], on_others=others.extend)
     assert [g.column("group_uid")[0].as_py() for g in groups] == ["g5", "g3", "g8"]
     assert [g.column("group_uid")[0].as_py() for g in others] == ["g99"]
 
@@ -212,7 +212,7 @@ def test_gather_returns_groups_in_order_and_hands_on_what_was_not_asked_for():
 def test_an_interrupt_in_the_learners_step_settles_to_the_state_after_it(moment):
     cfg = config()
     pool, learner = SimulatedPool(mixed), SimulatedLearner()
-    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
+    controller = Controller(cfg, pool, learner, lambda ordinals: [request(o, cfg) for o in ordinals])
     controller.begin()
     interrupt_in(learner, moment)
     with pytest.raises(Interrupted), deferred_interrupts():
@@ -229,7 +229,7 @@ def test_an_interrupt_in_the_learners_step_settles_to_the_state_after_it(moment)
 def test_a_step_that_does_not_end_after_an_interrupt_is_left_alone_and_known_to_run():
     cfg = config()
     pool, learner = SimulatedPool(mixed), SimulatedLearner(looks=10**9)
-    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
+    controller = Controller(cfg, pool, learner, lambda ordinals: [request(o, cfg) for o in ordinals])
     controller.begin()
     interrupt_in(learner, "start_step")
     with pytest.raises(Interrupted), deferred_interrupts():
@@ -243,7 +243,7 @@ def test_a_step_that_does_not_end_after_an_interrupt_is_left_alone_and_known_to_
 def test_an_interrupt_once_the_learner_is_done_lets_the_step_end_and_begins_no_other(moment, staleness):
     cfg = config(max_staleness=staleness)
     pool, learner = SimulatedPool(mixed), SimulatedLearner(looks=30)  # so slow that the next batch is there before it
-    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
+    controller = Controller(cfg, pool, learner, lambda ordinals: [request(o, cfg) for o in ordinals])
     controller.begin()
     results = []
     interrupt_in(learner, moment)
@@ -257,7 +257,7 @@ def test_an_interrupt_once_the_learner_is_done_lets_the_step_end_and_begins_no_o
 def test_an_interrupt_while_groups_are_waited_for_begins_no_step():
     cfg = config()
     pool, learner = SimulatedPool(mixed), SimulatedLearner()
-    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
+    controller = Controller(cfg, pool, learner, lambda ordinals: [request(o, cfg) for o in ordinals])
     controller.begin()
     interrupt_in(pool, "submit")
     with pytest.raises(Interrupted), deferred_interrupts():
@@ -299,7 +299,7 @@ def test_malformed_records_are_dropped_and_counted_and_never_guessed(sampling):
 
     cfg = config(dynamic_sampling=sampling)
     pool, learner = OldWorker(lambda problem, index: float(index)), SimulatedLearner()
-    controller = Controller(cfg, pool, learner, lambda ordinal: request(ordinal, cfg))
+    controller = Controller(cfg, pool, learner, lambda ordinals: [request(o, cfg) for o in ordinals])
     controller.begin()
     results = [controller.run_step() for _ in range(6)]
     dropped = sum(r.metrics.get("batch/dropped_malformed", 0) for r in results)
@@ -315,7 +315,9 @@ def test_a_step_of_nothing_but_malformed_records_stops_the_run():
             return [group.drop_columns(["hard_ids"]) for group in super().poll(timeout_s)]
 
     cfg = config(dynamic_sampling="drop")
-    controller = Controller(cfg, Foreign(mixed), SimulatedLearner(), lambda ordinal: request(ordinal, cfg))
+    controller = Controller(
+        cfg, Foreign(mixed), SimulatedLearner(), lambda ordinals: [request(o, cfg) for o in ordinals]
+    )
     controller.begin()
     with pytest.raises(TrainingStopped, match="same version of this program"):
         controller.run_step()

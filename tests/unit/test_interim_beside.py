@@ -49,7 +49,9 @@ def run_of(path, *overrides, workers=2, slow=20):
     run = Recorded("evaluation.blocking=false", *overrides)
     run.folder = RunFolder(path)
     run.pool = run.workers = LendingPool(run.cluster, workers, slow)
-    controller = Controller(config(), run.pool, SimulatedLearner(), lambda ordinal: request(ordinal, config()))
+    controller = Controller(
+        config(), run.pool, SimulatedLearner(), lambda ordinals: [request(o, config()) for o in ordinals]
+    )
     controller.begin()
     found, kept = {}, []
     evaluations = InterimEvaluations(run, controller, lambda step, results: found.update({step: results}), kept.append)
@@ -72,7 +74,9 @@ def test_steps_are_made_meanwhile_and_the_figures_are_those_of_a_run_that_waits(
     waits.evaluated(2, "step-2")
     assert run.curve == waits.curve == {2: 0.5}
     # training knows nothing of it
-    undisturbed = Controller(config(), SimulatedPool(mixed), SimulatedLearner(), lambda o: request(o, config()))
+    undisturbed = Controller(
+        config(), SimulatedPool(mixed), SimulatedLearner(), lambda ordinals: [request(o, config()) for o in ordinals]
+    )
     undisturbed.begin()
     same = [undisturbed.run_step() for _ in before + after]
     assert [r.batch for r in before + after] == [r.batch for r in same]

@@ -15,6 +15,7 @@ from latent_grpo.common.schema import (
     current,
     decode,
     encode,
+    groups_of,
     schema_k,
     take_rows,
     trajectory_schema,
@@ -108,6 +109,18 @@ def test_taken_rows_are_self_contained_and_in_the_asked_order():
 def test_batches_are_joined_in_order():
     parts = [encode([trajectory(i)], 3) for i in range(3)]
     assert [t.sample_index for t in decode(concat(parts))] == [0, 1, 2]
+
+
+def test_groups_of_a_batch_share_its_memory_and_join_to_batches_of_their_own():
+    batch = encode([trajectory(i, group_uid=uid) for i, uid in enumerate("aabccc")], 3)
+    groups = dict(groups_of(batch))
+    assert {uid: [t.sample_index for t in decode(group)] for uid, group in groups.items()} == {
+        "a": [0, 1],
+        "b": [2],
+        "c": [3, 4, 5],
+    }
+    sizes = [group.column("sample_index").buffers()[1].size for group in (concat([groups["b"]]), groups["b"])]
+    assert sizes[0] < sizes[1]
 
 
 def test_a_mixture_of_the_wrong_width_is_refused():
