@@ -22,7 +22,7 @@ from latent_grpo.learner.logprobs import chunk_size
 from latent_grpo.learner.lora import add_lora
 
 TOKENIZER = make_arithmetic_tokenizer()
-NEW = ["model.new.hidden_size=256", "model.new.intermediate_size=640", "model.new.num_layers=3"]
+NEW = ["model.new.hidden_size=256", "model.new.intermediate_size=640", "model.new.num_layers=3", "learner.ranks=1"]
 
 
 def identity(tensor: torch.Tensor) -> int:
