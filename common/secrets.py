@@ -20,7 +20,8 @@ _SETTING = (
     r"(?:password|passwd|secret|credentials?|(?:api|access|private|secret)_?key|"
     r"(?:auth|access|api|bearer|hf|hub|refresh|session)_?token)"
 )
-_NAME = re.compile(rf"(?:.*[_.-])?{_SETTING}|(?P<token>(?:.*\.)?token)", re.IGNORECASE)
+_NAME = re.compile(rf"(?:.*[_.-])?{_SETTING}s?|(?P<token>(?:.*\.)?token)", re.IGNORECASE)
+_PLACE = re.compile(r"(?:\.\d+)+$")  # in a list
 _SPECIAL_TOKEN = re.compile(r"<[^<>]*>|\d+")  # a tokenizer's: its text or its id
 _VARIABLE = re.compile(r".*_(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)|(?:HF|WANDB)_.*", re.IGNORECASE)
 _HARMLESS = re.compile(r"(?:HF|WANDB)_(?:HOME|HUB_\w*|DATASETS_\w*|ENDPOINT|MODE|DIR|PROJECT|ENTITY|BASE_URL)")
@@ -50,7 +51,7 @@ def redacted(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def literal_secrets(node: Any, key: str = "") -> list[str]:
-    """Returns the keys whose value is a secret itself: a text or number under a secret's name, a URL with a password.
+    """Returns the keys of secrets: a text or number under a secret's name, alone or in a list, a URL with a password.
 
     `first_token` and `sort_key` are no such names, `token: <eos>` and `token: 9` are a tokenizer's, and a URL in a
     prompt is the model's to read.
@@ -64,7 +65,7 @@ def literal_secrets(node: Any, key: str = "") -> list[str]:
         return [found for number, value in enumerate(node) for found in literal_secrets(value, f"{key}.{number}")]
     if node is None or isinstance(node, bool) or node == "":
         return []
-    text, name = str(node), _NAME.fullmatch(key)
+    text, name = str(node), _NAME.fullmatch(_PLACE.sub("", key))
     if name is not None:
         return [] if name["token"] and _SPECIAL_TOKEN.fullmatch(text) else [key]
     is_prompt = "prompt" in key.split(".")

@@ -27,11 +27,13 @@ from latent_grpo.deploy.run.progress import Pace, duration, end_of
 from latent_grpo.deploy.run.storage.copy import remote_runs
 from latent_grpo.deploy.run.storage.lease import held_by
 from latent_grpo.deploy.run.storage.store import Store
+from latent_grpo.deploy.run.storage.twin import read_twin
 from latent_grpo.deploy.view.run_view import RunView, open_run
 from latent_grpo.deploy.view.selection import InspectionError
 from latent_grpo.deploy.view.trajectory import format_value
 
 STATE_STYLES = {"running": "green", "finished": "", "stopped": "yellow", "unreadable": "red"}
+COPY_LATE_S = 120.0  # by which the copy of a running run may be behind: eight passes of its upload
 LATE = 5.0  # steps that take so many times as long as usual are said
 
 
@@ -67,6 +69,7 @@ def status_of(view: RunView, now: float | None = None) -> Status:
     """
     now = time.time() if now is None else now
     holder, notes = _holder(view)
+    notes += _copy_notes(view, running=holder is not None, now=now)
     state: Literal["running", "finished", "stopped"]
     state = "running" if holder else "finished" if view.finished else "stopped"
     phase, kind, steps = _phase(view)
@@ -99,6 +102,19 @@ def _holder(view: RunView) -> tuple[str | None, list[str]]:
         return in_use(view.folder.path), []
     except OSError as error:
         return None, [f"whether it runs cannot be told: its lock cannot be read ({error.strerror})"]
+
+
+def _copy_notes(view: RunView, *, running: bool, now: float) -> list[str]:
+    """Says where a run's copy in an object store is behind: by more than a few passes of its upload, or at its end."""
+    twin = None if view.url is not None else read_twin(view.folder.path)
+    recorded = [float(rows[-1]["time"]) for kind in ("train", "sft") if (rows := view.metric_rows(kind))]
+    if twin is None or not recorded or (twin.written_at or 0.0) >= max(recorded):
+        return []
+    age = "was never whole" if twin.written_at is None else f"is {duration(now - twin.written_at)} old"
+    if running:
+        late = now - (twin.written_at or min(recorded)) > COPY_LATE_S
+        return [f"its copy {twin.url} {age}: read the run's log for why its upload fails"] if late else []
+    return [f"its copy {twin.url} {age} and lacks the last steps: latent-grpo push {view.folder.path}"]
 
 
 def _phase(view: RunView) -> tuple[str, str, int]:

@@ -55,6 +55,8 @@ def test_a_setting_that_holds_a_secret_is_refused_by_its_key_and_not_shown():
     assert literal_secrets({"tasks": [{"path": "https://me:pass@host/x"}]}) == ["tasks.0.path"]
     assert literal_secrets({"first_token": "a", "tokenizer": "b", "path": "https://host/x"}) == []
     assert literal_secrets({"password": 12345678, "token": 9, "api_key": None, "secret": False}) == ["password"]
+    several = {"api_keys": ["abcd1234", "<pad>"], "hub": {"api_key": ["x1"]}, "token": [1, 2], "sort_keys": ["a"]}
+    assert literal_secrets(several) == ["api_keys.0", "api_keys.1", "hub.api_key.0"]
 
 
 def test_submit_takes_the_names_of_variables_and_never_shows_a_value():

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from latent_grpo.common.metrics import MetricsWriter
 from latent_grpo.deploy.cli.app import app
 from latent_grpo.deploy.run.folder import run_lock
+from latent_grpo.deploy.run.storage.twin import Twin, write_twin
 from latent_grpo.deploy.view.run_view import open_run
 from latent_grpo.deploy.view.selection import InspectionError
 from latent_grpo.deploy.view.status import all_statuses, newest_run, status_of
@@ -61,6 +62,21 @@ def test_a_step_that_takes_much_longer_than_the_others_is_said(run):
     with run_lock(run):
         found = status_of(open_run(run), now=last + 500.0)
     assert "no step for 8.3 min, while one took 10" in found.notes[0]
+
+
+def test_a_copy_in_an_object_store_that_is_behind_is_said(run):
+    last, url = timed(run), "s3://bucket/runs/a"
+
+    def notes(written_at, after=4.0):
+        write_twin(run, Twin(url, ("snapshot",), written_at=written_at))
+        return status_of(open_run(run), now=last + after).notes
+
+    assert notes(last + 1) == ()
+    assert notes(last - 60) == (f"its copy {url} is 64 s old and lacks the last steps: latent-grpo push {run}",)
+    with run_lock(run):
+        assert notes(last - 60) == (), "its upload comes every few seconds"
+        assert f"its copy {url} is 10 min old: read the run's log" in notes(last - 60, after=540.0)[0]
+        assert f"its copy {url} was never whole" in notes(None, after=540.0)[0]
 
 
 def test_before_rl_the_steps_are_those_of_latent_sft(tmp_path):

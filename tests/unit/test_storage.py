@@ -512,11 +512,13 @@ def test_what_is_not_there_at_the_end_is_said_and_can_be_pushed(lives, tmp_path)
     assert there(store.url, tmp_path / "b") == contents(lives[0])
     with run_lock(run), pytest.raises(FolderInUse):
         push(run, lines.append)
+    began = time.time()
     assert push(run, lines.append) == store.url
     assert there(store.url, tmp_path / "c") == contents(lives[2])
     twin = read_twin(run)
     assert twin is not None
     assert twin.url == store.url
+    assert began <= (twin.written_at or 0.0) <= time.time()
 
 
 def wait_for(condition) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -20,19 +21,23 @@ class Twin:
 
     They are the last one that was written or brought here, and those that were begun since: a kill or a failure may
     have come after the store had one.
-    `brought`: the folder was made of the copy, so its settings are of whoever can write there.
+    `brought`: the folder was made of the copy, so its settings are of whoever can write there. `written_at`: when the
+    copy was last known to be a whole snapshot of the folder, in seconds since 1970; None: not by this folder.
     """
 
     url: str
     snapshots: tuple[str, ...]
     brought: bool = False
+    written_at: float | None = None
 
 
 def read_twin(folder: Path) -> Twin | None:
     """Returns what a folder knows of its copy; None for one that has none."""
     try:
         found = json.loads(read_text(folder / TWIN_FILE))
-        return Twin(str(found["url"]), tuple(map(str, found["snapshots"])), bool(found["brought"]))
+        url, snapshots, brought = str(found["url"]), tuple(map(str, found["snapshots"])), bool(found["brought"])
+        written = found.get("written_at")  # none where version 0.2 wrote it
+        return Twin(url, snapshots, brought, None if written is None else float(written))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -40,8 +45,7 @@ def read_twin(folder: Path) -> Twin | None:
 
 
 def write_twin(folder: Path, twin: Twin) -> None:
-    content = {"url": twin.url, "snapshots": twin.snapshots, "brought": twin.brought}
-    write_atomically(folder / TWIN_FILE, json.dumps(content) + "\n")
+    write_atomically(folder / TWIN_FILE, json.dumps(dataclasses.asdict(twin)) + "\n")
 
 
 def foreign(folder: Path, user: int | None = None) -> str | None:

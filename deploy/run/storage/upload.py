@@ -85,7 +85,9 @@ class Upload:
             raise
         self._begun = self._begun or index is not None
         self._index = index or Index()
-        self._twin = Twin(self._store.url, (self._index.snapshot,), twin is not None and twin.brought)
+        known = twin if twin is not None and twin.url == self._store.url else None
+        brought, written_at = twin is not None and twin.brought, known.written_at if known is not None else None
+        self._twin = Twin(self._store.url, (self._index.snapshot,), brought, written_at)
 
     def _check_begun(self) -> None:
         """Learns whether an upload has begun here; refuses the objects of others, which the first one would remove."""
@@ -115,7 +117,7 @@ class Upload:
             self.attach()  # the store could not be reached for long
         if self._unsure:  # a write of the index failed, and the store may have made it
             self._index, self._unsure = read_index(self._store) or Index(), False
-        before, swept, self._swept = self._index, self._swept, False
+        before, swept, self._swept, began = self._index, self._swept, False, time.time()
         with snapshot(self._folder, everything=everything, whose=self._whose) as taken:
             self._tell(taken.left_out)
             kept, lines = self._unchanged(taken), self._lines(taken)
@@ -134,6 +136,8 @@ class Upload:
             now = Index(files, lines, taken.texts)
             if not now.same_as(self._index):
                 self._commit(now)
+            self._twin = replace(self._twin, written_at=began)
+            write_twin(self._folder, self._twin)
             self._show(taken.texts)
             self._remove({*before.files, *before.lines} if swept else set(self._store.listed()))
         self._swept = True
