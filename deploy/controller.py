@@ -237,7 +237,7 @@ class Controller:
         if not groups:
             return []
         try:
-            view = TrajectoryBatch(concat(groups))
+            view = TrajectoryBatch(concat(groups) if len(groups) > 1 else groups[0])
         except (SchemaError, pa.ArrowInvalid) as error:  # from a worker with other code; records are never repaired
             if len(groups) > 1:
                 return [reason for group in groups for reason in self._drop_reasons([group])]

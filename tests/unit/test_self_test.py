@@ -50,7 +50,9 @@ def outcome(latent, hard, largest_logit=30.0, console=None, **config):
     run = SimpleNamespace(
         config=fake_config(self_test_groups=2, **config),
         pool=Pool(),
-        problems=SimpleNamespace(request=lambda i, purpose: SimpleNamespace(group_uid=uids[i], purpose=purpose)),
+        problems=SimpleNamespace(
+            requests=lambda ordinals, purpose: [SimpleNamespace(group_uid=uids[i]) for i in ordinals]
+        ),
         metrics=SimpleNamespace(write=lambda step, values, **where: written.append((where["kind"], values))),
         lineage=0,
         reporter=Reporter(console or Console(quiet=True)),
