@@ -185,7 +185,8 @@ class GroupBuffer:
 
     def _take(self, counted: list[int]) -> ReadyBatch:
         """Makes a batch of the prompts that take its places, and of what was dropped before them and all that wait."""
-        left = (o for o, e in self._entries.items() if self._counts(e) and o not in counted)
+        taken = set(counted)
+        left = (o for o, e in self._entries.items() if self._counts(e) and o not in taken)
         before = min(left, default=counted[-1])
         dropped = {o for o in self._entries if o < min(before, counted[-1]) and not self._counts(self._entries[o])}
         consumed = sorted(dropped.union(counted))

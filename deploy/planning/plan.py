@@ -22,6 +22,7 @@ from latent_grpo.deploy.run.preparation import check
 
 Row = tuple[str, str]
 SIMULATED = 20  # steps of a simulation that count; fewer of large ones, and at least two
+USUAL_SIMULATED = 50_000  # groups of a simulation, where that is two steps
 MOST_SIMULATED = 500_000  # groups of one: a minute on one core
 MOST_SCALED = 1.5  # times the parameters of the measured model
 FAR = (
@@ -65,8 +66,9 @@ def stages(config: RunConfig, parameters: int, rates: Rates) -> Stages:
     worker_seconds = samples * response / rates.worker_steps_per_s * scale
     rank_seconds = samples * rates.trained_share * (prompt + response) / rates.rank_tokens_per_s * scale
     workers, ranks = config.rollout.workers, config.learner.ranks
-    steps = min(MOST_SIMULATED // config.prompts_per_step - WARM_UP - config.max_staleness, SIMULATED)
-    if steps < 2 or max(config.group_size, workers) > MOST_SIMULATED:
+    before = WARM_UP + config.max_staleness
+    steps = min(max(USUAL_SIMULATED // config.prompts_per_step - before, 2), SIMULATED)
+    if max((before + steps) * config.prompts_per_step, config.group_size, workers) > MOST_SIMULATED:
         raise TooLarge(
             f"prompts_per_step {config.prompts_per_step:,}, max_staleness {config.max_staleness:,}, group_size "
             f"{config.group_size:,}, rollout.workers {workers:,}: more than a plan simulates ({MOST_SIMULATED:,} "
