@@ -102,6 +102,7 @@ def collate(
     labels = np.zeros((size, width, k), dtype=np.float32)
     attention, latent, hard_target, feed = (np.zeros((size, width), dtype=bool) for _ in range(4))
     perturbed, noisy = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+    draw = np.random.RandomState(0)  # made once: making one takes ten times as long as giving it another seed
     for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
         start = len(row.prompt_ids)
         end = start + len(row.chain.ids)
@@ -113,7 +114,7 @@ def collate(
         attention[i, : len(row)] = True
         latent[i, start:end] = True
         hard_target[i, end : len(row)] = True
-        draw = np.random.RandomState([key & 0xFFFFFFFF, key >> 32])
+        draw.seed([key & 0xFFFFFFFF, key >> 32])
         perturbed[i], noisy[i] = draw.random_sample() < perturb_share, draw.random_sample() < 0.5
         feed[i, start:end] = draw.random_sample(end - start) < self_feeding
     arrays = {
@@ -208,7 +209,7 @@ class LatentSFTModule(nn.Module):
         inputs = self.mixed_inputs(batch, self.label_weights(batch))
         if batch.calls.feed or bool(batch.feed.any()):
             inputs = self.self_fed(batch, inputs)
-        hidden = self._hidden(batch, inputs)
+        hidden = self._hidden(batch.attention, inputs)
         calls = batch.calls
         latent_sum = self._summed(_latent_losses, hidden, batch.latent, calls.latent, batch.mixture_ids, batch.labels)
         hard_sum = self._summed(_hard_losses, hidden, batch.hard_target, calls.hard, batch.hard_ids)
@@ -239,8 +240,9 @@ class LatentSFTModule(nn.Module):
     @torch.no_grad()
     def own_mixtures(self, batch: SFTBatch, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the model's mixtures at the fed positions, in order: embeddings [N, D] (METHOD §7, self-feeding)."""
-        hidden = self._hidden(batch, inputs)
         rows, positions = batch.feed.nonzero(as_tuple=True)
+        seen = int(positions.max()) if len(positions) else 1  # nothing after the last fed position matters
+        hidden = self._hidden(batch.attention[:, :seen], inputs[:, :seen])
         embed, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         mixed = []
         for row, position in self._chunks(rows, positions, batch.calls.latent):
@@ -270,10 +272,10 @@ class LatentSFTModule(nn.Module):
 
     # -- outputs
 
-    def _hidden(self, batch: SFTBatch, inputs: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, attention: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the last hidden states [B, T, D]; those of position t - 1 predict position t."""
         return self.model.base_model(
-            inputs_embeds=inputs, attention_mask=batch.attention.long(), use_cache=False
+            inputs_embeds=inputs, attention_mask=attention.long(), use_cache=False
         ).last_hidden_state
 
     def _chunks(

@@ -55,11 +55,11 @@ def build_chain(cot_ids: Sequence[int] | np.ndarray, c: int, k: int, latent_end_
         raise ValueError(f"a latent step of k = {k} ids cannot hold c = {c} tokens; need 1 <= c <= k")
     tokens = [int(i) for i in cot_ids if i != latent_end_id]
     steps = [tokens[start : start + c] for start in range(0, len(tokens), c)]
-    ids = np.zeros((len(steps), k), dtype=np.int64)
-    labels = np.zeros((len(steps), k), dtype=np.float32)
-    for row, step in enumerate(steps):
+    ids, labels = [], []
+    for step in steps:
         distinct = list(dict.fromkeys(step))
-        ids[row] = distinct[0]
-        ids[row, : len(distinct)] = distinct
-        labels[row, : len(distinct)] = [step.count(i) / len(step) for i in distinct]
-    return Chain(ids, labels)
+        unused = k - len(distinct)
+        ids.append(distinct + [distinct[0]] * unused)
+        labels.append([step.count(i) / len(step) for i in distinct] + [0.0] * unused)
+    shape = (len(steps), k)
+    return Chain(np.array(ids, dtype=np.int64).reshape(shape), np.array(labels, dtype=np.float32).reshape(shape))
