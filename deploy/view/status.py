@@ -108,8 +108,8 @@ def _copy_notes(view: RunView, *, running: bool, now: float) -> list[str]:
     """Says where a run's copy in an object store is behind: by more than a few passes of its upload, or at its end."""
     twin = None if view.url is not None else read_twin(view.folder.path)
     recorded = [float(rows[-1]["time"]) for kind in ("train", "sft") if (rows := view.metric_rows(kind))]
-    if twin is None or not recorded or (twin.written_at or 0.0) >= max(recorded):
-        return []
+    if twin is None or not twin.snapshots or not recorded or (twin.written_at or 0.0) >= max(recorded):
+        return []  # without snapshots the folder is behind, and not the copy
     age = "was never whole" if twin.written_at is None else f"is {duration(now - twin.written_at)} old"
     if running:
         late = now - (twin.written_at or min(recorded)) > COPY_LATE_S

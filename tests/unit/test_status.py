@@ -77,6 +77,8 @@ def test_a_copy_in_an_object_store_that_is_behind_is_said(run):
         assert notes(last - 60) == (), "its upload comes every few seconds"
         assert f"its copy {url} is 10 min old: read the run's log" in notes(last - 60, after=540.0)[0]
         assert f"its copy {url} was never whole" in notes(None, after=540.0)[0]
+    write_twin(run, Twin(url, (), brought=True))
+    assert status_of(open_run(run), now=last + 4.0).notes == (), "the folder is behind its copy until all is here"
 
 
 def test_before_rl_the_steps_are_those_of_latent_sft(tmp_path):

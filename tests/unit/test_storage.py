@@ -186,6 +186,9 @@ def test_a_run_that_was_brought_elsewhere_goes_on_there_and_the_first_machine_is
     other, overrides = working_copy(url, [f"work_folder={tmp_path / 'b'}", "steps=7"], lines.append)
     assert overrides[1:] == ["steps=7", f"runs_folder=file://{tmp_path}/store"]
     assert lines[0].startswith(f"copying {url} to {other}")
+    twin = read_twin(other)
+    assert twin is not None
+    assert twin.written_at is not None, "what was just brought is whole in the store"
     assert working_copy(url, [f"work_folder={tmp_path / 'b'}"], lines.append)[0] == other
     assert len(lines) == 1, "what is in step is not copied again"
     assert live(other, lives[2:], Store(url)) == 3

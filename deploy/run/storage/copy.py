@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -125,7 +126,7 @@ def brought_up_to_date(store: Store, folder: Path, say: Callable[[str], None]) -
             say(f"copying {store.url} to {folder} ({size / 2**20:,.1f} MiB)")
         write_twin(folder, Twin(store.url, (), brought=True))  # until it is whole it is behind
         whole = _bring(store, index, folder, lambda name: True)
-        write_twin(folder, Twin(store.url, (whole.snapshot,), brought=True))
+        write_twin(folder, Twin(store.url, (whole.snapshot,), brought=True, written_at=time.time()))
 
 
 def _is_in_step(store: Store, index: Index, folder: Path) -> bool:

@@ -22,7 +22,7 @@ class Twin:
     They are the last one that was written or brought here, and those that were begun since: a kill or a failure may
     have come after the store had one.
     `brought`: the folder was made of the copy, so its settings are of whoever can write there. `written_at`: when the
-    copy was last known to be a whole snapshot of the folder, in seconds since 1970; None: not by this folder.
+    copy was last known to be a whole snapshot of the folder, in seconds since 1970; None: never.
     """
 
     url: str
@@ -36,7 +36,7 @@ def read_twin(folder: Path) -> Twin | None:
     try:
         found = json.loads(read_text(folder / TWIN_FILE))
         url, snapshots, brought = str(found["url"]), tuple(map(str, found["snapshots"])), bool(found["brought"])
-        written = found.get("written_at")  # none where version 0.2 wrote it
+        written = found.get("written_at")
         return Twin(url, snapshots, brought, None if written is None else float(written))
     except FileNotFoundError:
         return None
