@@ -238,7 +238,7 @@ class Controller:
             return []
         try:
             view = TrajectoryBatch(concat(groups) if len(groups) > 1 else groups[0])
-        except (SchemaError, pa.ArrowInvalid) as error:  # from a worker with other code; records are never repaired
+        except (SchemaError, pa.ArrowException) as error:  # from a worker with other code; records are never repaired
             if len(groups) > 1:
                 return [reason for group in groups for reason in self._drop_reasons([group])]
             log.warning("group %s dropped: malformed records: %s", _group_uid(groups[0]), error)

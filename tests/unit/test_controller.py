@@ -5,6 +5,7 @@ import random
 import signal
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from latent_grpo.common.config import load_config
@@ -288,14 +289,24 @@ def interrupt_in(service, method):
     setattr(service, method, call)
 
 
+def without_scores(group):
+    return group.drop_columns(["latent_scores"])
+
+
+def with_offsets_beyond_the_values(group):
+    field, offsets = group.schema.field("hard_ids"), np.array([0, 2, 4], np.int32)
+    values = pa.array([0] * 4, pa.int32())
+    column = pa.ListArray.from_buffers(field.type, 2, [None, pa.py_buffer(offsets)], children=[values])
+    offsets[:] = [0, 2, 10**6]  # after Arrow has looked at them
+    return group.set_column(group.schema.get_field_index(field.name), field, column)
+
+
 @pytest.mark.parametrize("sampling", ["refill", "drop"])
-def test_malformed_records_are_dropped_and_counted_and_never_guessed(sampling):
+@pytest.mark.parametrize("damaged", [without_scores, with_offsets_beyond_the_values])
+def test_malformed_records_are_dropped_and_counted_and_never_guessed(sampling, damaged):
     class OldWorker(SimulatedPool):
         def poll(self, timeout_s):
-            return [self.damaged(group) if self.random.random() < 0.3 else group for group in super().poll(timeout_s)]
-
-        def damaged(self, group):
-            return group.drop_columns(["latent_scores"])
+            return [damaged(group) if self.random.random() < 0.3 else group for group in super().poll(timeout_s)]
 
     cfg = config(dynamic_sampling=sampling)
     pool, learner = OldWorker(lambda problem, index: float(index)), SimulatedLearner()
