@@ -16,10 +16,10 @@ from latent_grpo.common import __version__
 from latent_grpo.deploy.run.program import DISTRIBUTION, OUR_PACKAGES, ROOT, installed_copies, source_hash
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pydantic", "numpy")
-ARITHMETIC = 5
+ARITHMETIC = 6
 """Rises when the same draws and steps may differ in their last bits. 2: the lean decode step, shared
 prompts. 3: log-probs of the learner, AdamW. 4: log-probs of a large vocabulary, and all with ZeRO-3.
-5: prompts by the lean forward pass."""
+5: prompts by the lean forward pass. 6: Latent-SFT's own mixtures, by a shorter pass."""
 SUBMITTED = "LATENT_GRPO_SUBMITTED"
 """Environment variable of a job: the submitter's :func:`versions`, as JSON."""
 
