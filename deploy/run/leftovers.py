@@ -11,8 +11,14 @@ import psutil
 END_S = 5.0  # for it to end by itself
 
 
-def clear(folder: str, end_s: float = END_S) -> None:
-    """Ends the processes of the Ray in a folder, after `end_s` with SIGKILL, and removes the folder."""
+def clear(folder: str) -> None:
+    """Ends the processes of the Ray in a folder, and removes the folder."""
+    end_processes(folder, END_S)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_processes(folder: str, end_s: float) -> None:
+    """Ends the processes of the Ray in a folder, after `end_s` with SIGKILL."""
     end = time.monotonic() + end_s
     while (left := processes_of(folder)) and time.monotonic() < end:
         time.sleep(0.5)
@@ -20,7 +26,6 @@ def clear(folder: str, end_s: float = END_S) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(left, timeout=END_S)  # one that is ending still writes
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def processes_of(folder: str) -> list[psutil.Process]:

@@ -6,15 +6,17 @@ busy machine they need longer, so the start is tried again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+
+import psutil
 
 from latent_grpo.common.config import ConfigError
 from latent_grpo.common.interrupts import check_interrupt
-from latent_grpo.deploy.run.leftovers import clear, processes_of
+from latent_grpo.deploy.run.leftovers import end_processes, processes_of
 from latent_grpo.deploy.run.object_store import Store
 
 SLOW_S = 20.0  # an attempt that fails sooner does not fail because the machine is busy
@@ -28,7 +30,7 @@ def start(store: Store, folder: str, limit_s: float, say: Callable[[str], None])
     """
     # with every start it warns that authentication is on, as it should be
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    started_within(limit_s, partial(_start, store, folder), partial(_given_up, folder), say)
+    started_within(limit_s, partial(_start, store, folder), partial(given_up, folder), say)
 
 
 def started_within(
@@ -87,12 +89,17 @@ def _start(store: Store, folder: str) -> None:
         raise ConfigError(f"{store.sentence}: {error}; lower ray.object_store_bytes") from error
 
 
-def _given_up(folder: str) -> bool:
-    """Ends what an attempt has left; returns whether its raylet and GCS lived, and were only slow."""
+def given_up(folder: str) -> bool:
+    """Ends what an attempt has left; returns whether its raylet and GCS lived, and were only slow.
+
+    Its files stay: the next attempt has a session of its own beside them, and a process may still write into them.
+    """
     import ray
 
-    alive = {process.name() for process in processes_of(folder) if process.is_running()}
+    alive = set()
+    for process in processes_of(folder):
+        with contextlib.suppress(psutil.Error):  # it ends now
+            alive.add(process.name())
     ray.shutdown()
-    clear(folder, end_s=0.0)
-    Path(folder).mkdir(mode=0o700)
+    end_processes(folder, end_s=0.0)
     return {"gcs_server", "raylet"} <= alive

@@ -1,5 +1,7 @@
 """A local Ray that needs longer than Ray allows is started again, and a head that no longer answers is noticed."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from latent_grpo.common.config import ConfigError
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.deploy.run.head_watch import head_watch
-from latent_grpo.deploy.run.local_ray import started_within
+from latent_grpo.deploy.run.local_ray import given_up, started_within
 from latent_grpo.deploy.run.ray_session import start_errors
 
 LIMIT_S = 100.0
@@ -73,6 +75,20 @@ def test_what_another_attempt_would_not_change_is_said_at_once(machine):
     with pytest.raises(type(machine.error), match=str(machine.error)):
         machine.run()
     assert (machine.attempts, machine.said) == (1, [])
+
+
+@pytest.mark.parametrize(("names", "lived"), [(["gcs_server", "raylet"], True), (["raylet"], False)])
+def test_what_an_attempt_has_left_is_ended_and_its_files_do_not_hinder_the_next_one(tmp_path, names, lived):
+    folder, left = tmp_path / "lg-attempt", []
+    folder.mkdir()
+    (folder / "gcs.log").write_text("slow")
+    for name in names:
+        (tmp_path / name).symlink_to(sys.executable)  # a process is called as what was started
+        left.append(subprocess.Popen([tmp_path / name, "-c", "import time; time.sleep(600)", folder]))
+    assert given_up(str(folder)) is lived
+    for process in left:
+        process.wait(10)
+    assert (folder / "gcs.log").read_text() == "slow"
 
 
 class Head:
