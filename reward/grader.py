@@ -71,7 +71,10 @@ class Grader:
     @property
     def stopped(self) -> bool:
         """Whether it was stopped from outside (SIGSTOP): that no verdict comes is then no fault of its case."""
-        return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        try:
+            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        except psutil.NoSuchProcess:  # it has ended meanwhile
+            return False
 
     def load(self, kind: str, import_path: str, options: dict[str, Any], deadline: float) -> None:
         """Ask for a verifier to be imported and built. Names known here are unknown there: the path travels."""
