@@ -111,7 +111,7 @@ class PromptRenderer:
 
         `encoder` may keep them on the disk, and shows its progress under `name`.
         """
-        encoder = encoder or TextEncoder(self.tokenizer, rows=self._rows)
+        encoder = encoder or TextEncoder(self.tokenizer, rows=self._rows, large=len(problems) + 1)
         texts = [self.render(problem) for problem in problems]
         # rows of one source are all plain problems or all whole messages
         plain = bool(problems) and self._config(problems[0]).format is not None

@@ -16,8 +16,10 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
+from latent_grpo.common import main_loop
 from latent_grpo.common.config import RunConfig, config_as_json
 from latent_grpo.common.errors import ConfigError, RunError
+from latent_grpo.common.interrupts import check_interrupt
 from latent_grpo.common.ray_calls import alive_nodes, put_within
 from latent_grpo.common.ray_errors import NO_PROCESS, in_short
 from latent_grpo.common.seen_time import SeenTime
@@ -244,6 +246,8 @@ class RankGroup:
         end = time.monotonic() + VERDICT_S
         while isinstance(error, ActorUnavailableError) and time.monotonic() < end:
             time.sleep(LOOKED_AT_EVERY_S)
+            check_interrupt()
+            main_loop.passed()
             try:
                 ray.get(self._ranks[rank].whereabouts.remote(), timeout=VERDICT_ANSWER_S)
                 break  # it answers again, and has lost its step

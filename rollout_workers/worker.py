@@ -241,7 +241,7 @@ class RolloutWorker:
         for i, grade in zip(whole, graded, strict=True):
             grades[i] = grade
         seconds = (time.perf_counter() - started) / len(group)
-        self._event("graded a group")
+        self._progress += 1  # another thread's event would hide what the loop does
         return [
             dataclasses.replace(
                 trajectory,

@@ -15,6 +15,7 @@ from latent_grpo.deploy.run import link
 from latent_grpo.deploy.run.machine import head_answers
 
 LOOK_EVERY_S, ANSWER_S = 5.0, 2.0
+MISSES = 3  # answers in a row that it owes at least: a busy machine is late with one
 
 
 @contextlib.contextmanager
@@ -33,13 +34,15 @@ def head_watch(
     ended, seen = threading.Event(), clock or SeenTime()
 
     def watch() -> None:
-        heard_at = 0.0
+        heard_at, missed = 0.0, 0
         while not ended.wait(every_s):
             answered = answers(address, ANSWER_S)
             now = seen.look(every_s + ANSWER_S)
             if answered:
-                heard_at = now
-            elif now - heard_at >= limit_s and not ended.is_set():
+                heard_at, missed = now, 0
+                continue
+            missed += 1
+            if missed >= MISSES and now - heard_at >= limit_s and not ended.is_set():
                 what = f"has not answered for {now - heard_at:.0f} s (deadlines.driver_s = {limit_s:g})"
                 say(f"[red]Ray's head (the GCS at {address}) {what}[/]")
                 link.tell(stuck=f"has lost its Ray: the head (the GCS) {what}")

@@ -110,17 +110,17 @@ def ray_session(
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    with head_watch(ray.get_runtime_context().gcs_address, config.deadlines.driver_s, reporter.say):
-        try:
+    try:
+        with head_watch(ray.get_runtime_context().gcs_address, config.deadlines.driver_s, reporter.say):
             if not address:
                 check_resources(config, ray.cluster_resources(), "this machine", services)
             remedy = ON_A_CLUSTER if address else "raise ray.object_store_bytes"
             with spill_watch(reporter.say, remedy), reserved(config, services, reporter.say) as places:
                 yield places
-        finally:
-            ray.shutdown()
-            if temporary:
-                shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        ray.shutdown()
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _running(config: RunConfig, published_bytes: int) -> Store:

@@ -73,7 +73,7 @@ def test_a_killed_controller_is_started_again_and_the_end_is_the_same(whole, env
         ("raylet/raylet", signal.SIGKILL, "the run's controller"),
         ("gcs_server", signal.SIGKILL, "the run's controller"),
         ("raylet/raylet", signal.SIGSTOP, "has lost its Ray"),
-        ("gcs_server", signal.SIGSTOP, "the run's controller"),
+        ("gcs_server", signal.SIGSTOP, "has lost its Ray"),
     ],
 )
 def test_a_stopped_controller_and_a_lost_ray_are_recovered_from(whole, environment, tmp_path, name, number, cause):
