@@ -38,6 +38,7 @@ CASES = [("run_ahead", "llama"), ("graphs", "llama"), ("graphs", "gpt2")] + [
     pytest.param("vllm", a, marks=VLLM) for a in ("llama", "qwen2", "qwen3", "llama-tied")
 ]
 NEAR = 1e-4  # scores closer than this may change places between engines: their sums have another order
+CHAINED = 1e-3  # between samples of two engines: each step's rounding goes into the mixture that the next one reads
 started: list[LatentEngine] = []  # vLLM engines; conftest.py ends them after each test
 
 
@@ -297,7 +298,7 @@ def test_every_engine_records_what_the_transformers_engine_does(kind: str, archi
             if again.alike < again.steps:  # from a near-tie on it is another sample, compared on its own history
                 warnings.warn(f"{architecture} {request.group_uid} #{sample.sample_index}: {again}", stacklevel=1)
             else:
-                assert_same(sample, same)
+                assert_same(sample, same, tolerance=CHAINED)
     if architecture != "llama-tied":  # a random tied model repeats its input
         assert_every_end(groups)
     assert engine.pending == 0
