@@ -1,14 +1,16 @@
-"""Work in a thread, one piece at a time: a checkpoint is written while the next step goes on."""
+"""Work in a thread: a piece at a time, as a checkpoint that is written beside the next step, or a watch over a run."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from latent_grpo.common import main_loop
 
 LOOK_EVERY_S = 0.2  # so that a signal is not kept waiting
+LEAVE_S = 5.0  # for a watch to end, of the 30 s in which a run leaves
 
 log = logging.getLogger(__name__)
 
@@ -55,3 +57,27 @@ class BackgroundWork:
         while self._thread is not None and self._thread.is_alive():
             main_loop.passed()
             self._thread.join(LOOK_EVERY_S)
+
+
+@contextlib.contextmanager
+def watching(name: str, look: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Calls `look` in a thread while the block runs; it has to return soon after the event that it gets is set.
+
+    What it raises is logged, unless the block has ended.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        try:
+            look(ended)
+        except Exception as error:  # what it looks at may end meanwhile, which is the run's to report
+            if not ended.is_set():
+                log.warning("%s has ended: %s: %s", name, type(error).__name__, error)
+
+    thread = threading.Thread(target=watch, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=LEAVE_S)

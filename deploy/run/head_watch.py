@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 from latent_grpo.common.seen_time import SeenTime
 from latent_grpo.deploy.run import link
+from latent_grpo.deploy.run.background import watching
 from latent_grpo.deploy.run.machine import head_answers
 
 LOOK_EVERY_S, ANSWER_S = 5.0, 2.0
@@ -31,9 +32,9 @@ def head_watch(
 
     Time in which this process itself is stopped does not count. Without a supervisor the run goes on.
     """
-    ended, seen = threading.Event(), clock or SeenTime()
+    seen = clock or SeenTime()
 
-    def watch() -> None:
+    def look(ended: threading.Event) -> None:
         heard_at, missed = 0.0, 0
         while not ended.wait(every_s):
             answered = answers(address, ANSWER_S)
@@ -48,10 +49,5 @@ def head_watch(
                 link.tell(stuck=f"has lost its Ray: the head (the GCS) {what}")
                 return
 
-    thread = threading.Thread(target=watch, name="head-watch", daemon=True)
-    thread.start()
-    try:
+    with watching("the watch over Ray's head", look):
         yield
-    finally:
-        ended.set()
-        thread.join(timeout=ANSWER_S + 1)

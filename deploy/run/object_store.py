@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latent_grpo.common.config import RunConfig
+from latent_grpo.deploy.run.background import watching
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_BYTES = 512 * 2**20  # of a local store, besides the weights
@@ -107,9 +108,8 @@ def _mib(size: int) -> str:
 @contextlib.contextmanager
 def spill_watch(say: Callable[[str], None], advice: str, every_s: float = LOOK_EVERY_S) -> Iterator[None]:
     """Says once if Ray spills objects while the block runs. Ray must be initialized. `advice` says what to set."""
-    ended = threading.Event()
 
-    def look() -> None:
+    def look(ended: threading.Event) -> None:
         before = spilled_bytes()
         while not ended.wait(every_s):
             if (found := spilled_bytes()) > before:
@@ -119,20 +119,8 @@ def spill_watch(say: Callable[[str], None], advice: str, every_s: float = LOOK_E
                 )
                 return
 
-    def watch() -> None:
-        try:
-            look()
-        except Exception as error:  # Ray may end while it is asked, which is the run's to report
-            if not ended.is_set():
-                log.warning("the object store is not watched any longer: %s: %s", type(error).__name__, error)
-
-    thread = threading.Thread(target=watch, name="spill-watch", daemon=True)
-    thread.start()
-    try:
+    with watching("the watch over the object store", look):
         yield
-    finally:
-        ended.set()
-        thread.join(timeout=5)  # of the 30 s in which a run leaves
 
 
 def spilled_bytes() -> int:

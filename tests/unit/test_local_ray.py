@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -129,3 +130,14 @@ def test_one_late_answer_is_no_fault_however_short_the_limit():
 
 def test_a_head_that_answers_late_now_and_then_is_no_fault():
     assert Head(*[True, *[False] * 9] * 5, True).watched() == []
+
+
+def test_a_watch_that_breaks_says_so_and_the_run_goes_on(caplog):
+    def answers(address, limit_s):
+        raise OSError("no descriptors left")
+
+    end = time.monotonic() + 60
+    with head_watch("head:6379", 20.0, print, answers, every_s=0.001):
+        while "the watch over Ray's head has ended: OSError: no descriptors left" not in caplog.text:
+            assert time.monotonic() < end
+            time.sleep(0.01)
